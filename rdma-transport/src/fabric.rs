@@ -1,0 +1,247 @@
+//! The fabric contract: what every provider offers and every conformance test checks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::TransportError;
+use crate::mem::SharedMem;
+
+/// Names a registered region of one endpoint; unguessable enough not to collide between incarnations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RegionKey(pub u64);
+
+/// A place in a peer's registered memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RemoteAddr {
+    /// Region at the peer.
+    pub key: RegionKey,
+    /// Offset in that region, bytes.
+    pub offset: u64,
+}
+
+impl RemoteAddr {
+    /// The address `delta` bytes further on.
+    #[must_use]
+    pub fn plus(self, delta: u64) -> Self {
+        Self { key: self.key, offset: self.offset.wrapping_add(delta) }
+    }
+}
+
+/// What remote sides may do with a region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Access {
+    /// One-sided reads.
+    pub read: bool,
+    /// One-sided writes.
+    pub write: bool,
+    /// Compare-and-swap, fetch-and-add.
+    pub atomic: bool,
+}
+
+impl Access {
+    /// Everything.
+    pub const ALL: Self = Self { read: true, write: true, atomic: true };
+    /// Reads only.
+    pub const READ: Self = Self { read: true, write: false, atomic: false };
+}
+
+/// Which provider an endpoint is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FabricKind {
+    /// Shared memory between processes of one host.
+    Shm,
+    /// A passive agent behind TCP.
+    Tcp,
+    /// The deterministic simulator.
+    Sim,
+    /// RDMA verbs.
+    Verbs,
+}
+
+/// Limits of an endpoint; requests beyond them return [`TransportError::Invalid`].
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Longest message, bytes (at least 128 KiB on every provider).
+    pub max_message: usize,
+    /// Most operations in one batch (at least 64).
+    pub max_batch: usize,
+    /// Longest single read or write, bytes (at least 16 MiB).
+    pub max_transfer: usize,
+}
+
+/// One operation of a blocking batch, with the caller's buffers.
+#[derive(Debug)]
+pub enum Op<'a> {
+    /// Remote memory → `into`.
+    Read {
+        /// Source.
+        at: RemoteAddr,
+        /// Destination; its length is the length of the read.
+        into: &'a mut [u8],
+    },
+    /// `from` → remote memory.
+    Write {
+        /// Destination.
+        at: RemoteAddr,
+        /// Source.
+        from: &'a [u8],
+    },
+    /// 64-bit compare-and-swap (8-byte aligned, host byte order); `old` gets the value found.
+    Cas {
+        /// The word.
+        at: RemoteAddr,
+        /// Value it must have.
+        expect: u64,
+        /// Value it then gets.
+        new: u64,
+        /// Value that was found.
+        old: u64,
+    },
+    /// 64-bit fetch-and-add, wrapping; `old` gets the value before.
+    Faa {
+        /// The word.
+        at: RemoteAddr,
+        /// What to add (two's complement to subtract).
+        add: u64,
+        /// Value before.
+        old: u64,
+    },
+}
+
+/// One operation of an asynchronous batch; owns what it needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AsyncOp {
+    /// Read `words` consecutive u64 (at most 64), each 8-byte aligned and never torn.
+    ReadWords {
+        /// First word.
+        at: RemoteAddr,
+        /// How many.
+        words: u32,
+    },
+    /// As [`Op::Cas`].
+    Cas {
+        /// The word.
+        at: RemoteAddr,
+        /// Value it must have.
+        expect: u64,
+        /// Value it then gets.
+        new: u64,
+    },
+    /// As [`Op::Faa`].
+    Faa {
+        /// The word.
+        at: RemoteAddr,
+        /// What to add.
+        add: u64,
+    },
+}
+
+/// Result of one [`AsyncOp`], in the order of the batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OpResult {
+    /// The words read.
+    Words(Vec<u64>),
+    /// The value before a compare-and-swap or fetch-and-add.
+    Old(u64),
+}
+
+/// Called exactly once for a submitted batch: from the submitting thread before `submit` returns, or from
+/// the endpoint's progress thread. It must not block.
+pub type Completion = Box<dyn FnOnce(Result<Vec<OpResult>, TransportError>) + Send>;
+
+/// Identifies a connection within its endpoint for ever (never reused).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnId(pub u64);
+
+/// How an endpoint is set up.
+#[derive(Debug, Clone)]
+pub struct FabricConfig {
+    /// Where to listen: a Unix socket path for `shm`, `host:port` (port 0: any) for `tcp`, a name for `sim`.
+    pub listen: String,
+    /// The cluster key, at least 16 bytes; proved by challenge and response, never sent.
+    pub key: Vec<u8>,
+    /// What the peer's application is told about this side (opaque here, at most 1 KiB, covered by the MAC).
+    pub identity: Vec<u8>,
+    /// How long the progress thread spins for new work before it sleeps in the kernel.
+    pub spin: Duration,
+    /// Longest time for setting up a connection, and for a blocking operation.
+    pub timeout: Duration,
+}
+
+/// The application's side of an endpoint. Called from progress threads: must not block on the fabric.
+pub trait Handler: Send + Sync {
+    /// May a peer with this identity connect? An `Err` is told to the peer ([`TransportError::Refused`]).
+    ///
+    /// # Errors
+    /// The sentence the peer gets to read.
+    fn admit(&self, identity: &[u8]) -> Result<(), String>;
+    /// A peer has connected to us. Not called for connections made with [`Fabric::connect`].
+    fn connected(&self, conn: &Arc<dyn Connection>);
+    /// A message has arrived.
+    fn message(&self, conn: &Arc<dyn Connection>, message: &[u8]);
+    /// The connection has ended (either kind); called exactly once, after its last message.
+    fn disconnected(&self, conn: &Arc<dyn Connection>, why: &TransportError);
+}
+
+/// An endpoint: registered memory, a listener, connections, and the threads that make progress.
+pub trait Fabric: Send + Sync {
+    /// The provider.
+    fn kind(&self) -> FabricKind;
+    /// The address others connect to (with the real port if port 0 was asked for).
+    fn local_addr(&self) -> String;
+    /// The limits.
+    fn limits(&self) -> Limits;
+    /// Changes the identity shown on connections made from now on.
+    fn set_identity(&self, identity: Vec<u8>);
+    /// Makes `mem` accessible to peers.
+    ///
+    /// # Errors
+    /// [`TransportError::Os`] where the system refuses, [`TransportError::Shutdown`].
+    fn register(&self, mem: &Arc<SharedMem>, access: Access) -> Result<RegionKey, TransportError>;
+    /// Ends remote access; operations that come later fail with [`TransportError::RemoteAccess`].
+    ///
+    /// # Errors
+    /// [`TransportError::Invalid`] if the key is not registered.
+    fn deregister(&self, key: RegionKey) -> Result<(), TransportError>;
+    /// Connects to a peer (or to this endpoint itself) and runs the key handshake. Blocks.
+    ///
+    /// # Errors
+    /// Unreachable, WrongKey, VersionMismatch, Refused, Protocol, Timeout.
+    fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError>;
+    /// Closes everything and joins the progress threads. Idempotent.
+    fn shutdown(&self);
+}
+
+/// A reliable-connected pair with one peer.
+pub trait Connection: Send + Sync {
+    /// Its name within the endpoint.
+    fn id(&self) -> ConnId;
+    /// What the peer said it is, proved by the key.
+    fn peer_identity(&self) -> &[u8];
+    /// The peer's address, for messages to humans.
+    fn peer_addr(&self) -> String;
+    /// False once the connection is in error or closed.
+    fn is_alive(&self) -> bool;
+    /// Runs a batch in order and blocks until all of it has taken effect.
+    /// Must not be called from a [`Handler`] callback or a [`Completion`].
+    ///
+    /// # Errors
+    /// The first failure; the connection is then in error (except for [`TransportError::Invalid`], where
+    /// nothing was done).
+    fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError>;
+    /// Starts a batch of word operations with one doorbell; `done` gets the results.
+    fn submit(&self, batch: Vec<AsyncOp>, done: Completion);
+    /// Sends a message. Returns when it is queued in order; may block briefly while the peer's queue is full,
+    /// but never when called from a progress thread (there it is queued without bound).
+    ///
+    /// # Errors
+    /// Invalid (too long), Disconnected.
+    fn send(&self, message: &[u8]) -> Result<(), TransportError>;
+    /// A write, then a message that arrives after the write took effect; one doorbell.
+    ///
+    /// # Errors
+    /// As [`Connection::execute`] and [`Connection::send`].
+    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError>;
+    /// Ends the connection; both sides get [`Handler::disconnected`].
+    fn close(&self);
+}

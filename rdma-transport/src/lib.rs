@@ -1,0 +1,22 @@
+//! One contract for one-sided remote memory access and small messages, and the providers that fulfil it.
+//!
+//! The contract is that of a reliable-connected InfiniBand queue pair, so that code written against it
+//! runs over verbs unchanged:
+//!
+//! * operations submitted on one connection take effect at the target in submission order;
+//! * messages on one connection arrive in sending order, and a message sent after an operation was
+//!   submitted arrives after that operation took effect;
+//! * atomics are atomic among fabric atomics only: a word that is ever the target of a fabric atomic is
+//!   accessed through the fabric by everybody, its owner included (over a connection to itself);
+//! * an operation that fails puts the connection into error; the effect of every operation not yet
+//!   reported complete is then unknown, and both sides see [`Handler::disconnected`] exactly once.
+#![forbid(clippy::todo)]
+
+mod error;
+mod fabric;
+
+pub use error::TransportError;
+pub use fabric::{
+    Access, AsyncOp, Completion, ConnId, Connection, Fabric, FabricConfig, FabricKind, Handler, Limits, Op,
+    OpResult, RegionKey, RemoteAddr,
+};
