@@ -1,0 +1,250 @@
+//! How a lease is got: the two acquisition batches, waiting, and what the answers lead to.
+
+use super::batch::{Batch, BatchKind, BatchState, Outcome, WordOp, WordOps};
+use super::types::{Action, Answer, Config, Flaw, Phase, Via, Violation};
+use super::Fsm;
+use crate::ids::{Mode, NodeId, NodeSet};
+use crate::msg::Body;
+use crate::record::OwnerWord;
+
+impl Fsm {
+    pub(super) fn post(&mut self, kind: BatchKind, ops: WordOps, out: &mut Vec<Action>) {
+        debug_assert!(self.batch.is_none(), "one batch at a time");
+        for op in ops.iter() {
+            match op {
+                WordOp::SetBit => self.bit = true,
+                WordOp::ClearBit => self.bit = false,
+                _ => {}
+            }
+        }
+        self.batch = Some(Batch { kind, ops, state: BatchState::InFlight });
+        out.push(Action::Post(ops));
+    }
+
+    /// Starts, or starts again, what is wanted.
+    pub(super) fn start(&mut self, cfg: &Config, out: &mut Vec<Action>) {
+        self.phase = Phase::Acquiring;
+        self.via = None;
+        match self.want {
+            Some(Mode::Shared) => self.post_shared(out),
+            Some(Mode::Exclusive) => self.post_exclusive(cfg, self.last_version, out),
+            None => self.phase = Phase::Rest,
+        }
+    }
+
+    fn post_shared(&mut self, out: &mut Vec<Action>) {
+        self.phase = Phase::Acquiring;
+        self.post(BatchKind::SharedAcquire, WordOps::two(WordOp::SetBit, WordOp::ReadOwner), out);
+    }
+
+    fn post_exclusive(&mut self, cfg: &Config, version: u64, out: &mut Vec<Action>) {
+        let cas = WordOp::Cas {
+            expect: OwnerWord::free(version),
+            new: OwnerWord::owned(cfg.node, cfg.incarnation, version),
+        };
+        self.post(BatchKind::ExclusiveAcquire, WordOps::two(cas, WordOp::ReadHolders), out);
+    }
+
+    pub(super) fn batch_done(
+        &mut self,
+        cfg: &Config,
+        outcome: Outcome,
+        out: &mut Vec<Action>,
+    ) -> Result<(), Violation> {
+        match self.batch.take() {
+            None => Err(Violation::NotNow),
+            Some(batch) if batch.state == BatchState::Reconciling => {
+                self.reconcile(cfg, batch, &outcome, out)
+            }
+            Some(batch) => {
+                for op in batch.ops.iter() {
+                    let before = match op {
+                        WordOp::SetBit => false,
+                        WordOp::ClearBit => true,
+                        _ => continue,
+                    };
+                    // A carry or borrow out of somebody's bit shows up here, if anywhere.
+                    if outcome.bit.ok_or(Violation::BadOutcome)? != before {
+                        return Err(Violation::BitChanged);
+                    }
+                }
+                self.complete(cfg, batch, outcome, out)
+            }
+        }
+    }
+
+    /// The batch has taken effect, with this outcome.
+    pub(super) fn complete(
+        &mut self,
+        cfg: &Config,
+        batch: Batch,
+        outcome: Outcome,
+        out: &mut Vec<Action>,
+    ) -> Result<(), Violation> {
+        let owner = outcome.owner.ok_or(Violation::BadOutcome);
+        match batch.kind {
+            BatchKind::SharedAcquire => self.shared_done(cfg, owner?, out),
+            BatchKind::ExclusiveAcquire => {
+                let (expect, _) = batch.ops.cas().ok_or(Violation::BadOutcome)?;
+                self.exclusive_done(cfg, expect, owner?, outcome.holders, out)
+            }
+            BatchKind::ClearBit => {
+                if self.phase == Phase::ClearingBit {
+                    self.phase = Phase::Rest;
+                }
+                Ok(())
+            }
+            BatchKind::HandOver | BatchKind::Free | BatchKind::FreeKeep => {
+                let (expect, _) = batch.ops.cas().ok_or(Violation::BadOutcome)?;
+                if owner? != expect {
+                    return Err(Violation::ReleaseFailed);
+                }
+                self.released(batch.kind, out);
+                Ok(())
+            }
+        }
+    }
+
+    fn shared_done(
+        &mut self,
+        cfg: &Config,
+        owner: OwnerWord,
+        out: &mut Vec<Action>,
+    ) -> Result<(), Violation> {
+        let via = self.via.take();
+        let granter = via.as_ref().map(|v| v.granter);
+        let held = match owner.writer {
+            None => true,
+            Some(w) if Some(w) == granter => true,
+            Some(w) if w == cfg.node => return Err(Violation::NamedWithoutCause),
+            // Recovery: a writer of a dead incarnation is repaired: { clear bit; CAS (D,v) → (none,v+1) }.
+            Some(_) => false,
+        };
+        // Either the bit is seen by whoever takes the word next, or it is on its way off and nothing is
+        // held: the granter need not wait any longer in both cases.
+        if let Some(to) = granter {
+            out.push(Action::Send { to, body: Body::Ack });
+        }
+        match (held, owner.writer) {
+            (true, writer) => {
+                // The granter frees the word, and moves its version, only later.
+                let from_grant = writer.is_some() && !cfg.flaw(Flaw::VersionFromWord);
+                let version = match &via {
+                    Some(v) if from_grant => v.version,
+                    _ => owner.version,
+                };
+                let payload = via.and_then(|v| v.payload).filter(|_| writer.is_some());
+                self.held = Some(Mode::Shared);
+                self.used = false;
+                self.want = None;
+                self.phase = Phase::Rest;
+                self.last_version = version;
+                out.push(Action::Granted { mode: Mode::Shared, version, payload });
+            }
+            (false, Some(writer)) => {
+                self.phase = Phase::Waiting { at: writer };
+                self.post(BatchKind::ClearBit, WordOps::one(WordOp::ClearBit), out);
+                out.push(Action::Send { to: writer, body: Body::Want(Mode::Shared) });
+            }
+            (false, None) => return Err(Violation::BadOutcome),
+        }
+        Ok(())
+    }
+
+    fn exclusive_done(
+        &mut self,
+        cfg: &Config,
+        expect: OwnerWord,
+        found: OwnerWord,
+        holders: Option<NodeSet>,
+        out: &mut Vec<Action>,
+    ) -> Result<(), Violation> {
+        let mine = found.writer == Some(cfg.node) && found.incarnation == cfg.incarnation;
+        if found == expect || mine {
+            self.word_version = found.version;
+            self.own(cfg, holders.ok_or(Violation::BadOutcome)?, out);
+            return Ok(());
+        }
+        match found.writer {
+            None => self.post_exclusive(cfg, found.version, out),
+            // Recovery: a writer of a dead incarnation is repaired:
+            // { clear bit if set; CAS (D,v) → (none,v+1) }, the shared lease given up first.
+            Some(to) if self.held.is_some() && !cfg.flaw(Flaw::LoserKeepsShared) => {
+                self.begin_drop(Phase::LostUpgrade { to }, out);
+            }
+            Some(to) => self.wait_for(to, out),
+        }
+        Ok(())
+    }
+
+    /// The word went to somebody else: queue there, and send away those who queued here.
+    pub(super) fn wait_for(&mut self, writer: NodeId, out: &mut Vec<Action>) {
+        self.phase = Phase::Waiting { at: writer };
+        if self.bit && self.held.is_none() {
+            self.post(BatchKind::ClearBit, WordOps::one(WordOp::ClearBit), out);
+        }
+        out.push(Action::Send { to: writer, body: Body::Want(Mode::Exclusive) });
+        self.retry_all(out);
+    }
+
+    /// The word is ours. Exclusive, unless somebody may still hold it shared.
+    fn own(&mut self, cfg: &Config, holders: NodeSet, out: &mut Vec<Action>) {
+        let mut pending = holders;
+        pending.remove(cfg.node);
+        // Recovery: the dead are removed as well.
+        if pending.is_empty() {
+            self.become_exclusive(out);
+            return;
+        }
+        self.phase = Phase::Revoking;
+        for to in pending.iter() {
+            out.push(Action::Send { to, body: Body::Revoke });
+        }
+        self.answers = pending;
+    }
+
+    pub(super) fn become_exclusive(&mut self, out: &mut Vec<Action>) {
+        self.held = Some(Mode::Exclusive);
+        self.used = false;
+        self.want = None;
+        self.phase = Phase::Rest;
+        self.last_version = self.word_version;
+        out.push(Action::Granted {
+            mode: Mode::Exclusive,
+            version: self.word_version,
+            payload: self.payload.take(),
+        });
+    }
+
+    /// Acts upon the answer to a WANT; the own bit is off.
+    pub(super) fn take_answer(
+        &mut self,
+        cfg: &Config,
+        from: NodeId,
+        answer: Answer,
+        out: &mut Vec<Action>,
+    ) -> Result<(), Violation> {
+        match answer {
+            Answer::Shared { version, payload } => {
+                self.via = Some(Via { granter: from, version, payload });
+                self.post_shared(out);
+            }
+            Answer::Exclusive { version, granted, queue, payload } => {
+                // Recovery: entries of the dead and of older epochs are dropped from both queues.
+                let own = std::mem::replace(&mut self.queue, queue);
+                for waiter in own {
+                    if self.queue.iter().any(|w| w.node == waiter.node) {
+                        return Err(Violation::QueuedTwice);
+                    }
+                    self.queue.push(waiter);
+                }
+                self.word_version = version;
+                self.payload = payload;
+                let granted = if cfg.flaw(Flaw::GrantedForgotten) { NodeSet::new() } else { granted };
+                self.own(cfg, granted, out);
+            }
+            Answer::Retry => self.start(cfg, out),
+        }
+        Ok(())
+    }
+}

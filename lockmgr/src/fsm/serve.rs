@@ -1,0 +1,155 @@
+//! How a lease is given up: flushing, granting, handing over, freeing, invalidating.
+
+use super::batch::{BatchKind, WordOp, WordOps};
+use super::types::{Action, Config, Flaw, Phase, Violation};
+use super::Fsm;
+use crate::ids::{Mode, NodeSet};
+use crate::msg::{Body, Payload};
+use crate::record::OwnerWord;
+
+impl Fsm {
+    pub(super) fn begin_flush(&mut self, to: Option<Mode>, out: &mut Vec<Action>) {
+        self.phase = Phase::Flushing { to };
+        out.push(Action::Flush { to });
+    }
+
+    pub(super) fn begin_drop(&mut self, phase: Phase, out: &mut Vec<Action>) {
+        self.phase = phase;
+        out.push(Action::Invalidate);
+    }
+
+    /// The user has written back and given the exclusive lease down.
+    pub(super) fn flushed(
+        &mut self,
+        cfg: &Config,
+        modified: bool,
+        needs_confirm: bool,
+        payload: Option<Payload>,
+        out: &mut Vec<Action>,
+    ) -> Result<(), Violation> {
+        let Phase::Flushing { to } = self.phase else { return Err(Violation::NotNow) };
+        let moved = modified && !cfg.flaw(Flaw::VersionNotMoved);
+        self.new_version = (self.word_version + u64::from(moved)) & OwnerWord::MAX_VERSION;
+        self.last_version = self.new_version;
+        self.unconfirmed = needs_confirm && !cfg.flaw(Flaw::FreeUnconfirmed);
+        self.payload = payload;
+        self.granted = NodeSet::new();
+        self.held = to;
+        self.used = to.is_some();
+        self.next_step(cfg, out);
+        Ok(())
+    }
+
+    /// Owning the word, with nothing held but perhaps shared caches: whose turn is it?
+    pub(super) fn next_step(&mut self, cfg: &Config, out: &mut Vec<Action>) {
+        match self.queue.first().copied() {
+            Some(head) if head.mode == Mode::Exclusive => {
+                if self.held.is_some() && !cfg.flaw(Flaw::HandOverWithCaches) {
+                    self.begin_drop(Phase::DropBeforeHand, out);
+                    return;
+                }
+                self.queue.remove(0);
+                let next = OwnerWord::owned(head.node, head.incarnation, self.new_version);
+                let ops = self.release_ops(cfg, next);
+                self.phase = Phase::HandingOver { to: head.node };
+                self.post(BatchKind::HandOver, ops, out);
+            }
+            Some(_) => {
+                let run = self.queue.iter().take_while(|w| w.mode == Mode::Shared).count();
+                let readers: NodeSet = self.queue.drain(..run).map(|w| w.node).collect();
+                for to in readers.iter() {
+                    let body = Body::GrantS { version: self.new_version, payload: self.payload.clone() };
+                    out.push(Action::Send { to, body });
+                }
+                self.granted.union(&readers);
+                self.answers = readers;
+                self.phase = Phase::Granting;
+                if cfg.flaw(Flaw::FreeBeforeAcks) {
+                    self.answers = NodeSet::new();
+                    self.next_step(cfg, out);
+                }
+            }
+            // From a free word readers take the version without asking this node for anything else.
+            None if self.unconfirmed => self.phase = Phase::Confirming,
+            None if self.held.is_some() => {
+                let set = (!self.bit).then_some(WordOp::SetBit);
+                let cas = self.release_cas(cfg, OwnerWord::free(self.new_version));
+                self.phase = Phase::Freeing;
+                self.post(BatchKind::FreeKeep, WordOps::with_bit(set, cas), out);
+            }
+            None => {
+                let ops = self.release_ops(cfg, OwnerWord::free(self.new_version));
+                self.phase = Phase::Freeing;
+                self.post(BatchKind::Free, ops, out);
+            }
+        }
+    }
+
+    /// The own bit must be off when the word moves on: after an upgrade it is still on, and the next
+    /// fetch-and-add would carry into the neighbour's.
+    fn release_ops(&self, cfg: &Config, new: OwnerWord) -> WordOps {
+        let clear = (self.bit && !cfg.flaw(Flaw::BitLeftOn)).then_some(WordOp::ClearBit);
+        WordOps::with_bit(clear, self.release_cas(cfg, new))
+    }
+
+    fn release_cas(&self, cfg: &Config, new: OwnerWord) -> WordOp {
+        let expect = OwnerWord::owned(cfg.node, cfg.incarnation, self.word_version);
+        WordOp::Cas { expect, new }
+    }
+
+    /// The word has moved on.
+    pub(super) fn released(&mut self, kind: BatchKind, out: &mut Vec<Action>) {
+        match (kind, self.phase) {
+            (BatchKind::HandOver, Phase::HandingOver { to }) => {
+                // Recovery: if `to` is dead, everyone in the queue gets RETRY instead.
+                let body = Body::GrantX {
+                    version: self.new_version,
+                    granted: std::mem::take(&mut self.granted),
+                    queue: std::mem::take(&mut self.queue),
+                    payload: self.payload.take(),
+                };
+                out.push(Action::Send { to, body });
+            }
+            (BatchKind::FreeKeep, _) => out.push(Action::Granted {
+                mode: Mode::Shared,
+                version: self.new_version,
+                payload: self.payload.take(),
+            }),
+            _ => {}
+        }
+        self.rest();
+        self.retry_all(out);
+    }
+
+    pub(super) fn retry_all(&mut self, out: &mut Vec<Action>) {
+        for waiter in std::mem::take(&mut self.queue) {
+            out.push(Action::Send { to: waiter.node, body: Body::Retry });
+        }
+    }
+
+    /// The user has stopped using its shared lease.
+    pub(super) fn invalidated(&mut self, cfg: &Config, out: &mut Vec<Action>) -> Result<(), Violation> {
+        match self.phase {
+            Phase::DropShared => {
+                self.give_up_shared();
+                self.phase = Phase::ClearingBit;
+                self.post(BatchKind::ClearBit, WordOps::one(WordOp::ClearBit), out);
+            }
+            Phase::LostUpgrade { to } => {
+                self.give_up_shared();
+                self.wait_for(to, out);
+            }
+            Phase::DropBeforeHand => {
+                self.give_up_shared();
+                self.next_step(cfg, out);
+            }
+            _ => return Err(Violation::NotNow),
+        }
+        Ok(())
+    }
+
+    fn give_up_shared(&mut self) {
+        self.held = None;
+        self.used = false;
+    }
+}

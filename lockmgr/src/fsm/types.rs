@@ -1,0 +1,262 @@
+//! Events, actions, phases and what the machine is configured with.
+
+use crate::ids::{Mode, NodeId, NodeSet};
+use crate::msg::{Body, Payload, Waiter};
+
+use super::batch::{Outcome, WordOps};
+
+/// What a state machine has to know about its node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Config {
+    /// This node.
+    pub node: NodeId,
+    /// Its incarnation.
+    pub incarnation: u8,
+    /// Keep a shared lease when only readers wait.
+    pub keep_shared: bool,
+    /// Rules to break, one bit each, for tests of the model checker.
+    #[cfg(any(test, feature = "flaws"))]
+    pub flaws: u32,
+}
+
+impl Config {
+    /// The configuration of a node that keeps a shared lease when only readers wait.
+    #[must_use]
+    pub fn new(node: NodeId, incarnation: u8) -> Self {
+        Self {
+            node,
+            incarnation,
+            keep_shared: true,
+            #[cfg(any(test, feature = "flaws"))]
+            flaws: 0,
+        }
+    }
+
+    #[cfg(any(test, feature = "flaws"))]
+    pub(crate) fn flaw(&self, flaw: Flaw) -> bool {
+        self.flaws >> flaw as u32 & 1 == 1
+    }
+
+    #[cfg(not(any(test, feature = "flaws")))]
+    #[allow(clippy::unused_self)]
+    pub(crate) const fn flaw(&self, _flaw: Flaw) -> bool {
+        false
+    }
+}
+
+/// A rule broken on purpose, to show that the model checker finds what happens then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Flaw {
+    /// DONE at once while a shared acquisition is in flight.
+    DoneWhileAcquiring,
+    /// DONE at once while the word is freed and a shared lease kept.
+    DoneWhileFreeing,
+    /// DONE when the user has been asked to invalidate, not when it has.
+    DoneBeforeInvalidated,
+    /// RETRY to those who ask while the own exclusive acquisition is in flight.
+    RetryWhileAcquiring,
+    /// RETRY to those who ask while this node waits to become the owner.
+    RetryWhileWaiting,
+    /// RETRY to those who ask while a hand-over or release is in flight.
+    RetryWhileReleasing,
+    /// The own bit stays on when the word is released.
+    BitLeftOn,
+    /// The version of a shared grant is taken from the word.
+    VersionFromWord,
+    /// Exclusive after a run of readers without revoking them.
+    GrantedForgotten,
+    /// The word is freed or handed over before the readers have acknowledged.
+    FreeBeforeAcks,
+    /// A flush does not move the version.
+    VersionNotMoved,
+    /// Hand-over while the user still has the shared caches it was let keep.
+    HandOverWithCaches,
+    /// The word is freed before the user has confirmed.
+    FreeUnconfirmed,
+    /// After a lost connection the whole batch is posted again.
+    RepostAll,
+    /// An upgrade that loses keeps its shared lease.
+    LoserKeepsShared,
+}
+
+/// What happens to a state machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The user wants a lease; only if [`super::Fsm::can_want`].
+    Want(Mode),
+    /// At least one operation has run under the lease held.
+    Used,
+    /// The user does not need the lease; only if [`super::Fsm::can_release`].
+    Release,
+    /// A shared lease is enough; only if [`super::Fsm::can_downgrade`].
+    Downgrade,
+    /// Answer to [`Action::Flush`].
+    Flushed {
+        /// The data or attributes were changed under the lease.
+        modified: bool,
+        /// The word must not be freed before [`Event::Confirmed`].
+        needs_confirm: bool,
+        /// Attributes for the next holder.
+        payload: Option<Payload>,
+    },
+    /// Answer to [`Action::Invalidate`].
+    Invalidated,
+    /// What the user flushed so far has reached its authority.
+    Confirmed,
+    /// The batch has taken effect.
+    BatchDone(Outcome),
+    /// The connection broke while the batch was in flight; which of its operations took effect is unknown.
+    BatchLost,
+    /// A connection to the storage node exists again, and no operation of the old one can still land.
+    Reconnected,
+    /// A message has arrived.
+    Message {
+        /// The sender.
+        from: NodeId,
+        /// The sender's incarnation.
+        incarnation: u8,
+        /// The sender's epoch.
+        epoch: u64,
+        /// What it says.
+        body: Body,
+    },
+}
+
+/// What a state machine asks for; to be done in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Post these operations as one batch.
+    Post(WordOps),
+    /// Send a message.
+    Send {
+        /// To whom.
+        to: NodeId,
+        /// What.
+        body: Body,
+    },
+    /// The user must write back what it changed, and give up its caches or keep them for reading only.
+    Flush {
+        /// What it keeps.
+        to: Option<Mode>,
+    },
+    /// The user must stop using its shared lease.
+    Invalidate,
+    /// The user has a lease.
+    Granted {
+        /// Its mode.
+        mode: Mode,
+        /// Version of the data; caches of the same version are valid.
+        version: u64,
+        /// Attributes, if they came from another node (or were the user's own, when it kept the lease).
+        payload: Option<Payload>,
+    },
+}
+
+/// Where a state machine is in the protocol.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Holding a lease or none.
+    #[default]
+    Rest,
+    /// The batch that takes the bit, or the word, is in flight (or a repair of the word).
+    Acquiring,
+    /// The word is ours; readers have been asked to let go.
+    Revoking,
+    /// WANT has been sent.
+    Waiting {
+        /// To the writer found.
+        at: NodeId,
+    },
+    /// The user is writing back.
+    Flushing {
+        /// What it keeps.
+        to: Option<Mode>,
+    },
+    /// Ready to free the word, but the user has not confirmed.
+    Confirming,
+    /// Readers have been granted; not all have acknowledged.
+    Granting,
+    /// The user kept shared caches, and must drop them before the hand-over.
+    DropBeforeHand,
+    /// The batch that names the next writer is in flight.
+    HandingOver {
+        /// The next writer.
+        to: NodeId,
+    },
+    /// The batch that frees the word is in flight.
+    Freeing,
+    /// The user is dropping its shared caches.
+    DropShared,
+    /// As `DropShared`; the upgrade it was held for has lost.
+    LostUpgrade {
+        /// To whom.
+        to: NodeId,
+    },
+    /// The batch that takes the own bit back is in flight.
+    ClearingBit,
+}
+
+impl Phase {
+    /// A name for humans.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Rest => "rest",
+            Self::Acquiring => "acquiring",
+            Self::Revoking => "revoking readers",
+            Self::Waiting { .. } => "waiting for grant",
+            Self::Flushing { .. } => "flushing",
+            Self::Confirming => "awaiting confirmation",
+            Self::Granting => "granting readers",
+            Self::DropBeforeHand => "invalidating before hand-over",
+            Self::HandingOver { .. } => "handing over",
+            Self::Freeing => "freeing",
+            Self::DropShared => "invalidating",
+            Self::LostUpgrade { .. } => "invalidating after lost upgrade",
+            Self::ClearingBit => "releasing shared",
+        }
+    }
+}
+
+/// A rule that was broken; by a peer, by the memory or by the caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum Violation {
+    /// The event does not fit the state.
+    #[error("the lease is not in a state for this")]
+    NotNow,
+    /// A message that no correct peer sends now.
+    #[error("an unexpected {0} has arrived")]
+    Unexpected(&'static str),
+    /// A node is in the queue already.
+    #[error("a node asked for the lease twice")]
+    QueuedTwice,
+    /// Another node changed the word while this one owned it.
+    #[error("the owner word was changed under its owner")]
+    ReleaseFailed,
+    /// The own holder bit was not as this node left it.
+    #[error("the holder bit of this node was changed by another")]
+    BitChanged,
+    /// The word names this node, which does not own it.
+    #[error("the owner word names this node, which has not taken it")]
+    NamedWithoutCause,
+    /// The outcome of a batch lacks a result.
+    #[error("a batch returned other results than were asked for")]
+    BadOutcome,
+}
+
+/// The grant behind a shared acquisition.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Via {
+    pub(super) granter: NodeId,
+    pub(super) version: u64,
+    pub(super) payload: Option<Payload>,
+}
+
+/// The answer to a WANT.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Answer {
+    Shared { version: u64, payload: Option<Payload> },
+    Exclusive { version: u64, granted: NodeSet, queue: Vec<Waiter>, payload: Option<Payload> },
+    Retry,
+}
