@@ -21,7 +21,9 @@ pub enum TransportError {
         addr: String,
     },
     /// The peer speaks another version of the transport protocol.
-    #[error("{addr} speaks transport protocol version {theirs}, this build speaks {ours}: run the same release on every node")]
+    #[error(
+        "{addr} speaks transport protocol version {theirs}, this build speaks {ours}: run the same release on every node"
+    )]
     VersionMismatch {
         /// Address of the other side.
         addr: String,
@@ -93,6 +95,9 @@ pub enum TransportError {
 impl TransportError {
     /// Wraps an I/O error of the local system, saying what was tried.
     pub fn os(what: impl Into<String>, error: &io::Error) -> Self {
-        Self::Os { what: what.into(), reason: error.to_string() }
+        Self::Os {
+            what: what.into(),
+            reason: error.to_string(),
+        }
     }
 }

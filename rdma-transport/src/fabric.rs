@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::TransportError;
 use crate::mem::SharedMem;
+use crate::{FabricStats, TransportError};
 
 /// Names a registered region of one endpoint; unguessable enough not to collide between incarnations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -23,7 +23,10 @@ impl RemoteAddr {
     /// The address `delta` bytes further on.
     #[must_use]
     pub fn plus(self, delta: u64) -> Self {
-        Self { key: self.key, offset: self.offset.wrapping_add(delta) }
+        Self {
+            key: self.key,
+            offset: self.offset.wrapping_add(delta),
+        }
     }
 }
 
@@ -40,9 +43,17 @@ pub struct Access {
 
 impl Access {
     /// Everything.
-    pub const ALL: Self = Self { read: true, write: true, atomic: true };
+    pub const ALL: Self = Self {
+        read: true,
+        write: true,
+        atomic: true,
+    };
     /// Reads only.
-    pub const READ: Self = Self { read: true, write: false, atomic: false };
+    pub const READ: Self = Self {
+        read: true,
+        write: false,
+        atomic: false,
+    };
 }
 
 /// Which provider an endpoint is of.
@@ -208,6 +219,10 @@ pub trait Fabric: Send + Sync {
     /// # Errors
     /// Unreachable, WrongKey, VersionMismatch, Refused, Protocol, Timeout.
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError>;
+    /// What the endpoint has done so far, all its connections (ended ones, too) included.
+    fn stats(&self) -> FabricStats {
+        FabricStats::default()
+    }
     /// Closes everything and joins the progress threads. Idempotent.
     fn shutdown(&self);
 }
@@ -242,6 +257,10 @@ pub trait Connection: Send + Sync {
     /// # Errors
     /// As [`Connection::execute`] and [`Connection::send`].
     fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError>;
+    /// What the connection has done so far.
+    fn stats(&self) -> FabricStats {
+        FabricStats::default()
+    }
     /// Ends the connection; both sides get [`Handler::disconnected`].
     fn close(&self);
 }

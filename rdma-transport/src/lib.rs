@@ -11,12 +11,21 @@
 //! * an operation that fails puts the connection into error; the effect of every operation not yet
 //!   reported complete is then unknown, and both sides see [`Handler::disconnected`] exactly once.
 #![forbid(clippy::todo)]
+#![allow(dead_code)]
 
+mod common;
 mod error;
 mod fabric;
+mod handshake;
+pub mod mem;
+mod open;
+mod pool;
+mod shm;
 
+pub use common::FabricStats;
 pub use error::TransportError;
 pub use fabric::{
     Access, AsyncOp, Completion, ConnId, Connection, Fabric, FabricConfig, FabricKind, Handler, Limits, Op,
     OpResult, RegionKey, RemoteAddr,
 };
+pub use open::open;

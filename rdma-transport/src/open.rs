@@ -1,0 +1,49 @@
+//! Opening an endpoint of any provider.
+
+use std::sync::Arc;
+
+use crate::handshake::MAX_IDENTITY;
+use crate::{Fabric, FabricConfig, FabricKind, Handler, TransportError, shm};
+
+/// Shortest cluster key, bytes.
+const MIN_KEY: usize = 16;
+
+/// Opens an endpoint. Endpoints of the simulator come from `sim::SimNet` instead.
+///
+/// # Errors
+/// [`TransportError::Invalid`] for a configuration that cannot work, [`TransportError::Os`] where the system
+/// refuses, for instance because the address is in use.
+pub fn open(
+    kind: FabricKind,
+    config: FabricConfig,
+    handler: Arc<dyn Handler>,
+) -> Result<Arc<dyn Fabric>, TransportError> {
+    check(&config)?;
+    match kind {
+        FabricKind::Shm => shm::open(config, handler),
+        FabricKind::Tcp => Err(TransportError::Invalid("tcp: not yet".to_owned())),
+        FabricKind::Sim => Err(TransportError::Invalid(
+            "endpoints of the simulator are made by sim::SimNet, which all of them share".to_owned(),
+        )),
+        FabricKind::Verbs => Err(TransportError::Invalid(
+            "the verbs provider is not built in yet: use tcp between hosts, shm within one".to_owned(),
+        )),
+    }
+}
+
+/// What every provider requires of its configuration.
+pub(crate) fn check(config: &FabricConfig) -> Result<(), TransportError> {
+    if config.key.len() < MIN_KEY {
+        return Err(TransportError::Invalid(format!(
+            "the cluster key has {} bytes, at least {MIN_KEY} are needed",
+            config.key.len()
+        )));
+    }
+    if config.identity.len() > MAX_IDENTITY {
+        return Err(TransportError::Invalid(format!(
+            "the identity has {} bytes, {MAX_IDENTITY} are possible",
+            config.identity.len()
+        )));
+    }
+    Ok(())
+}

@@ -1,0 +1,606 @@
+//! A shared-memory connection: operations inline, messages through the rings.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, RwLock};
+use rustix::event::PollFlags;
+use rustix::net::Shutdown;
+
+use super::control::{self, Notice};
+use super::endpoint::Core;
+use super::layout::{Channel, Directory, SLOTS, Side, slot_of};
+use super::ring::Producer;
+use crate::common::{self, Counters, disconnected, remote_access};
+use crate::handshake::Peer;
+use crate::mem::SharedMem;
+use crate::{
+    Access, AsyncOp, Completion, ConnId, Connection, FabricStats, Op, OpResult, RemoteAddr, TransportError,
+};
+
+/// Longest time `close` waits for operations of the peer that are being executed at that moment.
+const FENCE: Duration = Duration::from_secs(1);
+
+/// A region of the peer, mapped here.
+#[derive(Debug)]
+struct Mapped {
+    key: u64,
+    access: Access,
+    mem: SharedMem,
+}
+
+#[derive(Debug, Default)]
+struct Sending {
+    ring: Producer,
+    /// Messages of progress threads that found the ring full.
+    overflow: VecDeque<Box<[u8]>>,
+}
+
+pub(super) struct ShmConn {
+    id: ConnId,
+    core: Arc<Core>,
+    pub(super) peer: Peer,
+    /// True if the peer connected to us.
+    pub(super) incoming: bool,
+    addr: String,
+    pub(super) side: Side,
+    pub(super) channel: Channel,
+    peer_dir: Directory,
+    peer_bell: OwnedFd,
+    pub(super) sock: Arc<OwnedFd>,
+    /// Held while a packet is taken from the socket and acted upon: packets count in their order.
+    receiving: Mutex<()>,
+    maps: RwLock<Vec<Option<Arc<Mapped>>>>,
+    sending: Mutex<Sending>,
+    room: Condvar,
+    /// Somebody waits for room: the progress thread looks after it.
+    waiting: AtomicBool,
+    alive: AtomicBool,
+    /// The peer is gone: none of its threads executes anything any more.
+    hung_up: AtomicBool,
+    /// The peer has told of all its regions.
+    ready: AtomicBool,
+    why: Mutex<Option<TransportError>>,
+    pub(super) counters: Counters,
+}
+
+/// What a new connection is made of.
+pub(super) struct Parts {
+    pub(super) peer: Peer,
+    pub(super) addr: String,
+    pub(super) side: Side,
+    pub(super) channel: Channel,
+    pub(super) peer_dir: Directory,
+    pub(super) peer_bell: OwnedFd,
+    pub(super) sock: Arc<OwnedFd>,
+}
+
+impl ShmConn {
+    pub(super) fn new(id: ConnId, core: &Arc<Core>, parts: Parts) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            core: Arc::clone(core),
+            peer: parts.peer,
+            incoming: parts.side == Side::Listening,
+            addr: parts.addr,
+            side: parts.side,
+            channel: parts.channel,
+            peer_dir: parts.peer_dir,
+            peer_bell: parts.peer_bell,
+            sock: parts.sock,
+            receiving: Mutex::new(()),
+            maps: RwLock::new(Vec::new()),
+            sending: Mutex::new(Sending::default()),
+            room: Condvar::new(),
+            waiting: AtomicBool::new(false),
+            alive: AtomicBool::new(true),
+            hung_up: AtomicBool::new(false),
+            ready: AtomicBool::new(false),
+            why: Mutex::new(None),
+            counters: Counters::default(),
+        })
+    }
+
+    pub(super) fn alive(&self) -> bool {
+        self.alive.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn hung_up(&self) -> bool {
+        self.hung_up.load(Ordering::SeqCst)
+    }
+
+    /// Why it ended.
+    pub(super) fn reason(&self) -> TransportError {
+        self.why
+            .lock()
+            .clone()
+            .unwrap_or_else(|| disconnected(&self.addr, "closed"))
+    }
+
+    fn dead(&self) -> TransportError {
+        match self.reason() {
+            e @ (TransportError::Disconnected { .. } | TransportError::Shutdown) => e,
+            other => disconnected(&self.addr, &other.to_string()),
+        }
+    }
+
+    /// Puts the connection into error. The first reason counts. From now on nothing of the peer lands here,
+    /// except for operations it is executing at this very moment (see [`ShmConn::quiet`]).
+    pub(super) fn fail(&self, why: TransportError) {
+        {
+            let mut reason = self.why.lock();
+            if reason.is_some() {
+                return;
+            }
+            *reason = Some(why);
+        }
+        self.channel.open(self.side).store(0, Ordering::SeqCst);
+        self.alive.store(false, Ordering::SeqCst);
+        {
+            // Under the lock, or a sender between its check and its wait would miss this.
+            let _sending = self.sending.lock();
+            self.room.notify_all();
+        }
+        self.core.wake();
+    }
+
+    /// Whether no operation of the peer is being executed on our memory.
+    pub(super) fn quiet(&self) -> bool {
+        self.hung_up() || !self.channel.busy(self.side.other())
+    }
+
+    /// Waits until no operation of the peer on `slot` (or on anything) is being executed.
+    pub(super) fn wait_quiet(&self, slot: Option<usize>, deadline: Instant) -> bool {
+        let mut rounds = 0u32;
+        loop {
+            let peer = self.side.other();
+            let busy = match slot {
+                Some(slot) => self.channel.in_flight(peer, slot).load(Ordering::SeqCst) != 0,
+                None => self.channel.busy(peer),
+            };
+            if !busy || self.hung_up() {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            rounds += 1;
+            if rounds.is_multiple_of(64) {
+                // The peer may have died while it was at it.
+                self.drain_control();
+                std::thread::sleep(Duration::from_micros(50));
+            } else {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Lets go of the peer's memory and tells it; the last act of a connection.
+    pub(super) fn finish(&self) {
+        self.maps.write().clear();
+        self.sending.lock().overflow.clear();
+        // Already gone: fine.
+        let _gone = rustix::net::shutdown(&*self.sock, Shutdown::Both);
+    }
+
+    /// Tells the peer about a region or its end.
+    pub(super) fn notify(&self, notice: Notice, mem: Option<&SharedMem>) {
+        if !self.alive() {
+            return;
+        }
+        let fds: Vec<_> = mem.iter().map(|m| m.fd()).collect();
+        let deadline = Instant::now() + self.core.config.timeout;
+        if let Err(e) = control::send(self.sock.as_fd(), &notice.encode(), &fds, deadline) {
+            self.fail(disconnected(&self.addr, &format!("control socket: {e}")));
+        }
+    }
+
+    /// Waits for the peer's [`Notice::Ready`], acting on what comes before it.
+    pub(super) fn await_ready(&self, deadline: Instant) -> Result<(), TransportError> {
+        loop {
+            self.drain_control();
+            if self.ready.load(Ordering::SeqCst) {
+                return Ok(());
+            }
+            if !self.alive() {
+                return Err(self.reason());
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                let millis = u64::try_from(self.core.config.timeout.as_millis()).unwrap_or(u64::MAX);
+                return Err(TransportError::Timeout {
+                    addr: self.addr.clone(),
+                    millis,
+                });
+            }
+            // Not up to the deadline at once: another thread may take the packet from the socket.
+            let soon = deadline.min(now + Duration::from_millis(10));
+            control::wait(self.sock.as_fd(), PollFlags::IN, soon)
+                .map_err(|e| TransportError::os("wait for the peer", &e.into()))?;
+        }
+    }
+
+    /// Acts on everything waiting at the control socket. Called by the progress thread, and by any thread
+    /// that meets a region key it does not know: the news about it was sent before the key could be learnt.
+    pub(super) fn drain_control(&self) {
+        let _in_order = self.receiving.lock();
+        while !self.hung_up() {
+            let lost = match control::try_recv(self.sock.as_fd()) {
+                Ok(None) => return,
+                Ok(Some(packet)) if packet.bytes.is_empty() => disconnected(&self.addr, "the peer has gone"),
+                Ok(Some(packet)) => match self.act_on(packet) {
+                    Ok(()) => continue,
+                    Err(detail) => {
+                        self.fail(TransportError::Protocol {
+                            addr: self.addr.clone(),
+                            detail,
+                        });
+                        return;
+                    }
+                },
+                Err(e) => disconnected(&self.addr, &e.to_string()),
+            };
+            self.hung_up.store(true, Ordering::SeqCst);
+            self.fail(lost);
+        }
+    }
+
+    fn act_on(&self, packet: control::Packet) -> Result<(), String> {
+        let notice = Notice::decode(&packet.bytes).ok_or("malformed packet on the control socket")?;
+        match notice {
+            Notice::Region { key, len, access } => {
+                let fd = packet
+                    .fds
+                    .into_iter()
+                    .next()
+                    .ok_or("a region without its memory")?;
+                let len = usize::try_from(len).map_err(|e| e.to_string())?;
+                let name = format!("region {key:#x} of {}", self.addr);
+                let mem = SharedMem::from_fd(fd, len, name).map_err(|e| e.to_string())?;
+                let mut maps = self.maps.write();
+                if maps.is_empty() {
+                    maps.resize_with(SLOTS, || None);
+                }
+                if self.alive() {
+                    maps[slot_of(key)] = Some(Arc::new(Mapped { key, access, mem }));
+                }
+            }
+            Notice::Ready => self.ready.store(true, Ordering::SeqCst),
+            Notice::Gone { key } => {
+                if let Some(slot) = self.maps.write().get_mut(slot_of(key))
+                    && slot.as_ref().is_some_and(|m| m.key == key)
+                {
+                    *slot = None;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn mapped(&self, key: u64) -> Option<Arc<Mapped>> {
+        let find = || {
+            self.maps
+                .read()
+                .get(slot_of(key))?
+                .as_ref()
+                .filter(|m| m.key == key)
+                .cloned()
+        };
+        find().or_else(|| {
+            self.drain_control();
+            find()
+        })
+    }
+
+    /// Executes one operation on the peer's memory while it is counted in flight.
+    #[inline]
+    fn on_region<R>(
+        &self,
+        at: RemoteAddr,
+        len: usize,
+        permits: impl Fn(Access) -> bool,
+        act: impl FnOnce(&SharedMem, usize) -> Result<R, TransportError>,
+    ) -> Result<R, TransportError> {
+        let refused = |why: &str| Err(remote_access(at, len as u64, why));
+        if !self.alive() {
+            return Err(self.dead());
+        }
+        let Some(mapped) = self.mapped(at.key.0) else {
+            return if self.alive() {
+                refused("no such region")
+            } else {
+                Err(self.dead())
+            };
+        };
+        if !permits(mapped.access) {
+            return refused("the region does not permit this");
+        }
+        let Some(offset) = usize::try_from(at.offset)
+            .ok()
+            .filter(|o| mapped.mem.contains(*o, len))
+        else {
+            return refused("outside of the region");
+        };
+        let slot = slot_of(at.key.0);
+        let in_flight = self.channel.in_flight(self.side, slot);
+        // First counted, then checked: who withdraws the permission and then sees no count is safe.
+        in_flight.fetch_add(1, Ordering::SeqCst);
+        let result = if self.channel.open(self.side.other()).load(Ordering::SeqCst) != 1 {
+            Err(disconnected(&self.addr, "the peer has closed the connection"))
+        } else if self.peer_dir.key(slot).load(Ordering::SeqCst) != at.key.0 {
+            refused("no such region any more")
+        } else {
+            act(&mapped.mem, offset)
+        };
+        in_flight.fetch_sub(1, Ordering::SeqCst);
+        result
+    }
+
+    fn cas(&self, at: RemoteAddr, expect: u64, new: u64) -> Result<u64, TransportError> {
+        self.on_region(
+            at,
+            8,
+            |a| a.atomic,
+            |mem, off| {
+                let word = mem.word(off)?;
+                Ok(
+                    match word.compare_exchange(expect, new, Ordering::SeqCst, Ordering::SeqCst) {
+                        Ok(old) | Err(old) => old,
+                    },
+                )
+            },
+        )
+    }
+
+    fn faa(&self, at: RemoteAddr, add: u64) -> Result<u64, TransportError> {
+        self.on_region(
+            at,
+            8,
+            |a| a.atomic,
+            |mem, off| Ok(mem.word(off)?.fetch_add(add, Ordering::SeqCst)),
+        )
+    }
+
+    fn words(&self, at: RemoteAddr, words: u32) -> Result<Vec<u64>, TransportError> {
+        let words = words as usize;
+        self.on_region(
+            at,
+            words * 8,
+            |a| a.read,
+            |mem, off| {
+                (0..words)
+                    .map(|i| Ok(mem.word(off + i * 8)?.load(Ordering::SeqCst)))
+                    .collect()
+            },
+        )
+    }
+
+    fn run(&self, op: &mut Op<'_>) -> Result<(), TransportError> {
+        match op {
+            Op::Read { at, into } => {
+                self.on_region(*at, into.len(), |a| a.read, |mem, off| mem.read_at(off, into))
+            }
+            Op::Write { at, from } => {
+                self.on_region(*at, from.len(), |a| a.write, |mem, off| mem.write_at(off, from))
+            }
+            Op::Cas { at, expect, new, old } => self.cas(*at, *expect, *new).map(|v| *old = v),
+            Op::Faa { at, add, old } => self.faa(*at, *add).map(|v| *old = v),
+        }
+    }
+
+    fn run_async(&self, op: &AsyncOp) -> Result<OpResult, TransportError> {
+        match op {
+            AsyncOp::ReadWords { at, words } => self.words(*at, *words).map(OpResult::Words),
+            AsyncOp::Cas { at, expect, new } => self.cas(*at, *expect, *new).map(OpResult::Old),
+            AsyncOp::Faa { at, add } => self.faa(*at, *add).map(OpResult::Old),
+        }
+    }
+
+    /// Wakes the peer's progress thread if it sleeps.
+    pub(super) fn ring_bell(&self) {
+        let sleeping = self.peer_dir.sleeping();
+        if sleeping.load(Ordering::SeqCst) != 0 && sleeping.swap(0, Ordering::SeqCst) != 0 {
+            common::count(&self.counters.doorbells, 1);
+            // A full counter means that it will wake up anyway.
+            let _full = rustix::io::write(&self.peer_bell, &1u64.to_ne_bytes());
+        }
+    }
+
+    fn push(&self, sending: &mut Sending, message: &[u8]) -> Result<bool, TransportError> {
+        sending
+            .ring
+            .push(&self.channel, self.side, message)
+            .map_err(|broken| TransportError::Protocol {
+                addr: self.addr.clone(),
+                detail: broken.to_owned(),
+            })
+    }
+
+    /// Moves queued messages into the ring and lets blocked senders try again.
+    /// Called by the progress thread in every round; true if anything moved.
+    pub(super) fn flush(&self) -> bool {
+        if !self.waiting.load(Ordering::SeqCst) {
+            return false;
+        }
+        let mut sending = self.sending.lock();
+        let mut moved = false;
+        loop {
+            while let Some(message) = sending.overflow.pop_front() {
+                match self.push(&mut sending, &message) {
+                    Ok(true) => moved = true,
+                    Ok(false) => {
+                        sending.overflow.push_front(message);
+                        break;
+                    }
+                    Err(why) => {
+                        drop(sending);
+                        self.fail(why);
+                        return moved;
+                    }
+                }
+            }
+            if sending.overflow.is_empty() {
+                self.waiting.store(false, Ordering::SeqCst);
+                break;
+            }
+            if self.channel.want_room(self.side).swap(1, Ordering::SeqCst) == 1 {
+                break;
+            }
+            // The flag is new: look once more, or room made just before it would go unnoticed.
+        }
+        self.room.notify_all();
+        drop(sending);
+        if moved {
+            self.ring_bell();
+        }
+        moved
+    }
+
+    fn send_slow(&self, message: &[u8]) -> Result<(), TransportError> {
+        let deadline = Instant::now() + self.core.config.timeout;
+        let mut sending = self.sending.lock();
+        loop {
+            if !self.alive() {
+                return Err(self.dead());
+            }
+            if sending.overflow.is_empty() {
+                // Announced before each attempt, so that room made after a failed one is told to us.
+                self.waiting.store(true, Ordering::SeqCst);
+                self.channel.want_room(self.side).store(1, Ordering::SeqCst);
+                match self.push(&mut sending, message) {
+                    Ok(true) => return Ok(()),
+                    Ok(false) => {}
+                    Err(why) => {
+                        drop(sending);
+                        self.fail(why.clone());
+                        return Err(why);
+                    }
+                }
+            }
+            if common::on_progress_thread() {
+                sending.overflow.push_back(message.into());
+                self.waiting.store(true, Ordering::SeqCst);
+                drop(sending);
+                self.core.wake_if_sleeping();
+                return Ok(());
+            }
+            // Short waits: the wake-up comes through the progress thread, which may be busy in a callback.
+            self.room.wait_for(&mut sending, Duration::from_millis(1));
+            if Instant::now() >= deadline {
+                drop(sending);
+                let millis = u64::try_from(self.core.config.timeout.as_millis()).unwrap_or(u64::MAX);
+                let why = TransportError::Timeout {
+                    addr: self.addr.clone(),
+                    millis,
+                };
+                self.fail(why.clone());
+                return Err(why);
+            }
+        }
+    }
+
+    /// An operation has failed: the connection is in error.
+    fn failed<T>(&self, error: TransportError) -> Result<T, TransportError> {
+        self.fail(error.clone());
+        Err(error)
+    }
+}
+
+impl Connection for ShmConn {
+    fn id(&self) -> ConnId {
+        self.id
+    }
+
+    fn peer_identity(&self) -> &[u8] {
+        &self.peer.identity
+    }
+
+    fn peer_addr(&self) -> String {
+        self.addr.clone()
+    }
+
+    fn is_alive(&self) -> bool {
+        self.alive()
+    }
+
+    fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
+        let bytes = common::check_ops(ops)?;
+        if !self.alive() {
+            return Err(self.dead());
+        }
+        for op in ops.iter_mut() {
+            if let Err(error) = self.run(op) {
+                return self.failed(error);
+            }
+        }
+        self.counters.did_ops(ops.len(), bytes);
+        Ok(())
+    }
+
+    fn submit(&self, batch: Vec<AsyncOp>, done: Completion) {
+        let bytes = match common::check_batch(&batch) {
+            Ok(bytes) => bytes,
+            Err(invalid) => return done(Err(invalid)),
+        };
+        if !self.alive() {
+            return done(Err(self.dead()));
+        }
+        let results: Result<Vec<_>, _> = batch.iter().map(|op| self.run_async(op)).collect();
+        match results {
+            Ok(results) => {
+                self.counters.did_ops(batch.len(), bytes);
+                done(Ok(results));
+            }
+            Err(error) => {
+                self.fail(error.clone());
+                done(Err(error));
+            }
+        }
+    }
+
+    fn send(&self, message: &[u8]) -> Result<(), TransportError> {
+        common::check_message(message)?;
+        if !self.alive() {
+            return Err(self.dead());
+        }
+        let pushed = {
+            let mut sending = self.sending.lock();
+            if sending.overflow.is_empty() {
+                self.push(&mut sending, message)
+            } else {
+                Ok(false)
+            }
+        };
+        match pushed {
+            Ok(true) => {}
+            Ok(false) => self.send_slow(message)?,
+            Err(why) => {
+                self.fail(why.clone());
+                return Err(why);
+            }
+        }
+        self.counters.sent(message.len());
+        self.ring_bell();
+        Ok(())
+    }
+
+    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError> {
+        common::check_message(message)?;
+        self.execute(&mut [Op::Write { at, from }])?;
+        self.send(message)
+    }
+
+    fn close(&self) {
+        self.fail(disconnected(&self.addr, "closed on this side"));
+        if !common::on_progress_thread() && !self.wait_quiet(None, Instant::now() + FENCE) {
+            tracing::error!("{}: an operation of the peer is stuck on our memory", self.addr);
+        }
+    }
+
+    fn stats(&self) -> FabricStats {
+        self.counters.snapshot()
+    }
+}

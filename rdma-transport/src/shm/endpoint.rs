@@ -1,0 +1,529 @@
+//! The endpoint: listener, registered regions, setting up connections.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, PollFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::conn::{Parts, ShmConn};
+use super::control::{self, HandshakePipe, Notice};
+use super::layout::{Channel, Directory, SLOTS, Side, slot_of};
+use super::progress;
+use crate::common::{self, Counters, LIMITS};
+use crate::handshake::{self, Local, MAX_ALIVE, Provider};
+use crate::mem::SharedMem;
+use crate::pool::Handshakes;
+use crate::{
+    Access, ConnId, Connection, Fabric, FabricConfig, FabricKind, FabricStats, Handler, Limits, RegionKey,
+    TransportError,
+};
+
+/// Sent by the connecting side with its directory, doorbell and the channel.
+const SETUP: &[u8] = b"setup";
+/// A peer that does not finish its handshake in this time is dropped.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+
+struct Region {
+    key: RegionKey,
+    access: Access,
+    mem: Arc<SharedMem>,
+}
+
+/// Regions and connections under one lock: every connection is told of every region.
+#[derive(Default)]
+struct Links {
+    regions: Vec<Option<Region>>,
+    conns: Vec<Arc<ShmConn>>,
+}
+
+/// A connection on its way to the progress thread.
+pub(super) struct Install {
+    pub(super) conn: Arc<ShmConn>,
+    /// Connections that this one replaces; they end first.
+    pub(super) superseded: Vec<Arc<ShmConn>>,
+}
+
+pub(super) struct Core {
+    pub(super) config: FabricConfig,
+    pub(super) handler: Arc<dyn Handler>,
+    identity: Mutex<Vec<u8>>,
+    instance: u64,
+    pub(super) directory: Directory,
+    pub(super) bell: OwnedFd,
+    pub(super) listener: OwnedFd,
+    links: Mutex<Links>,
+    /// None: the progress thread has ended.
+    pub(super) installs: Mutex<Option<Vec<Install>>>,
+    pub(super) news: AtomicBool,
+    pub(super) stopping: AtomicBool,
+    next_conn: AtomicU64,
+    pub(super) counters: Counters,
+    handshakes: Arc<Handshakes>,
+}
+
+pub(crate) struct ShmFabric {
+    core: Arc<Core>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// Held for the life of the endpoint; says that the socket path is in use.
+    _lock: OwnedFd,
+}
+
+/// Opens an endpoint that listens on a Unix socket path.
+pub(crate) fn open(
+    config: FabricConfig,
+    handler: Arc<dyn Handler>,
+) -> Result<Arc<dyn Fabric>, TransportError> {
+    let (listener, lock) = listen(&config.listen)?;
+    let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+        .map_err(|e| TransportError::os("create an eventfd", &e.into()))?;
+    let core = Arc::new(Core {
+        identity: Mutex::new(config.identity.clone()),
+        instance: u64::from_le_bytes(common::random()?),
+        directory: Directory::create()?,
+        bell,
+        listener,
+        links: Mutex::new(Links::default()),
+        installs: Mutex::new(Some(Vec::new())),
+        news: AtomicBool::new(false),
+        stopping: AtomicBool::new(false),
+        next_conn: AtomicU64::new(1),
+        counters: Counters::default(),
+        handshakes: Arc::default(),
+        handler,
+        config,
+    });
+    let thread = progress::start(Arc::clone(&core))?;
+    Ok(Arc::new(ShmFabric {
+        core,
+        thread: Mutex::new(Some(thread)),
+        _lock: lock,
+    }))
+}
+
+/// Binds the socket, replacing one that a dead process has left behind.
+fn listen(path: &str) -> Result<(OwnedFd, OwnedFd), TransportError> {
+    let in_use = || TransportError::Os {
+        what: format!("listen on {path}"),
+        reason: "address in use by a running process".to_owned(),
+    };
+    let os = |what: &str, e: Errno| TransportError::os(format!("{what} {path}"), &e.into());
+    let address = control::address(path)?;
+    // The lock file decides between processes that start at the same time; the kernel drops the lock when
+    // its holder dies, however that happens.
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
+    let lock = rustix::fs::open(format!("{path}.lock"), flags, Mode::RUSR | Mode::WUSR)
+        .map_err(|e| os("create the lock file of", e))?;
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Err(in_use()),
+        Err(e) => return Err(os("lock", e)),
+    }
+    let sock = control::socket()?;
+    match rustix::net::bind(&sock, &address) {
+        Ok(()) => {}
+        Err(Errno::ADDRINUSE) => {
+            match rustix::net::connect(control::socket()?, &address) {
+                Err(Errno::CONNREFUSED) => {}
+                _ => return Err(in_use()),
+            }
+            rustix::fs::unlink(path).map_err(|e| os("remove the stale socket", e))?;
+            rustix::net::bind(&sock, &address).map_err(|e| os("listen on", e))?;
+        }
+        Err(e) => return Err(os("listen on", e)),
+    }
+    rustix::net::listen(&sock, 128).map_err(|e| os("listen on", e))?;
+    Ok((sock, lock))
+}
+
+impl Core {
+    /// Makes the progress thread look around, whatever it is doing.
+    pub(super) fn wake(&self) {
+        self.news.store(true, Ordering::SeqCst);
+        let _full = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+    }
+
+    /// As `wake`, without a system call if the progress thread is running.
+    pub(super) fn wake_if_sleeping(&self) {
+        if self.directory.sleeping().swap(0, Ordering::SeqCst) != 0 {
+            let _full = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+        }
+    }
+
+    fn local(&self) -> Local {
+        Local {
+            provider: Provider::Shm,
+            key: self.config.key.clone(),
+            identity: self.identity.lock().clone(),
+            instance: self.instance,
+        }
+    }
+
+    fn stopped(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    fn next_id(&self) -> ConnId {
+        ConnId(self.next_conn.fetch_add(1, Ordering::SeqCst))
+    }
+
+    /// Makes a new connection known: it learns of all regions, and of all future ones.
+    fn link(&self, conn: &Arc<ShmConn>) {
+        let mut links = self.links.lock();
+        for region in links.regions.iter().flatten() {
+            let len = region.mem.len() as u64;
+            conn.notify(
+                Notice::Region {
+                    key: region.key.0,
+                    len,
+                    access: region.access,
+                },
+                Some(&region.mem),
+            );
+        }
+        links.conns.push(Arc::clone(conn));
+    }
+
+    pub(super) fn unlink(&self, conn: &Arc<ShmConn>) {
+        self.links.lock().conns.retain(|c| !Arc::ptr_eq(c, conn));
+        self.counters.fold(&conn.stats());
+    }
+
+    /// Hands a connection to the progress thread, or undoes it.
+    fn install_if(
+        &self,
+        ready: Result<(), TransportError>,
+        conn: Arc<ShmConn>,
+        superseded: Vec<Arc<ShmConn>>,
+    ) -> Result<(), TransportError> {
+        let mut installs = self.installs.lock();
+        let why = match (ready, installs.as_mut()) {
+            (Ok(()), Some(installs)) => {
+                common::count(&self.counters.connections, 1);
+                installs.push(Install { conn, superseded });
+                self.wake();
+                return Ok(());
+            }
+            (Ok(()), None) => TransportError::Shutdown,
+            (Err(why), _) => why,
+        };
+        drop(installs);
+        conn.fail(why.clone());
+        conn.finish();
+        self.unlink(&conn);
+        Err(why)
+    }
+
+    /// Takes an incoming socket: the handshake runs on a thread of its own.
+    pub(super) fn accept(self: &Arc<Self>, sock: OwnedFd) {
+        let core = Arc::clone(self);
+        let sock = Arc::new(sock);
+        let addr = match rustix::net::sockopt::socket_peercred(&*sock) {
+            Ok(cred) => format!("process {}", cred.pid.as_raw_nonzero()),
+            Err(_) => "a local process".to_owned(),
+        };
+        let kept = Arc::clone(&sock);
+        self.handshakes.start(kept, move || {
+            let timeout = HANDSHAKE.min(core.config.timeout);
+            let pipe = HandshakePipe {
+                sock,
+                addr,
+                deadline: Instant::now() + timeout,
+                timeout,
+            };
+            if let Err(error) = core.welcome(pipe)
+                && !core.stopped()
+            {
+                core.counters.handshake_failed(&error);
+            }
+        });
+    }
+
+    fn welcome(self: &Arc<Self>, mut pipe: HandshakePipe) -> Result<(), TransportError> {
+        let verified = handshake::server(&mut pipe, &self.local(), &|identity| self.handler.admit(identity))?;
+        pipe.send_with(&verified.welcome, &[self.directory.mem().fd(), self.bell.as_fd()])?;
+        let malformed = || TransportError::Protocol {
+            addr: pipe.addr.clone(),
+            detail: "connection set-up without its shared memory".to_owned(),
+        };
+        let packet = pipe.recv_packet()?;
+        let Ok([dir, bell, channel]) = <[OwnedFd; 3]>::try_from(packet.fds) else {
+            return Err(malformed());
+        };
+        if packet.bytes != SETUP {
+            return Err(malformed());
+        }
+        let parts = Parts {
+            channel: Channel::of_peer(channel)?,
+            peer_dir: Directory::of_peer(dir)?,
+            peer_bell: bell,
+            side: Side::Listening,
+            addr: pipe.addr.clone(),
+            sock: Arc::clone(&pipe.sock),
+            peer: verified.peer,
+        };
+        let superseded: Vec<_> = {
+            let links = self.links.lock();
+            let over = |c: &&Arc<ShmConn>| c.incoming && c.peer.superseded_by(&parts.peer);
+            links.conns.iter().filter(over).cloned().collect()
+        };
+        for old in &superseded {
+            // Returns when nothing of the old connection can land any more.
+            old.close();
+        }
+        let conn = ShmConn::new(self.next_id(), self, parts);
+        self.link(&conn);
+        conn.notify(Notice::Ready, None);
+        let ready = conn.await_ready(pipe.deadline);
+        self.install_if(ready, conn, superseded)
+    }
+
+    fn connect(self: &Arc<Self>, path: &str) -> Result<Arc<ShmConn>, TransportError> {
+        let timeout = self.config.timeout;
+        let deadline = Instant::now() + timeout;
+        let unreachable = |reason: String| TransportError::Unreachable {
+            addr: path.to_owned(),
+            reason,
+        };
+        let address = control::address(path)?;
+        let sock = control::socket()?;
+        loop {
+            match rustix::net::connect(&sock, &address) {
+                Ok(()) => break,
+                Err(Errno::INTR) => {}
+                // The backlog is full.
+                Err(Errno::AGAIN) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(e) => return Err(unreachable(e.to_string())),
+            }
+        }
+        let mut pipe = HandshakePipe {
+            sock: Arc::new(sock),
+            addr: path.to_owned(),
+            deadline,
+            timeout,
+        };
+        let serial = self.next_id();
+        let links_to = |instance: u64| -> Vec<u64> {
+            let links = self.links.lock();
+            let ours = links
+                .conns
+                .iter()
+                .filter(|c| !c.incoming && c.alive() && c.peer.instance == instance);
+            ours.map(|c| c.peer.serial).collect()
+        };
+        let (peer, fds) = {
+            let mut taker = FdTaker {
+                pipe: &mut pipe,
+                fds: Vec::new(),
+            };
+            let peer = handshake::client(&mut taker, &self.local(), serial.0, &links_to)?;
+            (peer, taker.fds)
+        };
+        if links_to(peer.instance).len() >= MAX_ALIVE {
+            return Err(TransportError::Invalid(format!(
+                "more than {MAX_ALIVE} connections to {path}"
+            )));
+        }
+        let malformed = |detail: &str| TransportError::Protocol {
+            addr: path.to_owned(),
+            detail: detail.to_owned(),
+        };
+        let Ok([dir, bell]) = <[OwnedFd; 2]>::try_from(fds) else {
+            return Err(malformed("welcome without its shared memory"));
+        };
+        let channel = Channel::create()?;
+        let ours = [self.directory.mem().fd(), self.bell.as_fd(), channel.mem().fd()];
+        pipe.send_with(SETUP, &ours)?;
+        let parts = Parts {
+            peer,
+            addr: path.to_owned(),
+            side: Side::Connecting,
+            channel,
+            peer_dir: Directory::of_peer(dir)?,
+            peer_bell: bell,
+            sock: Arc::clone(&pipe.sock),
+        };
+        let conn = ShmConn::new(serial, self, parts);
+        let ready = conn.await_ready(deadline);
+        self.link(&conn);
+        conn.notify(Notice::Ready, None);
+        self.install_if(ready, Arc::clone(&conn), Vec::new())?;
+        Ok(conn)
+    }
+}
+
+/// Keeps the descriptors that come with handshake messages.
+struct FdTaker<'a> {
+    pipe: &'a mut HandshakePipe,
+    fds: Vec<OwnedFd>,
+}
+
+impl handshake::Pipe for FdTaker<'_> {
+    fn send(&mut self, message: &[u8]) -> Result<(), TransportError> {
+        self.pipe.send_with(message, &[])
+    }
+    fn recv(&mut self) -> Result<Vec<u8>, TransportError> {
+        let packet = self.pipe.recv_packet()?;
+        self.fds = packet.fds;
+        Ok(packet.bytes)
+    }
+    fn addr(&self) -> String {
+        self.pipe.addr.clone()
+    }
+}
+
+impl Fabric for ShmFabric {
+    fn kind(&self) -> FabricKind {
+        FabricKind::Shm
+    }
+
+    fn local_addr(&self) -> String {
+        self.core.config.listen.clone()
+    }
+
+    fn limits(&self) -> Limits {
+        LIMITS
+    }
+
+    fn set_identity(&self, identity: Vec<u8>) {
+        *self.core.identity.lock() = identity;
+    }
+
+    fn register(&self, mem: &Arc<SharedMem>, access: Access) -> Result<RegionKey, TransportError> {
+        if self.core.stopped() {
+            return Err(TransportError::Shutdown);
+        }
+        let mut links = self.core.links.lock();
+        let slot = match links.regions.iter().position(Option::is_none) {
+            Some(slot) => slot,
+            None if links.regions.len() < SLOTS => {
+                links.regions.push(None);
+                links.regions.len() - 1
+            }
+            None => {
+                return Err(TransportError::Os {
+                    what: "register memory".to_owned(),
+                    reason: format!("all {SLOTS} region slots of this endpoint are taken"),
+                });
+            }
+        };
+        let key = common::region_key(slot)?;
+        for conn in &links.conns {
+            conn.notify(
+                Notice::Region {
+                    key: key.0,
+                    len: mem.len() as u64,
+                    access,
+                },
+                Some(mem),
+            );
+        }
+        links.regions[slot] = Some(Region {
+            key,
+            access,
+            mem: Arc::clone(mem),
+        });
+        // Valid only now that every connection has been told.
+        self.core.directory.key(slot).store(key.0, Ordering::SeqCst);
+        Ok(key)
+    }
+
+    fn deregister(&self, key: RegionKey) -> Result<(), TransportError> {
+        let slot = slot_of(key.0);
+        let conns = {
+            let mut links = self.core.links.lock();
+            match links.regions.get_mut(slot) {
+                Some(region) if region.as_ref().is_some_and(|r| r.key == key) => *region = None,
+                _ => {
+                    return Err(TransportError::Invalid(format!(
+                        "region {:#x} is not registered",
+                        key.0
+                    )));
+                }
+            }
+            self.core.directory.key(slot).store(0, Ordering::SeqCst);
+            for conn in &links.conns {
+                conn.notify(Notice::Gone { key: key.0 }, None);
+            }
+            links.conns.clone()
+        };
+        let deadline = Instant::now() + self.core.config.timeout;
+        for conn in conns {
+            if !conn.wait_quiet(Some(slot), deadline) {
+                let millis = u64::try_from(self.core.config.timeout.as_millis()).unwrap_or(u64::MAX);
+                return Err(TransportError::Timeout {
+                    addr: conn.peer_addr(),
+                    millis,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {
+        if self.core.stopped() {
+            return Err(TransportError::Shutdown);
+        }
+        let conn = self.core.connect(addr)?;
+        Ok(conn)
+    }
+
+    fn stats(&self) -> FabricStats {
+        let conns = self.core.links.lock().conns.clone();
+        conns
+            .iter()
+            .fold(self.core.counters.snapshot(), |sum, c| sum.plus(c.stats()))
+    }
+
+    fn shutdown(&self) {
+        if self.core.stopping.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let path = &self.core.config.listen;
+        if let Err(e) = rustix::fs::unlink(path) {
+            tracing::warn!("remove {path}: {e}");
+        }
+        self.core.handshakes.stop();
+        self.core.wake();
+        let thread = self.thread.lock().take();
+        if let Some(thread) = thread
+            && !common::on_progress_thread()
+            && thread.join().is_err()
+        {
+            tracing::error!("the progress thread of {path} panicked");
+        }
+        // The lock file stays: removing it would let two later processes lock different files.
+    }
+}
+
+impl Drop for ShmFabric {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+/// Whether a connection waits at the listener.
+pub(super) fn accept_one(core: &Core) -> Option<OwnedFd> {
+    use rustix::net::SocketFlags;
+    match rustix::net::accept_with(&core.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+        Ok(sock) => Some(sock),
+        Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => None,
+        Err(e) => {
+            // Out of descriptors, most likely; without a pause this would spin.
+            tracing::error!("accept a connection: {e}");
+            let _waited = control::wait(
+                core.bell.as_fd(),
+                PollFlags::IN,
+                Instant::now() + Duration::from_millis(10),
+            );
+            None
+        }
+    }
+}
