@@ -1,0 +1,396 @@
+//! The cluster's configuration file, `cluster.toml`, and its key.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rdma_transport::FabricKind;
+use serde::{Deserialize, Serialize};
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {error}")]
+    Read {
+        /// File.
+        path: PathBuf,
+        /// The system's answer.
+        error: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("{path}: {detail}")]
+    Syntax {
+        /// File.
+        path: PathBuf,
+        /// Where and what.
+        detail: String,
+    },
+    /// The values contradict each other or a limit.
+    #[error("{path}: {detail}")]
+    Value {
+        /// File.
+        path: PathBuf,
+        /// What, and what to do.
+        detail: String,
+    },
+    /// The key file is not protected.
+    #[error("the key file {path} can be read by others (mode {mode:o}): run chmod 600 {path}")]
+    KeyExposed {
+        /// File.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+}
+
+/// Which fabric the nodes talk over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum FabricChoice {
+    /// Shared memory (all nodes on one host).
+    Shm,
+    /// TCP.
+    Tcp,
+}
+
+impl From<FabricChoice> for FabricKind {
+    fn from(choice: FabricChoice) -> Self {
+        match choice {
+            FabricChoice::Shm => Self::Shm,
+            FabricChoice::Tcp => Self::Tcp,
+        }
+    }
+}
+
+/// How a mount lets the kernel cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheMode {
+    /// The best this machine offers.
+    #[default]
+    Auto,
+    /// No kernel data cache.
+    Direct,
+    /// Page cache for reads, every write to the daemon.
+    Writethrough,
+}
+
+/// The whole file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Name of the cluster.
+    pub cluster: String,
+    /// File with the cluster key (at least 16 bytes, mode 0600), relative to this file.
+    pub key_file: PathBuf,
+    /// Fabric.
+    pub fabric: FabricChoice,
+    /// Spin time of a progress thread before it sleeps, microseconds.
+    #[serde(default = "default_spin")]
+    pub spin_us: u64,
+    /// Longest wait for an answer of a peer, milliseconds.
+    #[serde(default = "default_timeout")]
+    pub timeout_ms: u64,
+    /// Lease settings.
+    #[serde(default)]
+    pub lease: LeaseConfig,
+    /// The metadata server.
+    pub meta: MetaConfig,
+    /// The storage nodes.
+    pub storage: Vec<StorageConfig>,
+    /// Defaults of mounts.
+    #[serde(default)]
+    pub mount: MountConfig,
+}
+
+fn default_spin() -> u64 {
+    20
+}
+fn default_timeout() -> u64 {
+    10_000
+}
+
+/// Lease settings (fixed at format time where marked).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LeaseConfig {
+    /// Bytes of a lease record: 64, 128, 256 or 512 (fixed at format; 64 allows 192 mounts).
+    pub record_bytes: u32,
+    /// A granted lease is not given up before this time, microseconds.
+    pub min_hold_us: u64,
+    /// Longest wait for a lease before the caller gets an error, milliseconds.
+    pub wait_ms: u64,
+}
+
+impl Default for LeaseConfig {
+    fn default() -> Self {
+        Self { record_bytes: 64, min_hold_us: 0, wait_ms: 30_000 }
+    }
+}
+
+/// The metadata server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MetaConfig {
+    /// Address it listens on (socket path for shm, host:port for tcp).
+    pub listen: String,
+    /// Directory of its store.
+    pub dir: PathBuf,
+}
+
+/// One storage node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StorageConfig {
+    /// Its number, from 0 without gaps (fixed at format).
+    pub id: u16,
+    /// Address it listens on.
+    pub listen: String,
+    /// Directory of its index and backing file.
+    pub dir: PathBuf,
+    /// Size of its pool, e.g. "1GiB" (fixed at format).
+    pub pool: Size,
+    /// Directory of a memory file system for the registered pool.
+    #[serde(default = "default_memory_dir")]
+    pub memory_dir: PathBuf,
+}
+
+fn default_memory_dir() -> PathBuf {
+    PathBuf::from("/dev/shm")
+}
+
+/// Defaults of mounts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MountConfig {
+    /// Kernel caching.
+    pub cache: CacheMode,
+    /// Size of the user-space buffer cache.
+    pub buffer_cache: Size,
+    /// FUSE event loops.
+    pub loops: usize,
+    /// Longest time data stays only in the mount's memory, milliseconds.
+    pub writeback_ms: u64,
+}
+
+impl Default for MountConfig {
+    fn default() -> Self {
+        Self { cache: CacheMode::Auto, buffer_cache: Size(256 << 20), loops: 2, writeback_ms: 2_000 }
+    }
+}
+
+/// A size in bytes; in the file a number or a string with KiB, MiB, GiB, TiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+impl std::str::FromStr for Size {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.trim();
+        let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (digits, unit) = text.split_at(split);
+        let bad = || format!("'{text}' is not a size: write for example 512MiB or 4GiB");
+        let number: u64 = digits.parse().map_err(|_| bad())?;
+        let shift = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 0,
+            "k" | "kib" => 10,
+            "m" | "mib" => 20,
+            "g" | "gib" => 30,
+            "t" | "tib" => 40,
+            _ => return Err(bad()),
+        };
+        number.checked_mul(1 << shift).map(Self).ok_or_else(bad)
+    }
+}
+
+impl std::fmt::Display for Size {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
+            if self.0 >= 1 << shift && self.0.is_multiple_of(1 << shift) {
+                return write!(f, "{}{unit}", self.0 >> shift);
+            }
+        }
+        write!(f, "{}", self.0)
+    }
+}
+
+impl Serialize for Size {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Either {
+            Number(u64),
+            Text(String),
+        }
+        match Either::deserialize(d)? {
+            Either::Number(n) => Ok(Self(n)),
+            Either::Text(t) => t.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+/// Smallest pool of a storage node, bytes.
+pub const MIN_POOL: u64 = 8 << 20;
+
+impl Config {
+    /// Reads and checks a configuration file; relative paths in it are made absolute to its folder.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with the file and what to do.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let read = |error| ConfigError::Read { path: path.to_owned(), error };
+        let text = fs::read_to_string(path).map_err(read)?;
+        let mut config: Self = toml::from_str(&text)
+            .map_err(|e| ConfigError::Syntax { path: path.to_owned(), detail: e.to_string() })?;
+        let base = path.canonicalize().map_err(read)?.parent().map(Path::to_owned).unwrap_or_default();
+        for p in std::iter::once(&mut config.key_file)
+            .chain(std::iter::once(&mut config.meta.dir))
+            .chain(config.storage.iter_mut().map(|s| &mut s.dir))
+        {
+            *p = base.join(&*p);
+        }
+        config.check().map_err(|detail| ConfigError::Value { path: path.to_owned(), detail })?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.storage.is_empty() {
+            return Err("no storage node: add a [[storage]] section".into());
+        }
+        if self.storage.len() > usize::from(crate::ino::MAX_SHARDS) {
+            return Err(format!("more than {} storage nodes", crate::ino::MAX_SHARDS));
+        }
+        for (i, node) in self.storage.iter().enumerate() {
+            if let Some(other) = self.storage[..i].iter().find(|o| o.id == node.id) {
+                return Err(format!(
+                    "two storage nodes have the id {} ({} and {}): give each its own",
+                    node.id, other.listen, node.listen
+                ));
+            }
+            if usize::from(node.id) >= self.storage.len() {
+                return Err(format!("storage node ids must run from 0 without gaps, {} does not fit", node.id));
+            }
+            if node.pool.0 < MIN_POOL {
+                return Err(format!(
+                    "the pool of storage node {} is too small ({}): it needs at least {}",
+                    node.id,
+                    node.pool,
+                    Size(MIN_POOL)
+                ));
+            }
+        }
+        let mut addresses: Vec<&str> =
+            self.storage.iter().map(|s| s.listen.as_str()).chain([self.meta.listen.as_str()]).collect();
+        addresses.sort_unstable();
+        if let Some(w) = addresses.windows(2).find(|w| w[0] == w[1]) {
+            return Err(format!("two roles listen on {}: give each its own address", w[0]));
+        }
+        if ![64, 128, 256, 512].contains(&self.lease.record_bytes) {
+            return Err(format!("lease.record_bytes must be 64, 128, 256 or 512, not {}", self.lease.record_bytes));
+        }
+        if self.mount.loops == 0 || self.mount.loops > 64 {
+            return Err("mount.loops must be between 1 and 64".into());
+        }
+        Ok(())
+    }
+
+    /// Reads the cluster key and checks that nobody else can.
+    ///
+    /// # Errors
+    /// [`ConfigError::KeyExposed`] and the others.
+    pub fn key(&self) -> Result<Vec<u8>, ConfigError> {
+        let path = &self.key_file;
+        let read = |error| ConfigError::Read { path: path.clone(), error };
+        let meta = fs::metadata(path).map_err(read)?;
+        let mode = meta.permissions().mode() & 0o777;
+        if mode & 0o077 != 0 {
+            return Err(ConfigError::KeyExposed { path: path.clone(), mode });
+        }
+        let me = rustix::process::geteuid().as_raw();
+        if me != 0 && meta.uid() != me {
+            let detail = format!("belongs to uid {}, not to the user running fsd ({me})", meta.uid());
+            return Err(ConfigError::Value { path: path.clone(), detail });
+        }
+        let key = fs::read(path).map_err(read)?;
+        if key.len() < 16 {
+            let detail = format!("the key has {} bytes, at least 16 are needed: run fsd keygen", key.len());
+            return Err(ConfigError::Value { path: path.clone(), detail });
+        }
+        Ok(key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        cluster = "test"
+        key_file = "key"
+        fabric = "shm"
+        [meta]
+        listen = "/tmp/m.sock"
+        dir = "meta"
+        [[storage]]
+        id = 0
+        listen = "/tmp/s0.sock"
+        dir = "s0"
+        pool = "64MiB"
+    "#;
+
+    fn load(text: &str) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cluster.toml");
+        fs::write(&path, text).unwrap();
+        Config::load(&path)
+    }
+
+    #[test]
+    fn a_good_file_loads_and_goes_round() {
+        let config = load(GOOD).unwrap();
+        assert_eq!(config.storage[0].pool, Size(64 << 20));
+        assert!(config.meta.dir.is_absolute());
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(load(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn unknown_keys_are_named() {
+        let error = load(&GOOD.replace("fabric", "fabrik = 1\nfabric")).unwrap_err().to_string();
+        assert!(error.contains("fabrik"), "{error}");
+    }
+
+    #[test]
+    fn one_id_twice_is_refused() {
+        let second = "[[storage]]\nid = 0\nlisten = \"/tmp/s1.sock\"\ndir = \"s1\"\npool = \"64MiB\"\n";
+        let error = load(&format!("{GOOD}\n{second}")).unwrap_err().to_string();
+        assert!(error.contains("two storage nodes have the id 0"), "{error}");
+    }
+
+    #[test]
+    fn a_small_pool_is_refused() {
+        let error = load(&GOOD.replace("64MiB", "1MiB")).unwrap_err().to_string();
+        assert!(error.contains("too small") && error.contains("8MiB"), "{error}");
+    }
+
+    #[test]
+    fn an_exposed_key_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cluster.toml");
+        fs::write(&path, GOOD).unwrap();
+        let key = dir.path().join("key");
+        fs::write(&key, [7u8; 32]).unwrap();
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+        let config = Config::load(&path).unwrap();
+        assert!(matches!(config.key(), Err(ConfigError::KeyExposed { .. })));
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(config.key().unwrap().len(), 32);
+    }
+}

@@ -1,0 +1,15 @@
+//! DistFUSE: a distributed POSIX file system through FUSE, coherent by leases.
+//!
+//! One process plays one or more roles: metadata server ([`meta`]), storage node ([`storage`]), FUSE
+//! client ([`client`]). They talk through `rdma-transport` with the messages of [`wire`]; the leases that
+//! keep the clients' caches coherent are `lockmgr`'s.
+
+pub mod client;
+pub mod cmd;
+pub mod config;
+pub mod ino;
+pub mod meta;
+pub mod rpc;
+pub mod storage;
+pub mod store;
+pub mod wire;

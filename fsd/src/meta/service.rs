@@ -1,0 +1,420 @@
+//! The metadata server's requests, one after the other on the progress thread.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use rdma_transport::Connection;
+
+use super::locks::{Outcome, Ticket};
+use super::names::{self, Change};
+use super::records::{Member, Txn, decode, encode, key};
+use super::server::{Inner, State};
+use super::sessions::Session;
+use super::{Refusal, no};
+use crate::ino;
+use crate::rpc::{Errno, Responder};
+use crate::store::prefix_end;
+use crate::wire::{
+    Attr, Created, DirEntry, Hello, InoRange, JoinReply, LockSpec, MetaReply, MetaRequest, MetaStatus, NodeInfo,
+    StatFs, StorageInfo, Time,
+};
+
+/// Clocks further apart than this are refused: times of files would run backwards between mounts.
+const MAX_CLOCK_DIFFERENCE_NS: u64 = 2_000_000_000;
+/// Bytes of directory entries in one answer.
+const READDIR_BYTES: usize = 64 << 10;
+/// Most inode numbers handed out at once.
+const MAX_RESERVE: u32 = 1024;
+
+type Answer = Result<MetaReply, Refusal>;
+
+impl Inner {
+    pub(super) fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        let request = match crate::wire::decode::<MetaRequest>(body) {
+            Ok(request) => request,
+            Err(error) => {
+                tracing::warn!("{} sent a request that cannot be read: {error}", hello.role);
+                return responder.reply::<MetaReply>(&Err(Errno(libc::EPROTO)));
+            }
+        };
+        match request {
+            MetaRequest::Sync => {
+                if let Err(refused) = self.sync.send(responder) {
+                    refused.0.reply::<MetaReply>(&Err(Errno(libc::ESHUTDOWN)));
+                }
+            }
+            MetaRequest::SetLock { lock, wait } => self.set_lock(&lock, wait, responder),
+            MetaRequest::CancelLock { lock } => {
+                let (cancelled, served) = {
+                    let mut state = self.state.lock();
+                    state.locks.cancel(&lock)
+                };
+                self.answer_locks(cancelled.as_slice(), &Err(Errno(libc::EINTR)));
+                self.answer_locks(&served, &Ok(MetaReply::Done));
+                responder.reply(&Ok(MetaReply::Done));
+            }
+            MetaRequest::ReleaseLocks { ino, owner } => {
+                let served = self.state.lock().locks.release(ino, owner);
+                self.answer_locks(&served, &Ok(MetaReply::Done));
+                responder.reply(&Ok(MetaReply::Done));
+            }
+            other => {
+                let answer = self.answer(responder.conn(), other).map_err(|refusal| refusal.errno());
+                responder.reply(&answer);
+            }
+        }
+    }
+
+    fn answer(&self, conn: &Arc<dyn Connection>, request: MetaRequest) -> Answer {
+        match request {
+            MetaRequest::Join { again, life, listen, name, now, locks } => {
+                self.join(conn, again, Member { incarnation: 0, life, name, listen }, now, &locks)
+            }
+            MetaRequest::Leave { unused } => {
+                let mut state = self.state.lock();
+                let node = state.sessions.by_conn(conn.id()).map_or_else(|| no(libc::ENOTCONN), Ok)?;
+                self.forget(&mut state, node, &unused)?;
+                let served = state.locks.release_node(node);
+                drop(state);
+                self.answer_locks(&served, &Ok(MetaReply::Done));
+                tracing::info!("mount {node} has left");
+                Ok(MetaReply::Done)
+            }
+            MetaRequest::Peer { node } => {
+                let state = self.state.lock();
+                let session = state.sessions.nodes.get(&node).map_or_else(|| no(libc::ENOENT), Ok)?;
+                Ok(MetaReply::Peer { listen: session.member.listen.clone(), state: session.state() })
+            }
+            MetaRequest::ReserveInodes { count } => self.reserve(conn, count.min(MAX_RESERVE)),
+            MetaRequest::Lookup { parent, name } => {
+                let txn = self.txn();
+                match txn.dirent(parent, &name)? {
+                    Some(entry) => {
+                        Ok(MetaReply::Found(Some((entry.cookie, self.attr(&txn, entry.ino)?))))
+                    }
+                    None => {
+                        txn.directory(parent)?;
+                        Ok(MetaReply::Found(None))
+                    }
+                }
+            }
+            MetaRequest::GetAttr { ino } => Ok(MetaReply::Attr(self.attr(&self.txn(), ino)?)),
+            MetaRequest::ReadDir { ino, after } => self.read_dir(ino, &after),
+            MetaRequest::ReadLink { ino } => Ok(MetaReply::Target(self.txn().inode(ino)?.target)),
+            MetaRequest::GetXattrs { ino } => {
+                let pairs = self.txn().scan_stored(&key::xattr(ino, &[]), usize::MAX)?;
+                Ok(MetaReply::Xattrs(pairs.into_iter().map(|(k, v)| (key::rest(&k).to_vec(), v)).collect()))
+            }
+            MetaRequest::Namespace { seq, acknowledged, now, touched, op } => {
+                self.namespace(conn, seq, acknowledged, now, &touched, &op)
+            }
+            MetaRequest::Update { updates } => {
+                let mut txn = self.txn();
+                for update in &updates {
+                    names::update(&mut txn, self.superblock.era, update)?;
+                }
+                txn.commit()?;
+                Ok(MetaReply::Done)
+            }
+            MetaRequest::Reap { ino } => self.reap(ino),
+            MetaRequest::GetLock { lock } => Ok(MetaReply::Lock(self.state.lock().locks.test(&lock))),
+            MetaRequest::StatFs => {
+                let inodes = self.state.lock().inodes;
+                Ok(MetaReply::StatFs(StatFs { inodes, free: ino::MAX_INDEX - inodes }))
+            }
+            MetaRequest::Status => Ok(MetaReply::Status(self.status())),
+            MetaRequest::Cluster => Ok(MetaReply::Cluster {
+                storage: self.storage_infos(),
+                record_bytes: self.superblock.record_bytes,
+            }),
+            MetaRequest::Sync
+            | MetaRequest::SetLock { .. }
+            | MetaRequest::CancelLock { .. }
+            | MetaRequest::ReleaseLocks { .. } => no(libc::EINVAL),
+        }
+    }
+
+    fn txn(&self) -> Txn<'_> {
+        Txn::new(self.store.as_ref())
+    }
+
+    fn attr(&self, txn: &Txn<'_>, ino: u64) -> Result<Attr, Refusal> {
+        let inode = txn.inode(ino)?;
+        Ok(self.current(inode.attr, inode.era))
+    }
+
+    /// Versions of an older era are worth nothing.
+    fn current(&self, mut attr: Attr, era: u32) -> Attr {
+        if era != self.superblock.era {
+            attr.version = 0;
+        }
+        attr
+    }
+
+    fn storage_infos(&self) -> Vec<StorageInfo> {
+        self.config.storage.iter().map(|s| StorageInfo { id: s.id, listen: s.listen.clone() }).collect()
+    }
+
+    fn join(
+        &self,
+        conn: &Arc<dyn Connection>,
+        again: Option<(u16, u8)>,
+        mut member: Member,
+        now: Time,
+        locks: &[LockSpec],
+    ) -> Answer {
+        let difference = Time::now().0.abs_diff(now.0);
+        if difference > MAX_CLOCK_DIFFERENCE_NS {
+            tracing::warn!(
+                "mount {} refused: its clock is {} ms off; synchronise the clocks",
+                member.name,
+                difference / 1_000_000
+            );
+            return no(libc::ETIME);
+        }
+        let layout = lockmgr::RecordLayout::new(self.superblock.record_bytes)
+            .map_err(|_| Refusal::Errno(Errno(libc::EIO)))?;
+        let mut state = self.state.lock();
+        let (node, incarnation) = match again {
+            Some((node, incarnation)) => {
+                let known = state.sessions.nodes.get(&node);
+                if !known.is_some_and(|s| s.member.life == member.life && !s.dead) {
+                    return no(libc::ESTALE);
+                }
+                (node, incarnation)
+            }
+            None => state
+                .sessions
+                .free_number(u16::try_from(layout.max_nodes()).unwrap_or(u16::MAX))
+                .map_or_else(|| no(libc::EUSERS), Ok)?,
+        };
+        member.incarnation = incarnation;
+        let mut txn = self.txn();
+        txn.put(key::member(node), encode(&member));
+        txn.commit()?;
+        tracing::info!("mount {node} ({}) {}", member.name, if again.is_some() { "is back" } else { "has joined" });
+        state.sessions.incarnations.insert(node, incarnation);
+        state.sessions.nodes.insert(node, Session { member, conn: Some(conn.id()), lost: None, dead: false });
+        for lock in locks {
+            state.locks.set(lock, None);
+        }
+        Ok(MetaReply::Joined(JoinReply {
+            node,
+            incarnation,
+            epoch: 0,
+            record_bytes: self.superblock.record_bytes,
+            storage: self.storage_infos(),
+        }))
+    }
+
+    /// A mount is no more: its number, reservations and answers go.
+    pub(super) fn forget(&self, state: &mut State, node: u16, unused: &[u64]) -> Result<(), Refusal> {
+        let Some(session) = state.sessions.nodes.remove(&node) else { return Ok(()) };
+        let mut txn = self.txn();
+        for (k, _) in txn.scan_stored(&key::reserved(node, 0)[..9], usize::MAX)? {
+            let number = key::second(&k);
+            txn.put(key::reusable(ino::shard(number), ino::index(number)), encode(&ino::generation(number).wrapping_add(1)));
+            txn.delete(k);
+        }
+        for (k, _) in txn.scan_stored(&key::answer(node, 0)[..9], usize::MAX)? {
+            txn.delete(k);
+        }
+        txn.put(key::member(node), encode(&Member { life: 0, ..session.member }));
+        txn.commit()?;
+        tracing::debug!("{} reserved inode numbers come back from mount {node}", unused.len());
+        state.answers.remove(&node);
+        Ok(())
+    }
+
+    /// Numbers for new inodes, spread over the storage nodes; used ones first.
+    fn reserve(&self, conn: &Arc<dyn Connection>, count: u32) -> Answer {
+        let mut state = self.state.lock();
+        let node = state.sessions.by_conn(conn.id()).map_or_else(|| no(libc::ENOTCONN), Ok)?;
+        let mut txn = self.txn();
+        let shards = self.superblock.shards;
+        let per_shard = (count as usize).div_ceil(usize::from(shards));
+        let mut inos = Vec::with_capacity(count as usize);
+        for step in 0..shards {
+            let shard = (state.next_shard + step) % shards;
+            let used = txn.scan_stored(&key::reusable(shard, 0)[..9], per_shard)?;
+            for (k, v) in used.iter().take(count as usize - inos.len()) {
+                inos.push(ino::compose(shard, decode(v)?, key::second(k)));
+                txn.delete(k.clone());
+            }
+            let mut next = state.next_index[usize::from(shard)];
+            for _ in used.len()..per_shard {
+                if inos.len() < count as usize && next <= ino::MAX_INDEX {
+                    inos.push(ino::compose(shard, 0, next));
+                    next += 1;
+                }
+            }
+            txn.put(key::next_index(shard), encode(&next));
+            state.next_index[usize::from(shard)] = next;
+        }
+        state.next_shard = (state.next_shard + 1) % shards;
+        if inos.is_empty() {
+            return no(libc::ENOSPC);
+        }
+        for &ino in &inos {
+            txn.put(key::reserved(node, ino), Vec::new());
+        }
+        txn.commit()?;
+        Ok(MetaReply::Inodes(InoRange { inos }))
+    }
+
+    fn read_dir(&self, ino: u64, after: &[u8]) -> Answer {
+        let txn = self.txn();
+        txn.directory(ino)?;
+        let mut from = key::dirent(ino, after);
+        if !after.is_empty() {
+            from.push(0);
+        }
+        let pairs = self.store.scan(&from, &prefix_end(&key::dirent(ino, &[])), 512)?;
+        let full = pairs.len() == 512;
+        let (mut entries, mut bytes) = (Vec::new(), 0);
+        for (k, v) in pairs {
+            let dirent: super::records::Dirent = decode(&v)?;
+            let name = key::rest(&k).to_vec();
+            bytes += name.len() + 120;
+            let attr = self.attr(&txn, dirent.ino)?;
+            entries.push((DirEntry { name, ino: dirent.ino, kind: dirent.kind, cookie: dirent.cookie }, attr));
+            if bytes > READDIR_BYTES {
+                return Ok(MetaReply::Entries(entries, false));
+            }
+        }
+        Ok(MetaReply::Entries(entries, !full))
+    }
+
+    fn namespace(
+        &self,
+        conn: &Arc<dyn Connection>,
+        seq: u64,
+        acknowledged: u64,
+        now: Time,
+        touched: &[crate::wire::Touched],
+        op: &crate::wire::NamespaceOp,
+    ) -> Answer {
+        let mut state = self.state.lock();
+        let node = state.sessions.by_conn(conn.id()).map_or_else(|| no(libc::ENOTCONN), Ok)?;
+        if let Some(bytes) = state.answers.get(&node).and_then(|a| a.get(&seq)) {
+            return decode::<Result<Created, Errno>>(bytes)?.map(MetaReply::Changed).map_err(Refusal::Errno);
+        }
+        let op = &self.adjust(&mut state, op);
+        let result = Change::new(self.txn(), node, now, self.superblock.era, touched).run(op);
+        let (mut txn, created, effects) = result?;
+        let bytes = encode(&Ok::<&Created, Errno>(&created));
+        txn.put(key::answer(node, seq), bytes.clone());
+        let answers = state.answers.entry(node).or_default();
+        let old: Vec<u64> = answers.range(..acknowledged).map(|(&s, _)| s).collect();
+        for s in &old {
+            answers.remove(s);
+            txn.delete(key::answer(node, *s));
+        }
+        answers.insert(seq, bytes);
+        if let Err(error) = txn.commit() {
+            state.answers.entry(node).or_default().remove(&seq);
+            return Err(error.into());
+        }
+        self.settle(&mut state, &effects);
+        Ok(MetaReply::Changed(created))
+    }
+
+    /// A reap that overtook the unlink it belongs to: nobody has the inode open any more.
+    fn adjust(&self, state: &mut State, op: &crate::wire::NamespaceOp) -> crate::wire::NamespaceOp {
+        use crate::wire::NamespaceOp::{Rename, Unlink};
+        let mut op = op.clone();
+        let (victim, keep) = match &mut op {
+            Unlink { ino, keep, .. } => (Some(*ino), keep),
+            Rename { replaced, keep, .. } => (*replaced, keep),
+            _ => return op,
+        };
+        let before = state.early_reaps.len();
+        state.early_reaps.retain(|&ino| Some(ino) != victim);
+        if state.early_reaps.len() != before {
+            *keep = false;
+        }
+        op
+    }
+
+    fn reap(&self, ino: u64) -> Answer {
+        let mut state = self.state.lock();
+        let change = Change::new(self.txn(), 0, Time::now(), self.superblock.era, &[]);
+        match change.reap(ino)? {
+            Some((txn, effects)) => {
+                txn.commit()?;
+                self.settle(&mut state, &effects);
+            }
+            None => {
+                if self.txn().inode(ino).is_ok() && !state.early_reaps.contains(&ino) {
+                    state.early_reaps.push(ino);
+                }
+            }
+        }
+        Ok(MetaReply::Done)
+    }
+
+    fn set_lock(&self, lock: &LockSpec, wait: bool, responder: Responder) {
+        if lock.range.start > lock.range.end {
+            return responder.reply::<MetaReply>(&Err(Errno(libc::EINVAL)));
+        }
+        let mut state = self.state.lock();
+        let ticket = state.next_ticket;
+        state.next_ticket += 1;
+        let (outcome, served) = state.locks.set(lock, wait.then_some(ticket));
+        let answer = match outcome {
+            Outcome::Done => Ok(MetaReply::Done),
+            Outcome::Conflict => Err(Errno(libc::EAGAIN)),
+            Outcome::Deadlock => Err(Errno(libc::EDEADLK)),
+            Outcome::Waiting => {
+                state.lock_waiters.insert(ticket, responder);
+                return;
+            }
+        };
+        drop(state);
+        responder.reply(&answer);
+        self.answer_locks(&served, &Ok(MetaReply::Done));
+    }
+
+    pub(super) fn answer_locks(&self, tickets: &[Ticket], answer: &Result<MetaReply, Errno>) {
+        for ticket in tickets {
+            let waiter = self.state.lock().lock_waiters.remove(ticket);
+            if let Some(responder) = waiter {
+                responder.reply(answer);
+            }
+        }
+    }
+
+    fn status(&self) -> MetaStatus {
+        let state = self.state.lock();
+        let nodes = state
+            .sessions
+            .nodes
+            .iter()
+            .map(|(&node, s)| NodeInfo {
+                node,
+                incarnation: s.member.incarnation,
+                name: s.member.name.clone(),
+                listen: s.member.listen.clone(),
+                state: s.state(),
+                locks: state.locks.count(node),
+            })
+            .collect();
+        MetaStatus {
+            nodes,
+            inodes: state.inodes,
+            orphans: state.orphans,
+            requests: self.requests.load(Ordering::Relaxed),
+            epoch: 0,
+        }
+    }
+
+    pub(super) fn disconnected(&self, conn: &Arc<dyn Connection>, _hello: Option<&Hello>) {
+        let lost = self.state.lock().sessions.lost(conn.id(), Instant::now());
+        if let Some(node) = lost {
+            tracing::warn!("connection to mount {node} lost");
+        }
+        
+    }
+}

@@ -1,0 +1,123 @@
+//! Membership: which mounts there are, and whether they are alive.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use rdma_transport::ConnId;
+
+use super::records::Member;
+use crate::wire::PeerState;
+
+/// A lost mount that does not come back within this time is dead.
+pub const GRACE: Duration = Duration::from_secs(10);
+
+/// A mount as the running server sees it.
+#[derive(Debug, Clone)]
+pub struct Session {
+    /// What is stored of it.
+    pub member: Member,
+    /// Its connection while it is up.
+    pub conn: Option<ConnId>,
+    /// Since when it is lost.
+    pub lost: Option<Instant>,
+    /// It did not come back.
+    pub dead: bool,
+}
+
+impl Session {
+    /// Its state.
+    #[must_use]
+    pub fn state(&self) -> PeerState {
+        match (self.dead, self.conn.is_some()) {
+            (true, _) => PeerState::Dead,
+            (false, true) => PeerState::Up,
+            (false, false) => PeerState::Lost,
+        }
+    }
+}
+
+/// All mounts that have not left.
+#[derive(Debug, Default)]
+pub struct Sessions {
+    /// By node number.
+    pub nodes: BTreeMap<u16, Session>,
+    /// Last incarnation of node numbers that are free.
+    pub incarnations: BTreeMap<u16, u8>,
+}
+
+impl Sessions {
+    /// The lowest free node number below `limit`, and its next incarnation.
+    #[must_use]
+    pub fn free_number(&self, limit: u16) -> Option<(u16, u8)> {
+        let node = (0..limit).find(|n| !self.nodes.contains_key(n))?;
+        let last = self.incarnations.get(&node).copied().unwrap_or(0);
+        Some((node, last.wrapping_add(1).max(1)))
+    }
+
+    /// The node whose connection this is.
+    #[must_use]
+    pub fn by_conn(&self, conn: ConnId) -> Option<u16> {
+        self.nodes.iter().find(|(_, s)| s.conn == Some(conn)).map(|(&n, _)| n)
+    }
+
+    /// A connection has ended; returns the node it belonged to.
+    pub fn lost(&mut self, conn: ConnId, now: Instant) -> Option<u16> {
+        let node = self.by_conn(conn)?;
+        let session = self.nodes.get_mut(&node)?;
+        session.conn = None;
+        session.lost = Some(now);
+        Some(node)
+    }
+
+    /// Declares dead who has been lost for too long; returns those newly dead.
+    pub fn bury(&mut self, now: Instant) -> Vec<u16> {
+        let mut dead = Vec::new();
+        for (&node, session) in &mut self.nodes {
+            if !session.dead && session.lost.is_some_and(|t| now.duration_since(t) >= GRACE) {
+                session.dead = true;
+                dead.push(node);
+            }
+        }
+        dead
+    }
+
+    /// No mount is alive (up, or lost and perhaps coming back), but dead ones hold leases.
+    #[must_use]
+    pub fn only_dead(&self) -> bool {
+        !self.nodes.is_empty() && self.nodes.values().all(|s| s.dead)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session(conn: Option<u64>) -> Session {
+        let member = Member { incarnation: 1, life: 1, name: String::new(), listen: String::new() };
+        Session { member, conn: conn.map(ConnId), lost: None, dead: false }
+    }
+
+    #[test]
+    fn a_lost_mount_dies_only_after_its_grace() {
+        let mut s = Sessions::default();
+        s.nodes.insert(0, session(Some(5)));
+        let t = Instant::now();
+        assert_eq!(s.lost(ConnId(5), t), Some(0));
+        assert!(s.bury(t + GRACE / 2).is_empty());
+        assert!(!s.only_dead());
+        assert_eq!(s.bury(t + GRACE), vec![0]);
+        assert!(s.only_dead());
+        assert!(s.bury(t + GRACE * 2).is_empty());
+    }
+
+    #[test]
+    fn numbers_come_back_with_the_next_incarnation() {
+        let mut s = Sessions::default();
+        assert_eq!(s.free_number(2), Some((0, 1)));
+        s.nodes.insert(0, session(None));
+        s.incarnations.insert(1, 255);
+        assert_eq!(s.free_number(2), Some((1, 1)));
+        s.nodes.insert(1, session(None));
+        assert_eq!(s.free_number(2), None);
+    }
+}

@@ -1,0 +1,161 @@
+//! The lease table in registered memory, in segments made on demand.
+//!
+//! After a segment is registered its words are touched through the fabric only, by this node as well
+//! (atomics of a network card are not atomic with those of a processor).
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rdma_transport::{Access, Connection, Fabric, Op, RegionKey, RemoteAddr, mem::SharedMem};
+
+use super::StorageError;
+
+/// Records in a segment (4 MiB at 64 bytes a record; memory is used only where touched).
+pub const SEGMENT_RECORDS: u32 = 1 << 16;
+
+/// The lease table of one storage node.
+pub struct LeaseTable {
+    prefix: PathBuf,
+    record_bytes: u32,
+    segments: Mutex<Vec<Option<(Arc<SharedMem>, RegionKey)>>>,
+}
+
+/// How many records are held, for `fsd status`.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// Records with an exclusive owner.
+    pub exclusive: u64,
+    /// Records with shared holders.
+    pub shared: u64,
+}
+
+impl LeaseTable {
+    /// A table whose segments are files `PREFIX.N` (they outlive the process, as leases must).
+    #[must_use]
+    pub fn new(prefix: PathBuf, record_bytes: u32) -> Self {
+        Self { prefix, record_bytes, segments: Mutex::default() }
+    }
+
+    fn file(&self, segment: u32) -> PathBuf {
+        let mut name = self.prefix.clone().into_os_string();
+        name.push(format!(".{segment}"));
+        PathBuf::from(name)
+    }
+
+    fn segment_bytes(&self) -> u64 {
+        u64::from(SEGMENT_RECORDS) * u64::from(self.record_bytes)
+    }
+
+    /// Registers the segments an earlier life of this node left.
+    ///
+    /// # Errors
+    /// Mapping or registering failed.
+    pub fn adopt(&self, fabric: &dyn Fabric) -> Result<u32, StorageError> {
+        let mut found = 0;
+        while self.file(found).exists() {
+            self.key(fabric, found)?;
+            found += 1;
+        }
+        Ok(found)
+    }
+
+    /// The region key of a segment; makes the segment if need be (and those before it, so that
+    /// `adopt` finds all).
+    ///
+    /// # Errors
+    /// Mapping or registering failed (memory full).
+    pub fn key(&self, fabric: &dyn Fabric, segment: u32) -> Result<RegionKey, StorageError> {
+        let mut segments = self.segments.lock();
+        let wanted = segment as usize;
+        while segments.len() <= wanted {
+            let path = self.file(segments.len() as u32);
+            let mem = Arc::new(SharedMem::open_file(&path, self.segment_bytes() as usize, false)?);
+            let key = fabric.register(&mem, Access::ALL)?;
+            segments.push(Some((mem, key)));
+        }
+        segments[wanted].as_ref().map(|(_, key)| *key).ok_or_else(|| StorageError::Io {
+            what: "lease segment",
+            path: self.file(segment),
+            error: std::io::Error::other("not registered"),
+        })
+    }
+
+    fn for_each(
+        &self,
+        conn: &dyn Connection,
+        mut visit: impl FnMut(RemoteAddr, &[u64]) -> Result<(), StorageError>,
+    ) -> Result<(), StorageError> {
+        let keys: Vec<RegionKey> = self.segments.lock().iter().flatten().map(|(_, key)| *key).collect();
+        let words = self.record_bytes as usize / 8;
+        let zero = vec![0u8; 64 << 10];
+        let mut chunk = vec![0u8; 64 << 10];
+        for key in keys {
+            let mut offset = 0;
+            while offset < self.segment_bytes() {
+                let base = RemoteAddr { key, offset };
+                conn.execute(&mut [Op::Read { at: base, into: &mut chunk }])?;
+                if chunk != zero {
+                    for (i, bytes) in chunk.chunks_exact(words * 8).enumerate() {
+                        let record: Vec<u64> = bytes
+                            .chunks_exact(8)
+                            .map(|w| u64::from_ne_bytes(w.try_into().unwrap_or_default()))
+                            .collect();
+                        if record.iter().any(|&w| w != 0) {
+                            visit(base.plus((i * words * 8) as u64), &record)?;
+                        }
+                    }
+                }
+                offset += chunk.len() as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts the records held.
+    ///
+    /// # Errors
+    /// The fabric failed.
+    pub fn held(&self, conn: &dyn Connection) -> Result<Held, StorageError> {
+        let mut held = Held::default();
+        self.for_each(conn, |_, record| {
+            let half = 2 + (record.len() - 2) / 2;
+            if lockmgr::OwnerWord::decode(record[0]).writer.is_some() {
+                held.exclusive += 1;
+            }
+            if record[2..half].iter().any(|&w| w != 0) {
+                held.shared += 1;
+            }
+            Ok(())
+        })?;
+        Ok(held)
+    }
+
+    /// Clears every record: no owner, no holder, nothing open; versions move on, so that no cache of an
+    /// earlier life can be taken for valid. Only for a cluster without a living mount.
+    ///
+    /// # Errors
+    /// The fabric failed.
+    pub fn reset(&self, conn: &dyn Connection) -> Result<u64, StorageError> {
+        let mut cleared = 0;
+        self.for_each(conn, |at, record| {
+            let old = lockmgr::OwnerWord::decode(record[0]);
+            let new = lockmgr::OwnerWord { incarnation: 0, writer: None, version: old.version + 1 };
+            let mut bytes = Vec::with_capacity(record.len() * 8);
+            bytes.extend_from_slice(&new.encode().to_ne_bytes());
+            bytes.resize(record.len() * 8, 0);
+            conn.execute(&mut [Op::Write { at, from: &bytes }])?;
+            cleared += 1;
+            Ok(())
+        })?;
+        Ok(cleared)
+    }
+
+    /// Removes the segment files (the node leaves for good).
+    pub fn remove_files(&self) {
+        for segment in 0..self.segments.lock().len() {
+            // A file that is gone already is as good.
+            let _ = std::fs::remove_file(self.file(segment as u32));
+        }
+    }
+}

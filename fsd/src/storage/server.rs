@@ -1,0 +1,489 @@
+//! The storage node's daemon: requests, background flushing, cleaning of freed frames.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use parking_lot::Mutex;
+use rdma_transport::{Access, ConnId, Connection, Fabric, FabricConfig, RegionKey};
+
+use super::alloc::{Allocator, CLASSES, class_for};
+use super::index::{Entry, Index};
+use super::leases::{LeaseTable, SEGMENT_RECORDS};
+use super::pool::Pool;
+use super::{BLOCK, StorageError};
+use crate::config::Config;
+use super::flush::errno;
+use crate::rpc::{Calls, Errno, Responder, Router, Service};
+use crate::store::{FjallStore, Store};
+use crate::wire::{Attached, BlockWant, Frame, Hello, Role, StorageReply, StorageRequest};
+
+/// Name of the file in a storage node's directory that says what it belongs to.
+pub const LABEL: &str = "storage.label";
+
+pub(super) struct Space {
+    pub(super) alloc: Allocator,
+    pub(super) index: Index,
+    /// Reservations by connection, returned when it ends.
+    reserved: HashMap<ConnId, u64>,
+    /// Value of each slab's dirty counter when all of the slab was last stored.
+    pub(super) stored: HashMap<u64, u64>,
+}
+
+impl Space {
+    /// Uses up to `bytes` of a connection's reservation; returns how much it was.
+    fn use_reservation(&mut self, conn: ConnId, bytes: u64) -> u64 {
+        let have = self.reserved.entry(conn).or_default();
+        let used = bytes.min(*have);
+        *have -= used;
+        self.alloc.unreserve(used);
+        used
+    }
+
+    fn give_back(&mut self, frame: Frame) {
+        if let Some(class) = class_for(frame.size) {
+            self.alloc.free(frame.offset, class);
+        }
+    }
+}
+
+enum Work {
+    Flush(Vec<u64>, Responder),
+    Reset(Responder),
+    Status(Responder),
+}
+
+pub(super) struct Inner {
+    pub(super) id: u16,
+    pub(super) pool: Pool,
+    pub(super) leases: LeaseTable,
+    pub(super) space: Mutex<Space>,
+    pub(super) store: Arc<dyn Store>,
+    pool_key: RegionKey,
+    dirty_key: RegionKey,
+    fabric: Mutex<Option<Arc<dyn Fabric>>>,
+    pub(super) own: Mutex<Option<Arc<dyn Connection>>>,
+    work: Sender<Work>,
+    clean: Sender<Frame>,
+    cleaning: AtomicU64,
+    pub(super) requests: AtomicU64,
+    pub(super) connections: AtomicU64,
+    lives: Mutex<HashSet<u64>>,
+    pub(super) stopping: AtomicBool,
+}
+
+/// A running storage node.
+pub struct StorageNode {
+    inner: Arc<Inner>,
+    fabric: Arc<dyn Fabric>,
+    threads: Vec<JoinHandle<()>>,
+    stop: Sender<()>,
+}
+
+/// The role's service before the regions are registered (the fabric must exist first).
+struct Front {
+    inner: std::sync::OnceLock<Arc<Inner>>,
+}
+
+impl Service for Front {
+    fn admit(&self, hello: &Hello) -> Result<(), String> {
+        match hello.role {
+            Role::Storage(_) | Role::Client(_) | Role::Tool | Role::Meta if self.inner.get().is_none() => {
+                Err("the storage node is still starting".into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn connected(&self, hello: &Hello, _conn: &Arc<dyn Connection>) {
+        if let Some(inner) = self.inner.get() {
+            inner.connections.fetch_add(1, Ordering::Relaxed);
+            inner.lives.lock().insert(hello.life);
+        }
+    }
+
+    fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
+        match self.inner.get() {
+            Some(inner) => inner.request(hello, body, responder),
+            None => responder.reply::<StorageReply>(&Err(Errno(libc::EAGAIN))),
+        }
+    }
+
+    fn disconnected(&self, conn: &Arc<dyn Connection>, hello: Option<&Hello>) {
+        if let Some(inner) = self.inner.get() {
+            let mut space = inner.space.lock();
+            if let Some(bytes) = space.reserved.remove(&conn.id()) {
+                space.alloc.unreserve(bytes);
+            }
+            drop(space);
+            if let Some(hello) = hello {
+                inner.lives.lock().remove(&hello.life);
+                inner.connections.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+impl StorageNode {
+    /// Starts storage node `id` of the configuration.
+    ///
+    /// # Errors
+    /// Not formatted, not enough memory, address taken…
+    pub fn start(config: &Config, id: u16, key: Vec<u8>) -> Result<Self, StorageError> {
+        let section = config.storage.iter().find(|s| s.id == id).ok_or_else(|| StorageError::Format {
+            path: config.key_file.clone(),
+            detail: format!("the configuration has no storage node {id}"),
+        })?;
+        let label = read_label(&section.dir, &config.cluster, id)?;
+        let store: Arc<dyn Store> = Arc::new(FjallStore::open(&section.dir.join("index"))?);
+        let memory = section.memory_dir.join(format!("distfuse-{label}-{id}.pool"));
+        let bytes = section.pool.0 / BLOCK * BLOCK;
+        let pool = Pool::open(&memory, &section.dir.join("pool.data"), bytes)?;
+        let mut alloc = Allocator::new(bytes);
+        let inherited = pool.inherited;
+        let index = Index::load(Arc::clone(&store), |ino, block, entry| {
+            let whole = inherited || entry.stored;
+            let class = class_for(entry.frame.size);
+            let good = whole && class.is_some_and(|c| alloc.occupy(entry.frame.offset, c));
+            if whole && !good {
+                tracing::error!("block {block} of inode {ino:#x} has an impossible frame and is dropped");
+            }
+            good
+        })?;
+        if !inherited {
+            for (_, _, entry) in index.all() {
+                pool.load(entry.frame)?;
+            }
+        }
+
+        let front = Arc::new(Front { inner: std::sync::OnceLock::new() });
+        let calls = Arc::new(Calls::default());
+        let life = rand::random();
+        let hello = Hello { protocol: crate::wire::PROTOCOL, cluster: config.cluster.clone(), role: Role::Storage(id), life };
+        let fabric = rdma_transport::open(
+            config.fabric.into(),
+            FabricConfig {
+                listen: section.listen.clone(),
+                key,
+                identity: hello.encode(),
+                spin: Duration::from_micros(config.spin_us),
+                timeout: Duration::from_millis(config.timeout_ms),
+            },
+            Router::new(&config.cluster, calls, Arc::clone(&front) as Arc<dyn Service>),
+        )?;
+        let leases = LeaseTable::new(
+            section.memory_dir.join(format!("distfuse-{label}-{id}.leases")),
+            config.lease.record_bytes,
+        );
+        leases.adopt(fabric.as_ref())?;
+        let pool_key = fabric.register(&pool.mem, Access::ALL)?;
+        let dirty_key = fabric.register(&pool.dirty, Access::ALL)?;
+        let (work, work_in) = unbounded();
+        let (clean, clean_in) = unbounded();
+        let (stop, stop_in) = unbounded();
+        if !inherited {
+            // Frames that were not stored may have left bytes of an earlier life in the backing file; new
+            // memory is zero, so nothing has to be cleaned.
+            tracing::info!("storage node {id}: contents loaded from the backing file");
+        } else {
+            clean_unused(&pool, &index);
+        }
+        let inner = Arc::new(Inner {
+            id,
+            pool,
+            leases,
+            space: Mutex::new(Space { alloc, index, reserved: HashMap::new(), stored: HashMap::new() }),
+            store,
+            pool_key,
+            dirty_key,
+            fabric: Mutex::new(Some(Arc::clone(&fabric))),
+            own: Mutex::new(None),
+            work,
+            clean,
+            cleaning: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
+            connections: AtomicU64::new(0),
+            lives: Mutex::default(),
+            stopping: AtomicBool::new(false),
+        });
+        // The node reaches its own lock words through the fabric, like everybody.
+        let set = front.inner.set(Arc::clone(&inner));
+        debug_assert!(set.is_ok());
+        *inner.own.lock() = Some(fabric.connect(&fabric.local_addr())?);
+        let threads = vec![
+            spawn("storage-work", { let i = Arc::clone(&inner); move || i.work_loop(&work_in) })?,
+            spawn("storage-clean", { let i = Arc::clone(&inner); move || i.clean_loop(&clean_in) })?,
+            spawn("storage-flush", { let i = Arc::clone(&inner); move || i.flush_loop(&stop_in) })?,
+        ];
+        Ok(Self { inner, fabric, threads, stop })
+    }
+
+    /// The address it listens on.
+    #[must_use]
+    pub fn addr(&self) -> String {
+        self.fabric.local_addr()
+    }
+
+    /// Stores everything and stops. With `forget`, the memory is released as well: the next start reads
+    /// the backing file.
+    ///
+    /// # Errors
+    /// Storing failed; the memory is then kept, so that nothing is lost.
+    pub fn stop(mut self, forget: bool) -> Result<(), StorageError> {
+        self.inner.stopping.store(true, Ordering::Release);
+        let _ = self.stop.send(());
+        let mut result = self.inner.flush_all();
+        self.fabric.shutdown();
+        self.inner.own.lock().take();
+        self.inner.fabric.lock().take();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        result = result.and_then(|()| self.inner.flush_all());
+        if forget && result.is_ok() {
+            self.inner.pool.remove_memory();
+            self.inner.leases.remove_files();
+        }
+        result
+    }
+}
+
+/// After the death of the process, frames it had freed but not yet cleaned may hold old bytes.
+fn clean_unused(pool: &Pool, index: &Index) {
+    let mut used: Vec<(u64, u64)> =
+        index.all().map(|(_, _, e)| (e.frame.offset, e.frame.offset + u64::from(e.frame.size))).collect();
+    used.sort_unstable();
+    let mut from = 0;
+    for (start, end) in used.into_iter().chain([(pool.mem.len() as u64, pool.mem.len() as u64)]) {
+        if start > from && let Err(error) = pool.mem.zero(from as usize, (start - from) as usize) {
+            tracing::error!("cannot clean the pool: {error}");
+        }
+        from = from.max(end);
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StorageError> {
+    std::thread::Builder::new().name(name.into()).spawn(body).map_err(|error| StorageError::Io {
+        what: "cannot start a thread in",
+        path: name.into(),
+        error,
+    })
+}
+
+/// Reads a storage directory's label and checks that it belongs to this cluster and node.
+///
+/// # Errors
+/// [`StorageError::Format`].
+pub fn read_label(dir: &Path, cluster: &str, id: u16) -> Result<String, StorageError> {
+    let format = |detail: String| StorageError::Format { path: dir.to_owned(), detail };
+    let text = std::fs::read_to_string(dir.join(LABEL))
+        .map_err(|_| format("is not a formatted storage directory: run fsd format first".into()))?;
+    let mut lines = text.lines();
+    let (name, node, uuid) = (lines.next(), lines.next(), lines.next());
+    if name != Some(cluster) || node.and_then(|n| n.parse::<u16>().ok()) != Some(id) {
+        return Err(format(format!(
+            "belongs to storage node {} of cluster '{}', not to node {id} of '{cluster}'",
+            node.unwrap_or("?"),
+            name.unwrap_or("?")
+        )));
+    }
+    uuid.map(str::to_owned).ok_or_else(|| format("has a damaged label".into()))
+}
+
+/// Makes a storage directory.
+///
+/// # Errors
+/// It is formatted already, or the disk refuses.
+pub fn format(dir: &Path, cluster: &str, id: u16, uuid: &str) -> Result<(), StorageError> {
+    let io = |error| StorageError::Io { what: "cannot format", path: dir.to_owned(), error };
+    if dir.join(LABEL).exists() {
+        let detail = "is formatted already: remove it first if its contents are not wanted".into();
+        return Err(StorageError::Format { path: dir.to_owned(), detail });
+    }
+    std::fs::create_dir_all(dir).map_err(io)?;
+    std::fs::write(dir.join(LABEL), format!("{cluster}\n{id}\n{uuid}\n")).map_err(io)
+}
+
+impl Inner {
+    fn request(self: &Arc<Self>, hello: &Hello, body: &[u8], responder: Responder) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        let request = match crate::wire::decode::<StorageRequest>(body) {
+            Ok(request) => request,
+            Err(error) => {
+                tracing::warn!("{} sent a request that cannot be read: {error}", hello.role);
+                return responder.reply::<StorageReply>(&Err(Errno(libc::EPROTO)));
+            }
+        };
+        match request {
+            // These wait for the disk or go through the whole table: not on the progress thread.
+            StorageRequest::Flush { inos } => self.hand_off(Work::Flush(inos, responder)),
+            StorageRequest::Status => self.hand_off(Work::Status(responder)),
+            StorageRequest::ResetLeases if hello.role == Role::Meta => self.hand_off(Work::Reset(responder)),
+            StorageRequest::ResetLeases => responder.reply::<StorageReply>(&Err(Errno(libc::EPERM))),
+            quick => {
+                let answer = self.quick(responder.conn().id(), quick);
+                responder.reply(&answer);
+            }
+        }
+    }
+
+    fn hand_off(&self, work: Work) {
+        if let Err(refused) = self.work.send(work) {
+            let (Work::Flush(_, r) | Work::Reset(r) | Work::Status(r)) = refused.0;
+            r.reply::<StorageReply>(&Err(Errno(libc::ESHUTDOWN)));
+        }
+    }
+
+    fn quick(&self, conn: ConnId, request: StorageRequest) -> Result<StorageReply, Errno> {
+        match request {
+            StorageRequest::Attach => Ok(StorageReply::Attached(Attached {
+                pool_key: self.pool_key.0,
+                pool_len: self.pool.mem.len() as u64,
+                dirty_key: self.dirty_key.0,
+                segment_records: SEGMENT_RECORDS,
+            })),
+            StorageRequest::LeaseSegment { segment } => {
+                let fabric = self.fabric.lock().clone().ok_or(Errno(libc::ESHUTDOWN))?;
+                if u64::from(segment) * u64::from(SEGMENT_RECORDS) > crate::ino::MAX_INDEX {
+                    return Err(Errno(libc::EINVAL));
+                }
+                let key = self.leases.key(fabric.as_ref(), segment).map_err(|e| errno(&e))?;
+                Ok(StorageReply::Segment(key.0))
+            }
+            StorageRequest::Reserve { bytes } => {
+                let mut space = self.space.lock();
+                let granted = space.alloc.reserve(bytes);
+                *space.reserved.entry(conn).or_default() += granted;
+                Ok(StorageReply::Reserved(granted))
+            }
+            StorageRequest::Unreserve { bytes } => {
+                self.space.lock().use_reservation(conn, bytes);
+                Ok(StorageReply::Done)
+            }
+            StorageRequest::Allocate { wants, reserved } => self.allocate(conn, &wants, reserved),
+            StorageRequest::Lookup { ino, first, count } => {
+                Ok(StorageReply::Blocks(self.space.lock().index.lookup(ino, first, count.min(4096) as usize)))
+            }
+            StorageRequest::Free { ino, first, last } => {
+                let frames = self.space.lock().index.remove(ino, first, last).map_err(|e| errno(&e.into()))?;
+                let bytes = frames.iter().map(|f| u64::from(f.size)).sum();
+                for frame in frames {
+                    self.release(frame);
+                }
+                Ok(StorageReply::Freed(bytes))
+            }
+            StorageRequest::Flush { .. } | StorageRequest::ResetLeases | StorageRequest::Status => {
+                Err(Errno(libc::EINVAL))
+            }
+        }
+    }
+
+    /// Hands a frame to the cleaner, which zeroes it before it can be used again.
+    fn release(&self, frame: Frame) {
+        self.cleaning.fetch_add(1, Ordering::AcqRel);
+        if self.clean.send(frame).is_err() {
+            self.cleaning.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    fn allocate(&self, conn: ConnId, wants: &[BlockWant], reserved: u64) -> Result<StorageReply, Errno> {
+        let mut space = self.space.lock();
+        let reserved = space.use_reservation(conn, reserved);
+        let mut frames = Vec::with_capacity(wants.len());
+        let mut fresh: Vec<(u64, u64, Entry)> = Vec::new();
+        let mut replaced: Vec<(Frame, Frame)> = Vec::new();
+        for want in wants {
+            let old = space.index.get(want.ino, want.block).map(|e| e.frame);
+            if let Some(frame) = old.filter(|f| f.size >= want.size) {
+                frames.push(frame);
+                continue;
+            }
+            let taken = class_for(want.size).and_then(|class| {
+                space.alloc.allocate(class).map(|offset| Frame { offset, size: CLASSES[class] })
+            });
+            let Some(frame) = taken else {
+                for (_, _, entry) in &fresh {
+                    space.give_back(entry.frame);
+                }
+                // What was reserved stays so.
+                let kept = space.alloc.reserve(reserved);
+                *space.reserved.entry(conn).or_default() += kept;
+                return Err(Errno(libc::ENOSPC));
+            };
+            if let Some(old) = old {
+                replaced.push((old, frame));
+            }
+            fresh.push((want.ino, want.block, Entry { frame, stored: false }));
+            frames.push(frame);
+        }
+        if !fresh.is_empty() {
+            for (old, new) in &replaced {
+                let moved = self.pool.mem.copy_within(old.offset as usize, new.offset as usize, old.size as usize);
+                moved.map_err(|e| errno(&e.into()))?;
+            }
+            if let Err(error) = space.index.set(&fresh) {
+                for (_, _, entry) in &fresh {
+                    space.give_back(entry.frame);
+                }
+                return Err(errno(&error.into()));
+            }
+        }
+        drop(space);
+        for (old, _) in replaced {
+            self.release(old);
+        }
+        Ok(StorageReply::Allocated(frames))
+    }
+
+    fn clean_loop(&self, frames: &Receiver<Frame>) {
+        while !self.stopping.load(Ordering::Acquire) {
+            let frame = match frames.recv_timeout(Duration::from_secs(1)) {
+                Ok(frame) => frame,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            if let Err(error) = self.pool.mem.zero(frame.offset as usize, frame.size as usize) {
+                tracing::error!("a freed frame cannot be cleaned and is not used again: {error}");
+            } else {
+                self.space.lock().give_back(frame);
+            }
+            self.cleaning.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    fn work_loop(&self, work: &Receiver<Work>) {
+        while !self.stopping.load(Ordering::Acquire) {
+            let first = match work.recv_timeout(Duration::from_secs(1)) {
+                Ok(first) => first,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            // One pass and one sync for all flushes that have come meanwhile (group commit).
+            let (mut inos, mut flushes) = (Vec::new(), Vec::new());
+            for work in std::iter::once(first).chain(work.try_iter()) {
+                match work {
+                    Work::Flush(more, responder) => {
+                        inos.extend(more);
+                        flushes.push(responder);
+                    }
+                    Work::Reset(responder) => {
+                        responder.reply(&self.reset_leases().map_err(|e| errno(&e)));
+                    }
+                    Work::Status(responder) => {
+                        responder.reply(&self.status().map(StorageReply::Status).map_err(|e| errno(&e)));
+                    }
+                }
+            }
+            if !flushes.is_empty() {
+                let result = self.flush(&inos).map(|()| StorageReply::Done).map_err(|e| errno(&e));
+                for responder in flushes {
+                    responder.reply(&result);
+                }
+            }
+        }
+    }
+}

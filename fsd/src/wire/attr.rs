@@ -1,0 +1,170 @@
+//! Inode attributes as they travel between nodes and with lease grants.
+
+use serde::{Deserialize, Serialize};
+
+/// Nanoseconds since the epoch, negative before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+pub struct Time(pub i64);
+
+impl Time {
+    /// The node's clock, now.
+    #[must_use]
+    pub fn now() -> Self {
+        Self::from_system(std::time::SystemTime::now())
+    }
+
+    /// From the standard library's type; saturates at the ends (years 1677 and 2262).
+    #[must_use]
+    pub fn from_system(time: std::time::SystemTime) -> Self {
+        match time.duration_since(std::time::UNIX_EPOCH) {
+            Ok(d) => Self(i64::try_from(d.as_nanos()).unwrap_or(i64::MAX)),
+            Err(e) => Self(i64::try_from(e.duration().as_nanos()).map_or(i64::MIN, |n| -n)),
+        }
+    }
+
+    /// To the standard library's type.
+    #[must_use]
+    pub fn to_system(self) -> std::time::SystemTime {
+        let distance = std::time::Duration::from_nanos(self.0.unsigned_abs());
+        if self.0 >= 0 { std::time::UNIX_EPOCH + distance } else { std::time::UNIX_EPOCH - distance }
+    }
+}
+
+/// Type of an inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Kind {
+    /// Regular file.
+    File,
+    /// Directory.
+    Directory,
+    /// Symbolic link.
+    Symlink,
+    /// Named pipe.
+    Fifo,
+    /// Unix socket.
+    Socket,
+    /// Character device.
+    Char,
+    /// Block device.
+    Block,
+}
+
+impl Kind {
+    /// From the type bits of a mode.
+    #[must_use]
+    pub fn from_mode(mode: u32) -> Option<Self> {
+        Some(match mode & libc::S_IFMT {
+            libc::S_IFREG | 0 => Self::File,
+            libc::S_IFDIR => Self::Directory,
+            libc::S_IFLNK => Self::Symlink,
+            libc::S_IFIFO => Self::Fifo,
+            libc::S_IFSOCK => Self::Socket,
+            libc::S_IFCHR => Self::Char,
+            libc::S_IFBLK => Self::Block,
+            _ => return None,
+        })
+    }
+}
+
+/// Everything `stat` tells of an inode, and the version of its lease record it belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attr {
+    /// Inode number.
+    pub ino: u64,
+    /// Version of the lease record that these attributes belong to (40 bits).
+    pub version: u64,
+    /// Type.
+    pub kind: Kind,
+    /// Permission bits, 12 of them.
+    pub mode: u16,
+    /// Hard links.
+    pub nlink: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Device number of special files.
+    pub rdev: u32,
+    /// Size, bytes.
+    pub size: u64,
+    /// Allocated storage, 512-byte units.
+    pub blocks: u64,
+    /// Last access.
+    pub atime: Time,
+    /// Last modification of the data.
+    pub mtime: Time,
+    /// Last change of the inode.
+    pub ctime: Time,
+    /// Creation.
+    pub btime: Time,
+    /// The inode has extended attributes.
+    pub has_xattr: bool,
+}
+
+impl Attr {
+    /// Encodes for the payload of a lease grant.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        postcard::to_stdvec(self).unwrap_or_default()
+    }
+
+    /// Decodes a lease grant's payload.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        postcard::from_bytes(bytes).ok()
+    }
+}
+
+/// What the holder of an exclusive lease has changed in an inode's attributes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttrUpdate {
+    /// Inode.
+    pub ino: u64,
+    /// Version the attributes will have when the lease is given up; older updates are ignored.
+    pub version: u64,
+    /// Permission bits.
+    pub mode: u16,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Size, bytes.
+    pub size: u64,
+    /// Allocated storage, 512-byte units.
+    pub blocks: u64,
+    /// Last access.
+    pub atime: Time,
+    /// Last modification.
+    pub mtime: Time,
+    /// Last change.
+    pub ctime: Time,
+}
+
+impl From<&Attr> for AttrUpdate {
+    fn from(a: &Attr) -> Self {
+        Self {
+            ino: a.ino,
+            version: a.version,
+            mode: a.mode,
+            uid: a.uid,
+            gid: a.gid,
+            size: a.size,
+            blocks: a.blocks,
+            atime: a.atime,
+            mtime: a.mtime,
+            ctime: a.ctime,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    proptest::proptest! {
+        #[test]
+        fn times_keep_their_nanoseconds(n in i64::MIN / 2..i64::MAX / 2) {
+            proptest::prop_assert_eq!(Time::from_system(Time(n).to_system()), Time(n));
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! Requests to a storage node and its answers.
+
+use serde::{Deserialize, Serialize};
+
+/// A place in a storage node's pool: where a block of a file lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Frame {
+    /// Offset in the pool, bytes.
+    pub offset: u64,
+    /// Size class, bytes: 4 KiB, 16 KiB, 64 KiB or 256 KiB.
+    pub size: u32,
+}
+
+/// A block whose frame is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockWant {
+    /// Inode.
+    pub ino: u64,
+    /// Block number in the file.
+    pub block: u64,
+    /// Least size of the frame, bytes; a smaller frame there is replaced by a larger one with its contents.
+    pub size: u32,
+}
+
+/// A block and its frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockFrame {
+    /// Block number in the file.
+    pub block: u64,
+    /// Where it is.
+    pub frame: Frame,
+}
+
+/// Everything a storage node is asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StorageRequest {
+    /// First request on a connection: the keys of the registered regions.
+    Attach,
+    /// Key of a segment of the lease table (made if it does not exist yet).
+    LeaseSegment {
+        /// Number of the segment.
+        segment: u32,
+    },
+    /// Sets bytes aside for this mount, to be used by later allocations; grants what it can.
+    Reserve {
+        /// How much, bytes.
+        bytes: u64,
+    },
+    /// Gives a reservation back.
+    Unreserve {
+        /// How much, bytes.
+        bytes: u64,
+    },
+    /// Frames for blocks, zeroed where new. All or nothing.
+    Allocate {
+        /// The blocks.
+        wants: Vec<BlockWant>,
+        /// Bytes of this mount's reservation to use up for it.
+        reserved: u64,
+    },
+    /// Frames of the blocks `first ..` of an inode on this node, at most `count`.
+    Lookup {
+        /// Inode.
+        ino: u64,
+        /// First block.
+        first: u64,
+        /// Most blocks to answer.
+        count: u32,
+    },
+    /// Frees the blocks `first ..= last`.
+    Free {
+        /// Inode.
+        ino: u64,
+        /// First block.
+        first: u64,
+        /// Last block.
+        last: u64,
+    },
+    /// Makes what has been written to an inode's blocks durable.
+    Flush {
+        /// Inodes.
+        inos: Vec<u64>,
+    },
+    /// Clears the whole lease table (no mount is alive). From the metadata server only.
+    ResetLeases,
+    /// For `statfs` and `fsd status`.
+    Status,
+}
+
+/// What a mount learns when it attaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// Region of the pool.
+    pub pool_key: u64,
+    /// Its length, bytes.
+    pub pool_len: u64,
+    /// Region of the dirty counters: one u64 for each 256 KiB of the pool, to be incremented by
+    /// fetch-and-add after a write.
+    pub dirty_key: u64,
+    /// Lease records in a segment.
+    pub segment_records: u32,
+}
+
+/// State of a storage node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorageStatus {
+    /// Its id.
+    pub id: u16,
+    /// Pool size, bytes.
+    pub total: u64,
+    /// Neither allocated nor reserved, bytes.
+    pub free: u64,
+    /// Reserved by mounts, bytes.
+    pub reserved: u64,
+    /// Allocated frames.
+    pub frames: u64,
+    /// Lease records with an owner.
+    pub exclusive: u64,
+    /// Lease records with shared holders.
+    pub shared: u64,
+    /// Bytes not yet written to the backing file.
+    pub dirty: u64,
+    /// Requests answered since start.
+    pub requests: u64,
+    /// Connections.
+    pub connections: u64,
+}
+
+/// Answers of a storage node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StorageReply {
+    /// Nothing more to say.
+    Done,
+    /// To `Attach`.
+    Attached(Attached),
+    /// To `LeaseSegment`: region key.
+    Segment(u64),
+    /// To `Reserve`: bytes granted.
+    Reserved(u64),
+    /// To `Allocate`: one frame for each want, in order.
+    Allocated(Vec<Frame>),
+    /// To `Lookup`: the blocks that have frames, in order.
+    Blocks(Vec<BlockFrame>),
+    /// To `Free`: bytes freed.
+    Freed(u64),
+    /// To `Status`.
+    Status(StorageStatus),
+}
