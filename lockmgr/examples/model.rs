@@ -22,7 +22,9 @@ fn options() -> Result<Options, String> {
             "--budget" => {
                 let value = value()?;
                 let parts = value.split(',').map(number).collect::<Result<Vec<_>, _>>()?;
-                let [a, b, c] = parts[..] else { return Err(format!("three budgets are needed; {USAGE}")) };
+                let [a, b, c] = parts[..] else {
+                    return Err(format!("three budgets are needed; {USAGE}"));
+                };
                 options.budget = [a as u8, b as u8, c as u8];
             }
             "--no-keep" => options.keep_shared = false,
@@ -50,7 +52,10 @@ fn main() -> ExitCode {
     println!("{options:?}");
     let start = Instant::now();
     let report = explore(&options, |states, depth| {
-        println!("{states} states, depth {depth}, {:.0} s", start.elapsed().as_secs_f64());
+        println!(
+            "{states} states, depth {depth}, {:.0} s",
+            start.elapsed().as_secs_f64()
+        );
     });
     println!(
         "{} states, {} steps, {} quiescent, depth {}, {:.0} s",

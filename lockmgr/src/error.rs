@@ -41,7 +41,9 @@ pub enum LeaseError {
         waited: Duration,
     },
     /// The lease did not come in time, and the connection to a node it depends on is broken.
-    #[error("{record} is held up by {node}, which cannot be reached; it is served when the node is back or declared dead")]
+    #[error(
+        "{record} is held up by {node}, which cannot be reached; it is served when the node is back or declared dead"
+    )]
     Unreachable {
         /// The record.
         record: RecordId,

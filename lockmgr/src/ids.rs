@@ -86,7 +86,10 @@ impl NodeSet {
     /// The empty set.
     #[must_use]
     pub const fn new() -> Self {
-        Self { low: [0; INLINE], high: None }
+        Self {
+            low: [0; INLINE],
+            high: None,
+        }
     }
 
     /// From the words of a bitmap; words past the largest bitmap are ignored.
@@ -105,12 +108,19 @@ impl NodeSet {
 
     /// The words of the bitmap up to the last one that is not zero.
     pub fn words(&self) -> impl Iterator<Item = u64> + '_ {
-        let last = (0..MAX_WORDS).rev().find(|&i| self.word(i) != 0).map_or(0, |i| i + 1);
+        let last = (0..MAX_WORDS)
+            .rev()
+            .find(|&i| self.word(i) != 0)
+            .map_or(0, |i| i + 1);
         (0..last).map(|i| self.word(i))
     }
 
     fn word(&self, i: usize) -> u64 {
-        if i < INLINE { self.low[i] } else { self.high.as_ref().map_or(0, |h| h[i - INLINE]) }
+        if i < INLINE {
+            self.low[i]
+        } else {
+            self.high.as_ref().map_or(0, |h| h[i - INLINE])
+        }
     }
 
     /// Adds a node; false if it was a member already, or is past [`Self::MAX_NODES`].
@@ -172,7 +182,9 @@ impl NodeSet {
     /// The members in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = NodeId> + '_ {
         self.words().enumerate().flat_map(|(i, word)| {
-            (0..64u16).filter(move |b| word >> b & 1 == 1).map(move |b| NodeId(i as u16 * 64 + b))
+            (0..64u16)
+                .filter(move |b| word >> b & 1 == 1)
+                .map(move |b| NodeId(i as u16 * 64 + b))
         })
     }
 }

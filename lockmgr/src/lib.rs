@@ -14,11 +14,20 @@
 #![forbid(unsafe_code)]
 pub mod error;
 pub mod fsm;
+mod gate;
 pub mod ids;
+mod lease;
+pub mod manager;
 pub mod model;
 pub mod msg;
 pub mod record;
+mod sync;
+mod table;
+mod timers;
+mod wire;
 
 pub use error::LeaseError;
 pub use ids::{Mode, NodeId, NodeSet, RecordId};
+pub use lease::{EnterFn, Guard, LeaseHandle};
+pub use manager::{Directory, LeaseInfo, LeaseManager, LeaseUser, ManagerConfig, Relinquish, Stats};
 pub use record::{OwnerWord, RecordLayout};

@@ -106,7 +106,12 @@ impl LeaseMsg {
                 out.extend_from_slice(&version.to_le_bytes());
                 put_payload(&mut out, payload.as_deref());
             }
-            Body::GrantX { version, granted, queue, payload } => {
+            Body::GrantX {
+                version,
+                granted,
+                queue,
+                payload,
+            } => {
                 out.extend_from_slice(&version.to_le_bytes());
                 let words: Vec<u64> = granted.words().collect();
                 out.push(words.len() as u8);
@@ -137,7 +142,10 @@ impl LeaseMsg {
             1 => Body::Want(r.mode()?),
             2 => Body::Revoke,
             3 => Body::Done,
-            4 => Body::GrantS { version: r.version()?, payload: r.payload()? },
+            4 => Body::GrantS {
+                version: r.version()?,
+                payload: r.payload()?,
+            },
             5 => Body::GrantX {
                 version: r.version()?,
                 granted: r.set()?,
@@ -149,7 +157,16 @@ impl LeaseMsg {
             8 => Body::Sync,
             _ => return bad("unknown kind"),
         };
-        if r.0.is_empty() { Ok(Self { record, epoch, incarnation, body }) } else { bad("trailing bytes") }
+        if r.0.is_empty() {
+            Ok(Self {
+                record,
+                epoch,
+                incarnation,
+                body,
+            })
+        } else {
+            bad("trailing bytes")
+        }
     }
 }
 
@@ -180,7 +197,9 @@ struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {
     fn bytes(&mut self, n: usize) -> Result<&'a [u8], LeaseError> {
-        let Some((head, tail)) = self.0.split_at_checked(n) else { return bad("cut short") };
+        let Some((head, tail)) = self.0.split_at_checked(n) else {
+            return bad("cut short");
+        };
         self.0 = tail;
         Ok(head)
     }
@@ -205,7 +224,11 @@ impl<'a> Reader<'a> {
 
     fn version(&mut self) -> Result<u64, LeaseError> {
         let version = self.u64()?;
-        if version > OwnerWord::MAX_VERSION { bad("version out of range") } else { Ok(version) }
+        if version > OwnerWord::MAX_VERSION {
+            bad("version out of range")
+        } else {
+            Ok(version)
+        }
     }
 
     fn mode(&mut self) -> Result<Mode, LeaseError> {
@@ -241,7 +264,12 @@ impl<'a> Reader<'a> {
                 return bad("node out of range or queued twice");
             }
             let incarnation = self.u8()?;
-            queue.push(Waiter { node, incarnation, mode: self.mode()?, epoch: self.u64()? });
+            queue.push(Waiter {
+                node,
+                incarnation,
+                mode: self.mode()?,
+                epoch: self.u64()?,
+            });
         }
         Ok(queue)
     }
@@ -274,7 +302,12 @@ mod tests {
         let queue = prop::collection::btree_map(0u16..1984, (any::<u8>(), mode(), any::<u64>()), 0..20)
             .prop_map(|m| {
                 m.into_iter()
-                    .map(|(n, (incarnation, mode, epoch))| Waiter { node: NodeId(n), incarnation, mode, epoch })
+                    .map(|(n, (incarnation, mode, epoch))| Waiter {
+                        node: NodeId(n),
+                        incarnation,
+                        mode,
+                        epoch,
+                    })
                     .collect::<Vec<_>>()
             });
         prop_oneof![
@@ -282,8 +315,14 @@ mod tests {
             Just(Body::Revoke),
             Just(Body::Done),
             (0u64..1 << 40, payload()).prop_map(|(version, payload)| Body::GrantS { version, payload }),
-            (0u64..1 << 40, set, queue, payload())
-                .prop_map(|(version, granted, queue, payload)| Body::GrantX { version, granted, queue, payload }),
+            (0u64..1 << 40, set, queue, payload()).prop_map(|(version, granted, queue, payload)| {
+                Body::GrantX {
+                    version,
+                    granted,
+                    queue,
+                    payload,
+                }
+            }),
             Just(Body::Ack),
             Just(Body::Retry),
             Just(Body::Sync),

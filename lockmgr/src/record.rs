@@ -32,13 +32,21 @@ impl OwnerWord {
     /// Nobody writes; the data have this version.
     #[must_use]
     pub const fn free(version: u64) -> Self {
-        Self { incarnation: 0, writer: None, version: version & Self::MAX_VERSION }
+        Self {
+            incarnation: 0,
+            writer: None,
+            version: version & Self::MAX_VERSION,
+        }
     }
 
     /// Written by this node.
     #[must_use]
     pub const fn owned(writer: NodeId, incarnation: u8, version: u64) -> Self {
-        Self { incarnation, writer: Some(writer), version: version & Self::MAX_VERSION }
+        Self {
+            incarnation,
+            writer: Some(writer),
+            version: version & Self::MAX_VERSION,
+        }
     }
 
     /// As it is in memory.
@@ -80,7 +88,9 @@ impl RecordLayout {
     /// [`LeaseError::RecordSize`] for any other size.
     pub const fn new(record_bytes: u32) -> Result<Self, LeaseError> {
         match record_bytes {
-            64 | 128 | 256 | 512 => Ok(Self { map_words: (record_bytes / 8 - 2) / 2 }),
+            64 | 128 | 256 | 512 => Ok(Self {
+                map_words: (record_bytes / 8 - 2) / 2,
+            }),
             _ => Err(LeaseError::RecordSize { bytes: record_bytes }),
         }
     }
@@ -164,6 +174,9 @@ mod tests {
         let nodes = [64u32, 128, 256, 512].map(|b| RecordLayout::new(b).unwrap().max_nodes());
         assert_eq!(nodes, [192, 448, 960, 1984]);
         assert_eq!(NodeSet::MAX_NODES, 1984);
-        assert!(matches!(RecordLayout::new(100), Err(LeaseError::RecordSize { bytes: 100 })));
+        assert!(matches!(
+            RecordLayout::new(100),
+            Err(LeaseError::RecordSize { bytes: 100 })
+        ));
     }
 }

@@ -1,8 +1,8 @@
 //! How a lease is got: the two acquisition batches, waiting, and what the answers lead to.
 
+use super::Fsm;
 use super::batch::{Batch, BatchKind, BatchState, Outcome, WordOp, WordOps};
 use super::types::{Action, Answer, Config, Flaw, Phase, Via, Violation};
-use super::Fsm;
 use crate::ids::{Mode, NodeId, NodeSet};
 use crate::msg::Body;
 use crate::record::OwnerWord;
@@ -17,7 +17,11 @@ impl Fsm {
                 _ => {}
             }
         }
-        self.batch = Some(Batch { kind, ops, state: BatchState::InFlight });
+        self.batch = Some(Batch {
+            kind,
+            ops,
+            state: BatchState::InFlight,
+        });
         out.push(Action::Post(ops));
     }
 
@@ -34,7 +38,11 @@ impl Fsm {
 
     fn post_shared(&mut self, out: &mut Vec<Action>) {
         self.phase = Phase::Acquiring;
-        self.post(BatchKind::SharedAcquire, WordOps::two(WordOp::SetBit, WordOp::ReadOwner), out);
+        self.post(
+            BatchKind::SharedAcquire,
+            WordOps::two(WordOp::SetBit, WordOp::ReadOwner),
+            out,
+        );
     }
 
     fn post_exclusive(&mut self, cfg: &Config, version: u64, out: &mut Vec<Action>) {
@@ -42,7 +50,11 @@ impl Fsm {
             expect: OwnerWord::free(version),
             new: OwnerWord::owned(cfg.node, cfg.incarnation, version),
         };
-        self.post(BatchKind::ExclusiveAcquire, WordOps::two(cas, WordOp::ReadHolders), out);
+        self.post(
+            BatchKind::ExclusiveAcquire,
+            WordOps::two(cas, WordOp::ReadHolders),
+            out,
+        );
     }
 
     pub(super) fn batch_done(
@@ -139,12 +151,19 @@ impl Fsm {
                 self.want = None;
                 self.phase = Phase::Rest;
                 self.last_version = version;
-                out.push(Action::Granted { mode: Mode::Shared, version, payload });
+                out.push(Action::Granted {
+                    mode: Mode::Shared,
+                    version,
+                    payload,
+                });
             }
             (false, Some(writer)) => {
                 self.phase = Phase::Waiting { at: writer };
                 self.post(BatchKind::ClearBit, WordOps::one(WordOp::ClearBit), out);
-                out.push(Action::Send { to: writer, body: Body::Want(Mode::Shared) });
+                out.push(Action::Send {
+                    to: writer,
+                    body: Body::Want(Mode::Shared),
+                });
             }
             (false, None) => return Err(Violation::BadOutcome),
         }
@@ -183,7 +202,10 @@ impl Fsm {
         if self.bit && self.held.is_none() {
             self.post(BatchKind::ClearBit, WordOps::one(WordOp::ClearBit), out);
         }
-        out.push(Action::Send { to: writer, body: Body::Want(Mode::Exclusive) });
+        out.push(Action::Send {
+            to: writer,
+            body: Body::Want(Mode::Exclusive),
+        });
         self.retry_all(out);
     }
 
@@ -198,7 +220,10 @@ impl Fsm {
         }
         self.phase = Phase::Revoking;
         for to in pending.iter() {
-            out.push(Action::Send { to, body: Body::Revoke });
+            out.push(Action::Send {
+                to,
+                body: Body::Revoke,
+            });
         }
         self.answers = pending;
     }
@@ -226,10 +251,19 @@ impl Fsm {
     ) -> Result<(), Violation> {
         match answer {
             Answer::Shared { version, payload } => {
-                self.via = Some(Via { granter: from, version, payload });
+                self.via = Some(Via {
+                    granter: from,
+                    version,
+                    payload,
+                });
                 self.post_shared(out);
             }
-            Answer::Exclusive { version, granted, queue, payload } => {
+            Answer::Exclusive {
+                version,
+                granted,
+                queue,
+                payload,
+            } => {
                 // Recovery: entries of the dead and of older epochs are dropped from both queues.
                 let own = std::mem::replace(&mut self.queue, queue);
                 for waiter in own {
@@ -240,7 +274,11 @@ impl Fsm {
                 }
                 self.word_version = version;
                 self.payload = payload;
-                let granted = if cfg.flaw(Flaw::GrantedForgotten) { NodeSet::new() } else { granted };
+                let granted = if cfg.flaw(Flaw::GrantedForgotten) {
+                    NodeSet::new()
+                } else {
+                    granted
+                };
                 self.own(cfg, granted, out);
             }
             Answer::Retry => self.start(cfg, out),

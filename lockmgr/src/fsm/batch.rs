@@ -34,11 +34,17 @@ pub struct WordOps {
 
 impl WordOps {
     pub(super) fn one(op: WordOp) -> Self {
-        Self { first: op, second: None }
+        Self {
+            first: op,
+            second: None,
+        }
     }
 
     pub(super) fn two(first: WordOp, second: WordOp) -> Self {
-        Self { first, second: Some(second) }
+        Self {
+            first,
+            second: Some(second),
+        }
     }
 
     /// `op`, after the bit was brought to the state wanted.

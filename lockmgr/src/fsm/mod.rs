@@ -75,13 +75,22 @@ impl Fsm {
     /// Nothing held; the data were last seen with this version.
     #[must_use]
     pub fn with_version(version: u64) -> Self {
-        Self { last_version: version, ..Self::default() }
+        Self {
+            last_version: version,
+            ..Self::default()
+        }
     }
 
     /// The lease held.
     #[must_use]
     pub fn held(&self) -> Option<Mode> {
         self.held
+    }
+
+    /// Has an operation run since the grant?
+    #[must_use]
+    pub fn is_used(&self) -> bool {
+        self.used
     }
 
     /// The lease asked for and not yet granted.
@@ -198,7 +207,11 @@ impl Fsm {
                 }
                 self.begin_flush(Some(Mode::Shared), out);
             }
-            Event::Flushed { modified, needs_confirm, payload } => {
+            Event::Flushed {
+                modified,
+                needs_confirm,
+                payload,
+            } => {
                 self.flushed(cfg, modified, needs_confirm, payload, out)?;
             }
             Event::Invalidated => self.invalidated(cfg, out)?,
@@ -211,7 +224,12 @@ impl Fsm {
             Event::BatchDone(outcome) => self.batch_done(cfg, outcome, out)?,
             Event::BatchLost => self.batch_lost()?,
             Event::Reconnected => self.reconnected(out),
-            Event::Message { from, incarnation, epoch, body } => {
+            Event::Message {
+                from,
+                incarnation,
+                epoch,
+                body,
+            } => {
                 self.message(cfg, from, incarnation, epoch, body, out)?;
             }
         }
@@ -232,13 +250,21 @@ impl Fsm {
             Body::Want(mode) => {
                 if !self.queues(cfg) {
                     // Never forwarded: a chain of forwards can close a cycle of waiters on a free word.
-                    out.push(Action::Send { to: from, body: Body::Retry });
+                    out.push(Action::Send {
+                        to: from,
+                        body: Body::Retry,
+                    });
                     return Ok(());
                 }
                 if self.queue.iter().any(|w| w.node == from) {
                     return Err(Violation::QueuedTwice);
                 }
-                self.queue.push(Waiter { node: from, incarnation, mode, epoch });
+                self.queue.push(Waiter {
+                    node: from,
+                    incarnation,
+                    mode,
+                    epoch,
+                });
                 if self.phase == Phase::Confirming {
                     self.next_step(cfg, out);
                 }
@@ -268,11 +294,21 @@ impl Fsm {
             Body::GrantS { version, payload } => {
                 self.answer(Some(Mode::Shared), from, Answer::Shared { version, payload })?;
             }
-            Body::GrantX { version, granted, queue, payload } => {
+            Body::GrantX {
+                version,
+                granted,
+                queue,
+                payload,
+            } => {
                 self.answer(
                     Some(Mode::Exclusive),
                     from,
-                    Answer::Exclusive { version, granted, queue, payload },
+                    Answer::Exclusive {
+                        version,
+                        granted,
+                        queue,
+                        payload,
+                    },
                 )?;
             }
             Body::Retry => self.answer(None, from, Answer::Retry)?,

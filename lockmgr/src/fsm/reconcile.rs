@@ -6,9 +6,9 @@
 //! word names this node, are stable from the break until this node acts again, and reading the record is
 //! enough; it need not even be read in one piece.
 
+use super::Fsm;
 use super::batch::{Batch, BatchKind, BatchState, Outcome, WordOp, WordOps};
 use super::types::{Action, Config, Flaw, Violation};
-use super::Fsm;
 
 impl Fsm {
     pub(super) fn batch_lost(&mut self) -> Result<(), Violation> {
@@ -58,7 +58,10 @@ impl Fsm {
                         return Err(Violation::ReleaseFailed);
                     }
                     // Whoever changed the word since, it was after our swap.
-                    let outcome = Outcome { owner: Some(expect), ..Outcome::default() };
+                    let outcome = Outcome {
+                        owner: Some(expect),
+                        ..Outcome::default()
+                    };
                     return self.complete(cfg, batch, outcome, out);
                 }
                 if bit_done {
@@ -71,7 +74,11 @@ impl Fsm {
             }
         };
         if done {
-            let outcome = Outcome { owner: Some(owner), holders: Some(holders), bit: None };
+            let outcome = Outcome {
+                owner: Some(owner),
+                holders: Some(holders),
+                bit: None,
+            };
             return self.complete(cfg, batch, outcome, out);
         }
         self.repost(batch.kind, batch.ops, out);
@@ -79,7 +86,11 @@ impl Fsm {
     }
 
     fn repost(&mut self, kind: BatchKind, ops: WordOps, out: &mut Vec<Action>) {
-        self.batch = Some(Batch { kind, ops, state: BatchState::InFlight });
+        self.batch = Some(Batch {
+            kind,
+            ops,
+            state: BatchState::InFlight,
+        });
         out.push(Action::Post(ops));
     }
 }

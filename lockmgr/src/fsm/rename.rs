@@ -1,8 +1,8 @@
 //! Renaming of nodes, for the symmetry reduction of the model checker.
 
+use super::Fsm;
 use super::batch::{Batch, WordOp, WordOps};
 use super::types::{Answer, Phase, Via};
-use super::Fsm;
 use crate::ids::{NodeId, NodeSet};
 use crate::msg::{Body, Waiter};
 use crate::record::OwnerWord;
@@ -20,20 +20,33 @@ impl Rename for NodeSet {
 
 impl Rename for OwnerWord {
     fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
-        Self { writer: self.writer.map(f), ..*self }
+        Self {
+            writer: self.writer.map(f),
+            ..*self
+        }
     }
 }
 
 impl Rename for Vec<Waiter> {
     fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
-        self.iter().map(|w| Waiter { node: f(w.node), ..*w }).collect()
+        self.iter()
+            .map(|w| Waiter {
+                node: f(w.node),
+                ..*w
+            })
+            .collect()
     }
 }
 
 impl Rename for Body {
     fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
         match self {
-            Self::GrantX { version, granted, queue, payload } => Self::GrantX {
+            Self::GrantX {
+                version,
+                granted,
+                queue,
+                payload,
+            } => Self::GrantX {
                 version: *version,
                 granted: granted.rename(f),
                 queue: queue.rename(f),
@@ -47,10 +60,16 @@ impl Rename for Body {
 impl Rename for WordOps {
     fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
         let op = |op: WordOp| match op {
-            WordOp::Cas { expect, new } => WordOp::Cas { expect: expect.rename(f), new: new.rename(f) },
+            WordOp::Cas { expect, new } => WordOp::Cas {
+                expect: expect.rename(f),
+                new: new.rename(f),
+            },
             other => other,
         };
-        Self { first: op(self.first), second: self.second.map(op) }
+        Self {
+            first: op(self.first),
+            second: self.second.map(op),
+        }
     }
 }
 
@@ -75,7 +94,12 @@ impl Rename for Fsm {
             }),
             deferred: self.deferred.as_ref().map(|(from, answer)| {
                 let answer = match answer {
-                    Answer::Exclusive { version, granted, queue, payload } => Answer::Exclusive {
+                    Answer::Exclusive {
+                        version,
+                        granted,
+                        queue,
+                        payload,
+                    } => Answer::Exclusive {
                         version: *version,
                         granted: granted.rename(f),
                         queue: queue.rename(f),
@@ -85,7 +109,10 @@ impl Rename for Fsm {
                 };
                 (f(*from), answer)
             }),
-            batch: self.batch.map(|b| Batch { ops: b.ops.rename(f), ..b }),
+            batch: self.batch.map(|b| Batch {
+                ops: b.ops.rename(f),
+                ..b
+            }),
             ..*self
         }
     }

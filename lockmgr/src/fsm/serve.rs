@@ -1,8 +1,8 @@
 //! How a lease is given up: flushing, granting, handing over, freeing, invalidating.
 
+use super::Fsm;
 use super::batch::{BatchKind, WordOp, WordOps};
 use super::types::{Action, Config, Flaw, Phase, Violation};
-use super::Fsm;
 use crate::ids::{Mode, NodeSet};
 use crate::msg::{Body, Payload};
 use crate::record::OwnerWord;
@@ -27,7 +27,9 @@ impl Fsm {
         payload: Option<Payload>,
         out: &mut Vec<Action>,
     ) -> Result<(), Violation> {
-        let Phase::Flushing { to } = self.phase else { return Err(Violation::NotNow) };
+        let Phase::Flushing { to } = self.phase else {
+            return Err(Violation::NotNow);
+        };
         let moved = modified && !cfg.flaw(Flaw::VersionNotMoved);
         self.new_version = (self.word_version + u64::from(moved)) & OwnerWord::MAX_VERSION;
         self.last_version = self.new_version;
@@ -58,7 +60,10 @@ impl Fsm {
                 let run = self.queue.iter().take_while(|w| w.mode == Mode::Shared).count();
                 let readers: NodeSet = self.queue.drain(..run).map(|w| w.node).collect();
                 for to in readers.iter() {
-                    let body = Body::GrantS { version: self.new_version, payload: self.payload.clone() };
+                    let body = Body::GrantS {
+                        version: self.new_version,
+                        payload: self.payload.clone(),
+                    };
                     out.push(Action::Send { to, body });
                 }
                 self.granted.union(&readers);
@@ -123,7 +128,10 @@ impl Fsm {
 
     pub(super) fn retry_all(&mut self, out: &mut Vec<Action>) {
         for waiter in std::mem::take(&mut self.queue) {
-            out.push(Action::Send { to: waiter.node, body: Body::Retry });
+            out.push(Action::Send {
+                to: waiter.node,
+                body: Body::Retry,
+            });
         }
     }
 

@@ -256,7 +256,15 @@ pub(super) struct Via {
 /// The answer to a WANT.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Answer {
-    Shared { version: u64, payload: Option<Payload> },
-    Exclusive { version: u64, granted: NodeSet, queue: Vec<Waiter>, payload: Option<Payload> },
+    Shared {
+        version: u64,
+        payload: Option<Payload>,
+    },
+    Exclusive {
+        version: u64,
+        granted: NodeSet,
+        queue: Vec<Waiter>,
+        payload: Option<Payload>,
+    },
     Retry,
 }

@@ -58,7 +58,13 @@ pub fn explore(options: &Options, mut progress: impl FnMut(usize, u32)) -> Repor
     let mut edges: Vec<u32> = Vec::new();
     let mut offsets: Vec<u64> = Vec::new();
     let mut frontier = VecDeque::new();
-    let mut report = Report { states: 0, edges: 0, quiescent: 0, depth: 0, found: None };
+    let mut report = Report {
+        states: 0,
+        edges: 0,
+        quiescent: 0,
+        depth: 0,
+        found: None,
+    };
     let first = State::initial(options);
     seen.insert(first.fingerprint(options), 0);
     frontier.push_back((0u32, first, 0u32));
@@ -70,7 +76,10 @@ pub fn explore(options: &Options, mut progress: impl FnMut(usize, u32)) -> Repor
         if state.successors(options, &mut next) {
             report.quiescent += 1;
             if let Some(problem) = state.quiescent_problem() {
-                report.found = Some(Found { problem, trace: trace(options, &parents, index, None) });
+                report.found = Some(Found {
+                    problem,
+                    trace: trace(options, &parents, index, None),
+                });
                 break;
             }
         }
@@ -92,7 +101,10 @@ pub fn explore(options: &Options, mut progress: impl FnMut(usize, u32)) -> Repor
             }
         }
         if parents.len() > options.max_states {
-            report.found = Some(Found { problem: Problem::Limit, trace: Vec::new() });
+            report.found = Some(Found {
+                problem: Problem::Limit,
+                trace: Vec::new(),
+            });
             break;
         }
     }
@@ -101,8 +113,10 @@ pub fn explore(options: &Options, mut progress: impl FnMut(usize, u32)) -> Repor
     if report.found.is_none() {
         drop(seen);
         offsets.push(edges.len() as u64);
-        report.found = cycle(&edges, &offsets)
-            .map(|at| Found { problem: Problem::Cycle, trace: trace(options, &parents, at, None) });
+        report.found = cycle(&edges, &offsets).map(|at| Found {
+            problem: Problem::Cycle,
+            trace: trace(options, &parents, at, None),
+        });
     }
     report
 }

@@ -196,7 +196,11 @@ impl State {
                     }
                 }
                 Action::Flush { .. } | Action::Invalidate => self.nodes[i].asked = true,
-                Action::Granted { mode: _, version, payload } => {
+                Action::Granted {
+                    mode: _,
+                    version,
+                    payload,
+                } => {
                     if payload.is_some_and(|p| u64::from(p[0]) != version) {
                         self.fail(Problem::WrongPayload);
                     }
@@ -229,7 +233,11 @@ impl State {
 
     fn operation(&mut self, i: usize) {
         let node = &mut self.nodes[i];
-        let Some(op) = node.fsm.batch().and_then(|b| b.posted()).and_then(|p| p.iter().nth(node.done.into()))
+        let Some(op) = node
+            .fsm
+            .batch()
+            .and_then(|b| b.posted())
+            .and_then(|p| p.iter().nth(node.done.into()))
         else {
             return;
         };
@@ -277,7 +285,11 @@ impl State {
             if needs_confirm {
                 node.confirm = Some(version);
             }
-            Event::Flushed { modified, needs_confirm, payload: Some([version as u8][..].into()) }
+            Event::Flushed {
+                modified,
+                needs_confirm,
+                payload: Some([version as u8][..].into()),
+            }
         } else {
             Event::Invalidated
         };
@@ -304,7 +316,16 @@ impl State {
             Step::Message(from, to) => {
                 if let Some(body) = self.channels[from][to].pop_front() {
                     let from = NodeId(from as u16);
-                    self.event(options, to, Event::Message { from, incarnation: 1, epoch: 0, body });
+                    self.event(
+                        options,
+                        to,
+                        Event::Message {
+                            from,
+                            incarnation: 1,
+                            epoch: 0,
+                            body,
+                        },
+                    );
                 }
             }
             Step::Use(i, modify) => {
@@ -350,7 +371,11 @@ impl State {
                     None => out.push(Step::Reconnect(i)),
                     Some(ops) => {
                         let complete = usize::from(node.done) == ops.iter().count();
-                        out.push(if complete { Step::Completion(i) } else { Step::Operation(i) });
+                        out.push(if complete {
+                            Step::Completion(i)
+                        } else {
+                            Step::Operation(i)
+                        });
                         if self.losses > 0 {
                             out.push(Step::Loss(i));
                         }
@@ -435,7 +460,9 @@ impl State {
                 let op = op.and_then(|p| p.iter().nth(self.nodes[i].done.into()));
                 format!("{step:?} {op:?}")
             }
-            Some(&step @ Step::Message(from, to)) => format!("{step:?} {:?}", self.channels[from][to].front()),
+            Some(&step @ Step::Message(from, to)) => {
+                format!("{step:?} {:?}", self.channels[from][to].front())
+            }
             Some(step) => format!("{step:?}"),
             None => String::new(),
         }
@@ -443,9 +470,21 @@ impl State {
 
     pub(super) fn summary(&self) -> String {
         let nodes: Vec<String> = (0..NODES)
-            .map(|i| format!("{i}:{:?} {:?}", self.nodes[i].fsm.held(), self.nodes[i].fsm.phase()))
+            .map(|i| {
+                format!(
+                    "{i}:{:?} {:?}",
+                    self.nodes[i].fsm.held(),
+                    self.nodes[i].fsm.phase()
+                )
+            })
             .collect();
-        format!("{:?} v{} bits {:03b} | {}", self.word.writer, self.word.version, self.bits, nodes.join(" | "))
+        format!(
+            "{:?} v{} bits {:03b} | {}",
+            self.word.writer,
+            self.word.version,
+            self.bits,
+            nodes.join(" | ")
+        )
     }
 
     /// What is wrong with a state in which nothing happens by itself.
@@ -503,14 +542,18 @@ impl State {
     fn key(&self, i: usize) -> u64 {
         let n = &self.nodes[i];
         let mut h = Folded(0x1319_8a2e_0370_7344);
-        (n.budget, n.fresh, n.cached, n.asked, n.done, n.left, n.confirm, n.modified).hash(&mut h);
+        (
+            n.budget, n.fresh, n.cached, n.asked, n.done, n.left, n.confirm, n.modified,
+        )
+            .hash(&mut h);
         (n.fsm.held(), n.fsm.wanted(), n.fsm.version(), n.fsm.queued()).hash(&mut h);
         std::mem::discriminant(n.fsm.phase()).hash(&mut h);
         n.fsm.batch().map(|b| (b.kind, b.state)).hash(&mut h);
         (self.bits >> i & 1, self.word.writer == Some(NodeId(i as u16))).hash(&mut h);
         for j in 0..NODES {
             // Sums do not depend on the names of the others.
-            h.0 = h.0.wrapping_add((self.channels[i][j].len() as u64) << 8 | self.channels[j][i].len() as u64);
+            h.0 =
+                h.0.wrapping_add((self.channels[i][j].len() as u64) << 8 | self.channels[j][i].len() as u64);
         }
         h.finish()
     }
@@ -529,7 +572,11 @@ impl State {
                 sorted[p[i]] = k[i];
             }
             if sorted.is_sorted() {
-                let d = if p == [0, 1, 2] { self.digest() } else { self.permuted(p).digest() };
+                let d = if p == [0, 1, 2] {
+                    self.digest()
+                } else {
+                    self.permuted(p).digest()
+                };
                 best = best.min(d);
             }
         }
@@ -543,7 +590,9 @@ struct Folded(u64);
 impl Folded {
     fn mix(&mut self, x: u64) {
         let wide = u128::from(self.0 ^ x) * u128::from(0x9e37_79b9_7f4a_7c15_u64 | 1);
-        self.0 = (wide as u64 ^ (wide >> 64) as u64).wrapping_add(0xa076_1d64_78bd_642f).rotate_left(23);
+        self.0 = (wide as u64 ^ (wide >> 64) as u64)
+            .wrapping_add(0xa076_1d64_78bd_642f)
+            .rotate_left(23);
     }
 }
 

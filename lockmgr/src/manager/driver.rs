@@ -1,0 +1,336 @@
+//! Applies events, executes actions.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use rdma_transport::{OpResult, TransportError};
+
+use super::LeaseManager;
+use crate::LeaseError;
+use crate::fsm::{Action, Event, Phase, Violation, WordOps};
+use crate::ids::{Mode, NodeId, RecordId};
+use crate::lease::{LeaseHandle, Parked, Record, Wish, rank};
+use crate::msg::{Body, LeaseMsg};
+use crate::timers::Timer;
+use crate::wire;
+
+/// What is known about the storage nodes.
+#[derive(Default)]
+pub(super) struct Storage(Mutex<HashMap<u32, Shard>>);
+
+#[derive(Default)]
+struct Shard {
+    /// Counts reconnections: a batch that fails after the next one began is looked into at once.
+    connection: u64,
+    lost: bool,
+}
+
+impl Storage {
+    pub(super) fn lost(&self, shard: u32) {
+        self.0.lock().entry(shard).or_default().lost = true;
+    }
+
+    pub(super) fn reconnected(&self, shard: u32) {
+        let mut shards = self.0.lock();
+        let shard = shards.entry(shard).or_default();
+        shard.connection += 1;
+        shard.lost = false;
+    }
+
+    fn connection(&self, shard: u32) -> u64 {
+        self.0.lock().get(&shard).map_or(0, |s| s.connection)
+    }
+
+    fn is_lost(&self, shard: u32) -> bool {
+        self.0.lock().get(&shard).is_some_and(|s| s.lost)
+    }
+}
+
+impl LeaseManager {
+    /// An event of a record that need not be in the table.
+    pub(super) fn event(&self, id: RecordId, event: Event) -> Result<(), LeaseError> {
+        let mut event = Some(event);
+        loop {
+            let lease = self.table.get_or_insert(id);
+            match self.try_drive(&lease, &mut event) {
+                Some(result) => {
+                    return result.map_err(|violation| LeaseError::Violation {
+                        record: id,
+                        violation,
+                    });
+                }
+                None => self.table.remove(&lease, 0),
+            }
+        }
+    }
+
+    /// An event of a record that cannot have left the table, or has nothing to say if it has; or just a look
+    /// at what the record needs.
+    pub(super) fn drive(&self, lease: &Arc<LeaseHandle>, event: Option<Event>) {
+        let mut event = event;
+        // Violations have been logged.
+        let _ = self.try_drive(lease, &mut event);
+    }
+
+    /// Queues the event and, unless another thread is at it, applies all that is queued. `None`: the record
+    /// has left the table, and the event was not taken. An error is about this event; if another thread
+    /// applies it, only the log tells.
+    fn try_drive(
+        &self,
+        lease: &Arc<LeaseHandle>,
+        event: &mut Option<Event>,
+    ) -> Option<Result<(), Violation>> {
+        let mut record = lease.record.lock();
+        if record.evicted {
+            return None;
+        }
+        let mut ours = event.is_some() && record.inbox.is_empty();
+        record.inbox.extend(event.take());
+        if record.busy {
+            return Some(Ok(()));
+        }
+        record.busy = true;
+        let mut result = Ok(());
+        let mut actions = Vec::new();
+        while let Some(event) = record.inbox.pop_front().or_else(|| self.decide(&mut record)) {
+            let from_memory = matches!(event, Event::BatchDone(_));
+            if let Err(violation) = record.fsm.apply(&self.fsm_cfg, event, &mut actions) {
+                self.counters.violations.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(record = %lease.id(), phase = record.fsm.phase().name(), %violation, "lease protocol broken");
+                if from_memory {
+                    record.broken = Some(violation);
+                }
+                if ours {
+                    result = Err(violation);
+                }
+            }
+            ours = false;
+            let refused: Option<(Violation, Vec<Parked>)> = record
+                .broken
+                .map(|violation| (violation, record.parked.drain(..).collect()));
+            drop(record);
+            if let Some((violation, parked)) = refused {
+                self.refuse(
+                    parked,
+                    &LeaseError::Violation {
+                        record: lease.id(),
+                        violation,
+                    },
+                );
+            }
+            for action in actions.drain(..) {
+                self.execute(lease, action);
+            }
+            record = lease.record.lock();
+        }
+        record.busy = false;
+        record.evicted = record.is_forgettable();
+        let (evicted, version) = (record.evicted, record.fsm.version());
+        drop(record);
+        if evicted {
+            self.counters
+                .hits
+                .fetch_add(lease.hits.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+            self.table.remove(lease, version);
+            self.check_left();
+        }
+        Some(result)
+    }
+
+    /// What local operations need, once everything that has happened is applied.
+    fn decide(&self, record: &mut Record) -> Option<Event> {
+        if record.broken.is_some() {
+            return None;
+        }
+        let fsm = &record.fsm;
+        let at_rest = *fsm.phase() == Phase::Rest && fsm.batch().is_none();
+        let leaving = self.leaving.load(Ordering::SeqCst).then_some(Wish::Release);
+        if let (true, Some(held), Some(wish)) = (at_rest, fsm.held(), leaving.or(record.wish)) {
+            if !fsm.is_used() {
+                return Some(Event::Used);
+            }
+            record.wish = None;
+            match (wish, held) {
+                (Wish::Release, _) => return Some(Event::Release),
+                (Wish::Downgrade, Mode::Exclusive) => return Some(Event::Downgrade),
+                (Wish::Downgrade, Mode::Shared) => {}
+            }
+        }
+        record.wish = None;
+        let needed = record.needed()?;
+        let fsm = &record.fsm;
+        if fsm.held() >= Some(needed) {
+            return None;
+        }
+        if fsm.can_want(needed) {
+            self.counters.acquires.fetch_add(1, Ordering::Relaxed);
+            return Some(Event::Want(needed));
+        }
+        // To ask for more is a use, too, even if nobody came in under the weaker lease.
+        (at_rest && fsm.held().is_some() && !fsm.is_used()).then_some(Event::Used)
+    }
+
+    fn execute(&self, lease: &Arc<LeaseHandle>, action: Action) {
+        match action {
+            Action::Post(ops) => self.post(lease, ops),
+            Action::Send { to, body } => self.send(lease.id(), to, body),
+            Action::Flush { to } => self.revoke(lease, Mode::Exclusive, to),
+            Action::Invalidate => self.revoke(lease, Mode::Shared, None),
+            Action::Granted {
+                mode,
+                version,
+                payload,
+            } => {
+                self.counters.grants.fetch_add(1, Ordering::Relaxed);
+                self.user.granted(lease.id(), mode, version, payload.as_deref());
+                lease.version.store(version, Ordering::Relaxed);
+                lease.gate.grant(rank(Some(mode)));
+                self.admit(lease);
+                let tenure = {
+                    let mut record = lease.record.lock();
+                    record.tenure += 1;
+                    if self.cfg.min_hold.is_zero() {
+                        // Those who waited are inside by now, or nobody waits any more.
+                        record.inbox.push_back(Event::Used);
+                        return;
+                    }
+                    record.tenure
+                };
+                let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
+                let at = Instant::now() + self.cfg.min_hold;
+                self.timers
+                    .insert(at, ticket, Arc::clone(lease), Timer::Held(tenure));
+            }
+        }
+    }
+
+    fn revoke(&self, lease: &Arc<LeaseHandle>, from: Mode, to: Option<Mode>) {
+        self.counters.revokes.fetch_add(1, Ordering::Relaxed);
+        lease.record.lock().asked = Some(to);
+        self.user.revoke(lease.id(), from, to);
+    }
+
+    /// Lets in whoever is parked and may enter.
+    pub(super) fn admit(&self, lease: &Arc<LeaseHandle>) {
+        let mut ready = Vec::new();
+        {
+            let mut record = lease.record.lock();
+            for parked in std::mem::take(&mut record.parked) {
+                match lease.enter_quietly(parked.mode) {
+                    Some(guard) => ready.push((parked, guard)),
+                    None => record.parked.push_back(parked),
+                }
+            }
+        }
+        for (parked, guard) in ready {
+            self.timers.remove(parked.deadline, parked.ticket);
+            (parked.f)(Ok(guard));
+        }
+    }
+
+    pub(super) fn refuse(&self, parked: Vec<Parked>, error: &LeaseError) {
+        for parked in parked {
+            self.timers.remove(parked.deadline, parked.ticket);
+            (parked.f)(Err(error.clone()));
+        }
+    }
+
+    fn send(&self, record: RecordId, to: NodeId, body: Body) {
+        self.counters.sent.fetch_add(1, Ordering::Relaxed);
+        if matches!(body, Body::GrantX { .. }) {
+            self.counters.hand_overs.fetch_add(1, Ordering::Relaxed);
+        }
+        // Recovery: the membership epoch of this node.
+        let msg = LeaseMsg {
+            record,
+            epoch: 0,
+            incarnation: self.cfg.incarnation,
+            body,
+        };
+        if let Err(error) = self.dir.send(to, &msg.encode()) {
+            tracing::warn!(%record, %to, %error, "a lease message could not be sent");
+            self.gone.lock().insert(to);
+        }
+    }
+
+    fn post(&self, lease: &Arc<LeaseHandle>, ops: WordOps) {
+        self.counters.batches.fetch_add(1, Ordering::Relaxed);
+        let id = lease.id();
+        let connection = self.storage.connection(id.shard());
+        let (conn, at) = match self.dir.record(id) {
+            Ok(found) => found,
+            Err(error) => return self.batch_lost(lease, connection, error),
+        };
+        let (layout, node) = (self.cfg.layout, self.cfg.node);
+        let (me, lease) = (self.me.clone(), Arc::clone(lease));
+        conn.submit(
+            wire::operations(&ops, at, layout, node),
+            Box::new(move |results: Result<Vec<OpResult>, TransportError>| {
+                // Without a manager there is nobody left to tell.
+                let Some(me) = me.upgrade() else { return };
+                match results {
+                    Ok(results) => {
+                        // Results that do not fit fail in the state machine as an outcome that lacks them.
+                        let outcome = wire::outcome(&ops, &results, layout, node).unwrap_or_default();
+                        me.drive(&lease, Some(Event::BatchDone(outcome)));
+                    }
+                    Err(error) => {
+                        let error = LeaseError::StorageLost {
+                            shard: id.shard(),
+                            why: error.to_string(),
+                        };
+                        me.batch_lost(&lease, connection, error);
+                    }
+                }
+            }),
+        );
+    }
+
+    fn batch_lost(&self, lease: &Arc<LeaseHandle>, connection: u64, error: LeaseError) {
+        tracing::warn!(record = %lease.id(), %error, "outcome of a lease operation unknown");
+        lease.record.lock().trouble = Some(error);
+        self.drive(lease, Some(Event::BatchLost));
+        // If the connection was replaced in the meantime nobody else will say so.
+        if self.storage.connection(lease.id().shard()) != connection {
+            self.drive(lease, Some(Event::Reconnected));
+        }
+    }
+
+    /// Why the operation was not let in, as far as this node can tell.
+    pub(super) fn why(&self, id: RecordId, record: &Record, parked: &Parked) -> LeaseError {
+        let waits = record.fsm.waits_for();
+        let gone = self.gone.lock();
+        if let Some(node) = waits.iter().find(|&n| gone.contains(n)) {
+            return LeaseError::Unreachable { record: id, node };
+        }
+        drop(gone);
+        if let Some(batch) = record.fsm.batch() {
+            let lost = self.storage.is_lost(id.shard()) || batch.posted().is_none();
+            if lost {
+                let shard = id.shard();
+                let unknown = LeaseError::StorageLost {
+                    shard,
+                    why: "the connection is lost".to_owned(),
+                };
+                return record.trouble.clone().unwrap_or(unknown);
+            }
+        }
+        LeaseError::Timeout {
+            record: id,
+            mode: parked.mode,
+            waited: parked.since.elapsed(),
+        }
+    }
+
+    pub(super) fn check_left(&self) {
+        if self.leaving.load(Ordering::SeqCst) && self.table.is_empty() {
+            let left = self.left.lock().take();
+            if let Some(f) = left {
+                f();
+            }
+        }
+    }
+}

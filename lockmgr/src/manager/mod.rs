@@ -1,0 +1,485 @@
+//! The lease cache: drives one state machine per record over the fabric, and lets local operations in.
+//!
+//! # Threads and locks
+//! Every method may be called from any thread. Lock order: table shard, record, then gate or timers; none is
+//! held while the fabric, the directory, the user or a parked operation is called. Events of a record are
+//! queued under its lock, and applied by one thread at a time, which also executes the actions, in order;
+//! whoever comes meanwhile, be it a callback further down the same stack, only queues. So there is no
+//! recursion, and messages about a record leave in the order in which its state machine sent them.
+
+mod driver;
+mod stats;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use rdma_transport::{Connection, RemoteAddr};
+
+use crate::LeaseError;
+use crate::fsm::{Config, Event, Phase};
+use crate::ids::{Mode, NodeId, NodeSet, RecordId};
+use crate::lease::{EnterFn, Guard, LeaseHandle, Parked, Wish, rank};
+use crate::msg::{Body, LeaseMsg, MAX_PAYLOAD};
+use crate::record::RecordLayout;
+use crate::table::Table;
+use crate::timers::{Timer, Timers};
+
+use driver::Storage;
+use stats::Counters;
+pub use stats::{LeaseInfo, Stats};
+
+/// Finds records and peers. Nothing here may block.
+pub trait Directory: Send + Sync {
+    /// The connection to the storage node with the record, and the record's address there.
+    ///
+    /// # Errors
+    /// [`LeaseError::NoSuchRecord`] if it will never exist: enters fail with it at once. Anything else is
+    /// taken for a storage node that is away for now; the batch is posted after
+    /// [`LeaseManager::storage_reconnected`].
+    fn record(&self, id: RecordId) -> Result<(Arc<dyn Connection>, RemoteAddr), LeaseError>;
+
+    /// Sends to a peer; messages to the same peer arrive in this order.
+    ///
+    /// # Errors
+    /// The peer cannot be reached; what waits for it then fails at its deadline, naming it.
+    fn send(&self, to: NodeId, msg: &[u8]) -> Result<(), LeaseError>;
+}
+
+/// The owner of the caches that leases protect. Called from any thread, the fabric's progress thread
+/// included, with no lock of the manager held. Nothing here may block.
+pub trait LeaseUser: Send + Sync {
+    /// Bring the caches of the record down from `from` to `to`, and call [`LeaseManager::relinquished`]
+    /// when that is done. Until [`LeaseManager::close_gate`] local operations go on under the lease.
+    fn revoke(&self, id: RecordId, from: Mode, to: Option<Mode>);
+
+    /// A lease has been granted; no local operation runs before this returns. Caches kept under the same
+    /// version are valid. `payload` is what the last holder relinquished with, where it travelled with the
+    /// grant.
+    fn granted(&self, id: RecordId, mode: Mode, version: u64, payload: Option<&[u8]>);
+}
+
+/// How a manager is set up.
+#[derive(Debug, Clone, Copy)]
+pub struct ManagerConfig {
+    /// This node.
+    pub node: NodeId,
+    /// Its incarnation.
+    pub incarnation: u8,
+    /// Layout of all records.
+    pub layout: RecordLayout,
+    /// A grant is not asked back earlier.
+    pub min_hold: Duration,
+    /// Keep a shared lease when an exclusive one is given up to readers.
+    pub keep_shared: bool,
+}
+
+impl ManagerConfig {
+    /// No minimum hold time; shared leases are kept.
+    #[must_use]
+    pub fn new(node: NodeId, incarnation: u8, layout: RecordLayout) -> Self {
+        Self {
+            node,
+            incarnation,
+            layout,
+            min_hold: Duration::ZERO,
+            keep_shared: true,
+        }
+    }
+}
+
+/// How the user gave a lease down.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Relinquish {
+    /// Data or attributes were changed under the exclusive lease: the version moves.
+    pub modified: bool,
+    /// The record must not become free before [`LeaseManager::confirmed`]. A hand-over does not wait.
+    pub needs_confirm: bool,
+    /// Attributes for the next holder, at most [`MAX_PAYLOAD`] bytes; empty: none.
+    pub payload: Vec<u8>,
+}
+
+/// See the module.
+pub struct LeaseManager {
+    me: Weak<Self>,
+    cfg: ManagerConfig,
+    fsm_cfg: Config,
+    dir: Arc<dyn Directory>,
+    user: Arc<dyn LeaseUser>,
+    table: Table,
+    timers: Timers,
+    tickets: AtomicU64,
+    storage: Storage,
+    gone: Mutex<NodeSet>,
+    leaving: AtomicBool,
+    left: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    counters: Counters,
+}
+
+impl LeaseManager {
+    /// A manager that holds nothing.
+    ///
+    /// # Errors
+    /// [`LeaseError::NodeTooLarge`] if records of this layout have no bit for the node.
+    pub fn new(
+        cfg: ManagerConfig,
+        dir: Arc<dyn Directory>,
+        user: Arc<dyn LeaseUser>,
+    ) -> Result<Arc<Self>, LeaseError> {
+        let max_nodes = cfg.layout.max_nodes();
+        if cfg.node.0 >= max_nodes {
+            return Err(LeaseError::NodeTooLarge {
+                node: cfg.node,
+                max_nodes,
+            });
+        }
+        let mut fsm_cfg = Config::new(cfg.node, cfg.incarnation);
+        fsm_cfg.keep_shared = cfg.keep_shared;
+        Ok(Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
+            cfg,
+            fsm_cfg,
+            dir,
+            user,
+            table: Table::new(),
+            timers: Timers::default(),
+            tickets: AtomicU64::new(0),
+            storage: Storage::default(),
+            gone: Mutex::new(NodeSet::new()),
+            leaving: AtomicBool::new(false),
+            left: Mutex::new(None),
+            counters: Counters::default(),
+        }))
+    }
+
+    /// Enters if the lease is held in this mode (or exclusively) and its gate is open: no message, no
+    /// system call.
+    #[must_use]
+    pub fn try_enter(&self, id: RecordId, mode: Mode) -> Option<Guard> {
+        self.table.with(id, |lease| lease.try_enter(mode))
+    }
+
+    /// Enters, getting the lease if need be. Blocks: not for threads that the lease may depend on.
+    ///
+    /// # Errors
+    /// As [`Self::enter_async`].
+    pub fn enter(&self, id: RecordId, mode: Mode, timeout: Duration) -> Result<Guard, LeaseError> {
+        if let Some(guard) = self.try_enter(id, mode) {
+            return Ok(guard);
+        }
+        let cell = Arc::new((Mutex::new(None), Condvar::new()));
+        let theirs = Arc::clone(&cell);
+        let now = Instant::now();
+        let deadline = now
+            .checked_add(timeout)
+            .unwrap_or(now + Duration::from_secs(1 << 30));
+        let f = Box::new(move |result| {
+            *theirs.0.lock() = Some(result);
+            theirs.1.notify_one();
+        });
+        self.enter_async(id, mode, deadline, f);
+        let mut result = cell.0.lock();
+        loop {
+            if let Some(result) = result.take() {
+                return result;
+            }
+            if cell.1.wait_until(&mut result, deadline).timed_out() && result.is_none() {
+                // Either this finds the operation parked, or another thread is about to let it in.
+                drop(result);
+                self.expire(deadline);
+                result = cell.0.lock();
+                if result.is_none() {
+                    cell.1.wait(&mut result);
+                }
+            }
+        }
+    }
+
+    /// Enters, getting the lease if need be. `f` runs at once if the lease is held; else when it has been
+    /// granted, from whatever thread brought the grant, or from [`Self::expire`] after the deadline.
+    ///
+    /// `f` gets one of these errors: [`LeaseError::Leaving`], [`LeaseError::NoSuchRecord`],
+    /// [`LeaseError::Violation`], and at the deadline [`LeaseError::Timeout`], [`LeaseError::Unreachable`]
+    /// or [`LeaseError::StorageLost`].
+    pub fn enter_async(&self, id: RecordId, mode: Mode, deadline: Instant, f: EnterFn) {
+        if self.leaving.load(Ordering::SeqCst) {
+            return f(Err(LeaseError::Leaving));
+        }
+        if let Some(guard) = self.try_enter(id, mode) {
+            return f(Ok(guard));
+        }
+        if let Err(error @ LeaseError::NoSuchRecord { .. }) = self.dir.record(id) {
+            return f(Err(error));
+        }
+        let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
+        let parked = Parked {
+            mode,
+            since: Instant::now(),
+            deadline,
+            ticket,
+            f,
+        };
+        loop {
+            let lease = self.table.get_or_insert(id);
+            let mut record = lease.record.lock();
+            if record.evicted {
+                let version = record.fsm.version();
+                drop(record);
+                self.table.remove(&lease, version);
+                continue;
+            }
+            let refused = match record.broken {
+                _ if self.leaving.load(Ordering::SeqCst) => Some(LeaseError::Leaving),
+                Some(violation) => Some(LeaseError::Violation {
+                    record: id,
+                    violation,
+                }),
+                None => None,
+            };
+            if let Some(error) = refused {
+                drop(record);
+                (parked.f)(Err(error));
+            } else if let Some(guard) = lease.enter_quietly(mode) {
+                // Granted since we looked; whoever grants looks for parked operations afterwards.
+                drop(record);
+                (parked.f)(Ok(guard));
+            } else {
+                self.timers
+                    .insert(deadline, ticket, Arc::clone(&lease), Timer::Deadline);
+                record.parked.push_back(parked);
+                drop(record);
+            }
+            // Even if nothing was parked: the record may have been made for this call only.
+            self.drive(&lease, None);
+            return;
+        }
+    }
+
+    /// The handle of a record that is in the table.
+    #[must_use]
+    pub fn handle(&self, id: RecordId) -> Option<Arc<LeaseHandle>> {
+        self.table.get(id)
+    }
+
+    /// Gives up operations whose deadline has passed, and minimum hold times that are over.
+    pub fn expire(&self, now: Instant) {
+        while let Some((ticket, lease, timer)) = self.timers.due(now) {
+            let mut record = lease.record.lock();
+            match timer {
+                Timer::Deadline => {
+                    let Some(at) = record.parked.iter().position(|p| p.ticket == ticket) else {
+                        continue;
+                    };
+                    let Some(parked) = record.parked.remove(at) else {
+                        continue;
+                    };
+                    let error = self.why(lease.id(), &record, &parked);
+                    drop(record);
+                    (parked.f)(Err(error));
+                    self.drive(&lease, None);
+                }
+                Timer::Held(tenure) => {
+                    let current = record.tenure == tenure && !record.evicted;
+                    drop(record);
+                    if current {
+                        self.drive(&lease, Some(Event::Used));
+                    }
+                }
+            }
+        }
+    }
+
+    /// When [`Self::expire`] has something to do next.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.timers.next()
+    }
+
+    /// A message from a peer.
+    ///
+    /// # Errors
+    /// [`LeaseError::BadMessage`] if it cannot be decoded or names nodes without a bit; the state is as
+    /// before. [`LeaseError::Violation`] if no correct peer sends it now. Either way the connection should
+    /// be closed.
+    pub fn message(&self, from: NodeId, bytes: &[u8]) -> Result<(), LeaseError> {
+        let msg = LeaseMsg::decode(bytes)?;
+        let known = |n: NodeId| n.0 < self.cfg.layout.max_nodes();
+        let named = match &msg.body {
+            Body::GrantX { granted, queue, .. } => {
+                granted.iter().all(known) && queue.iter().all(|w| known(w.node) && w.node != self.cfg.node)
+            }
+            _ => true,
+        };
+        if !named || !known(from) || from == self.cfg.node {
+            return Err(LeaseError::BadMessage {
+                why: "it names a node that cannot be meant",
+            });
+        }
+        self.counters.received.fetch_add(1, Ordering::Relaxed);
+        let LeaseMsg {
+            record,
+            epoch,
+            incarnation,
+            body,
+        } = msg;
+        self.event(
+            record,
+            Event::Message {
+                from,
+                incarnation,
+                epoch,
+                body,
+            },
+        )
+    }
+
+    /// Keeps new operations out; `drained` runs when none is inside, maybe at once. If the gate was closed
+    /// already, `drained` takes the place of what was to run then.
+    pub fn close_gate(&self, id: RecordId, drained: Box<dyn FnOnce() + Send>) {
+        let run = match self.table.get(id) {
+            Some(lease) => lease.gate.close(drained),
+            None => Some(drained),
+        };
+        if let Some(drained) = run {
+            drained();
+        }
+    }
+
+    /// Lets operations in again that the lease covers. What [`Self::close_gate`] was to run, and has not
+    /// run, is dropped.
+    pub fn open_gate(&self, id: RecordId) {
+        if let Some(lease) = self.table.get(id) {
+            lease.gate.open();
+            self.admit(&lease);
+        }
+    }
+
+    /// The user has done what [`LeaseUser::revoke`] asked for. The gate must be closed, and nobody inside.
+    /// Returns the version under which caches that were kept are valid now.
+    ///
+    /// # Errors
+    /// [`LeaseError::Misuse`] if nothing was asked for or the gate is not closed and empty,
+    /// [`LeaseError::PayloadTooLong`].
+    pub fn relinquished(&self, id: RecordId, how: Relinquish) -> Result<u64, LeaseError> {
+        let misuse = |what| LeaseError::Misuse { record: id, what };
+        if how.payload.len() > MAX_PAYLOAD {
+            return Err(LeaseError::PayloadTooLong {
+                bytes: how.payload.len(),
+                max: MAX_PAYLOAD,
+            });
+        }
+        let lease = self
+            .table
+            .get(id)
+            .ok_or(misuse("there is no lease to relinquish"))?;
+        let (event, version) = {
+            let mut record = lease.record.lock();
+            let to = record
+                .asked
+                .ok_or(misuse("nobody has asked for the lease to be relinquished"))?;
+            if !lease.gate.lower(rank(to)) {
+                return Err(misuse(
+                    "operations may still be inside; close the gate and wait until it drains",
+                ));
+            }
+            record.asked = None;
+            let version = record.fsm.version();
+            if matches!(record.fsm.phase(), Phase::Flushing { .. }) {
+                let Relinquish {
+                    modified,
+                    needs_confirm,
+                    payload,
+                } = how;
+                let payload = (!payload.is_empty()).then(|| payload.into());
+                let moved = (version + u64::from(modified)) & crate::OwnerWord::MAX_VERSION;
+                (
+                    Event::Flushed {
+                        modified,
+                        needs_confirm,
+                        payload,
+                    },
+                    moved,
+                )
+            } else {
+                (Event::Invalidated, version)
+            }
+        };
+        self.drive(&lease, Some(event));
+        Ok(version)
+    }
+
+    /// All that was relinquished with `needs_confirm` so far has reached its authority.
+    pub fn confirmed(&self, id: RecordId) {
+        if let Some(lease) = self.table.get(id) {
+            self.drive(&lease, Some(Event::Confirmed));
+        }
+    }
+
+    /// Gives the lease up without being asked, if it is held and nothing else is going on. Goes through
+    /// [`LeaseUser::revoke`].
+    pub fn release(&self, id: RecordId) {
+        self.wish(id, Wish::Release);
+    }
+
+    /// Turns an exclusive lease into a shared one, as [`Self::release`].
+    pub fn downgrade(&self, id: RecordId) {
+        self.wish(id, Wish::Downgrade);
+    }
+
+    fn wish(&self, id: RecordId, wish: Wish) {
+        if let Some(lease) = self.table.get(id) {
+            lease.record.lock().wish = Some(wish);
+            self.drive(&lease, None);
+        }
+    }
+
+    /// Leaves the cluster: parked and new operations fail with [`LeaseError::Leaving`], everything held is
+    /// released, then `f` runs. Peers that read the owner word earlier may still ask; their messages must be
+    /// handed to [`Self::message`] until they know that this node has left.
+    pub fn leave(&self, f: Box<dyn FnOnce() + Send>) {
+        *self.left.lock() = Some(f);
+        self.leaving.store(true, Ordering::SeqCst);
+        for lease in self.table.all() {
+            let parked: Vec<Parked> = lease.record.lock().parked.drain(..).collect();
+            self.refuse(parked, &LeaseError::Leaving);
+            self.drive(&lease, None);
+        }
+        self.check_left();
+    }
+
+    /// The connection to the storage node of the shard broke.
+    pub fn storage_lost(&self, shard: u32) {
+        self.storage.lost(shard);
+    }
+
+    /// [`Directory::record`] has a new connection for the shard, and the storage node has made sure that
+    /// nothing of the old one can still take effect. Batches of unknown outcome are looked into.
+    pub fn storage_reconnected(&self, shard: u32) {
+        self.storage.reconnected(shard);
+        for lease in self.table.all() {
+            if lease.id().shard() == shard {
+                self.drive(&lease, Some(Event::Reconnected));
+            }
+        }
+    }
+
+    /// The connection to a peer broke. What waits for it fails at its deadline, naming it.
+    pub fn peer_gone(&self, node: NodeId) {
+        self.gone.lock().insert(node);
+    }
+
+    /// The peer can be reached again.
+    pub fn peer_back(&self, node: NodeId) {
+        self.gone.lock().remove(node);
+    }
+
+    /// The lease held on a record, and the version of its data.
+    #[must_use]
+    pub fn held(&self, id: RecordId) -> Option<(Mode, u64)> {
+        self.table.with(id, |lease| {
+            let record = lease.record.lock();
+            record.fsm.held().map(|mode| (mode, record.fsm.version()))
+        })
+    }
+}
