@@ -1,8 +1,12 @@
 //! What the providers share: validation, counters, thread marks, random numbers.
 
 use std::cell::Cell;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
 use crate::{AsyncOp, Limits, Op, RegionKey, RemoteAddr, TransportError};
@@ -29,6 +33,37 @@ pub(crate) fn mark_progress_thread() {
 /// Whether the calling thread must never block on the fabric.
 pub(crate) fn on_progress_thread() -> bool {
     PROGRESS.with(Cell::get)
+}
+
+/// Waits until `fd` is ready for `what`; false at the deadline.
+pub(crate) fn wait(fd: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -> Result<bool, Errno> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        let timeout = timespec(left);
+        match rustix::event::poll(&mut [PollFd::new(&fd, what)], Some(&timeout)) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(true),
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+pub(crate) fn timespec(d: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(d.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(d.subsec_nanos()),
+    }
+}
+
+pub(crate) fn timed_out(addr: &str, after: Duration) -> TransportError {
+    let millis = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+    TransportError::Timeout {
+        addr: addr.to_owned(),
+        millis,
+    }
 }
 
 /// Random bytes of the kernel, good enough for nonces.

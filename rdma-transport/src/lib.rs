@@ -21,6 +21,7 @@ pub mod mem;
 mod open;
 mod pool;
 mod shm;
+mod tcp;
 
 pub use common::FabricStats;
 pub use error::TransportError;

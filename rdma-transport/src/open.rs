@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::handshake::MAX_IDENTITY;
-use crate::{Fabric, FabricConfig, FabricKind, Handler, TransportError, shm};
+use crate::{Fabric, FabricConfig, FabricKind, Handler, TransportError, shm, tcp};
 
 /// Shortest cluster key, bytes.
 const MIN_KEY: usize = 16;
@@ -21,7 +21,7 @@ pub fn open(
     check(&config)?;
     match kind {
         FabricKind::Shm => shm::open(config, handler),
-        FabricKind::Tcp => Err(TransportError::Invalid("tcp: not yet".to_owned())),
+        FabricKind::Tcp => tcp::open(config, handler),
         FabricKind::Sim => Err(TransportError::Invalid(
             "endpoints of the simulator are made by sim::SimNet, which all of them share".to_owned(),
         )),

@@ -210,15 +210,11 @@ impl ShmConn {
             }
             let now = Instant::now();
             if now >= deadline {
-                let millis = u64::try_from(self.core.config.timeout.as_millis()).unwrap_or(u64::MAX);
-                return Err(TransportError::Timeout {
-                    addr: self.addr.clone(),
-                    millis,
-                });
+                return Err(common::timed_out(&self.addr, self.core.config.timeout));
             }
             // Not up to the deadline at once: another thread may take the packet from the socket.
             let soon = deadline.min(now + Duration::from_millis(10));
-            control::wait(self.sock.as_fd(), PollFlags::IN, soon)
+            common::wait(self.sock.as_fd(), PollFlags::IN, soon)
                 .map_err(|e| TransportError::os("wait for the peer", &e.into()))?;
         }
     }
@@ -491,11 +487,7 @@ impl ShmConn {
             self.room.wait_for(&mut sending, Duration::from_millis(1));
             if Instant::now() >= deadline {
                 drop(sending);
-                let millis = u64::try_from(self.core.config.timeout.as_millis()).unwrap_or(u64::MAX);
-                let why = TransportError::Timeout {
-                    addr: self.addr.clone(),
-                    millis,
-                };
+                let why = common::timed_out(&self.addr, self.core.config.timeout);
                 self.fail(why.clone());
                 return Err(why);
             }

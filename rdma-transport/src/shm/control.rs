@@ -6,13 +6,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 
+use crate::common::wait;
 use crate::handshake::{MAX_MESSAGE, Pipe};
 use crate::{Access, TransportError};
 
@@ -42,29 +43,6 @@ pub(super) fn address(path: &str) -> Result<SocketAddrUnix, TransportError> {
             "{path:?} cannot be a Unix socket path (at most 107 bytes)"
         ))
     })
-}
-
-/// Waits until `fd` is ready for `what`; false at the deadline.
-pub(super) fn wait(fd: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -> Result<bool, Errno> {
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Ok(false);
-        }
-        let timeout = timespec(left);
-        match rustix::event::poll(&mut [PollFd::new(&fd, what)], Some(&timeout)) {
-            Ok(0) | Err(Errno::INTR) => {}
-            Ok(_) => return Ok(true),
-            Err(e) => return Err(e),
-        }
-    }
-}
-
-pub(super) fn timespec(d: Duration) -> Timespec {
-    Timespec {
-        tv_sec: i64::try_from(d.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: i64::from(d.subsec_nanos()),
-    }
 }
 
 /// Sends one packet, waiting for room until the deadline ([`Errno::TIMEDOUT`]).
@@ -133,10 +111,7 @@ pub(super) struct HandshakePipe {
 impl HandshakePipe {
     fn failed(&self, e: Errno) -> TransportError {
         if e == Errno::TIMEDOUT {
-            return TransportError::Timeout {
-                addr: self.addr.clone(),
-                millis: u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX),
-            };
+            return crate::common::timed_out(&self.addr, self.timeout);
         }
         TransportError::Protocol {
             addr: self.addr.clone(),

@@ -457,11 +457,7 @@ impl Fabric for ShmFabric {
         let deadline = Instant::now() + self.core.config.timeout;
         for conn in conns {
             if !conn.wait_quiet(Some(slot), deadline) {
-                let millis = u64::try_from(self.core.config.timeout.as_millis()).unwrap_or(u64::MAX);
-                return Err(TransportError::Timeout {
-                    addr: conn.peer_addr(),
-                    millis,
-                });
+                return Err(common::timed_out(&conn.peer_addr(), self.core.config.timeout));
             }
         }
         Ok(())
@@ -518,7 +514,7 @@ pub(super) fn accept_one(core: &Core) -> Option<OwnedFd> {
         Err(e) => {
             // Out of descriptors, most likely; without a pause this would spin.
             tracing::error!("accept a connection: {e}");
-            let _waited = control::wait(
+            let _waited = common::wait(
                 core.bell.as_fd(),
                 PollFlags::IN,
                 Instant::now() + Duration::from_millis(10),

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
 use super::conn::ShmConn;
-use super::control;
 use super::endpoint::{Core, Install, accept_one};
 use super::ring::Consumer;
 use crate::common::{self, LIMITS};
@@ -135,7 +134,7 @@ impl Progress {
     }
 
     fn poll_sockets(&mut self, timeout: Option<Duration>) -> bool {
-        let timeout = timeout.map(control::timespec);
+        let timeout = timeout.map(common::timespec);
         let mut events = [MaybeUninit::<epoll::Event>::uninit(); 64];
         let Ok((events, _)) = epoll::wait(&self.epoll, &mut events[..], timeout.as_ref()) else {
             // Interrupted by a signal.
