@@ -35,3 +35,166 @@ fn finds(flaw: Flaw, options: &Options) -> Problem {
     println!("{flaw:?}: {:?} after {} steps", found.problem, found.trace.len());
     found.problem
 }
+
+/// What a small exploration needs to find a flaw.
+const SMALL: Options = Options {
+    budget: [2, 1, 1],
+    keep_shared: true,
+    unmodified: false,
+    voluntary: true,
+    confirm: false,
+    leave: false,
+    losses: 0,
+    flaws: 0,
+    symmetry: true,
+    max_states: 3_000_000,
+};
+
+#[test]
+fn one_lease_each_with_everything() {
+    passes(&Options {
+        budget: [1, 1, 1],
+        unmodified: true,
+        confirm: true,
+        leave: true,
+        ..SMALL
+    });
+}
+
+#[test]
+fn one_lease_each_with_two_lost_batches() {
+    passes(&Options {
+        budget: [1, 1, 0],
+        unmodified: true,
+        confirm: true,
+        losses: 2,
+        ..SMALL
+    });
+    passes(&Options {
+        budget: [1, 1, 1],
+        losses: 1,
+        ..SMALL
+    });
+}
+
+#[test]
+fn upgrades_and_downgrades() {
+    passes(&SMALL);
+}
+
+#[test]
+fn without_keeping_shared() {
+    passes(&Options {
+        keep_shared: false,
+        ..SMALL
+    });
+}
+
+#[test]
+fn two_nodes_three_leases() {
+    passes(&Options {
+        budget: [3, 2, 0],
+        unmodified: true,
+        confirm: true,
+        ..SMALL
+    });
+}
+
+#[test]
+fn symmetry_reduction_hides_nothing() {
+    let all = run(&Options {
+        budget: [1, 1, 1],
+        symmetry: false,
+        ..SMALL
+    });
+    let some = run(&Options {
+        budget: [1, 1, 1],
+        ..SMALL
+    });
+    assert!(all.found.is_none() && some.found.is_none());
+    assert!(some.states * 4 < all.states && some.states * 6 >= all.states);
+    assert_eq!(all.depth, some.depth);
+}
+
+#[test]
+fn finds_done_while_acquiring() {
+    assert_eq!(finds(Flaw::DoneWhileAcquiring, &SMALL), Problem::MutualExclusion);
+}
+
+#[test]
+fn finds_done_while_freeing() {
+    assert_eq!(finds(Flaw::DoneWhileFreeing, &SMALL), Problem::MutualExclusion);
+}
+
+#[test]
+fn finds_done_before_invalidated() {
+    assert_eq!(
+        finds(Flaw::DoneBeforeInvalidated, &SMALL),
+        Problem::MutualExclusion
+    );
+}
+
+#[test]
+fn finds_endless_retries() {
+    for flaw in [
+        Flaw::RetryWhileAcquiring,
+        Flaw::RetryWhileWaiting,
+        Flaw::RetryWhileReleasing,
+    ] {
+        assert_eq!(finds(flaw, &SMALL), Problem::Cycle, "{flaw:?}");
+    }
+}
+
+#[test]
+fn finds_bit_left_on() {
+    finds(Flaw::BitLeftOn, &SMALL);
+}
+
+#[test]
+fn finds_version_from_word() {
+    finds(Flaw::VersionFromWord, &SMALL);
+}
+
+#[test]
+fn finds_forgotten_readers() {
+    assert_eq!(finds(Flaw::GrantedForgotten, &SMALL), Problem::MutualExclusion);
+}
+
+#[test]
+fn finds_free_before_acks() {
+    finds(Flaw::FreeBeforeAcks, &SMALL);
+}
+
+#[test]
+fn finds_version_not_moved() {
+    finds(Flaw::VersionNotMoved, &SMALL);
+}
+
+#[test]
+fn finds_hand_over_with_caches() {
+    assert_eq!(finds(Flaw::HandOverWithCaches, &SMALL), Problem::MutualExclusion);
+}
+
+#[test]
+fn finds_unconfirmed_free() {
+    assert_eq!(
+        finds(
+            Flaw::FreeUnconfirmed,
+            &Options {
+                confirm: true,
+                ..SMALL
+            }
+        ),
+        Problem::Unconfirmed
+    );
+}
+
+#[test]
+fn finds_reposted_batch() {
+    finds(Flaw::RepostAll, &Options { losses: 1, ..SMALL });
+}
+
+#[test]
+fn finds_loser_that_keeps_shared() {
+    finds(Flaw::LoserKeepsShared, &SMALL);
+}
