@@ -11,7 +11,6 @@
 //! * an operation that fails puts the connection into error; the effect of every operation not yet
 //!   reported complete is then unknown, and both sides see [`Handler::disconnected`] exactly once.
 #![forbid(clippy::todo)]
-#![allow(dead_code)]
 
 mod common;
 mod error;
@@ -21,6 +20,7 @@ pub mod mem;
 mod open;
 mod pool;
 mod shm;
+pub mod sim;
 mod tcp;
 
 pub use common::FabricStats;

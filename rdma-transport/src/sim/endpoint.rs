@@ -1,0 +1,249 @@
+//! Endpoints and connections of the simulator.
+
+use std::sync::Arc;
+
+use super::net::NetRef;
+use super::state::{After, End, EndpointId, PairId, Parcel};
+use crate::common::{self, Counters, LIMITS, disconnected};
+use crate::handshake::Peer;
+use crate::mem::SharedMem;
+use crate::{
+    Access, AsyncOp, Completion, ConnId, Connection, Fabric, FabricConfig, FabricKind, FabricStats, Limits,
+    Op, RegionKey, RemoteAddr, TransportError,
+};
+
+pub(super) struct SimFabric {
+    net: NetRef,
+    id: EndpointId,
+    instance: u64,
+    addr: String,
+    key: Vec<u8>,
+    counters: Arc<Counters>,
+}
+
+impl SimFabric {
+    pub(super) fn new(
+        net: NetRef,
+        id: EndpointId,
+        instance: u64,
+        counters: Arc<Counters>,
+        config: FabricConfig,
+    ) -> Self {
+        Self {
+            net,
+            id,
+            instance,
+            addr: config.listen,
+            key: config.key,
+            counters,
+        }
+    }
+}
+
+impl Fabric for SimFabric {
+    fn kind(&self) -> FabricKind {
+        FabricKind::Sim
+    }
+
+    fn local_addr(&self) -> String {
+        self.addr.clone()
+    }
+
+    fn limits(&self) -> Limits {
+        LIMITS
+    }
+
+    fn set_identity(&self, identity: Vec<u8>) {
+        if let Ok(net) = self.net.get() {
+            net.0.lock().set_identity(self.id, identity);
+        }
+    }
+
+    fn register(&self, mem: &Arc<SharedMem>, access: Access) -> Result<RegionKey, TransportError> {
+        self.net.get()?.0.lock().register(self.id, mem, access)
+    }
+
+    fn deregister(&self, key: RegionKey) -> Result<(), TransportError> {
+        if self.net.get()?.0.lock().deregister(self.id, key) {
+            return Ok(());
+        }
+        Err(TransportError::Invalid(format!(
+            "region {:#x} is not registered",
+            key.0
+        )))
+    }
+
+    fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {
+        let net = self.net.get()?;
+        let (target, key, handler, identity) = {
+            let state = net.0.lock();
+            if !state.is_up(self.id) {
+                return Err(TransportError::Shutdown);
+            }
+            let Some(target) = state.find(addr) else {
+                return Err(TransportError::Unreachable {
+                    addr: addr.to_owned(),
+                    reason: "no endpoint of this name".to_owned(),
+                });
+            };
+            let (key, handler) = state.target(target);
+            (target, key, handler, state.identity(self.id))
+        };
+        if key != self.key {
+            return Err(TransportError::WrongKey {
+                addr: addr.to_owned(),
+            });
+        }
+        handler
+            .admit(&identity)
+            .map_err(|reason| TransportError::Refused {
+                addr: addr.to_owned(),
+                reason,
+            })?;
+        let mut state = net.0.lock();
+        let serial = state.unique();
+        let alive = state.links(self.id, target);
+        let peer = Peer {
+            identity: identity.clone(),
+            instance: self.instance,
+            serial,
+            alive,
+        };
+        let theirs = state.identity(target);
+        let here = ConnId(serial);
+        let there = ConnId(state.unique());
+        common::count(&self.counters.connections, 1);
+        Ok(state.pair(
+            &self.net,
+            (self.id, here),
+            (target, there),
+            [identity, theirs],
+            peer,
+        ))
+    }
+
+    fn stats(&self) -> FabricStats {
+        self.counters.snapshot()
+    }
+
+    fn shutdown(&self) {
+        let Ok(net) = self.net.get() else { return };
+        let after = net.0.lock().shutdown(self.id);
+        after.into_iter().for_each(After::run);
+    }
+}
+
+pub(super) struct SimConn {
+    net: NetRef,
+    pair: PairId,
+    end: End,
+    id: ConnId,
+    identity: Vec<u8>,
+    addr: String,
+    pub(super) counters: Counters,
+}
+
+impl SimConn {
+    pub(super) fn new(
+        net: NetRef,
+        (pair, end): (PairId, End),
+        id: ConnId,
+        identity: Vec<u8>,
+        addr: String,
+    ) -> Self {
+        Self {
+            net,
+            pair,
+            end,
+            id,
+            identity,
+            addr,
+            counters: Counters::default(),
+        }
+    }
+}
+
+impl Connection for SimConn {
+    fn id(&self) -> ConnId {
+        self.id
+    }
+
+    fn peer_identity(&self) -> &[u8] {
+        &self.identity
+    }
+
+    fn peer_addr(&self) -> String {
+        self.addr.clone()
+    }
+
+    fn is_alive(&self) -> bool {
+        self.net
+            .get()
+            .is_ok_and(|net| net.0.lock().alive(self.pair, self.end))
+    }
+
+    fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
+        let bytes = common::check_ops(ops)?;
+        let net = self.net.get()?;
+        net.execute(self.pair, self.end, ops)?;
+        if let Some(counters) = net.0.lock().counters(self.pair, self.end) {
+            counters.did_ops(ops.len(), bytes);
+        }
+        self.counters.did_ops(ops.len(), bytes);
+        Ok(())
+    }
+
+    fn submit(&self, batch: Vec<AsyncOp>, done: Completion) {
+        let bytes = match common::check_batch(&batch) {
+            Ok(bytes) => bytes,
+            Err(invalid) => return done(Err(invalid)),
+        };
+        let net = match self.net.get() {
+            Ok(net) => net,
+            Err(gone) => return done(Err(gone)),
+        };
+        let mut state = net.0.lock();
+        if !state.alive(self.pair, self.end) {
+            let dead = state.dead(self.pair, self.end);
+            drop(state);
+            return done(Err(dead));
+        }
+        self.counters.did_ops(batch.len(), bytes);
+        if let Some(counters) = state.counters(self.pair, self.end) {
+            counters.did_ops(batch.len(), bytes);
+        }
+        state.ship_batch(self.pair, self.end, batch, done);
+    }
+
+    fn send(&self, message: &[u8]) -> Result<(), TransportError> {
+        common::check_message(message)?;
+        let net = self.net.get()?;
+        let mut state = net.0.lock();
+        if !state.alive(self.pair, self.end) {
+            return Err(state.dead(self.pair, self.end));
+        }
+        self.counters.sent(message.len());
+        if let Some(counters) = state.counters(self.pair, self.end) {
+            counters.sent(message.len());
+        }
+        state.ship(self.pair, self.end, Parcel::Message(message.into()));
+        Ok(())
+    }
+
+    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError> {
+        common::check_message(message)?;
+        self.execute(&mut [Op::Write { at, from }])?;
+        self.send(message)
+    }
+
+    fn close(&self) {
+        let why = disconnected(&self.addr, "closed on this side");
+        if let Ok(net) = self.net.get() {
+            net.0.lock().close_end(self.pair, self.end, why);
+        }
+    }
+
+    fn stats(&self) -> FabricStats {
+        self.counters.snapshot()
+    }
+}
