@@ -22,6 +22,8 @@ mod pool;
 mod shm;
 pub mod sim;
 mod tcp;
+#[cfg(test)]
+mod test_util;
 
 pub use common::FabricStats;
 pub use error::TransportError;

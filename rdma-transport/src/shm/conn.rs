@@ -104,6 +104,16 @@ impl ShmConn {
         })
     }
 
+    #[cfg(test)]
+    pub(super) fn core_for_tests(&self) -> &Core {
+        &self.core
+    }
+
+    #[cfg(test)]
+    pub(super) fn bell_for_tests(&self) -> &OwnedFd {
+        &self.peer_bell
+    }
+
     pub(super) fn alive(&self) -> bool {
         self.alive.load(Ordering::SeqCst)
     }

@@ -56,7 +56,8 @@ pub(super) struct Core {
     instance: u64,
     pub(super) directory: Directory,
     pub(super) bell: OwnedFd,
-    pub(super) listener: OwnedFd,
+    /// None: shut down.
+    pub(super) listener: Mutex<Option<OwnedFd>>,
     links: Mutex<Links>,
     /// None: the progress thread has ended.
     pub(super) installs: Mutex<Option<Vec<Install>>>,
@@ -68,10 +69,10 @@ pub(super) struct Core {
 }
 
 pub(crate) struct ShmFabric {
-    core: Arc<Core>,
+    pub(super) core: Arc<Core>,
     thread: Mutex<Option<JoinHandle<()>>>,
-    /// Held for the life of the endpoint; says that the socket path is in use.
-    _lock: OwnedFd,
+    /// Held until the endpoint is shut down; says that the socket path is in use.
+    lock: Mutex<Option<OwnedFd>>,
 }
 
 /// Opens an endpoint that listens on a Unix socket path.
@@ -79,6 +80,11 @@ pub(crate) fn open(
     config: FabricConfig,
     handler: Arc<dyn Handler>,
 ) -> Result<Arc<dyn Fabric>, TransportError> {
+    let fabric = start(config, handler)?;
+    Ok(Arc::new(fabric))
+}
+
+pub(super) fn start(config: FabricConfig, handler: Arc<dyn Handler>) -> Result<ShmFabric, TransportError> {
     let (listener, lock) = listen(&config.listen)?;
     let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
         .map_err(|e| TransportError::os("create an eventfd", &e.into()))?;
@@ -87,7 +93,7 @@ pub(crate) fn open(
         instance: u64::from_le_bytes(common::random()?),
         directory: Directory::create()?,
         bell,
-        listener,
+        listener: Mutex::new(Some(listener)),
         links: Mutex::new(Links::default()),
         installs: Mutex::new(Some(Vec::new())),
         news: AtomicBool::new(false),
@@ -99,11 +105,11 @@ pub(crate) fn open(
         config,
     });
     let thread = progress::start(Arc::clone(&core))?;
-    Ok(Arc::new(ShmFabric {
+    Ok(ShmFabric {
         core,
         thread: Mutex::new(Some(thread)),
-        _lock: lock,
-    }))
+        lock: Mutex::new(Some(lock)),
+    })
 }
 
 /// Binds the socket, replacing one that a dead process has left behind.
@@ -283,7 +289,7 @@ impl Core {
         self.install_if(ready, conn, superseded)
     }
 
-    fn connect(self: &Arc<Self>, path: &str) -> Result<Arc<ShmConn>, TransportError> {
+    pub(super) fn connect(self: &Arc<Self>, path: &str) -> Result<Arc<ShmConn>, TransportError> {
         let timeout = self.config.timeout;
         let deadline = Instant::now() + timeout;
         let unreachable = |reason: String| TransportError::Unreachable {
@@ -495,6 +501,13 @@ impl Fabric for ShmFabric {
         {
             tracing::error!("the progress thread of {path} panicked");
         }
+        drop(self.core.listener.lock().take());
+        if let Some(lock) = self.lock.lock().take()
+            // Closing alone would not do while a child that has not yet executed its program holds a copy.
+            && let Err(e) = rustix::fs::flock(&lock, FlockOperation::Unlock)
+        {
+            tracing::warn!("unlock {path}: {e}");
+        }
         // The lock file stays: removing it would let two later processes lock different files.
     }
 }
@@ -508,7 +521,8 @@ impl Drop for ShmFabric {
 /// Whether a connection waits at the listener.
 pub(super) fn accept_one(core: &Core) -> Option<OwnedFd> {
     use rustix::net::SocketFlags;
-    match rustix::net::accept_with(&core.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+    let listener = core.listener.lock();
+    match rustix::net::accept_with(listener.as_ref()?, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
         Ok(sock) => Some(sock),
         Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => None,
         Err(e) => {

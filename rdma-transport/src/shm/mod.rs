@@ -18,3 +18,6 @@ mod progress;
 mod ring;
 
 pub(crate) use endpoint::open;
+
+#[cfg(test)]
+mod tests;

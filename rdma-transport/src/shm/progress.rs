@@ -43,13 +43,9 @@ pub(super) fn start(core: Arc<Core>) -> Result<JoinHandle<()>, TransportError> {
     let os = |e: rustix::io::Errno| TransportError::os("create an epoll instance", &e.into());
     let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(os)?;
     epoll::add(&epoll, &core.bell, EventData::new_u64(BELL), EventFlags::IN).map_err(os)?;
-    epoll::add(
-        &epoll,
-        &core.listener,
-        EventData::new_u64(LISTENER),
-        EventFlags::IN,
-    )
-    .map_err(os)?;
+    if let Some(listener) = &*core.listener.lock() {
+        epoll::add(&epoll, listener, EventData::new_u64(LISTENER), EventFlags::IN).map_err(os)?;
+    }
     let mut progress = Progress {
         core,
         epoll,

@@ -90,6 +90,7 @@ impl Fabric for SimFabric {
             (target, key, handler, state.identity(self.id))
         };
         if key != self.key {
+            net.0.lock().wrong_key(target);
             return Err(TransportError::WrongKey {
                 addr: addr.to_owned(),
             });

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::endpoint::SimConn;
 use super::net::{NetRef, SimConfig};
 use super::rng::Rng;
-use crate::common::{Counters, disconnected, remote_access};
+use crate::common::{self, Counters, disconnected, remote_access};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
 use crate::{
@@ -119,7 +119,10 @@ impl After {
             Self::Done(done, result) => done(result),
             Self::Disconnected(handler, conn, why, completions) => {
                 for done in completions {
-                    done(Err(why.clone()));
+                    done(Err(match &why {
+                        e @ (TransportError::Disconnected { .. } | TransportError::Shutdown) => e.clone(),
+                        other => disconnected(&conn.peer_addr(), &other.to_string()),
+                    }));
                 }
                 handler.disconnected(&conn, &why);
             }
@@ -204,6 +207,11 @@ impl State {
         }
     }
 
+    /// Counts a peer turned away.
+    pub(super) fn wrong_key(&self, id: EndpointId) {
+        common::count(&self.endpoints[id].counters.wrong_keys, 1);
+    }
+
     pub(super) fn identity(&self, id: EndpointId) -> Vec<u8> {
         self.endpoints[id].identity.clone()
     }
@@ -233,7 +241,7 @@ impl State {
     /// Why operations of this end fail.
     pub(super) fn dead(&self, pair: PairId, end: End) -> TransportError {
         let Some(pair) = self.pairs.get(&pair) else {
-            return TransportError::Shutdown;
+            return disconnected("the peer", "closed");
         };
         let addr = &self.endpoints[pair.ends[1 - end].endpoint].addr;
         match &pair.ends[end].why {

@@ -12,7 +12,7 @@ use mio::Waker;
 use parking_lot::{Mutex, RwLock};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
 
 use super::conn::TcpConn;
 use super::progress;
@@ -47,7 +47,8 @@ pub(super) struct Core {
     identity: Mutex<Vec<u8>>,
     instance: u64,
     local_addr: String,
-    pub(super) listener: TcpListener,
+    /// None: shut down.
+    pub(super) listener: Mutex<Option<TcpListener>>,
     pub(super) waker: Waker,
     pub(super) regions: RwLock<HashMap<u64, (Arc<SharedMem>, Access)>>,
     pub(super) conns: Mutex<Vec<Arc<TcpConn>>>,
@@ -90,7 +91,7 @@ pub(crate) fn open(
         identity: Mutex::new(config.identity.clone()),
         instance: u64::from_le_bytes(common::random()?),
         local_addr,
-        listener,
+        listener: Mutex::new(Some(listener)),
         waker,
         regions: RwLock::new(HashMap::new()),
         conns: Mutex::new(Vec::new()),
@@ -237,7 +238,7 @@ impl Core {
 }
 
 /// Small frames at once; a peer that vanished is noticed.
-fn prepare(stream: &TcpStream, timeout: Duration) -> std::io::Result<()> {
+pub(super) fn prepare(stream: &TcpStream, timeout: Duration) -> std::io::Result<()> {
     stream.set_nonblocking(true)?;
     stream.set_nodelay(true)?;
     rustix::net::sockopt::set_socket_keepalive(stream, true)?;
@@ -253,11 +254,11 @@ fn framed(message: &[u8]) -> Vec<u8> {
 }
 
 /// Handshake messages on a stream: a length (u32), then the message.
-struct FramedPipe {
-    sock: Arc<OwnedFd>,
-    addr: String,
-    deadline: Instant,
-    timeout: Duration,
+pub(super) struct FramedPipe {
+    pub(super) sock: Arc<OwnedFd>,
+    pub(super) addr: String,
+    pub(super) deadline: Instant,
+    pub(super) timeout: Duration,
 }
 
 impl FramedPipe {
@@ -399,6 +400,10 @@ impl Fabric for TcpFabric {
             && thread.join().is_err()
         {
             tracing::error!("the progress thread of {} panicked", self.core.local_addr);
+        }
+        if let Some(listener) = self.core.listener.lock().take() {
+            // Closing alone would not do while a child that has not yet executed its program holds a copy.
+            let _freed = rustix::net::shutdown(&listener, Shutdown::Both);
         }
     }
 }

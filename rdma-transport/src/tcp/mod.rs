@@ -13,3 +13,6 @@ mod rx;
 mod tx;
 
 pub(crate) use endpoint::open;
+
+#[cfg(test)]
+mod tests;

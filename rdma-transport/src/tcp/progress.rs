@@ -41,10 +41,11 @@ struct Progress {
 }
 
 pub(super) fn start(core: Arc<Core>, poll: Poll) -> Result<JoinHandle<()>, TransportError> {
-    let listener = core.listener.as_raw_fd();
-    poll.registry()
-        .register(&mut SourceFd(&listener), LISTENER, Interest::READABLE)
-        .map_err(|e| TransportError::os("watch the listener", &e))?;
+    if let Some(listener) = &*core.listener.lock() {
+        poll.registry()
+            .register(&mut SourceFd(&listener.as_raw_fd()), LISTENER, Interest::READABLE)
+            .map_err(|e| TransportError::os("watch the listener", &e))?;
+    }
     let mut progress = Progress {
         core,
         poll,
@@ -120,8 +121,10 @@ impl Progress {
     }
 
     fn accept(&self) {
+        let listener = self.core.listener.lock();
+        let Some(listener) = &*listener else { return };
         loop {
-            match self.core.listener.accept() {
+            match listener.accept() {
                 Ok((stream, _)) => self.core.accept(stream),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}

@@ -1,0 +1,134 @@
+//! A peer that holds the key and then misbehaves.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::conn::ShmConn;
+use super::control::{self, Notice};
+use super::endpoint::{ShmFabric, start};
+use crate::mem::SharedMem;
+use crate::test_util::{Counting, Junk, config, until};
+use crate::{Access, Connection, Fabric, Op, RegionKey, RemoteAddr, TransportError};
+
+fn victim(dir: &tempfile::TempDir) -> (ShmFabric, Arc<Counting>) {
+    let seen = Arc::new(Counting::default());
+    let path = dir.path().join("victim").display().to_string();
+    (
+        start(config(&path, "victim"), Arc::clone(&seen) as _).unwrap(),
+        seen,
+    )
+}
+
+/// Every misdeed ends its connection with a protocol error, and nothing else.
+fn survives(misdeed: impl Fn(&Arc<ShmConn>, u64)) {
+    let dir = tempfile::tempdir().unwrap();
+    let (fabric, seen) = victim(&dir);
+    let path = dir.path().join("rogue").display().to_string();
+    let rogue = start(config(&path, "rogue"), Arc::new(Counting::default())).unwrap();
+    for n in 0..20u64 {
+        let conn = rogue.core.connect(&fabric.local_addr()).unwrap();
+        conn.send(b"hello").unwrap();
+        until("hello", || seen.messages.load(Ordering::SeqCst) > n);
+        misdeed(&conn, n);
+        until("end", || seen.ended.lock().len() as u64 == n + 1);
+        let why = seen.ended.lock().last().unwrap().clone();
+        assert!(matches!(why, TransportError::Protocol { .. }), "{why:?}");
+        until("our end", || !conn.is_alive());
+    }
+    let mem = Arc::new(SharedMem::anonymous(4096).unwrap());
+    let at = RemoteAddr {
+        key: fabric.register(&mem, Access::ALL).unwrap(),
+        offset: 0,
+    };
+    let conn = rogue.connect(&fabric.local_addr()).unwrap();
+    conn.execute(&mut [Op::Faa { at, add: 1, old: 0 }]).unwrap();
+}
+
+fn packet(conn: &ShmConn, bytes: &[u8], mem: Option<&SharedMem>) {
+    let fds: Vec<_> = mem.iter().map(|m| m.fd()).collect();
+    control::send(
+        conn.sock.as_fd(),
+        bytes,
+        &fds,
+        Instant::now() + Duration::from_secs(1),
+    )
+    .unwrap();
+}
+
+#[test]
+fn garbage_in_the_ring() {
+    survives(|conn, n| {
+        let mut junk = Junk(n);
+        let at = conn.channel.tail(conn.side).load(Ordering::SeqCst);
+        match n % 3 {
+            0 => conn
+                .channel
+                .tail(conn.side)
+                .store(junk.next() | 1, Ordering::SeqCst),
+            1 => conn
+                .channel
+                .tail(conn.side)
+                .store(at.wrapping_sub(8), Ordering::SeqCst),
+            _ => {
+                conn.channel
+                    .ring_word(conn.side, at)
+                    .store(junk.next(), Ordering::SeqCst);
+                conn.channel.tail(conn.side).store(at + 64, Ordering::SeqCst);
+            }
+        }
+        conn.core_for_tests().wake();
+        // Whatever the sleeping flag says.
+        let _full = rustix::io::write(conn.bell_for_tests(), &1u64.to_ne_bytes());
+    });
+}
+
+#[test]
+fn garbage_on_the_control_socket() {
+    survives(|conn, n| {
+        let mut junk = Junk(n);
+        let region = Notice::Region {
+            key: 1 << 63,
+            len: 1 << 20,
+            access: Access::ALL,
+        };
+        match n % 4 {
+            0 => packet(conn, &junk.bytes(1 + n as usize * 100), None),
+            // Without memory; with memory shorter than announced.
+            1 => packet(conn, &region.encode(), None),
+            2 => packet(conn, &region.encode(), Some(&SharedMem::anonymous(4096).unwrap())),
+            _ => packet(conn, &[9; 24], None),
+        }
+    });
+}
+
+#[test]
+fn rights_are_checked_at_every_use() {
+    // The rogue believes it may write; the region's own rights travel with it, and its key ends with it.
+    let dir = tempfile::tempdir().unwrap();
+    let (fabric, _seen) = victim(&dir);
+    let mem = Arc::new(SharedMem::anonymous(4096).unwrap());
+    let key = fabric.register(&mem, Access::READ).unwrap();
+    let conn = fabric.core.connect(&fabric.local_addr()).unwrap();
+    let at = RemoteAddr { key, offset: 0 };
+    conn.execute(&mut [Op::Read {
+        at,
+        into: &mut [0; 8],
+    }])
+    .unwrap();
+    let error = conn.execute(&mut [Op::Write { at, from: &[1; 8] }]).unwrap_err();
+    assert!(matches!(error, TransportError::RemoteAccess { .. }));
+    let unknown = RemoteAddr {
+        key: RegionKey(key.0 ^ (1 << 40)),
+        offset: 0,
+    };
+    let conn = fabric.core.connect(&fabric.local_addr()).unwrap();
+    assert!(
+        conn.execute(&mut [Op::Read {
+            at: unknown,
+            into: &mut [0; 8]
+        }])
+        .is_err()
+    );
+}
