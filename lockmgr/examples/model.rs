@@ -10,7 +10,7 @@ use std::time::Instant;
 use lockmgr::model::{Options, explore};
 
 const USAGE: &str = "options: --budget N,N,N  --no-keep  --unmodified  --no-voluntary  --confirm  --leave  \
-                     --losses N  --no-symmetry  --max-states N";
+                     --losses N  --no-symmetry  --depth-first  --max-states N";
 
 fn options() -> Result<Options, String> {
     let mut options = Options::default();
@@ -33,6 +33,7 @@ fn options() -> Result<Options, String> {
             "--confirm" => options.confirm = true,
             "--leave" => options.leave = true,
             "--losses" => options.losses = number(&value()?)? as u8,
+            "--depth-first" => options.depth_first = true,
             "--no-symmetry" => options.symmetry = false,
             "--max-states" => options.max_states = number(&value()?)?,
             _ => return Err(format!("unknown option {arg}; {USAGE}")),

@@ -22,6 +22,7 @@ fn rank_of(word: u64) -> u64 {
 }
 
 /// See the module.
+#[repr(C)]
 pub(crate) struct Gate {
     word: AtomicU64,
     drained: Mutex<Option<Drained>>,

@@ -1,5 +1,11 @@
 //! The gate under every interleaving of its atomic operations that the memory model allows.
-#![allow(missing_docs, dead_code)]
+#![allow(
+    missing_docs,
+    dead_code,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic
+)]
 
 /// Stands in for the crate's own module of this name, which the gate is built upon.
 mod sync {

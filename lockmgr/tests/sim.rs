@@ -2,7 +2,7 @@
 //! user happens at a random moment.
 //!
 //! `LOCKMGR_SEEDS=from..to` chooses the seeds; a failure prints its own.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! Real threads: three managers over records in plain memory, every manager with a thread for messages, one
 //! for completions, one for revocations, and several that work.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 

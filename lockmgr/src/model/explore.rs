@@ -1,11 +1,14 @@
-//! Breadth-first search over all states, then the search for cycles.
+//! Search over all states, then the search for cycles.
+//!
+//! States are remembered by 64-bit fingerprints: of 30 million states two would share one with probability
+//! 0.00002.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
 use super::state::{Options, Problem, State};
 
-/// A problem, and the shortest way to it.
+/// A problem, and a way to it; the shortest one, unless the search was depth first.
 #[derive(Debug, Clone)]
 pub struct Found {
     /// What is wrong.
@@ -23,7 +26,7 @@ pub struct Report {
     pub edges: usize,
     /// States in which nothing happens by itself.
     pub quiescent: usize,
-    /// Steps of the longest shortest way.
+    /// Steps of the longest way taken.
     pub depth: u32,
     /// The first problem.
     pub found: Option<Found>,
@@ -50,13 +53,20 @@ impl Hasher for Identity {
 /// How each state was first reached: from which state, by which of its steps.
 type Parents = Vec<(u32, u8)>;
 
+/// Where the successors of a state are in the list of edges.
+#[derive(Clone, Copy, Default)]
+struct Span {
+    first: u32,
+    n: u32,
+}
+
 /// Explores everything.
 #[must_use]
 pub fn explore(options: &Options, mut progress: impl FnMut(usize, u32)) -> Report {
     let mut seen: HashMap<u64, u32, BuildHasherDefault<Identity>> = HashMap::default();
     let mut parents: Parents = vec![(0, 0)];
     let mut edges: Vec<u32> = Vec::new();
-    let mut offsets: Vec<u64> = Vec::new();
+    let mut spans: Vec<Span> = Vec::new();
     let mut frontier = VecDeque::new();
     let mut report = Report {
         states: 0,
@@ -69,9 +79,13 @@ pub fn explore(options: &Options, mut progress: impl FnMut(usize, u32)) -> Repor
     seen.insert(first.fingerprint(options), 0);
     frontier.push_back((0u32, first, 0u32));
     let mut next = Vec::new();
-    'search: while let Some((index, state, depth)) = frontier.pop_front() {
-        report.depth = depth;
-        offsets.push(edges.len() as u64);
+    'search: while let Some((index, state, depth)) = if options.depth_first {
+        frontier.pop_back()
+    } else {
+        frontier.pop_front()
+    } {
+        report.depth = report.depth.max(depth);
+        let first_edge = edges.len() as u32;
         next.clear();
         if state.successors(options, &mut next) {
             report.quiescent += 1;
@@ -100,6 +114,13 @@ pub fn explore(options: &Options, mut progress: impl FnMut(usize, u32)) -> Repor
                 }
             }
         }
+        if spans.len() <= index as usize {
+            spans.resize(parents.len(), Span::default());
+        }
+        spans[index as usize] = Span {
+            first: first_edge,
+            n: edges.len() as u32 - first_edge,
+        };
         if parents.len() > options.max_states {
             report.found = Some(Found {
                 problem: Problem::Limit,
@@ -112,8 +133,7 @@ pub fn explore(options: &Options, mut progress: impl FnMut(usize, u32)) -> Repor
     report.edges = edges.len();
     if report.found.is_none() {
         drop(seen);
-        offsets.push(edges.len() as u64);
-        report.found = cycle(&edges, &offsets).map(|at| Found {
+        report.found = cycle(&edges, &spans).map(|at| Found {
             problem: Problem::Cycle,
             trace: trace(options, &parents, at, None),
         });
@@ -122,9 +142,12 @@ pub fn explore(options: &Options, mut progress: impl FnMut(usize, u32)) -> Repor
 }
 
 /// A state on a cycle or after one: what topological sorting leaves over.
-fn cycle(edges: &[u32], offsets: &[u64]) -> Option<u32> {
-    let n = offsets.len() - 1;
-    let successors = |x: usize| &edges[offsets[x] as usize..offsets[x + 1] as usize];
+fn cycle(edges: &[u32], spans: &[Span]) -> Option<u32> {
+    let n = spans.len();
+    let successors = |x: usize| {
+        let Span { first, n } = spans[x];
+        &edges[first as usize..][..n as usize]
+    };
     let mut incoming = vec![0u32; n];
     edges.iter().for_each(|&e| incoming[e as usize] += 1);
     let mut ready: Vec<u32> = (0..n as u32).filter(|&x| incoming[x as usize] == 0).collect();

@@ -35,6 +35,8 @@ pub struct Options {
     pub flaws: u32,
     /// Nodes with equal budgets are interchangeable.
     pub symmetry: bool,
+    /// Needs far less memory; traces are not the shortest.
+    pub depth_first: bool,
     /// Give up after so many states.
     pub max_states: usize,
 }
@@ -51,6 +53,7 @@ impl Default for Options {
             losses: 0,
             flaws: 0,
             symmetry: true,
+            depth_first: false,
             max_states: 200_000_000,
         }
     }
@@ -63,6 +66,8 @@ pub enum Problem {
     MutualExclusion,
     /// Valid caches show old data.
     Stale,
+    /// The state machine holds a lease for another version than it told the user.
+    WrongVersion,
     /// Attributes of another version than the one granted.
     WrongPayload,
     /// A fetch-and-add carried out of its bit.
@@ -217,6 +222,9 @@ impl State {
     fn check(&mut self, options: &Options) {
         for i in 0..NODES {
             let held = self.nodes[i].fsm.held();
+            if held.is_some() && self.nodes[i].cached != self.nodes[i].fsm.version() {
+                self.fail(Problem::WrongVersion);
+            }
             if held.is_some() && !self.nodes[i].fresh {
                 self.fail(Problem::Stale);
             }

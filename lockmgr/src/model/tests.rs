@@ -47,6 +47,7 @@ const SMALL: Options = Options {
     losses: 0,
     flaws: 0,
     symmetry: true,
+    depth_first: false,
     max_states: 3_000_000,
 };
 
@@ -114,6 +115,24 @@ fn symmetry_reduction_hides_nothing() {
     assert!(all.found.is_none() && some.found.is_none());
     assert!(some.states * 4 < all.states && some.states * 6 >= all.states);
     assert_eq!(all.depth, some.depth);
+}
+
+#[test]
+fn the_order_of_the_search_does_not_matter() {
+    let deep = run(&Options {
+        budget: [1, 1, 1],
+        depth_first: true,
+        ..SMALL
+    });
+    let broad = run(&Options {
+        budget: [1, 1, 1],
+        ..SMALL
+    });
+    assert!(deep.found.is_none() && broad.found.is_none());
+    assert_eq!(
+        (deep.states, deep.edges, deep.quiescent),
+        (broad.states, broad.edges, broad.quiescent)
+    );
 }
 
 #[test]

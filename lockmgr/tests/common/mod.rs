@@ -28,7 +28,7 @@ impl Memory {
     }
 
     fn word(&self, at: RemoteAddr) -> &AtomicU64 {
-        assert!(at.key == RegionKey(7) && at.offset % 8 == 0);
+        assert!(at.key == RegionKey(7) && at.offset.is_multiple_of(8));
         &self.0[at.offset as usize / 8]
     }
 
