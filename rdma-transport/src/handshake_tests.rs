@@ -8,7 +8,7 @@ use super::*;
 struct Wire {
     out: Sender<Vec<u8>>,
     into: Receiver<Vec<u8>>,
-    spoil: Box<dyn FnMut(usize, &mut Vec<u8>) + Send>,
+    spoil: Spoil,
     sent: usize,
 }
 

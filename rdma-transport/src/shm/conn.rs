@@ -1,6 +1,5 @@
 //! A shared-memory connection: operations inline, messages through the rings.
 
-use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +12,7 @@ use rustix::net::Shutdown;
 use super::control::{self, Notice};
 use super::endpoint::Core;
 use super::layout::{Channel, Directory, SLOTS, Side, slot_of};
-use super::ring::Producer;
+use super::send::Sending;
 use crate::common::{self, Counters, disconnected, remote_access};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
@@ -32,20 +31,13 @@ struct Mapped {
     mem: SharedMem,
 }
 
-#[derive(Debug, Default)]
-struct Sending {
-    ring: Producer,
-    /// Messages of progress threads that found the ring full.
-    overflow: VecDeque<Box<[u8]>>,
-}
-
 pub(super) struct ShmConn {
     id: ConnId,
-    core: Arc<Core>,
+    pub(super) core: Arc<Core>,
     pub(super) peer: Peer,
     /// True if the peer connected to us.
     pub(super) incoming: bool,
-    addr: String,
+    pub(super) addr: String,
     pub(super) side: Side,
     pub(super) channel: Channel,
     peer_dir: Directory,
@@ -54,10 +46,10 @@ pub(super) struct ShmConn {
     /// Held while a packet is taken from the socket and acted upon: packets count in their order.
     receiving: Mutex<()>,
     maps: RwLock<Vec<Option<Arc<Mapped>>>>,
-    sending: Mutex<Sending>,
-    room: Condvar,
+    pub(super) sending: Mutex<Sending>,
+    pub(super) room: Condvar,
     /// Somebody waits for room: the progress thread looks after it.
-    waiting: AtomicBool,
+    pub(super) waiting: AtomicBool,
     alive: AtomicBool,
     /// The peer is gone: none of its threads executes anything any more.
     hung_up: AtomicBool,
@@ -130,7 +122,7 @@ impl ShmConn {
             .unwrap_or_else(|| disconnected(&self.addr, "closed"))
     }
 
-    fn dead(&self) -> TransportError {
+    pub(super) fn dead(&self) -> TransportError {
         match self.reason() {
             e @ (TransportError::Disconnected { .. } | TransportError::Shutdown) => e,
             other => disconnected(&self.addr, &other.to_string()),
@@ -415,95 +407,6 @@ impl ShmConn {
         }
     }
 
-    fn push(&self, sending: &mut Sending, message: &[u8]) -> Result<bool, TransportError> {
-        sending
-            .ring
-            .push(&self.channel, self.side, message)
-            .map_err(|broken| TransportError::Protocol {
-                addr: self.addr.clone(),
-                detail: broken.to_owned(),
-            })
-    }
-
-    /// Moves queued messages into the ring and lets blocked senders try again.
-    /// Called by the progress thread in every round; true if anything moved.
-    pub(super) fn flush(&self) -> bool {
-        if !self.waiting.load(Ordering::SeqCst) {
-            return false;
-        }
-        let mut sending = self.sending.lock();
-        let mut moved = false;
-        loop {
-            while let Some(message) = sending.overflow.pop_front() {
-                match self.push(&mut sending, &message) {
-                    Ok(true) => moved = true,
-                    Ok(false) => {
-                        sending.overflow.push_front(message);
-                        break;
-                    }
-                    Err(why) => {
-                        drop(sending);
-                        self.fail(why);
-                        return moved;
-                    }
-                }
-            }
-            if sending.overflow.is_empty() {
-                self.waiting.store(false, Ordering::SeqCst);
-                break;
-            }
-            if self.channel.want_room(self.side).swap(1, Ordering::SeqCst) == 1 {
-                break;
-            }
-            // The flag is new: look once more, or room made just before it would go unnoticed.
-        }
-        self.room.notify_all();
-        drop(sending);
-        if moved {
-            self.ring_bell();
-        }
-        moved
-    }
-
-    fn send_slow(&self, message: &[u8]) -> Result<(), TransportError> {
-        let deadline = Instant::now() + self.core.config.timeout;
-        let mut sending = self.sending.lock();
-        loop {
-            if !self.alive() {
-                return Err(self.dead());
-            }
-            if sending.overflow.is_empty() {
-                // Announced before each attempt, so that room made after a failed one is told to us.
-                self.waiting.store(true, Ordering::SeqCst);
-                self.channel.want_room(self.side).store(1, Ordering::SeqCst);
-                match self.push(&mut sending, message) {
-                    Ok(true) => return Ok(()),
-                    Ok(false) => {}
-                    Err(why) => {
-                        drop(sending);
-                        self.fail(why.clone());
-                        return Err(why);
-                    }
-                }
-            }
-            if common::on_progress_thread() {
-                sending.overflow.push_back(message.into());
-                self.waiting.store(true, Ordering::SeqCst);
-                drop(sending);
-                self.core.wake_if_sleeping();
-                return Ok(());
-            }
-            // Short waits: the wake-up comes through the progress thread, which may be busy in a callback.
-            self.room.wait_for(&mut sending, Duration::from_millis(1));
-            if Instant::now() >= deadline {
-                drop(sending);
-                let why = common::timed_out(&self.addr, self.core.config.timeout);
-                self.fail(why.clone());
-                return Err(why);
-            }
-        }
-    }
-
     /// An operation has failed: the connection is in error.
     fn failed<T>(&self, error: TransportError) -> Result<T, TransportError> {
         self.fail(error.clone());
@@ -564,29 +467,7 @@ impl Connection for ShmConn {
     }
 
     fn send(&self, message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        if !self.alive() {
-            return Err(self.dead());
-        }
-        let pushed = {
-            let mut sending = self.sending.lock();
-            if sending.overflow.is_empty() {
-                self.push(&mut sending, message)
-            } else {
-                Ok(false)
-            }
-        };
-        match pushed {
-            Ok(true) => {}
-            Ok(false) => self.send_slow(message)?,
-            Err(why) => {
-                self.fail(why.clone());
-                return Err(why);
-            }
-        }
-        self.counters.sent(message.len());
-        self.ring_bell();
-        Ok(())
+        self.send_message(message)
     }
 
     fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError> {

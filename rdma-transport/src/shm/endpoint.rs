@@ -7,13 +7,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::event::{EventfdFlags, PollFlags};
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::event::EventfdFlags;
+use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use super::conn::{Parts, ShmConn};
 use super::control::{self, HandshakePipe, Notice};
 use super::layout::{Channel, Directory, SLOTS, Side, slot_of};
+use super::listen::listen;
 use super::progress;
 use crate::common::{self, Counters, LIMITS};
 use crate::handshake::{self, Local, MAX_ALIVE, Provider};
@@ -110,41 +111,6 @@ pub(super) fn start(config: FabricConfig, handler: Arc<dyn Handler>) -> Result<S
         thread: Mutex::new(Some(thread)),
         lock: Mutex::new(Some(lock)),
     })
-}
-
-/// Binds the socket, replacing one that a dead process has left behind.
-fn listen(path: &str) -> Result<(OwnedFd, OwnedFd), TransportError> {
-    let in_use = || TransportError::Os {
-        what: format!("listen on {path}"),
-        reason: "address in use by a running process".to_owned(),
-    };
-    let os = |what: &str, e: Errno| TransportError::os(format!("{what} {path}"), &e.into());
-    let address = control::address(path)?;
-    // The lock file decides between processes that start at the same time; the kernel drops the lock when
-    // its holder dies, however that happens.
-    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
-    let lock = rustix::fs::open(format!("{path}.lock"), flags, Mode::RUSR | Mode::WUSR)
-        .map_err(|e| os("create the lock file of", e))?;
-    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(Errno::WOULDBLOCK) => return Err(in_use()),
-        Err(e) => return Err(os("lock", e)),
-    }
-    let sock = control::socket()?;
-    match rustix::net::bind(&sock, &address) {
-        Ok(()) => {}
-        Err(Errno::ADDRINUSE) => {
-            match rustix::net::connect(control::socket()?, &address) {
-                Err(Errno::CONNREFUSED) => {}
-                _ => return Err(in_use()),
-            }
-            rustix::fs::unlink(path).map_err(|e| os("remove the stale socket", e))?;
-            rustix::net::bind(&sock, &address).map_err(|e| os("listen on", e))?;
-        }
-        Err(e) => return Err(os("listen on", e)),
-    }
-    rustix::net::listen(&sock, 128).map_err(|e| os("listen on", e))?;
-    Ok((sock, lock))
 }
 
 impl Core {
@@ -515,25 +481,5 @@ impl Fabric for ShmFabric {
 impl Drop for ShmFabric {
     fn drop(&mut self) {
         self.shutdown();
-    }
-}
-
-/// Whether a connection waits at the listener.
-pub(super) fn accept_one(core: &Core) -> Option<OwnedFd> {
-    use rustix::net::SocketFlags;
-    let listener = core.listener.lock();
-    match rustix::net::accept_with(listener.as_ref()?, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-        Ok(sock) => Some(sock),
-        Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => None,
-        Err(e) => {
-            // Out of descriptors, most likely; without a pause this would spin.
-            tracing::error!("accept a connection: {e}");
-            let _waited = common::wait(
-                core.bell.as_fd(),
-                PollFlags::IN,
-                Instant::now() + Duration::from_millis(10),
-            );
-            None
-        }
     }
 }

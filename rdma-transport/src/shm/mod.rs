@@ -14,8 +14,10 @@ mod conn;
 mod control;
 mod endpoint;
 mod layout;
+mod listen;
 mod progress;
 mod ring;
+mod send;
 
 pub(crate) use endpoint::open;
 

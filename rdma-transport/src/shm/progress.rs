@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
 use super::conn::ShmConn;
-use super::endpoint::{Core, Install, accept_one};
+use super::endpoint::{Core, Install};
+use super::listen::accept_one;
 use super::ring::Consumer;
 use crate::common::{self, LIMITS};
 use crate::{Connection, TransportError};

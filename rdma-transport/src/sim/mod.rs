@@ -5,6 +5,8 @@
 //! everything that a real fabric may reorder is reordered sooner or later, and the same seed gives the same run.
 //! Nothing happens by itself: the test calls [`SimNet::step`].
 
+mod effects;
+mod endings;
 mod endpoint;
 mod net;
 mod rng;

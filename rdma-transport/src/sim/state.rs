@@ -2,18 +2,17 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::endpoint::SimConn;
 use super::net::{NetRef, SimConfig};
 use super::rng::Rng;
-use crate::common::{self, Counters, disconnected, remote_access};
+use crate::common::{self, Counters, disconnected};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
 use crate::{
-    Access, AsyncOp, Completion, ConnId, Connection, FabricConfig, Handler, Op, OpResult, RegionKey,
-    RemoteAddr, TransportError,
+    Access, AsyncOp, Completion, ConnId, Connection, FabricConfig, Handler, OpResult, RegionKey,
+    TransportError,
 };
 
 pub(super) type EndpointId = usize;
@@ -58,13 +57,13 @@ pub(super) struct EndState {
     pub(super) conn: Option<Arc<SimConn>>,
     pub(super) alive: bool,
     /// Its `Down` is under way or has come.
-    ending: bool,
-    why: Option<TransportError>,
+    pub(super) ending: bool,
+    pub(super) why: Option<TransportError>,
     /// When the last parcel of each lane from here arrives: requests and messages, results.
-    last: [u64; 2],
-    batches: BTreeMap<u64, (Option<Completion>, Vec<OpResult>)>,
+    pub(super) last: [u64; 2],
+    pub(super) batches: BTreeMap<u64, (Option<Completion>, Vec<OpResult>)>,
     /// Results gathered here for the other end's batch.
-    gathering: Vec<OpResult>,
+    pub(super) gathering: Vec<OpResult>,
 }
 
 pub(super) struct Pair {
@@ -72,25 +71,25 @@ pub(super) struct Pair {
     pub(super) peer: Peer,
 }
 
-struct EndpointState {
-    addr: String,
-    key: Vec<u8>,
-    identity: Vec<u8>,
-    counters: Arc<Counters>,
-    handler: Arc<dyn Handler>,
-    regions: HashMap<u64, (Arc<SharedMem>, Access)>,
-    up: bool,
+pub(super) struct EndpointState {
+    pub(super) addr: String,
+    pub(super) key: Vec<u8>,
+    pub(super) identity: Vec<u8>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) handler: Arc<dyn Handler>,
+    pub(super) regions: HashMap<u64, (Arc<SharedMem>, Access)>,
+    pub(super) up: bool,
 }
 
 pub(super) struct State {
     pub(super) now: u64,
-    seq: u64,
-    rng: Rng,
-    config: SimConfig,
-    queue: BTreeMap<(u64, u64), What>,
-    endpoints: Vec<EndpointState>,
-    pairs: BTreeMap<PairId, Pair>,
-    next: u64,
+    pub(super) seq: u64,
+    pub(super) rng: Rng,
+    pub(super) config: SimConfig,
+    pub(super) queue: BTreeMap<(u64, u64), What>,
+    pub(super) endpoints: Vec<EndpointState>,
+    pub(super) pairs: BTreeMap<PairId, Pair>,
+    pub(super) next: u64,
 }
 
 /// What to do once the state is unlocked again.
@@ -304,7 +303,7 @@ impl State {
         }
     }
 
-    fn dynamic(&self, pair: PairId, end: End) -> Option<(Arc<dyn Handler>, Arc<dyn Connection>)> {
+    pub(super) fn dynamic(&self, pair: PairId, end: End) -> Option<(Arc<dyn Handler>, Arc<dyn Connection>)> {
         let state = &self.pairs.get(&pair)?.ends[end];
         let handler = Arc::clone(&self.endpoints[state.endpoint].handler);
         Some((handler, Arc::clone(state.conn.as_ref()?) as _))
@@ -372,271 +371,6 @@ impl State {
     pub(super) fn counters(&self, pair: PairId, end: End) -> Option<&Counters> {
         let endpoint = self.pairs.get(&pair)?.ends[end].endpoint;
         Some(&self.endpoints[endpoint].counters)
-    }
-
-    /// An operation takes effect at the target.
-    fn take_op(&mut self, pair: PairId, from: End, op: &AsyncOp, batch: u64, last: bool) {
-        let Some(state) = self.pairs.get(&pair) else {
-            return;
-        };
-        let target = state.ends[1 - from].endpoint;
-        let result = match op {
-            AsyncOp::ReadWords { at, words } => {
-                let words = *words as usize;
-                self.on_region(
-                    target,
-                    *at,
-                    words * 8,
-                    |a| a.read,
-                    |mem, off| {
-                        let word = |i| Ok(mem.word(off + i * 8)?.load(Ordering::SeqCst));
-                        (0..words)
-                            .map(word)
-                            .collect::<Result<_, TransportError>>()
-                            .map(OpResult::Words)
-                    },
-                )
-            }
-            AsyncOp::Cas { at, expect, new } => self.cas(target, *at, *expect, *new).map(OpResult::Old),
-            AsyncOp::Faa { at, add } => self.faa(target, *at, *add).map(OpResult::Old),
-        };
-        let Some(state) = self.pairs.get_mut(&pair) else {
-            return;
-        };
-        let end = &mut state.ends[1 - from];
-        match result {
-            Ok(result) => {
-                end.gathering.push(result);
-                if last {
-                    let results = std::mem::take(&mut end.gathering);
-                    self.ship(
-                        pair,
-                        1 - from,
-                        Parcel::Results {
-                            batch,
-                            results: Ok(results),
-                        },
-                    );
-                }
-            }
-            Err(error) => {
-                // In error from now on: nothing behind the failed operation arrives.
-                end.alive = false;
-                end.why = Some(error.clone());
-                self.ship(
-                    pair,
-                    1 - from,
-                    Parcel::Results {
-                        batch,
-                        results: Err(error),
-                    },
-                );
-            }
-        }
-    }
-
-    pub(super) fn execute_one(
-        &mut self,
-        pair: PairId,
-        end: End,
-        op: &mut Op<'_>,
-    ) -> Result<(), TransportError> {
-        let dead = self.dead(pair, end);
-        let Some(state) = self.pairs.get(&pair) else {
-            return Err(dead);
-        };
-        let target = state.ends[1 - end].endpoint;
-        // A target that has closed or died cannot be told from one whose end has already been seen.
-        if !state.ends[end].alive || !state.ends[1 - end].alive || !self.endpoints[target].up {
-            return Err(dead);
-        }
-        match op {
-            Op::Read { at, into } => self.on_region(
-                target,
-                *at,
-                into.len(),
-                |a| a.read,
-                |mem, off| mem.read_at(off, into),
-            ),
-            Op::Write { at, from } => self.on_region(
-                target,
-                *at,
-                from.len(),
-                |a| a.write,
-                |mem, off| mem.write_at(off, from),
-            ),
-            Op::Cas { at, expect, new, old } => self.cas(target, *at, *expect, *new).map(|v| *old = v),
-            Op::Faa { at, add, old } => self.faa(target, *at, *add).map(|v| *old = v),
-        }
-    }
-
-    fn cas(&self, target: EndpointId, at: RemoteAddr, expect: u64, new: u64) -> Result<u64, TransportError> {
-        self.on_region(
-            target,
-            at,
-            8,
-            |a| a.atomic,
-            |mem, off| {
-                Ok(
-                    match mem
-                        .word(off)?
-                        .compare_exchange(expect, new, Ordering::SeqCst, Ordering::SeqCst)
-                    {
-                        Ok(old) | Err(old) => old,
-                    },
-                )
-            },
-        )
-    }
-
-    fn faa(&self, target: EndpointId, at: RemoteAddr, add: u64) -> Result<u64, TransportError> {
-        self.on_region(
-            target,
-            at,
-            8,
-            |a| a.atomic,
-            |mem, off| Ok(mem.word(off)?.fetch_add(add, Ordering::SeqCst)),
-        )
-    }
-
-    fn on_region<R>(
-        &self,
-        target: EndpointId,
-        at: RemoteAddr,
-        len: usize,
-        permits: impl Fn(Access) -> bool,
-        act: impl FnOnce(&SharedMem, usize) -> Result<R, TransportError>,
-    ) -> Result<R, TransportError> {
-        let refused = |why: &str| Err(remote_access(at, len as u64, why));
-        let Some((mem, access)) = self.endpoints[target].regions.get(&at.key.0) else {
-            return refused("no such region");
-        };
-        if !permits(*access) {
-            return refused("the region does not permit this");
-        }
-        match usize::try_from(at.offset) {
-            Ok(off) if mem.contains(off, len) => act(mem, off),
-            _ => refused("outside of the region"),
-        }
-    }
-
-    /// This end is told that the connection is over; once.
-    fn end(&mut self, pair: PairId, end: End, why: TransportError) -> After {
-        let dynamic = self.dynamic(pair, end);
-        let Some(state) = self.pairs.get_mut(&pair) else {
-            return After::Nothing;
-        };
-        let end = &mut state.ends[end];
-        end.alive = false;
-        let why = end.why.get_or_insert(why).clone();
-        let completions = std::mem::take(&mut end.batches)
-            .into_values()
-            .filter_map(|(done, _)| done)
-            .collect();
-        end.conn = None;
-        let over = state
-            .ends
-            .iter()
-            .all(|e| e.conn.is_none() || !self.endpoints[e.endpoint].up);
-        if over {
-            self.pairs.remove(&pair);
-        }
-        match dynamic {
-            Some((handler, conn)) => After::Disconnected(handler, conn, why, completions),
-            None => After::Nothing,
-        }
-    }
-
-    /// This end closes: nothing of the other end takes effect here any more; what this end has sent arrives.
-    pub(super) fn close_end(&mut self, pair: PairId, end: End, why: TransportError) {
-        let Some(state) = self.pairs.get_mut(&pair) else {
-            return;
-        };
-        if !state.ends[end].alive || state.ends[end].ending {
-            return;
-        }
-        state.ends[end].alive = false;
-        state.ends[end].why = Some(why.clone());
-        let addr = self.endpoints[state.ends[end].endpoint].addr.clone();
-        self.tell(pair, 1 - end, disconnected(&addr, "the peer has gone"));
-        self.tell_from(pair, 1 - end, end, why);
-    }
-
-    /// `to` learns behind everything else in its lane that the connection is over.
-    fn tell(&mut self, pair: PairId, to: End, why: TransportError) {
-        self.tell_from(pair, 1 - to, to, why);
-    }
-
-    fn tell_from(&mut self, pair: PairId, from: End, to: End, why: TransportError) {
-        let Some(state) = self.pairs.get_mut(&pair) else {
-            return;
-        };
-        if state.ends[to].ending {
-            return;
-        }
-        state.ends[to].ending = true;
-        self.ship(pair, from, Parcel::Down(why));
-    }
-
-    /// An operation has failed: both ends are in error.
-    pub(super) fn down_both(&mut self, pair: PairId, why: &TransportError) {
-        for end in 0..2 {
-            let Some(state) = self.pairs.get_mut(&pair) else {
-                return;
-            };
-            state.ends[end].alive = false;
-            state.ends[end].why.get_or_insert_with(|| why.clone());
-            self.tell(pair, end, why.clone());
-        }
-    }
-
-    /// The endpoint of this end has died.
-    fn crash_end(&mut self, pair: PairId, end: End) {
-        let under_way: Vec<(u64, u64)> = self
-            .queue
-            .iter()
-            .filter(|(_, w)| matches!(w, What::Arrive { pair: p, from, .. } if *p == pair && *from == end))
-            .map(|(k, _)| *k)
-            .collect();
-        let kept = self.rng.between(0, under_way.len() as u64) as usize;
-        for key in &under_way[kept..] {
-            self.queue.remove(key);
-        }
-        let Some(state) = self.pairs.get_mut(&pair) else {
-            return;
-        };
-        state.ends[end].alive = false;
-        // A `Down` that was under way may have been among what was lost.
-        state.ends[1 - end].ending = false;
-        let addr = self.endpoints[state.ends[end].endpoint].addr.clone();
-        if state.ends[1 - end].conn.is_some() {
-            self.tell(pair, 1 - end, disconnected(&addr, "the peer has died"));
-        }
-    }
-
-    /// Ends everything of an endpoint that shuts down; its own callbacks follow at once.
-    pub(super) fn shutdown(&mut self, endpoint: EndpointId) -> Vec<After> {
-        if !self.endpoints[endpoint].up {
-            return Vec::new();
-        }
-        let pairs: Vec<PairId> = self.pairs.keys().copied().collect();
-        let mut after = Vec::new();
-        for pair in pairs {
-            for end in 0..2 {
-                if self
-                    .pairs
-                    .get(&pair)
-                    .is_some_and(|p| p.ends[end].endpoint == endpoint)
-                {
-                    let addr = self.endpoints[endpoint].addr.clone();
-                    self.tell(pair, 1 - end, disconnected(&addr, "the peer has gone"));
-                    after.push(self.end(pair, end, TransportError::Shutdown));
-                }
-            }
-        }
-        self.endpoints[endpoint].up = false;
-        self.endpoints[endpoint].regions.clear();
-        after
     }
 
     pub(super) fn find(&self, addr: &str) -> Option<EndpointId> {

@@ -3,45 +3,42 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 use rustix::net::Shutdown;
 
 use super::endpoint::Core;
-use super::frame::{Desc, DescKind, Header};
-use super::pending::{Batch, Expected, Owner, Pending, Slot, Waiter};
+use super::frame::{Desc, Header};
+use super::pending::{Batch, Expected, Owner, Pending, Slot};
+use super::request;
 use super::tx::{Out, Tx};
 use crate::common::{self, Counters, disconnected};
 use crate::handshake::Peer;
-use crate::mem::{Lent, SharedMem};
+use crate::mem::SharedMem;
 use crate::{AsyncOp, Completion, ConnId, Connection, FabricStats, Op, RemoteAddr, TransportError};
 
 /// Senders of messages wait while more than this is queued.
 const QUEUE: usize = 1024 * 1024;
-/// Writes up to this length are copied into the frame; longer ones go out of the caller's buffer.
-const COPY: usize = 16 * 1024;
-/// Most bytes asked for and not yet received.
-const READS: usize = 64 * 1024 * 1024;
 /// Most bytes of results a peer may leave unread; twice what ours ever asks for, and some.
-const UNREAD: usize = 3 * READS;
+const UNREAD: usize = 3 * request::READS;
 
 pub(super) struct TcpConn {
     id: ConnId,
-    core: Arc<Core>,
+    pub(super) core: Arc<Core>,
     pub(super) peer: Peer,
     /// True if the peer connected to us.
     pub(super) incoming: bool,
-    addr: String,
+    pub(super) addr: String,
     pub(super) sock: Arc<OwnedFd>,
     /// Lock order: `tx`, then `pending`.
-    tx: Mutex<Tx>,
+    pub(super) tx: Mutex<Tx>,
     room: Condvar,
     pub(super) pending: Mutex<Pending>,
-    next_batch: AtomicU64,
+    pub(super) next_batch: AtomicU64,
     /// Bytes asked for by blocking reads.
-    reading: Mutex<usize>,
-    read_done: Condvar,
+    pub(super) reading: Mutex<usize>,
+    pub(super) read_done: Condvar,
     /// Held while an operation of the peer is executed.
     executing: Mutex<()>,
     alive: AtomicBool,
@@ -246,11 +243,11 @@ impl TcpConn {
         why
     }
 
-    fn post(&self, batch: Batch, outs: Vec<Out>) -> Result<(), (Batch, TransportError)> {
+    pub(super) fn post(&self, batch: Batch, outs: Vec<Out>) -> Result<(), Box<(Batch, TransportError)>> {
         let mut tx = self.tx.lock();
         if tx.closed() || !self.alive() {
             drop(tx);
-            return Err((batch, self.dead()));
+            return Err(Box::new((batch, self.dead())));
         }
         self.pending.lock().0.push_back(batch);
         if let Err(e) = tx.send_all(self.sock.as_fd(), outs) {
@@ -260,147 +257,6 @@ impl TcpConn {
         }
         Ok(())
     }
-
-    /// Sends a batch (and a message behind it) and waits for its results.
-    fn round_trip(&self, ops: &mut [Op<'_>], message: Option<&[u8]>) -> Result<(), TransportError> {
-        let id = self.next_batch.fetch_add(1, Ordering::Relaxed);
-        let mut bytes = Header::ops(id, ops.len()).encode().to_vec();
-        for op in ops.iter() {
-            Desc::of(op).encode(&mut bytes);
-        }
-        let mut outs = Vec::with_capacity(2);
-        let mut expected = Vec::with_capacity(ops.len());
-        for op in ops.iter_mut() {
-            let desc = Desc::of(op);
-            let slot = match op {
-                Op::Read { into, .. } => {
-                    // SAFETY: this function does not return before the batch is out of `pending`: its result
-                    // has come, or `abandon` has taken it out under the lock its users hold.
-                    Slot::Read(unsafe { Lent::writable(into) })
-                }
-                Op::Write { from, .. } if from.len() <= COPY => {
-                    bytes.extend_from_slice(from);
-                    Slot::Write
-                }
-                Op::Write { from, .. } => {
-                    outs.push(Out::Bytes(std::mem::take(&mut bytes)));
-                    // SAFETY: as above for `tx`: results are accepted only once the queue lends nothing of
-                    // this batch (`complete`), and `fail` empties the queue.
-                    outs.push(Out::Lent {
-                        lent: unsafe { Lent::readable(from) },
-                        batch: id,
-                    });
-                    Slot::Write
-                }
-                Op::Cas { .. } | Op::Faa { .. } => Slot::Word,
-            };
-            expected.push(Expected {
-                slot,
-                at: desc.at,
-                len: desc.len as u64,
-            });
-        }
-        if let Some(message) = message {
-            bytes.extend_from_slice(&Header::message(message.len()).encode());
-            bytes.extend_from_slice(message);
-        }
-        outs.push(Out::Bytes(bytes));
-        let waiter = Arc::new(Waiter::default());
-        let batch = Batch::new(id, Owner::Blocked(Arc::clone(&waiter)), expected);
-        if let Err((_, error)) = self.post(batch, outs) {
-            return Err(error);
-        }
-        let timeout = self.core.config.timeout;
-        let spin = self.core.config.spin.min(Duration::from_micros(50));
-        let result = match waiter.wait(spin, Instant::now() + timeout) {
-            Some(result) => result,
-            None => {
-                let why = common::timed_out(&self.addr, timeout);
-                self.fail(why.clone());
-                self.abandon(id);
-                Err(why)
-            }
-        };
-        let mut olds = result?.into_iter();
-        for op in ops.iter_mut() {
-            if let Op::Cas { old, .. } | Op::Faa { old, .. } = op {
-                *old = olds.next().ok_or_else(|| self.protocol("a result is missing"))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes sure that nobody uses the buffers of a batch any more.
-    fn abandon(&self, id: u64) {
-        self.tx.lock().close();
-        self.pending.lock().0.retain(|b| b.id != id);
-    }
-
-    /// A write that nobody waits for, with a message behind it; for progress threads.
-    fn write_behind(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError> {
-        let id = self.next_batch.fetch_add(1, Ordering::Relaxed);
-        let mut bytes = Header::ops(id, 1).encode().to_vec();
-        Desc {
-            kind: DescKind::Write,
-            len: from.len(),
-            at,
-            a: 0,
-            b: 0,
-        }
-        .encode(&mut bytes);
-        bytes.extend_from_slice(from);
-        bytes.extend_from_slice(&Header::message(message.len()).encode());
-        bytes.extend_from_slice(message);
-        let expected = vec![Expected {
-            slot: Slot::Write,
-            at,
-            len: from.len() as u64,
-        }];
-        self.post(Batch::new(id, Owner::Nobody, expected), vec![Out::Bytes(bytes)])
-            .map_err(|(_, e)| e)
-    }
-
-    /// Waits until `bytes` more may be asked for.
-    fn reserve(&self, bytes: usize) -> Result<(), TransportError> {
-        let deadline = Instant::now() + self.core.config.timeout;
-        let mut reading = self.reading.lock();
-        while *reading > 0 && *reading + bytes > READS {
-            if !self.alive() {
-                return Err(self.dead());
-            }
-            if self.read_done.wait_until(&mut reading, deadline).timed_out() {
-                let why = common::timed_out(&self.addr, self.core.config.timeout);
-                self.fail(why.clone());
-                return Err(why);
-            }
-        }
-        *reading += bytes;
-        Ok(())
-    }
-
-    fn run(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
-        let reads = read_bytes(ops);
-        if reads <= COPY {
-            return self.round_trip(ops, None);
-        }
-        self.reserve(reads)?;
-        let result = self.round_trip(ops, None);
-        *self.reading.lock() -= reads;
-        self.read_done.notify_all();
-        result
-    }
-}
-
-fn read_bytes(ops: &[Op<'_>]) -> usize {
-    ops.iter()
-        .map(|op| {
-            if let Op::Read { into, .. } = op {
-                into.len()
-            } else {
-                0
-            }
-        })
-        .sum()
 }
 
 impl Connection for TcpConn {
@@ -431,8 +287,8 @@ impl Connection for TcpConn {
             // Batches that read very much are asked for in parts: the target must not have to hold it all.
             let mut reads = 0;
             let part = rest.iter().take_while(|op| {
-                reads += read_bytes(std::slice::from_ref(op));
-                reads <= READS
+                reads += request::read_bytes(std::slice::from_ref(op));
+                reads <= request::READS
             });
             let part = part.count().max(1);
             let (now, later) = rest.split_at_mut(part);
@@ -474,7 +330,10 @@ impl Connection for TcpConn {
         let owner = Owner::Async(done, Vec::with_capacity(batch.len()));
         match self.post(Batch::new(id, owner, expected), vec![Out::Bytes(bytes)]) {
             Ok(()) => self.counters.did_ops(batch.len(), moved),
-            Err((batch, error)) => batch.finish(Err(error)),
+            Err(back) => {
+                let (batch, error) = *back;
+                batch.finish(Err(error));
+            }
         }
     }
 

@@ -9,6 +9,7 @@ mod endpoint;
 mod frame;
 mod pending;
 mod progress;
+mod request;
 mod rx;
 mod tx;
 

@@ -1,0 +1,162 @@
+//! What operations do at their target.
+
+use std::sync::atomic::Ordering;
+
+use super::state::{End, EndpointId, PairId, Parcel, State};
+use crate::common::remote_access;
+use crate::mem::SharedMem;
+use crate::{Access, AsyncOp, Op, OpResult, RemoteAddr, TransportError};
+
+impl State {
+    /// An operation takes effect at the target.
+    pub(super) fn take_op(&mut self, pair: PairId, from: End, op: &AsyncOp, batch: u64, last: bool) {
+        let Some(state) = self.pairs.get(&pair) else {
+            return;
+        };
+        let target = state.ends[1 - from].endpoint;
+        let result = match op {
+            AsyncOp::ReadWords { at, words } => {
+                let words = *words as usize;
+                self.on_region(
+                    target,
+                    *at,
+                    words * 8,
+                    |a| a.read,
+                    |mem, off| {
+                        let word = |i| Ok(mem.word(off + i * 8)?.load(Ordering::SeqCst));
+                        (0..words)
+                            .map(word)
+                            .collect::<Result<_, TransportError>>()
+                            .map(OpResult::Words)
+                    },
+                )
+            }
+            AsyncOp::Cas { at, expect, new } => self.cas(target, *at, *expect, *new).map(OpResult::Old),
+            AsyncOp::Faa { at, add } => self.faa(target, *at, *add).map(OpResult::Old),
+        };
+        let Some(state) = self.pairs.get_mut(&pair) else {
+            return;
+        };
+        let end = &mut state.ends[1 - from];
+        match result {
+            Ok(result) => {
+                end.gathering.push(result);
+                if last {
+                    let results = std::mem::take(&mut end.gathering);
+                    self.ship(
+                        pair,
+                        1 - from,
+                        Parcel::Results {
+                            batch,
+                            results: Ok(results),
+                        },
+                    );
+                }
+            }
+            Err(error) => {
+                // In error from now on: nothing behind the failed operation arrives.
+                end.alive = false;
+                end.why = Some(error.clone());
+                self.ship(
+                    pair,
+                    1 - from,
+                    Parcel::Results {
+                        batch,
+                        results: Err(error),
+                    },
+                );
+            }
+        }
+    }
+
+    pub(super) fn execute_one(
+        &mut self,
+        pair: PairId,
+        end: End,
+        op: &mut Op<'_>,
+    ) -> Result<(), TransportError> {
+        let dead = self.dead(pair, end);
+        let Some(state) = self.pairs.get(&pair) else {
+            return Err(dead);
+        };
+        let target = state.ends[1 - end].endpoint;
+        // A target that has closed or died cannot be told from one whose end has already been seen.
+        if !state.ends[end].alive || !state.ends[1 - end].alive || !self.endpoints[target].up {
+            return Err(dead);
+        }
+        match op {
+            Op::Read { at, into } => self.on_region(
+                target,
+                *at,
+                into.len(),
+                |a| a.read,
+                |mem, off| mem.read_at(off, into),
+            ),
+            Op::Write { at, from } => self.on_region(
+                target,
+                *at,
+                from.len(),
+                |a| a.write,
+                |mem, off| mem.write_at(off, from),
+            ),
+            Op::Cas { at, expect, new, old } => self.cas(target, *at, *expect, *new).map(|v| *old = v),
+            Op::Faa { at, add, old } => self.faa(target, *at, *add).map(|v| *old = v),
+        }
+    }
+
+    pub(super) fn cas(
+        &self,
+        target: EndpointId,
+        at: RemoteAddr,
+        expect: u64,
+        new: u64,
+    ) -> Result<u64, TransportError> {
+        self.on_region(
+            target,
+            at,
+            8,
+            |a| a.atomic,
+            |mem, off| {
+                Ok(
+                    match mem
+                        .word(off)?
+                        .compare_exchange(expect, new, Ordering::SeqCst, Ordering::SeqCst)
+                    {
+                        Ok(old) | Err(old) => old,
+                    },
+                )
+            },
+        )
+    }
+
+    pub(super) fn faa(&self, target: EndpointId, at: RemoteAddr, add: u64) -> Result<u64, TransportError> {
+        self.on_region(
+            target,
+            at,
+            8,
+            |a| a.atomic,
+            |mem, off| Ok(mem.word(off)?.fetch_add(add, Ordering::SeqCst)),
+        )
+    }
+
+    pub(super) fn on_region<R>(
+        &self,
+        target: EndpointId,
+        at: RemoteAddr,
+        len: usize,
+        permits: impl Fn(Access) -> bool,
+        act: impl FnOnce(&SharedMem, usize) -> Result<R, TransportError>,
+    ) -> Result<R, TransportError> {
+        let refused = |why: &str| Err(remote_access(at, len as u64, why));
+        let Some((mem, access)) = self.endpoints[target].regions.get(&at.key.0) else {
+            return refused("no such region");
+        };
+        if !permits(*access) {
+            return refused("the region does not permit this");
+        }
+        match usize::try_from(at.offset) {
+            Ok(off) if mem.contains(off, len) => act(mem, off),
+            _ => refused("outside of the region"),
+        }
+    }
+}
