@@ -1,1 +1,239 @@
-//! c
+//! The FUSE client: a mount.
+//!
+//! | module | subject |
+//! | --- | --- |
+//! | `mount` | start, stop |
+//! | `fuse` | the kernel's requests, and how a request finds a thread |
+//! | `ctx`, `workers` | who may wait where |
+//! | `net` | connections to the servers and the other mounts |
+//! | `inode`, `pages`, `mapped` | what is cached |
+//! | `attrs`, `data`, `write`, `space`, `files`, `dirs`, `names`, `xattrs`, `locks` | the operations |
+//! | `revoke` | giving leases up |
+//! | `writeback` | bringing dirty data to the servers |
+//!
+//! Order of locks: lease → inode state → space bank → connections. Nothing waits for a lease while it
+//! holds an inode's state.
+
+pub mod attrs;
+mod buffers;
+pub mod ctx;
+pub mod data;
+pub mod dirs;
+pub mod files;
+pub mod fuse;
+pub mod inode;
+pub mod locks;
+pub mod mapped;
+pub mod mount;
+pub mod names;
+pub mod net;
+pub mod pages;
+pub mod revoke;
+pub mod space;
+pub mod workers;
+pub mod write;
+pub mod writeback;
+pub mod xattrs;
+
+pub use mount::{Mount, MountError, MountOptions};
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use lockmgr::{Guard, LeaseError, LeaseManager, Mode, NodeId};
+use parking_lot::Mutex;
+
+use crate::config::CacheMode;
+use crate::ino;
+use crate::rpc::Errno;
+use crate::wire::MountStatus;
+use ctx::{Ctx, Permits, Res, Stop};
+use inode::{Inode, InodeTable};
+use net::Net;
+use workers::Workers;
+
+/// Time to live of attributes that a lease protects: until told otherwise.
+pub const LEASED_TTL: Duration = Duration::from_secs(24 * 3600);
+/// Longest file, bytes.
+pub const MAX_FILE_SIZE: u64 = 1 << 60;
+
+/// Everything a mount consists of.
+pub struct Client {
+    /// This mount's node number.
+    pub node: NodeId,
+    /// How the kernel caches ([`CacheMode::Auto`] has been decided).
+    pub mode: CacheMode,
+    /// The leases.
+    pub leases: Arc<LeaseManager>,
+    /// The connections.
+    pub net: Arc<Net>,
+    /// The inodes.
+    pub inodes: Arc<InodeTable>,
+    /// Threads for requests that wait.
+    pub workers: Workers,
+    /// Threads for revocations.
+    pub revokers: Workers,
+    /// Event loops that may still wait.
+    pub permits: Permits,
+    /// Longest wait for a lease.
+    pub lease_wait: Duration,
+    /// Clean data read from the storage nodes is worth keeping here (not where they are local memory).
+    pub cache_reads: bool,
+    /// Layout of lease records.
+    pub layout: lockmgr::RecordLayout,
+    /// Tells the kernel to drop what it has cached.
+    pub notifier: std::sync::OnceLock<fuser::Notifier>,
+    /// Inodes with something to write back, and since when.
+    pub dirty: Mutex<HashMap<u64, Instant>>,
+    /// Pages in the buffer caches.
+    pub cached_pages: AtomicUsize,
+    /// Most pages in the buffer caches.
+    pub max_pages: usize,
+    /// Numbers for new inodes, whose leases this mount holds exclusively already.
+    pub new_inos: Mutex<VecDeque<u64>>,
+    /// Open files and directories.
+    pub handles: files::Handles,
+    /// File locks held by processes of this mount.
+    pub file_locks: locks::LocalLocks,
+    /// Space set aside on the storage nodes.
+    pub space: space::SpaceBank,
+    /// Numbers of transactions.
+    pub seqs: names::Sequence,
+    /// Longest time data stays only here.
+    pub writeback_after: Duration,
+    /// Counters for `fsd status`.
+    pub counters: Counters,
+    /// Wakes the writeback thread.
+    pub wake_writeback: crossbeam::channel::Sender<()>,
+    /// The mount is leaving.
+    pub stopping: AtomicBool,
+}
+
+/// What a mount has done.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Requests of the kernel.
+    pub requests: AtomicU64,
+    /// Of those, how many had to be handed to a worker.
+    pub parked: AtomicU64,
+    /// Revocations carried out.
+    pub revocations: AtomicU64,
+    /// Invalidations repeated because a read slipped in.
+    pub repeats: AtomicU64,
+}
+
+/// The error number of a lease that could not be had.
+fn lease_errno(error: &LeaseError) -> Errno {
+    match error {
+        LeaseError::Leaving => Errno(libc::ESHUTDOWN),
+        LeaseError::Unreachable { .. } | LeaseError::StorageLost { .. } => {
+            tracing::error!("{error}");
+            Errno(libc::EIO)
+        }
+        LeaseError::Timeout { .. } => {
+            tracing::error!("{error}");
+            Errno(libc::ETIMEDOUT)
+        }
+        _ => {
+            tracing::error!("{error}");
+            Errno(libc::EIO)
+        }
+    }
+}
+
+impl Client {
+    /// The inode of a number.
+    pub fn inode(&self, number: u64) -> Arc<Inode> {
+        self.inodes.get(number)
+    }
+
+    /// Enters under an inode's lease, getting it if need be.
+    ///
+    /// # Errors
+    /// Park; or the lease could not be had.
+    pub fn lease(&self, ctx: &Ctx<'_>, inode: &Inode, mode: Mode) -> Res<Guard> {
+        let record = inode.record();
+        if let Some(guard) = self.leases.try_enter(record, mode) {
+            return Ok(guard);
+        }
+        ctx.may_wait()?;
+        if !self.net.knows_record(record) {
+            self.net.find_record(record)?;
+        }
+        self.leases.enter(record, mode, self.lease_wait).map_err(|e| Stop::Errno(lease_errno(&e)))
+    }
+
+    /// Enters under several leases, in the order that all mounts keep (so that none waits for another in
+    /// a circle). An inode named twice gets the stronger mode, and one guard.
+    ///
+    /// # Errors
+    /// As [`Client::lease`].
+    pub fn lease_all(&self, ctx: &Ctx<'_>, wanted: &[(&Inode, Mode)]) -> Res<Guards> {
+        let mut order: Vec<(&Inode, Mode)> = Vec::with_capacity(wanted.len());
+        for &(inode, mode) in wanted {
+            match order.iter_mut().find(|(i, _)| i.record() == inode.record()) {
+                Some(known) if mode == Mode::Exclusive => known.1 = mode,
+                Some(_) => {}
+                None => order.push((inode, mode)),
+            }
+        }
+        order.sort_by_key(|(i, _)| i.record().0);
+        let mut guards = Vec::with_capacity(order.len());
+        for (inode, mode) in order {
+            guards.push((inode.ino, self.lease(ctx, inode, mode)?));
+        }
+        Ok(Guards(guards))
+    }
+
+    /// Notes that an inode has something to write back.
+    pub fn note_dirty(&self, number: u64) {
+        let mut dirty = self.dirty.lock();
+        if dirty.is_empty() {
+            // The writeback thread sleeps for good while there is nothing to do.
+            let _ = self.wake_writeback.try_send(());
+        }
+        dirty.entry(number).or_insert_with(Instant::now);
+    }
+
+    /// What `fsd status` shows.
+    #[must_use]
+    pub fn status(&self) -> MountStatus {
+        let leases = self.leases.snapshot();
+        let count = |mode| leases.iter().filter(|l| l.mode == Some(mode)).count() as u64;
+        MountStatus {
+            node: self.node.0,
+            cache: format!("{:?}", self.mode).to_lowercase(),
+            shared: count(Mode::Shared),
+            exclusive: count(Mode::Exclusive),
+            waiting: leases.iter().map(|l| l.waiting as u64).sum(),
+            inodes: self.inodes.len() as u64,
+            cached_bytes: self.cached_pages.load(Ordering::Relaxed) as u64 * pages::PAGE,
+            dirty_files: self.dirty.lock().len() as u64,
+            requests: self.counters.requests.load(Ordering::Relaxed),
+            parked: self.counters.parked.load(Ordering::Relaxed),
+            revocations: self.counters.revocations.load(Ordering::Relaxed),
+            repeats: self.counters.repeats.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The storage node of a block.
+    #[must_use]
+    pub fn storage_of(&self, number: u64, block: u64) -> u16 {
+        let n = u64::from(self.net.storage_count());
+        ((u64::from(ino::shard(number)) + block) % n) as u16
+    }
+}
+
+/// Guards of several leases.
+pub struct Guards(Vec<(u64, Guard)>);
+
+impl Guards {
+    /// The version of an inode's lease.
+    #[must_use]
+    pub fn version(&self, number: u64) -> u64 {
+        let record = ino::record(number);
+        self.0.iter().find(|(i, _)| ino::record(*i) == record).map_or(0, |(_, g)| g.version())
+    }
+}

@@ -1,1 +1,142 @@
-//! c
+//! The command line.
+
+pub mod dev;
+pub mod format;
+pub mod role;
+pub mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{CacheMode, Config, FabricChoice, Size};
+
+/// DistFUSE: a distributed POSIX file system with kernel-cached speed and single-copy consistency.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a cluster on this machine: servers and mounts as separate processes.
+    Dev(dev::DevArgs),
+    /// Run the metadata server.
+    Meta(RoleArgs),
+    /// Run a storage node.
+    Storage {
+        #[command(flatten)]
+        /// Common arguments.
+        role: RoleArgs,
+        /// Which storage node of the configuration.
+        #[arg(long, default_value_t = 0)]
+        id: u16,
+        /// Release the pool's memory at the end (everything is in the backing file then).
+        #[arg(long)]
+        forget: bool,
+    },
+    /// Mount the file system.
+    Mount {
+        #[command(flatten)]
+        /// Common arguments.
+        role: RoleArgs,
+        /// How the kernel may cache (default: as the configuration says).
+        #[arg(long)]
+        cache: Option<CacheMode>,
+        /// Address other mounts reach this one at.
+        #[arg(long)]
+        listen: Option<String>,
+        /// Mount over a directory that is not empty.
+        #[arg(long)]
+        allow_nonempty: bool,
+        /// Have fusermount3 unmount when this process dies.
+        #[arg(long)]
+        auto_unmount: bool,
+        /// Where to mount.
+        point: PathBuf,
+    },
+    /// Make the stores of all roles that are configured for this host (or one role).
+    Format(format::FormatArgs),
+    /// Make a cluster key.
+    Keygen {
+        /// File to write (mode 0600).
+        file: PathBuf,
+    },
+    /// Show nodes, leases, capacity and health.
+    Status {
+        /// Configuration file.
+        #[arg(long, default_value = "cluster.toml", env = "FSD_CONFIG")]
+        config: PathBuf,
+        /// For programs.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Arguments of every role.
+#[derive(Debug, clap::Args)]
+pub struct RoleArgs {
+    /// Configuration file.
+    #[arg(long, default_value = "cluster.toml", env = "FSD_CONFIG")]
+    pub config: PathBuf,
+}
+
+/// Size of the pool of each storage node in `fsd dev`.
+pub const DEV_POOL: Size = Size(1 << 30);
+
+/// Runs a command.
+#[must_use]
+pub fn run(cli: Cli) -> ExitCode {
+    start_logging();
+    let result = match cli.command {
+        Command::Dev(args) => dev::run(&args),
+        Command::Meta(args) => load(&args).and_then(|(c, key)| role::meta(&c, key)),
+        Command::Storage { role, id, forget } => {
+            load(&role).and_then(|(c, key)| role::storage(&c, key, id, forget))
+        }
+        Command::Mount { role, cache, listen, allow_nonempty, auto_unmount, point } => {
+            load(&role).and_then(|(c, key)| {
+                let cache = cache.unwrap_or(c.mount.cache);
+                let options =
+                    crate::client::MountOptions { point, cache, listen, allow_nonempty, auto_unmount };
+                role::mount(&c, key, &options)
+            })
+        }
+        Command::Format(args) => format::run(&args),
+        Command::Keygen { file } => format::keygen(&file).map(|()| ExitCode::SUCCESS),
+        Command::Status { config, json } => status::run(&config, json),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("fsd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn load(args: &RoleArgs) -> anyhow::Result<(Config, Vec<u8>)> {
+    let config = Config::load(&args.config)?;
+    let key = config.key()?;
+    Ok((config, key))
+}
+
+fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,fsd=info"));
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+}
+
+/// Fabric of `fsd dev`, from its argument.
+#[must_use]
+pub fn fabric_name(fabric: FabricChoice) -> &'static str {
+    match fabric {
+        FabricChoice::Shm => "shm",
+        FabricChoice::Tcp => "tcp",
+    }
+}

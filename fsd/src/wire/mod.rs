@@ -5,6 +5,7 @@
 
 mod attr;
 mod meta;
+mod mount;
 mod storage;
 
 pub use attr::{Attr, AttrUpdate, Kind, Time};
@@ -12,6 +13,7 @@ pub use meta::{
     Created, DirEntry, InoRange, JoinReply, LockKind, LockOwner, LockRange, LockSpec, MetaReply, MetaRequest,
     MetaStatus, NamespaceOp, NodeInfo, PeerState, StatFs, StorageInfo, Touched,
 };
+pub use mount::{MountRequest, MountStatus};
 pub use storage::{Attached, BlockFrame, BlockWant, Frame, StorageReply, StorageRequest, StorageStatus};
 
 use serde::{Deserialize, Serialize};

@@ -1,0 +1,179 @@
+//! Attributes: getattr, setattr.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use lockmgr::Mode;
+use parking_lot::MutexGuard;
+
+use super::ctx::{Ctx, Res, fail};
+use super::inode::{Inode, State};
+use super::{Client, LEASED_TTL, MAX_FILE_SIZE};
+use crate::wire::{Attr, Kind, MetaReply, MetaRequest, Time};
+
+/// A time to be set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SetTime {
+    /// The clock's.
+    Now,
+    /// This one.
+    At(Time),
+}
+
+impl SetTime {
+    fn get(self) -> Time {
+        match self {
+            Self::Now => Time::now(),
+            Self::At(time) => time,
+        }
+    }
+}
+
+/// What `setattr` is to change.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SetAttr {
+    /// Permission bits.
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Size.
+    pub size: Option<u64>,
+    /// Last access.
+    pub atime: Option<SetTime>,
+    /// Last modification.
+    pub mtime: Option<SetTime>,
+    /// The caller is privileged: set-user-id bits survive a truncation.
+    pub privileged: bool,
+}
+
+const SUID_SGID: u16 = (libc::S_ISUID | libc::S_ISGID) as u16;
+
+/// Clears what must not survive a change by somebody unprivileged.
+pub fn kill_suid(attr: &mut Attr) {
+    if attr.kind != Kind::File {
+        return;
+    }
+    attr.mode &= !(libc::S_ISUID as u16);
+    // Set-group-id without group execution marks mandatory locking and stays.
+    if attr.mode & libc::S_IXGRP as u16 != 0 {
+        attr.mode &= !(libc::S_ISGID as u16);
+    }
+}
+
+impl Client {
+    /// Makes the attributes valid in a locked state, and returns them.
+    ///
+    /// # Errors
+    /// Park; `ENOENT` for an inode that is gone.
+    pub fn load_attr(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<Attr> {
+        if state.gone {
+            return fail(libc::ENOENT);
+        }
+        if let Some(attr) = state.attr {
+            return Ok(attr);
+        }
+        ctx.may_wait()?;
+        match self.net.meta(&MetaRequest::GetAttr { ino: inode.ino })? {
+            MetaReply::Attr(attr) => {
+                state.attr = Some(attr);
+                Ok(attr)
+            }
+            _ => fail(libc::EPROTO),
+        }
+    }
+
+    /// How long the kernel may keep attributes that are answered now, under a lease.
+    pub fn attr_ttl(&self, inode: &Inode) -> Duration {
+        if self.mode == crate::config::CacheMode::Direct || inode.kernel.revoking.load(Ordering::SeqCst) {
+            return Duration::ZERO;
+        }
+        inode.kernel.attrs.store(true, Ordering::SeqCst);
+        LEASED_TTL
+    }
+
+    /// Attributes, and how long the kernel may keep them; `answer` runs while the lease is held.
+    ///
+    /// # Errors
+    /// Park; `ENOENT`.
+    pub fn getattr<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        answer: impl FnOnce(&Attr, Duration) -> T,
+    ) -> Res<T> {
+        let guard = self.lease(ctx, inode, Mode::Shared)?;
+        let attr = {
+            let mut state = inode.lock(ctx, guard.version())?;
+            self.load_attr(ctx, inode, &mut state)?
+        };
+        let done = answer(&attr, self.attr_ttl(inode));
+        drop(guard);
+        Ok(done)
+    }
+
+    /// Changes attributes; `answer` gets the new ones while the lease is held.
+    ///
+    /// # Errors
+    /// Park; `ENOENT`, `EINVAL`, `EFBIG`, I/O errors of a truncation.
+    pub fn setattr<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        set: &SetAttr,
+        answer: impl FnOnce(&Attr, Duration) -> T,
+    ) -> Res<T> {
+        let guard = self.lease(ctx, inode, Mode::Exclusive)?;
+        let attr = {
+            let mut state = inode.lock(ctx, guard.version())?;
+            let before = self.load_attr(ctx, inode, &mut state)?;
+            if let Some(size) = set.size {
+                match before.kind {
+                    Kind::File => {}
+                    Kind::Directory => return fail(libc::EISDIR),
+                    _ => return fail(libc::EINVAL),
+                }
+                if size > MAX_FILE_SIZE {
+                    return fail(libc::EFBIG);
+                }
+                self.truncate(ctx, inode, &mut state, size)?;
+            }
+            Self::apply(&mut state, set);
+            state.touch();
+            state.attr.unwrap_or(before)
+        };
+        self.note_dirty(inode.ino);
+        let done = answer(&attr, self.attr_ttl(inode));
+        drop(guard);
+        Ok(done)
+    }
+
+    fn apply(state: &mut MutexGuard<'_, State>, set: &SetAttr) {
+        let Some(attr) = state.attr.as_mut() else { return };
+        let now = Time::now();
+        if let Some(mode) = set.mode {
+            attr.mode = mode as u16 & 0o7777;
+        }
+        if set.uid.is_some() || set.gid.is_some() {
+            attr.uid = set.uid.unwrap_or(attr.uid);
+            attr.gid = set.gid.unwrap_or(attr.gid);
+            if set.mode.is_none() {
+                kill_suid(attr);
+            }
+        }
+        if set.size.is_some() {
+            attr.mtime = now;
+            if !set.privileged && attr.mode & SUID_SGID != 0 {
+                kill_suid(attr);
+            }
+        }
+        if let Some(time) = set.atime {
+            attr.atime = time.get();
+        }
+        if let Some(time) = set.mtime {
+            attr.mtime = time.get();
+        }
+        attr.ctime = now;
+    }
+}

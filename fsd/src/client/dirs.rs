@@ -1,0 +1,177 @@
+//! Looking names up and listing directories.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use lockmgr::Mode;
+
+use super::Client;
+use super::ctx::{Ctx, Res, Stop, fail};
+use super::inode::{Inode, State};
+use crate::meta::names::NAME_MAX;
+use crate::rpc::Errno;
+use crate::wire::{Attr, Kind, MetaReply, MetaRequest};
+
+/// A listing: cookie → name, inode, type.
+pub type Listing = Arc<BTreeMap<u64, (Vec<u8>, u64, Kind)>>;
+
+/// Attempts at an operation whose names change under it, before it fails.
+pub const ATTEMPTS: usize = 1000;
+
+/// Cookie of `.`.
+pub const COOKIE_DOT: u64 = 1;
+/// Cookie of `..`.
+pub const COOKIE_DOTDOT: u64 = 2;
+
+impl Client {
+    /// What a name is, in a directory whose lease is held and whose state is locked.
+    ///
+    /// # Errors
+    /// Park; `ENOTDIR`, `ENOENT` for a directory that is gone.
+    pub fn entry_held(&self, ctx: &Ctx<'_>, dir: &Inode, state: &mut State, name: &[u8]) -> Res<Option<(u64, Kind)>> {
+        if name.len() > NAME_MAX {
+            return fail(libc::ENAMETOOLONG);
+        }
+        if state.gone {
+            return fail(libc::ENOENT);
+        }
+        if let Some(known) = state.dir.lookup(name) {
+            return Ok(known.map(|(ino, kind, _)| (ino, kind)));
+        }
+        ctx.may_wait()?;
+        let request = MetaRequest::Lookup { parent: dir.ino, name: name.to_vec() };
+        let MetaReply::Found(found) = self.net.meta(&request)? else { return fail(libc::EPROTO) };
+        Ok(match found {
+            Some((cookie, attr)) => {
+                state.dir.add(name, attr.ino, attr.kind, cookie);
+                self.offer(attr);
+                Some((attr.ino, attr.kind))
+            }
+            None => {
+                state.dir.remove(name);
+                None
+            }
+        })
+    }
+
+    /// Attributes that came along with something else: taken over if their version is that of the lease.
+    fn offer(&self, attr: Attr) {
+        let inode = self.inode(attr.ino);
+        let mut slot = inode.granted.lock();
+        if slot.is_none() {
+            *slot = Some(attr);
+        }
+    }
+
+    /// What a name is.
+    ///
+    /// # Errors
+    /// As [`Client::entry_held`].
+    pub fn entry(&self, ctx: &Ctx<'_>, dir: &Inode, name: &[u8]) -> Res<Option<(u64, Kind)>> {
+        let guard = self.lease(ctx, dir, Mode::Shared)?;
+        let mut state = dir.lock(ctx, guard.version())?;
+        self.entry_held(ctx, dir, &mut state, name)
+    }
+
+    /// Looks a name up; `answer` runs while the lease on what it names is held.
+    ///
+    /// # Errors
+    /// Park; `ENOENT`…
+    pub fn lookup<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        dir: &Inode,
+        name: &[u8],
+        answer: impl FnOnce(&Arc<Inode>, &Attr, Duration) -> T,
+    ) -> Res<T> {
+        for _ in 0..ATTEMPTS {
+            let Some((number, _)) = self.entry(ctx, dir, name)? else { return fail(libc::ENOENT) };
+            let inode = self.inode(number);
+            let guard = self.lease(ctx, &inode, Mode::Shared)?;
+            let attr = {
+                let mut state = inode.lock(ctx, guard.version())?;
+                self.load_attr(ctx, &inode, &mut state)
+            };
+            match attr {
+                Ok(attr) => {
+                    inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
+                    let ttl = self.attr_ttl(&inode);
+                    let done = answer(&inode, &attr, ttl);
+                    drop(guard);
+                    return Ok(done);
+                }
+                // The name got another inode meanwhile, or none: look again.
+                Err(Stop::Errno(Errno(libc::ENOENT))) => {}
+                Err(stop) => return Err(stop),
+            }
+        }
+        fail(libc::ESTALE)
+    }
+
+    /// The listing of a directory as it is now.
+    ///
+    /// # Errors
+    /// Park; `ENOENT`, `ENOTDIR`.
+    pub fn listing(&self, ctx: &Ctx<'_>, dir: &Inode) -> Res<Listing> {
+        let guard = self.lease(ctx, dir, Mode::Shared)?;
+        let mut state = dir.lock(ctx, guard.version())?;
+        if let Some(listing) = &state.dir.listing {
+            return Ok(Arc::clone(listing));
+        }
+        if state.gone {
+            return Ok(Listing::default());
+        }
+        if !state.dir.complete {
+            ctx.may_wait()?;
+            let mut after = Vec::new();
+            loop {
+                let request = MetaRequest::ReadDir { ino: dir.ino, after };
+                let MetaReply::Entries(entries, all) = self.net.meta(&request)? else {
+                    return fail(libc::EPROTO);
+                };
+                after = entries.last().map(|(e, _)| e.name.clone()).unwrap_or_default();
+                for (entry, attr) in entries {
+                    state.dir.add(&entry.name, entry.ino, entry.kind, entry.cookie);
+                    self.offer(attr);
+                }
+                if all {
+                    break;
+                }
+            }
+            state.dir.complete = true;
+            state.dir.absent.clear();
+        }
+        let listing: BTreeMap<_, _> = state
+            .dir
+            .entries
+            .iter()
+            .map(|(name, &(ino, kind, cookie))| (cookie, (name.clone(), ino, kind)))
+            .collect();
+        let listing = Arc::new(listing);
+        state.dir.listing = Some(Arc::clone(&listing));
+        Ok(listing)
+    }
+
+    /// Target of a symbolic link.
+    ///
+    /// # Errors
+    /// Park; `EINVAL` for anything else.
+    pub fn readlink(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<Vec<u8>> {
+        let guard = self.lease(ctx, inode, Mode::Shared)?;
+        let mut state = inode.lock(ctx, guard.version())?;
+        if let Some(target) = &state.target {
+            return Ok(target.clone());
+        }
+        if self.load_attr(ctx, inode, &mut state)?.kind != Kind::Symlink {
+            return fail(libc::EINVAL);
+        }
+        ctx.may_wait()?;
+        let MetaReply::Target(target) = self.net.meta(&MetaRequest::ReadLink { ino: inode.ino })? else {
+            return fail(libc::EPROTO);
+        };
+        state.target = Some(target.clone());
+        Ok(target)
+    }
+}

@@ -1,0 +1,359 @@
+//! A mount's idea of an inode: what it has cached of it, and for which version of the lease it holds.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::{Mutex, MutexGuard, RwLock};
+
+use lockmgr::RecordId;
+
+use super::ctx::{Ctx, Res};
+use super::pages::Pages;
+use crate::ino;
+use crate::rpc::Errno;
+use crate::wire::{Attr, Frame, Kind};
+
+/// Cached contents of a directory.
+#[derive(Debug, Default)]
+pub struct DirCache {
+    /// Names known to exist: inode, type, cookie.
+    pub entries: HashMap<Vec<u8>, (u64, Kind, u64)>,
+    /// Names known not to exist (only where `complete` is false).
+    pub absent: HashSet<Vec<u8>>,
+    /// `entries` is everything there is.
+    pub complete: bool,
+    /// The complete listing by cookie, built on demand.
+    pub listing: Option<Arc<BTreeMap<u64, (Vec<u8>, u64, Kind)>>>,
+}
+
+impl DirCache {
+    /// What is known of a name: `None` nothing, `Some(None)` that it does not exist.
+    #[must_use]
+    pub fn lookup(&self, name: &[u8]) -> Option<Option<(u64, Kind, u64)>> {
+        match self.entries.get(name) {
+            Some(&entry) => Some(Some(entry)),
+            None if self.complete || self.absent.contains(name) => Some(None),
+            None => None,
+        }
+    }
+
+    /// A name now exists.
+    pub fn add(&mut self, name: &[u8], ino: u64, kind: Kind, cookie: u64) {
+        self.absent.remove(name);
+        self.entries.insert(name.to_vec(), (ino, kind, cookie));
+        self.listing = None;
+    }
+
+    /// A name does not exist (any more).
+    pub fn remove(&mut self, name: &[u8]) {
+        self.entries.remove(name);
+        self.listing = None;
+        if !self.complete {
+            // Bounded: somebody who probes for random names must not fill the memory.
+            if self.absent.len() >= 4096 {
+                self.absent.clear();
+            }
+            self.absent.insert(name.to_vec());
+        }
+    }
+}
+
+/// Where the blocks of a file are, as far as known.
+#[derive(Debug, Default)]
+pub struct FrameMap {
+    /// Blocks with frames.
+    pub known: BTreeMap<u64, Frame>,
+    /// Storage nodes whose part is complete.
+    pub loaded: HashSet<u16>,
+    /// Space set aside for dirty blocks without (large enough) frames, bytes.
+    pub reserved: HashMap<u64, u32>,
+}
+
+/// What is cached, valid for one version of the lease record.
+#[derive(Debug, Default)]
+pub struct State {
+    /// The version all this belongs to.
+    pub version: Option<u64>,
+    /// Attributes.
+    pub attr: Option<Attr>,
+    /// The attributes have changed and the metadata server does not know yet.
+    pub attr_dirty: bool,
+    /// Something has changed during this exclusive tenure.
+    pub modified: bool,
+    /// Data.
+    pub pages: Pages,
+    /// Where the data is.
+    pub frames: FrameMap,
+    /// Names in a directory.
+    pub dir: DirCache,
+    /// Extended attributes.
+    pub xattrs: Option<BTreeMap<Vec<u8>, Vec<u8>>>,
+    /// Target of a symbolic link (never changes).
+    pub target: Option<Vec<u8>>,
+    /// Gone: last name and last open are no more.
+    pub gone: bool,
+}
+
+impl State {
+    /// Forgets everything that depends on the version.
+    fn forget(&mut self) {
+        let target = self.target.take();
+        *self = Self { target, gone: self.gone, ..Self::default() };
+    }
+
+    /// Something has been changed under the exclusive lease.
+    pub fn touch(&mut self) {
+        self.modified = true;
+        self.attr_dirty = true;
+    }
+
+    /// Anything not yet given to the servers?
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.attr_dirty || self.pages.dirty() > 0
+    }
+}
+
+/// What the kernel may have cached of an inode.
+#[derive(Debug, Default)]
+pub struct KernelCache {
+    /// Attributes with a time to live.
+    pub attrs: AtomicBool,
+    /// Pages.
+    pub pages: AtomicBool,
+    /// Reads answered that fill the page cache.
+    pub fills: AtomicU64,
+    /// A revocation is under way: nothing new may get a time to live.
+    pub revoking: AtomicBool,
+    /// Lookups the kernel has not forgotten.
+    pub lookups: AtomicU64,
+}
+
+/// An error of a write that was acknowledged before it failed, told once to every open file.
+#[derive(Debug, Default)]
+pub struct Latch(Mutex<(u64, Option<Errno>)>);
+
+impl Latch {
+    /// Notes an error.
+    pub fn set(&self, error: Errno) {
+        let mut latch = self.0.lock();
+        latch.0 += 1;
+        latch.1 = Some(error);
+    }
+
+    /// Number of errors so far; what a newly opened file has seen.
+    #[must_use]
+    pub fn seen(&self) -> u64 {
+        self.0.lock().0
+    }
+
+    /// An error this file has not been told yet.
+    ///
+    /// # Errors
+    /// That error.
+    pub fn check(&self, seen: &AtomicU64) -> Result<(), Errno> {
+        let latch = self.0.lock();
+        match latch.1 {
+            Some(error) if seen.swap(latch.0, Ordering::AcqRel) < latch.0 => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// An inode.
+#[derive(Debug)]
+pub struct Inode {
+    /// Number.
+    pub ino: u64,
+    /// What is cached of it.
+    state: Mutex<State>,
+    /// Attributes that came with a grant, with their version; taken over by whoever uses the lease first.
+    pub granted: Mutex<Option<Attr>>,
+    /// What the kernel has cached.
+    pub kernel: KernelCache,
+    /// Open files on this mount.
+    pub opens: Mutex<Opens>,
+    /// Delayed errors.
+    pub errors: Latch,
+    /// Writes of mapped pages that wait for the exclusive lease.
+    pub mapped: super::mapped::MappedWrites,
+    /// Pages partly covered by writes that wait for the exclusive lease.
+    pub edges: Mutex<HashMap<u64, usize>>,
+}
+
+/// Open files of an inode on this mount.
+#[derive(Debug, Default)]
+pub struct Opens {
+    /// How many.
+    pub count: u64,
+    /// Of those, for writing through the page cache.
+    pub cached_writers: u64,
+    /// This mount's bit in the record's opens bitmap is set.
+    pub bit: bool,
+}
+
+impl Inode {
+    fn new(ino: u64) -> Self {
+        Self {
+            ino,
+            state: Mutex::default(),
+            granted: Mutex::default(),
+            kernel: KernelCache::default(),
+            opens: Mutex::default(),
+            errors: Latch::default(),
+            mapped: super::mapped::MappedWrites::default(),
+            edges: Mutex::default(),
+        }
+    }
+
+    /// Its lease record.
+    #[must_use]
+    pub fn record(&self) -> RecordId {
+        ino::record(self.ino)
+    }
+
+    /// Locks the state while holding a lease of `version`; what is cached for another version is dropped.
+    ///
+    /// # Errors
+    /// Park, where another thread has it and waiting is not allowed here.
+    pub fn lock(&self, ctx: &Ctx<'_>, version: u64) -> Res<MutexGuard<'_, State>> {
+        let mut state = match self.state.try_lock() {
+            Some(state) => state,
+            None => {
+                ctx.may_wait()?;
+                self.state.lock()
+            }
+        };
+        self.sync(&mut state, version);
+        Ok(state)
+    }
+
+    /// Locks the state without a lease: for looking at it, and for revocations.
+    pub fn lock_raw(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// As [`Inode::lock_raw`], if nobody has it.
+    pub fn try_lock_raw(&self) -> Option<MutexGuard<'_, State>> {
+        self.state.try_lock()
+    }
+
+    /// Brings the state to a version.
+    pub fn sync(&self, state: &mut State, version: u64) {
+        if state.version != Some(version) {
+            state.forget();
+            state.version = Some(version);
+        }
+        if let Some(attr) = self.granted.lock().take()
+            && attr.version == version
+            && attr.ino == self.ino
+            && !state.attr_dirty
+        {
+            state.attr = Some(attr);
+        }
+    }
+}
+
+/// The inodes this mount knows, by lease record.
+#[derive(Debug, Default)]
+pub struct InodeTable {
+    map: RwLock<HashMap<RecordId, Arc<Inode>>>,
+}
+
+impl InodeTable {
+    /// The inode of a number, made if need be. A number whose record now serves a later generation
+    /// replaces the old one.
+    pub fn get(&self, number: u64) -> Arc<Inode> {
+        let record = ino::record(number);
+        if let Some(inode) = self.map.read().get(&record).filter(|i| i.ino == number) {
+            return Arc::clone(inode);
+        }
+        let mut map = self.map.write();
+        match map.get(&record) {
+            Some(inode) if inode.ino == number => Arc::clone(inode),
+            _ => {
+                let inode = Arc::new(Inode::new(number));
+                map.insert(record, Arc::clone(&inode));
+                inode
+            }
+        }
+    }
+
+    /// The inode of a record, if known.
+    #[must_use]
+    pub fn by_record(&self, record: RecordId) -> Option<Arc<Inode>> {
+        self.map.read().get(&record).cloned()
+    }
+
+    /// The inode of a number, if known.
+    #[must_use]
+    pub fn find(&self, number: u64) -> Option<Arc<Inode>> {
+        self.by_record(ino::record(number)).filter(|i| i.ino == number)
+    }
+
+    /// Forgets an inode.
+    pub fn remove(&self, inode: &Inode) {
+        let mut map = self.map.write();
+        if map.get(&inode.record()).is_some_and(|i| i.ino == inode.ino) {
+            map.remove(&inode.record());
+        }
+    }
+
+    /// All inodes.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Inode>> {
+        self.map.read().values().cloned().collect()
+    }
+
+    /// How many.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.map.read().len()
+    }
+
+    /// None?
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.map.read().is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_version_drops_what_is_cached() {
+        let inode = Inode::new(5);
+        let ctx = Ctx::on_worker();
+        {
+            let mut state = inode.lock(&ctx, 7).unwrap();
+            state.dir.add(b"a", 9, Kind::File, 3);
+        }
+        assert_eq!(inode.lock(&ctx, 7).unwrap().dir.lookup(b"a"), Some(Some((9, Kind::File, 3))));
+        assert_eq!(inode.lock(&ctx, 8).unwrap().dir.lookup(b"a"), None);
+    }
+
+    #[test]
+    fn every_open_file_hears_of_an_error_once() {
+        let latch = Latch::default();
+        let (a, b) = (AtomicU64::new(latch.seen()), AtomicU64::new(latch.seen()));
+        latch.set(Errno(libc::ENOSPC));
+        let late = AtomicU64::new(latch.seen());
+        assert_eq!(latch.check(&a), Err(Errno(libc::ENOSPC)));
+        assert_eq!(latch.check(&a), Ok(()));
+        assert_eq!(latch.check(&b), Err(Errno(libc::ENOSPC)));
+        assert_eq!(latch.check(&late), Ok(()));
+    }
+
+    #[test]
+    fn a_complete_directory_knows_what_is_absent() {
+        let mut dir = DirCache::default();
+        assert_eq!(dir.lookup(b"x"), None);
+        dir.remove(b"x");
+        assert_eq!(dir.lookup(b"x"), Some(None));
+        dir.complete = true;
+        assert_eq!(dir.lookup(b"y"), Some(None));
+    }
+}

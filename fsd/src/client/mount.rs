@@ -1,0 +1,421 @@
+//! Starting and stopping a mount.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
+use rdma_transport::{Connection, Fabric, FabricConfig, RemoteAddr};
+
+use super::fuse::FsdFs;
+use super::net::{Net, NetConfig, Owner};
+use super::revoke::Revoker;
+use super::workers::Workers;
+use super::{Client, Counters};
+use crate::config::{CacheMode, Config, FabricChoice};
+use crate::rpc::{Calls, Errno, Responder, Router, RpcError, Service};
+use crate::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
+
+/// Event loops that never wait.
+const SPARE_LOOPS: usize = 2;
+/// Longest wait for requests under way when leaving.
+const CLOSE_WAIT: Duration = Duration::from_secs(10);
+/// Longest wait for the leases to be given up when leaving.
+const LEAVE_WAIT: Duration = Duration::from_secs(20);
+
+/// Why a mount failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// There is no FUSE here.
+    #[error("/dev/fuse cannot be opened ({0}): load the fuse module (modprobe fuse) or run where the device is available")]
+    NoFuse(std::io::Error),
+    /// The mount point is unusable.
+    #[error("{path}: {detail}")]
+    MountPoint {
+        /// The mount point.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        detail: String,
+    },
+    /// The cluster does not take us.
+    #[error("cannot join the cluster: {0}")]
+    Join(RpcError),
+    /// The clocks differ too much.
+    #[error("the clock of this host differs from the metadata server's by more than two seconds: synchronise the clocks (for example with chrony)")]
+    Clocks,
+    /// No node number is free.
+    #[error("the cluster has no room for another mount: format it with a larger lease.record_bytes")]
+    Full,
+    /// The fabric refused.
+    #[error(transparent)]
+    Transport(#[from] rdma_transport::TransportError),
+    /// The leases cannot be set up.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// The kernel refused the mount.
+    #[error("the kernel refuses to mount on {path}: {error}")]
+    Kernel {
+        /// The mount point.
+        path: PathBuf,
+        /// Its answer.
+        error: std::io::Error,
+    },
+    /// A thread could not be started.
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
+}
+
+/// What the user can choose for one mount.
+#[derive(Debug, Clone)]
+pub struct MountOptions {
+    /// Where.
+    pub point: PathBuf,
+    /// Kernel caching.
+    pub cache: CacheMode,
+    /// Where other mounts reach this one; `None`: chosen from the configuration.
+    pub listen: Option<String>,
+    /// Use a directory that is not empty.
+    pub allow_nonempty: bool,
+    /// Have fusermount3 unmount when this process dies, however it dies.
+    pub auto_unmount: bool,
+}
+
+/// A running mount.
+pub struct Mount {
+    client: Arc<Client>,
+    fabric: Arc<dyn Fabric>,
+    session: Option<fuser::BackgroundSession>,
+    threads: Vec<JoinHandle<()>>,
+    point: PathBuf,
+}
+
+/// Connects the router to the client, which is made later.
+struct Front {
+    client: OnceLock<Weak<Client>>,
+}
+
+impl Service for Front {
+    fn admit(&self, hello: &Hello) -> Result<(), String> {
+        match hello.role {
+            Role::Client(Some(_)) | Role::Tool => Ok(()),
+            other => Err(format!("a mount accepts no connection from a {other}")),
+        }
+    }
+
+    fn request(&self, _hello: &Hello, body: &[u8], responder: Responder) {
+        let client = self.client.get().and_then(Weak::upgrade);
+        let answer = match (crate::wire::decode::<MountRequest>(body), client) {
+            (Ok(MountRequest::Status), Some(client)) => Ok(client.status()),
+            (Ok(_), None) => Err(Errno(libc::EAGAIN)),
+            (Err(_), _) => Err(Errno(libc::EPROTO)),
+        };
+        responder.reply(&answer);
+    }
+
+    fn lease(&self, hello: &Hello, body: &[u8]) {
+        let (Role::Client(Some(node)), Some(client)) = (hello.role, self.client.get().and_then(Weak::upgrade)) else {
+            return;
+        };
+        if let Err(error) = client.leases.message(NodeId(node), body) {
+            tracing::error!("lease message from mount {node}: {error}");
+        }
+    }
+
+    fn disconnected(&self, conn: &Arc<dyn Connection>, _hello: Option<&Hello>) {
+        if let Some(client) = self.client.get().and_then(Weak::upgrade) {
+            client.net.disconnected(conn);
+        }
+    }
+}
+
+struct Places(Arc<Net>);
+
+impl Directory for Places {
+    fn record(&self, id: RecordId) -> Result<(Arc<dyn Connection>, RemoteAddr), LeaseError> {
+        self.0.record(id)
+    }
+
+    fn send(&self, to: NodeId, msg: &[u8]) -> Result<(), LeaseError> {
+        self.0.send_lease(to, msg);
+        Ok(())
+    }
+}
+
+impl Owner for Client {
+    fn held_locks(&self) -> Vec<LockSpec> {
+        self.file_locks.all()
+    }
+    fn storage_lost(&self, shard: u16) {
+        self.space.forget(shard);
+        self.leases.storage_lost(u32::from(shard));
+    }
+    fn storage_back(&self, shard: u16) {
+        self.leases.storage_reconnected(u32::from(shard));
+    }
+    fn peer_gone(&self, node: NodeId) {
+        self.leases.peer_gone(node);
+    }
+    fn peer_back(&self, node: NodeId) {
+        self.leases.peer_back(node);
+    }
+}
+
+/// Checks a mount point before anything is started.
+///
+/// # Errors
+/// [`MountError::MountPoint`], [`MountError::NoFuse`].
+pub fn check_point(path: &Path, allow_nonempty: bool) -> Result<PathBuf, MountError> {
+    let bad = |detail: &str| MountError::MountPoint { path: path.to_owned(), detail: detail.into() };
+    std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").map_err(MountError::NoFuse)?;
+    let meta = match std::fs::metadata(path) {
+        Ok(meta) => meta,
+        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {
+            return Err(bad(&format!(
+                "is a stale mount left by a daemon that died: unmount it with fusermount3 -u -z {}",
+                path.display()
+            )));
+        }
+        Err(error) => return Err(bad(&format!("{error}: create it with mkdir"))),
+    };
+    if !meta.is_dir() {
+        return Err(bad("is not a directory"));
+    }
+    let path = path.canonicalize().map_err(|e| bad(&e.to_string()))?;
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let text = path.to_string_lossy().replace(' ', "\\040");
+    if mounts.lines().any(|l| l.split(' ').nth(1) == Some(&text) && l.split(' ').nth(2).is_some_and(|t| t.starts_with("fuse"))) {
+        return Err(bad("is a mount point in use: unmount it first or choose another"));
+    }
+    if !allow_nonempty && std::fs::read_dir(&path).map_err(|e| bad(&e.to_string()))?.next().is_some() {
+        return Err(bad("is not empty: its files would be hidden; choose another, or say --allow-nonempty"));
+    }
+    Ok(path)
+}
+
+/// An address for a mount, beside the metadata server's.
+fn own_listen(config: &Config) -> String {
+    match config.fabric {
+        FabricChoice::Shm => {
+            let dir = Path::new(&config.meta.listen).parent().unwrap_or(Path::new("/tmp"));
+            dir.join(format!("mount-{}-{:08x}.sock", std::process::id(), rand::random::<u32>()))
+                .to_string_lossy()
+                .into_owned()
+        }
+        FabricChoice::Tcp => {
+            let host = config.meta.listen.rsplit_once(':').map_or("127.0.0.1", |(h, _)| h);
+            let loopback = host == "localhost" || host.starts_with("127.") || host == "[::1]";
+            if loopback { format!("{host}:0") } else { "0.0.0.0:0".into() }
+        }
+    }
+}
+
+fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, MountError> {
+    std::thread::Builder::new().name(name.into()).spawn(body).map_err(MountError::Thread)
+}
+
+impl Mount {
+    /// Joins the cluster and mounts.
+    ///
+    /// # Errors
+    /// [`MountError`]; nothing is left behind.
+    pub fn start(config: &Config, key: Vec<u8>, options: &MountOptions) -> Result<Self, MountError> {
+        let point = check_point(&options.point, options.allow_nonempty)?;
+        let mode = match options.cache {
+            CacheMode::Auto => CacheMode::Writethrough,
+            chosen => chosen,
+        };
+        let front = Arc::new(Front { client: OnceLock::new() });
+        let calls = Arc::new(Calls::default());
+        let life = rand::random();
+        let hello = Hello {
+            protocol: crate::wire::PROTOCOL,
+            cluster: config.cluster.clone(),
+            role: Role::Client(None),
+            life,
+        };
+        let fabric = rdma_transport::open(
+            config.fabric.into(),
+            FabricConfig {
+                listen: options.listen.clone().unwrap_or_else(|| own_listen(config)),
+                key,
+                identity: hello.encode(),
+                spin: Duration::from_micros(config.spin_us),
+                timeout: Duration::from_millis(config.timeout_ms),
+            },
+            Router::new(&config.cluster, Arc::clone(&calls), Arc::clone(&front) as Arc<dyn Service>),
+        )?;
+        let started = Self::start_on(config, options, mode, point, Arc::clone(&fabric), calls, life, &front);
+        if started.is_err() {
+            fabric.shutdown();
+        }
+        started
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn start_on(
+        config: &Config,
+        options: &MountOptions,
+        mode: CacheMode,
+        point: PathBuf,
+        fabric: Arc<dyn Fabric>,
+        calls: Arc<Calls>,
+        life: u64,
+        front: &Arc<Front>,
+    ) -> Result<Self, MountError> {
+        let workers = Workers::new("fsd-worker", 256);
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let net_config = NetConfig {
+            cluster: config.cluster.clone(),
+            meta_addr: config.meta.listen.clone(),
+            timeout: Duration::from_millis(config.timeout_ms),
+            life,
+            name: format!("{host}:{}", point.display()),
+        };
+        let net = Net::new(net_config, calls, Arc::clone(&fabric), workers.clone());
+        let joined = net.join().map_err(|error| match error {
+            RpcError::Errno(Errno(libc::ETIME)) => MountError::Clocks,
+            RpcError::Errno(Errno(libc::EUSERS)) => MountError::Full,
+            other => MountError::Join(other),
+        })?;
+        let node = NodeId(joined.node);
+        let layout = lockmgr::RecordLayout::new(joined.record_bytes)?;
+        let revoker = Arc::new(Revoker::default());
+        let mut manager = ManagerConfig::new(node, joined.incarnation, layout);
+        manager.min_hold = Duration::from_micros(config.lease.min_hold_us);
+        let leases = LeaseManager::new(
+            manager,
+            Arc::new(Places(Arc::clone(&net))),
+            Arc::clone(&revoker) as Arc<dyn lockmgr::LeaseUser>,
+        )?;
+        let loops = config.mount.loops.max(SPARE_LOOPS + 2);
+        let (wake_writeback, wake) = crossbeam::channel::bounded(1);
+        let client = Arc::new(Client {
+            node,
+            mode,
+            leases,
+            net: Arc::clone(&net),
+            inodes: Arc::default(),
+            workers,
+            revokers: Workers::new("fsd-revoke", 128),
+            permits: super::ctx::Permits::new(loops, SPARE_LOOPS),
+            lease_wait: Duration::from_millis(config.lease.wait_ms),
+            cache_reads: config.fabric != FabricChoice::Shm,
+            layout,
+            notifier: OnceLock::new(),
+            dirty: Default::default(),
+            cached_pages: AtomicUsize::new(0),
+            max_pages: (config.mount.buffer_cache.0 / super::pages::PAGE) as usize,
+            new_inos: parking_lot::Mutex::new(VecDeque::new()),
+            handles: Default::default(),
+            file_locks: Default::default(),
+            space: Default::default(),
+            seqs: Default::default(),
+            writeback_after: Duration::from_millis(config.mount.writeback_ms),
+            counters: Counters::default(),
+            wake_writeback,
+            stopping: AtomicBool::new(false),
+        });
+        revoker.set_client(&client);
+        let _ = front.client.set(Arc::downgrade(&client));
+        let owner: Arc<dyn Owner> = Arc::clone(&client) as Arc<dyn Owner>;
+        net.set_owner(Arc::downgrade(&owner));
+
+        let writer = Arc::clone(&client);
+        let mut threads = vec![thread("fsd-writeback", move || writer.writeback_loop(&wake))?];
+        if config.lease.min_hold_us > 0 {
+            // Minimum hold times end by the clock; waiting requests watch their own deadlines.
+            let ticker = Arc::clone(&client);
+            let tick = Duration::from_micros(config.lease.min_hold_us.clamp(100, 10_000));
+            threads.push(thread("fsd-hold", move || {
+                while !ticker.stopping.load(Ordering::Acquire) {
+                    std::thread::sleep(tick);
+                    ticker.leases.expire(std::time::Instant::now());
+                }
+            })?);
+        }
+
+        let mut fuse_config = fuser::Config::default();
+        fuse_config.mount_options = vec![
+            fuser::MountOption::FSName(config.cluster.clone()),
+            fuser::MountOption::Subtype("distfuse".into()),
+            fuser::MountOption::DefaultPermissions,
+            fuser::MountOption::Dev,
+            fuser::MountOption::Suid,
+            fuser::MountOption::NoAtime,
+        ];
+        let root = rustix::process::geteuid().is_root();
+        fuse_config.acl = if root { fuser::SessionACL::All } else { fuser::SessionACL::Owner };
+        if !root {
+            fuse_config.mount_options.retain(|o| !matches!(o, fuser::MountOption::Dev | fuser::MountOption::Suid));
+        }
+        if options.auto_unmount {
+            fuse_config.mount_options.push(fuser::MountOption::AutoUnmount);
+        }
+        fuse_config.n_threads = Some(loops);
+        fuse_config.clone_fd = true;
+        let session = fuser::Session::new(FsdFs::new(Arc::clone(&client)), &point, &fuse_config)
+            .map_err(|error| MountError::Kernel { path: point.clone(), error })?;
+        let _ = client.notifier.set(session.notifier());
+        let session = session.spawn().map_err(MountError::Thread)?;
+        tracing::info!("mount {} on {} ({mode:?})", node.0, point.display());
+        Ok(Self { client, fabric, session: Some(session), threads, point })
+    }
+
+    /// The mount point.
+    #[must_use]
+    pub fn point(&self) -> &Path {
+        &self.point
+    }
+
+    /// How the kernel caches.
+    #[must_use]
+    pub fn mode(&self) -> CacheMode {
+        self.client.mode
+    }
+
+    /// Has somebody else unmounted it?
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.session.as_ref().is_none_or(|s| s.guard.is_finished())
+    }
+
+    /// Unmounts, writes everything back, gives up all leases and leaves.
+    pub fn stop(mut self) {
+        if let Some(session) = self.session.take()
+            && let Err(error) = session.umount_and_join()
+        {
+            tracing::debug!("unmount: {error}");
+        }
+        let client = &self.client;
+        client.write_all();
+        client.return_space();
+        let unused: Vec<u64> = client.new_inos.lock().drain(..).collect();
+        let (tx, rx) = crossbeam::channel::bounded(1);
+        client.leases.leave(Box::new(move || {
+            let _ = tx.send(());
+        }));
+        if rx.recv_timeout(LEAVE_WAIT).is_err() {
+            tracing::error!("not all leases could be given up: this mount will be taken for dead");
+        } else {
+            if let Err(error) = client.net.meta(&MetaRequest::Leave { unused }) {
+                tracing::warn!("leaving: {error}");
+            }
+        }
+        client.stopping.store(true, Ordering::Release);
+        let _ = client.wake_writeback.try_send(());
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        client.net.stop();
+        client.workers.close(CLOSE_WAIT);
+        client.revokers.close(CLOSE_WAIT);
+        self.fabric.shutdown();
+        let dirty = client.dirty.lock().len();
+        if dirty > 0 {
+            tracing::error!("{dirty} files could not be written back completely");
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! Giving leases up.
+//!
+//! A revocation first empties the kernel's caches while requests are still served under the lease, for
+//! the kernel may hold pages locked until such requests are answered; then it closes the gate, and starts
+//! again if a read has filled a page meanwhile (the paper's optimistic scheme). Only then it writes back and
+//! tells the lease manager.
+//!
+//! Three things keep the kernel's invalidation from waiting for a request that itself waits for a lease:
+//! * a write that waits for the exclusive lease keeps at most its last page locked, and only if that page
+//!   is not up to date; that page is invalidated aside, with a bounded wait: a page that stays locked holds
+//!   nothing old;
+//! * a write of mapped pages is answered at once (see `mapped`);
+//! * reads wait only while no lease is held, and then nothing is invalidated.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
+
+use crossbeam::channel::bounded;
+use lockmgr::{LeaseUser, Mode, RecordId, Relinquish};
+
+use super::Client;
+use super::ctx::{Ctx, Res, Stop};
+use super::inode::{Inode, State};
+use super::pages::PAGE;
+use crate::rpc::Errno;
+use crate::wire::{Attr, AttrUpdate, MetaRequest};
+
+/// How long the invalidation of a page that a waiting write may keep locked is waited for.
+const EDGE_WAIT: Duration = Duration::from_millis(20);
+/// Attempts to write back before data is given up (each waits for lost connections itself).
+const FLUSH_ATTEMPTS: u32 = 3;
+
+/// The lease manager's user: hands revocations to threads that never serve requests.
+#[derive(Default)]
+pub struct Revoker {
+    client: OnceLock<Weak<Client>>,
+    inodes: OnceLock<Arc<super::inode::InodeTable>>,
+}
+
+impl Revoker {
+    /// To be called once, before the first lease.
+    pub fn set_client(&self, client: &Arc<Client>) {
+        let _ = self.client.set(Arc::downgrade(client));
+        let _ = self.inodes.set(Arc::clone(&client.inodes));
+    }
+}
+
+impl LeaseUser for Revoker {
+    fn revoke(&self, id: RecordId, from: Mode, to: Option<Mode>) {
+        let Some(client) = self.client.get().and_then(Weak::upgrade) else { return };
+        if client.revoke_at_once(id, from, to) {
+            return;
+        }
+        let job = Arc::clone(&client);
+        client.revokers.run(move || job.revoke(id, from, to));
+    }
+
+    fn granted(&self, id: RecordId, _mode: Mode, version: u64, payload: Option<&[u8]>) {
+        let Some(attr) = payload.and_then(Attr::decode) else { return };
+        let inode = self.inodes.get().and_then(|t| t.by_record(id));
+        if let Some(inode) = inode.filter(|i| i.ino == attr.ino) {
+            *inode.granted.lock() = Some(Attr { version, ..attr });
+        }
+    }
+}
+
+impl Client {
+    /// A revocation that has nothing to wait for is done where it arrives.
+    fn revoke_at_once(&self, id: RecordId, from: Mode, to: Option<Mode>) -> bool {
+        let inode = self.inodes.by_record(id);
+        if let Some(inode) = &inode {
+            if to.is_none() && (inode.kernel.pages.load(Ordering::SeqCst) || !inode.mapped.is_empty()) {
+                return false;
+            }
+            if from == Mode::Exclusive {
+                let clean = inode.try_lock_raw().is_some_and(|s| !s.is_dirty());
+                if !clean {
+                    return false;
+                }
+            }
+        }
+        let (tx, rx) = bounded(1);
+        self.leases.close_gate(id, Box::new(move || {
+            let _ = tx.send(());
+        }));
+        if rx.try_recv().is_err() {
+            // Somebody is inside: leave it to a thread that may wait. It closes the gate again.
+            self.leases.open_gate(id);
+            return false;
+        }
+        let Some(inode) = inode else {
+            self.relinquish(id, Relinquish::default());
+            return true;
+        };
+        let quiet = to.is_some() || !inode.kernel.pages.load(Ordering::SeqCst);
+        let Some(mut state) = inode.try_lock_raw().filter(|s| quiet && !s.is_dirty()) else {
+            self.leases.open_gate(id);
+            return false;
+        };
+        if to.is_none() {
+            // Attributes only: takes no lock in the kernel.
+            self.invalidate_attrs(&inode);
+        }
+        let how = self.relinquish_clean(&inode, &mut state, from);
+        drop(state);
+        self.counters.revocations.fetch_add(1, Ordering::Relaxed);
+        self.relinquish(id, how);
+        true
+    }
+
+    fn relinquish(&self, id: RecordId, how: Relinquish) {
+        if let Err(error) = self.leases.relinquished(id, how) {
+            tracing::error!("giving up a lease: {error}");
+        }
+    }
+
+    /// How to give up a lease with nothing to write back.
+    fn relinquish_clean(&self, inode: &Inode, state: &mut State, from: Mode) -> Relinquish {
+        if from != Mode::Exclusive {
+            return Relinquish::default();
+        }
+        let modified = std::mem::take(&mut state.modified);
+        let Some(version) = state.version else { return Relinquish { modified, ..Relinquish::default() } };
+        let next = if modified { (version + 1) & lockmgr::OwnerWord::MAX_VERSION } else { version };
+        state.version = Some(next);
+        let payload = match state.attr.as_mut() {
+            Some(attr) if !state.gone => {
+                attr.version = next;
+                attr.encode()
+            }
+            _ => Vec::new(),
+        };
+        debug_assert!(inode.ino != 0);
+        Relinquish { modified, needs_confirm: false, payload }
+    }
+
+    fn invalidate_attrs(&self, inode: &Inode) {
+        if inode.kernel.attrs.swap(false, Ordering::SeqCst) {
+            self.notify(inode, -1, 0);
+        }
+    }
+
+    /// Tells the kernel to drop attributes and, for `offset >= 0`, pages. An inode that the kernel is just
+    /// about to learn of from an answer already sent is waited for.
+    fn notify(&self, inode: &Inode, offset: i64, len: i64) {
+        let Some(notifier) = self.notifier.get() else { return };
+        loop {
+            match notifier.inval_inode(fuser::INodeNo(inode.ino), offset, len) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                    if inode.kernel.lookups.load(Ordering::SeqCst) == 0 {
+                        return;
+                    }
+                    std::thread::sleep(Duration::from_micros(20));
+                }
+                Err(error) => {
+                    // The kernel is unmounting: there is no cache any more.
+                    tracing::debug!("invalidating {:#x}: {error}", inode.ino);
+                    return;
+                }
+                Ok(()) => return,
+            }
+        }
+    }
+
+    /// Drops all pages and attributes the kernel has of an inode.
+    fn invalidate_pages(self: &Arc<Self>, inode: &Arc<Inode>) {
+        let mut edges: Vec<u64> = inode.edges.lock().keys().copied().collect();
+        edges.sort_unstable();
+        let mut from = 0u64;
+        for page in &edges {
+            if page * PAGE > from {
+                self.notify(inode, from as i64, (page * PAGE - from) as i64);
+            }
+            from = (page + 1) * PAGE;
+        }
+        self.notify(inode, from as i64, 0);
+        for page in edges {
+            let (me, target) = (Arc::clone(self), Arc::clone(inode));
+            let (tx, rx) = bounded(1);
+            self.revokers.run(move || {
+                me.notify(&target, (page * PAGE) as i64, PAGE as i64);
+                let _ = tx.send(());
+            });
+            let _ = rx.recv_timeout(EDGE_WAIT);
+        }
+    }
+
+    /// A revocation, on a thread of its own.
+    fn revoke(self: &Arc<Self>, id: RecordId, from: Mode, to: Option<Mode>) {
+        self.counters.revocations.fetch_add(1, Ordering::Relaxed);
+        let Some(inode) = self.inodes.by_record(id) else {
+            self.close_and_drain(id);
+            return self.relinquish(id, Relinquish::default());
+        };
+        if to.is_none() {
+            inode.kernel.revoking.store(true, Ordering::SeqCst);
+            // With the exclusive lease, mapped pages that are still dirty are taken in as they come.
+            inode.mapped.revoking(true);
+            loop {
+                let fills = inode.kernel.fills.load(Ordering::SeqCst);
+                if inode.kernel.pages.swap(false, Ordering::SeqCst) {
+                    inode.kernel.attrs.store(false, Ordering::SeqCst);
+                    self.invalidate_pages(&inode);
+                } else {
+                    self.invalidate_attrs(&inode);
+                }
+                self.close_and_drain(id);
+                let slipped = inode.kernel.fills.load(Ordering::SeqCst) != fills
+                    || inode.kernel.pages.load(Ordering::SeqCst)
+                    || inode.kernel.attrs.load(Ordering::SeqCst);
+                if !slipped {
+                    break;
+                }
+                self.counters.repeats.fetch_add(1, Ordering::Relaxed);
+                self.leases.open_gate(id);
+            }
+        } else {
+            self.close_and_drain(id);
+        }
+        let how = self.write_back_for_revoke(&inode, from);
+        if to.is_none() {
+            inode.mapped.revoking(false);
+            inode.kernel.revoking.store(false, Ordering::SeqCst);
+        }
+        self.relinquish(id, how);
+    }
+
+    fn close_and_drain(&self, id: RecordId) {
+        let (tx, rx) = bounded(1);
+        self.leases.close_gate(id, Box::new(move || {
+            let _ = tx.send(());
+        }));
+        let _ = rx.recv();
+    }
+
+    /// Writes back what the exclusive lease protected; nobody is inside.
+    fn write_back_for_revoke(self: &Arc<Self>, inode: &Arc<Inode>, from: Mode) -> Relinquish {
+        let mut state = inode.lock_raw();
+        if from != Mode::Exclusive {
+            return Relinquish::default();
+        }
+        let ctx = Ctx::on_worker();
+        for attempt in 1.. {
+            match self.flush_pages(&ctx, inode, &mut state) {
+                Ok(()) => break,
+                Err(Stop::Errno(error)) if attempt >= FLUSH_ATTEMPTS => {
+                    // Told at fsync and close; keeping the data would keep everybody else waiting.
+                    tracing::error!("data of {:#x} lost: {error}", inode.ino);
+                    inode.errors.set(error);
+                    self.abandon_pages(inode, &mut state);
+                    break;
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            }
+        }
+        let attrs = std::mem::take(&mut state.attr_dirty) && !state.gone;
+        let mut how = self.relinquish_clean(inode, &mut state, from);
+        if attrs && let Some(attr) = state.attr {
+            how.needs_confirm = true;
+            let (me, record) = (Arc::downgrade(self), inode.record());
+            let latch = Arc::clone(inode);
+            let request = MetaRequest::Update { updates: vec![AttrUpdate::from(&attr)] };
+            self.net.meta_async(request, move |result| {
+                if let Err(error) = result {
+                    tracing::error!("attributes of {:#x} lost: {error}", latch.ino);
+                    latch.errors.set(error.errno());
+                }
+                if let Some(client) = Weak::upgrade(&me) {
+                    client.leases.confirmed(record);
+                }
+            });
+        }
+        self.dirty.lock().remove(&inode.ino);
+        how
+    }
+
+    /// Brings an inode's dirty data and attributes to the servers while the lease stays. With `wait`, gets
+    /// the lease back if it is being given up (then there is nothing left to do).
+    ///
+    /// # Errors
+    /// The servers cannot take it; it stays dirty.
+    pub fn write_back(&self, ctx: &Ctx<'_>, inode: &Inode, wait: bool) -> Res<()> {
+        ctx.may_wait()?;
+        let record = inode.record();
+        let guard = match self.leases.try_enter(record, Mode::Exclusive) {
+            Some(guard) => guard,
+            None if wait && inode.lock_raw().is_dirty() => self.lease(ctx, inode, Mode::Exclusive)?,
+            None => return Ok(()),
+        };
+        let mut state = inode.lock(ctx, guard.version())?;
+        if state.gone {
+            return Ok(());
+        }
+        self.flush_pages(ctx, inode, &mut state)?;
+        if state.attr_dirty
+            && let Some(attr) = state.attr
+        {
+            // Under the version of before: the one after the tenure stands for its end only.
+            let update = AttrUpdate { version: guard.version(), ..AttrUpdate::from(&attr) };
+            self.net.meta(&MetaRequest::Update { updates: vec![update] })?;
+            state.attr_dirty = false;
+        }
+        self.dirty.lock().remove(&inode.ino);
+        Ok(())
+    }
+
+    /// The error for what a request cannot do.
+    #[must_use]
+    pub fn errno_of(stop: Stop) -> Errno {
+        match stop {
+            Stop::Errno(e) => e,
+            Stop::Park => Errno(libc::EAGAIN),
+        }
+    }
+}

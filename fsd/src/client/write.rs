@@ -1,0 +1,365 @@
+//! Changing data: write, truncate, punch; and bringing dirty pages to the storage nodes.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::Ordering;
+
+use lockmgr::{Guard, Mode};
+
+use super::ctx::{Ctx, Res, Stop, fail};
+use super::data::{PoolOp, frames_in, stretches};
+use super::inode::{Inode, State};
+use super::pages::{PAGE, page_of};
+use super::space::frame_size;
+use super::{Client, MAX_FILE_SIZE};
+use crate::config::CacheMode;
+use crate::rpc::Errno;
+use crate::storage::BLOCK;
+use crate::wire::{StorageReply, StorageRequest, Time};
+
+/// Aligned writes of at least this length go straight to the storage nodes.
+const DIRECT_MIN: usize = 64 << 10;
+
+/// What a write is besides its data.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct WriteFlags {
+    /// At the end of the file, wherever that is now.
+    pub append: bool,
+    /// Clear set-user-id bits.
+    pub kill_suid: bool,
+    /// The kernel has put the data into its page cache.
+    pub cached: bool,
+}
+
+impl Client {
+    /// The `write` system call.
+    ///
+    /// # Errors
+    /// Park; `EFBIG`, `ENOSPC`, I/O errors.
+    pub fn write(&self, ctx: &Ctx<'_>, inode: &Inode, offset: u64, data: &[u8], flags: WriteFlags) -> Res<u32> {
+        let guard = self.lease_for_write(ctx, inode, offset, data.len(), flags.cached)?;
+        let at = {
+            let mut state = inode.lock(ctx, guard.version())?;
+            let at = if flags.append { self.load_attr(ctx, inode, &mut state)?.size } else { offset };
+            self.write_held(ctx, inode, &mut state, at, data)?;
+            if flags.kill_suid
+                && let Some(attr) = state.attr.as_mut()
+            {
+                super::attrs::kill_suid(attr);
+            }
+            at
+        };
+        self.note_dirty(inode.ino);
+        if flags.cached {
+            inode.kernel.pages.store(true, Ordering::SeqCst);
+        } else if inode.kernel.pages.load(Ordering::SeqCst) {
+            // Other open files of this mount read through the page cache, and one of their reads may have
+            // filled it after the kernel invalidated the range for this write.
+            self.invalidate_range(ctx, inode, at, data.len() as u64)?;
+        }
+        drop(guard);
+        u32::try_from(data.len()).map_err(|_| Stop::Errno(Errno(libc::EINVAL)))
+    }
+
+    /// The exclusive lease for a write. While it waits, the kernel may keep the last page locked; see
+    /// `revoke` for why that must be known.
+    fn lease_for_write(&self, ctx: &Ctx<'_>, inode: &Inode, offset: u64, len: usize, cached: bool) -> Res<Guard> {
+        if let Some(guard) = self.leases.try_enter(inode.record(), Mode::Exclusive) {
+            return Ok(guard);
+        }
+        ctx.may_wait()?;
+        let end = offset + len as u64;
+        let edge = (cached && !end.is_multiple_of(PAGE)).then(|| page_of(end));
+        if let Some(page) = edge {
+            *inode.edges.lock().entry(page).or_default() += 1;
+        }
+        let guard = self.lease(ctx, inode, Mode::Exclusive);
+        if let Some(page) = edge {
+            let mut edges = inode.edges.lock();
+            if let Some(count) = edges.get_mut(&page) {
+                *count -= 1;
+                if *count == 0 {
+                    edges.remove(&page);
+                }
+            }
+        }
+        guard
+    }
+
+    fn invalidate_range(&self, ctx: &Ctx<'_>, inode: &Inode, offset: u64, len: u64) -> Res<()> {
+        if self.mode == CacheMode::Direct {
+            return Ok(());
+        }
+        ctx.may_wait()?;
+        if let Some(notifier) = self.notifier.get() {
+            // An inode the kernel does not know (any more) has no pages.
+            let _ = notifier.inval_inode(fuser::INodeNo(inode.ino), offset as i64, len as i64);
+        }
+        Ok(())
+    }
+
+    /// Writes under the exclusive lease.
+    ///
+    /// # Errors
+    /// Park (nothing has changed then); `EFBIG`, `ENOSPC`, I/O errors.
+    pub fn write_held(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, offset: u64, data: &[u8]) -> Res<()> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        let end = offset.checked_add(data.len() as u64).filter(|&e| e <= MAX_FILE_SIZE);
+        let Some(end) = end else { return fail(libc::EFBIG) };
+        let attr = self.load_attr(ctx, inode, state)?;
+        let aligned = offset.is_multiple_of(PAGE) && (end.is_multiple_of(PAGE) || end >= attr.size);
+        if aligned && data.len() >= DIRECT_MIN {
+            self.write_through(ctx, inode, state, offset, data)?;
+        } else {
+            self.write_cached(ctx, inode, state, offset, data)?;
+        }
+        if let Some(attr) = state.attr.as_mut() {
+            attr.size = attr.size.max(end);
+            attr.mtime = Time::now();
+            attr.ctime = attr.mtime;
+        }
+        state.touch();
+        Ok(())
+    }
+
+    fn write_through(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, offset: u64, data: &[u8]) -> Res<()> {
+        let cut: Vec<_> = stretches(offset, data.len()).collect();
+        self.load_frames(ctx, inode, state, cut[0].block, cut[cut.len() - 1].block)?;
+        let wants: Vec<(u64, u32)> = cut
+            .iter()
+            .map(|s| (s.block, frame_size(s.block, s.at + s.len as u64)))
+            .filter(|(block, size)| state.frames.known.get(block).is_none_or(|f| f.size < *size))
+            .collect();
+        if !wants.is_empty() {
+            ctx.may_wait()?;
+            self.allocate(inode, state, &wants)?;
+        }
+        // What is cached of the range is replaced; done first, so that a failure cannot leave old dirty
+        // pages over new data.
+        let before = state.pages.len();
+        state.pages.remove(page_of(offset), page_of(offset + data.len() as u64 - 1));
+        self.count_pages(before, state.pages.len());
+        let mut by_node: HashMap<u16, Vec<PoolOp<'_>>> = HashMap::new();
+        for s in &cut {
+            let Some(frame) = state.frames.known.get(&s.block) else { return fail(libc::EIO) };
+            let op = PoolOp::Write { offset: frame.offset + s.at, from: &data[s.pos..s.pos + s.len] };
+            by_node.entry(self.storage_of(inode.ino, s.block)).or_default().push(op);
+        }
+        for (node, ops) in by_node {
+            self.transfer(ctx, node, ops)?;
+        }
+        Ok(())
+    }
+
+    fn write_cached(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, offset: u64, data: &[u8]) -> Res<()> {
+        if self.cached_pages.load(Ordering::Relaxed) > self.max_pages && state.pages.dirty() > 0 {
+            ctx.may_wait()?;
+            self.flush_pages(ctx, inode, state)?;
+            self.drop_clean(state);
+        }
+        let size = state.attr.map_or(0, |a| a.size);
+        let end = offset + data.len() as u64;
+        let (first, last) = (page_of(offset), page_of(end - 1));
+        self.load_frames(ctx, inode, state, first * PAGE / BLOCK, last * PAGE / BLOCK)?;
+        // Fetch the old contents of pages that are only partly overwritten: at most the two at the ends.
+        let mut old: Vec<(u64, Box<[u8]>)> = Vec::new();
+        for page in [first, last] {
+            let start = page * PAGE;
+            let whole = offset <= start && end >= start + PAGE;
+            if whole || state.pages.get(page).is_some() || old.iter().any(|(p, _)| *p == page) {
+                continue;
+            }
+            let mut bytes = vec![0; PAGE as usize].into_boxed_slice();
+            if start < size {
+                self.read_stored(ctx, inode, state, start, &mut bytes)?;
+            }
+            old.push((page, bytes));
+        }
+        for s in stretches(offset, data.len()) {
+            self.secure_space(ctx, inode, state, s.block, s.at + s.len as u64)?;
+        }
+        // From here on nothing fails.
+        let before = state.pages.len();
+        for (page, bytes) in old {
+            state.pages.insert(page, bytes, false);
+        }
+        let mut at = offset;
+        while at < end {
+            let page = page_of(at);
+            let stop = end.min((page + 1) * PAGE);
+            let bytes = &data[(at - offset) as usize..(stop - offset) as usize];
+            if !state.pages.patch(page, (at % PAGE) as usize, bytes) {
+                state.pages.insert(page, bytes.into(), true);
+            }
+            at = stop;
+        }
+        self.count_pages(before, state.pages.len());
+        Ok(())
+    }
+
+    /// Makes sure that a block with data up to `end` (offset in it) can be stored later.
+    fn secure_space(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, block: u64, end: u64) -> Res<()> {
+        let size = frame_size(block, end);
+        let reserved = state.frames.reserved.get(&block).copied().unwrap_or(0);
+        if state.frames.known.get(&block).is_some_and(|f| f.size >= size) || reserved >= size {
+            return Ok(());
+        }
+        let node = self.storage_of(inode.ino, block);
+        match self.reserve(ctx, node, u64::from(size - reserved)) {
+            Ok(()) => {
+                state.frames.reserved.insert(block, size);
+                Ok(())
+            }
+            // No space to set aside, but perhaps still a frame.
+            Err(Stop::Errno(Errno(libc::ENOSPC))) => self.allocate(inode, state, &[(block, size)]),
+            Err(stop) => Err(stop),
+        }
+    }
+
+    /// Brings all dirty pages of a file to the storage nodes.
+    ///
+    /// # Errors
+    /// The storage cannot take them; they stay dirty.
+    pub fn flush_pages(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<()> {
+        if state.pages.dirty() == 0 {
+            return Ok(());
+        }
+        ctx.may_wait()?;
+        let mut ends: BTreeMap<u64, u64> = BTreeMap::new();
+        for (page, _) in state.pages.dirty_pages() {
+            let block = page * PAGE / BLOCK;
+            let end = ends.entry(block).or_default();
+            *end = (*end).max(page * PAGE % BLOCK + PAGE);
+        }
+        let wants: Vec<(u64, u32)> = ends.iter().map(|(&block, &end)| (block, frame_size(block, end))).collect();
+        let (first, last) = (wants[0].0, wants[wants.len() - 1].0);
+        self.load_frames(ctx, inode, state, first, last)?;
+        self.allocate(inode, state, &wants)?;
+        let mut by_node: HashMap<u16, Vec<PoolOp<'_>>> = HashMap::new();
+        for (page, p) in state.pages.dirty_pages() {
+            let block = page * PAGE / BLOCK;
+            let Some(frame) = state.frames.known.get(&block) else { return fail(libc::EIO) };
+            let op = PoolOp::Write { offset: frame.offset + page * PAGE % BLOCK, from: &p.data };
+            by_node.entry(self.storage_of(inode.ino, block)).or_default().push(op);
+        }
+        for (node, ops) in by_node {
+            self.transfer(ctx, node, ops)?;
+        }
+        state.pages.mark_clean();
+        if !self.cache_reads {
+            // The storage node's memory is as near as our own: keeping a copy gains nothing.
+            self.drop_clean(state);
+        }
+        Ok(())
+    }
+
+    /// Drops the clean pages of a file.
+    pub fn drop_clean(&self, state: &mut State) {
+        let before = state.pages.len();
+        state.pages.drop_clean();
+        self.count_pages(before, state.pages.len());
+    }
+
+    /// Drops dirty pages that can never be stored, and the space set aside for them.
+    pub fn abandon_pages(&self, inode: &Inode, state: &mut State) {
+        let before = state.pages.len();
+        state.pages.clear();
+        self.count_pages(before, 0);
+        self.release_reservations(inode, state, 0);
+    }
+
+    fn release_reservations(&self, inode: &Inode, state: &mut State, from_block: u64) {
+        let gone: Vec<(u64, u32)> =
+            state.frames.reserved.iter().filter(|(b, _)| **b >= from_block).map(|(&b, &r)| (b, r)).collect();
+        for (block, bytes) in gone {
+            state.frames.reserved.remove(&block);
+            self.space.put(self.storage_of(inode.ino, block), u64::from(bytes));
+        }
+    }
+
+    /// Sets a file's size. Keeps the rule that stored bytes beyond the end are zero.
+    ///
+    /// # Errors
+    /// Park (nothing has changed then); I/O errors.
+    pub fn truncate(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, size: u64) -> Res<()> {
+        let old = self.load_attr(ctx, inode, state)?.size;
+        if size < old {
+            self.discard(ctx, inode, state, size, u64::MAX)?;
+        }
+        if let Some(attr) = state.attr.as_mut() {
+            attr.size = size;
+        }
+        Ok(())
+    }
+
+    /// Makes `from .. to` read as zeros: frees whole blocks, zeroes the rest.
+    ///
+    /// # Errors
+    /// Park (nothing has changed then); I/O errors.
+    pub fn discard(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, from: u64, to: u64) -> Res<()> {
+        if from >= to {
+            return Ok(());
+        }
+        self.load_all_frames(ctx, inode, state)?;
+        let (first_whole, end_whole) = (from.div_ceil(BLOCK), to / BLOCK);
+        let frees = first_whole < end_whole && !frames_in(state, first_whole, end_whole - 1).is_empty();
+        let partial: Vec<(u64, u64, u64)> = if from / BLOCK == to / BLOCK {
+            vec![(from / BLOCK, from % BLOCK, to % BLOCK)]
+        } else {
+            let head = (!from.is_multiple_of(BLOCK)).then_some((from / BLOCK, from % BLOCK, BLOCK));
+            let tail = (!to.is_multiple_of(BLOCK)).then_some((to / BLOCK, 0, to % BLOCK));
+            head.into_iter().chain(tail).collect()
+        };
+        let zeroed: Vec<(u64, u64, u64)> = partial
+            .into_iter()
+            .filter_map(|(block, a, b)| {
+                let frame = state.frames.known.get(&block)?;
+                let b = b.min(u64::from(frame.size));
+                (a < b).then_some((block, frame.offset + a, b - a))
+            })
+            .collect();
+        if frees || !zeroed.is_empty() {
+            ctx.may_wait()?;
+        }
+        let zeros = vec![0u8; BLOCK as usize];
+        for (block, offset, len) in zeroed {
+            let op = PoolOp::Write { offset, from: &zeros[..len as usize] };
+            self.transfer(ctx, self.storage_of(inode.ino, block), vec![op])?;
+        }
+        if frees {
+            self.free_blocks(inode, state, first_whole, end_whole - 1)?;
+        }
+        let before = state.pages.len();
+        state.pages.zero(from, to);
+        let (first_page, end_page) = (from.div_ceil(PAGE), to / PAGE);
+        if first_page < end_page {
+            state.pages.remove(first_page, end_page - 1);
+        }
+        self.count_pages(before, state.pages.len());
+        if to == u64::MAX {
+            self.release_reservations(inode, state, first_whole);
+        }
+        Ok(())
+    }
+
+    fn free_blocks(&self, inode: &Inode, state: &mut State, first: u64, last: u64) -> Res<()> {
+        let mut nodes: Vec<u16> =
+            frames_in(state, first, last).iter().map(|(b, _)| self.storage_of(inode.ino, *b)).collect();
+        nodes.sort_unstable();
+        nodes.dedup();
+        for node in nodes {
+            let request = StorageRequest::Free { ino: inode.ino, first, last };
+            let StorageReply::Freed(_) = self.net.ask_storage(node, &request)? else {
+                return fail(libc::EPROTO);
+            };
+        }
+        for (block, frame) in frames_in(state, first, last) {
+            state.frames.known.remove(&block);
+            if let Some(attr) = state.attr.as_mut() {
+                attr.blocks = attr.blocks.saturating_sub(u64::from(frame.size) / 512);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,329 @@
+//! `fsd dev`: a cluster of separate processes on this machine, in one command.
+//!
+//! The children are told to end when this process dies, however it dies: the mounts by SIGTERM, the
+//! servers a little later, so that the mounts can still write back. What a killed mount leaves behind is
+//! unmounted here.
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::config::{CacheMode, Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, Size, StorageConfig};
+
+/// Arguments of `fsd dev`.
+#[derive(Debug, clap::Args)]
+pub struct DevArgs {
+    /// Mounts.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub mounts: u16,
+    /// Storage nodes.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub storage: u16,
+    /// Fabric.
+    #[arg(long, default_value = "shm")]
+    pub fabric: FabricChoice,
+    /// Kernel caching.
+    #[arg(long, default_value = "auto")]
+    pub cache: CacheMode,
+    /// Pool of each storage node.
+    #[arg(long, default_value_t = super::DEV_POOL)]
+    pub pool: Size,
+    /// Mount at DIR/0, DIR/1… (default: a temporary directory).
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+    /// Keep the servers' stores here and use them again (default: a temporary directory, removed at the end).
+    #[arg(long)]
+    pub state: Option<PathBuf>,
+    /// Longest wait for a lease, milliseconds.
+    #[arg(long)]
+    pub lease_wait_ms: Option<u64>,
+    /// Run this with `FSD_DIR` set, then take everything down and exit with its status.
+    #[arg(last = true)]
+    pub command: Vec<String>,
+}
+
+/// How long a child may take to be ready, or to end.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct Member {
+    what: String,
+    child: Child,
+    point: Option<PathBuf>,
+}
+
+/// The running cluster; dropping it takes everything down.
+struct Cluster {
+    members: Vec<Member>,
+    config: PathBuf,
+    notify_dir: tempfile::TempDir,
+}
+
+fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
+    let address = |name: &str| -> anyhow::Result<String> {
+        Ok(match args.fabric {
+            FabricChoice::Shm => state.join(format!("{name}.sock")).to_string_lossy().into_owned(),
+            FabricChoice::Tcp => {
+                // Free now; somebody could take it before the child does, and then it says so.
+                let probe = std::net::TcpListener::bind("127.0.0.1:0").context("no free port")?;
+                probe.local_addr()?.to_string()
+            }
+        })
+    };
+    let storage = (0..args.storage)
+        .map(|id| {
+            Ok(StorageConfig {
+                id,
+                listen: address(&format!("storage{id}"))?,
+                dir: state.join(format!("storage{id}")),
+                pool: args.pool,
+                memory_dir: "/dev/shm".into(),
+            })
+        })
+        .collect::<anyhow::Result<_>>()?;
+    let mut lease = LeaseConfig::default();
+    if let Some(ms) = args.lease_wait_ms {
+        lease.wait_ms = ms;
+    }
+    Ok(Config {
+        cluster: "dev".into(),
+        key_file: state.join("cluster.key"),
+        fabric: args.fabric,
+        spin_us: 20,
+        timeout_ms: 10_000,
+        lease,
+        meta: MetaConfig { listen: address("meta")?, dir: state.join("meta") },
+        storage,
+        mount: MountConfig { cache: args.cache, ..MountConfig::default() },
+    })
+}
+
+impl Cluster {
+    fn spawn(&mut self, what: &str, args: &[&str], point: Option<&Path>) -> anyhow::Result<()> {
+        let path = self.notify_dir.path().join("ready");
+        let socket = std::os::unix::net::UnixDatagram::bind(&path).context("readiness socket")?;
+        let exe = std::env::current_exe().context("the path of fsd")?;
+        let child = Command::new(exe)
+            .args(args)
+            .arg("--config")
+            .arg(&self.config)
+            .args(point)
+            .env("NOTIFY_SOCKET", &path)
+            .env(super::role::PARENT_ENV, std::process::id().to_string())
+            .stdin(Stdio::null())
+            // Ctrl-C is for this process; it takes the others down in order.
+            .process_group(0)
+            .spawn()
+            .with_context(|| format!("cannot start the {what}"))?;
+        self.members.push(Member { what: what.to_owned(), child, point: point.map(Path::to_owned) });
+        let ready = self.wait_ready(&socket, what);
+        let _ = std::fs::remove_file(&path);
+        ready
+    }
+
+    fn wait_ready(&mut self, socket: &std::os::unix::net::UnixDatagram, what: &str) -> anyhow::Result<()> {
+        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        let deadline = Instant::now() + PATIENCE;
+        let mut buffer = [0u8; 256];
+        while Instant::now() < deadline {
+            if let Ok(n) = socket.recv(&mut buffer)
+                && buffer[..n].windows(7).any(|w| w == b"READY=1")
+            {
+                return Ok(());
+            }
+            if let Some(member) = self.members.last_mut()
+                && let Some(status) = member.child.try_wait()?
+            {
+                bail!("the {what} did not start ({status}); its message is above");
+            }
+        }
+        bail!("the {what} was not ready within {} s", PATIENCE.as_secs());
+    }
+
+    /// A member that has died, and what it was.
+    fn dead(&mut self) -> Option<String> {
+        self.members.iter_mut().find_map(|m| match m.child.try_wait() {
+            Ok(Some(status)) => Some(format!("the {} has ended ({status})", m.what)),
+            _ => None,
+        })
+    }
+
+    /// Ends the members in reverse order of their start; true if all ended by themselves.
+    fn take_down(&mut self) -> bool {
+        let mut clean = true;
+        while let Some(mut member) = self.members.pop() {
+            let gone = matches!(member.child.try_wait(), Ok(Some(_)));
+            if !gone {
+                signal(&member.child, rustix::process::Signal::TERM);
+                clean &= wait_for(&mut member.child, PATIENCE);
+            }
+            if let Some(point) = &member.point {
+                unmount(point);
+            }
+            let _ = member.child.wait();
+        }
+        clean
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.take_down();
+    }
+}
+
+fn signal(child: &Child, signal: rustix::process::Signal) {
+    if let Some(pid) = rustix::process::Pid::from_raw(child.id() as i32) {
+        // It may have ended meanwhile.
+        let _ = rustix::process::kill_process(pid, signal);
+    }
+}
+
+fn wait_for(child: &mut Child, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    while Instant::now() < deadline {
+        if !matches!(child.try_wait(), Ok(None)) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let _ = child.kill();
+    false
+}
+
+/// Takes a mount out of the name space if it is (still) there.
+fn unmount(point: &Path) {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let text = point.to_string_lossy().replace(' ', "\\040");
+    if mounts.lines().any(|l| l.split(' ').nth(1) == Some(&text))
+        && rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH).is_err()
+    {
+        // Not root: fusermount3 may.
+        let _ = Command::new("fusermount3").arg("-uz").arg(point).status();
+    }
+}
+
+/// Runs `fsd dev`.
+///
+/// # Errors
+/// A member cannot start, or died.
+pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
+    // The children report their own readiness; this process has nothing to say to systemd.
+    let temporary = tempfile::Builder::new().prefix("fsd-dev-").tempdir().context("temporary directory")?;
+    let base = args.dir.clone().unwrap_or_else(|| temporary.path().join("mnt"));
+    std::fs::create_dir_all(&base).with_context(|| format!("cannot make {}", base.display()))?;
+    let base = base.canonicalize()?;
+    let points: Vec<PathBuf> = (0..args.mounts).map(|i| base.join(i.to_string())).collect();
+    let mut made = Vec::new();
+    for point in &points {
+        if !point.exists() {
+            std::fs::create_dir(point).with_context(|| format!("cannot make {}", point.display()))?;
+            made.push(point.clone());
+        }
+        crate::client::mount::check_point(point, false)?;
+    }
+    let state = match &args.state {
+        Some(dir) => {
+            std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+            dir.canonicalize()?
+        }
+        None => temporary.path().to_owned(),
+    };
+    let file = state.join("cluster.toml");
+    let mut config = settings(args, &state)?;
+    let fresh = !state.join("meta").exists();
+    if !fresh {
+        // Sizes are fixed at format time; addresses may be new.
+        config.storage.iter_mut().zip(Config::load(&file)?.storage).for_each(|(new, old)| new.pool = old.pool);
+    }
+    std::fs::write(&file, toml::to_string(&config)?).context("cluster.toml")?;
+    if fresh {
+        super::format::keygen(&config.key_file)?;
+        let uuid = format!("{:032x}", rand::random::<u128>());
+        crate::meta::server::format(&config, &uuid)?;
+        for s in &config.storage {
+            crate::storage::server::format(&s.dir, &config.cluster, s.id, &uuid)?;
+        }
+    }
+    let mut cluster = Cluster { members: Vec::new(), config: file.clone(), notify_dir: tempfile::tempdir()? };
+    for id in 0..args.storage {
+        let id = id.to_string();
+        cluster.spawn(&format!("storage node {id}"), &["storage", "--forget", "--id", &id], None)?;
+    }
+    cluster.spawn("metadata server", &["meta"], None)?;
+    for (i, point) in points.iter().enumerate() {
+        cluster.spawn(&format!("mount {i}"), &["mount", "--auto-unmount"], Some(point))?;
+    }
+    eprintln!(
+        "fsd dev: {} mounts over {} at {}",
+        args.mounts,
+        super::fabric_name(args.fabric),
+        points.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
+    );
+    eprintln!("fsd dev: ask it with  fsd status --config {}", file.display());
+    let code = if args.command.is_empty() {
+        eprintln!("fsd dev: Ctrl-C ends it");
+        until_signal(&mut cluster, &mut signals)?
+    } else {
+        run_command(args, &base, &file, &mut cluster, &mut signals)?
+    };
+    let clean = cluster.take_down();
+    for point in made {
+        // Only what we made, and only if it is empty.
+        let _ = std::fs::remove_dir(point);
+    }
+    if !clean {
+        bail!("a process did not end in time and was killed");
+    }
+    Ok(code)
+}
+
+fn until_signal(cluster: &mut Cluster, signals: &mut Signals) -> anyhow::Result<ExitCode> {
+    loop {
+        if signals.pending().next().is_some() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        if let Some(dead) = cluster.dead() {
+            bail!("{dead}");
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn run_command(
+    args: &DevArgs,
+    base: &Path,
+    config: &Path,
+    cluster: &mut Cluster,
+    signals: &mut Signals,
+) -> anyhow::Result<ExitCode> {
+    let pids: Vec<String> =
+        cluster.members.iter().map(|m| format!("{}={}", m.what.replace(' ', ""), m.child.id())).collect();
+    let mut child = Command::new(&args.command[0])
+        .args(&args.command[1..])
+        .env("FSD_DIR", base)
+        .env("FSD_CONFIG", config)
+        .env("FSD_PIDS", pids.join(" "))
+        .spawn()
+        .with_context(|| format!("cannot run {}", args.command[0]))?;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            let code = status.code().unwrap_or_else(|| {
+                use std::os::unix::process::ExitStatusExt;
+                128 + status.signal().unwrap_or(0)
+            });
+            return Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)));
+        }
+        if signals.pending().next().is_some() {
+            signal(&child, rustix::process::Signal::TERM);
+            wait_for(&mut child, Duration::from_secs(5));
+            return Ok(ExitCode::from(130));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

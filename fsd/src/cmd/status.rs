@@ -1,0 +1,188 @@
+//! `fsd status`.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdma_transport::{Connection, Fabric, FabricConfig};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::config::Config;
+use crate::rpc::{Calls, Errno, Responder, Router, Service};
+use crate::wire::{
+    Hello, MetaReply, MetaRequest, MetaStatus, MountRequest, MountStatus, PeerState, Role, StorageReply,
+    StorageRequest, StorageStatus,
+};
+
+struct NoService;
+
+impl Service for NoService {
+    fn admit(&self, _hello: &Hello) -> Result<(), String> {
+        Err("a tool accepts no connections".into())
+    }
+    fn request(&self, _hello: &Hello, _body: &[u8], responder: Responder) {
+        responder.reply::<()>(&Err(Errno(libc::EOPNOTSUPP)));
+    }
+}
+
+/// Asks the nodes of a cluster, as a tool.
+pub struct Asker {
+    calls: Arc<Calls>,
+    fabric: Arc<dyn Fabric>,
+    timeout: Duration,
+    _dir: tempfile::TempDir,
+}
+
+impl Asker {
+    /// An endpoint for asking.
+    ///
+    /// # Errors
+    /// The key cannot be read, or the system refuses.
+    pub fn new(config: &Config) -> anyhow::Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let listen = match config.fabric {
+            crate::config::FabricChoice::Shm => dir.path().join("tool.sock").to_string_lossy().into_owned(),
+            crate::config::FabricChoice::Tcp => "127.0.0.1:0".into(),
+        };
+        let calls = Arc::new(Calls::default());
+        let timeout = Duration::from_secs(5);
+        let hello = Hello {
+            protocol: crate::wire::PROTOCOL,
+            cluster: config.cluster.clone(),
+            role: Role::Tool,
+            life: rand::random(),
+        };
+        let fabric = rdma_transport::open(
+            config.fabric.into(),
+            FabricConfig {
+                listen,
+                key: config.key()?,
+                identity: hello.encode(),
+                spin: Duration::ZERO,
+                timeout,
+            },
+            Router::new(&config.cluster, Arc::clone(&calls), Arc::new(NoService)),
+        )?;
+        Ok(Self { calls, fabric, timeout, _dir: dir })
+    }
+
+    fn ask<Q: Serialize, R: DeserializeOwned>(&self, addr: &str, request: &Q) -> Result<R, String> {
+        let conn: Arc<dyn Connection> = self.fabric.connect(addr).map_err(|e| e.to_string())?;
+        let reply = self.calls.call(&conn, request, self.timeout).map_err(|e| e.to_string());
+        conn.close();
+        reply
+    }
+}
+
+impl Drop for Asker {
+    fn drop(&mut self) {
+        self.fabric.shutdown();
+    }
+}
+
+/// Everything that `fsd status` shows.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Cluster name.
+    pub cluster: String,
+    /// Fabric.
+    pub fabric: &'static str,
+    /// Everything is as it should be.
+    pub healthy: bool,
+    /// The metadata server, or why there is no answer.
+    pub meta: Result<MetaStatus, String>,
+    /// The storage nodes.
+    pub storage: Vec<(u16, Result<StorageStatus, String>)>,
+    /// The mounts.
+    pub mounts: Vec<(u16, Result<MountStatus, String>)>,
+}
+
+/// Asks every node.
+///
+/// # Errors
+/// The tool's own endpoint cannot be made.
+pub fn collect(config: &Config) -> anyhow::Result<Report> {
+    let asker = Asker::new(config)?;
+    let wrong = || "an answer of another kind".to_owned();
+    let meta = match asker.ask(&config.meta.listen, &MetaRequest::Status) {
+        Ok(MetaReply::Status(s)) => Ok(s),
+        Ok(_) => Err(wrong()),
+        Err(error) => Err(error),
+    };
+    let storage: Vec<_> = config
+        .storage
+        .iter()
+        .map(|s| {
+            let status = match asker.ask(&s.listen, &StorageRequest::Status) {
+                Ok(StorageReply::Status(status)) => Ok(status),
+                Ok(_) => Err(wrong()),
+                Err(error) => Err(error),
+            };
+            (s.id, status)
+        })
+        .collect();
+    let nodes = meta.as_ref().map(|m| m.nodes.clone()).unwrap_or_default();
+    let mounts: Vec<_> =
+        nodes.iter().filter(|n| n.state == PeerState::Up).map(|n| (n.node, asker.ask(&n.listen, &MountRequest::Status))).collect();
+    let healthy = meta.is_ok()
+        && storage.iter().all(|(_, s)| s.is_ok())
+        && mounts.iter().all(|(_, m)| m.is_ok())
+        && nodes.iter().all(|n| n.state == PeerState::Up);
+    Ok(Report {
+        cluster: config.cluster.clone(),
+        fabric: super::fabric_name(config.fabric),
+        healthy,
+        meta,
+        storage,
+        mounts,
+    })
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+fn print(report: &Report) {
+    println!("cluster {} over {}: {}", report.cluster, report.fabric, if report.healthy { "healthy" } else { "NOT HEALTHY" });
+    match &report.meta {
+        Ok(m) => println!("metadata server  up    {} inodes, {} orphans, {} requests", m.inodes, m.orphans, m.requests),
+        Err(error) => println!("metadata server  DOWN  {error}"),
+    }
+    for (id, status) in &report.storage {
+        match status {
+            Ok(s) => println!(
+                "storage node {id:<3} up    {} of {} free, {} reserved, {} not yet stored; leases: {} exclusive, {} shared",
+                mib(s.free), mib(s.total), mib(s.reserved), mib(s.dirty), s.exclusive, s.shared
+            ),
+            Err(error) => println!("storage node {id:<3} DOWN  {error}"),
+        }
+    }
+    let Ok(meta) = &report.meta else { return };
+    for node in &meta.nodes {
+        println!("mount {:<10} {:<5} {} ({} file locks)", node.node, node.state, node.name, node.locks);
+        match report.mounts.iter().find(|(n, _)| *n == node.node) {
+            Some((_, Ok(m))) => println!(
+                "                       {}; leases: {} exclusive, {} shared, {} waiting; {} dirty files, {} cached; {} requests, {} revocations",
+                m.cache, m.exclusive, m.shared, m.waiting, m.dirty_files, mib(m.cached_bytes), m.requests, m.revocations
+            ),
+            Some((_, Err(error))) => println!("                       no answer: {error}"),
+            None => {}
+        }
+    }
+}
+
+/// Runs `fsd status`. Exit status 0 where all is well, 1 where not.
+///
+/// # Errors
+/// The configuration cannot be read.
+pub fn run(path: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    let report = collect(&Config::load(path)?)?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print(&report);
+    }
+    Ok(if report.healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
