@@ -265,13 +265,15 @@ impl Fsm {
                 payload,
             } => {
                 // Recovery: entries of the dead and of older epochs are dropped from both queues.
-                let own = std::mem::replace(&mut self.queue, queue);
-                for waiter in own {
-                    if self.queue.iter().any(|w| w.node == waiter.node) {
-                        return Err(Violation::QueuedTwice);
-                    }
-                    self.queue.push(waiter);
+                if self
+                    .queue
+                    .iter()
+                    .any(|own| queue.iter().any(|w| w.node == own.node))
+                {
+                    return Err(Violation::QueuedTwice);
                 }
+                let own = std::mem::replace(&mut self.queue, queue);
+                self.queue.extend(own);
                 self.word_version = version;
                 self.payload = payload;
                 let granted = if cfg.flaw(Flaw::GrantedForgotten) {

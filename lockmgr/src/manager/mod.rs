@@ -94,7 +94,9 @@ impl ManagerConfig {
 pub struct Relinquish {
     /// Data or attributes were changed under the exclusive lease: the version moves.
     pub modified: bool,
-    /// The record must not become free before [`LeaseManager::confirmed`]. A hand-over does not wait.
+    /// The record must not become free before [`LeaseManager::confirmed`]. A hand-over does not wait: if
+    /// the payload is news to the authority, it must say so, and the next holder relinquishes with
+    /// `needs_confirm` in its turn, even if it changed nothing.
     pub needs_confirm: bool,
     /// Attributes for the next holder, at most [`MAX_PAYLOAD`] bytes; empty: none.
     pub payload: Vec<u8>,

@@ -17,6 +17,7 @@
 
 mod explore;
 mod state;
+mod symmetry;
 
 pub use explore::{Found, Report, explore};
 pub use state::{Options, Problem};

@@ -1,10 +1,8 @@
 //! The state of three nodes, the memory and the channels, and its steps.
 
 use std::collections::VecDeque;
-use std::hash::{Hash, Hasher};
 
-use crate::fsm::rename::Rename;
-use crate::fsm::{Action, BatchState, Config, Event, Fsm, Outcome, Phase, Violation, WordOp};
+use crate::fsm::{Action, Config, Event, Fsm, Outcome, Phase, Violation, WordOp};
 use crate::ids::{Mode, NodeId, NodeSet};
 use crate::msg::Body;
 use crate::record::OwnerWord;
@@ -94,32 +92,30 @@ pub enum Problem {
 pub(super) struct Node {
     pub(super) fsm: Fsm,
     /// Operations of the batch that have taken effect.
-    done: u8,
-    outcome: Outcome,
-    /// The batch in flight will not do anything more.
-    lost: bool,
+    pub(super) done: u8,
+    pub(super) outcome: Outcome,
     /// Version under which the user keeps its caches, and whether they show what was last written.
-    cached: u64,
-    fresh: bool,
-    modified: bool,
+    pub(super) cached: u64,
+    pub(super) fresh: bool,
+    pub(super) modified: bool,
     /// The user has been asked to bring its caches down.
-    asked: bool,
+    pub(super) asked: bool,
     /// A version the user has still to confirm.
-    confirm: Option<u64>,
-    left: bool,
-    budget: u8,
+    pub(super) confirm: Option<u64>,
+    pub(super) left: bool,
+    pub(super) budget: u8,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct State {
-    word: OwnerWord,
-    bits: u8,
+    pub(super) word: OwnerWord,
+    pub(super) bits: u8,
     /// Memory shows what was last written.
     store_fresh: bool,
     confirmed: u64,
     losses: u8,
     pub(super) nodes: [Node; NODES],
-    channels: [[VecDeque<Body>; NODES]; NODES],
+    pub(super) channels: [[VecDeque<Body>; NODES]; NODES],
     pub(super) problem: Option<Problem>,
 }
 
@@ -156,7 +152,6 @@ impl State {
             fsm: Fsm::new(),
             done: 0,
             outcome: Outcome::default(),
-            lost: false,
             cached: 0,
             fresh: true,
             modified: false,
@@ -190,7 +185,6 @@ impl State {
             match action {
                 Action::Post(_) => {
                     self.nodes[i].done = 0;
-                    self.nodes[i].lost = false;
                     self.nodes[i].outcome = Outcome::default();
                 }
                 Action::Send { to, body } => {
@@ -315,7 +309,6 @@ impl State {
             }
             Step::Loss(i) => {
                 self.losses -= 1;
-                self.nodes[i].lost = true;
                 self.nodes[i].done = 0;
                 self.nodes[i].outcome = Outcome::default();
                 self.event(options, i, Event::BatchLost);
@@ -389,7 +382,6 @@ impl State {
                         }
                     }
                 }
-                debug_assert!(batch.state != BatchState::Unknown || node.lost);
             }
             for from in 0..NODES {
                 if !self.channels[from][i].is_empty() {
@@ -515,118 +507,5 @@ impl State {
             }
         }
         None
-    }
-
-    fn permuted(&self, p: [usize; NODES]) -> Self {
-        let f = |n: NodeId| NodeId(p[usize::from(n.0)] as u16);
-        let mut s = self.clone();
-        s.word = self.word.rename(&f);
-        s.bits = (0..NODES).map(|i| (self.bits >> i & 1) << p[i]).sum();
-        for i in 0..NODES {
-            let node = &self.nodes[i];
-            s.nodes[p[i]] = Node {
-                fsm: node.fsm.rename(&f),
-                outcome: Outcome {
-                    owner: node.outcome.owner.map(|w| w.rename(&f)),
-                    holders: node.outcome.holders.as_ref().map(|h| h.rename(&f)),
-                    bit: node.outcome.bit,
-                },
-                ..node.clone()
-            };
-            for j in 0..NODES {
-                s.channels[p[i]][p[j]] = self.channels[i][j].iter().map(|b| b.rename(&f)).collect();
-            }
-        }
-        s
-    }
-
-    fn digest(&self) -> u64 {
-        let mut h = Folded(0x243f_6a88_85a3_08d3);
-        self.hash(&mut h);
-        h.finish()
-    }
-
-    /// Tells nodes apart cheaply, so that few permutations need the full digest.
-    fn key(&self, i: usize) -> u64 {
-        let n = &self.nodes[i];
-        let mut h = Folded(0x1319_8a2e_0370_7344);
-        (
-            n.budget, n.fresh, n.cached, n.asked, n.done, n.left, n.confirm, n.modified,
-        )
-            .hash(&mut h);
-        (n.fsm.held(), n.fsm.wanted(), n.fsm.version(), n.fsm.queued()).hash(&mut h);
-        std::mem::discriminant(n.fsm.phase()).hash(&mut h);
-        n.fsm.batch().map(|b| (b.kind, b.state)).hash(&mut h);
-        (self.bits >> i & 1, self.word.writer == Some(NodeId(i as u16))).hash(&mut h);
-        for j in 0..NODES {
-            // Sums do not depend on the names of the others.
-            h.0 =
-                h.0.wrapping_add((self.channels[i][j].len() as u64) << 8 | self.channels[j][i].len() as u64);
-        }
-        h.finish()
-    }
-
-    /// A number that equivalent states share.
-    pub(super) fn fingerprint(&self, options: &Options) -> u64 {
-        if !options.symmetry {
-            return self.digest();
-        }
-        let k = [self.key(0), self.key(1), self.key(2)];
-        const ALL: [[usize; NODES]; 6] = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
-        let mut best = u64::MAX;
-        for p in ALL {
-            let mut sorted = [0; NODES];
-            for i in 0..NODES {
-                sorted[p[i]] = k[i];
-            }
-            if sorted.is_sorted() {
-                let d = if p == [0, 1, 2] {
-                    self.digest()
-                } else {
-                    self.permuted(p).digest()
-                };
-                best = best.min(d);
-            }
-        }
-        best
-    }
-}
-
-/// A hash of 64 well mixed bits; the default one is too slow for this many states.
-struct Folded(u64);
-
-impl Folded {
-    fn mix(&mut self, x: u64) {
-        let wide = u128::from(self.0 ^ x) * u128::from(0x9e37_79b9_7f4a_7c15_u64 | 1);
-        self.0 = (wide as u64 ^ (wide >> 64) as u64)
-            .wrapping_add(0xa076_1d64_78bd_642f)
-            .rotate_left(23);
-    }
-}
-
-impl Hasher for Folded {
-    fn finish(&self) -> u64 {
-        let mut last = Self(self.0);
-        last.mix(0xe703_7ed1_a0b4_28db);
-        last.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for chunk in bytes.chunks(8) {
-            let mut word = [0; 8];
-            word[..chunk.len()].copy_from_slice(chunk);
-            self.mix(u64::from_le_bytes(word));
-        }
-    }
-    fn write_u8(&mut self, i: u8) {
-        self.mix(i.into());
-    }
-    fn write_u16(&mut self, i: u16) {
-        self.mix(i.into());
-    }
-    fn write_u64(&mut self, i: u64) {
-        self.mix(i);
-    }
-    fn write_usize(&mut self, i: usize) {
-        self.mix(i as u64);
     }
 }

@@ -1,0 +1,410 @@
+//! What callers of the manager rely on, case by case. Operations on memory take effect at once, or when the
+//! test lets them; messages wait until they are delivered.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use common::{Conn, Memory, Submit, layout};
+use lockmgr::{
+    Directory, Guard, LeaseError, LeaseManager, LeaseUser, ManagerConfig, Mode, NodeId, OwnerWord, RecordId,
+    Relinquish,
+};
+use parking_lot::Mutex;
+use rdma_transport::{AsyncOp, Completion, Connection, RemoteAddr, TransportError};
+
+const ID: RecordId = RecordId(2);
+const SOON: Duration = Duration::from_millis(20);
+
+struct Link {
+    memory: Arc<Memory>,
+    down: Arc<Mutex<bool>>,
+}
+
+impl Submit for Link {
+    fn submit(&self, batch: Vec<AsyncOp>, done: Completion) {
+        if *self.down.lock() {
+            return done(Err(TransportError::Shutdown));
+        }
+        done(Ok(batch.iter().map(|op| self.memory.run(op)).collect()));
+    }
+}
+
+#[derive(Default)]
+struct Log {
+    revokes: Vec<(Mode, Option<Mode>)>,
+    grants: Vec<(Mode, u64, Option<Vec<u8>>)>,
+}
+
+struct Side {
+    node: u16,
+    link: Arc<Conn<Link>>,
+    wire: Arc<Mutex<VecDeque<(u16, u16, Vec<u8>)>>>,
+    log: Mutex<Log>,
+}
+
+impl Directory for Side {
+    fn record(&self, id: RecordId) -> Result<(Arc<dyn Connection>, RemoteAddr), LeaseError> {
+        if id.shard() != 0 {
+            return Err(LeaseError::NoSuchRecord { record: id });
+        }
+        Ok((Arc::clone(&self.link) as _, Memory::at(id)))
+    }
+    fn send(&self, to: NodeId, msg: &[u8]) -> Result<(), LeaseError> {
+        self.wire.lock().push_back((self.node, to.0, msg.to_vec()));
+        Ok(())
+    }
+}
+
+impl LeaseUser for Side {
+    fn revoke(&self, _: RecordId, from: Mode, to: Option<Mode>) {
+        self.log.lock().revokes.push((from, to));
+    }
+    fn granted(&self, _: RecordId, mode: Mode, version: u64, payload: Option<&[u8]>) {
+        self.log
+            .lock()
+            .grants
+            .push((mode, version, payload.map(<[u8]>::to_vec)));
+    }
+}
+
+struct Pair {
+    managers: [Arc<LeaseManager>; 2],
+    sides: [Arc<Side>; 2],
+    wire: Arc<Mutex<VecDeque<(u16, u16, Vec<u8>)>>>,
+    memory: Arc<Memory>,
+    down: Arc<Mutex<bool>>,
+}
+
+fn pair(min_hold: Duration) -> Pair {
+    let (wire, memory, down) = (
+        Arc::default(),
+        Arc::new(Memory::new(4)),
+        Arc::new(Mutex::new(false)),
+    );
+    let sides = [0, 1].map(|node| {
+        let link = Link {
+            memory: Arc::clone(&memory),
+            down: Arc::clone(&down),
+        };
+        Arc::new(Side {
+            node,
+            link: Arc::new(Conn(link)),
+            wire: Arc::clone(&wire),
+            log: Mutex::default(),
+        })
+    });
+    let managers = [0, 1].map(|i| {
+        let mut cfg = ManagerConfig::new(NodeId(i as u16), 1, layout());
+        cfg.min_hold = min_hold;
+        LeaseManager::new(cfg, Arc::clone(&sides[i]) as _, Arc::clone(&sides[i]) as _).unwrap()
+    });
+    Pair {
+        managers,
+        sides,
+        wire,
+        memory,
+        down,
+    }
+}
+
+impl Pair {
+    fn deliver(&self) {
+        loop {
+            let Some((from, to, msg)) = self.wire.lock().pop_front() else {
+                return;
+            };
+            self.managers[usize::from(to)]
+                .message(NodeId(from), &msg)
+                .unwrap();
+        }
+    }
+
+    /// Answers the last revoke of this node.
+    fn bring_down(&self, i: usize, how: Relinquish) -> u64 {
+        let drained = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::clone(&drained);
+        self.managers[i].close_gate(ID, Box::new(move || bump(&seen)));
+        assert_eq!(drained.load(SeqCst), 1, "somebody is inside");
+        self.managers[i].relinquished(ID, how).unwrap()
+    }
+
+    fn park(&self, i: usize, mode: Mode) -> Arc<Mutex<Option<Result<Guard, LeaseError>>>> {
+        let cell = Arc::new(Mutex::new(None));
+        let theirs = Arc::clone(&cell);
+        let f = Box::new(move |r| *theirs.lock() = Some(r));
+        self.managers[i].enter_async(ID, mode, Instant::now() + Duration::from_secs(60), f);
+        cell
+    }
+}
+
+fn bump(n: &AtomicUsize) {
+    n.fetch_add(1, SeqCst);
+}
+
+fn payload(bytes: &[u8]) -> Relinquish {
+    Relinquish {
+        modified: true,
+        needs_confirm: false,
+        payload: bytes.to_vec(),
+    }
+}
+
+#[test]
+fn a_lease_is_kept_and_covers_weaker_modes() {
+    let p = pair(Duration::ZERO);
+    assert!(p.managers[0].try_enter(ID, Mode::Shared).is_none());
+    let guard = p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap();
+    assert_eq!(
+        (guard.id(), guard.mode(), guard.version()),
+        (ID, Mode::Exclusive, 0)
+    );
+    drop(guard);
+    assert!(p.managers[0].try_enter(ID, Mode::Shared).is_some());
+    assert!(
+        p.managers[0]
+            .handle(ID)
+            .unwrap()
+            .try_enter(Mode::Exclusive)
+            .is_some()
+    );
+    assert_eq!(p.managers[0].held(ID), Some((Mode::Exclusive, 0)));
+    let stats = p.managers[0].stats();
+    assert_eq!(
+        (
+            stats.cached_hits,
+            stats.acquires,
+            stats.batches,
+            stats.messages_sent
+        ),
+        (2, 1, 1, 0)
+    );
+}
+
+#[test]
+fn hand_over_carries_version_and_attributes() {
+    let p = pair(Duration::ZERO);
+    drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());
+    let got = p.park(1, Mode::Exclusive);
+    p.deliver();
+    assert_eq!(p.sides[0].log.lock().revokes, [(Mode::Exclusive, None)]);
+    // The gate is open until it is closed.
+    let inside = p.managers[0].try_enter(ID, Mode::Exclusive).unwrap();
+    let drained = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&drained);
+    p.managers[0].close_gate(ID, Box::new(move || bump(&seen)));
+    assert!(p.managers[0].try_enter(ID, Mode::Shared).is_none());
+    assert_eq!(drained.load(SeqCst), 0);
+    let early = p.managers[0].relinquished(ID, payload(b"x"));
+    assert!(matches!(early, Err(LeaseError::Misuse { .. })), "{early:?}");
+    // Served again, then for the last time.
+    p.managers[0].open_gate(ID);
+    drop(p.managers[0].try_enter(ID, Mode::Shared).unwrap());
+    drop(inside);
+    assert_eq!(drained.load(SeqCst), 0);
+    assert_eq!(p.bring_down(0, payload(b"size=7")), 1);
+    p.deliver();
+    assert_eq!(got.lock().take().unwrap().unwrap().version(), 1);
+    assert_eq!(
+        p.sides[1].log.lock().grants,
+        [(Mode::Exclusive, 1, Some(b"size=7".to_vec()))]
+    );
+    assert_eq!(p.managers[0].held(ID), None);
+    assert_eq!(p.managers[0].stats().hand_overs, 1);
+}
+
+#[test]
+fn a_writer_keeps_reading_when_only_readers_come() {
+    let p = pair(Duration::ZERO);
+    drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());
+    let got = p.park(1, Mode::Shared);
+    p.deliver();
+    assert_eq!(
+        p.sides[0].log.lock().revokes,
+        [(Mode::Exclusive, Some(Mode::Shared))]
+    );
+    assert_eq!(p.bring_down(0, payload(b"a")), 1);
+    let local = p.park(0, Mode::Shared);
+    p.deliver();
+    assert_eq!(got.lock().take().unwrap().unwrap().version(), 1);
+    assert_eq!(local.lock().take().unwrap().unwrap().version(), 1);
+    for m in &p.managers {
+        assert_eq!(m.held(ID), Some((Mode::Shared, 1)));
+    }
+}
+
+#[test]
+fn a_free_record_waits_for_the_confirmation() {
+    let p = pair(Duration::ZERO);
+    drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());
+    p.managers[0].release(ID);
+    p.bring_down(
+        0,
+        Relinquish {
+            modified: true,
+            needs_confirm: true,
+            payload: Vec::new(),
+        },
+    );
+    assert_eq!(p.managers[0].snapshot()[0].state, "awaiting confirmation");
+    p.managers[0].confirmed(ID);
+    assert!(p.managers[0].snapshot().is_empty());
+    p.memory.assert_all_free("confirmed");
+}
+
+#[test]
+fn minimum_hold_time() {
+    let hold = Duration::from_secs(5);
+    let p = pair(hold);
+    drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());
+    let _wants = p.park(1, Mode::Exclusive);
+    p.deliver();
+    assert!(p.sides[0].log.lock().revokes.is_empty());
+    let until = p.managers[0].next_deadline().unwrap();
+    p.managers[0].expire(until - Duration::from_secs(1));
+    assert!(p.sides[0].log.lock().revokes.is_empty());
+    p.managers[0].expire(until);
+    assert_eq!(p.sides[0].log.lock().revokes.len(), 1);
+}
+
+#[test]
+fn waiting_ends_with_the_reason() {
+    let p = pair(Duration::ZERO);
+    drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());
+    let error = p.managers[1].enter(ID, Mode::Shared, SOON).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            LeaseError::Timeout {
+                mode: Mode::Shared,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    p.managers[1].peer_gone(NodeId(0));
+    let error = p.managers[1].enter(ID, Mode::Shared, SOON).unwrap_err();
+    assert_eq!(
+        error,
+        LeaseError::Unreachable {
+            record: ID,
+            node: NodeId(0)
+        }
+    );
+    // The protocol goes on without the operations that gave up.
+    p.deliver();
+    p.bring_down(0, payload(b""));
+    p.deliver();
+    assert_eq!(p.managers[1].held(ID), Some((Mode::Shared, 1)));
+}
+
+#[test]
+fn storage_away_and_back() {
+    let p = pair(Duration::ZERO);
+    *p.down.lock() = true;
+    let error = p.managers[0].enter(ID, Mode::Shared, SOON).unwrap_err();
+    assert!(
+        matches!(error, LeaseError::StorageLost { shard: 0, .. }),
+        "{error}"
+    );
+    let got = p.park(0, Mode::Shared);
+    *p.down.lock() = false;
+    p.managers[0].storage_reconnected(0);
+    assert!(got.lock().take().unwrap().is_ok());
+    // Lost while taking it back.
+    p.managers[0].release(ID);
+    *p.down.lock() = true;
+    p.bring_down(0, Relinquish::default());
+    *p.down.lock() = false;
+    p.managers[0].storage_reconnected(0);
+    p.memory.assert_all_free("released");
+}
+
+#[test]
+fn leaving() {
+    let p = pair(Duration::ZERO);
+    drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());
+    let left = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&left);
+    p.managers[0].leave(Box::new(move || bump(&seen)));
+    assert_eq!(
+        p.managers[0].enter(RecordId(1), Mode::Shared, SOON).unwrap_err(),
+        LeaseError::Leaving
+    );
+    assert_eq!(left.load(SeqCst), 0);
+    p.bring_down(0, payload(b"last"));
+    assert_eq!(left.load(SeqCst), 1);
+    p.memory.assert_all_free("left");
+}
+
+#[test]
+fn what_is_refused() {
+    let p = pair(Duration::ZERO);
+    let nowhere = RecordId::new(9, 1);
+    let error = p.managers[0].enter(nowhere, Mode::Shared, SOON).unwrap_err();
+    assert_eq!(error, LeaseError::NoSuchRecord { record: nowhere });
+    assert!(matches!(
+        p.managers[0].message(NodeId(1), b"junk"),
+        Err(LeaseError::BadMessage { .. })
+    ));
+    let done = lockmgr::msg::LeaseMsg {
+        record: ID,
+        epoch: 0,
+        incarnation: 1,
+        body: lockmgr::msg::Body::Done,
+    };
+    let error = p.managers[0].message(NodeId(1), &done.encode()).unwrap_err();
+    assert!(matches!(error, LeaseError::Violation { .. }), "{error}");
+    assert!(matches!(
+        p.managers[0].message(NodeId(0), &done.encode()),
+        Err(LeaseError::BadMessage { .. })
+    ));
+    let long = Relinquish {
+        payload: vec![0; 513],
+        ..Relinquish::default()
+    };
+    assert!(matches!(
+        p.managers[0].relinquished(ID, long),
+        Err(LeaseError::PayloadTooLong { bytes: 513, .. })
+    ));
+    assert!(matches!(
+        p.managers[0].relinquished(ID, Relinquish::default()),
+        Err(LeaseError::Misuse { .. })
+    ));
+    let side = Arc::clone(&p.sides[0]);
+    let cfg = ManagerConfig::new(NodeId(192), 1, layout());
+    let error = LeaseManager::new(cfg, Arc::clone(&side) as _, side)
+        .err()
+        .unwrap();
+    assert_eq!(
+        error,
+        LeaseError::NodeTooLarge {
+            node: NodeId(192),
+            max_nodes: 192
+        }
+    );
+    assert!(p.managers[0].snapshot().is_empty());
+}
+
+#[test]
+fn a_corrupt_record_is_left_alone() {
+    let p = pair(Duration::ZERO);
+    drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());
+    // Somebody else writes the word of an owner.
+    let word = OwnerWord::owned(NodeId(0), 1, 0).encode();
+    p.memory.run(&AsyncOp::Cas {
+        at: Memory::at(ID),
+        expect: word,
+        new: 99,
+    });
+    p.managers[0].release(ID);
+    p.bring_down(0, payload(b""));
+    let error = p.managers[0].enter(ID, Mode::Shared, SOON).unwrap_err();
+    assert!(matches!(error, LeaseError::Violation { .. }), "{error}");
+    assert_eq!(p.managers[0].stats().violations, 1);
+    assert_eq!(p.managers[0].snapshot()[0].state, "broken");
+}
