@@ -379,3 +379,7 @@ impl Lent {
         })
     }
 }
+
+#[cfg(test)]
+#[path = "mem_tests.rs"]
+mod tests;
