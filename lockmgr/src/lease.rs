@@ -205,3 +205,15 @@ impl Record {
             && self.broken.is_none()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_small() {
+        let (lease, fsm) = (size_of::<LeaseHandle>(), size_of::<Fsm>());
+        assert!(lease <= 1024, "{lease} bytes, {fsm} of them state machine");
+        println!("{lease} bytes, {fsm} of them state machine");
+    }
+}

@@ -20,6 +20,9 @@ use rdma_transport::{AsyncOp, Completion, Connection, RemoteAddr, TransportError
 const ID: RecordId = RecordId(2);
 const SOON: Duration = Duration::from_millis(20);
 
+/// Messages under way: from, to, bytes.
+type Wire = Arc<Mutex<VecDeque<(u16, u16, Vec<u8>)>>>;
+
 struct Link {
     memory: Arc<Memory>,
     down: Arc<Mutex<bool>>,
@@ -43,7 +46,7 @@ struct Log {
 struct Side {
     node: u16,
     link: Arc<Conn<Link>>,
-    wire: Arc<Mutex<VecDeque<(u16, u16, Vec<u8>)>>>,
+    wire: Wire,
     log: Mutex<Log>,
 }
 
@@ -75,7 +78,7 @@ impl LeaseUser for Side {
 struct Pair {
     managers: [Arc<LeaseManager>; 2],
     sides: [Arc<Side>; 2],
-    wire: Arc<Mutex<VecDeque<(u16, u16, Vec<u8>)>>>,
+    wire: Wire,
     memory: Arc<Memory>,
     down: Arc<Mutex<bool>>,
 }

@@ -55,8 +55,8 @@ pub trait LeaseUser: Send + Sync {
     fn revoke(&self, id: RecordId, from: Mode, to: Option<Mode>);
 
     /// A lease has been granted; no local operation runs before this returns. Caches kept under the same
-    /// version are valid. `payload` is what the last holder relinquished with, where it travelled with the
-    /// grant.
+    /// version are valid. `payload` is what the last holder (this node itself, where it kept a shared lease)
+    /// relinquished with; none where the lease was taken from a free record.
     fn granted(&self, id: RecordId, mode: Mode, version: u64, payload: Option<&[u8]>);
 }
 
@@ -337,7 +337,8 @@ impl LeaseManager {
     }
 
     /// Keeps new operations out; `drained` runs when none is inside, maybe at once. If the gate was closed
-    /// already, `drained` takes the place of what was to run then.
+    /// already, `drained` takes the place of what was to run then. Only in answer to [`LeaseUser::revoke`]:
+    /// at other times a grant may open the gate again and drop `drained`.
     pub fn close_gate(&self, id: RecordId, drained: Box<dyn FnOnce() + Send>) {
         let run = match self.table.get(id) {
             Some(lease) => lease.gate.close(drained),
