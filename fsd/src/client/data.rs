@@ -16,8 +16,8 @@ use crate::wire::{BlockWant, Frame, StorageReply, StorageRequest};
 
 /// Frames asked for in one request.
 const LOOKUP_COUNT: u32 = 4096;
-/// Operations in one batch.
-const BATCH: usize = 64;
+/// Transfers in one batch; with the counter of a slab for each it stays below any fabric's limit.
+const BATCH: usize = 32;
 /// How long one-sided operations are repeated on new connections before they fail.
 const DATA_TIMEOUT: Duration = Duration::from_secs(20);
 

@@ -9,7 +9,7 @@ use lockmgr::Mode;
 
 use super::Client;
 use super::ctx::{Ctx, Res, Stop, fail};
-use super::inode::{Inode, State};
+use super::inode::{Granted, Inode, State};
 use crate::meta::names::NAME_MAX;
 use crate::rpc::Errno;
 use crate::wire::{Attr, Kind, MetaReply, MetaRequest};
@@ -61,7 +61,7 @@ impl Client {
         let inode = self.inode(attr.ino);
         let mut slot = inode.granted.lock();
         if slot.is_none() {
-            *slot = Some(attr);
+            *slot = Some(Granted { attr, unconfirmed: false });
         }
     }
 

@@ -161,6 +161,15 @@ impl Latch {
     }
 }
 
+/// Attributes that came with a grant or with something else.
+#[derive(Debug, Clone, Copy)]
+pub struct Granted {
+    /// The attributes, with their version.
+    pub attr: Attr,
+    /// The metadata server may not have them yet: whoever holds the exclusive lease answers for it.
+    pub unconfirmed: bool,
+}
+
 /// An inode.
 #[derive(Debug)]
 pub struct Inode {
@@ -169,7 +178,7 @@ pub struct Inode {
     /// What is cached of it.
     state: Mutex<State>,
     /// Attributes that came with a grant, with their version; taken over by whoever uses the lease first.
-    pub granted: Mutex<Option<Attr>>,
+    pub granted: Mutex<Option<Granted>>,
     /// What the kernel has cached.
     pub kernel: KernelCache,
     /// Open files on this mount.
@@ -245,12 +254,13 @@ impl Inode {
             state.forget();
             state.version = Some(version);
         }
-        if let Some(attr) = self.granted.lock().take()
-            && attr.version == version
-            && attr.ino == self.ino
+        if let Some(granted) = self.granted.lock().take()
+            && granted.attr.version == version
+            && granted.attr.ino == self.ino
             && !state.attr_dirty
         {
-            state.attr = Some(attr);
+            state.attr = Some(granted.attr);
+            state.attr_dirty = granted.unconfirmed;
         }
     }
 }

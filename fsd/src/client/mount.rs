@@ -25,6 +25,10 @@ const SPARE_LOOPS: usize = 2;
 const CLOSE_WAIT: Duration = Duration::from_secs(10);
 /// Longest wait for the leases to be given up when leaving.
 const LEAVE_WAIT: Duration = Duration::from_secs(20);
+/// How long late questions of other mounts are still answered after leaving.
+const LINGER: Duration = Duration::from_millis(100);
+/// Longest wait for open files to be closed when leaving.
+const OPEN_WAIT: Duration = Duration::from_secs(5);
 
 /// Why a mount failed.
 #[derive(Debug, thiserror::Error)]
@@ -212,6 +216,20 @@ fn own_listen(config: &Config) -> String {
     }
 }
 
+/// Takes a mount out of the name space if it is there, also if files are open.
+pub fn unmount(point: &Path) {
+    use rustix::mount::{UnmountFlags, unmount};
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let text = point.to_string_lossy().replace(' ', "\\040");
+    if !mounts.lines().any(|l| l.split(' ').nth(1) == Some(&text)) {
+        return;
+    }
+    if unmount(point, UnmountFlags::empty()).is_err() && unmount(point, UnmountFlags::DETACH).is_err() {
+        // Not root: fusermount3 may.
+        let _ = std::process::Command::new("fusermount3").arg("-uz").arg(point).status();
+    }
+}
+
 fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, MountError> {
     std::thread::Builder::new().name(name.into()).spawn(body).map_err(MountError::Thread)
 }
@@ -384,10 +402,21 @@ impl Mount {
 
     /// Unmounts, writes everything back, gives up all leases and leaves.
     pub fn stop(mut self) {
-        if let Some(session) = self.session.take()
-            && let Err(error) = session.umount_and_join()
-        {
-            tracing::debug!("unmount: {error}");
+        if let Some(session) = self.session.take() {
+            unmount(&self.point);
+            // Where files are still open, the kernel keeps the connection until they are closed, or this
+            // process ends.
+            let deadline = std::time::Instant::now() + OPEN_WAIT;
+            while !session.guard.is_finished() && std::time::Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            if session.guard.is_finished() {
+                let _ = session.join();
+            } else {
+                tracing::warn!("files of this mount are still open: their processes will see errors");
+                // Joining would wait for them; the threads end with the process.
+                std::mem::forget(session);
+            }
         }
         let client = &self.client;
         client.write_all();
@@ -403,6 +432,8 @@ impl Mount {
             if let Err(error) = client.net.meta(&MetaRequest::Leave { unused }) {
                 tracing::warn!("leaving: {error}");
             }
+            // Others may have read our name in a lease record just before it was freed, and ask us.
+            std::thread::sleep(LINGER);
         }
         client.stopping.store(true, Ordering::Release);
         let _ = client.wake_writeback.try_send(());

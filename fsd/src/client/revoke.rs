@@ -21,7 +21,7 @@ use lockmgr::{LeaseUser, Mode, RecordId, Relinquish};
 
 use super::Client;
 use super::ctx::{Ctx, Res, Stop};
-use super::inode::{Inode, State};
+use super::inode::{Granted, Inode, State};
 use super::pages::PAGE;
 use crate::rpc::Errno;
 use crate::wire::{Attr, AttrUpdate, MetaRequest};
@@ -56,11 +56,13 @@ impl LeaseUser for Revoker {
         client.revokers.run(move || job.revoke(id, from, to));
     }
 
-    fn granted(&self, id: RecordId, _mode: Mode, version: u64, payload: Option<&[u8]>) {
+    fn granted(&self, id: RecordId, mode: Mode, version: u64, payload: Option<&[u8]>) {
         let Some(attr) = payload.and_then(Attr::decode) else { return };
         let inode = self.inodes.get().and_then(|t| t.by_record(id));
         if let Some(inode) = inode.filter(|i| i.ino == attr.ino) {
-            *inode.granted.lock() = Some(Attr { version, ..attr });
+            // A hand-over does not wait for the metadata server to have the last owner's attributes.
+            let unconfirmed = mode == Mode::Exclusive;
+            *inode.granted.lock() = Some(Granted { attr: Attr { version, ..attr }, unconfirmed });
         }
     }
 }
@@ -102,7 +104,7 @@ impl Client {
             // Attributes only: takes no lock in the kernel.
             self.invalidate_attrs(&inode);
         }
-        let how = self.relinquish_clean(&inode, &mut state, from);
+        let how = self.relinquish_clean(&mut state, from);
         drop(state);
         self.counters.revocations.fetch_add(1, Ordering::Relaxed);
         self.relinquish(id, how);
@@ -116,7 +118,7 @@ impl Client {
     }
 
     /// How to give up a lease with nothing to write back.
-    fn relinquish_clean(&self, inode: &Inode, state: &mut State, from: Mode) -> Relinquish {
+    fn relinquish_clean(&self, state: &mut State, from: Mode) -> Relinquish {
         if from != Mode::Exclusive {
             return Relinquish::default();
         }
@@ -131,7 +133,6 @@ impl Client {
             }
             _ => Vec::new(),
         };
-        debug_assert!(inode.ino != 0);
         Relinquish { modified, needs_confirm: false, payload }
     }
 
@@ -218,12 +219,16 @@ impl Client {
         } else {
             self.close_and_drain(id);
         }
-        let how = self.write_back_for_revoke(&inode, from);
+        let (how, update) = self.write_back_for_revoke(&inode, from);
         if to.is_none() {
             inode.mapped.revoking(false);
             inode.kernel.revoking.store(false, Ordering::SeqCst);
         }
         self.relinquish(id, how);
+        // Only now: a confirmation counts for what has been relinquished before it.
+        if let Some(update) = update {
+            self.push_attrs(&inode, update);
+        }
     }
 
     fn close_and_drain(&self, id: RecordId) {
@@ -234,11 +239,12 @@ impl Client {
         let _ = rx.recv();
     }
 
-    /// Writes back what the exclusive lease protected; nobody is inside.
-    fn write_back_for_revoke(self: &Arc<Self>, inode: &Arc<Inode>, from: Mode) -> Relinquish {
+    /// Writes back what the exclusive lease protected; nobody is inside. The attributes are left to be
+    /// pushed.
+    fn write_back_for_revoke(&self, inode: &Arc<Inode>, from: Mode) -> (Relinquish, Option<AttrUpdate>) {
         let mut state = inode.lock_raw();
         if from != Mode::Exclusive {
-            return Relinquish::default();
+            return (Relinquish::default(), None);
         }
         let ctx = Ctx::on_worker();
         for attempt in 1.. {
@@ -254,25 +260,26 @@ impl Client {
                 Err(_) => std::thread::sleep(Duration::from_millis(50)),
             }
         }
-        let attrs = std::mem::take(&mut state.attr_dirty) && !state.gone;
-        let mut how = self.relinquish_clean(inode, &mut state, from);
-        if attrs && let Some(attr) = state.attr {
-            how.needs_confirm = true;
-            let (me, record) = (Arc::downgrade(self), inode.record());
-            let latch = Arc::clone(inode);
-            let request = MetaRequest::Update { updates: vec![AttrUpdate::from(&attr)] };
-            self.net.meta_async(request, move |result| {
-                if let Err(error) = result {
-                    tracing::error!("attributes of {:#x} lost: {error}", latch.ino);
-                    latch.errors.set(error.errno());
-                }
-                if let Some(client) = Weak::upgrade(&me) {
-                    client.leases.confirmed(record);
-                }
-            });
-        }
+        let dirty = std::mem::take(&mut state.attr_dirty) && !state.gone;
+        let mut how = self.relinquish_clean(&mut state, from);
+        let update = state.attr.filter(|_| dirty).map(|attr| AttrUpdate::from(&attr));
+        how.needs_confirm = update.is_some();
         self.dirty.lock().remove(&inode.ino);
-        how
+        (how, update)
+    }
+
+    /// Tells the metadata server the attributes of a lease given up, and the lease manager when it has them.
+    fn push_attrs(self: &Arc<Self>, inode: &Arc<Inode>, update: AttrUpdate) {
+        let (me, latch) = (Arc::downgrade(self), Arc::clone(inode));
+        self.net.meta_async(MetaRequest::Update { updates: vec![update] }, move |result| {
+            if let Err(error) = result {
+                tracing::error!("attributes of {:#x} lost: {error}", latch.ino);
+                latch.errors.set(error.errno());
+            }
+            if let Some(client) = Weak::upgrade(&me) {
+                client.leases.confirmed(latch.record());
+            }
+        });
     }
 
     /// Brings an inode's dirty data and attributes to the servers while the lease stays. With `wait`, gets

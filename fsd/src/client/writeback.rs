@@ -69,6 +69,8 @@ impl Client {
             Err(Stop::Errno(error)) => {
                 tracing::warn!("write-back of {ino:#x}: {error}; it is tried again");
                 inode.errors.set(error);
+                // Not again at once: what is wrong will not have passed.
+                self.dirty.lock().insert(ino, Instant::now());
             }
             Err(Stop::Park) => {}
         }

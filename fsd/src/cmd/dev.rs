@@ -162,7 +162,7 @@ impl Cluster {
                 clean &= wait_for(&mut member.child, PATIENCE);
             }
             if let Some(point) = &member.point {
-                unmount(point);
+                crate::client::mount::unmount(point);
             }
             let _ = member.child.wait();
         }
@@ -193,18 +193,6 @@ fn wait_for(child: &mut Child, limit: Duration) -> bool {
     }
     let _ = child.kill();
     false
-}
-
-/// Takes a mount out of the name space if it is (still) there.
-fn unmount(point: &Path) {
-    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let text = point.to_string_lossy().replace(' ', "\\040");
-    if mounts.lines().any(|l| l.split(' ').nth(1) == Some(&text))
-        && rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH).is_err()
-    {
-        // Not root: fusermount3 may.
-        let _ = Command::new("fusermount3").arg("-uz").arg(point).status();
-    }
 }
 
 /// Runs `fsd dev`.
