@@ -1,33 +1,92 @@
-//! The benchmark program.
+//! Benchmarks of DistFUSE, its parts, and the floors they are compared with.
+//!
+//! Everything that is measured is measured here and now, floors included; nothing is quoted.
+
+#![allow(dead_code)]
+mod demo;
+mod fs;
+mod lease;
 mod nullfs;
-fn main() -> anyhow::Result<()> {
-    use clap::ValueEnum;
-    use std::io::{Read, Write, Seek};
-    use std::os::unix::fs::FileExt;
-    for mode in nullfs::NullMode::value_variants() {
-        let dir = std::path::PathBuf::from(format!("/tmp/null{mode:?}"));
-        std::fs::create_dir_all(&dir)?;
-        let s = nullfs::NullFs::new(*mode).mount(&dir, 2)?;
-        let f = std::fs::OpenOptions::new().read(true).write(true).create(true).open(dir.join("a"))?;
-        let buf = vec![7u8; 1 << 20];
-        for i in 0..16 { f.write_all_at(&buf, i << 20)?; }
-        for round in 0..2 {
-        let n = 30000u64;
-        let t = std::time::Instant::now();
-        for i in 0..n { f.write_all_at(&buf[..4096], (i % 4096) * 4096)?; }
-        let w = t.elapsed().as_nanos() as f64 / n as f64 / 1000.0;
-        let mut b = vec![0u8; 4096];
-        for i in 0..4096u64 { f.read_exact_at(&mut b, i * 4096)?; }
-        let t = std::time::Instant::now();
-        for i in 0..n { f.read_exact_at(&mut b, (i % 4096) * 4096)?; }
-        let r = t.elapsed().as_nanos() as f64 / n as f64 / 1000.0;
-        let t = std::time::Instant::now();
-        for i in 0..200u64 { f.write_all_at(&buf, (i%16) << 20)?; }
-        let sw = 200.0 / t.elapsed().as_secs_f64();
-        println!("{mode:?} {round}: write {w:.2} us, read {r:.2} us, 1M write {sw:.0} MB/s");
-        }
-        drop(f);
-        s.umount_and_join()?;
+mod plot;
+mod procs;
+mod progress;
+mod stats;
+#[cfg(feature = "stores")]
+mod stores;
+mod table;
+mod transport;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Measures DistFUSE and its parts beside their floors.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+struct Cli {
+    /// Pin everything, servers included, to this CPU.
+    #[arg(long, global = true)]
+    pin: Option<usize>,
+    /// Write CSV files and plots here.
+    #[arg(long, global = true, default_value = "target/bench")]
+    out: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Latency and bandwidth of the fabric between two processes.
+    Transport(transport::Args),
+    /// Leases: held, uncontended, handed over; against a spin lock and a lock server.
+    Lease(lease::Args),
+    /// The file system beside a null FUSE server and tmpfs.
+    Fs(fs::Args),
+    /// A real tree, a real build, coherence and a table, on a cluster of three mounts.
+    Demo(demo::Args),
+    /// Embedded stores for the metadata server.
+    #[cfg(feature = "stores")]
+    Store(stores::Args),
+    #[command(hide = true)]
+    NullServer { mode: nullfs::NullMode, dir: PathBuf },
+    #[command(hide = true)]
+    TransportPeer(transport::PeerArgs),
+    #[cfg(feature = "stores")]
+    #[command(hide = true)]
+    StoreChild(stores::ChildArgs),
+}
+
+fn run(cli: &Cli) -> anyhow::Result<()> {
+    match &cli.command {
+        Command::NullServer { mode, dir } => return procs::serve_null(*mode, dir),
+        Command::TransportPeer(args) => return transport::peer::run(args),
+        #[cfg(feature = "stores")]
+        Command::StoreChild(args) => return stores::child(args),
+        _ => {}
     }
-    Ok(())
+    progress::catch_signals()?;
+    if let Some(cpu) = cli.pin {
+        procs::pin(Some(cpu))?;
+    }
+    std::fs::create_dir_all(&cli.out)?;
+    match &cli.command {
+        Command::Transport(args) => transport::run(args, &cli.out),
+        Command::Lease(args) => lease::run(args, &cli.out),
+        Command::Fs(args) => fs::run(args, cli.pin, &cli.out),
+        Command::Demo(args) => demo::run(args),
+        #[cfg(feature = "stores")]
+        Command::Store(args) => stores::run(args, &cli.out),
+        _ => Ok(()),
+    }
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

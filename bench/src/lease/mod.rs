@@ -1,0 +1,198 @@
+//! Leases: held, uncontended, handed over; against a spin lock and a lock server over the same fabric.
+
+mod contend;
+mod node;
+mod rivals;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use lockmgr::{Mode, RecordId};
+
+use crate::plot::Chart;
+use crate::progress::{Progress, check};
+use crate::stats::{Latency, sig};
+use crate::table::Table;
+use contend::Lock;
+use node::LeaseCluster;
+
+/// Arguments of `bench lease`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Providers.
+    #[arg(long, value_delimiter = ',', default_values_t = ["shm".to_owned(), "tcp".to_owned()])]
+    providers: Vec<String>,
+    /// Nodes of the hand-over tests.
+    #[arg(long, value_delimiter = ',', default_values_t = [2, 3, 4, 8])]
+    nodes: Vec<usize>,
+    /// Fewer samples.
+    #[arg(long)]
+    quick: bool,
+    /// How long progress threads spin before they sleep, µs.
+    #[arg(long, default_value_t = 20)]
+    spin_us: u64,
+}
+
+/// Longest wait for a lease.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+fn met(ok: bool) -> String {
+    if ok { "met" } else { "MISSED" }.into()
+}
+
+fn held(cluster: &LeaseCluster, provider: &str, table: &mut Table) -> anyhow::Result<()> {
+    let manager = cluster.manager(0);
+    let id = RecordId::new(0, 1);
+    drop(manager.enter(id, Mode::Shared, PATIENCE)?);
+    let handle = manager.handle(id).ok_or_else(|| anyhow::anyhow!("no handle"))?;
+    let n = 2_000_000u32;
+    let before = (manager.stats(), cluster.fabric_stats(0));
+    let mut lost = 0u32;
+    let mut time = |name: &str, f: &mut dyn FnMut() -> bool| {
+        let start = Instant::now();
+        lost += (0..n).map(|_| u32::from(!f())).sum::<u32>();
+        let ns = start.elapsed().as_secs_f64() * 1e9 / f64::from(n);
+        table.row(vec![
+            format!("{name}, {provider}"),
+            sig(ns / 1000.0),
+            "-".into(),
+            "0".into(),
+            "0".into(),
+            "< 0.1".into(),
+            met(ns < 100.0),
+        ]);
+    };
+    time("held: enter and leave, by handle", &mut || handle.try_enter(Mode::Shared).is_some());
+    time("held: enter and leave, by number", &mut || manager.try_enter(id, Mode::Shared).is_some());
+    let after = (manager.stats(), cluster.fabric_stats(0));
+    let silent = before.0.batches == after.0.batches
+        && before.0.messages_sent == after.0.messages_sent
+        && before.1.ops == after.1.ops
+        && before.1.messages_sent == after.1.messages_sent;
+    anyhow::ensure!(silent && lost == 0, "entering under a held lease used the fabric or failed");
+    Ok(())
+}
+
+fn uncontended(cluster: &LeaseCluster, provider: &str, n: u64, table: &mut Table) -> anyhow::Result<()> {
+    let manager = cluster.manager(0);
+    for mode in [Mode::Shared, Mode::Exclusive] {
+        let (mut acquire, mut release) = (Latency::new()?, Latency::new()?);
+        let (mut batches, mut messages) = ([0u64; 2], 0u64);
+        for i in 0..n {
+            let id = RecordId::new(0, 100 + i % 64);
+            let s0 = manager.stats();
+            let start = Instant::now();
+            let guard = manager.enter(id, mode, PATIENCE)?;
+            acquire.add(start.elapsed());
+            drop(guard);
+            let s1 = manager.stats();
+            let start = Instant::now();
+            manager.release(id);
+            while manager.held(id).is_some() {
+                std::hint::spin_loop();
+            }
+            release.add(start.elapsed());
+            // Over tcp the last batch may still be on its way.
+            while manager.snapshot().iter().any(|l| l.id == id) {
+                std::thread::yield_now();
+            }
+            let s2 = manager.stats();
+            batches[0] += s1.batches - s0.batches;
+            batches[1] += s2.batches - s1.batches;
+            messages += s2.messages_sent - s0.messages_sent;
+        }
+        check()?;
+        let per = |x: u64| sig(x as f64 / n as f64);
+        let fast = provider != "shm" || acquire.at(0.5) < 2_000.0;
+        table.row(vec![
+            format!("acquire {mode}, {provider}"),
+            sig(acquire.at(0.5) / 1e3),
+            sig(acquire.at(0.99) / 1e3),
+            per(batches[0]),
+            per(messages),
+            if provider == "shm" { "< 2, one batch" } else { "one batch" }.into(),
+            met(fast && batches[0] == n && messages == 0),
+        ]);
+        table.row(vec![
+            format!("release {mode}, {provider}"),
+            sig(release.at(0.5) / 1e3),
+            sig(release.at(0.99) / 1e3),
+            per(batches[1]),
+            "0".into(),
+            String::new(),
+            String::new(),
+        ]);
+    }
+    Ok(())
+}
+
+fn contended(args: &Args, provider: &str, progress: &Progress, out: &Path) -> anyhow::Result<Table> {
+    let header = ["lock", "nodes", "turns/s", "p50 us", "p99 us", "free-for-all/s", "least/most of a node"];
+    let mut table = Table::new(format!("Hand-over of an exclusive lock over {provider}"), &header);
+    let run = Duration::from_millis(if args.quick { 150 } else { 1_000 });
+    let mut chart = Chart {
+        title: format!("Exclusive lock handed over in turn, {provider}"),
+        unit: "turns/s".into(),
+        groups: args.nodes.iter().map(|n| format!("{n} nodes")).collect(),
+        series: Vec::new(),
+        log: true,
+    };
+    let spin = Duration::from_micros(args.spin_us);
+    for kind in ["lease", "CAS spin lock", "RPC lock server"] {
+        let mut speeds = Vec::new();
+        for &nodes in &args.nodes {
+            progress.step(format!("{provider}: {kind}, {nodes} nodes"));
+            let locks: Box<dyn Lock> = match kind {
+                "lease" => Box::new(LeaseCluster::start(provider, nodes, spin)?),
+                "CAS spin lock" => Box::new(rivals::CasLocks::start(provider, nodes, spin)?),
+                _ => Box::new(rivals::RpcLocks::start(provider, nodes, spin)?),
+            };
+            let turns = contend::in_turn(locks.as_ref(), nodes, run)?;
+            let free = contend::free_for_all(locks.as_ref(), nodes, run)?;
+            speeds.push(turns.per_second);
+            table.row(vec![
+                kind.into(),
+                nodes.to_string(),
+                sig(turns.per_second),
+                sig(turns.latency.at(0.5) / 1e3),
+                sig(turns.latency.at(0.99) / 1e3),
+                sig(free.per_second),
+                format!("{:.2}", free.fairness),
+            ]);
+            check()?;
+        }
+        chart.series.push((kind.into(), speeds));
+    }
+    chart.write(&out.join(format!("lease-handover-{provider}")))?;
+    table.write_csv(&out.join(format!("lease-handover-{provider}.csv")))?;
+    Ok(table)
+}
+
+/// Runs `bench lease`.
+///
+/// # Errors
+/// A provider does not work here, or a lease does not come.
+pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
+    let steps = args.providers.len() * (1 + 3 * args.nodes.len());
+    let progress = Progress::new("leases", steps as u64);
+    let header = ["operation", "p50 us", "p99 us", "batches", "messages", "target", "verdict"];
+    let mut alone = Table::new("Leases without contention", &header);
+    let mut tables = Vec::new();
+    for provider in &args.providers {
+        progress.step(format!("{provider}: uncontended"));
+        let cluster = LeaseCluster::start(provider, 2, Duration::from_micros(args.spin_us))?;
+        held(&cluster, provider, &mut alone)?;
+        let n = if provider == "shm" { 20_000 } else { 2_000 };
+        uncontended(&cluster, provider, if args.quick { n / 10 } else { n }, &mut alone)?;
+        drop(cluster);
+        tables.push(contended(args, provider, &progress, out)?);
+    }
+    drop(progress);
+    alone.write_csv(&out.join("lease-uncontended.csv"))?;
+    println!("{alone}");
+    for table in tables {
+        println!("{table}");
+    }
+    println!("CSV and plots: {}", out.display());
+    Ok(())
+}

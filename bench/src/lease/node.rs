@@ -1,0 +1,200 @@
+//! Lease managers over a real fabric: one storage endpoint and some nodes, all endpoints of this process.
+
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
+
+use anyhow::Context;
+use lockmgr::{
+    Directory, LeaseError, LeaseManager, LeaseUser, ManagerConfig, Mode, NodeId, RecordId, RecordLayout,
+    Relinquish,
+};
+use parking_lot::Mutex;
+use rdma_transport::mem::SharedMem;
+use rdma_transport::{
+    Access, Connection, Fabric, FabricStats, Handler, RegionKey, RemoteAddr, TransportError,
+};
+
+use super::PATIENCE;
+use super::contend::Lock;
+use crate::transport::peer::endpoint;
+
+const RECORDS: u64 = 1024;
+
+/// Takes no messages.
+pub struct Silent;
+
+impl Handler for Silent {
+    fn admit(&self, _identity: &[u8]) -> Result<(), String> {
+        Ok(())
+    }
+    fn connected(&self, _conn: &Arc<dyn Connection>) {}
+    fn message(&self, _conn: &Arc<dyn Connection>, _message: &[u8]) {}
+    fn disconnected(&self, _conn: &Arc<dyn Connection>, _why: &TransportError) {}
+}
+
+/// A storage endpoint with zeroed memory.
+pub struct Store {
+    /// The endpoint.
+    pub fabric: Arc<dyn Fabric>,
+    /// Its memory.
+    pub key: RegionKey,
+    /// Where sockets are.
+    pub dir: tempfile::TempDir,
+}
+
+impl Store {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// The provider does not work here.
+    pub fn open(provider: &str, spin: Duration, handler: Arc<dyn Handler>) -> anyhow::Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let fabric = endpoint(provider, dir.path(), "store", spin, handler)?;
+        let bytes = RECORDS as usize * 64;
+        let memory = Arc::new(SharedMem::anonymous(bytes)?);
+        memory.zero(0, bytes)?;
+        let key = fabric.register(&memory, Access::ALL)?;
+        Ok(Self { fabric, key, dir })
+    }
+}
+
+struct Node {
+    number: u16,
+    key: RegionKey,
+    storage: OnceLock<Arc<dyn Connection>>,
+    peers: Mutex<HashMap<u16, Arc<dyn Connection>>>,
+    manager: OnceLock<Weak<LeaseManager>>,
+}
+
+impl Node {
+    fn manager(&self) -> Option<Arc<LeaseManager>> {
+        self.manager.get().and_then(Weak::upgrade)
+    }
+}
+
+fn name(node: u16) -> String {
+    format!("node{node}")
+}
+
+impl Handler for Node {
+    fn admit(&self, _identity: &[u8]) -> Result<(), String> {
+        Ok(())
+    }
+    fn connected(&self, _conn: &Arc<dyn Connection>) {}
+    fn message(&self, conn: &Arc<dyn Connection>, message: &[u8]) {
+        let from = std::str::from_utf8(conn.peer_identity()).ok().and_then(|s| s.strip_prefix("node")?.parse().ok());
+        if let (Some(from), Some(manager)) = (from, self.manager())
+            && let Err(error) = manager.message(NodeId(from), message)
+        {
+            eprintln!("bench: {error}");
+        }
+    }
+    fn disconnected(&self, _conn: &Arc<dyn Connection>, _why: &TransportError) {}
+}
+
+impl Directory for Node {
+    fn record(&self, id: RecordId) -> Result<(Arc<dyn Connection>, RemoteAddr), LeaseError> {
+        match self.storage.get() {
+            Some(conn) if id.index() < RECORDS => {
+                Ok((Arc::clone(conn), RemoteAddr { key: self.key, offset: id.index() * 64 }))
+            }
+            _ => Err(LeaseError::NoSuchRecord { record: id }),
+        }
+    }
+    fn send(&self, to: NodeId, msg: &[u8]) -> Result<(), LeaseError> {
+        let conn = self.peers.lock().get(&to.0).cloned();
+        match conn.map(|c| c.send(msg)) {
+            Some(Ok(())) => Ok(()),
+            _ => Err(LeaseError::BadMessage { why: "the peer cannot be reached" }),
+        }
+    }
+}
+
+impl LeaseUser for Node {
+    fn revoke(&self, id: RecordId, from: Mode, _to: Option<Mode>) {
+        let Some(manager) = self.manager() else { return };
+        let again = Arc::clone(&manager);
+        let modified = from == Mode::Exclusive;
+        manager.close_gate(
+            id,
+            Box::new(move || {
+                let how = Relinquish { modified, ..Relinquish::default() };
+                if let Err(error) = again.relinquished(id, how) {
+                    eprintln!("bench: {error}");
+                }
+            }),
+        );
+    }
+    fn granted(&self, _id: RecordId, _mode: Mode, _version: u64, _payload: Option<&[u8]>) {}
+}
+
+/// The nodes and their store.
+pub struct LeaseCluster {
+    managers: Vec<Arc<LeaseManager>>,
+    fabrics: Vec<Arc<dyn Fabric>>,
+    store: Store,
+}
+
+impl LeaseCluster {
+    /// Starts them.
+    ///
+    /// # Errors
+    /// The provider does not work here.
+    pub fn start(provider: &str, nodes: usize, spin: Duration) -> anyhow::Result<Self> {
+        let store = Store::open(provider, spin, Arc::new(Silent))?;
+        let layout = RecordLayout::new(64)?;
+        let (mut all, mut fabrics, mut managers) = (Vec::new(), Vec::new(), Vec::new());
+        for number in 0..u16::try_from(nodes)? {
+            let node = Arc::new(Node {
+                number,
+                key: store.key,
+                storage: OnceLock::new(),
+                peers: Mutex::default(),
+                manager: OnceLock::new(),
+            });
+            let fabric = endpoint(provider, store.dir.path(), &name(number), spin, Arc::clone(&node) as _)?;
+            let cfg = ManagerConfig::new(NodeId(number), 1, layout);
+            let manager = LeaseManager::new(cfg, Arc::clone(&node) as _, Arc::clone(&node) as _)?;
+            let _ = node.manager.set(Arc::downgrade(&manager));
+            let _ = node.storage.set(fabric.connect(&store.fabric.local_addr()).context("storage")?);
+            all.push(node);
+            fabrics.push(fabric);
+            managers.push(manager);
+        }
+        for (node, fabric) in all.iter().zip(&fabrics) {
+            for (to, other) in all.iter().zip(&fabrics) {
+                if to.number != node.number {
+                    node.peers.lock().insert(to.number, fabric.connect(&other.local_addr()).context("peer")?);
+                }
+            }
+        }
+        Ok(Self { managers, fabrics, store })
+    }
+
+    /// A node's manager.
+    pub fn manager(&self, node: usize) -> &Arc<LeaseManager> {
+        &self.managers[node]
+    }
+
+    /// What a node's endpoint has done.
+    pub fn fabric_stats(&self, node: usize) -> FabricStats {
+        self.fabrics[node].stats()
+    }
+}
+
+impl Drop for LeaseCluster {
+    fn drop(&mut self) {
+        self.fabrics.iter().for_each(|f| f.shutdown());
+        self.store.fabric.shutdown();
+    }
+}
+
+impl Lock for LeaseCluster {
+    fn with(&self, node: usize, inside: &mut dyn FnMut()) -> anyhow::Result<()> {
+        let guard = self.managers[node].enter(RecordId::new(0, 7), Mode::Exclusive, PATIENCE)?;
+        inside();
+        drop(guard);
+        Ok(())
+    }
+}
