@@ -1,0 +1,402 @@
+//! A cluster of real processes on this machine.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+
+use crate::process::{Process, fsd_binary, tail};
+
+/// How long a process may take to end by itself.
+const END_LIMIT: Duration = Duration::from_secs(20);
+
+/// What the nodes talk over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fabric {
+    /// Shared memory.
+    Shm,
+    /// TCP.
+    Tcp,
+}
+
+/// How the kernel may cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cache {
+    /// Not at all.
+    Direct,
+    /// Pages for reading.
+    Writethrough,
+}
+
+/// A process of the cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// Storage node.
+    Storage(usize),
+    /// The metadata server.
+    Meta,
+    /// A mount.
+    Mount(usize),
+}
+
+impl Role {
+    fn name(self) -> String {
+        match self {
+            Self::Meta => "meta".into(),
+            Self::Storage(i) => format!("storage{i}"),
+            Self::Mount(i) => format!("mount{i}"),
+        }
+    }
+}
+
+/// What cluster to make.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Fabric.
+    pub fabric: Fabric,
+    /// Kernel caching.
+    pub cache: Cache,
+    /// Mounts.
+    pub mounts: usize,
+    /// Storage nodes.
+    pub storage: usize,
+    /// MiB of the pool of each storage node.
+    pub pool_mib: u64,
+    /// Longest wait for a lease.
+    pub lease_wait: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            fabric: Fabric::Shm,
+            cache: Cache::Direct,
+            mounts: 2,
+            storage: 2,
+            pool_mib: 128,
+            lease_wait: Duration::from_secs(30),
+        }
+    }
+}
+
+/// A running cluster; dropping it leaves no process, no mount and no file behind.
+#[derive(Debug)]
+pub struct Cluster {
+    options: Options,
+    base: tempfile::TempDir,
+    memory: tempfile::TempDir,
+    running: Mutex<BTreeMap<Role, Process>>,
+}
+
+impl Cluster {
+    /// Formats a cluster and writes its configuration, but starts nothing.
+    ///
+    /// # Errors
+    /// The machine refuses.
+    pub fn formatted(options: Options) -> anyhow::Result<Self> {
+        ensure!(
+            Path::new("/dev/fuse").exists(),
+            "this machine has no /dev/fuse: the whole-system tests cannot run here (modprobe fuse)"
+        );
+        // Short paths: the name of a Unix socket has 107 bytes at most.
+        let base = tempfile::Builder::new().prefix("dfst-").tempdir_in("/tmp")?;
+        let memory = tempfile::Builder::new().prefix("dfst-").tempdir_in("/dev/shm")?;
+        let cluster = Self {
+            options,
+            base,
+            memory,
+            running: Mutex::default(),
+        };
+        for i in 0..cluster.options.mounts {
+            std::fs::create_dir_all(cluster.mount(i))?;
+        }
+        std::fs::write(cluster.config(), cluster.settings()?)?;
+        let key = cluster.path("cluster.key").to_string_lossy().into_owned();
+        cluster.tool(&["keygen", &key])?;
+        cluster.tool(&["format", "--config", &cluster.config().to_string_lossy()])?;
+        Ok(cluster)
+    }
+
+    /// Formats and starts a cluster.
+    ///
+    /// # Errors
+    /// A role does not start.
+    pub fn start(options: Options) -> anyhow::Result<Self> {
+        let cluster = Self::formatted(options)?;
+        cluster.start_all()?;
+        Ok(cluster)
+    }
+
+    fn settings(&self) -> anyhow::Result<String> {
+        let o = &self.options;
+        let address = |name: &str| -> anyhow::Result<String> {
+            Ok(match o.fabric {
+                Fabric::Shm => self.path(&format!("{name}.sock")).display().to_string(),
+                Fabric::Tcp => std::net::TcpListener::bind("127.0.0.1:0")?
+                    .local_addr()?
+                    .to_string(),
+            })
+        };
+        let mut text = format!(
+            "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\n[lease]\nwait_ms = {}\n\
+             [mount]\ncache = \"{}\"\nbuffer_cache = \"32MiB\"\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\n",
+            if o.fabric == Fabric::Shm { "shm" } else { "tcp" },
+            o.lease_wait.as_millis(),
+            if o.cache == Cache::Direct {
+                "direct"
+            } else {
+                "writethrough"
+            },
+            address("meta")?
+        );
+        for id in 0..o.storage {
+            write!(
+                text,
+                "[[storage]]\nid = {id}\nlisten = \"{}\"\ndir = \"storage{id}\"\npool = \"{}MiB\"\nmemory_dir = \"{}\"\n",
+                address(&format!("storage{id}"))?,
+                o.pool_mib,
+                self.memory.path().display()
+            )?;
+        }
+        Ok(text)
+    }
+
+    /// A path in the cluster's folder.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.base.path().join(name)
+    }
+
+    /// The configuration file.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.path("cluster.toml")
+    }
+
+    /// Where the storage nodes keep their registered memory.
+    #[must_use]
+    pub fn memory(&self) -> &Path {
+        self.memory.path()
+    }
+
+    /// Mount point `i`.
+    #[must_use]
+    pub fn mount(&self, i: usize) -> PathBuf {
+        self.path(&format!("mnt{i}"))
+    }
+
+    /// What it was made from.
+    #[must_use]
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The roles in the order they start in.
+    #[must_use]
+    pub fn roles(&self) -> Vec<Role> {
+        let storage = (0..self.options.storage).map(Role::Storage);
+        storage
+            .chain([Role::Meta])
+            .chain((0..self.options.mounts).map(Role::Mount))
+            .collect()
+    }
+
+    fn running(&self) -> MutexGuard<'_, BTreeMap<Role, Process>> {
+        // A test that panicked must still be cleaned up after.
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The address of a server as the configuration says.
+    ///
+    /// # Errors
+    /// The configuration cannot be read.
+    pub fn address(&self, role: Role) -> anyhow::Result<String> {
+        let text = std::fs::read_to_string(self.config())?;
+        let mut addresses = text.lines().filter_map(|l| l.strip_prefix("listen = "));
+        let index = match role {
+            Role::Meta => 0,
+            Role::Storage(i) => i + 1,
+            Role::Mount(_) => bail!("a mount's address is in the status"),
+        };
+        Ok(addresses
+            .nth(index)
+            .context("no such address")?
+            .trim_matches('"')
+            .to_owned())
+    }
+
+    /// Starts every role that does not run.
+    ///
+    /// # Errors
+    /// One does not start.
+    pub fn start_all(&self) -> anyhow::Result<()> {
+        self.roles()
+            .into_iter()
+            .try_for_each(|role| self.start_role(role))
+    }
+
+    /// Starts one role; nothing if it runs already.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_role(&self, role: Role) -> anyhow::Result<()> {
+        if self.running().contains_key(&role) {
+            return Ok(());
+        }
+        let config = self.config().display().to_string();
+        let mut args: Vec<String> = match role {
+            Role::Meta => vec!["meta".into()],
+            Role::Storage(id) => vec!["storage".into(), "--id".into(), id.to_string()],
+            Role::Mount(_) => vec!["mount".into()],
+        };
+        args.extend(["--config".into(), config]);
+        if let Role::Mount(i) = role {
+            args.push(self.mount(i).display().to_string());
+        }
+        let process = Process::start(&args, &self.log(role), self.base.path())?;
+        self.running().insert(role, process);
+        Ok(())
+    }
+
+    /// The log of a role.
+    #[must_use]
+    pub fn log(&self, role: Role) -> PathBuf {
+        self.path(&format!("{}.log", role.name()))
+    }
+
+    /// The process id of a running role.
+    #[must_use]
+    pub fn pid(&self, role: Role) -> Option<u32> {
+        self.running().get(&role).map(Process::pid)
+    }
+
+    /// SIGKILL; a mount's mount point is detached.
+    pub fn kill(&self, role: Role) {
+        if let Some(mut process) = self.running().remove(&role) {
+            process.kill();
+        }
+        if let Role::Mount(i) = role {
+            detach(&self.mount(i));
+        }
+    }
+
+    /// SIGKILL, and starts it again.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn kill_and_restart(&self, role: Role) -> anyhow::Result<()> {
+        self.kill(role);
+        self.start_role(role)
+    }
+
+    /// SIGTERM, and waits for a clean end.
+    ///
+    /// # Errors
+    /// It does not end in time or with a status that is not success.
+    pub fn end(&self, role: Role) -> anyhow::Result<()> {
+        let Some(mut process) = self.running().remove(&role) else {
+            return Ok(());
+        };
+        let status = process.end(END_LIMIT);
+        if let Role::Mount(i) = role {
+            detach(&self.mount(i));
+        }
+        match status {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => bail!("{role:?} ended with {status}"),
+            None => bail!("{role:?} did not end within {} s of SIGTERM", END_LIMIT.as_secs()),
+        }
+    }
+
+    /// Ends all roles: mounts first.
+    ///
+    /// # Errors
+    /// One of them did not end cleanly; the others are ended nevertheless.
+    pub fn end_all(&self) -> anyhow::Result<()> {
+        let errors: Vec<String> = self
+            .roles()
+            .into_iter()
+            .rev()
+            .filter_map(|r| self.end(r).err())
+            .map(|e| e.to_string())
+            .collect();
+        ensure!(errors.is_empty(), "{}", errors.join("; "));
+        Ok(())
+    }
+
+    /// Kills everything at once: also unblocks system calls that hang on a mount.
+    pub fn abort(&self) {
+        for role in self.roles().into_iter().rev() {
+            self.kill(role);
+        }
+    }
+
+    /// Runs an `fsd` command to its end; its standard output.
+    ///
+    /// # Errors
+    /// It fails.
+    pub fn tool(&self, args: &[&str]) -> anyhow::Result<String> {
+        let out = Command::new("timeout")
+            .arg("20")
+            .arg(fsd_binary()?)
+            .args(args)
+            .output()?;
+        let text = String::from_utf8_lossy(&out.stderr);
+        ensure!(
+            out.status.success(),
+            "fsd {}: {} {text}",
+            args.join(" "),
+            out.status
+        );
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
+    /// What `fsd status --json` says; the command fails where the cluster is not healthy, the report counts.
+    ///
+    /// # Errors
+    /// There is no report.
+    pub fn status(&self) -> anyhow::Result<serde_json::Value> {
+        let out = Command::new("timeout")
+            .arg("30")
+            .arg(fsd_binary()?)
+            .args(["status", "--json", "--config"])
+            .arg(self.config())
+            .output()?;
+        let text = String::from_utf8_lossy(&out.stderr);
+        serde_json::from_slice(&out.stdout).with_context(|| format!("fsd status: {} {text}", out.status))
+    }
+
+    /// The ends of all logs.
+    #[must_use]
+    pub fn logs(&self, lines: usize) -> String {
+        self.roles()
+            .into_iter()
+            .map(|role| format!("--- {}\n{}\n", role.name(), tail(&self.log(role), lines)))
+            .collect()
+    }
+
+    /// Roles whose logs tell of a panic.
+    #[must_use]
+    pub fn panicked(&self) -> Vec<Role> {
+        let told = |role: &Role| {
+            std::fs::read(self.log(*role)).is_ok_and(|log| log.windows(11).any(|w| w == b"panicked at"))
+        };
+        self.roles().into_iter().filter(told).collect()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.abort();
+    }
+}
+
+/// Lazily unmounts a mount point, if it is one.
+pub fn detach(point: &Path) {
+    // EINVAL where nothing is mounted.
+    while rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH).is_ok() {}
+}

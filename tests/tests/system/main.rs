@@ -1,0 +1,6 @@
+//! Whole-system tests: real processes and mounts. Run with few threads; each test has its own cluster.
+
+// A test may end where something is not as it must be; helpers of tests are no library code.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod coherence;
