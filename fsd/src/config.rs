@@ -104,7 +104,9 @@ pub struct Config {
     pub mount: MountConfig,
 }
 
-fn default_spin() -> u64 {
+/// Spin time where the configuration says nothing, microseconds.
+#[must_use]
+pub fn default_spin() -> u64 {
     20
 }
 fn default_timeout() -> u64 {

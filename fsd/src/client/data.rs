@@ -111,13 +111,8 @@ impl Client {
                     return fail(libc::EPROTO);
                 };
                 for (&(block, _), frame) in part.iter().zip(frames) {
-                    state.frames.reserved.remove(&block);
-                    let old = state.frames.known.insert(block, frame).map_or(0, |f| f.size);
-                    if let Some(attr) = state.attr.as_mut() {
-                        attr.blocks += u64::from(frame.size.saturating_sub(old)) / 512;
-                    }
+                    state.take_frame(block, frame);
                 }
-                state.touch();
             }
         }
         Ok(())

@@ -387,16 +387,16 @@ impl Filesystem for FsdFs {
         &self,
         _req: &Request,
         ino: INodeNo,
-        fh: FileHandle,
+        _fh: FileHandle,
         offset: u64,
         size: u32,
         _flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
+        lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        // Mapped pages are filled through uncached handles, too.
-        let fills = self.client.mode == CacheMode::Writethrough
-            && (self.handle(fh).is_none_or(|h| h.cached) || size.is_multiple_of(4096));
+        // The kernel names a lock owner for reads that go past its page cache; those that fill it (mapped
+        // pages also through uncached handles) have none.
+        let fills = lock_owner.is_none();
         serve(&self.client, reply, ReplyData::error, move |c, ctx, reply| {
             let mut buffer = super::buffers::take(size as usize);
             let result = c.read(ctx, &c.inode(ino.0), offset, &mut buffer, fills, |data| {

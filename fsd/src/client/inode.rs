@@ -108,6 +108,16 @@ impl State {
         self.attr_dirty = true;
     }
 
+    /// A block has got a frame, whose space was perhaps set aside before.
+    pub fn take_frame(&mut self, block: u64, frame: Frame) {
+        self.frames.reserved.remove(&block);
+        let old = self.frames.known.insert(block, frame).map_or(0, |f| f.size);
+        if let Some(attr) = self.attr.as_mut() {
+            attr.blocks += u64::from(frame.size.saturating_sub(old)) / 512;
+        }
+        self.touch();
+    }
+
     /// Anything not yet given to the servers?
     #[must_use]
     pub fn is_dirty(&self) -> bool {

@@ -87,6 +87,8 @@ pub struct Client {
     pub notifier: std::sync::OnceLock<fuser::Notifier>,
     /// Inodes with something to write back, and since when.
     pub dirty: Mutex<HashMap<u64, Instant>>,
+    /// Held from looking at attributes until the metadata server has them, so that later ones come later.
+    pub attr_push: Mutex<()>,
     /// Pages in the buffer caches.
     pub cached_pages: AtomicUsize,
     /// Most pages in the buffer caches.

@@ -20,7 +20,7 @@ use crate::rpc::{Calls, Errno, Responder, Router, RpcError, Service};
 use crate::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
 
 /// Event loops that never wait.
-const SPARE_LOOPS: usize = 2;
+const SPARE_LOOPS: usize = 1;
 /// Longest wait for requests under way when leaving.
 const CLOSE_WAIT: Duration = Duration::from_secs(10);
 /// Longest wait for the leases to be given up when leaving.
@@ -308,7 +308,7 @@ impl Mount {
             Arc::new(Places(Arc::clone(&net))),
             Arc::clone(&revoker) as Arc<dyn lockmgr::LeaseUser>,
         )?;
-        let loops = config.mount.loops.max(SPARE_LOOPS + 2);
+        let loops = config.mount.loops.max(SPARE_LOOPS + 1);
         let (wake_writeback, wake) = crossbeam::channel::bounded(1);
         let client = Arc::new(Client {
             node,
@@ -324,6 +324,7 @@ impl Mount {
             layout,
             notifier: OnceLock::new(),
             dirty: Default::default(),
+            attr_push: Default::default(),
             cached_pages: AtomicUsize::new(0),
             max_pages: (config.mount.buffer_cache.0 / super::pages::PAGE) as usize,
             new_inos: parking_lot::Mutex::new(VecDeque::new()),

@@ -24,6 +24,7 @@ use super::ctx::{Ctx, Res, Stop};
 use super::inode::{Granted, Inode, State};
 use super::pages::PAGE;
 use crate::rpc::Errno;
+use crate::storage::BLOCK;
 use crate::wire::{Attr, AttrUpdate, MetaRequest};
 
 /// How long the invalidation of a page that a waiting write may keep locked is waited for.
@@ -68,35 +69,32 @@ impl LeaseUser for Revoker {
 }
 
 impl Client {
-    /// A revocation that has nothing to wait for is done where it arrives.
-    fn revoke_at_once(&self, id: RecordId, from: Mode, to: Option<Mode>) -> bool {
-        let inode = self.inodes.by_record(id);
-        if let Some(inode) = &inode {
-            if to.is_none() && (inode.kernel.pages.load(Ordering::SeqCst) || !inode.mapped.is_empty()) {
+    /// A revocation that has nothing to wait for is done where it arrives, which saves two changes of
+    /// threads. False: it needs a thread of its own.
+    fn revoke_at_once(self: &Arc<Self>, id: RecordId, from: Mode, to: Option<Mode>) -> bool {
+        let Some(inode) = self.inodes.by_record(id) else {
+            if !self.close_if_quiet(id) {
                 return false;
             }
-            if from == Mode::Exclusive {
-                let clean = inode.try_lock_raw().is_some_and(|s| !s.is_dirty());
-                if !clean {
-                    return false;
-                }
-            }
-        }
-        let (tx, rx) = bounded(1);
-        self.leases.close_gate(id, Box::new(move || {
-            let _ = tx.send(());
-        }));
-        if rx.try_recv().is_err() {
-            // Somebody is inside: leave it to a thread that may wait. It closes the gate again.
-            self.leases.open_gate(id);
-            return false;
-        }
-        let Some(inode) = inode else {
             self.relinquish(id, Relinquish::default());
             return true;
         };
-        let quiet = to.is_some() || !inode.kernel.pages.load(Ordering::SeqCst);
-        let Some(mut state) = inode.try_lock_raw().filter(|s| quiet && !s.is_dirty()) else {
+        if to.is_none() {
+            if !inode.mapped.is_empty() {
+                return false;
+            }
+            if inode.kernel.pages.load(Ordering::SeqCst) && !self.drop_pages_at_once(&inode, from) {
+                return false;
+            }
+        }
+        let fills = inode.kernel.fills.load(Ordering::SeqCst);
+        if !self.close_if_quiet(id) {
+            return false;
+        }
+        let quiet = to.is_some()
+            || (!inode.kernel.pages.load(Ordering::SeqCst) && inode.kernel.fills.load(Ordering::SeqCst) == fills);
+        let ready = inode.try_lock_raw().filter(|s| quiet && self.flushes_at_once(&inode, s, from));
+        let Some(mut state) = ready else {
             self.leases.open_gate(id);
             return false;
         };
@@ -104,11 +102,72 @@ impl Client {
             // Attributes only: takes no lock in the kernel.
             self.invalidate_attrs(&inode);
         }
-        let how = self.relinquish_clean(&mut state, from);
+        if self.flush_pages(&Ctx::on_worker(), &inode, &mut state).is_err() {
+            drop(state);
+            self.leases.open_gate(id);
+            return false;
+        }
+        let (how, update) = self.relinquish_flushed(&inode, &mut state, from);
         drop(state);
         self.counters.revocations.fetch_add(1, Ordering::Relaxed);
         self.relinquish(id, how);
+        if let Some(update) = update {
+            self.push_attrs(&inode, update);
+        }
         true
+    }
+
+    /// Closes the gate if nobody is inside.
+    fn close_if_quiet(&self, id: RecordId) -> bool {
+        let (tx, rx) = bounded(1);
+        self.leases.close_gate(id, Box::new(move || {
+            let _ = tx.send(());
+        }));
+        if rx.try_recv().is_ok() {
+            return true;
+        }
+        // A thread that may wait closes it again.
+        self.leases.open_gate(id);
+        false
+    }
+
+    /// Drops the kernel's pages on the thread that brings answers from the fabric, where that cannot wait
+    /// for such an answer: reads under way find all they need here and in local memory.
+    fn drop_pages_at_once(self: &Arc<Self>, inode: &Arc<Inode>, from: Mode) -> bool {
+        if from != Mode::Shared || !self.local_memory() || !inode.edges.lock().is_empty() {
+            return false;
+        }
+        let all_here = inode.try_lock_raw().is_some_and(|s| {
+            s.version.is_some()
+                && s.attr.is_some()
+                && s.frames.loaded.len() == usize::from(self.net.storage_count())
+        });
+        let connected = (0..self.net.storage_count()).all(|n| self.net.storage_now(n).is_some());
+        if !all_here || !connected || inode.opens.lock().cached_writers > 0 {
+            return false;
+        }
+        inode.kernel.revoking.store(true, Ordering::SeqCst);
+        inode.kernel.pages.store(false, Ordering::SeqCst);
+        inode.kernel.attrs.store(false, Ordering::SeqCst);
+        self.notify(inode, 0, 0);
+        inode.kernel.revoking.store(false, Ordering::SeqCst);
+        true
+    }
+
+    /// Can what is dirty be written back without asking anybody?
+    fn flushes_at_once(&self, inode: &Inode, state: &State, from: Mode) -> bool {
+        if from != Mode::Exclusive || state.pages.dirty() == 0 {
+            return true;
+        }
+        self.local_memory()
+            && state.frames.loaded.len() == usize::from(self.net.storage_count())
+            && state.pages.dirty() <= 16
+            && state.pages.dirty_pages().all(|(page, _)| {
+                let block = page * PAGE / BLOCK;
+                let needed = super::space::frame_size(block, page * PAGE % BLOCK + PAGE);
+                state.frames.known.get(&block).is_some_and(|f| f.size >= needed)
+                    && self.net.storage_now(self.storage_of(inode.ino, block)).is_some()
+            })
     }
 
     fn relinquish(&self, id: RecordId, how: Relinquish) {
@@ -260,8 +319,16 @@ impl Client {
                 Err(_) => std::thread::sleep(Duration::from_millis(50)),
             }
         }
+        self.relinquish_flushed(inode, &mut state, from)
+    }
+
+    /// How to give up a lease whose data is stored, and the attributes to be pushed afterwards.
+    fn relinquish_flushed(&self, inode: &Inode, state: &mut State, from: Mode) -> (Relinquish, Option<AttrUpdate>) {
+        if from != Mode::Exclusive {
+            return (Relinquish::default(), None);
+        }
         let dirty = std::mem::take(&mut state.attr_dirty) && !state.gone;
-        let mut how = self.relinquish_clean(&mut state, from);
+        let mut how = self.relinquish_clean(state, from);
         let update = state.attr.filter(|_| dirty).map(|attr| AttrUpdate::from(&attr));
         how.needs_confirm = update.is_some();
         self.dirty.lock().remove(&inode.ino);
@@ -295,6 +362,7 @@ impl Client {
             None if wait && inode.lock_raw().is_dirty() => self.lease(ctx, inode, Mode::Exclusive)?,
             None => return Ok(()),
         };
+        let _order = self.attr_push.lock();
         let mut state = inode.lock(ctx, guard.version())?;
         if state.gone {
             return Ok(());

@@ -11,7 +11,6 @@ use super::inode::{Inode, State};
 use super::pages::{PAGE, page_of};
 use super::space::frame_size;
 use super::{Client, MAX_FILE_SIZE};
-use crate::config::CacheMode;
 use crate::rpc::Errno;
 use crate::storage::BLOCK;
 use crate::wire::{StorageReply, StorageRequest, Time};
@@ -28,6 +27,17 @@ pub struct WriteFlags {
     pub kill_suid: bool,
     /// The kernel has put the data into its page cache.
     pub cached: bool,
+}
+
+/// The frames (block, least size) that the dirty pages of a file need, by block.
+#[must_use]
+pub fn frames_wanted(state: &State) -> Vec<(u64, u32)> {
+    let mut ends: BTreeMap<u64, u64> = BTreeMap::new();
+    for (page, _) in state.pages.dirty_pages() {
+        let end = ends.entry(page * PAGE / BLOCK).or_default();
+        *end = (*end).max(page * PAGE % BLOCK + PAGE);
+    }
+    ends.into_iter().map(|(block, end)| (block, frame_size(block, end))).collect()
 }
 
 impl Client {
@@ -86,9 +96,6 @@ impl Client {
     }
 
     fn invalidate_range(&self, ctx: &Ctx<'_>, inode: &Inode, offset: u64, len: u64) -> Res<()> {
-        if self.mode == CacheMode::Direct {
-            return Ok(());
-        }
         ctx.may_wait()?;
         if let Some(notifier) = self.notifier.get() {
             // An inode the kernel does not know (any more) has no pages.
@@ -226,13 +233,7 @@ impl Client {
             return Ok(());
         }
         ctx.may_wait()?;
-        let mut ends: BTreeMap<u64, u64> = BTreeMap::new();
-        for (page, _) in state.pages.dirty_pages() {
-            let block = page * PAGE / BLOCK;
-            let end = ends.entry(block).or_default();
-            *end = (*end).max(page * PAGE % BLOCK + PAGE);
-        }
-        let wants: Vec<(u64, u32)> = ends.iter().map(|(&block, &end)| (block, frame_size(block, end))).collect();
+        let wants = frames_wanted(state);
         let (first, last) = (wants[0].0, wants[wants.len() - 1].0);
         self.load_frames(ctx, inode, state, first, last)?;
         self.allocate(inode, state, &wants)?;

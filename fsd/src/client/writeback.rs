@@ -1,16 +1,23 @@
 //! The writeback thread: bounds how long, and how much, data stays in this mount's memory only.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError};
+use lockmgr::{Guard, Mode};
 
 use super::Client;
-use super::ctx::{Ctx, Stop};
+use super::ctx::{Ctx, Res};
+use super::inode::Inode;
+use crate::rpc::Errno;
+use crate::wire::{AttrUpdate, BlockWant, MetaRequest, StorageReply, StorageRequest};
 
 /// How often old data is looked for while there is any.
 const TICK: Duration = Duration::from_millis(250);
+/// Files written back together. While that lasts their leases cannot be given up.
+const GROUP: usize = 64;
 
 impl Client {
     /// Runs until the mount stops. Sleeps for good while nothing is dirty.
@@ -48,39 +55,105 @@ impl Client {
             .filter(|(_, since)| full || since.elapsed() >= self.writeback_after)
             .map(|(&ino, _)| ino)
             .collect();
-        for ino in old {
-            self.write_one(ino);
+        for part in old.chunks(GROUP) {
+            self.write_group(part);
         }
     }
 
-    fn write_one(&self, ino: u64) {
-        let Some(inode) = self.inodes.find(ino) else {
+    /// Writes several files back: one request for space to each storage node and one for the attributes
+    /// serve them all.
+    fn write_group(&self, inos: &[u64]) {
+        let ctx = Ctx::on_worker();
+        let mut held: Vec<(Arc<Inode>, Guard)> = Vec::with_capacity(inos.len());
+        for &ino in inos {
+            // Before it is looked at: what gets dirty from now on is noted anew. Where the lease is being
+            // given up, that writes it back.
             self.dirty.lock().remove(&ino);
-            return;
-        };
-        match self.write_back(&Ctx::on_worker(), &inode, false) {
-            Ok(()) => {
-                // Where the lease is being given up, that writes it back.
-                self.dirty.lock().remove(&ino);
-                if inode.try_lock_raw().is_some_and(|s| s.is_dirty()) {
-                    self.note_dirty(ino);
+            let inode = self.inodes.find(ino);
+            let guard = inode.as_ref().and_then(|i| self.leases.try_enter(i.record(), Mode::Exclusive));
+            held.extend(inode.zip(guard));
+        }
+        if let Err(stop) = self.allocate_group(&held) {
+            // Each file finds out for itself what it can have.
+            tracing::debug!("allocation for {} files: {stop:?}", held.len());
+        }
+        let _order = self.attr_push.lock();
+        let mut updates = Vec::with_capacity(held.len());
+        for (inode, guard) in &held {
+            let Ok(mut state) = inode.lock(&ctx, guard.version()) else { continue };
+            if state.gone {
+                continue;
+            }
+            match self.flush_pages(&ctx, inode, &mut state) {
+                Ok(()) => {}
+                Err(stop) => {
+                    self.put_off(inode, Client::errno_of(stop));
+                    continue;
                 }
             }
-            Err(Stop::Errno(error)) => {
-                tracing::warn!("write-back of {ino:#x}: {error}; it is tried again");
-                inode.errors.set(error);
-                // Not again at once: what is wrong will not have passed.
-                self.dirty.lock().insert(ino, Instant::now());
+            if std::mem::take(&mut state.attr_dirty)
+                && let Some(attr) = &state.attr
+            {
+                updates.push(AttrUpdate { version: guard.version(), ..AttrUpdate::from(attr) });
             }
-            Err(Stop::Park) => {}
         }
+        if updates.is_empty() {
+            return;
+        }
+        if let Err(error) = self.net.meta(&MetaRequest::Update { updates }) {
+            for (inode, guard) in &held {
+                if let Ok(mut state) = inode.lock(&ctx, guard.version()) {
+                    state.attr_dirty = true;
+                }
+                self.put_off(inode, error.errno());
+            }
+        }
+    }
+
+    /// What failed is tried again later: what is wrong will not have passed at once.
+    fn put_off(&self, inode: &Inode, error: Errno) {
+        tracing::warn!("write-back of {:#x}: {error}; it is tried again", inode.ino);
+        inode.errors.set(error);
+        self.dirty.lock().insert(inode.ino, Instant::now());
+    }
+
+    /// Asks for all the frames that the dirty pages of these files need.
+    fn allocate_group(&self, held: &[(Arc<Inode>, Guard)]) -> Res<()> {
+        let ctx = Ctx::on_worker();
+        let mut by_node: HashMap<u16, Vec<(usize, BlockWant, u32)>> = HashMap::new();
+        for (i, (inode, guard)) in held.iter().enumerate() {
+            let state = inode.lock(&ctx, guard.version())?;
+            if state.gone || state.pages.dirty() == 0 {
+                continue;
+            }
+            for (block, size) in super::write::frames_wanted(&state) {
+                if state.frames.known.get(&block).is_none_or(|f| f.size < size) {
+                    let reserved = state.frames.reserved.get(&block).copied().unwrap_or(0);
+                    let want = BlockWant { ino: inode.ino, block, size };
+                    by_node.entry(self.storage_of(inode.ino, block)).or_default().push((i, want, reserved));
+                }
+            }
+        }
+        for (node, wants) in by_node {
+            let reserved = wants.iter().map(|(_, _, r)| u64::from(*r)).sum();
+            let request =
+                StorageRequest::Allocate { wants: wants.iter().map(|(_, w, _)| *w).collect(), reserved };
+            let StorageReply::Allocated(frames) = self.net.ask_storage(node, &request)? else {
+                return super::ctx::fail(libc::EPROTO);
+            };
+            for ((i, want, _), frame) in wants.iter().zip(frames) {
+                let (inode, guard) = &held[*i];
+                inode.lock(&ctx, guard.version())?.take_frame(want.block, frame);
+            }
+        }
+        Ok(())
     }
 
     /// Writes everything back; for leaving.
     pub fn write_all(&self) {
         let all: Vec<u64> = self.dirty.lock().keys().copied().collect();
-        for ino in all {
-            self.write_one(ino);
+        for part in all.chunks(GROUP) {
+            self.write_group(part);
         }
     }
 

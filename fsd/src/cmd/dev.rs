@@ -42,6 +42,9 @@ pub struct DevArgs {
     /// Longest wait for a lease, milliseconds.
     #[arg(long)]
     pub lease_wait_ms: Option<u64>,
+    /// How long a progress thread spins before it sleeps, microseconds.
+    #[arg(long)]
+    pub spin_us: Option<u64>,
     /// Run this with `FSD_DIR` set, then take everything down and exit with its status.
     #[arg(last = true)]
     pub command: Vec<String>,
@@ -93,7 +96,7 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
         cluster: "dev".into(),
         key_file: state.join("cluster.key"),
         fabric: args.fabric,
-        spin_us: 20,
+        spin_us: args.spin_us.unwrap_or_else(crate::config::default_spin),
         timeout_ms: 10_000,
         lease,
         meta: MetaConfig { listen: address("meta")?, dir: state.join("meta") },
