@@ -1,0 +1,66 @@
+//! Recorded concurrent histories, checked for linearizability.
+
+use std::path::PathBuf;
+
+use system_tests::cluster::{Cache, Fabric, Options};
+use system_tests::{guard, history};
+
+fn record(
+    fabric: Fabric,
+    cache: Cache,
+    mounts: usize,
+    job: impl Fn(&[PathBuf], u64) -> anyhow::Result<()> + Send + 'static,
+) -> anyhow::Result<()> {
+    let options = Options {
+        fabric,
+        cache,
+        mounts,
+        ..Options::default()
+    };
+    guard::with_cluster(options, move |cluster| {
+        let mounts: Vec<PathBuf> = (0..mounts).map(|i| cluster.mount(i)).collect();
+        (0..4).try_for_each(|_| job(&mounts, rand::random()))
+    })
+}
+
+fn all(fabric: Fabric, cache: Cache, mounts: usize) -> anyhow::Result<()> {
+    let pages = cache == Cache::Writethrough;
+    record(fabric, cache, mounts, move |mounts, seed| {
+        history::registers(mounts, 8, 150, seed)?;
+        history::registers(mounts, 4096, 150, seed)?;
+        history::registers(mounts, 1000, 150, seed)?;
+        history::records(mounts, pages, true, 100, seed)?;
+        history::records(mounts, pages, false, 60, seed)?;
+        history::names(mounts, 100, seed)
+    })
+}
+
+#[test]
+fn shm_direct_two_mounts() -> anyhow::Result<()> {
+    all(Fabric::Shm, Cache::Direct, 2)
+}
+
+#[test]
+fn shm_direct_three_mounts() -> anyhow::Result<()> {
+    all(Fabric::Shm, Cache::Direct, 3)
+}
+
+#[test]
+fn shm_writethrough_two_mounts() -> anyhow::Result<()> {
+    all(Fabric::Shm, Cache::Writethrough, 2)
+}
+
+#[test]
+fn shm_writethrough_three_mounts() -> anyhow::Result<()> {
+    all(Fabric::Shm, Cache::Writethrough, 3)
+}
+
+#[test]
+fn tcp_direct_three_mounts() -> anyhow::Result<()> {
+    all(Fabric::Tcp, Cache::Direct, 3)
+}
+
+#[test]
+fn tcp_writethrough_two_mounts() -> anyhow::Result<()> {
+    all(Fabric::Tcp, Cache::Writethrough, 2)
+}

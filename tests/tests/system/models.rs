@@ -1,0 +1,88 @@
+//! Random operations against a local directory, and fsx.
+
+use std::path::PathBuf;
+
+use system_tests::cluster::{Cache, Cluster, Fabric, Options};
+use system_tests::{fsx, guard, model};
+
+fn mounts(cluster: &Cluster) -> Vec<PathBuf> {
+    (0..cluster.options().mounts).map(|i| cluster.mount(i)).collect()
+}
+
+fn like_local(fabric: Fabric, cache: Cache, mounts_wanted: usize) -> anyhow::Result<()> {
+    let options = Options {
+        fabric,
+        cache,
+        mounts: mounts_wanted,
+        ..Options::default()
+    };
+    guard::with_cluster(options, |cluster| {
+        let local = cluster.path("local");
+        std::fs::create_dir(&local)?;
+        // Fixed seeds, so that a known sequence is never lost, and new ones.
+        let seeds = (1..6).chain((0..5).map(|_| rand::random::<u64>()));
+        seeds
+            .into_iter()
+            .try_for_each(|seed| model::run(&mounts(cluster), &local, 500, seed))
+    })
+}
+
+#[test]
+fn one_mount_is_like_a_local_directory() -> anyhow::Result<()> {
+    like_local(Fabric::Shm, Cache::Writethrough, 1)
+}
+
+#[test]
+fn two_mounts_are_like_a_local_directory_direct() -> anyhow::Result<()> {
+    like_local(Fabric::Shm, Cache::Direct, 2)
+}
+
+#[test]
+fn two_mounts_are_like_a_local_directory_writethrough() -> anyhow::Result<()> {
+    like_local(Fabric::Shm, Cache::Writethrough, 2)
+}
+
+#[test]
+fn three_mounts_over_tcp_are_like_a_local_directory() -> anyhow::Result<()> {
+    like_local(Fabric::Tcp, Cache::Writethrough, 3)
+}
+
+fn fsx_on(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
+    guard::with_cluster(
+        Options {
+            fabric,
+            cache,
+            ..Options::default()
+        },
+        |cluster| {
+            let seeds = (1..4).chain((0..2).map(|_| rand::random::<u64>()));
+            seeds.into_iter().try_for_each(|seed| {
+                let paths: Vec<_> = mounts(cluster)
+                    .iter()
+                    .map(|m| m.join(format!("fsx-{seed}")))
+                    .collect();
+                fsx::run(&paths, 1000, seed)
+            })
+        },
+    )
+}
+
+#[test]
+fn fsx_through_two_mounts_shm_direct() -> anyhow::Result<()> {
+    fsx_on(Fabric::Shm, Cache::Direct)
+}
+
+#[test]
+fn fsx_through_two_mounts_shm_writethrough() -> anyhow::Result<()> {
+    fsx_on(Fabric::Shm, Cache::Writethrough)
+}
+
+#[test]
+fn fsx_through_two_mounts_tcp_direct() -> anyhow::Result<()> {
+    fsx_on(Fabric::Tcp, Cache::Direct)
+}
+
+#[test]
+fn fsx_through_two_mounts_tcp_writethrough() -> anyhow::Result<()> {
+    fsx_on(Fabric::Tcp, Cache::Writethrough)
+}
