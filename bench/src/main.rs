@@ -2,7 +2,6 @@
 //!
 //! Everything that is measured is measured here and now, floors included; nothing is quoted.
 
-#![allow(dead_code)]
 mod demo;
 mod fs;
 mod lease;

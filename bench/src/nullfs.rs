@@ -51,7 +51,10 @@ impl NullFs {
     pub fn new(mode: NullMode) -> Self {
         Self {
             mode,
-            tree: RwLock::new(Tree { names: HashMap::new(), files: HashMap::new() }),
+            tree: RwLock::new(Tree {
+                names: HashMap::new(),
+                files: HashMap::new(),
+            }),
             next: AtomicU64::new(2),
         }
     }
@@ -62,8 +65,11 @@ impl NullFs {
     /// What the mount system call says.
     pub fn mount(self, dir: &Path, loops: usize) -> std::io::Result<BackgroundSession> {
         let mut config = Config::default();
-        config.mount_options =
-            vec![MountOption::FSName("nullfs".into()), MountOption::DefaultPermissions, MountOption::NoAtime];
+        config.mount_options = vec![
+            MountOption::FSName("nullfs".into()),
+            MountOption::DefaultPermissions,
+            MountOption::NoAtime,
+        ];
         config.acl = SessionACL::All;
         config.n_threads = Some(loops);
         config.clone_fd = true;
@@ -178,7 +184,12 @@ impl Filesystem for NullFs {
         let ino = self.next.fetch_add(1, Ordering::Relaxed);
         let mut tree = self.tree.write();
         tree.names.insert(name.to_owned(), ino);
-        tree.files.insert(ino, std::sync::Arc::new(File { data: RwLock::new(Vec::new()) }));
+        tree.files.insert(
+            ino,
+            std::sync::Arc::new(File {
+                data: RwLock::new(Vec::new()),
+            }),
+        );
         drop(tree);
         let attr = Self::attr(ino, 0, FileType::RegularFile);
         reply.created(&TTL, &attr, Generation(0), FileHandle(ino), self.open_flags());
@@ -210,7 +221,9 @@ impl Filesystem for NullFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let Some(file) = self.file(ino.0) else { return reply.error(Errno::ENOENT) };
+        let Some(file) = self.file(ino.0) else {
+            return reply.error(Errno::ENOENT);
+        };
         let data = file.data.read();
         let start = usize::try_from(offset).unwrap_or(usize::MAX).min(data.len());
         let end = start.saturating_add(size as usize).min(data.len());
@@ -229,8 +242,12 @@ impl Filesystem for NullFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let Some(file) = self.file(ino.0) else { return reply.error(Errno::ENOENT) };
-        let Ok(start) = usize::try_from(offset) else { return reply.error(Errno::EFBIG) };
+        let Some(file) = self.file(ino.0) else {
+            return reply.error(Errno::ENOENT);
+        };
+        let Ok(start) = usize::try_from(offset) else {
+            return reply.error(Errno::EFBIG);
+        };
         let mut bytes = file.data.write();
         if bytes.len() < start + data.len() {
             bytes.resize(start + data.len(), 0);

@@ -41,20 +41,31 @@ impl Chart {
     pub fn write(&self, stem: &Path) -> anyhow::Result<()> {
         let path = stem.with_extension("svg");
         let svg = SVGBackend::new(&path, SIZE).into_drawing_area();
-        self.draw(&svg).map_err(|e| anyhow!("{}.svg: {e}", stem.display()))?;
+        self.draw(&svg)
+            .map_err(|e| anyhow!("{}.svg: {e}", stem.display()))?;
         let path = stem.with_extension("png");
         let png = Bitmap(BitMapBackend::new(&path, SIZE)).into_drawing_area();
-        self.draw(&png).map_err(|e| anyhow!("{}.png: {e}", stem.display()))
+        self.draw(&png)
+            .map_err(|e| anyhow!("{}.png: {e}", stem.display()))
     }
 
     fn range(&self) -> (f64, f64) {
-        let values = || self.series.iter().flat_map(|(_, v)| v).copied().filter(|v| *v > 0.0 && v.is_finite());
+        let values = || {
+            self.series
+                .iter()
+                .flat_map(|(_, v)| v)
+                .copied()
+                .filter(|v| *v > 0.0 && v.is_finite())
+        };
         let max = values().fold(0.0, f64::max).max(1e-3);
         let min = values().fold(max, f64::min);
         if self.log {
-            (10f64.powf(min.log10().floor() - 0.2), 10f64.powf(max.log10() + 0.3))
+            (
+                10f64.powf(min.log10().floor() - 0.2),
+                10f64.powf(max.log10() + 0.9),
+            )
         } else {
-            (0.0, max * 1.15)
+            (0.0, max * 1.35)
         }
     }
 
@@ -86,14 +97,18 @@ impl Chart {
         let slot = 0.84 / self.series.len().max(1) as f64;
         for (n, (name, values)) in self.series.iter().enumerate() {
             let color = COLORS[n % COLORS.len()];
-            let bars = values.iter().enumerate().filter(|(_, v)| **v > 0.0).map(|(g, v)| {
-                let x = g as f64 + 0.08 + n as f64 * slot;
-                Rectangle::new([(x, scale(low)), (x + slot * 0.92, scale(*v))], color.filled())
-            });
+            let bars = values
+                .iter()
+                .enumerate()
+                .filter(|(_, v)| **v > 0.0)
+                .map(|(g, v)| {
+                    let x = g as f64 + 0.08 + n as f64 * slot;
+                    Rectangle::new([(x, scale(low)), (x + slot * 0.92, scale(*v))], color.filled())
+                });
             chart
                 .draw_series(bars)
                 .map_err(s)?
-                .label(name)
+                .label(format!("{name}  "))
                 .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], color.filled()));
         }
         chart
@@ -107,8 +122,8 @@ impl Chart {
         let plot = chart.plotting_area();
         for (g, name) in self.groups.iter().enumerate() {
             let (x, y) = plot.map_coordinate(&(g as f64 + 0.5, scale(low)));
-            let style = TextStyle::from(("sans-serif", 13).into_font())
-                .pos(plotters::style::text_anchor::Pos::new(
+            let style =
+                TextStyle::from(("sans-serif", 13).into_font()).pos(plotters::style::text_anchor::Pos::new(
                     plotters::style::text_anchor::HPos::Center,
                     plotters::style::text_anchor::VPos::Top,
                 ));
@@ -205,7 +220,10 @@ impl DrawingBackend for Bitmap<'_> {
         let turned = !matches!(style.transform(), FontTransform::None);
         let (width, height) = self.get_size();
         for (n, c) in text.chars().enumerate() {
-            let glyph = BASIC_LEGACY.get(c as usize).copied().unwrap_or(BASIC_LEGACY[usize::from(b'?')]);
+            let glyph = BASIC_LEGACY
+                .get(c as usize)
+                .copied()
+                .unwrap_or(BASIC_LEGACY[usize::from(b'?')]);
             for bit in 0..64 * scale * scale {
                 let (row, col) = (bit / cell, bit % cell);
                 if glyph[(row / scale) as usize] >> (col / scale) & 1 == 0 {
@@ -213,7 +231,11 @@ impl DrawingBackend for Bitmap<'_> {
                 }
                 let (dx, dy) = (x0 + n as i32 * cell + col, y0 + row);
                 // Upwards along the y axis.
-                let (x, y) = if turned { (at.0 + dy, at.1 - dx) } else { (at.0 + dx, at.1 + dy) };
+                let (x, y) = if turned {
+                    (at.0 + dy, at.1 - dx)
+                } else {
+                    (at.0 + dx, at.1 + dy)
+                };
                 if x >= 0 && y >= 0 && x < width as i32 && y < height as i32 {
                     self.0.draw_pixel((x, y), style.color())?;
                 }
@@ -230,7 +252,10 @@ mod tests {
     #[test]
     fn labels_wrap_at_spaces() {
         assert_eq!(wrap("short", 8), ("short".into(), String::new()));
-        assert_eq!(wrap("4 KiB cached read", 8), ("4 KiB".into(), "cached read".into()));
+        assert_eq!(
+            wrap("4 KiB cached read", 8),
+            ("4 KiB".into(), "cached read".into())
+        );
         assert_eq!(wrap("unbreakable", 4), ("unbreakable".into(), String::new()));
     }
 

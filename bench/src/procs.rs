@@ -32,7 +32,11 @@ pub fn fsd_binary() -> anyhow::Result<PathBuf> {
         Some(path) => path.canonicalize().context("path of fsd"),
         None => bail!(
             "no fsd program at {}: build it with `cargo build --release -p fsd`, or set FSD_BIN",
-            tried.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(" or ")
+            tried
+                .iter()
+                .map(|p| p.display().to_string())
+                .collect::<Vec<_>>()
+                .join(" or ")
         ),
     }
 }
@@ -53,7 +57,9 @@ pub fn pin(cpu: Option<usize>) -> anyhow::Result<()> {
 
 /// CPU time used by a process so far, all threads.
 pub fn cpu_time(pid: u32) -> Duration {
-    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Duration::ZERO };
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Duration::ZERO;
+    };
     let ns = tasks
         .flatten()
         .filter_map(|t| std::fs::read_to_string(t.path().join("schedstat")).ok())
@@ -124,11 +130,25 @@ impl Cluster {
     /// # Errors
     /// It does not start; what it said is in the error.
     pub fn start(fsd: &Path, spec: &ClusterSpec) -> anyhow::Result<Self> {
-        let dir = tempfile::Builder::new().prefix("bench-fsd-").tempdir().context("temporary directory")?;
+        let dir = tempfile::Builder::new()
+            .prefix("bench-fsd-")
+            .tempdir()
+            .context("temporary directory")?;
         let log = std::fs::File::create(dir.path().join("log")).context("log file")?;
         let dev = Command::new(fsd)
-            .args(["dev", "--mounts", &spec.mounts.to_string(), "--cache", &spec.cache])
-            .args(["--fabric", &spec.fabric, "--pool", &format!("{}MiB", spec.pool_mib)])
+            .args([
+                "dev",
+                "--mounts",
+                &spec.mounts.to_string(),
+                "--cache",
+                &spec.cache,
+            ])
+            .args([
+                "--fabric",
+                &spec.fabric,
+                "--pool",
+                &format!("{}MiB", spec.pool_mib),
+            ])
             .arg("--dir")
             .arg(dir.path().join("mnt"))
             .arg("--state")
@@ -142,7 +162,12 @@ impl Cluster {
             .process_group(0)
             .spawn()
             .with_context(|| format!("cannot run {}", fsd.display()))?;
-        let mut cluster = Self { dev, members: Vec::new(), dir, fsd: fsd.to_owned() };
+        let mut cluster = Self {
+            dev,
+            members: Vec::new(),
+            dir,
+            fsd: fsd.to_owned(),
+        };
         let out = cluster.dev.stdout.take().context("output of fsd dev")?;
         for line in BufReader::new(out).lines() {
             if let Some(pids) = line?.strip_prefix("pids ") {
@@ -190,7 +215,10 @@ impl Cluster {
             .ok()?;
         let report: serde_json::Value = serde_json::from_slice(&out.stdout).ok()?;
         let mounts = report.get("mounts")?.as_array()?;
-        mounts.iter().map(|m| m.get(1)?.get("Ok")?.get(name)?.as_u64()).sum()
+        mounts
+            .iter()
+            .map(|m| m.get(1)?.get("Ok")?.get(name)?.as_u64())
+            .sum()
     }
 }
 
@@ -198,7 +226,10 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         drop(self.dev.stdin.take());
         if !ended_within(&mut self.dev, PATIENCE) {
-            eprintln!("bench: fsd dev did not end within {} s after its command ended; killing it", PATIENCE.as_secs());
+            eprintln!(
+                "bench: fsd dev did not end within {} s after its command ended; killing it",
+                PATIENCE.as_secs()
+            );
             for (_, pid) in &self.members {
                 kill(*pid);
             }
@@ -226,7 +257,10 @@ impl NullServer {
     /// # Errors
     /// It does not start.
     pub fn start(mode: NullMode) -> anyhow::Result<Self> {
-        let dir = tempfile::Builder::new().prefix("bench-null-").tempdir().context("temporary directory")?;
+        let dir = tempfile::Builder::new()
+            .prefix("bench-null-")
+            .tempdir()
+            .context("temporary directory")?;
         let mut child = Command::new(std::env::current_exe()?)
             .args(["null-server", clap_name(mode)])
             .arg(dir.path())
@@ -274,7 +308,9 @@ impl Drop for NullServer {
 /// # Errors
 /// It cannot be mounted.
 pub fn serve_null(mode: NullMode, dir: &Path) -> anyhow::Result<()> {
-    let session = crate::nullfs::NullFs::new(mode).mount(dir, 2).context("mounting the null FUSE server")?;
+    let session = crate::nullfs::NullFs::new(mode)
+        .mount(dir, 2)
+        .context("mounting the null FUSE server")?;
     println!("+");
     let mut rest = Vec::new();
     let _ = std::io::stdin().read_to_end(&mut rest);

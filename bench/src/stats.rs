@@ -20,7 +20,11 @@ impl Latency {
     pub fn new() -> anyhow::Result<Self> {
         // In units of 0.1 ns, up to 100 s.
         let hist = Histogram::new_with_bounds(1, 1_000_000_000_000, 3).context("histogram")?;
-        Ok(Self { hist, sum: 0.0, count: 0 })
+        Ok(Self {
+            hist,
+            sum: 0.0,
+            count: 0,
+        })
     }
 
     /// One sample.
@@ -51,7 +55,11 @@ impl Latency {
 
     /// Arithmetic mean, ns.
     pub fn mean(&self) -> f64 {
-        if self.count == 0 { 0.0 } else { self.sum / self.count as f64 }
+        if self.count == 0 {
+            0.0
+        } else {
+            self.sum / self.count as f64
+        }
     }
 
     /// The quantile (0 to 1), ns.
@@ -61,10 +69,17 @@ impl Latency {
 
     /// The columns of [`Self::HEADER`], µs.
     pub fn row(&self) -> Vec<String> {
-        [self.at(0.5), self.at(0.9), self.at(0.99), self.at(0.999), self.hist.max() as f64 / 10.0, self.mean()]
-            .iter()
-            .map(|ns| micros(*ns))
-            .collect()
+        [
+            self.at(0.5),
+            self.at(0.9),
+            self.at(0.99),
+            self.at(0.999),
+            self.hist.max() as f64 / 10.0,
+            self.mean(),
+        ]
+        .iter()
+        .map(|ns| micros(*ns))
+        .collect()
     }
 
     /// Column titles of [`Self::row`].
@@ -138,6 +153,9 @@ mod tests {
 
     #[test]
     fn digits() {
-        assert_eq!([sig(0.0), sig(0.0412), sig(3.14159), sig(31.4159), sig(3141.59)], ["0", "0.0412", "3.14", "31.4", "3142"]);
+        assert_eq!(
+            [sig(0.0), sig(0.0412), sig(3.14159), sig(31.4159), sig(3141.59)],
+            ["0", "0.0412", "3.14", "31.4", "3142"]
+        );
     }
 }

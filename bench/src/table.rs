@@ -28,14 +28,12 @@ impl Table {
         self.rows.push(cells);
     }
 
-    /// The rows so far.
-    pub fn rows(&self) -> &[Vec<String>] {
-        &self.rows
-    }
-
     /// As RFC 4180 says.
     pub fn csv(&self) -> String {
-        std::iter::once(&self.header).chain(&self.rows).map(|row| csv_line(row)).collect()
+        std::iter::once(&self.header)
+            .chain(&self.rows)
+            .map(|row| csv_line(row))
+            .collect()
     }
 
     /// Writes the CSV form.
@@ -51,7 +49,11 @@ fn csv_line(cells: &[String]) -> String {
     let quoted: Vec<String> = cells
         .iter()
         .map(|c| {
-            if c.contains(['"', ',', '\n', '\r']) { format!("\"{}\"", c.replace('"', "\"\"")) } else { c.clone() }
+            if c.contains(['"', ',', '\n', '\r']) {
+                format!("\"{}\"", c.replace('"', "\"\""))
+            } else {
+                c.clone()
+            }
         })
         .collect();
     quoted.join(",") + "\r\n"
@@ -73,7 +75,11 @@ impl fmt::Display for Table {
             for (i, w) in widths.iter().enumerate() {
                 let cell = cells.get(i).map_or("", String::as_str);
                 // Names to the left, numbers to the right.
-                if i == 0 { write!(f, "| {cell:<w$} ")? } else { write!(f, "| {cell:>w$} ")? }
+                if i == 0 {
+                    write!(f, "| {cell:<w$} ")?
+                } else {
+                    write!(f, "| {cell:>w$} ")?
+                }
             }
             writeln!(f, "|")
         };
@@ -93,7 +99,10 @@ mod tests {
         let mut t = Table::new("t", &["a", "b"]);
         t.row(vec!["1,5".into(), "say \"x\"".into()]);
         t.row(vec!["plain".into(), "two\nlines".into()]);
-        assert_eq!(t.csv(), "a,b\r\n\"1,5\",\"say \"\"x\"\"\"\r\nplain,\"two\nlines\"\r\n");
+        assert_eq!(
+            t.csv(),
+            "a,b\r\n\"1,5\",\"say \"\"x\"\"\"\r\nplain,\"two\nlines\"\r\n"
+        );
     }
 
     #[test]
@@ -101,7 +110,10 @@ mod tests {
         let mut t = Table::new("t", &["name", "n"]);
         t.row(vec!["x".into(), "1234".into()]);
         let text = t.to_string();
-        assert!(text.contains("| x    | 1234 |") && text.contains("| name |    n |"), "{text}");
-        assert_eq!(t.rows().len(), 1);
+        assert!(
+            text.contains("| x    | 1234 |") && text.contains("| name |    n |"),
+            "{text}"
+        );
+        assert_eq!(t.rows.len(), 1);
     }
 }

@@ -22,15 +22,24 @@ pub struct Built {
 const MODULES: usize = 16;
 
 fn run(command: &mut Command, dir: &Path) -> anyhow::Result<String> {
-    let out = command.current_dir(dir).output().with_context(|| format!("cannot run {command:?}"))?;
+    let out = command
+        .current_dir(dir)
+        .output()
+        .with_context(|| format!("cannot run {command:?}"))?;
     if !out.status.success() {
-        bail!("{command:?} failed: {}", String::from_utf8_lossy(&out.stderr).trim());
+        bail!(
+            "{command:?} failed: {}",
+            String::from_utf8_lossy(&out.stderr).trim()
+        );
     }
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }
 
 fn available(program: &str) -> bool {
-    Command::new(program).arg("--version").output().is_ok_and(|o| o.status.success())
+    Command::new(program)
+        .arg("--version")
+        .output()
+        .is_ok_and(|o| o.status.success())
 }
 
 /// Names that appear in a directory while `work` runs, and how often it was listed.
@@ -64,7 +73,10 @@ fn program(
 ) -> anyhow::Result<Built> {
     let what = format!("build a program with {compiler} on mount 0, watch on 1, run on 2");
     if !available(compiler) {
-        return Ok(Built { what, result: format!("skipped: no {compiler} here") });
+        return Ok(Built {
+            what,
+            result: format!("skipped: no {compiler} here"),
+        });
     }
     check()?;
     let source = mounts[0].join(name);
@@ -73,12 +85,16 @@ fn program(
     let start = Instant::now();
     let ((), names, listings) = watched(&mounts[1].join(name), || compile(&source))?;
     let took = start.elapsed().as_secs_f64();
-    let said = run(&mut Command::new(mounts[2].join(name).join("program")), &mounts[2])?;
+    let said = run(
+        &mut Command::new(mounts[2].join(name).join("program")),
+        &mounts[2],
+    )?;
     let want = (0..MODULES).map(|n| n * n).sum::<usize>().to_string();
     if said.trim() != want {
         bail!("the program said {said:?} on mount 2, not {want}");
     }
-    let result = format!("{took:.1} s; the watcher saw {names} names in {listings} listings; it ran and said {want}");
+    let result =
+        format!("{took:.1} s; the watcher saw {names} names in {listings} listings; it ran and said {want}");
     Ok(Built { what, result })
 }
 
@@ -90,18 +106,27 @@ pub fn c_program(mounts: &[PathBuf]) -> anyhow::Result<Built> {
     let write = |dir: &Path| {
         let mut main = String::from("#include <stdio.h>\n");
         for n in 0..MODULES {
-            fs::write(dir.join(format!("m{n}.c")), format!("#include <stdlib.h>\nint f{n}(void) {{ return {n} * {n}; }}\n"))?;
+            fs::write(
+                dir.join(format!("m{n}.c")),
+                format!("#include <stdlib.h>\nint f{n}(void) {{ return {n} * {n}; }}\n"),
+            )?;
             main += &format!("int f{n}(void);\n");
         }
         let sum: Vec<String> = (0..MODULES).map(|n| format!("f{n}()")).collect();
-        main += &format!("int main(void) {{ printf(\"%d\\n\", {}); return 0; }}\n", sum.join(" + "));
+        main += &format!(
+            "int main(void) {{ printf(\"%d\\n\", {}); return 0; }}\n",
+            sum.join(" + ")
+        );
         fs::write(dir.join("main.c"), main)
     };
     let compile = |dir: &Path| {
         let mut objects = Vec::new();
         for name in (0..MODULES).map(|n| format!("m{n}")).chain(["main".to_owned()]) {
             check()?;
-            run(Command::new("cc").args(["-O1", "-c", &format!("{name}.c"), "-o", &format!("{name}.o")]), dir)?;
+            run(
+                Command::new("cc").args(["-O1", "-c", &format!("{name}.c"), "-o", &format!("{name}.o")]),
+                dir,
+            )?;
             objects.push(format!("{name}.o"));
         }
         run(Command::new("cc").args(&objects).args(["-o", "program"]), dir).map(drop)
@@ -117,7 +142,10 @@ pub fn rust_program(mounts: &[PathBuf]) -> anyhow::Result<Built> {
     let write = |dir: &Path| {
         let mut main = String::new();
         for n in 0..MODULES {
-            fs::write(dir.join(format!("m{n}.rs")), format!("pub fn f() -> usize {{ {n} * {n} }}\n"))?;
+            fs::write(
+                dir.join(format!("m{n}.rs")),
+                format!("pub fn f() -> usize {{ {n} * {n} }}\n"),
+            )?;
             main += &format!("mod m{n};\n");
         }
         let sum: Vec<String> = (0..MODULES).map(|n| format!("m{n}::f()")).collect();
@@ -125,7 +153,11 @@ pub fn rust_program(mounts: &[PathBuf]) -> anyhow::Result<Built> {
         fs::write(dir.join("main.rs"), main)
     };
     let compile = |dir: &Path| {
-        run(Command::new("rustc").args(["-C", "codegen-units=4", "-O", "main.rs", "-o", "program"]), dir).map(drop)
+        run(
+            Command::new("rustc").args(["-C", "codegen-units=4", "-O", "main.rs", "-o", "program"]),
+            dir,
+        )
+        .map(drop)
     };
     program(mounts, "build-rust", "rustc", write, compile)
 }

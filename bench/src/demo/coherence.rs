@@ -24,7 +24,11 @@ pub struct Check {
 type Step = fn(&Path, &Path, u64) -> std::io::Result<bool>;
 
 fn overwrite(a: &Path, b: &Path, n: u64) -> std::io::Result<bool> {
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(a.join("over"))?;
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(a.join("over"))?;
     let data = n.to_le_bytes().repeat(64);
     file.write_all_at(&data, n % 16 * 512)?;
     let mut seen = vec![0; data.len()];
@@ -100,7 +104,12 @@ pub fn run(mounts: &[PathBuf], each: u64) -> anyhow::Result<Vec<Check>> {
             wrong += u64::from(!step(a, b, n)?);
             n += 1;
         }
-        all.push(Check { what, checks: n, wrong, per_second: n as f64 / start.elapsed().as_secs_f64() });
+        all.push(Check {
+            what,
+            checks: n,
+            wrong,
+            per_second: n as f64 / start.elapsed().as_secs_f64(),
+        });
     }
     Ok(all)
 }
@@ -108,7 +117,9 @@ pub fn run(mounts: &[PathBuf], each: u64) -> anyhow::Result<Vec<Check>> {
 /// The coherence program of the test suite, if it has been built.
 pub fn suite(fsd: &Path) -> Option<PathBuf> {
     let named = std::env::var_os("FSD_COHERENCE").map(PathBuf::from);
-    named.or_else(|| Some(fsd.with_file_name("coherence"))).filter(|p| p.is_file())
+    named
+        .or_else(|| Some(fsd.with_file_name("coherence")))
+        .filter(|p| p.is_file())
 }
 
 #[cfg(test)]

@@ -40,7 +40,10 @@ struct Demo {
 
 impl Demo {
     fn done(&mut self, step: &str, result: String) {
-        println!("[{:5.1} s] {step}: {result}", self.started.elapsed().as_secs_f64());
+        println!(
+            "[{:5.1} s] {step}: {result}",
+            self.started.elapsed().as_secs_f64()
+        );
         self.steps.row(vec![step.into(), result]);
     }
 }
@@ -54,13 +57,20 @@ fn show(demo: &mut Demo, args: &Args, fsd: &Path) -> anyhow::Result<()> {
     let t = Instant::now();
     let sums = tree::copy(&list, &mounts[0].join("tree"))?;
     let s = t.elapsed().as_secs_f64();
-    let text = format!("{count} files, {mib:.0} MiB in {s:.1} s: {} files/s, {} MiB/s", sig(count as f64 / s), sig(mib / s));
+    let text = format!(
+        "{count} files, {mib:.0} MiB in {s:.1} s: {} files/s, {} MiB/s",
+        sig(count as f64 / s),
+        sig(mib / s)
+    );
     demo.done("copy a tree through mount 0", text);
     for (n, mount) in mounts.iter().enumerate().skip(1) {
         let t = Instant::now();
         let read = tree::verify(&list, &sums, &mount.join("tree"), n)?;
         let s = t.elapsed().as_secs_f64();
-        let text = format!("{read} of {count} checksums equal in {s:.1} s: {} MiB/s", sig(mib / s));
+        let text = format!(
+            "{read} of {count} checksums equal in {s:.1} s: {} MiB/s",
+            sig(mib / s)
+        );
         demo.done(&format!("verify it through mount {n}"), text);
     }
     for build in [build::c_program, build::rust_program] {
@@ -72,7 +82,12 @@ fn show(demo: &mut Demo, args: &Args, fsd: &Path) -> anyhow::Result<()> {
     for check in &outcome {
         demo.done(
             &format!("coherence: {}", check.what),
-            format!("{} checks, {} wrong, {} a second", check.checks, check.wrong, sig(check.per_second)),
+            format!(
+                "{} checks, {} wrong, {} a second",
+                check.checks,
+                check.wrong,
+                sig(check.per_second)
+            ),
         );
     }
     if wrong > 0 {
@@ -97,16 +112,30 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     std::fs::create_dir_all(&args.to).with_context(|| format!("cannot make {}", args.to.display()))?;
     let fsd = procs::fsd_binary()?;
     let started = Instant::now();
-    let spec = ClusterSpec { mounts: 3, cache: "auto".into(), fabric: args.fabric.clone(), pool_mib: 768 };
+    let spec = ClusterSpec {
+        mounts: 3,
+        cache: "auto".into(),
+        fabric: args.fabric.clone(),
+        pool_mib: 768,
+    };
     let cluster = Cluster::start(&fsd, &spec)?;
-    let mut demo = Demo { cluster, steps: Table::new("Demo", &["step", "result"]), started };
-    let text = format!("three mounts, two storage nodes, one metadata server over {}", args.fabric);
+    let mut demo = Demo {
+        cluster,
+        steps: Table::new("Demo", &["step", "result"]),
+        started,
+    };
+    let text = format!(
+        "three mounts, two storage nodes, one metadata server over {}",
+        args.fabric
+    );
     demo.done("start a cluster", text);
     let shown = show(&mut demo, args, &fsd);
     if shown.is_err() {
         eprint!("{}", demo.cluster.log());
     }
-    let Demo { cluster, mut steps, .. } = demo;
+    let Demo {
+        cluster, mut steps, ..
+    } = demo;
     drop(cluster);
     shown?;
     steps.row(vec!["end".into(), "all processes and mounts are gone".into()]);

@@ -28,7 +28,9 @@ impl Tree {
             let mut entries: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
             entries.sort();
             for path in entries {
-                let Ok(meta) = fs::symlink_metadata(&path) else { continue };
+                let Ok(meta) = fs::symlink_metadata(&path) else {
+                    continue;
+                };
                 let skip = path.file_name().is_some_and(|n| n == "target" || n == ".git");
                 if meta.is_dir() && !skip {
                     queue.push(path);
@@ -36,7 +38,9 @@ impl Tree {
                     if self.files.len() >= max_files || self.bytes + meta.len() > max_bytes {
                         continue;
                     }
-                    let Ok(name) = path.strip_prefix(root) else { continue };
+                    let Ok(name) = path.strip_prefix(root) else {
+                        continue;
+                    };
                     self.bytes += meta.len();
                     let name = under.join(name);
                     self.files.push((path, name));
@@ -96,7 +100,10 @@ pub fn copy(tree: &Tree, to: &Path) -> anyhow::Result<Sums> {
 /// # Errors
 /// A file is missing or differs.
 pub fn verify(tree: &Tree, sums: &Sums, at: &Path, mount: usize) -> anyhow::Result<usize> {
-    let progress = Progress::new(&format!("verifying through mount {mount}"), tree.files.len() as u64);
+    let progress = Progress::new(
+        &format!("verifying through mount {mount}"),
+        tree.files.len() as u64,
+    );
     for ((_, name), sum) in tree.files.iter().zip(sums) {
         check()?;
         let path = at.join(name);

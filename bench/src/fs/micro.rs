@@ -77,7 +77,7 @@ struct Measure {
     floors: bool,
 }
 
-const MEASURES: [Measure; 8] = [
+const MEASURES: [Measure; 9] = [
     Measure {
         name: "4 KiB cached read",
         unit: "us",
@@ -114,7 +114,14 @@ const MEASURES: [Measure; 8] = [
         floors: true,
     },
     Measure {
-        name: "stat, cached",
+        name: "fstat, cached",
+        unit: "us",
+        goal: Goal::AtMost(1.1),
+        run: |d, s| Ok(ops::fstat(&d[0], s)? / 1e3),
+        floors: true,
+    },
+    Measure {
+        name: "stat by path, cached",
         unit: "us",
         goal: Goal::AtMost(1.1),
         run: |d, s| Ok(ops::stat(&d[0], s)? / 1e3),
@@ -147,7 +154,11 @@ fn verdict(goal: Goal, ours: f64, floor: f64) -> (String, String) {
 }
 
 fn ratio(a: f64, b: f64) -> String {
-    if b > 0.0 && a > 0.0 { format!("{:.2}", a / b) } else { "-".into() }
+    if b > 0.0 && a > 0.0 {
+        format!("{:.2}", a / b)
+    } else {
+        "-".into()
+    }
 }
 
 /// Measures everything; prints nothing but progress.
@@ -156,12 +167,28 @@ fn ratio(a: f64, b: f64) -> String {
 /// A system does not start, or a call fails.
 pub fn run(place: &str, fabric: &str, scale: Scale, out: &Path) -> anyhow::Result<Table> {
     let systems = Systems::start(2, fabric, 512)?;
-    let progress = Progress::new(&format!("file system, {place}"), (MEASURES.len() * scale.rounds) as u64 + 3);
+    let progress = Progress::new(
+        &format!("file system, {place}"),
+        (MEASURES.len() * scale.rounds) as u64 + 3,
+    );
     let header = [
-        "operation", "unit", "tmpfs", "null direct", "null wt", "fsd direct", "fsd wt", "direct/null", "wt/null",
-        "wt/tmpfs", "target (wt)", "verdict",
+        "operation",
+        "unit",
+        "tmpfs",
+        "null direct",
+        "null wt",
+        "fsd direct",
+        "fsd wt",
+        "direct/null",
+        "wt/null",
+        "wt/tmpfs",
+        "target (wt)",
+        "verdict",
     ];
-    let mut table = Table::new(format!("File system over {fabric}, {place} (medians of {})", scale.rounds), &header);
+    let mut table = Table::new(
+        format!("File system over {fabric}, {place} (medians of {})", scale.rounds),
+        &header,
+    );
     let mut plotted = Vec::new();
     for m in &MEASURES {
         let mut samples = vec![Vec::new(); System::ALL.len()];
@@ -171,7 +198,12 @@ pub fn run(place: &str, fabric: &str, scale: Scale, out: &Path) -> anyhow::Resul
                 check()?;
                 if m.floors || system.is_fsd() {
                     samples[n].push((m.run)(&systems.dirs(system), &scale).map_err(|e| {
-                        e.context(format!("{}, {}; the cluster said: {}", m.name, system.name(), log(&systems, system)))
+                        e.context(format!(
+                            "{}, {}; the cluster said: {}",
+                            m.name,
+                            system.name(),
+                            log(&systems, system)
+                        ))
                     })?);
                 }
             }
@@ -180,7 +212,13 @@ pub fn run(place: &str, fabric: &str, scale: Scale, out: &Path) -> anyhow::Resul
         let (target, word) = verdict(m.goal, v[4], v[2]);
         let mut row = vec![m.name.to_owned(), m.unit.to_owned()];
         row.extend(v.iter().map(|x| if *x > 0.0 { sig(*x) } else { "-".into() }));
-        row.extend([ratio(v[3], v[1]), ratio(v[4], v[2]), ratio(v[4], v[0]), target, word]);
+        row.extend([
+            ratio(v[3], v[1]),
+            ratio(v[4], v[2]),
+            ratio(v[4], v[0]),
+            target,
+            word,
+        ]);
         table.row(row);
         plotted.push((m, v));
     }
@@ -226,7 +264,11 @@ fn log(systems: &Systems, system: System) -> String {
 
 fn extra(table: &mut Table, name: String, unit: &str, system: System, value: String, target: &str, ok: bool) {
     let mut row = vec![name, unit.to_owned()];
-    row.extend(System::ALL.iter().map(|s| if *s == system { value.clone() } else { "-".into() }));
+    row.extend(
+        System::ALL
+            .iter()
+            .map(|s| if *s == system { value.clone() } else { "-".into() }),
+    );
     row.extend(["-".into(), "-".into(), "-".into(), target.to_owned()]);
     row.push(if ok { "met" } else { "MISSED" }.into());
     table.row(row);
@@ -237,7 +279,12 @@ fn cached_requests(systems: &Systems, scale: &Scale, table: &mut Table) -> anyho
     let dirs = systems.dirs(System::FsdWt);
     let cluster = &systems.clusters[1];
     for (name, unit, run) in [
-        ("requests of cached stats", "per call", ops::stat as fn(&Path, &Scale) -> anyhow::Result<f64>),
+        (
+            "requests of cached stats by path",
+            "per call",
+            ops::stat as fn(&Path, &Scale) -> anyhow::Result<f64>,
+        ),
+        ("requests of cached fstats", "per call", ops::fstat),
         ("requests of cached reads", "per call", ops::cached_read),
     ] {
         // Once to warm up; what opening the file costs is in both counts and vanishes in the division.
@@ -245,9 +292,19 @@ fn cached_requests(systems: &Systems, scale: &Scale, table: &mut Table) -> anyho
         let before = cluster.counter("requests");
         run(&dirs[0], scale)?;
         let after = cluster.counter("requests");
-        let Some((before, after)) = before.zip(after) else { continue };
+        let Some((before, after)) = before.zip(after) else {
+            continue;
+        };
         let each = after.saturating_sub(before) as f64 / scale.reads as f64;
-        extra(table, name.into(), unit, System::FsdWt, format!("{each:.4}"), "0", each < 0.01);
+        extra(
+            table,
+            name.into(),
+            unit,
+            System::FsdWt,
+            format!("{each:.4}"),
+            "0",
+            each < 0.01,
+        );
     }
     Ok(())
 }
@@ -255,14 +312,31 @@ fn cached_requests(systems: &Systems, scale: &Scale, table: &mut Table) -> anyho
 /// CPU time of all processes of a cluster that has nothing to do.
 fn idle(cluster: &Cluster, system: System, watch: Duration, table: &mut Table) {
     std::thread::sleep(Duration::from_millis(1_500));
-    let pids: Vec<u32> = cluster.members().iter().map(|(_, pid)| *pid).chain([cluster.supervisor()]).collect();
+    let pids: Vec<u32> = cluster
+        .members()
+        .iter()
+        .map(|(_, pid)| *pid)
+        .chain([cluster.supervisor()])
+        .collect();
     let before: Vec<Duration> = pids.iter().map(|p| cpu_time(*p)).collect();
     let start = Instant::now();
     std::thread::sleep(watch);
-    let used: Duration = pids.iter().zip(before).map(|(p, b)| cpu_time(*p).saturating_sub(b)).sum();
+    let used: Duration = pids
+        .iter()
+        .zip(before)
+        .map(|(p, b)| cpu_time(*p).saturating_sub(b))
+        .sum();
     let percent = used.as_secs_f64() / start.elapsed().as_secs_f64() * 100.0;
     let name = format!("idle, {} processes", pids.len());
-    extra(table, name, "% of a core", system, format!("{percent:.2}"), "< 1", percent < 1.0);
+    extra(
+        table,
+        name,
+        "% of a core",
+        system,
+        format!("{percent:.2}"),
+        "< 1",
+        percent < 1.0,
+    );
 }
 
 #[cfg(test)]
@@ -271,11 +345,17 @@ mod tests {
 
     #[test]
     fn verdicts() {
-        assert_eq!(verdict(Goal::AtMost(1.1), 10.9, 10.0), ("<= 1.1x null".into(), "met".into()));
+        assert_eq!(
+            verdict(Goal::AtMost(1.1), 10.9, 10.0),
+            ("<= 1.1x null".into(), "met".into())
+        );
         assert_eq!(verdict(Goal::AtMost(1.1), 11.1, 10.0).1, "MISSED");
         assert_eq!(verdict(Goal::AtLeast(0.7), 71.0, 100.0).1, "met");
         assert_eq!(verdict(Goal::AtLeast(0.7), 69.0, 100.0).1, "MISSED");
-        assert_eq!(verdict(Goal::Rate(5000.0), 5001.0, 0.0), (">= 5000".into(), "met".into()));
+        assert_eq!(
+            verdict(Goal::Rate(5000.0), 5001.0, 0.0),
+            (">= 5000".into(), "met".into())
+        );
         assert_eq!([ratio(1.0, 2.0), ratio(1.0, 0.0)], ["0.50", "-"]);
     }
 }

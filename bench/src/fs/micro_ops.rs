@@ -129,7 +129,7 @@ pub fn create(dir: &Path, s: &Scale) -> anyhow::Result<f64> {
     Ok(rate)
 }
 
-/// `stat` of a file whose attributes are cached, ns.
+/// `stat` by path of a file whose name and attributes are cached, ns.
 pub fn stat(dir: &Path, s: &Scale) -> anyhow::Result<f64> {
     let path = dir.join("hot");
     hot(dir, "hot", HOT)?;
@@ -141,10 +141,23 @@ pub fn stat(dir: &Path, s: &Scale) -> anyhow::Result<f64> {
     Ok(ns_each(start, s.reads))
 }
 
+/// `fstat` of an open file whose attributes are cached, ns.
+pub fn fstat(dir: &Path, s: &Scale) -> anyhow::Result<f64> {
+    let file = hot(dir, "hot", HOT)?;
+    file.metadata()?;
+    let start = Instant::now();
+    for _ in 0..s.reads {
+        file.metadata()?;
+    }
+    Ok(ns_each(start, s.reads))
+}
+
 /// Overwrite on one mount, read on another, in strict alternation; round trips a second. Every read is
 /// checked.
 pub fn alternate(dirs: &[std::path::PathBuf], s: &Scale) -> anyhow::Result<f64> {
-    let [first, second, ..] = dirs else { bail!("alternation needs two mounts") };
+    let [first, second, ..] = dirs else {
+        bail!("alternation needs two mounts")
+    };
     let writer = open(&first.join("turns"))?;
     writer.write_all_at(&[0; 64], 0)?;
     let reader = open(&second.join("turns"))?;

@@ -87,7 +87,13 @@ pub enum System {
 
 impl System {
     /// In the order of the columns.
-    pub const ALL: [Self; 5] = [Self::Tmpfs, Self::NullDirect, Self::NullWt, Self::FsdDirect, Self::FsdWt];
+    pub const ALL: [Self; 5] = [
+        Self::Tmpfs,
+        Self::NullDirect,
+        Self::NullWt,
+        Self::FsdDirect,
+        Self::FsdWt,
+    ];
 
     /// Column title.
     pub fn name(self) -> &'static str {
@@ -124,13 +130,20 @@ impl Systems {
         let fsd = procs::fsd_binary()?;
         let cluster = |cache: &str| {
             check()?;
-            let spec =
-                ClusterSpec { mounts, cache: cache.to_owned(), fabric: fabric.to_owned(), pool_mib };
+            let spec = ClusterSpec {
+                mounts,
+                cache: cache.to_owned(),
+                fabric: fabric.to_owned(),
+                pool_mib,
+            };
             Cluster::start(&fsd, &spec)
         };
         Ok(Self {
             tmpfs: tempfile::Builder::new().prefix("bench-").tempdir_in("/dev/shm")?,
-            null: [NullServer::start(NullMode::Direct)?, NullServer::start(NullMode::Writethrough)?],
+            null: [
+                NullServer::start(NullMode::Direct)?,
+                NullServer::start(NullMode::Writethrough)?,
+            ],
             clusters: [cluster("direct")?, cluster("writethrough")?],
             mounts,
         })
@@ -154,7 +167,11 @@ impl Systems {
 /// # Errors
 /// Something cannot be started or written, or a file system call fails.
 pub fn run(args: &Args, pin: Option<usize>, out: &Path) -> anyhow::Result<()> {
-    let scale = if args.quick { micro::Scale::quick() } else { micro::Scale::full() };
+    let scale = if args.quick {
+        micro::Scale::quick()
+    } else {
+        micro::Scale::full()
+    };
     if args.section.contains(&Section::Micro) {
         let mut tables = Vec::new();
         if args.placement != Placement::Pinned {

@@ -32,7 +32,11 @@ impl Workload {
 
     /// Name of file `n` of a node; all nodes call a shared file the same.
     pub fn file_name(&self, node: usize, n: usize) -> String {
-        if n < self.shared_files() { format!("shared{n}") } else { format!("node{node}-{n}") }
+        if n < self.shared_files() {
+            format!("shared{n}")
+        } else {
+            format!("node{node}-{n}")
+        }
     }
 }
 
@@ -60,7 +64,12 @@ impl Accesses {
     pub fn new(workload: Workload, node: usize, thread: usize) -> Self {
         let mut rng = StdRng::seed_from_u64((node * 1000 + thread) as u64);
         let file = rng.random_range(0..workload.files);
-        Self { workload, rng, file, block: 0 }
+        Self {
+            workload,
+            rng,
+            file,
+            block: 0,
+        }
     }
 }
 
@@ -71,7 +80,10 @@ impl Iterator for Accesses {
         let w = &self.workload;
         let blocks = (w.file_size / w.block as u64).max(1);
         let (file, block) = if w.random {
-            (self.rng.random_range(0..w.files), self.rng.random_range(0..blocks))
+            (
+                self.rng.random_range(0..w.files),
+                self.rng.random_range(0..blocks),
+            )
         } else {
             let here = (self.file, self.block);
             self.block += 1;
@@ -82,7 +94,11 @@ impl Iterator for Accesses {
             here
         };
         let read = self.rng.random_range(0..100) < w.reads;
-        Some(Access { file, offset: block * w.block as u64, read })
+        Some(Access {
+            file,
+            offset: block * w.block as u64,
+            read,
+        })
     }
 }
 
@@ -125,7 +141,10 @@ mod tests {
 
     #[test]
     fn sequential_goes_through_whole_files() {
-        let w = Workload { random: false, ..workload() };
+        let w = Workload {
+            random: false,
+            ..workload()
+        };
         let all: Vec<Access> = Accesses::new(w, 0, 0).take(512).collect();
         for (i, a) in all.iter().enumerate() {
             assert_eq!(a.offset, i as u64 % 256 * 4096);

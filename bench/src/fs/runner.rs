@@ -48,7 +48,14 @@ fn fill(w: &Workload, files: &[File]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn one_thread(w: Workload, files: &[File], node: usize, thread: usize, barrier: &Barrier, run: Duration) -> anyhow::Result<Latency> {
+fn one_thread(
+    w: Workload,
+    files: &[File],
+    node: usize,
+    thread: usize,
+    barrier: &Barrier,
+    run: Duration,
+) -> anyhow::Result<Latency> {
     let mut latency = Latency::new()?;
     let mut buffer = vec![thread as u8; w.block];
     barrier.wait();
@@ -92,8 +99,10 @@ pub fn run(w: Workload, dirs: &[PathBuf], duration: Duration) -> anyhow::Result<
         }
         barrier.wait();
         let start = Instant::now();
-        let all: Vec<anyhow::Result<Latency>> =
-            threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(anyhow!("a thread died")))).collect();
+        let all: Vec<anyhow::Result<Latency>> = threads
+            .into_iter()
+            .map(|t| t.join().unwrap_or_else(|_| Err(anyhow!("a thread died"))))
+            .collect();
         (all, start.elapsed())
     });
     let mut latency = Latency::new()?;
@@ -123,8 +132,10 @@ mod tests {
         };
         let out = run(w, &[dir.path().to_owned()], Duration::from_millis(20)).unwrap();
         assert!(out.latency.count() > 10 && out.mib_per_s > 0.0);
-        let mut names: Vec<_> =
-            std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<_> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         assert_eq!(names, ["node0-1", "node1-1", "shared0"]);
         assert_eq!(dir.path().join("shared0").metadata().unwrap().len(), 64 << 10);

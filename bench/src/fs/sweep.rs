@@ -19,7 +19,11 @@ struct Sweep {
 
 /// 4096 → `4 KiB`.
 fn size(bytes: usize) -> String {
-    if bytes >= 1 << 20 { format!("{} MiB", bytes >> 20) } else { format!("{} KiB", bytes >> 10) }
+    if bytes >= 1 << 20 {
+        format!("{} MiB", bytes >> 20)
+    } else {
+        format!("{} KiB", bytes >> 10)
+    }
 }
 
 fn base(args: &Args) -> Workload {
@@ -37,7 +41,11 @@ fn base(args: &Args) -> Workload {
 
 fn sweeps(args: &Args) -> Vec<Sweep> {
     let thin = |all: &[u32]| -> Vec<u32> {
-        if args.quick && all.len() > 3 { vec![all[0], all[all.len() / 2], all[all.len() - 1]] } else { all.to_vec() }
+        if args.quick && all.len() > 3 {
+            vec![all[0], all[all.len() / 2], all[all.len() - 1]]
+        } else {
+            all.to_vec()
+        }
     };
     let mut sweeps = Vec::new();
     if args.section.contains(&Section::Ratio) {
@@ -49,7 +57,17 @@ fn sweeps(args: &Args) -> Vec<Sweep> {
                 }
                 let points = thin(&args.ratios)
                     .into_iter()
-                    .map(|reads| (format!("{}:{}", reads, 100 - reads), Workload { random, reads, block, ..base(args) }))
+                    .map(|reads| {
+                        (
+                            format!("{}:{}", reads, 100 - reads),
+                            Workload {
+                                random,
+                                reads,
+                                block,
+                                ..base(args)
+                            },
+                        )
+                    })
                     .collect();
                 sweeps.push(Sweep {
                     name: match (random, block >= 1 << 20) {
@@ -69,7 +87,15 @@ fn sweeps(args: &Args) -> Vec<Sweep> {
     if args.section.contains(&Section::Contention) {
         let points = thin(&args.contention)
             .into_iter()
-            .map(|contention| (format!("{contention} %"), Workload { contention, ..base(args) }))
+            .map(|contention| {
+                (
+                    format!("{contention} %"),
+                    Workload {
+                        contention,
+                        ..base(args)
+                    },
+                )
+            })
             .collect();
         sweeps.push(Sweep {
             name: "contention",
@@ -83,7 +109,16 @@ fn sweeps(args: &Args) -> Vec<Sweep> {
             .nodes
             .iter()
             .filter(|n| !args.quick || **n <= 2)
-            .map(|&nodes| (format!("{nodes} nodes"), Workload { nodes, contention: 50, ..base(args) }))
+            .map(|&nodes| {
+                (
+                    format!("{nodes} nodes"),
+                    Workload {
+                        nodes,
+                        contention: 50,
+                        ..base(args)
+                    },
+                )
+            })
             .collect();
         sweeps.push(Sweep {
             name: "nodes",
@@ -101,10 +136,18 @@ fn sweeps(args: &Args) -> Vec<Sweep> {
 /// A system does not start, a call fails, a file cannot be written.
 pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
     let sweeps = sweeps(args);
-    let mounts = sweeps.iter().flat_map(|s| &s.points).map(|(_, w)| w.nodes).max().unwrap_or(2);
+    let mounts = sweeps
+        .iter()
+        .flat_map(|s| &s.points)
+        .map(|(_, w)| w.nodes)
+        .max()
+        .unwrap_or(2);
     let systems = Systems::start(mounts, &args.fabric, 512)?;
-    let (rounds, duration) =
-        if args.quick { (1, Duration::from_millis(150)) } else { (3, Duration::from_millis(500)) };
+    let (rounds, duration) = if args.quick {
+        (1, Duration::from_millis(150))
+    } else {
+        (3, Duration::from_millis(500))
+    };
     for sweep in &sweeps {
         let progress = Progress::new(&sweep.title, sweep.points.len() as u64);
         let mut header = vec!["point".to_owned()];
@@ -113,8 +156,11 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
         }
         header.extend(["fsd wt p99 us", "wt/direct"].map(String::from));
         let mut table = Table::new(format!("{}, {}", sweep.title, args.fabric), &header);
-        let mut series: Vec<(String, Vec<f64>)> =
-            sweep.systems.iter().map(|s| (s.name().to_owned(), Vec::new())).collect();
+        let mut series: Vec<(String, Vec<f64>)> = sweep
+            .systems
+            .iter()
+            .map(|s| (s.name().to_owned(), Vec::new()))
+            .collect();
         for (name, workload) in &sweep.points {
             progress.step(name.clone());
             let mut speed = vec![Vec::new(); sweep.systems.len()];
@@ -139,7 +185,10 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
             }
             let last = sweep.systems.len() - 1;
             row.push(sig(median(&p99)));
-            row.push(format!("{:.2}", median(&speed[last]) / median(&speed[last - 1]).max(1e-9)));
+            row.push(format!(
+                "{:.2}",
+                median(&speed[last]) / median(&speed[last - 1]).max(1e-9)
+            ));
             table.row(row);
         }
         drop(progress);

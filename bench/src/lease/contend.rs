@@ -35,7 +35,10 @@ fn outcome(each: Vec<anyhow::Result<(u64, Latency)>>, took: Duration) -> anyhow:
         latency.merge(&l);
     }
     let total: u64 = counts.iter().sum();
-    let (least, most) = (counts.iter().min().copied().unwrap_or(0), counts.iter().max().copied().unwrap_or(0));
+    let (least, most) = (
+        counts.iter().min().copied().unwrap_or(0),
+        counts.iter().max().copied().unwrap_or(0),
+    );
     Ok(Outcome {
         per_second: total as f64 / took.as_secs_f64(),
         latency,
@@ -85,7 +88,10 @@ fn run_all(
             .map(|t| t.join().unwrap_or_else(|_| Err(anyhow!("a thread died"))))
             .collect::<Vec<_>>()
     });
-    anyhow::ensure!(!broken.load(Ordering::SeqCst), "two nodes were inside the lock at once");
+    anyhow::ensure!(
+        !broken.load(Ordering::SeqCst),
+        "two nodes were inside the lock at once"
+    );
     outcome(each, start.elapsed())
 }
 
@@ -139,7 +145,12 @@ mod tests {
     #[test]
     fn turns_are_fair() {
         let out = in_turn(&Plain(parking_lot::Mutex::new(())), 3, Duration::from_millis(50)).unwrap();
-        assert!(out.per_second > 100.0 && out.fairness > 0.5, "{} {}", out.per_second, out.fairness);
+        assert!(
+            out.per_second > 100.0 && out.fairness > 0.5,
+            "{} {}",
+            out.per_second,
+            out.fairness
+        );
         assert!(out.latency.count() > 5);
     }
 

@@ -62,14 +62,21 @@ fn held(cluster: &LeaseCluster, provider: &str, table: &mut Table) -> anyhow::Re
             met(ns < 100.0),
         ]);
     };
-    time("held: enter and leave, by handle", &mut || handle.try_enter(Mode::Shared).is_some());
-    time("held: enter and leave, by number", &mut || manager.try_enter(id, Mode::Shared).is_some());
+    time("held: enter and leave, by handle", &mut || {
+        handle.try_enter(Mode::Shared).is_some()
+    });
+    time("held: enter and leave, by number", &mut || {
+        manager.try_enter(id, Mode::Shared).is_some()
+    });
     let after = (manager.stats(), cluster.fabric_stats(0));
     let silent = before.0.batches == after.0.batches
         && before.0.messages_sent == after.0.messages_sent
         && before.1.ops == after.1.ops
         && before.1.messages_sent == after.1.messages_sent;
-    anyhow::ensure!(silent && lost == 0, "entering under a held lease used the fabric or failed");
+    anyhow::ensure!(
+        silent && lost == 0,
+        "entering under a held lease used the fabric or failed"
+    );
     Ok(())
 }
 
@@ -110,7 +117,12 @@ fn uncontended(cluster: &LeaseCluster, provider: &str, n: u64, table: &mut Table
             sig(acquire.at(0.99) / 1e3),
             per(batches[0]),
             per(messages),
-            if provider == "shm" { "< 2, one batch" } else { "one batch" }.into(),
+            if provider == "shm" {
+                "< 2, one batch"
+            } else {
+                "one batch"
+            }
+            .into(),
             met(fast && batches[0] == n && messages == 0),
         ]);
         table.row(vec![
@@ -127,7 +139,15 @@ fn uncontended(cluster: &LeaseCluster, provider: &str, n: u64, table: &mut Table
 }
 
 fn contended(args: &Args, provider: &str, progress: &Progress, out: &Path) -> anyhow::Result<Table> {
-    let header = ["lock", "nodes", "turns/s", "p50 us", "p99 us", "free-for-all/s", "least/most of a node"];
+    let header = [
+        "lock",
+        "nodes",
+        "turns/s",
+        "p50 us",
+        "p99 us",
+        "free-for-all/s",
+        "least/most of a node",
+    ];
     let mut table = Table::new(format!("Hand-over of an exclusive lock over {provider}"), &header);
     let run = Duration::from_millis(if args.quick { 150 } else { 1_000 });
     let mut chart = Chart {
@@ -175,7 +195,15 @@ fn contended(args: &Args, provider: &str, progress: &Progress, out: &Path) -> an
 pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
     let steps = args.providers.len() * (1 + 3 * args.nodes.len());
     let progress = Progress::new("leases", steps as u64);
-    let header = ["operation", "p50 us", "p99 us", "batches", "messages", "target", "verdict"];
+    let header = [
+        "operation",
+        "p50 us",
+        "p99 us",
+        "batches",
+        "messages",
+        "target",
+        "verdict",
+    ];
     let mut alone = Table::new("Leases without contention", &header);
     let mut tables = Vec::new();
     for provider in &args.providers {
@@ -183,7 +211,12 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
         let cluster = LeaseCluster::start(provider, 2, Duration::from_micros(args.spin_us))?;
         held(&cluster, provider, &mut alone)?;
         let n = if provider == "shm" { 20_000 } else { 2_000 };
-        uncontended(&cluster, provider, if args.quick { n / 10 } else { n }, &mut alone)?;
+        uncontended(
+            &cluster,
+            provider,
+            if args.quick { n / 10 } else { n },
+            &mut alone,
+        )?;
         drop(cluster);
         tables.push(contended(args, provider, &progress, out)?);
     }

@@ -83,7 +83,9 @@ impl Handler for Node {
     }
     fn connected(&self, _conn: &Arc<dyn Connection>) {}
     fn message(&self, conn: &Arc<dyn Connection>, message: &[u8]) {
-        let from = std::str::from_utf8(conn.peer_identity()).ok().and_then(|s| s.strip_prefix("node")?.parse().ok());
+        let from = std::str::from_utf8(conn.peer_identity())
+            .ok()
+            .and_then(|s| s.strip_prefix("node")?.parse().ok());
         if let (Some(from), Some(manager)) = (from, self.manager())
             && let Err(error) = manager.message(NodeId(from), message)
         {
@@ -96,9 +98,13 @@ impl Handler for Node {
 impl Directory for Node {
     fn record(&self, id: RecordId) -> Result<(Arc<dyn Connection>, RemoteAddr), LeaseError> {
         match self.storage.get() {
-            Some(conn) if id.index() < RECORDS => {
-                Ok((Arc::clone(conn), RemoteAddr { key: self.key, offset: id.index() * 64 }))
-            }
+            Some(conn) if id.index() < RECORDS => Ok((
+                Arc::clone(conn),
+                RemoteAddr {
+                    key: self.key,
+                    offset: id.index() * 64,
+                },
+            )),
             _ => Err(LeaseError::NoSuchRecord { record: id }),
         }
     }
@@ -106,7 +112,9 @@ impl Directory for Node {
         let conn = self.peers.lock().get(&to.0).cloned();
         match conn.map(|c| c.send(msg)) {
             Some(Ok(())) => Ok(()),
-            _ => Err(LeaseError::BadMessage { why: "the peer cannot be reached" }),
+            _ => Err(LeaseError::BadMessage {
+                why: "the peer cannot be reached",
+            }),
         }
     }
 }
@@ -119,7 +127,10 @@ impl LeaseUser for Node {
         manager.close_gate(
             id,
             Box::new(move || {
-                let how = Relinquish { modified, ..Relinquish::default() };
+                let how = Relinquish {
+                    modified,
+                    ..Relinquish::default()
+                };
                 if let Err(error) = again.relinquished(id, how) {
                     eprintln!("bench: {error}");
                 }
@@ -153,11 +164,19 @@ impl LeaseCluster {
                 peers: Mutex::default(),
                 manager: OnceLock::new(),
             });
-            let fabric = endpoint(provider, store.dir.path(), &name(number), spin, Arc::clone(&node) as _)?;
+            let fabric = endpoint(
+                provider,
+                store.dir.path(),
+                &name(number),
+                spin,
+                Arc::clone(&node) as _,
+            )?;
             let cfg = ManagerConfig::new(NodeId(number), 1, layout);
             let manager = LeaseManager::new(cfg, Arc::clone(&node) as _, Arc::clone(&node) as _)?;
             let _ = node.manager.set(Arc::downgrade(&manager));
-            let _ = node.storage.set(fabric.connect(&store.fabric.local_addr()).context("storage")?);
+            let _ = node
+                .storage
+                .set(fabric.connect(&store.fabric.local_addr()).context("storage")?);
             all.push(node);
             fabrics.push(fabric);
             managers.push(manager);
@@ -165,11 +184,17 @@ impl LeaseCluster {
         for (node, fabric) in all.iter().zip(&fabrics) {
             for (to, other) in all.iter().zip(&fabrics) {
                 if to.number != node.number {
-                    node.peers.lock().insert(to.number, fabric.connect(&other.local_addr()).context("peer")?);
+                    node.peers
+                        .lock()
+                        .insert(to.number, fabric.connect(&other.local_addr()).context("peer")?);
                 }
             }
         }
-        Ok(Self { managers, fabrics, store })
+        Ok(Self {
+            managers,
+            fabrics,
+            store,
+        })
     }
 
     /// A node's manager.

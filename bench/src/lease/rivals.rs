@@ -28,7 +28,13 @@ impl CasLocks {
         let store = Store::open(provider, spin, Arc::new(Silent))?;
         let mut all = Vec::new();
         for n in 0..nodes {
-            let fabric = endpoint(provider, store.dir.path(), &format!("node{n}"), spin, Arc::new(Silent))?;
+            let fabric = endpoint(
+                provider,
+                store.dir.path(),
+                &format!("node{n}"),
+                spin,
+                Arc::new(Silent),
+            )?;
             let conn = fabric.connect(&store.fabric.local_addr())?;
             all.push((fabric, conn));
         }
@@ -46,10 +52,18 @@ impl Drop for CasLocks {
 impl Lock for CasLocks {
     fn with(&self, node: usize, inside: &mut dyn FnMut()) -> anyhow::Result<()> {
         let conn = &self.nodes[node].1;
-        let at = RemoteAddr { key: self.store.key, offset: 64 };
+        let at = RemoteAddr {
+            key: self.store.key,
+            offset: 64,
+        };
         let me = node as u64 + 1;
         let cas = |expect: u64, new: u64| -> Result<u64, TransportError> {
-            let mut op = [Op::Cas { at, expect, new, old: 0 }];
+            let mut op = [Op::Cas {
+                at,
+                expect,
+                new,
+                old: 0,
+            }];
             conn.execute(&mut op)?;
             let [Op::Cas { old, .. }] = op else { return Ok(0) };
             Ok(old)
@@ -145,8 +159,13 @@ impl RpcLocks {
         let mut all = Vec::new();
         for n in 0..nodes {
             let client = Arc::new(Client::default());
-            let fabric =
-                endpoint(provider, store.dir.path(), &format!("node{n}"), spin, Arc::clone(&client) as _)?;
+            let fabric = endpoint(
+                provider,
+                store.dir.path(),
+                &format!("node{n}"),
+                spin,
+                Arc::clone(&client) as _,
+            )?;
             let conn = fabric.connect(&store.fabric.local_addr())?;
             all.push(RpcNode { fabric, conn, client });
         }

@@ -43,9 +43,9 @@ pub struct PeerArgs {
     pub spin_us: u64,
 }
 
-struct Child2(Child);
+struct Peer(Child);
 
-impl Drop for Child2 {
+impl Drop for Peer {
     fn drop(&mut self) {
         drop(self.0.stdin.take());
         let end = Instant::now() + Duration::from_secs(2);
@@ -159,13 +159,13 @@ struct Probe {
     player: Arc<Player>,
     at: RemoteAddr,
     _dir: tempfile::TempDir,
-    _child: Child2,
+    _child: Peer,
 }
 
 impl Probe {
     fn start(provider: &str, spin_us: u64) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
-        let mut child = Child2(
+        let mut child = Peer(
             Command::new(std::env::current_exe()?)
                 .args(["transport-peer", provider])
                 .arg(dir.path())
@@ -199,7 +199,14 @@ impl Probe {
         }
         let key = game.key.context("the peer did not tell its key")?;
         drop(game);
-        Ok(Self { fabric, conn, player, at: RemoteAddr { key, offset: 4096 }, _dir: dir, _child: child })
+        Ok(Self {
+            fabric,
+            conn,
+            player,
+            at: RemoteAddr { key, offset: 4096 },
+            _dir: dir,
+            _child: child,
+        })
     }
 }
 
@@ -217,7 +224,12 @@ fn size(n: usize) -> String {
     }
 }
 
-fn latencies(p: &Probe, quick: bool, inline: bool, mut row: impl FnMut(String, &Latency)) -> anyhow::Result<()> {
+fn latencies(
+    p: &Probe,
+    quick: bool,
+    inline: bool,
+    mut row: impl FnMut(String, &Latency),
+) -> anyhow::Result<()> {
     let n = if quick { 500 } else { 5_000 };
     let (conn, at) = (p.conn.as_ref(), p.at);
     for bytes in [8usize, 4 << 10, 64 << 10, 1 << 20] {
@@ -227,23 +239,52 @@ fn latencies(p: &Probe, quick: bool, inline: bool, mut row: impl FnMut(String, &
         let mut buffer = vec![1u8; bytes];
         row(
             format!("read {}", size(bytes)),
-            &time(samples, group, || conn.execute(&mut [Op::Read { at, into: &mut buffer }]))?,
+            &time(samples, group, || {
+                conn.execute(&mut [Op::Read {
+                    at,
+                    into: &mut buffer,
+                }])
+            })?,
         );
         row(
             format!("write {}", size(bytes)),
-            &time(samples, group, || conn.execute(&mut [Op::Write { at, from: &buffer }]))?,
+            &time(samples, group, || {
+                conn.execute(&mut [Op::Write { at, from: &buffer }])
+            })?,
         );
     }
     let group = if inline { 32 } else { 1 };
-    let word = RemoteAddr { key: at.key, offset: 64 };
-    let cas = || conn.execute(&mut [Op::Cas { at: word, expect: 0, new: 0, old: 0 }]);
+    let word = RemoteAddr {
+        key: at.key,
+        offset: 64,
+    };
+    let cas = || {
+        conn.execute(&mut [Op::Cas {
+            at: word,
+            expect: 0,
+            new: 0,
+            old: 0,
+        }])
+    };
     row("compare-and-swap".into(), &time(n, group, cas)?);
-    let faa = || conn.execute(&mut [Op::Faa { at: word, add: 1, old: 0 }]);
+    let faa = || {
+        conn.execute(&mut [Op::Faa {
+            at: word,
+            add: 1,
+            old: 0,
+        }])
+    };
     row("fetch-and-add".into(), &time(n, group, faa)?);
     let rounds = u64::from(n);
-    row("send 64 B and its echo".into(), &p.player.play(conn, rounds, None)?);
+    row(
+        "send 64 B and its echo".into(),
+        &p.player.play(conn, rounds, None)?,
+    );
     let page = Some((at, vec![3u8; 4096]));
-    row("write_notify 4 KiB and its echo".into(), &p.player.play(conn, rounds, page)?);
+    row(
+        "write_notify 4 KiB and its echo".into(),
+        &p.player.play(conn, rounds, page)?,
+    );
     Ok(())
 }
 
@@ -262,8 +303,15 @@ fn bandwidth(p: &Probe, quick: bool) -> anyhow::Result<Vec<(usize, f64, f64)>> {
     let mut all = Vec::new();
     for bytes in [512usize, 4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20] {
         let mut buffer = vec![1u8; bytes];
-        let read = rate(bytes, &mut || conn.execute(&mut [Op::Read { at, into: &mut buffer }]))?;
-        let write = rate(bytes, &mut || conn.execute(&mut [Op::Write { at, from: &buffer }]))?;
+        let read = rate(bytes, &mut || {
+            conn.execute(&mut [Op::Read {
+                at,
+                into: &mut buffer,
+            }])
+        })?;
+        let write = rate(bytes, &mut || {
+            conn.execute(&mut [Op::Write { at, from: &buffer }])
+        })?;
         all.push((bytes, read, write));
     }
     Ok(all)
@@ -278,7 +326,10 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
     let mut header = vec!["operation"];
     header.extend(Latency::HEADER);
     let mut tables = Vec::new();
-    let mut speed = Table::new("Bandwidth, one operation at a time, MiB/s", &["size", "provider", "read", "write"]);
+    let mut speed = Table::new(
+        "Bandwidth, one operation at a time, MiB/s",
+        &["size", "provider", "read", "write"],
+    );
     let mut chart = Chart {
         title: "Fabric bandwidth by size".into(),
         unit: "MiB/s".into(),
@@ -303,8 +354,14 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
             speed.row(vec![size(*bytes), provider.clone(), sig(*read), sig(*write)]);
         }
         chart.groups = all.iter().map(|(b, ..)| size(*b)).collect();
-        chart.series.push((format!("{provider} read"), all.iter().map(|(_, r, _)| *r).collect()));
-        chart.series.push((format!("{provider} write"), all.iter().map(|(.., w)| *w).collect()));
+        chart.series.push((
+            format!("{provider} read"),
+            all.iter().map(|(_, r, _)| *r).collect(),
+        ));
+        chart.series.push((
+            format!("{provider} write"),
+            all.iter().map(|(.., w)| *w).collect(),
+        ));
     }
     drop(progress);
     speed.write_csv(&out.join("transport-bandwidth.csv"))?;
@@ -313,6 +370,9 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
     for table in tables {
         println!("{table}");
     }
-    println!("Operations under 1 KiB over shm are timed in groups of 32. CSV and plots: {}", out.display());
+    println!(
+        "Operations under 1 KiB over shm are timed in groups of 32. CSV and plots: {}",
+        out.display()
+    );
     Ok(())
 }

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use rdma_transport::mem::SharedMem;
-use rdma_transport::{Access, Connection, Fabric, FabricConfig, FabricKind, Handler, RegionKey, TransportError};
+use rdma_transport::{
+    Access, Connection, Fabric, FabricConfig, FabricKind, Handler, RegionKey, TransportError,
+};
 
 use super::PeerArgs;
 
