@@ -127,7 +127,11 @@ pub struct LeaseConfig {
 
 impl Default for LeaseConfig {
     fn default() -> Self {
-        Self { record_bytes: 64, min_hold_us: 0, wait_ms: 30_000 }
+        Self {
+            record_bytes: 64,
+            min_hold_us: 0,
+            wait_ms: 30_000,
+        }
     }
 }
 
@@ -178,7 +182,12 @@ pub struct MountConfig {
 
 impl Default for MountConfig {
     fn default() -> Self {
-        Self { cache: CacheMode::Auto, buffer_cache: Size(256 << 20), loops: 2, writeback_ms: 2_000 }
+        Self {
+            cache: CacheMode::Auto,
+            buffer_cache: Size(256 << 20),
+            loops: 2,
+            writeback_ms: 2_000,
+        }
     }
 }
 
@@ -247,18 +256,31 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] with the file and what to do.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let read = |error| ConfigError::Read { path: path.to_owned(), error };
+        let read = |error| ConfigError::Read {
+            path: path.to_owned(),
+            error,
+        };
         let text = fs::read_to_string(path).map_err(read)?;
-        let mut config: Self = toml::from_str(&text)
-            .map_err(|e| ConfigError::Syntax { path: path.to_owned(), detail: e.to_string() })?;
-        let base = path.canonicalize().map_err(read)?.parent().map(Path::to_owned).unwrap_or_default();
+        let mut config: Self = toml::from_str(&text).map_err(|e| ConfigError::Syntax {
+            path: path.to_owned(),
+            detail: e.to_string(),
+        })?;
+        let base = path
+            .canonicalize()
+            .map_err(read)?
+            .parent()
+            .map(Path::to_owned)
+            .unwrap_or_default();
         for p in std::iter::once(&mut config.key_file)
             .chain(std::iter::once(&mut config.meta.dir))
             .chain(config.storage.iter_mut().map(|s| &mut s.dir))
         {
             *p = base.join(&*p);
         }
-        config.check().map_err(|detail| ConfigError::Value { path: path.to_owned(), detail })?;
+        config.check().map_err(|detail| ConfigError::Value {
+            path: path.to_owned(),
+            detail,
+        })?;
         Ok(config)
     }
 
@@ -277,7 +299,10 @@ impl Config {
                 ));
             }
             if usize::from(node.id) >= self.storage.len() {
-                return Err(format!("storage node ids must run from 0 without gaps, {} does not fit", node.id));
+                return Err(format!(
+                    "storage node ids must run from 0 without gaps, {} does not fit",
+                    node.id
+                ));
             }
             if node.pool.0 < MIN_POOL {
                 return Err(format!(
@@ -288,14 +313,21 @@ impl Config {
                 ));
             }
         }
-        let mut addresses: Vec<&str> =
-            self.storage.iter().map(|s| s.listen.as_str()).chain([self.meta.listen.as_str()]).collect();
+        let mut addresses: Vec<&str> = self
+            .storage
+            .iter()
+            .map(|s| s.listen.as_str())
+            .chain([self.meta.listen.as_str()])
+            .collect();
         addresses.sort_unstable();
         if let Some(w) = addresses.windows(2).find(|w| w[0] == w[1]) {
             return Err(format!("two roles listen on {}: give each its own address", w[0]));
         }
         if ![64, 128, 256, 512].contains(&self.lease.record_bytes) {
-            return Err(format!("lease.record_bytes must be 64, 128, 256 or 512, not {}", self.lease.record_bytes));
+            return Err(format!(
+                "lease.record_bytes must be 64, 128, 256 or 512, not {}",
+                self.lease.record_bytes
+            ));
         }
         if self.mount.loops == 0 || self.mount.loops > 64 {
             return Err("mount.loops must be between 1 and 64".into());
@@ -309,21 +341,39 @@ impl Config {
     /// [`ConfigError::KeyExposed`] and the others.
     pub fn key(&self) -> Result<Vec<u8>, ConfigError> {
         let path = &self.key_file;
-        let read = |error| ConfigError::Read { path: path.clone(), error };
+        let read = |error| ConfigError::Read {
+            path: path.clone(),
+            error,
+        };
         let meta = fs::metadata(path).map_err(read)?;
         let mode = meta.permissions().mode() & 0o777;
         if mode & 0o077 != 0 {
-            return Err(ConfigError::KeyExposed { path: path.clone(), mode });
+            return Err(ConfigError::KeyExposed {
+                path: path.clone(),
+                mode,
+            });
         }
         let me = rustix::process::geteuid().as_raw();
         if me != 0 && meta.uid() != me {
-            let detail = format!("belongs to uid {}, not to the user running fsd ({me})", meta.uid());
-            return Err(ConfigError::Value { path: path.clone(), detail });
+            let detail = format!(
+                "belongs to uid {}, not to the user running fsd ({me})",
+                meta.uid()
+            );
+            return Err(ConfigError::Value {
+                path: path.clone(),
+                detail,
+            });
         }
         let key = fs::read(path).map_err(read)?;
         if key.len() < 16 {
-            let detail = format!("the key has {} bytes, at least 16 are needed: run fsd keygen", key.len());
-            return Err(ConfigError::Value { path: path.clone(), detail });
+            let detail = format!(
+                "the key has {} bytes, at least 16 are needed: run fsd keygen",
+                key.len()
+            );
+            return Err(ConfigError::Value {
+                path: path.clone(),
+                detail,
+            });
         }
         Ok(key)
     }
@@ -365,7 +415,9 @@ mod tests {
 
     #[test]
     fn unknown_keys_are_named() {
-        let error = load(&GOOD.replace("fabric", "fabrik = 1\nfabric")).unwrap_err().to_string();
+        let error = load(&GOOD.replace("fabric", "fabrik = 1\nfabric"))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("fabrik"), "{error}");
     }
 

@@ -119,7 +119,11 @@ impl Calls {
                 drop(answer);
                 self.waiting.lock().remove(&number);
                 let millis = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-                return Err(TransportError::Timeout { addr: conn.peer_addr(), millis }.into());
+                return Err(TransportError::Timeout {
+                    addr: conn.peer_addr(),
+                    millis,
+                }
+                .into());
             }
         }
         match answer.take() {
@@ -165,9 +169,16 @@ impl Calls {
     fn fail(&self, conn: ConnId, why: &TransportError) {
         let failed: Vec<OnAnswer> = {
             let mut waiting = self.waiting.lock();
-            let numbers: Vec<u64> =
-                waiting.iter().filter(|(_, (c, _))| *c == conn).map(|(number, _)| *number).collect();
-            numbers.iter().filter_map(|n| waiting.remove(n)).map(|(_, done)| done).collect()
+            let numbers: Vec<u64> = waiting
+                .iter()
+                .filter(|(_, (c, _))| *c == conn)
+                .map(|(number, _)| *number)
+                .collect();
+            numbers
+                .iter()
+                .filter_map(|n| waiting.remove(n))
+                .map(|(_, done)| done)
+                .collect()
         };
         for done in failed {
             done(Err(why.clone()));
@@ -176,7 +187,10 @@ impl Calls {
 }
 
 fn lost(conn: &Arc<dyn Connection>) -> TransportError {
-    TransportError::Disconnected { addr: conn.peer_addr(), reason: "the connection ended".into() }
+    TransportError::Disconnected {
+        addr: conn.peer_addr(),
+        reason: "the connection ended".into(),
+    }
 }
 
 fn read_answer<R: DeserializeOwned>(body: &[u8]) -> Result<R, RpcError> {
@@ -238,7 +252,12 @@ impl Router {
     /// A router for one endpoint.
     #[must_use]
     pub fn new(cluster: &str, calls: Arc<Calls>, service: Arc<dyn Service>) -> Arc<Self> {
-        Arc::new(Self { cluster: cluster.to_owned(), calls, service, hellos: Mutex::default() })
+        Arc::new(Self {
+            cluster: cluster.to_owned(),
+            calls,
+            service,
+            hellos: Mutex::default(),
+        })
     }
 
     fn hello(&self, conn: &Arc<dyn Connection>) -> Option<Arc<Hello>> {
@@ -267,7 +286,10 @@ impl Handler for Router {
             Ok(FrameView::Response(number, body)) => self.calls.answered(number, body),
             Ok(FrameView::Request(number, body)) => {
                 if let Some(hello) = self.hello(conn) {
-                    let responder = Responder { conn: Arc::clone(conn), number };
+                    let responder = Responder {
+                        conn: Arc::clone(conn),
+                        number,
+                    };
                     self.service.request(&hello, body, responder);
                 }
             }

@@ -93,9 +93,18 @@ impl FjallStore {
     /// [`StoreError`], also where another process has it open.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let fail = |e: fjall::Error| engine_error(path, &e);
-        let db = Database::builder(path).manual_journal_persist(false).open().map_err(fail)?;
-        let keys = db.keyspace("data", KeyspaceCreateOptions::default).map_err(fail)?;
-        Ok(Self { path: path.to_owned(), db, keys })
+        let db = Database::builder(path)
+            .manual_journal_persist(false)
+            .open()
+            .map_err(fail)?;
+        let keys = db
+            .keyspace("data", KeyspaceCreateOptions::default)
+            .map_err(fail)?;
+        Ok(Self {
+            path: path.to_owned(),
+            db,
+            keys,
+        })
     }
 
     fn fail(&self, error: &fjall::Error) -> StoreError {
@@ -110,11 +119,16 @@ fn engine_error(path: &Path, error: &fjall::Error) -> StoreError {
         if let Some(io) = e.downcast_ref::<std::io::Error>()
             && io.raw_os_error() == Some(libc::ENOSPC)
         {
-            return StoreError::Full { path: path.to_owned() };
+            return StoreError::Full {
+                path: path.to_owned(),
+            };
         }
         source = e.source();
     }
-    StoreError::Engine { path: path.to_owned(), detail }
+    StoreError::Engine {
+        path: path.to_owned(),
+        detail,
+    }
 }
 
 impl Store for FjallStore {
@@ -142,7 +156,10 @@ impl Store for FjallStore {
                 None => write.remove(&self.keys, key),
             }
         }
-        write.durability(Some(PersistMode::Buffer)).commit().map_err(|e| self.fail(&e))
+        write
+            .durability(Some(PersistMode::Buffer))
+            .commit()
+            .map_err(|e| self.fail(&e))
     }
 
     fn sync(&self) -> Result<(), StoreError> {

@@ -6,9 +6,10 @@ use std::time::Duration;
 use lockmgr::Mode;
 use parking_lot::MutexGuard;
 
-use super::ctx::{Ctx, Res, fail};
+use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::{Inode, State};
 use super::{Client, LEASED_TTL, MAX_FILE_SIZE};
+use crate::rpc::{Errno, RpcError};
 use crate::wire::{Attr, Kind, MetaReply, MetaRequest, Time};
 
 /// A time to be set.
@@ -66,27 +67,35 @@ impl Client {
     /// Makes the attributes valid in a locked state, and returns them.
     ///
     /// # Errors
-    /// Park; `ENOENT` for an inode that is gone.
+    /// Park; `ESTALE` for an inode that is gone: the kernel then walks the path again, for the name may
+    /// have got another inode.
     pub fn load_attr(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<Attr> {
         if state.gone {
-            return fail(libc::ENOENT);
+            return fail(libc::ESTALE);
         }
         if let Some(attr) = state.attr {
+            state.last = Some(attr);
             return Ok(attr);
         }
         ctx.may_wait()?;
-        match self.net.meta(&MetaRequest::GetAttr { ino: inode.ino })? {
-            MetaReply::Attr(attr) => {
+        match self.net.meta(&MetaRequest::GetAttr { ino: inode.ino }) {
+            Ok(MetaReply::Attr(attr)) => {
                 state.attr = Some(attr);
+                state.last = Some(attr);
                 Ok(attr)
             }
-            _ => fail(libc::EPROTO),
+            Ok(_) => fail(libc::EPROTO),
+            Err(RpcError::Errno(Errno(libc::ENOENT))) => {
+                state.gone = true;
+                fail(libc::ESTALE)
+            }
+            Err(error) => Err(error.into()),
         }
     }
 
     /// How long the kernel may keep attributes that are answered now, under a lease.
     pub fn attr_ttl(&self, inode: &Inode) -> Duration {
-        if self.mode == crate::config::CacheMode::Direct || inode.kernel.revoking.load(Ordering::SeqCst) {
+        if inode.kernel.revoking.load(Ordering::SeqCst) {
             return Duration::ZERO;
         }
         inode.kernel.attrs.store(true, Ordering::SeqCst);
@@ -104,11 +113,16 @@ impl Client {
         answer: impl FnOnce(&Attr, Duration) -> T,
     ) -> Res<T> {
         let guard = self.lease(ctx, inode, Mode::Shared)?;
-        let attr = {
+        let (attr, ttl) = {
             let mut state = inode.lock(ctx, guard.version())?;
-            self.load_attr(ctx, inode, &mut state)?
+            match (self.load_attr(ctx, inode, &mut state), state.last) {
+                (Ok(attr), _) => (attr, self.attr_ttl(inode)),
+                // Looked up a moment ago, and gone since: that is what can be said of it.
+                (Err(Stop::Errno(Errno(libc::ESTALE))), Some(last)) => (Attr { nlink: 0, ..last }, Duration::ZERO),
+                (Err(stop), _) => return Err(stop),
+            }
         };
-        let done = answer(&attr, self.attr_ttl(inode));
+        let done = answer(&attr, ttl);
         drop(guard);
         Ok(done)
     }

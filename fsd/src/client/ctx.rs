@@ -51,7 +51,9 @@ impl Permits {
     }
 
     fn take(&self) -> bool {
-        self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1)).is_ok()
+        self.0
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1))
+            .is_ok()
     }
 }
 
@@ -66,13 +68,19 @@ impl<'a> Ctx<'a> {
     /// On an event loop.
     #[must_use]
     pub fn on_loop(permits: &'a Permits) -> Self {
-        Self { permits: Some(permits), holds: std::cell::Cell::new(false) }
+        Self {
+            permits: Some(permits),
+            holds: std::cell::Cell::new(false),
+        }
     }
 
     /// On a worker thread: may always wait.
     #[must_use]
     pub fn on_worker() -> Ctx<'static> {
-        Ctx { permits: None, holds: std::cell::Cell::new(false) }
+        Ctx {
+            permits: None,
+            holds: std::cell::Cell::new(false),
+        }
     }
 
     /// To be called before waiting.
@@ -109,7 +117,11 @@ mod tests {
     #[test]
     fn one_loop_always_stays_free() {
         let permits = Permits::new(3, 1);
-        let (a, b, c) = (Ctx::on_loop(&permits), Ctx::on_loop(&permits), Ctx::on_loop(&permits));
+        let (a, b, c) = (
+            Ctx::on_loop(&permits),
+            Ctx::on_loop(&permits),
+            Ctx::on_loop(&permits),
+        );
         assert_eq!(a.may_wait(), Ok(()));
         assert_eq!(a.may_wait(), Ok(()));
         assert_eq!(b.may_wait(), Ok(()));

@@ -44,8 +44,12 @@ pub fn stretches(offset: u64, len: usize) -> impl Iterator<Item = Stretch> {
         }
         let block = from / BLOCK;
         let to = end.min((block + 1) * BLOCK);
-        let stretch =
-            Stretch { block, at: from % BLOCK, pos: (from - offset) as usize, len: (to - from) as usize };
+        let stretch = Stretch {
+            block,
+            at: from % BLOCK,
+            pos: (from - offset) as usize,
+            len: (to - from) as usize,
+        };
         from = to;
         Some(stretch)
     })
@@ -56,7 +60,14 @@ impl Client {
     ///
     /// # Errors
     /// Park; the storage node cannot be reached.
-    pub fn load_frames(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, first: u64, last: u64) -> Res<()> {
+    pub fn load_frames(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut State,
+        first: u64,
+        last: u64,
+    ) -> Res<()> {
         let nodes = u64::from(self.net.storage_count());
         for block in first..=last.min(first + nodes - 1) {
             let node = self.storage_of(inode.ino, block);
@@ -66,11 +77,18 @@ impl Client {
             ctx.may_wait()?;
             let mut from = 0;
             loop {
-                let request = StorageRequest::Lookup { ino: inode.ino, first: from, count: LOOKUP_COUNT };
+                let request = StorageRequest::Lookup {
+                    ino: inode.ino,
+                    first: from,
+                    count: LOOKUP_COUNT,
+                };
                 let StorageReply::Blocks(blocks) = self.net.ask_storage(node, &request)? else {
                     return fail(libc::EPROTO);
                 };
-                state.frames.known.extend(blocks.iter().map(|b| (b.block, b.frame)));
+                state
+                    .frames
+                    .known
+                    .extend(blocks.iter().map(|b| (b.block, b.frame)));
                 match blocks.last() {
                     Some(end) if blocks.len() == LOOKUP_COUNT as usize => from = end.block + 1,
                     _ => break,
@@ -97,15 +115,27 @@ impl Client {
         let mut by_node: HashMap<u16, Vec<(u64, u32)>> = HashMap::new();
         for &(block, size) in wants {
             if state.frames.known.get(&block).is_none_or(|f| f.size < size) {
-                by_node.entry(self.storage_of(inode.ino, block)).or_default().push((block, size));
+                by_node
+                    .entry(self.storage_of(inode.ino, block))
+                    .or_default()
+                    .push((block, size));
             }
         }
         for (node, blocks) in by_node {
             for part in blocks.chunks(512) {
-                let reserved: u64 =
-                    part.iter().filter_map(|(b, _)| state.frames.reserved.get(b)).map(|&r| u64::from(r)).sum();
-                let wants =
-                    part.iter().map(|&(block, size)| BlockWant { ino: inode.ino, block, size }).collect();
+                let reserved: u64 = part
+                    .iter()
+                    .filter_map(|(b, _)| state.frames.reserved.get(b))
+                    .map(|&r| u64::from(r))
+                    .sum();
+                let wants = part
+                    .iter()
+                    .map(|&(block, size)| BlockWant {
+                        ino: inode.ino,
+                        block,
+                        size,
+                    })
+                    .collect();
                 let request = StorageRequest::Allocate { wants, reserved };
                 let StorageReply::Allocated(frames) = self.net.ask_storage(node, &request)? else {
                     return fail(libc::EPROTO);
@@ -143,10 +173,16 @@ impl Client {
                 for op in part.iter_mut() {
                     match op {
                         PoolOp::Read { offset, into } => {
-                            batch.push(Op::Read { at: session.pool(*offset), into });
+                            batch.push(Op::Read {
+                                at: session.pool(*offset),
+                                into,
+                            });
                         }
                         PoolOp::Write { offset, from } => {
-                            batch.push(Op::Write { at: session.pool(*offset), from });
+                            batch.push(Op::Write {
+                                at: session.pool(*offset),
+                                from,
+                            });
                             if !slabs.contains(&(*offset / BLOCK)) {
                                 slabs.push(*offset / BLOCK);
                             }
@@ -155,7 +191,11 @@ impl Client {
                 }
                 // After the writes of the batch, so that the flusher never takes a slab for clean too early.
                 for slab in slabs {
-                    batch.push(Op::Faa { at: session.dirty(slab * BLOCK), add: 1, old: 0 });
+                    batch.push(Op::Faa {
+                        at: session.dirty(slab * BLOCK),
+                        add: 1,
+                        old: 0,
+                    });
                 }
                 if let Err(error) = session.conn.execute(&mut batch) {
                     failed = Some(error);
@@ -216,7 +256,10 @@ impl Client {
             hole.fill(0);
             if let Some(frame) = state.frames.known.get(&s.block).filter(|_| stored > 0) {
                 let node = self.storage_of(inode.ino, s.block);
-                by_node.entry(node).or_default().push(PoolOp::Read { offset: frame.offset + s.at, into: data });
+                by_node.entry(node).or_default().push(PoolOp::Read {
+                    offset: frame.offset + s.at,
+                    into: data,
+                });
             }
         }
         for (node, ops) in by_node {
@@ -263,12 +306,10 @@ impl Client {
             let from = (page * PAGE - offset) as usize;
             let to = data.len().min(from + PAGE as usize);
             // A short page is whole only at the end of the file.
-            if to - from == PAGE as usize || end >= size {
-                if state.pages.get(page).is_none() {
-                    let mut bytes = vec![0; PAGE as usize].into_boxed_slice();
-                    bytes[..to - from].copy_from_slice(&data[from..to]);
-                    state.pages.insert(page, bytes, false);
-                }
+            if (to - from == PAGE as usize || end >= size) && state.pages.get(page).is_none() {
+                let mut bytes = vec![0; PAGE as usize].into_boxed_slice();
+                bytes[..to - from].copy_from_slice(&data[from..to]);
+                state.pages.insert(page, bytes, false);
             }
             page += 1;
         }
@@ -305,8 +346,14 @@ impl Client {
             self.read_held(ctx, inode, &mut state, offset, buffer)?;
         }
         if fills {
-            inode.kernel.pages.store(true, std::sync::atomic::Ordering::SeqCst);
-            inode.kernel.fills.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            inode
+                .kernel
+                .pages
+                .store(true, std::sync::atomic::Ordering::SeqCst);
+            inode
+                .kernel
+                .fills
+                .fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         }
         let done = answer(buffer);
         drop(guard);
@@ -335,7 +382,12 @@ pub enum PoolOp<'a> {
 
 /// The frames of blocks `first ..= last`.
 pub fn frames_in(state: &State, first: u64, last: u64) -> Vec<(u64, Frame)> {
-    state.frames.known.range(first..=last).map(|(&b, &f)| (b, f)).collect()
+    state
+        .frames
+        .known
+        .range(first..=last)
+        .map(|(&b, &f)| (b, f))
+        .collect()
 }
 
 #[cfg(test)]
@@ -346,9 +398,33 @@ mod tests {
     fn transfers_are_cut_at_blocks() {
         let cut: Vec<Stretch> = stretches(BLOCK - 10, 20 + BLOCK as usize).collect();
         assert_eq!(cut.len(), 3);
-        assert_eq!(cut[0], Stretch { block: 0, at: BLOCK - 10, pos: 0, len: 10 });
-        assert_eq!(cut[1], Stretch { block: 1, at: 0, pos: 10, len: BLOCK as usize });
-        assert_eq!(cut[2], Stretch { block: 2, at: 0, pos: 10 + BLOCK as usize, len: 10 });
+        assert_eq!(
+            cut[0],
+            Stretch {
+                block: 0,
+                at: BLOCK - 10,
+                pos: 0,
+                len: 10
+            }
+        );
+        assert_eq!(
+            cut[1],
+            Stretch {
+                block: 1,
+                at: 0,
+                pos: 10,
+                len: BLOCK as usize
+            }
+        );
+        assert_eq!(
+            cut[2],
+            Stretch {
+                block: 2,
+                at: 0,
+                pos: 10 + BLOCK as usize,
+                len: 10
+            }
+        );
         assert_eq!(stretches(5, 0).count(), 0);
     }
 }

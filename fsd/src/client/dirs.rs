@@ -9,13 +9,10 @@ use lockmgr::Mode;
 
 use super::Client;
 use super::ctx::{Ctx, Res, Stop, fail};
-use super::inode::{Granted, Inode, State};
+use super::inode::{Granted, Inode, Listing, State};
 use crate::meta::names::NAME_MAX;
-use crate::rpc::Errno;
+use crate::rpc::{Errno, RpcError};
 use crate::wire::{Attr, Kind, MetaReply, MetaRequest};
-
-/// A listing: cookie → name, inode, type.
-pub type Listing = Arc<BTreeMap<u64, (Vec<u8>, u64, Kind)>>;
 
 /// Attempts at an operation whose names change under it, before it fails.
 pub const ATTEMPTS: usize = 1000;
@@ -29,20 +26,37 @@ impl Client {
     /// What a name is, in a directory whose lease is held and whose state is locked.
     ///
     /// # Errors
-    /// Park; `ENOTDIR`, `ENOENT` for a directory that is gone.
-    pub fn entry_held(&self, ctx: &Ctx<'_>, dir: &Inode, state: &mut State, name: &[u8]) -> Res<Option<(u64, Kind)>> {
+    /// Park; `ENOTDIR`, `ESTALE` for a directory that is gone (see [`Client::load_attr`]).
+    pub fn entry_held(
+        &self,
+        ctx: &Ctx<'_>,
+        dir: &Inode,
+        state: &mut State,
+        name: &[u8],
+    ) -> Res<Option<(u64, Kind)>> {
         if name.len() > NAME_MAX {
             return fail(libc::ENAMETOOLONG);
         }
         if state.gone {
-            return fail(libc::ENOENT);
+            return fail(libc::ESTALE);
         }
         if let Some(known) = state.dir.lookup(name) {
             return Ok(known.map(|(ino, kind, _)| (ino, kind)));
         }
         ctx.may_wait()?;
-        let request = MetaRequest::Lookup { parent: dir.ino, name: name.to_vec() };
-        let MetaReply::Found(found) = self.net.meta(&request)? else { return fail(libc::EPROTO) };
+        let request = MetaRequest::Lookup {
+            parent: dir.ino,
+            name: name.to_vec(),
+        };
+        let found = match self.net.meta(&request) {
+            Ok(MetaReply::Found(found)) => found,
+            Ok(_) => return fail(libc::EPROTO),
+            Err(RpcError::Errno(Errno(libc::ENOENT))) => {
+                state.gone = true;
+                return fail(libc::ESTALE);
+            }
+            Err(error) => return Err(error.into()),
+        };
         Ok(match found {
             Some((cookie, attr)) => {
                 state.dir.add(name, attr.ino, attr.kind, cookie);
@@ -61,7 +75,10 @@ impl Client {
         let inode = self.inode(attr.ino);
         let mut slot = inode.granted.lock();
         if slot.is_none() {
-            *slot = Some(Granted { attr, unconfirmed: false });
+            *slot = Some(Granted {
+                attr,
+                unconfirmed: false,
+            });
         }
     }
 
@@ -87,7 +104,9 @@ impl Client {
         answer: impl FnOnce(&Arc<Inode>, &Attr, Duration) -> T,
     ) -> Res<T> {
         for _ in 0..ATTEMPTS {
-            let Some((number, _)) = self.entry(ctx, dir, name)? else { return fail(libc::ENOENT) };
+            let Some((number, _)) = self.entry(ctx, dir, name)? else {
+                return fail(libc::ENOENT);
+            };
             let inode = self.inode(number);
             let guard = self.lease(ctx, &inode, Mode::Shared)?;
             let attr = {
@@ -103,7 +122,7 @@ impl Client {
                     return Ok(done);
                 }
                 // The name got another inode meanwhile, or none: look again.
-                Err(Stop::Errno(Errno(libc::ENOENT))) => {}
+                Err(Stop::Errno(Errno(libc::ESTALE))) => {}
                 Err(stop) => return Err(stop),
             }
         }

@@ -35,7 +35,7 @@ pub struct Handle {
     /// Delayed errors it has been told of.
     pub seen: AtomicU64,
     /// Listing of a directory, taken when reading began.
-    pub listing: Mutex<Option<super::dirs::Listing>>,
+    pub listing: Mutex<Option<super::inode::Listing>>,
     is_file: bool,
 }
 
@@ -65,8 +65,15 @@ impl Handles {
 }
 
 impl Client {
-    fn word(&self, inode: &Inode, offset: u64) -> Res<(Arc<dyn rdma_transport::Connection>, rdma_transport::RemoteAddr)> {
-        let (conn, at) = self.net.record(inode.record()).map_err(|e| Stop::Errno(super::lease_errno(&e)))?;
+    fn word(
+        &self,
+        inode: &Inode,
+        offset: u64,
+    ) -> Res<(Arc<dyn rdma_transport::Connection>, rdma_transport::RemoteAddr)> {
+        let (conn, at) = self
+            .net
+            .record(inode.record())
+            .map_err(|e| Stop::Errno(super::lease_errno(&e)))?;
         Ok((conn, at.plus(offset)))
     }
 
@@ -84,16 +91,28 @@ impl Client {
         let (mut flags, mut bitmap) = ([0u8; 8], vec![0u8; words * 8]);
         let mut ops = Vec::with_capacity(3);
         if add != 0 {
-            ops.push(Op::Faa { at: record.plus(offset), add, old: 0 });
+            ops.push(Op::Faa {
+                at: record.plus(offset),
+                add,
+                old: 0,
+            });
         }
-        ops.push(Op::Read { at: record.plus(RecordLayout::FLAGS), into: &mut flags });
-        ops.push(Op::Read { at: record.plus(layout.opens()), into: &mut bitmap });
+        ops.push(Op::Read {
+            at: record.plus(RecordLayout::FLAGS),
+            into: &mut flags,
+        });
+        ops.push(Op::Read {
+            at: record.plus(layout.opens()),
+            into: &mut bitmap,
+        });
         conn.execute(&mut ops).map_err(|error| {
             tracing::error!("opens of {:#x}: {error}", inode.ino);
             Stop::Errno(Errno(libc::EIO))
         })?;
-        let bitmap =
-            bitmap.chunks_exact(8).map(|b| u64::from_ne_bytes(b.try_into().unwrap_or_default())).collect();
+        let bitmap = bitmap
+            .chunks_exact(8)
+            .map(|b| u64::from_ne_bytes(b.try_into().unwrap_or_default()))
+            .collect();
         Ok((u64::from_ne_bytes(flags), bitmap))
     }
 
@@ -110,8 +129,14 @@ impl Client {
     pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<bool> {
         ctx.may_wait()?;
         let (conn, at) = self.word(inode, RecordLayout::FLAGS)?;
-        let mut set = [Op::Cas { at, expect: 0, new: FLAG_UNLINKED, old: 0 }];
-        conn.execute(&mut set).map_err(|_| Stop::Errno(Errno(libc::EIO)))?;
+        let mut set = [Op::Cas {
+            at,
+            expect: 0,
+            new: FLAG_UNLINKED,
+            old: 0,
+        }];
+        conn.execute(&mut set)
+            .map_err(|_| Stop::Errno(Errno(libc::EIO)))?;
         let (_, bitmap) = self.opens(inode, 0)?;
         Ok(inode.opens.lock().count > 0 || bitmap.iter().any(|&w| w != 0))
     }
@@ -122,8 +147,14 @@ impl Client {
     /// The storage node cannot be reached.
     pub fn clear_unlinked(&self, inode: &Inode) -> Res<()> {
         let (conn, at) = self.word(inode, RecordLayout::FLAGS)?;
-        let mut clear = [Op::Cas { at, expect: FLAG_UNLINKED, new: 0, old: 0 }];
-        conn.execute(&mut clear).map_err(|_| Stop::Errno(Errno(libc::EIO)))
+        let mut clear = [Op::Cas {
+            at,
+            expect: FLAG_UNLINKED,
+            new: 0,
+            old: 0,
+        }];
+        conn.execute(&mut clear)
+            .map_err(|_| Stop::Errno(Errno(libc::EIO)))
     }
 
     /// Books an open of an inode whose lease is held. Returns whether other mounts have it open.
@@ -209,7 +240,9 @@ impl Client {
     /// # Errors
     /// Park.
     pub fn release(&self, ctx: &Ctx<'_>, number: u64) -> Res<()> {
-        let Some(handle) = self.handles.get(number) else { return Ok(()) };
+        let Some(handle) = self.handles.get(number) else {
+            return Ok(());
+        };
         if !handle.is_file {
             self.handles.remove(number);
             return Ok(());
@@ -218,7 +251,9 @@ impl Client {
         if !self.local_memory() && inode.opens.lock().count == 1 {
             ctx.may_wait()?;
         }
-        let Some(handle) = self.handles.remove(number) else { return Ok(()) };
+        let Some(handle) = self.handles.remove(number) else {
+            return Ok(());
+        };
         let mut opens = inode.opens.lock();
         opens.count = opens.count.saturating_sub(1);
         if handle.cached_writer {
@@ -239,11 +274,12 @@ impl Client {
     /// The last close of a file without a name.
     fn reap(&self, inode: &Arc<Inode>) {
         let gone = Arc::clone(inode);
-        self.net.meta_async(MetaRequest::Reap { ino: inode.ino }, move |result| {
-            if let Err(error) = result {
-                tracing::warn!("orphan {:#x} not removed: {error}", gone.ino);
-            }
-        });
+        self.net
+            .meta_async(MetaRequest::Reap { ino: inode.ino }, move |result| {
+                if let Err(error) = result {
+                    tracing::warn!("orphan {:#x} not removed: {error}", gone.ino);
+                }
+            });
         self.forget_data(inode);
     }
 
@@ -269,8 +305,12 @@ impl Client {
         let nodes: Vec<u16> = (0..self.net.storage_count()).collect();
         if inode.lock_raw().attr.is_none_or(|a| a.kind == Kind::File) {
             for node in nodes {
-                let request = StorageRequest::Flush { inos: vec![inode.ino] };
-                let StorageReply::Done = self.net.ask_storage(node, &request)? else { return fail(libc::EPROTO) };
+                let request = StorageRequest::Flush {
+                    inos: vec![inode.ino],
+                };
+                let StorageReply::Done = self.net.ask_storage(node, &request)? else {
+                    return fail(libc::EPROTO);
+                };
             }
         }
         self.net.meta(&MetaRequest::Sync)?;
@@ -300,7 +340,9 @@ impl Client {
         const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
         const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE;
         const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
-        let Some(end) = offset.checked_add(len).filter(|&e| e <= MAX_FILE_SIZE) else { return fail(libc::EFBIG) };
+        let Some(end) = offset.checked_add(len).filter(|&e| e <= MAX_FILE_SIZE) else {
+            return fail(libc::EFBIG);
+        };
         if mode & !(KEEP | PUNCH | ZERO) != 0 || (mode & PUNCH != 0 && mode != PUNCH | KEEP) {
             return fail(libc::EOPNOTSUPP);
         }
@@ -346,11 +388,21 @@ impl Client {
         let before: Vec<u64> = state.frames.known.keys().copied().collect();
         let result = self.allocate(inode, state, wants);
         if result.is_err() {
-            let fresh: Vec<u64> =
-                state.frames.known.keys().copied().filter(|b| before.binary_search(b).is_err()).collect();
+            let fresh: Vec<u64> = state
+                .frames
+                .known
+                .keys()
+                .copied()
+                .filter(|b| before.binary_search(b).is_err())
+                .collect();
             for block in fresh {
-                let request = StorageRequest::Free { ino: inode.ino, first: block, last: block };
-                self.net.ask_storage(self.storage_of(inode.ino, block), &request)?;
+                let request = StorageRequest::Free {
+                    ino: inode.ino,
+                    first: block,
+                    last: block,
+                };
+                self.net
+                    .ask_storage(self.storage_of(inode.ino, block), &request)?;
                 if let (Some(frame), Some(attr)) = (state.frames.known.remove(&block), state.attr.as_mut()) {
                     attr.blocks = attr.blocks.saturating_sub(u64::from(frame.size) / 512);
                 }
@@ -367,7 +419,9 @@ impl Client {
         let guard = self.lease(ctx, inode, Mode::Shared)?;
         let mut state = inode.lock(ctx, guard.version())?;
         let size = self.load_attr(ctx, inode, &mut state)?.size;
-        let Some(from) = u64::try_from(offset).ok().filter(|&o| o < size) else { return fail(libc::ENXIO) };
+        let Some(from) = u64::try_from(offset).ok().filter(|&o| o < size) else {
+            return fail(libc::ENXIO);
+        };
         self.load_all_frames(ctx, inode, &mut state)?;
         // Data: what a frame covers, and cached dirty pages.
         let covered = |at: u64| -> Option<u64> {
@@ -377,8 +431,11 @@ impl Client {
                 .get(&(at / BLOCK))
                 .map(|f| at / BLOCK * BLOCK + u64::from(f.size))
                 .filter(|&end| end > at);
-            let page_end =
-                state.pages.get(page_of(at)).filter(|p| p.dirty).map(|_| (page_of(at) + 1) * PAGE);
+            let page_end = state
+                .pages
+                .get(page_of(at))
+                .filter(|p| p.dirty)
+                .map(|_| (page_of(at) + 1) * PAGE);
             frame_end.max(page_end)
         };
         match whence {
@@ -396,8 +453,17 @@ impl Client {
                 if covered(from).is_some() {
                     return Ok(offset);
                 }
-                let frame = state.frames.known.range(from / BLOCK + 1..).next().map(|(&b, _)| b * BLOCK);
-                let page = state.pages.dirty_in(page_of(from) + 1, u64::MAX).next().map(|p| p * PAGE);
+                let frame = state
+                    .frames
+                    .known
+                    .range(from / BLOCK + 1..)
+                    .next()
+                    .map(|(&b, _)| b * BLOCK);
+                let page = state
+                    .pages
+                    .dirty_in(page_of(from) + 1, u64::MAX)
+                    .next()
+                    .map(|p| p * PAGE);
                 match frame.into_iter().chain(page).min().filter(|&at| at < size) {
                     Some(at) => Ok(at as i64),
                     None => fail(libc::ENXIO),

@@ -13,8 +13,8 @@ use std::time::{Duration, SystemTime};
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
     Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
-    ReplyXattr, Request, TimeOrNow, WriteFlags,
+    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::attrs::{SetAttr, SetTime};
@@ -147,7 +147,12 @@ impl FsdFs {
 
 fn send_entry(reply: &mut Option<ReplyEntry>, attr: &Attr, ttl: Duration) {
     if let Some(reply) = reply.take() {
-        reply.entry_with_ttls(&ttl, &NAME_TTL, &attr_of(attr), Generation(u64::from(ino::generation(attr.ino))));
+        reply.entry_with_ttls(
+            &ttl,
+            &NAME_TTL,
+            &attr_of(attr),
+            Generation(u64::from(ino::generation(attr.ino))),
+        );
     }
 }
 
@@ -207,7 +212,9 @@ impl Filesystem for FsdFs {
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let (name, parent) = (name.as_bytes().to_vec(), parent.0);
         serve(&self.client, reply, ReplyEntry::error, move |c, ctx, reply| {
-            c.lookup(ctx, &c.inode(parent), &name, |_, attr, ttl| send_entry(reply, attr, ttl))
+            c.lookup(ctx, &c.inode(parent), &name, |_, attr, ttl| {
+                send_entry(reply, attr, ttl)
+            })
         });
     }
 
@@ -215,7 +222,10 @@ impl Filesystem for FsdFs {
         if let Some(inode) = self.client.inodes.find(ino.0) {
             let forget = |n: u64| Some(n.saturating_sub(nlookup));
             // The closure never refuses.
-            let _ = inode.kernel.lookups.fetch_update(Ordering::SeqCst, Ordering::SeqCst, forget);
+            let _ = inode
+                .kernel
+                .lookups
+                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, forget);
         }
     }
 
@@ -253,7 +263,9 @@ impl Filesystem for FsdFs {
             privileged: req.uid() == 0,
         };
         serve(&self.client, reply, ReplyAttr::error, move |c, ctx, reply| {
-            c.setattr(ctx, &c.inode(ino.0), &set, |attr, ttl| send_attr(reply, attr, ttl))
+            c.setattr(ctx, &c.inode(ino.0), &set, |attr, ttl| {
+                send_attr(reply, attr, ttl)
+            })
         });
     }
 
@@ -267,20 +279,52 @@ impl Filesystem for FsdFs {
         });
     }
 
-    fn mknod(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, rdev: u32, reply: ReplyEntry) {
-        let Some(kind) = Kind::from_mode(mode) else { return reply.error(fuser::Errno::EINVAL) };
-        let new = New { kind, mode: mode & !umask, uid: 0, gid: 0, rdev, target: Vec::new() };
+    fn mknod(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        let Some(kind) = Kind::from_mode(mode) else {
+            return reply.error(fuser::Errno::EINVAL);
+        };
+        let new = New {
+            kind,
+            mode: mode & !umask,
+            uid: 0,
+            gid: 0,
+            rdev,
+            target: Vec::new(),
+        };
         self.make(req, parent, name, new, reply);
     }
 
     fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
-        let new = New { kind: Kind::Directory, mode: mode & !umask, uid: 0, gid: 0, rdev: 0, target: Vec::new() };
+        let new = New {
+            kind: Kind::Directory,
+            mode: mode & !umask,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            target: Vec::new(),
+        };
         self.make(req, parent, name, new, reply);
     }
 
     fn symlink(&self, req: &Request, parent: INodeNo, link_name: &OsStr, target: &Path, reply: ReplyEntry) {
         let target = target.as_os_str().as_bytes().to_vec();
-        let new = New { kind: Kind::Symlink, mode: 0o777, uid: 0, gid: 0, rdev: 0, target };
+        let new = New {
+            kind: Kind::Symlink,
+            mode: 0o777,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            target,
+        };
         self.make(req, parent, link_name, new, reply);
     }
 
@@ -315,7 +359,9 @@ impl Filesystem for FsdFs {
         let name = newname.as_bytes().to_vec();
         serve(&self.client, reply, ReplyEntry::error, move |c, ctx, reply| {
             let (inode, dir) = (c.inode(ino.0), c.inode(newparent.0));
-            c.link(ctx, &inode, &dir, &name, |_, attr, ttl| send_entry(reply, attr, ttl))
+            c.link(ctx, &inode, &dir, &name, |_, attr, ttl| {
+                send_entry(reply, attr, ttl)
+            })
         });
     }
 
@@ -370,7 +416,9 @@ impl Filesystem for FsdFs {
                 }
                 // Somebody else was faster: open what is there now.
                 let mut found = None;
-                match c.lookup(ctx, &dir, &name, |inode, attr, ttl| found = Some((Arc::clone(inode), *attr, ttl))) {
+                match c.lookup(ctx, &dir, &name, |inode, attr, ttl| {
+                    found = Some((Arc::clone(inode), *attr, ttl))
+                }) {
                     Err(Stop::Errno(Errno(libc::ENOENT))) => continue,
                     other => other?,
                 }
@@ -432,15 +480,25 @@ impl Filesystem for FsdFs {
         let inode = self.client.inode(ino.0);
         // The data is only borrowed here: the first attempt uses it in place.
         if !mapped {
-            let first = self.client.write(&Ctx::on_loop(&self.client.permits), &inode, offset, data, how);
+            let first = self
+                .client
+                .write(&Ctx::on_loop(&self.client.permits), &inode, offset, data, how);
             return match first {
                 Ok(n) => reply.written(n),
                 Err(Stop::Errno(e)) => reply.error(error_of(e)),
                 Err(Stop::Park) => self.write_later(inode, offset, data.to_vec(), how, reply),
             };
         }
-        if self.client.leases.held(inode.record()).is_some_and(|(m, _)| m == lockmgr::Mode::Exclusive) {
-            match self.client.write(&Ctx::on_loop(&self.client.permits), &inode, offset, data, how) {
+        if self
+            .client
+            .leases
+            .held(inode.record())
+            .is_some_and(|(m, _)| m == lockmgr::Mode::Exclusive)
+        {
+            match self
+                .client
+                .write(&Ctx::on_loop(&self.client.permits), &inode, offset, data, how)
+            {
                 Ok(n) => return reply.written(n),
                 Err(Stop::Errno(e)) => return reply.error(error_of(e)),
                 Err(Stop::Park) => {}
@@ -502,40 +560,57 @@ impl Filesystem for FsdFs {
 
     fn readdir(&self, _req: &Request, ino: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectory) {
         let handle = self.handle(fh);
-        serve(&self.client, reply, ReplyDirectory::error, move |c, ctx, reply| {
-            let listing = {
-                let kept = handle.as_ref().and_then(|h| h.listing.lock().clone()).filter(|_| offset > 0);
-                match kept {
-                    Some(listing) => listing,
-                    None => {
-                        // From the start: as it is now (rewinddir shows what has changed since).
-                        let listing = c.listing(ctx, &c.inode(ino.0))?;
-                        if let Some(handle) = &handle {
-                            *handle.listing.lock() = Some(Arc::clone(&listing));
+        serve(
+            &self.client,
+            reply,
+            ReplyDirectory::error,
+            move |c, ctx, reply| {
+                let listing = {
+                    let kept = handle
+                        .as_ref()
+                        .and_then(|h| h.listing.lock().clone())
+                        .filter(|_| offset > 0);
+                    match kept {
+                        Some(listing) => listing,
+                        None => {
+                            // From the start: as it is now (rewinddir shows what has changed since).
+                            let listing = c.listing(ctx, &c.inode(ino.0))?;
+                            if let Some(handle) = &handle {
+                                *handle.listing.lock() = Some(Arc::clone(&listing));
+                            }
+                            listing
                         }
-                        listing
+                    }
+                };
+                let Some(mut reply) = reply.take() else {
+                    return Ok(());
+                };
+                let dots = [(COOKIE_DOT, "."), (COOKIE_DOTDOT, "..")];
+                for (cookie, name) in dots {
+                    if offset < cookie && reply.add(ino, cookie, FileType::Directory, name) {
+                        reply.ok();
+                        return Ok(());
                     }
                 }
-            };
-            let Some(mut reply) = reply.take() else { return Ok(()) };
-            let dots = [(COOKIE_DOT, "."), (COOKIE_DOTDOT, "..")];
-            for (cookie, name) in dots {
-                if offset < cookie && reply.add(ino, cookie, FileType::Directory, name) {
-                    reply.ok();
-                    return Ok(());
+                for (&cookie, (name, number, kind)) in listing.range(offset.max(COOKIE_DOTDOT) + 1..) {
+                    if reply.add(INodeNo(*number), cookie, kind_of(*kind), OsStr::from_bytes(name)) {
+                        break;
+                    }
                 }
-            }
-            for (&cookie, (name, number, kind)) in listing.range(offset.max(COOKIE_DOTDOT) + 1..) {
-                if reply.add(INodeNo(*number), cookie, kind_of(*kind), OsStr::from_bytes(name)) {
-                    break;
-                }
-            }
-            reply.ok();
-            Ok(())
-        });
+                reply.ok();
+                Ok(())
+            },
+        );
     }
 
-    fn releasedir(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+    fn releasedir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
         serve(&self.client, reply, ReplyEmpty::error, move |c, ctx, reply| {
             c.release(ctx, fh.0)?;
             done(reply);
@@ -567,7 +642,16 @@ impl Filesystem for FsdFs {
             if let Some(reply) = reply.take() {
                 let unit = 4096;
                 let free = free / unit;
-                reply.statfs(total / unit, free, free, meta.inodes + meta.free, meta.free, unit as u32, 255, unit as u32);
+                reply.statfs(
+                    total / unit,
+                    free,
+                    free,
+                    meta.inodes + meta.free,
+                    meta.free,
+                    unit as u32,
+                    255,
+                    unit as u32,
+                );
             }
             Ok(())
         });
@@ -700,7 +784,15 @@ impl Filesystem for FsdFs {
         });
     }
 
-    fn lseek(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+    fn lseek(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
         serve(&self.client, reply, ReplyLseek::error, move |c, ctx, reply| {
             let at = c.lseek(ctx, &c.inode(ino.0), offset, whence)?;
             if let Some(reply) = reply.take() {
@@ -748,10 +840,12 @@ impl FsdFs {
     ) {
         let client = Arc::clone(&self.client);
         client.counters.parked.fetch_add(1, Ordering::Relaxed);
-        self.client.workers.run(move || match client.write(&Ctx::on_worker(), &inode, offset, &data, how) {
-            Ok(n) => reply.written(n),
-            Err(stop) => reply.error(error_of(Client::errno_of(stop))),
-        });
+        self.client.workers.run(
+            move || match client.write(&Ctx::on_worker(), &inode, offset, &data, how) {
+                Ok(n) => reply.written(n),
+                Err(stop) => reply.error(error_of(Client::errno_of(stop))),
+            },
+        );
     }
 
     /// A write of mapped pages without the exclusive lease: answered when applied, or when a revocation

@@ -14,6 +14,9 @@ use crate::ino;
 use crate::rpc::Errno;
 use crate::wire::{Attr, Frame, Kind};
 
+/// A listing by cookie: name, inode, type.
+pub type Listing = Arc<BTreeMap<u64, (Vec<u8>, u64, Kind)>>;
+
 /// Cached contents of a directory.
 #[derive(Debug, Default)]
 pub struct DirCache {
@@ -24,7 +27,7 @@ pub struct DirCache {
     /// `entries` is everything there is.
     pub complete: bool,
     /// The complete listing by cookie, built on demand.
-    pub listing: Option<Arc<BTreeMap<u64, (Vec<u8>, u64, Kind)>>>,
+    pub listing: Option<Listing>,
 }
 
 impl DirCache {
@@ -91,6 +94,8 @@ pub struct State {
     pub xattrs: Option<BTreeMap<Vec<u8>, Vec<u8>>>,
     /// Target of a symbolic link (never changes).
     pub target: Option<Vec<u8>>,
+    /// The attributes told last, of any version: what can still be said of an inode that is gone.
+    pub last: Option<Attr>,
     /// Gone: last name and last open are no more.
     pub gone: bool,
 }
@@ -99,7 +104,8 @@ impl State {
     /// Forgets everything that depends on the version.
     fn forget(&mut self) {
         let target = self.target.take();
-        *self = Self { target, gone: self.gone, ..Self::default() };
+        let last = self.last;
+        *self = Self { target, last, gone: self.gone, ..Self::default() };
     }
 
     /// Something has been changed under the exclusive lease.
@@ -351,7 +357,10 @@ mod tests {
             let mut state = inode.lock(&ctx, 7).unwrap();
             state.dir.add(b"a", 9, Kind::File, 3);
         }
-        assert_eq!(inode.lock(&ctx, 7).unwrap().dir.lookup(b"a"), Some(Some((9, Kind::File, 3))));
+        assert_eq!(
+            inode.lock(&ctx, 7).unwrap().dir.lookup(b"a"),
+            Some(Some((9, Kind::File, 3)))
+        );
         assert_eq!(inode.lock(&ctx, 8).unwrap().dir.lookup(b"a"), None);
     }
 

@@ -74,10 +74,13 @@ pub fn type_of(kind: Option<LockKind>) -> i32 {
 
 /// Has a process a signal to handle (or is it gone)? The kernel's interrupt request does not reach us.
 fn has_signal(pid: u32) -> bool {
-    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else {
+        return true;
+    };
     let mask = |name: &str| {
         let line = status.lines().find_map(|l| l.strip_prefix(name));
-        line.and_then(|v| u64::from_str_radix(v.trim(), 16).ok()).unwrap_or(0)
+        line.and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
+            .unwrap_or(0)
     };
     let pending = mask("SigPnd:") | mask("ShdPnd:");
     pending & !mask("SigBlk:") & !mask("SigIgn:") != 0
@@ -86,8 +89,25 @@ fn has_signal(pid: u32) -> bool {
 impl Client {
     /// A lock in the terms of the cluster.
     #[must_use]
-    pub fn lock_spec(&self, ino: u64, owner: u64, pid: u32, start: u64, end: u64, kind: Option<LockKind>) -> LockSpec {
-        LockSpec { ino, owner: LockOwner { node: self.node.0, owner }, pid, range: LockRange { start, end }, kind }
+    pub fn lock_spec(
+        &self,
+        ino: u64,
+        owner: u64,
+        pid: u32,
+        start: u64,
+        end: u64,
+        kind: Option<LockKind>,
+    ) -> LockSpec {
+        LockSpec {
+            ino,
+            owner: LockOwner {
+                node: self.node.0,
+                owner,
+            },
+            pid,
+            range: LockRange { start, end },
+            kind,
+        }
     }
 
     /// `F_GETLK`: the lock in the way, if any.
@@ -114,15 +134,21 @@ impl Client {
     }
 
     /// `F_SETLKW`: waits on a thread of its own; `done` gets the result.
-    pub fn setlk_wait(self: &Arc<Self>, lock: LockSpec, done: impl FnOnce(Result<(), Errno>) + Send + 'static) {
+    pub fn setlk_wait(
+        self: &Arc<Self>,
+        lock: LockSpec,
+        done: impl FnOnce(Result<(), Errno>) + Send + 'static,
+    ) {
         let me = Arc::clone(self);
         self.workers.run(move || {
             let (tx, rx) = crossbeam::channel::bounded::<Result<MetaReply, RpcError>>(1);
             loop {
                 let tx = tx.clone();
-                let sent = me.net.meta_slow(&MetaRequest::SetLock { lock, wait: true }, move |result| {
-                    let _ = tx.send(result);
-                });
+                let sent = me
+                    .net
+                    .meta_slow(&MetaRequest::SetLock { lock, wait: true }, move |result| {
+                        let _ = tx.send(result);
+                    });
                 if let Err(error) = sent {
                     return done(Err(error.errno()));
                 }
@@ -158,13 +184,18 @@ impl Client {
     /// # Errors
     /// Park.
     pub fn release_locks(&self, ctx: &Ctx<'_>, ino: u64, owner: u64) -> Res<()> {
-        let owner = LockOwner { node: self.node.0, owner };
+        let owner = LockOwner {
+            node: self.node.0,
+            owner,
+        };
         if !self.file_locks.0.lock().contains_key(&(ino, owner)) {
             return Ok(());
         }
         ctx.may_wait()?;
         if self.file_locks.forget(ino, owner) {
-            self.net.meta(&MetaRequest::ReleaseLocks { ino, owner }).map_err(Stop::from)?;
+            self.net
+                .meta(&MetaRequest::ReleaseLocks { ino, owner })
+                .map_err(Stop::from)?;
         }
         Ok(())
     }

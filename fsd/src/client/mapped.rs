@@ -72,8 +72,11 @@ impl MappedWrites {
     pub fn revoking(&self, yes: bool) {
         let mut state = self.state.lock();
         state.revoking = yes;
-        let waiting: Vec<Waiting> =
-            if yes { state.waiting.iter().map(|(_, w)| w.clone()).collect() } else { Vec::new() };
+        let waiting: Vec<Waiting> = if yes {
+            state.waiting.iter().map(|(_, w)| w.clone()).collect()
+        } else {
+            Vec::new()
+        };
         drop(state);
         for w in waiting {
             w.answer();

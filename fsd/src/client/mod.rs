@@ -164,7 +164,9 @@ impl Client {
         if !self.net.knows_record(record) {
             self.net.find_record(record)?;
         }
-        self.leases.enter(record, mode, self.lease_wait).map_err(|e| Stop::Errno(lease_errno(&e)))
+        self.leases
+            .enter(record, mode, self.lease_wait)
+            .map_err(|e| Stop::Errno(lease_errno(&e)))
     }
 
     /// Enters under several leases, in the order that all mounts keep (so that none waits for another in
@@ -236,6 +238,9 @@ impl Guards {
     #[must_use]
     pub fn version(&self, number: u64) -> u64 {
         let record = ino::record(number);
-        self.0.iter().find(|(i, _)| ino::record(*i) == record).map_or(0, |(_, g)| g.version())
+        self.0
+            .iter()
+            .find(|(i, _)| ino::record(*i) == record)
+            .map_or(0, |(_, g)| g.version())
     }
 }

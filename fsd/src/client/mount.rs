@@ -34,7 +34,9 @@ const OPEN_WAIT: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
     /// There is no FUSE here.
-    #[error("/dev/fuse cannot be opened ({0}): load the fuse module (modprobe fuse) or run where the device is available")]
+    #[error(
+        "/dev/fuse cannot be opened ({0}): load the fuse module (modprobe fuse) or run where the device is available"
+    )]
     NoFuse(std::io::Error),
     /// The mount point is unusable.
     #[error("{path}: {detail}")]
@@ -48,7 +50,9 @@ pub enum MountError {
     #[error("cannot join the cluster: {0}")]
     Join(RpcError),
     /// The clocks differ too much.
-    #[error("the clock of this host differs from the metadata server's by more than two seconds: synchronise the clocks (for example with chrony)")]
+    #[error(
+        "the clock of this host differs from the metadata server's by more than two seconds: synchronise the clocks (for example with chrony)"
+    )]
     Clocks,
     /// No node number is free.
     #[error("the cluster has no room for another mount: format it with a larger lease.record_bytes")]
@@ -120,7 +124,9 @@ impl Service for Front {
     }
 
     fn lease(&self, hello: &Hello, body: &[u8]) {
-        let (Role::Client(Some(node)), Some(client)) = (hello.role, self.client.get().and_then(Weak::upgrade)) else {
+        let (Role::Client(Some(node)), Some(client)) =
+            (hello.role, self.client.get().and_then(Weak::upgrade))
+        else {
             return;
         };
         if let Err(error) = client.leases.message(NodeId(node), body) {
@@ -172,8 +178,15 @@ impl Owner for Client {
 /// # Errors
 /// [`MountError::MountPoint`], [`MountError::NoFuse`].
 pub fn check_point(path: &Path, allow_nonempty: bool) -> Result<PathBuf, MountError> {
-    let bad = |detail: &str| MountError::MountPoint { path: path.to_owned(), detail: detail.into() };
-    std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").map_err(MountError::NoFuse)?;
+    let bad = |detail: &str| MountError::MountPoint {
+        path: path.to_owned(),
+        detail: detail.into(),
+    };
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")
+        .map_err(MountError::NoFuse)?;
     let meta = match std::fs::metadata(path) {
         Ok(meta) => meta,
         Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {
@@ -190,11 +203,20 @@ pub fn check_point(path: &Path, allow_nonempty: bool) -> Result<PathBuf, MountEr
     let path = path.canonicalize().map_err(|e| bad(&e.to_string()))?;
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let text = path.to_string_lossy().replace(' ', "\\040");
-    if mounts.lines().any(|l| l.split(' ').nth(1) == Some(&text) && l.split(' ').nth(2).is_some_and(|t| t.starts_with("fuse"))) {
+    if mounts.lines().any(|l| {
+        l.split(' ').nth(1) == Some(&text) && l.split(' ').nth(2).is_some_and(|t| t.starts_with("fuse"))
+    }) {
         return Err(bad("is a mount point in use: unmount it first or choose another"));
     }
-    if !allow_nonempty && std::fs::read_dir(&path).map_err(|e| bad(&e.to_string()))?.next().is_some() {
-        return Err(bad("is not empty: its files would be hidden; choose another, or say --allow-nonempty"));
+    if !allow_nonempty
+        && std::fs::read_dir(&path)
+            .map_err(|e| bad(&e.to_string()))?
+            .next()
+            .is_some()
+    {
+        return Err(bad(
+            "is not empty: its files would be hidden; choose another, or say --allow-nonempty",
+        ));
     }
     Ok(path)
 }
@@ -203,15 +225,29 @@ pub fn check_point(path: &Path, allow_nonempty: bool) -> Result<PathBuf, MountEr
 fn own_listen(config: &Config) -> String {
     match config.fabric {
         FabricChoice::Shm => {
-            let dir = Path::new(&config.meta.listen).parent().unwrap_or(Path::new("/tmp"));
-            dir.join(format!("mount-{}-{:08x}.sock", std::process::id(), rand::random::<u32>()))
-                .to_string_lossy()
-                .into_owned()
+            let dir = Path::new(&config.meta.listen)
+                .parent()
+                .unwrap_or(Path::new("/tmp"));
+            dir.join(format!(
+                "mount-{}-{:08x}.sock",
+                std::process::id(),
+                rand::random::<u32>()
+            ))
+            .to_string_lossy()
+            .into_owned()
         }
         FabricChoice::Tcp => {
-            let host = config.meta.listen.rsplit_once(':').map_or("127.0.0.1", |(h, _)| h);
+            let host = config
+                .meta
+                .listen
+                .rsplit_once(':')
+                .map_or("127.0.0.1", |(h, _)| h);
             let loopback = host == "localhost" || host.starts_with("127.") || host == "[::1]";
-            if loopback { format!("{host}:0") } else { "0.0.0.0:0".into() }
+            if loopback {
+                format!("{host}:0")
+            } else {
+                "0.0.0.0:0".into()
+            }
         }
     }
 }
@@ -226,12 +262,18 @@ pub fn unmount(point: &Path) {
     }
     if unmount(point, UnmountFlags::empty()).is_err() && unmount(point, UnmountFlags::DETACH).is_err() {
         // Not root: fusermount3 may.
-        let _ = std::process::Command::new("fusermount3").arg("-uz").arg(point).status();
+        let _ = std::process::Command::new("fusermount3")
+            .arg("-uz")
+            .arg(point)
+            .status();
     }
 }
 
 fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, MountError> {
-    std::thread::Builder::new().name(name.into()).spawn(body).map_err(MountError::Thread)
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map_err(MountError::Thread)
 }
 
 impl Mount {
@@ -245,7 +287,9 @@ impl Mount {
             CacheMode::Auto => CacheMode::Writethrough,
             chosen => chosen,
         };
-        let front = Arc::new(Front { client: OnceLock::new() });
+        let front = Arc::new(Front {
+            client: OnceLock::new(),
+        });
         let calls = Arc::new(Calls::default());
         let life = rand::random();
         let hello = Hello {
@@ -263,9 +307,22 @@ impl Mount {
                 spin: Duration::from_micros(config.spin_us),
                 timeout: Duration::from_millis(config.timeout_ms),
             },
-            Router::new(&config.cluster, Arc::clone(&calls), Arc::clone(&front) as Arc<dyn Service>),
+            Router::new(
+                &config.cluster,
+                Arc::clone(&calls),
+                Arc::clone(&front) as Arc<dyn Service>,
+            ),
         )?;
-        let started = Self::start_on(config, options, mode, point, Arc::clone(&fabric), calls, life, &front);
+        let started = Self::start_on(
+            config,
+            options,
+            mode,
+            point,
+            Arc::clone(&fabric),
+            calls,
+            life,
+            &front,
+        );
         if started.is_err() {
             fabric.shutdown();
         }
@@ -366,21 +423,38 @@ impl Mount {
             fuser::MountOption::NoAtime,
         ];
         let root = rustix::process::geteuid().is_root();
-        fuse_config.acl = if root { fuser::SessionACL::All } else { fuser::SessionACL::Owner };
+        fuse_config.acl = if root {
+            fuser::SessionACL::All
+        } else {
+            fuser::SessionACL::Owner
+        };
         if !root {
-            fuse_config.mount_options.retain(|o| !matches!(o, fuser::MountOption::Dev | fuser::MountOption::Suid));
+            fuse_config
+                .mount_options
+                .retain(|o| !matches!(o, fuser::MountOption::Dev | fuser::MountOption::Suid));
         }
         if options.auto_unmount {
             fuse_config.mount_options.push(fuser::MountOption::AutoUnmount);
         }
         fuse_config.n_threads = Some(loops);
         fuse_config.clone_fd = true;
-        let session = fuser::Session::new(FsdFs::new(Arc::clone(&client)), &point, &fuse_config)
-            .map_err(|error| MountError::Kernel { path: point.clone(), error })?;
+        let session =
+            fuser::Session::new(FsdFs::new(Arc::clone(&client)), &point, &fuse_config).map_err(|error| {
+                MountError::Kernel {
+                    path: point.clone(),
+                    error,
+                }
+            })?;
         let _ = client.notifier.set(session.notifier());
         let session = session.spawn().map_err(MountError::Thread)?;
         tracing::info!("mount {} on {} ({mode:?})", node.0, point.display());
-        Ok(Self { client, fabric, session: Some(session), threads, point })
+        Ok(Self {
+            client,
+            fabric,
+            session: Some(session),
+            threads,
+            point,
+        })
     }
 
     /// The mount point.

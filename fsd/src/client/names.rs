@@ -60,14 +60,33 @@ impl Client {
     ///
     /// # Errors
     /// The metadata server's refusal.
-    pub fn namespace(&self, ctx: &Ctx<'_>, held: &[&Inode], guards: &Guards, op: NamespaceOp) -> Res<Created> {
-        let touched =
-            held.iter().map(|i| Touched { ino: i.ino, version: guards.version(i.ino) }).collect();
+    pub fn namespace(
+        &self,
+        ctx: &Ctx<'_>,
+        held: &[&Inode],
+        guards: &Guards,
+        op: NamespaceOp,
+    ) -> Res<Created> {
+        let touched = held
+            .iter()
+            .map(|i| Touched {
+                ino: i.ino,
+                version: guards.version(i.ino),
+            })
+            .collect();
         let (seq, acknowledged) = self.seqs.begin();
-        let request = MetaRequest::Namespace { seq, acknowledged, now: Time::now(), touched, op };
+        let request = MetaRequest::Namespace {
+            seq,
+            acknowledged,
+            now: Time::now(),
+            touched,
+            op,
+        };
         let reply = self.net.meta(&request);
         self.seqs.end(seq);
-        let MetaReply::Changed(created) = reply? else { return fail(libc::EPROTO) };
+        let MetaReply::Changed(created) = reply? else {
+            return fail(libc::EPROTO);
+        };
         for inode in held {
             let mut state = inode.lock(ctx, guards.version(inode.ino))?;
             state.modified = true;
@@ -127,7 +146,12 @@ impl Client {
         ctx.may_wait()?;
         let number = self.new_number(ctx)?;
         let made = self.create_as(ctx, dir, name, new, number, answer);
-        if matches!(&made, Err(Stop::Errno(Errno(libc::EEXIST | libc::ENOENT | libc::ENAMETOOLONG)))) {
+        if matches!(
+            &made,
+            Err(Stop::Errno(Errno(
+                libc::EEXIST | libc::ENOENT | libc::ENAMETOOLONG
+            )))
+        ) {
             // Refused before anything was made of it.
             self.new_inos.lock().push_back(number);
         }
@@ -172,7 +196,9 @@ impl Client {
         let Some(attr) = created.attrs.iter().find(|a| a.ino == number).copied() else {
             return fail(libc::EPROTO);
         };
-        dir.lock(ctx, guards.version(dir.ino))?.dir.add(name, number, new.kind, created.cookie);
+        dir.lock(ctx, guards.version(dir.ino))?
+            .dir
+            .add(name, number, new.kind, created.cookie);
         drop(guards);
         {
             let mut state = inode.lock(ctx, own.version())?;
@@ -193,7 +219,7 @@ impl Client {
     /// What is known of a name without asking anybody.
     fn entry_held_cached(&self, state: &mut super::inode::State, name: &[u8]) -> Res<Option<u64>> {
         if state.gone {
-            return fail(libc::ENOENT);
+            return fail(libc::ESTALE);
         }
         if name.len() > crate::meta::names::NAME_MAX {
             return fail(libc::ENAMETOOLONG);
@@ -215,13 +241,19 @@ impl Client {
     ) -> Res<T> {
         ctx.may_wait()?;
         let guards = self.lease_all(ctx, &[(dir, Mode::Exclusive), (inode, Mode::Exclusive)])?;
-        let op = NamespaceOp::Link { ino: inode.ino, parent: dir.ino, name: name.to_vec() };
+        let op = NamespaceOp::Link {
+            ino: inode.ino,
+            parent: dir.ino,
+            name: name.to_vec(),
+        };
         let created = self.namespace(ctx, &[dir, inode], &guards, op)?;
         let attr = {
             let mut state = inode.lock(ctx, guards.version(inode.ino))?;
             self.load_attr(ctx, inode, &mut state)?
         };
-        dir.lock(ctx, guards.version(dir.ino))?.dir.add(name, inode.ino, attr.kind, created.cookie);
+        dir.lock(ctx, guards.version(dir.ino))?
+            .dir
+            .add(name, inode.ino, attr.kind, created.cookie);
         inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
         let ttl = self.attr_ttl(inode);
         let done = answer(inode, &attr, ttl);
@@ -231,7 +263,14 @@ impl Client {
 
     /// Leases for an operation on a name, and what the name is while they are held. `None`: it changed
     /// before they came; try again.
-    fn hold_name(&self, ctx: &Ctx<'_>, dir: &Inode, name: &[u8], guards: &Guards, expected: Option<u64>) -> Res<bool> {
+    fn hold_name(
+        &self,
+        ctx: &Ctx<'_>,
+        dir: &Inode,
+        name: &[u8],
+        guards: &Guards,
+        expected: Option<u64>,
+    ) -> Res<bool> {
         let mut state = dir.lock(ctx, guards.version(dir.ino))?;
         let found = self.entry_held(ctx, dir, &mut state, name)?.map(|(ino, _)| ino);
         Ok(found == expected)
@@ -244,7 +283,9 @@ impl Client {
     pub fn remove(&self, ctx: &Ctx<'_>, dir: &Inode, name: &[u8], directory: bool) -> Res<()> {
         ctx.may_wait()?;
         for _ in 0..ATTEMPTS {
-            let Some((number, kind)) = self.entry(ctx, dir, name)? else { return fail(libc::ENOENT) };
+            let Some((number, kind)) = self.entry(ctx, dir, name)? else {
+                return fail(libc::ENOENT);
+            };
             match (directory, kind == Kind::Directory) {
                 (true, false) => return fail(libc::ENOTDIR),
                 (false, true) => return fail(libc::EISDIR),
@@ -257,9 +298,18 @@ impl Client {
             }
             let (last, keep) = self.about_to_unlink(ctx, &victim, &guards, directory)?;
             let op = if directory {
-                NamespaceOp::Rmdir { parent: dir.ino, name: name.to_vec(), ino: number }
+                NamespaceOp::Rmdir {
+                    parent: dir.ino,
+                    name: name.to_vec(),
+                    ino: number,
+                }
             } else {
-                NamespaceOp::Unlink { parent: dir.ino, name: name.to_vec(), ino: number, keep }
+                NamespaceOp::Unlink {
+                    parent: dir.ino,
+                    name: name.to_vec(),
+                    ino: number,
+                    keep,
+                }
             };
             let result = self.namespace(ctx, &[dir, &victim], &guards, op);
             if self.is_stale(ctx, &result, &[dir], &guards)? {
@@ -282,7 +332,13 @@ impl Client {
     }
 
     /// Is an inode about to lose its last name, and is it then still open somewhere?
-    fn about_to_unlink(&self, ctx: &Ctx<'_>, victim: &Inode, guards: &Guards, directory: bool) -> Res<(bool, bool)> {
+    fn about_to_unlink(
+        &self,
+        ctx: &Ctx<'_>,
+        victim: &Inode,
+        guards: &Guards,
+        directory: bool,
+    ) -> Res<(bool, bool)> {
         if directory {
             return Ok((true, false));
         }
@@ -305,7 +361,10 @@ impl Client {
             return Ok(false);
         }
         for dir in dirs {
-            tracing::error!("names cached of directory {:#x} were not those of the server", dir.ino);
+            tracing::error!(
+                "names cached of directory {:#x} were not those of the server",
+                dir.ino
+            );
             dir.lock(ctx, guards.version(dir.ino))?.dir = super::inode::DirCache::default();
         }
         Ok(true)
@@ -328,11 +387,17 @@ impl Client {
         }
         let exchange = flags & libc::RENAME_EXCHANGE != 0;
         for _ in 0..ATTEMPTS {
-            let Some((number, kind)) = self.entry(ctx, dir, name)? else { return fail(libc::ENOENT) };
+            let Some((number, kind)) = self.entry(ctx, dir, name)? else {
+                return fail(libc::ENOENT);
+            };
             let target = self.entry(ctx, to, to_name)?;
             let moved = self.inode(number);
             let other = target.map(|(n, _)| self.inode(n));
-            let mut wanted = vec![(dir, Mode::Exclusive), (to, Mode::Exclusive), (&*moved, Mode::Exclusive)];
+            let mut wanted = vec![
+                (dir, Mode::Exclusive),
+                (to, Mode::Exclusive),
+                (&*moved, Mode::Exclusive),
+            ];
             wanted.extend(other.as_deref().map(|o| (o, Mode::Exclusive)));
             let guards = self.lease_all(ctx, &wanted)?;
             if !self.hold_name(ctx, dir, name, &guards, Some(number))?
@@ -386,7 +451,9 @@ impl Client {
                     _ => state.dir.remove(name),
                 }
             }
-            to.lock(ctx, guards.version(to.ino))?.dir.add(to_name, number, kind, created.cookie);
+            to.lock(ctx, guards.version(to.ino))?
+                .dir
+                .add(to_name, number, kind, created.cookie);
             drop(guards);
             if let Some(other) = other.filter(|_| last && !keep) {
                 self.forget_data(&other);

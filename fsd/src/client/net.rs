@@ -16,8 +16,8 @@ use super::workers::Workers;
 use crate::ino;
 use crate::rpc::{Calls, Errno, RpcError};
 use crate::wire::{
-    self, Attached, FrameKind, Hello, JoinReply, LockSpec, MetaReply, MetaRequest, PeerState, Role, StorageReply,
-    StorageRequest, Time,
+    self, Attached, FrameKind, Hello, JoinReply, LockSpec, MetaReply, MetaRequest, PeerState, Role,
+    StorageReply, StorageRequest, Time,
 };
 
 /// Pause between attempts to reach a server again.
@@ -50,13 +50,19 @@ impl StorageSession {
     /// Address in the pool.
     #[must_use]
     pub fn pool(&self, offset: u64) -> RemoteAddr {
-        RemoteAddr { key: RegionKey(self.attached.pool_key), offset }
+        RemoteAddr {
+            key: RegionKey(self.attached.pool_key),
+            offset,
+        }
     }
 
     /// Address of the dirty counter of the slab that holds `offset`.
     #[must_use]
     pub fn dirty(&self, offset: u64) -> RemoteAddr {
-        RemoteAddr { key: RegionKey(self.attached.dirty_key), offset: offset / crate::storage::BLOCK * 8 }
+        RemoteAddr {
+            key: RegionKey(self.attached.dirty_key),
+            offset: offset / crate::storage::BLOCK * 8,
+        }
     }
 }
 
@@ -152,7 +158,8 @@ impl Net {
         let conn = self.connect_meta(Instant::now() + self.timeout)?;
         let reply = self.join_on(&conn, None)?;
         self.fabric.set_identity(self.hello(Some(reply.node)).encode());
-        self.record_bytes.store(u64::from(reply.record_bytes), Ordering::Relaxed);
+        self.record_bytes
+            .store(u64::from(reply.record_bytes), Ordering::Relaxed);
         let links = reply
             .storage
             .iter()
@@ -275,10 +282,11 @@ impl Net {
             None => later(request, done),
             Some(conn) => {
                 let again = request.clone();
-                self.calls.call_async(&conn, &request, move |result| match result {
-                    Err(RpcError::Transport(_)) => later(again, done),
-                    other => done(other),
-                });
+                self.calls
+                    .call_async(&conn, &request, move |result| match result {
+                        Err(RpcError::Transport(_)) => later(again, done),
+                        other => done(other),
+                    });
             }
         }
     }
@@ -314,7 +322,11 @@ impl Net {
     #[must_use]
     pub fn storage_now(&self, id: u16) -> Option<Arc<StorageSession>> {
         let link = self.link(id).ok()?;
-        link.session.read().as_ref().filter(|s| s.conn.is_alive()).cloned()
+        link.session
+            .read()
+            .as_ref()
+            .filter(|s| s.conn.is_alive())
+            .cloned()
     }
 
     /// The session with a storage node; connects if need be.
@@ -351,13 +363,23 @@ impl Net {
 
     fn attach(&self, link: &StorageLink) -> Result<StorageSession, RpcError> {
         let conn = self.fabric.connect(&link.addr)?;
-        let StorageReply::Attached(attached) = self.calls.call(&conn, &StorageRequest::Attach, self.timeout)? else {
+        let StorageReply::Attached(attached) =
+            self.calls.call(&conn, &StorageRequest::Attach, self.timeout)?
+        else {
             return Err(RpcError::Errno(Errno(libc::EPROTO)));
         };
         // The lease segments in use before must be known at once: messages about their records do not wait.
-        let known: Vec<u32> =
-            link.session.read().as_ref().map(|s| s.segments.read().keys().copied().collect()).unwrap_or_default();
-        let session = StorageSession { conn, attached, segments: RwLock::default() };
+        let known: Vec<u32> = link
+            .session
+            .read()
+            .as_ref()
+            .map(|s| s.segments.read().keys().copied().collect())
+            .unwrap_or_default();
+        let session = StorageSession {
+            conn,
+            attached,
+            segments: RwLock::default(),
+        };
         for segment in known {
             self.load_segment(&session, segment)?;
         }
@@ -365,7 +387,11 @@ impl Net {
     }
 
     fn load_segment(&self, session: &StorageSession, segment: u32) -> Result<(), RpcError> {
-        match self.calls.call(&session.conn, &StorageRequest::LeaseSegment { segment }, self.timeout)? {
+        match self.calls.call(
+            &session.conn,
+            &StorageRequest::LeaseSegment { segment },
+            self.timeout,
+        )? {
             StorageReply::Segment(key) => {
                 session.segments.write().insert(segment, RegionKey(key));
                 Ok(())
@@ -393,13 +419,17 @@ impl Net {
         let index = ino::record_index(record);
         let per = u64::from(session.attached.segment_records);
         let key = *session.segments.read().get(&((index / per) as u32))?;
-        Some(RemoteAddr { key, offset: index % per * self.record_bytes.load(Ordering::Relaxed) })
+        Some(RemoteAddr {
+            key,
+            offset: index % per * self.record_bytes.load(Ordering::Relaxed),
+        })
     }
 
     /// Is the place of a lease record known?
     #[must_use]
     pub fn knows_record(&self, record: RecordId) -> bool {
-        self.storage_now(ino::record_shard(record)).is_some_and(|s| self.place(&s, record).is_some())
+        self.storage_now(ino::record_shard(record))
+            .is_some_and(|s| self.place(&s, record).is_some())
     }
 
     /// Finds out where a lease record is.
@@ -428,7 +458,10 @@ impl Net {
     /// [`LeaseError::StorageLost`] while its storage node is away.
     pub fn record(&self, record: RecordId) -> Result<(Arc<dyn Connection>, RemoteAddr), LeaseError> {
         let shard = ino::record_shard(record);
-        let lost = || LeaseError::StorageLost { shard: u32::from(shard), why: "not connected".into() };
+        let lost = || LeaseError::StorageLost {
+            shard: u32::from(shard),
+            why: "not connected".into(),
+        };
         if self.link(shard).is_err() {
             return Err(LeaseError::NoSuchRecord { record });
         }
@@ -505,12 +538,14 @@ impl Net {
 
     fn connect_peer(&self, to: NodeId) -> Result<Arc<dyn Connection>, (RpcError, bool)> {
         match self.meta(&MetaRequest::Peer { node: to.0 }) {
-            Ok(MetaReply::Peer { state: PeerState::Dead, .. }) => {
-                Err((RpcError::Errno(Errno(libc::EHOSTDOWN)), true))
-            }
-            Ok(MetaReply::Peer { listen, .. }) => {
-                self.fabric.connect(&listen).map_err(|error| (error.into(), false))
-            }
+            Ok(MetaReply::Peer {
+                state: PeerState::Dead,
+                ..
+            }) => Err((RpcError::Errno(Errno(libc::EHOSTDOWN)), true)),
+            Ok(MetaReply::Peer { listen, .. }) => self
+                .fabric
+                .connect(&listen)
+                .map_err(|error| (error.into(), false)),
             Ok(_) => Err((RpcError::Errno(Errno(libc::EPROTO)), true)),
             Err(error @ RpcError::Errno(_)) => Err((error, true)),
             Err(error) => Err((error, false)),
@@ -527,7 +562,9 @@ impl Net {
             tracing::warn!("connection to the metadata server lost");
             self.workers.run(move || {
                 while let Some(net) = me.upgrade() {
-                    if net.stopping.load(Ordering::Acquire) || net.meta_conn(Instant::now() + net.timeout).is_ok() {
+                    if net.stopping.load(Ordering::Acquire)
+                        || net.meta_conn(Instant::now() + net.timeout).is_ok()
+                    {
                         return;
                     }
                 }
@@ -535,7 +572,15 @@ impl Net {
             return;
         }
         let shard = self.storage.get().and_then(|links| {
-            links.iter().find(|l| l.session.read().as_ref().is_some_and(|s| s.conn.id() == conn.id())).map(|l| l.id)
+            links
+                .iter()
+                .find(|l| {
+                    l.session
+                        .read()
+                        .as_ref()
+                        .is_some_and(|s| s.conn.id() == conn.id())
+                })
+                .map(|l| l.id)
         });
         if let Some(shard) = shard {
             tracing::warn!("connection to storage node {shard} lost");

@@ -76,7 +76,9 @@ impl Pages {
 
     /// Changes bytes within one page that is there, and makes it dirty. False if it is not there.
     pub fn patch(&mut self, index: u64, at: usize, bytes: &[u8]) -> bool {
-        let Some(page) = self.map.get_mut(&index) else { return false };
+        let Some(page) = self.map.get_mut(&index) else {
+            return false;
+        };
         page.data[at..at + bytes.len()].copy_from_slice(bytes);
         self.dirty += usize::from(!page.dirty);
         page.dirty = true;
@@ -105,7 +107,10 @@ impl Pages {
 
     /// The dirty pages `first ..= last`.
     pub fn dirty_in(&self, first: u64, last: u64) -> impl Iterator<Item = u64> {
-        self.map.range(first..=last).filter(|(_, p)| p.dirty).map(|(&i, _)| i)
+        self.map
+            .range(first..=last)
+            .filter(|(_, p)| p.dirty)
+            .map(|(&i, _)| i)
     }
 
     /// All pages are on the storage nodes.

@@ -49,7 +49,9 @@ impl Revoker {
 
 impl LeaseUser for Revoker {
     fn revoke(&self, id: RecordId, from: Mode, to: Option<Mode>) {
-        let Some(client) = self.client.get().and_then(Weak::upgrade) else { return };
+        let Some(client) = self.client.get().and_then(Weak::upgrade) else {
+            return;
+        };
         if client.revoke_at_once(id, from, to) {
             return;
         }
@@ -58,12 +60,17 @@ impl LeaseUser for Revoker {
     }
 
     fn granted(&self, id: RecordId, mode: Mode, version: u64, payload: Option<&[u8]>) {
-        let Some(attr) = payload.and_then(Attr::decode) else { return };
+        let Some(attr) = payload.and_then(Attr::decode) else {
+            return;
+        };
         let inode = self.inodes.get().and_then(|t| t.by_record(id));
         if let Some(inode) = inode.filter(|i| i.ino == attr.ino) {
             // A hand-over does not wait for the metadata server to have the last owner's attributes.
             let unconfirmed = mode == Mode::Exclusive;
-            *inode.granted.lock() = Some(Granted { attr: Attr { version, ..attr }, unconfirmed });
+            *inode.granted.lock() = Some(Granted {
+                attr: Attr { version, ..attr },
+                unconfirmed,
+            });
         }
     }
 }
@@ -92,8 +99,11 @@ impl Client {
             return false;
         }
         let quiet = to.is_some()
-            || (!inode.kernel.pages.load(Ordering::SeqCst) && inode.kernel.fills.load(Ordering::SeqCst) == fills);
-        let ready = inode.try_lock_raw().filter(|s| quiet && self.flushes_at_once(&inode, s, from));
+            || (!inode.kernel.pages.load(Ordering::SeqCst)
+                && inode.kernel.fills.load(Ordering::SeqCst) == fills);
+        let ready = inode
+            .try_lock_raw()
+            .filter(|s| quiet && self.flushes_at_once(&inode, s, from));
         let Some(mut state) = ready else {
             self.leases.open_gate(id);
             return false;
@@ -120,9 +130,12 @@ impl Client {
     /// Closes the gate if nobody is inside.
     fn close_if_quiet(&self, id: RecordId) -> bool {
         let (tx, rx) = bounded(1);
-        self.leases.close_gate(id, Box::new(move || {
-            let _ = tx.send(());
-        }));
+        self.leases.close_gate(
+            id,
+            Box::new(move || {
+                let _ = tx.send(());
+            }),
+        );
         if rx.try_recv().is_ok() {
             return true;
         }
@@ -182,8 +195,17 @@ impl Client {
             return Relinquish::default();
         }
         let modified = std::mem::take(&mut state.modified);
-        let Some(version) = state.version else { return Relinquish { modified, ..Relinquish::default() } };
-        let next = if modified { (version + 1) & lockmgr::OwnerWord::MAX_VERSION } else { version };
+        let Some(version) = state.version else {
+            return Relinquish {
+                modified,
+                ..Relinquish::default()
+            };
+        };
+        let next = if modified {
+            (version + 1) & lockmgr::OwnerWord::MAX_VERSION
+        } else {
+            version
+        };
         state.version = Some(next);
         let payload = match state.attr.as_mut() {
             Some(attr) if !state.gone => {
@@ -192,7 +214,11 @@ impl Client {
             }
             _ => Vec::new(),
         };
-        Relinquish { modified, needs_confirm: false, payload }
+        Relinquish {
+            modified,
+            needs_confirm: false,
+            payload,
+        }
     }
 
     fn invalidate_attrs(&self, inode: &Inode) {
@@ -204,7 +230,9 @@ impl Client {
     /// Tells the kernel to drop attributes and, for `offset >= 0`, pages. An inode that the kernel is just
     /// about to learn of from an answer already sent is waited for.
     fn notify(&self, inode: &Inode, offset: i64, len: i64) {
-        let Some(notifier) = self.notifier.get() else { return };
+        let Some(notifier) = self.notifier.get() else {
+            return;
+        };
         loop {
             match notifier.inval_inode(fuser::INodeNo(inode.ino), offset, len) {
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
@@ -292,9 +320,12 @@ impl Client {
 
     fn close_and_drain(&self, id: RecordId) {
         let (tx, rx) = bounded(1);
-        self.leases.close_gate(id, Box::new(move || {
-            let _ = tx.send(());
-        }));
+        self.leases.close_gate(
+            id,
+            Box::new(move || {
+                let _ = tx.send(());
+            }),
+        );
         let _ = rx.recv();
     }
 
@@ -323,7 +354,12 @@ impl Client {
     }
 
     /// How to give up a lease whose data is stored, and the attributes to be pushed afterwards.
-    fn relinquish_flushed(&self, inode: &Inode, state: &mut State, from: Mode) -> (Relinquish, Option<AttrUpdate>) {
+    fn relinquish_flushed(
+        &self,
+        inode: &Inode,
+        state: &mut State,
+        from: Mode,
+    ) -> (Relinquish, Option<AttrUpdate>) {
         if from != Mode::Exclusive {
             return (Relinquish::default(), None);
         }
@@ -338,15 +374,20 @@ impl Client {
     /// Tells the metadata server the attributes of a lease given up, and the lease manager when it has them.
     fn push_attrs(self: &Arc<Self>, inode: &Arc<Inode>, update: AttrUpdate) {
         let (me, latch) = (Arc::downgrade(self), Arc::clone(inode));
-        self.net.meta_async(MetaRequest::Update { updates: vec![update] }, move |result| {
-            if let Err(error) = result {
-                tracing::error!("attributes of {:#x} lost: {error}", latch.ino);
-                latch.errors.set(error.errno());
-            }
-            if let Some(client) = Weak::upgrade(&me) {
-                client.leases.confirmed(latch.record());
-            }
-        });
+        self.net.meta_async(
+            MetaRequest::Update {
+                updates: vec![update],
+            },
+            move |result| {
+                if let Err(error) = result {
+                    tracing::error!("attributes of {:#x} lost: {error}", latch.ino);
+                    latch.errors.set(error.errno());
+                }
+                if let Some(client) = Weak::upgrade(&me) {
+                    client.leases.confirmed(latch.record());
+                }
+            },
+        );
     }
 
     /// Brings an inode's dirty data and attributes to the servers while the lease stays. With `wait`, gets
@@ -372,8 +413,13 @@ impl Client {
             && let Some(attr) = state.attr
         {
             // Under the version of before: the one after the tenure stands for its end only.
-            let update = AttrUpdate { version: guard.version(), ..AttrUpdate::from(&attr) };
-            self.net.meta(&MetaRequest::Update { updates: vec![update] })?;
+            let update = AttrUpdate {
+                version: guard.version(),
+                ..AttrUpdate::from(&attr)
+            };
+            self.net.meta(&MetaRequest::Update {
+                updates: vec![update],
+            })?;
             state.attr_dirty = false;
         }
         self.dirty.lock().remove(&inode.ino);

@@ -33,8 +33,18 @@ impl Workers {
     /// A pool of at most `most` threads; none is started before there is work.
     #[must_use]
     pub fn new(name: &'static str, most: usize) -> Self {
-        let state = State { jobs: VecDeque::new(), idle: 0, threads: 0, closed: false };
-        Self(Arc::new(Shared { name, most, state: Mutex::new(state), changed: Condvar::new() }))
+        let state = State {
+            jobs: VecDeque::new(),
+            idle: 0,
+            threads: 0,
+            closed: false,
+        };
+        Self(Arc::new(Shared {
+            name,
+            most,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }))
     }
 
     /// Does something, soon, on some thread. After [`Workers::close`] the job is dropped.

@@ -37,7 +37,9 @@ pub fn frames_wanted(state: &State) -> Vec<(u64, u32)> {
         let end = ends.entry(page * PAGE / BLOCK).or_default();
         *end = (*end).max(page * PAGE % BLOCK + PAGE);
     }
-    ends.into_iter().map(|(block, end)| (block, frame_size(block, end))).collect()
+    ends.into_iter()
+        .map(|(block, end)| (block, frame_size(block, end)))
+        .collect()
 }
 
 impl Client {
@@ -45,11 +47,22 @@ impl Client {
     ///
     /// # Errors
     /// Park; `EFBIG`, `ENOSPC`, I/O errors.
-    pub fn write(&self, ctx: &Ctx<'_>, inode: &Inode, offset: u64, data: &[u8], flags: WriteFlags) -> Res<u32> {
+    pub fn write(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        offset: u64,
+        data: &[u8],
+        flags: WriteFlags,
+    ) -> Res<u32> {
         let guard = self.lease_for_write(ctx, inode, offset, data.len(), flags.cached)?;
         let at = {
             let mut state = inode.lock(ctx, guard.version())?;
-            let at = if flags.append { self.load_attr(ctx, inode, &mut state)?.size } else { offset };
+            let at = if flags.append {
+                self.load_attr(ctx, inode, &mut state)?.size
+            } else {
+                offset
+            };
             self.write_held(ctx, inode, &mut state, at, data)?;
             if flags.kill_suid
                 && let Some(attr) = state.attr.as_mut()
@@ -72,7 +85,14 @@ impl Client {
 
     /// The exclusive lease for a write. While it waits, the kernel may keep the last page locked; see
     /// `revoke` for why that must be known.
-    fn lease_for_write(&self, ctx: &Ctx<'_>, inode: &Inode, offset: u64, len: usize, cached: bool) -> Res<Guard> {
+    fn lease_for_write(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        offset: u64,
+        len: usize,
+        cached: bool,
+    ) -> Res<Guard> {
         if let Some(guard) = self.leases.try_enter(inode.record(), Mode::Exclusive) {
             return Ok(guard);
         }
@@ -108,11 +128,20 @@ impl Client {
     ///
     /// # Errors
     /// Park (nothing has changed then); `EFBIG`, `ENOSPC`, I/O errors.
-    pub fn write_held(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, offset: u64, data: &[u8]) -> Res<()> {
+    pub fn write_held(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut State,
+        offset: u64,
+        data: &[u8],
+    ) -> Res<()> {
         if data.is_empty() {
             return Ok(());
         }
-        let end = offset.checked_add(data.len() as u64).filter(|&e| e <= MAX_FILE_SIZE);
+        let end = offset
+            .checked_add(data.len() as u64)
+            .filter(|&e| e <= MAX_FILE_SIZE);
         let Some(end) = end else { return fail(libc::EFBIG) };
         let attr = self.load_attr(ctx, inode, state)?;
         let aligned = offset.is_multiple_of(PAGE) && (end.is_multiple_of(PAGE) || end >= attr.size);
@@ -130,7 +159,14 @@ impl Client {
         Ok(())
     }
 
-    fn write_through(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, offset: u64, data: &[u8]) -> Res<()> {
+    fn write_through(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut State,
+        offset: u64,
+        data: &[u8],
+    ) -> Res<()> {
         let cut: Vec<_> = stretches(offset, data.len()).collect();
         self.load_frames(ctx, inode, state, cut[0].block, cut[cut.len() - 1].block)?;
         let wants: Vec<(u64, u32)> = cut
@@ -145,13 +181,23 @@ impl Client {
         // What is cached of the range is replaced; done first, so that a failure cannot leave old dirty
         // pages over new data.
         let before = state.pages.len();
-        state.pages.remove(page_of(offset), page_of(offset + data.len() as u64 - 1));
+        state
+            .pages
+            .remove(page_of(offset), page_of(offset + data.len() as u64 - 1));
         self.count_pages(before, state.pages.len());
         let mut by_node: HashMap<u16, Vec<PoolOp<'_>>> = HashMap::new();
         for s in &cut {
-            let Some(frame) = state.frames.known.get(&s.block) else { return fail(libc::EIO) };
-            let op = PoolOp::Write { offset: frame.offset + s.at, from: &data[s.pos..s.pos + s.len] };
-            by_node.entry(self.storage_of(inode.ino, s.block)).or_default().push(op);
+            let Some(frame) = state.frames.known.get(&s.block) else {
+                return fail(libc::EIO);
+            };
+            let op = PoolOp::Write {
+                offset: frame.offset + s.at,
+                from: &data[s.pos..s.pos + s.len],
+            };
+            by_node
+                .entry(self.storage_of(inode.ino, s.block))
+                .or_default()
+                .push(op);
         }
         for (node, ops) in by_node {
             self.transfer(ctx, node, ops)?;
@@ -159,7 +205,14 @@ impl Client {
         Ok(())
     }
 
-    fn write_cached(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, offset: u64, data: &[u8]) -> Res<()> {
+    fn write_cached(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut State,
+        offset: u64,
+        data: &[u8],
+    ) -> Res<()> {
         if self.cached_pages.load(Ordering::Relaxed) > self.max_pages && state.pages.dirty() > 0 {
             ctx.may_wait()?;
             self.flush_pages(ctx, inode, state)?;
@@ -240,9 +293,17 @@ impl Client {
         let mut by_node: HashMap<u16, Vec<PoolOp<'_>>> = HashMap::new();
         for (page, p) in state.pages.dirty_pages() {
             let block = page * PAGE / BLOCK;
-            let Some(frame) = state.frames.known.get(&block) else { return fail(libc::EIO) };
-            let op = PoolOp::Write { offset: frame.offset + page * PAGE % BLOCK, from: &p.data };
-            by_node.entry(self.storage_of(inode.ino, block)).or_default().push(op);
+            let Some(frame) = state.frames.known.get(&block) else {
+                return fail(libc::EIO);
+            };
+            let op = PoolOp::Write {
+                offset: frame.offset + page * PAGE % BLOCK,
+                from: &p.data,
+            };
+            by_node
+                .entry(self.storage_of(inode.ino, block))
+                .or_default()
+                .push(op);
         }
         for (node, ops) in by_node {
             self.transfer(ctx, node, ops)?;
@@ -271,11 +332,17 @@ impl Client {
     }
 
     fn release_reservations(&self, inode: &Inode, state: &mut State, from_block: u64) {
-        let gone: Vec<(u64, u32)> =
-            state.frames.reserved.iter().filter(|(b, _)| **b >= from_block).map(|(&b, &r)| (b, r)).collect();
+        let gone: Vec<(u64, u32)> = state
+            .frames
+            .reserved
+            .iter()
+            .filter(|(b, _)| **b >= from_block)
+            .map(|(&b, &r)| (b, r))
+            .collect();
         for (block, bytes) in gone {
             state.frames.reserved.remove(&block);
-            self.space.put(self.storage_of(inode.ino, block), u64::from(bytes));
+            self.space
+                .put(self.storage_of(inode.ino, block), u64::from(bytes));
         }
     }
 
@@ -325,7 +392,10 @@ impl Client {
         }
         let zeros = vec![0u8; BLOCK as usize];
         for (block, offset, len) in zeroed {
-            let op = PoolOp::Write { offset, from: &zeros[..len as usize] };
+            let op = PoolOp::Write {
+                offset,
+                from: &zeros[..len as usize],
+            };
             self.transfer(ctx, self.storage_of(inode.ino, block), vec![op])?;
         }
         if frees {
@@ -345,12 +415,18 @@ impl Client {
     }
 
     fn free_blocks(&self, inode: &Inode, state: &mut State, first: u64, last: u64) -> Res<()> {
-        let mut nodes: Vec<u16> =
-            frames_in(state, first, last).iter().map(|(b, _)| self.storage_of(inode.ino, *b)).collect();
+        let mut nodes: Vec<u16> = frames_in(state, first, last)
+            .iter()
+            .map(|(b, _)| self.storage_of(inode.ino, *b))
+            .collect();
         nodes.sort_unstable();
         nodes.dedup();
         for node in nodes {
-            let request = StorageRequest::Free { ino: inode.ino, first, last };
+            let request = StorageRequest::Free {
+                ino: inode.ino,
+                first,
+                last,
+            };
             let StorageReply::Freed(_) = self.net.ask_storage(node, &request)? else {
                 return fail(libc::EPROTO);
             };

@@ -70,7 +70,9 @@ impl Client {
             // given up, that writes it back.
             self.dirty.lock().remove(&ino);
             let inode = self.inodes.find(ino);
-            let guard = inode.as_ref().and_then(|i| self.leases.try_enter(i.record(), Mode::Exclusive));
+            let guard = inode
+                .as_ref()
+                .and_then(|i| self.leases.try_enter(i.record(), Mode::Exclusive));
             held.extend(inode.zip(guard));
         }
         if let Err(stop) = self.allocate_group(&held) {
@@ -80,7 +82,9 @@ impl Client {
         let _order = self.attr_push.lock();
         let mut updates = Vec::with_capacity(held.len());
         for (inode, guard) in &held {
-            let Ok(mut state) = inode.lock(&ctx, guard.version()) else { continue };
+            let Ok(mut state) = inode.lock(&ctx, guard.version()) else {
+                continue;
+            };
             if state.gone {
                 continue;
             }
@@ -94,7 +98,10 @@ impl Client {
             if std::mem::take(&mut state.attr_dirty)
                 && let Some(attr) = &state.attr
             {
-                updates.push(AttrUpdate { version: guard.version(), ..AttrUpdate::from(attr) });
+                updates.push(AttrUpdate {
+                    version: guard.version(),
+                    ..AttrUpdate::from(attr)
+                });
             }
         }
         if updates.is_empty() {
@@ -129,15 +136,24 @@ impl Client {
             for (block, size) in super::write::frames_wanted(&state) {
                 if state.frames.known.get(&block).is_none_or(|f| f.size < size) {
                     let reserved = state.frames.reserved.get(&block).copied().unwrap_or(0);
-                    let want = BlockWant { ino: inode.ino, block, size };
-                    by_node.entry(self.storage_of(inode.ino, block)).or_default().push((i, want, reserved));
+                    let want = BlockWant {
+                        ino: inode.ino,
+                        block,
+                        size,
+                    };
+                    by_node
+                        .entry(self.storage_of(inode.ino, block))
+                        .or_default()
+                        .push((i, want, reserved));
                 }
             }
         }
         for (node, wants) in by_node {
             let reserved = wants.iter().map(|(_, _, r)| u64::from(*r)).sum();
-            let request =
-                StorageRequest::Allocate { wants: wants.iter().map(|(_, w, _)| *w).collect(), reserved };
+            let request = StorageRequest::Allocate {
+                wants: wants.iter().map(|(_, w, _)| *w).collect(),
+                reserved,
+            };
             let StorageReply::Allocated(frames) = self.net.ask_storage(node, &request)? else {
                 return super::ctx::fail(libc::EPROTO);
             };

@@ -12,7 +12,9 @@ use crate::wire::{MetaReply, MetaRequest, NamespaceOp};
 
 /// Name spaces that can be stored; POSIX ACLs are not supported and say so.
 fn supported(name: &[u8]) -> bool {
-    [&b"user."[..], b"trusted.", b"security."].iter().any(|p| name.starts_with(p) && name.len() > p.len())
+    [&b"user."[..], b"trusted.", b"security."]
+        .iter()
+        .any(|p| name.starts_with(p) && name.len() > p.len())
 }
 
 impl Client {
@@ -78,7 +80,12 @@ impl Client {
         if !supported(name) {
             return fail(libc::EOPNOTSUPP);
         }
-        let op = NamespaceOp::SetXattr { ino: inode.ino, name: name.to_vec(), value: value.to_vec(), flags };
+        let op = NamespaceOp::SetXattr {
+            ino: inode.ino,
+            name: name.to_vec(),
+            value: value.to_vec(),
+            flags,
+        };
         self.change_xattr(ctx, inode, op)
     }
 
@@ -90,7 +97,14 @@ impl Client {
         if !supported(name) {
             return fail(libc::EOPNOTSUPP);
         }
-        self.change_xattr(ctx, inode, NamespaceOp::RemoveXattr { ino: inode.ino, name: name.to_vec() })
+        self.change_xattr(
+            ctx,
+            inode,
+            NamespaceOp::RemoveXattr {
+                ino: inode.ino,
+                name: name.to_vec(),
+            },
+        )
     }
 
     fn change_xattr(&self, ctx: &Ctx<'_>, inode: &Inode, op: NamespaceOp) -> Res<()> {

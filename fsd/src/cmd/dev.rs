@@ -13,7 +13,9 @@ use anyhow::{Context, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::config::{CacheMode, Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, Size, StorageConfig};
+use crate::config::{
+    CacheMode, Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, Size, StorageConfig,
+};
 
 /// Arguments of `fsd dev`.
 #[derive(Debug, clap::Args)]
@@ -99,9 +101,15 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
         spin_us: args.spin_us.unwrap_or_else(crate::config::default_spin),
         timeout_ms: 10_000,
         lease,
-        meta: MetaConfig { listen: address("meta")?, dir: state.join("meta") },
+        meta: MetaConfig {
+            listen: address("meta")?,
+            dir: state.join("meta"),
+        },
         storage,
-        mount: MountConfig { cache: args.cache, ..MountConfig::default() },
+        mount: MountConfig {
+            cache: args.cache,
+            ..MountConfig::default()
+        },
     })
 }
 
@@ -122,7 +130,11 @@ impl Cluster {
             .process_group(0)
             .spawn()
             .with_context(|| format!("cannot start the {what}"))?;
-        self.members.push(Member { what: what.to_owned(), child, point: point.map(Path::to_owned) });
+        self.members.push(Member {
+            what: what.to_owned(),
+            child,
+            point: point.map(Path::to_owned),
+        });
         let ready = self.wait_ready(&socket, what);
         let _ = std::fs::remove_file(&path);
         ready
@@ -205,7 +217,10 @@ fn wait_for(child: &mut Child, limit: Duration) -> bool {
 pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
     // The children report their own readiness; this process has nothing to say to systemd.
-    let temporary = tempfile::Builder::new().prefix("fsd-dev-").tempdir().context("temporary directory")?;
+    let temporary = tempfile::Builder::new()
+        .prefix("fsd-dev-")
+        .tempdir()
+        .context("temporary directory")?;
     let base = args.dir.clone().unwrap_or_else(|| temporary.path().join("mnt"));
     std::fs::create_dir_all(&base).with_context(|| format!("cannot make {}", base.display()))?;
     let base = base.canonicalize()?;
@@ -230,7 +245,11 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
     let fresh = !state.join("meta").exists();
     if !fresh {
         // Sizes are fixed at format time; addresses may be new.
-        config.storage.iter_mut().zip(Config::load(&file)?.storage).for_each(|(new, old)| new.pool = old.pool);
+        config
+            .storage
+            .iter_mut()
+            .zip(Config::load(&file)?.storage)
+            .for_each(|(new, old)| new.pool = old.pool);
     }
     std::fs::write(&file, toml::to_string(&config)?).context("cluster.toml")?;
     if fresh {
@@ -241,10 +260,18 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
             crate::storage::server::format(&s.dir, &config.cluster, s.id, &uuid)?;
         }
     }
-    let mut cluster = Cluster { members: Vec::new(), config: file.clone(), notify_dir: tempfile::tempdir()? };
+    let mut cluster = Cluster {
+        members: Vec::new(),
+        config: file.clone(),
+        notify_dir: tempfile::tempdir()?,
+    };
     for id in 0..args.storage {
         let id = id.to_string();
-        cluster.spawn(&format!("storage node {id}"), &["storage", "--forget", "--id", &id], None)?;
+        cluster.spawn(
+            &format!("storage node {id}"),
+            &["storage", "--forget", "--id", &id],
+            None,
+        )?;
     }
     cluster.spawn("metadata server", &["meta"], None)?;
     for (i, point) in points.iter().enumerate() {
@@ -254,7 +281,11 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
         "fsd dev: {} mounts over {} at {}",
         args.mounts,
         super::fabric_name(args.fabric),
-        points.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
+        points
+            .iter()
+            .map(|p| p.display().to_string())
+            .collect::<Vec<_>>()
+            .join(", ")
     );
     eprintln!("fsd dev: ask it with  fsd status --config {}", file.display());
     let code = if args.command.is_empty() {
@@ -293,8 +324,11 @@ fn run_command(
     cluster: &mut Cluster,
     signals: &mut Signals,
 ) -> anyhow::Result<ExitCode> {
-    let pids: Vec<String> =
-        cluster.members.iter().map(|m| format!("{}={}", m.what.replace(' ', ""), m.child.id())).collect();
+    let pids: Vec<String> = cluster
+        .members
+        .iter()
+        .map(|m| format!("{}={}", m.what.replace(' ', ""), m.child.id()))
+        .collect();
     let mut child = Command::new(&args.command[0])
         .args(&args.command[1..])
         .env("FSD_DIR", base)

@@ -52,11 +52,23 @@ pub fn run(args: &FormatArgs) -> anyhow::Result<ExitCode> {
         println!("metadata store made in {}", config.meta.dir.display());
     }
     if let Some(id) = args.storage {
-        anyhow::ensure!(config.storage.iter().any(|s| s.id == id), "the configuration has no storage node {id}");
+        anyhow::ensure!(
+            config.storage.iter().any(|s| s.id == id),
+            "the configuration has no storage node {id}"
+        );
     }
-    for section in config.storage.iter().filter(|s| !args.meta && args.storage.is_none_or(|id| id == s.id)) {
+    for section in config
+        .storage
+        .iter()
+        .filter(|s| !args.meta && args.storage.is_none_or(|id| id == s.id))
+    {
         crate::storage::server::format(&section.dir, &config.cluster, section.id, &uuid)?;
-        println!("storage node {} made in {} ({})", section.id, section.dir.display(), section.pool);
+        println!(
+            "storage node {} made in {} ({})",
+            section.id,
+            section.dir.display(),
+            section.pool
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

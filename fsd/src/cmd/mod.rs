@@ -99,14 +99,24 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Storage { role, id, forget } => {
             load(&role).and_then(|(c, key)| role::storage(&c, key, id, forget))
         }
-        Command::Mount { role, cache, listen, allow_nonempty, auto_unmount, point } => {
-            load(&role).and_then(|(c, key)| {
-                let cache = cache.unwrap_or(c.mount.cache);
-                let options =
-                    crate::client::MountOptions { point, cache, listen, allow_nonempty, auto_unmount };
-                role::mount(&c, key, &options)
-            })
-        }
+        Command::Mount {
+            role,
+            cache,
+            listen,
+            allow_nonempty,
+            auto_unmount,
+            point,
+        } => load(&role).and_then(|(c, key)| {
+            let cache = cache.unwrap_or(c.mount.cache);
+            let options = crate::client::MountOptions {
+                point,
+                cache,
+                listen,
+                allow_nonempty,
+                auto_unmount,
+            };
+            role::mount(&c, key, &options)
+        }),
         Command::Format(args) => format::run(&args),
         Command::Keygen { file } => format::keygen(&file).map(|()| ExitCode::SUCCESS),
         Command::Status { config, json } => status::run(&config, json),
@@ -129,7 +139,10 @@ fn load(args: &RoleArgs) -> anyhow::Result<(Config, Vec<u8>)> {
 fn start_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,fsd=info"));
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .try_init();
 }
 
 /// Fabric of `fsd dev`, from its argument.

@@ -92,7 +92,11 @@ pub fn mount(config: &Config, key: Vec<u8>, options: &MountOptions) -> anyhow::R
     let mut signals = signals()?;
     follow_parent(rustix::process::Signal::TERM)?;
     let mount = Mount::start(config, key, options)?;
-    ready(&format!("mounted on {} ({:?})", mount.point().display(), mount.mode()));
+    ready(&format!(
+        "mounted on {} ({:?})",
+        mount.point().display(),
+        mount.mode()
+    ));
     wait(&mut signals, || mount.is_gone());
     mount.stop();
     Ok(ExitCode::SUCCESS)

@@ -65,12 +65,20 @@ impl Asker {
             },
             Router::new(&config.cluster, Arc::clone(&calls), Arc::new(NoService)),
         )?;
-        Ok(Self { calls, fabric, timeout, _dir: dir })
+        Ok(Self {
+            calls,
+            fabric,
+            timeout,
+            _dir: dir,
+        })
     }
 
     fn ask<Q: Serialize, R: DeserializeOwned>(&self, addr: &str, request: &Q) -> Result<R, String> {
         let conn: Arc<dyn Connection> = self.fabric.connect(addr).map_err(|e| e.to_string())?;
-        let reply = self.calls.call(&conn, request, self.timeout).map_err(|e| e.to_string());
+        let reply = self
+            .calls
+            .call(&conn, request, self.timeout)
+            .map_err(|e| e.to_string());
         conn.close();
         reply
     }
@@ -124,8 +132,11 @@ pub fn collect(config: &Config) -> anyhow::Result<Report> {
         })
         .collect();
     let nodes = meta.as_ref().map(|m| m.nodes.clone()).unwrap_or_default();
-    let mounts: Vec<_> =
-        nodes.iter().filter(|n| n.state == PeerState::Up).map(|n| (n.node, asker.ask(&n.listen, &MountRequest::Status))).collect();
+    let mounts: Vec<_> = nodes
+        .iter()
+        .filter(|n| n.state == PeerState::Up)
+        .map(|n| (n.node, asker.ask(&n.listen, &MountRequest::Status)))
+        .collect();
     let healthy = meta.is_ok()
         && storage.iter().all(|(_, s)| s.is_ok())
         && mounts.iter().all(|(_, m)| m.is_ok())
@@ -145,27 +156,50 @@ fn mib(bytes: u64) -> String {
 }
 
 fn print(report: &Report) {
-    println!("cluster {} over {}: {}", report.cluster, report.fabric, if report.healthy { "healthy" } else { "NOT HEALTHY" });
+    println!(
+        "cluster {} over {}: {}",
+        report.cluster,
+        report.fabric,
+        if report.healthy { "healthy" } else { "NOT HEALTHY" }
+    );
     match &report.meta {
-        Ok(m) => println!("metadata server  up    {} inodes, {} orphans, {} requests", m.inodes, m.orphans, m.requests),
+        Ok(m) => println!(
+            "metadata server  up    {} inodes, {} orphans, {} requests",
+            m.inodes, m.orphans, m.requests
+        ),
         Err(error) => println!("metadata server  DOWN  {error}"),
     }
     for (id, status) in &report.storage {
         match status {
             Ok(s) => println!(
                 "storage node {id:<3} up    {} of {} free, {} reserved, {} not yet stored; leases: {} exclusive, {} shared",
-                mib(s.free), mib(s.total), mib(s.reserved), mib(s.dirty), s.exclusive, s.shared
+                mib(s.free),
+                mib(s.total),
+                mib(s.reserved),
+                mib(s.dirty),
+                s.exclusive,
+                s.shared
             ),
             Err(error) => println!("storage node {id:<3} DOWN  {error}"),
         }
     }
     let Ok(meta) = &report.meta else { return };
     for node in &meta.nodes {
-        println!("mount {:<10} {:<5} {} ({} file locks)", node.node, node.state, node.name, node.locks);
+        println!(
+            "mount {:<10} {:<5} {} ({} file locks)",
+            node.node, node.state, node.name, node.locks
+        );
         match report.mounts.iter().find(|(n, _)| *n == node.node) {
             Some((_, Ok(m))) => println!(
                 "                       {}; leases: {} exclusive, {} shared, {} waiting; {} dirty files, {} cached; {} requests, {} revocations",
-                m.cache, m.exclusive, m.shared, m.waiting, m.dirty_files, mib(m.cached_bytes), m.requests, m.revocations
+                m.cache,
+                m.exclusive,
+                m.shared,
+                m.waiting,
+                m.dirty_files,
+                mib(m.cached_bytes),
+                m.requests,
+                m.revocations
             ),
             Some((_, Err(error))) => println!("                       no answer: {error}"),
             None => {}
@@ -184,5 +218,9 @@ pub fn run(path: &Path, json: bool) -> anyhow::Result<ExitCode> {
     } else {
         print(&report);
     }
-    Ok(if report.healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if report.healthy {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }

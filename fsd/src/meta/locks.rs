@@ -65,14 +65,31 @@ impl File {
                 continue;
             }
             if h.range.start < lock.range.start {
-                kept.push(Held { range: LockRange { start: h.range.start, end: lock.range.start - 1 }, ..h });
+                kept.push(Held {
+                    range: LockRange {
+                        start: h.range.start,
+                        end: lock.range.start - 1,
+                    },
+                    ..h
+                });
             }
             if h.range.end > lock.range.end {
-                kept.push(Held { range: LockRange { start: lock.range.end + 1, end: h.range.end }, ..h });
+                kept.push(Held {
+                    range: LockRange {
+                        start: lock.range.end + 1,
+                        end: h.range.end,
+                    },
+                    ..h
+                });
             }
         }
         if let Some(kind) = lock.kind {
-            let mut new = Held { owner: lock.owner, pid: lock.pid, range: lock.range, kind };
+            let mut new = Held {
+                owner: lock.owner,
+                pid: lock.pid,
+                range: lock.range,
+                kind,
+            };
             kept.retain(|h| {
                 let joins = h.owner == new.owner
                     && h.kind == kind
@@ -136,7 +153,9 @@ impl LockTable {
         if let Some(kind) = lock.kind
             && file.conflict(lock, kind).is_some()
         {
-            let Some(ticket) = wait else { return (Outcome::Conflict, Vec::new()) };
+            let Some(ticket) = wait else {
+                return (Outcome::Conflict, Vec::new());
+            };
             file.waiting.push_back((ticket, *lock));
             if self.waits_for_itself(lock.owner) {
                 self.cancel_ticket(lock.ino, ticket);
@@ -194,8 +213,13 @@ impl LockTable {
 
     /// Takes a waiting request out; returns its ticket (to be answered) and those served thereby.
     pub fn cancel(&mut self, lock: &LockSpec) -> (Option<Ticket>, Vec<Ticket>) {
-        let Some(file) = self.files.get_mut(&lock.ino) else { return (None, Vec::new()) };
-        let at = file.waiting.iter().position(|(_, l)| l.owner == lock.owner && l.range == lock.range);
+        let Some(file) = self.files.get_mut(&lock.ino) else {
+            return (None, Vec::new());
+        };
+        let at = file
+            .waiting
+            .iter()
+            .position(|(_, l)| l.owner == lock.owner && l.range == lock.range);
         let ticket = at.and_then(|i| file.waiting.remove(i)).map(|(t, _)| t);
         let served = file.serve();
         self.tidy(lock.ino);
@@ -203,7 +227,9 @@ impl LockTable {
     }
 
     fn drop_where(&mut self, ino: u64, gone: impl Fn(&LockOwner) -> bool) -> Vec<Ticket> {
-        let Some(file) = self.files.get_mut(&ino) else { return Vec::new() };
+        let Some(file) = self.files.get_mut(&ino) else {
+            return Vec::new();
+        };
         file.held.retain(|h| !gone(&h.owner));
         file.waiting.retain(|(_, l)| !gone(&l.owner));
         let served = file.serve();
@@ -219,17 +245,27 @@ impl LockTable {
     /// Drops everything of a mount.
     pub fn release_node(&mut self, node: u16) -> Vec<Ticket> {
         let inos: Vec<u64> = self.files.keys().copied().collect();
-        inos.into_iter().flat_map(|ino| self.drop_where(ino, |o| o.node == node)).collect()
+        inos.into_iter()
+            .flat_map(|ino| self.drop_where(ino, |o| o.node == node))
+            .collect()
     }
 
     /// Locks held by a mount.
     #[must_use]
     pub fn count(&self, node: u16) -> u64 {
-        self.files.values().flat_map(|f| &f.held).filter(|h| h.owner.node == node).count() as u64
+        self.files
+            .values()
+            .flat_map(|f| &f.held)
+            .filter(|h| h.owner.node == node)
+            .count() as u64
     }
 
     fn tidy(&mut self, ino: u64) {
-        if self.files.get(&ino).is_some_and(|f| f.held.is_empty() && f.waiting.is_empty()) {
+        if self
+            .files
+            .get(&ino)
+            .is_some_and(|f| f.held.is_empty() && f.waiting.is_empty())
+        {
             self.files.remove(&ino);
         }
     }
@@ -246,7 +282,10 @@ mod tests {
     fn on(ino: u64, owner: u64, start: u64, end: u64, kind: Option<LockKind>) -> LockSpec {
         LockSpec {
             ino,
-            owner: LockOwner { node: owner as u16, owner },
+            owner: LockOwner {
+                node: owner as u16,
+                owner,
+            },
             pid: 1,
             range: LockRange { start, end },
             kind,
@@ -273,9 +312,15 @@ mod tests {
         let mut t = LockTable::default();
         t.set(&lock(1, 0, 99, W), None);
         t.set(&lock(1, 40, 59, None), None);
-        assert_eq!(t.test(&lock(2, 39, 39, R)).map(|l| l.range), Some(LockRange { start: 0, end: 39 }));
+        assert_eq!(
+            t.test(&lock(2, 39, 39, R)).map(|l| l.range),
+            Some(LockRange { start: 0, end: 39 })
+        );
         assert_eq!(t.test(&lock(2, 40, 59, W)), None);
-        assert_eq!(t.test(&lock(2, 60, 60, R)).map(|l| l.range), Some(LockRange { start: 60, end: 99 }));
+        assert_eq!(
+            t.test(&lock(2, 60, 60, R)).map(|l| l.range),
+            Some(LockRange { start: 60, end: 99 })
+        );
     }
 
     #[test]

@@ -55,7 +55,15 @@ impl<'a> Change<'a> {
     #[must_use]
     pub fn new(txn: Txn<'a>, node: u16, now: Time, era: u32, touched: &[Touched]) -> Self {
         let versions = touched.iter().map(|t| (t.ino, t.version)).collect();
-        Self { txn, now, era, node, versions, attrs: Vec::new(), effects: Effects::default() }
+        Self {
+            txn,
+            now,
+            era,
+            node,
+            versions,
+            attrs: Vec::new(),
+            effects: Effects::default(),
+        }
     }
 
     /// Carries out the operation. The caller commits the transaction that comes back.
@@ -66,7 +74,12 @@ impl<'a> Change<'a> {
         let (cookie, second_cookie) = match op {
             NamespaceOp::Create { .. } => (self.create(op)?, 0),
             NamespaceOp::Link { ino, parent, name } => (self.link(*ino, *parent, name)?, 0),
-            NamespaceOp::Unlink { parent, name, ino, keep } => {
+            NamespaceOp::Unlink {
+                parent,
+                name,
+                ino,
+                keep,
+            } => {
                 self.unlink(*parent, name, *ino, *keep)?;
                 (0, 0)
             }
@@ -75,7 +88,12 @@ impl<'a> Change<'a> {
                 (0, 0)
             }
             NamespaceOp::Rename { .. } => self.rename(op)?,
-            NamespaceOp::SetXattr { ino, name, value, flags } => {
+            NamespaceOp::SetXattr {
+                ino,
+                name,
+                value,
+                flags,
+            } => {
                 self.set_xattr(*ino, name, value, *flags)?;
                 (0, 0)
             }
@@ -84,7 +102,15 @@ impl<'a> Change<'a> {
                 (0, 0)
             }
         };
-        Ok((self.txn, Created { attrs: self.attrs, cookie, second_cookie }, self.effects))
+        Ok((
+            self.txn,
+            Created {
+                attrs: self.attrs,
+                cookie,
+                second_cookie,
+            },
+            self.effects,
+        ))
     }
 
     /// Stores a changed inode with its new version and change time, and reports its attributes.
@@ -95,7 +121,11 @@ impl<'a> Change<'a> {
 
     fn save_unchanged_time(&mut self, inode: &mut Inode) {
         if let Some(&version) = self.versions.get(&inode.attr.ino) {
-            inode.attr.version = if inode.era == self.era { inode.attr.version.max(version) } else { version };
+            inode.attr.version = if inode.era == self.era {
+                inode.attr.version.max(version)
+            } else {
+                version
+            };
             inode.era = self.era;
         }
         self.txn.set_inode(inode);
@@ -109,7 +139,19 @@ impl<'a> Change<'a> {
     }
 
     fn create(&mut self, op: &NamespaceOp) -> Result<u64, Refusal> {
-        let NamespaceOp::Create { parent, name, ino, version, kind, mode, uid, gid, rdev, target } = op else {
+        let NamespaceOp::Create {
+            parent,
+            name,
+            ino,
+            version,
+            kind,
+            mode,
+            uid,
+            gid,
+            rdev,
+            target,
+        } = op
+        else {
             return no(libc::EINVAL);
         };
         check_name(name)?;
@@ -278,7 +320,17 @@ impl<'a> Change<'a> {
     }
 
     fn rename(&mut self, op: &NamespaceOp) -> Result<(u64, u64), Refusal> {
-        let NamespaceOp::Rename { parent, name, ino, new_parent, new_name, replaced, keep, flags } = op else {
+        let NamespaceOp::Rename {
+            parent,
+            name,
+            ino,
+            new_parent,
+            new_name,
+            replaced,
+            keep,
+            flags,
+        } = op
+        else {
             return no(libc::EINVAL);
         };
         let (exchange, noreplace) = (flags & RENAME_EXCHANGE != 0, flags & RENAME_NOREPLACE != 0);
@@ -304,7 +356,9 @@ impl<'a> Change<'a> {
             return no(libc::EEXIST);
         }
         if exchange {
-            let Some(other) = other else { return no(libc::ENOENT) };
+            let Some(other) = other else {
+                return no(libc::ENOENT);
+            };
             return self.exchange(*parent, name, moved, *new_parent, new_name, other);
         }
         if let Some(other) = &other {
@@ -426,8 +480,11 @@ impl<'a> Change<'a> {
         if self.txn.get(&key)?.is_none() {
             return no(libc::ENODATA);
         }
-        inode.attr.has_xattr =
-            self.txn.scan_stored(&key::xattr(ino, &[]), 2)?.iter().any(|(k, _)| *k != key);
+        inode.attr.has_xattr = self
+            .txn
+            .scan_stored(&key::xattr(ino, &[]), 2)?
+            .iter()
+            .any(|(k, _)| *k != key);
         self.txn.delete(key);
         self.save(&mut inode);
         Ok(())

@@ -152,12 +152,16 @@ pub mod key {
     /// The number after the tag.
     #[must_use]
     pub fn number(key: &[u8]) -> u64 {
-        key.get(1..9).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+        key.get(1..9)
+            .and_then(|b| b.try_into().ok())
+            .map_or(0, u64::from_be_bytes)
     }
     /// The second number.
     #[must_use]
     pub fn second(key: &[u8]) -> u64 {
-        key.get(9..17).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+        key.get(9..17)
+            .and_then(|b| b.try_into().ok())
+            .map_or(0, u64::from_be_bytes)
     }
     /// What follows the first number.
     #[must_use]
@@ -194,7 +198,10 @@ impl<'a> Txn<'a> {
     /// Begins.
     #[must_use]
     pub fn new(store: &'a dyn Store) -> Self {
-        Self { store, changed: HashMap::new() }
+        Self {
+            store,
+            changed: HashMap::new(),
+        }
     }
 
     /// Raw value.
@@ -223,7 +230,9 @@ impl<'a> Txn<'a> {
     /// # Errors
     /// The store failed.
     pub fn scan_stored(&self, prefix: &[u8], limit: usize) -> Result<Vec<crate::store::Pair>, Refusal> {
-        Ok(self.store.scan(prefix, &crate::store::prefix_end(prefix), limit)?)
+        Ok(self
+            .store
+            .scan(prefix, &crate::store::prefix_end(prefix), limit)?)
     }
 
     /// An inode.
@@ -231,7 +240,8 @@ impl<'a> Txn<'a> {
     /// # Errors
     /// `ENOENT` if there is none.
     pub fn inode(&self, ino: u64) -> Result<Inode, Refusal> {
-        self.get(&key::inode(ino))?.map_or_else(|| no(libc::ENOENT), |bytes| decode(&bytes))
+        self.get(&key::inode(ino))?
+            .map_or_else(|| no(libc::ENOENT), |bytes| decode(&bytes))
     }
 
     /// An inode that must be a directory.
@@ -240,7 +250,11 @@ impl<'a> Txn<'a> {
     /// `ENOENT`, `ENOTDIR`.
     pub fn directory(&self, ino: u64) -> Result<Inode, Refusal> {
         let inode = self.inode(ino)?;
-        if inode.attr.kind == Kind::Directory { Ok(inode) } else { no(libc::ENOTDIR) }
+        if inode.attr.kind == Kind::Directory {
+            Ok(inode)
+        } else {
+            no(libc::ENOTDIR)
+        }
     }
 
     /// Stores an inode.
@@ -253,14 +267,19 @@ impl<'a> Txn<'a> {
     /// # Errors
     /// The store failed.
     pub fn dirent(&self, parent: u64, name: &[u8]) -> Result<Option<Dirent>, Refusal> {
-        self.get(&key::dirent(parent, name))?.map(|bytes| decode(&bytes)).transpose()
+        self.get(&key::dirent(parent, name))?
+            .map(|bytes| decode(&bytes))
+            .transpose()
     }
 
     /// Stores a directory entry under the directory's next cookie, which it returns.
     pub fn add_dirent(&mut self, parent: &mut Inode, name: &[u8], ino: u64, kind: Kind) -> u64 {
         let cookie = parent.next_cookie;
         parent.next_cookie += 1;
-        self.put(key::dirent(parent.attr.ino, name), encode(&Dirent { ino, kind, cookie }));
+        self.put(
+            key::dirent(parent.attr.ino, name),
+            encode(&Dirent { ino, kind, cookie }),
+        );
         cookie
     }
 
@@ -276,7 +295,11 @@ impl<'a> Txn<'a> {
                 None => batch.delete(key),
             }
         }
-        if batch.is_empty() { Ok(()) } else { self.store.apply(batch) }
+        if batch.is_empty() {
+            Ok(())
+        } else {
+            self.store.apply(batch)
+        }
     }
 }
 

@@ -65,9 +65,10 @@ pub struct MetaServer {
 fn load<T>(result: Result<T, Refusal>) -> Result<T, MetaError> {
     result.map_err(|refusal| match refusal {
         Refusal::Store(error) => MetaError::Store(error),
-        Refusal::Errno(e) => {
-            MetaError::Io { what: "the metadata store is damaged".into(), error: std::io::Error::from_raw_os_error(e.0) }
-        }
+        Refusal::Errno(e) => MetaError::Io {
+            what: "the metadata store is damaged".into(),
+            error: std::io::Error::from_raw_os_error(e.0),
+        },
     })
 }
 
@@ -77,8 +78,10 @@ fn load<T>(result: Result<T, Refusal>) -> Result<T, MetaError> {
 /// It is formatted already, or the disk refuses.
 pub fn format(config: &Config, uuid: &str) -> Result<(), MetaError> {
     let dir = &config.meta.dir;
-    std::fs::create_dir_all(dir)
-        .map_err(|error| MetaError::Io { what: format!("cannot make {}", dir.display()), error })?;
+    std::fs::create_dir_all(dir).map_err(|error| MetaError::Io {
+        what: format!("cannot make {}", dir.display()),
+        error,
+    })?;
     let store = FjallStore::open(dir)?;
     if store.get(&key::superblock())?.is_some() {
         return Err(MetaError::Format {
@@ -96,13 +99,20 @@ pub fn format(config: &Config, uuid: &str) -> Result<(), MetaError> {
     };
     let mut txn = Txn::new(&store);
     txn.put(key::superblock(), encode(&superblock));
-    txn.set_inode(&new_root(Time::now(), rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw()));
+    txn.set_inode(&new_root(
+        Time::now(),
+        rustix::process::getuid().as_raw(),
+        rustix::process::getgid().as_raw(),
+    ));
     txn.commit()?;
     Ok(store.sync()?)
 }
 
 fn read_superblock(store: &dyn Store, config: &Config, dir: &Path) -> Result<Superblock, MetaError> {
-    let format = |detail: String| MetaError::Format { path: dir.to_owned(), detail };
+    let format = |detail: String| MetaError::Format {
+        path: dir.to_owned(),
+        detail,
+    };
     let bytes = store
         .get(&key::superblock())?
         .ok_or_else(|| format("is not a formatted metadata directory: run fsd format first".into()))?;
@@ -114,7 +124,10 @@ fn read_superblock(store: &dyn Store, config: &Config, dir: &Path) -> Result<Sup
         )));
     }
     if superblock.cluster != config.cluster {
-        return Err(format(format!("belongs to cluster '{}', not '{}'", superblock.cluster, config.cluster)));
+        return Err(format(format!(
+            "belongs to cluster '{}', not '{}'",
+            superblock.cluster, config.cluster
+        )));
     }
     if usize::from(superblock.shards) != config.storage.len() {
         return Err(format(format!(
@@ -136,7 +149,9 @@ fn count(store: &dyn Store, tag: u8) -> Result<u64, MetaError> {
     let (mut from, mut n) = (vec![tag], 0);
     loop {
         let pairs = store.scan(&from, &[tag + 1], 4096)?;
-        let Some((last, _)) = pairs.last() else { return Ok(n) };
+        let Some((last, _)) = pairs.last() else {
+            return Ok(n);
+        };
         from.clone_from(last);
         from.push(0);
         n += pairs.len() as u64;
@@ -153,18 +168,34 @@ fn load_state(store: &dyn Store, superblock: &Superblock) -> Result<State, MetaE
         } else {
             // It may still run and come back; until then it counts as lost.
             let lost = Some(Instant::now());
-            sessions.nodes.insert(node, Session { member, conn: None, lost, dead: false });
+            sessions.nodes.insert(
+                node,
+                Session {
+                    member,
+                    conn: None,
+                    lost,
+                    dead: false,
+                },
+            );
         }
     }
     let mut answers: HashMap<u16, BTreeMap<u64, Vec<u8>>> = HashMap::new();
     for (k, v) in store.scan(b"L", b"M", usize::MAX)? {
-        answers.entry(key::number(&k) as u16).or_default().insert(key::second(&k), v);
+        answers
+            .entry(key::number(&k) as u16)
+            .or_default()
+            .insert(key::second(&k), v);
     }
     let mut next_index = Vec::new();
     for shard in 0..superblock.shards {
         let stored = store.get(&key::next_index(shard))?;
         let first = if shard == 0 { ino::ROOT + 1 } else { 1 };
-        next_index.push(stored.map(|v| load(decode::<u64>(&v))).transpose()?.unwrap_or(first));
+        next_index.push(
+            stored
+                .map(|v| load(decode::<u64>(&v)))
+                .transpose()?
+                .unwrap_or(first),
+        );
     }
     Ok(State {
         sessions,
@@ -185,7 +216,10 @@ struct Front(OnceLock<Arc<Inner>>);
 
 impl Service for Front {
     fn admit(&self, _hello: &Hello) -> Result<(), String> {
-        self.0.get().map(|_| ()).ok_or_else(|| "the metadata server is still starting".into())
+        self.0
+            .get()
+            .map(|_| ())
+            .ok_or_else(|| "the metadata server is still starting".into())
     }
     fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
         if let Some(inner) = self.0.get() {
@@ -208,7 +242,10 @@ impl MetaServer {
         let dir = &config.meta.dir;
         if !dir.exists() {
             let detail = "does not exist: run fsd format first".into();
-            return Err(MetaError::Format { path: dir.clone(), detail });
+            return Err(MetaError::Format {
+                path: dir.clone(),
+                detail,
+            });
         }
         let store: Arc<dyn Store> = Arc::new(FjallStore::open(dir)?);
         let superblock = read_superblock(store.as_ref(), config, dir)?;
@@ -230,7 +267,11 @@ impl MetaServer {
                 spin: Duration::from_micros(config.spin_us),
                 timeout: Duration::from_millis(config.timeout_ms),
             },
-            Router::new(&config.cluster, Arc::clone(&calls), Arc::clone(&front) as Arc<dyn Service>),
+            Router::new(
+                &config.cluster,
+                Arc::clone(&calls),
+                Arc::clone(&front) as Arc<dyn Service>,
+            ),
         )?;
         let (sync, sync_in) = unbounded();
         let (freed, freed_in) = unbounded();
@@ -258,14 +299,22 @@ impl MetaServer {
             std::thread::Builder::new()
                 .name(name.into())
                 .spawn(body)
-                .map_err(|error| MetaError::Io { what: format!("cannot start thread {name}"), error })
+                .map_err(|error| MetaError::Io {
+                    what: format!("cannot start thread {name}"),
+                    error,
+                })
         };
         let (a, b) = (Arc::clone(&inner), Arc::clone(&inner));
         let threads = vec![
             thread("meta-sync", Box::new(move || a.sync_loop(&sync_in)))?,
             thread("meta-house", Box::new(move || b.house_loop(&freed_in, &stop_in)))?,
         ];
-        Ok(Self { inner, fabric, threads, stop })
+        Ok(Self {
+            inner,
+            fabric,
+            threads,
+            stop,
+        })
     }
 
     /// The address it listens on.
@@ -348,13 +397,18 @@ impl Inner {
 
     pub(super) fn ask_storage(&self, id: u16, request: &StorageRequest) -> Result<StorageReply, RpcError> {
         let conn = self.storage(id)?;
-        self.calls.call(&conn, request, Duration::from_millis(self.config.timeout_ms))
+        self.calls
+            .call(&conn, request, Duration::from_millis(self.config.timeout_ms))
     }
 
     /// Frees an inode's blocks everywhere, then lets its record be used again. False: try again later.
     fn free_blocks(&self, ino: u64) -> bool {
         for section in &self.config.storage {
-            let request = StorageRequest::Free { ino, first: 0, last: u64::MAX };
+            let request = StorageRequest::Free {
+                ino,
+                first: 0,
+                last: u64::MAX,
+            };
             if let Err(error) = self.ask_storage(section.id, &request) {
                 if !self.stopping.load(Ordering::Acquire) {
                     tracing::debug!("blocks of {ino:#x} not freed yet: {error}");
@@ -378,17 +432,24 @@ impl Inner {
     /// Nobody alive holds anything: clear all leases, reap all orphans, forget the dead.
     fn recover_all(&self) -> Result<(), MetaError> {
         for section in &self.config.storage {
-            self.ask_storage(section.id, &StorageRequest::ResetLeases).map_err(|error| MetaError::Io {
-                what: format!("resetting the leases of storage node {}", section.id),
-                error: std::io::Error::other(error.to_string()),
-            })?;
+            self.ask_storage(section.id, &StorageRequest::ResetLeases)
+                .map_err(|error| MetaError::Io {
+                    what: format!("resetting the leases of storage node {}", section.id),
+                    error: std::io::Error::other(error.to_string()),
+                })?;
         }
         let mut state = self.state.lock();
         if !state.sessions.only_dead() {
             return Ok(());
         }
         for (k, _) in self.store.scan(b"O", &prefix_end(b"O"), usize::MAX)? {
-            let change = Change::new(Txn::new(self.store.as_ref()), 0, Time::now(), self.superblock.era, &[]);
+            let change = Change::new(
+                Txn::new(self.store.as_ref()),
+                0,
+                Time::now(),
+                self.superblock.era,
+                &[],
+            );
             if let Some((txn, effects)) = load(change.reap(key::number(&k)))? {
                 txn.commit()?;
                 self.settle(&mut state, &effects);

@@ -16,8 +16,8 @@ use crate::ino;
 use crate::rpc::{Errno, Responder};
 use crate::store::prefix_end;
 use crate::wire::{
-    Attr, Created, DirEntry, Hello, InoRange, JoinReply, LockSpec, MetaReply, MetaRequest, MetaStatus, NodeInfo,
-    StatFs, StorageInfo, Time,
+    Attr, Created, DirEntry, Hello, InoRange, JoinReply, LockSpec, MetaReply, MetaRequest, MetaStatus,
+    NodeInfo, StatFs, StorageInfo, Time,
 };
 
 /// Clocks further apart than this are refused: times of files would run backwards between mounts.
@@ -61,7 +61,9 @@ impl Inner {
                 responder.reply(&Ok(MetaReply::Done));
             }
             other => {
-                let answer = self.answer(responder.conn(), other).map_err(|refusal| refusal.errno());
+                let answer = self
+                    .answer(responder.conn(), other)
+                    .map_err(|refusal| refusal.errno());
                 responder.reply(&answer);
             }
         }
@@ -69,12 +71,31 @@ impl Inner {
 
     fn answer(&self, conn: &Arc<dyn Connection>, request: MetaRequest) -> Answer {
         match request {
-            MetaRequest::Join { again, life, listen, name, now, locks } => {
-                self.join(conn, again, Member { incarnation: 0, life, name, listen }, now, &locks)
-            }
+            MetaRequest::Join {
+                again,
+                life,
+                listen,
+                name,
+                now,
+                locks,
+            } => self.join(
+                conn,
+                again,
+                Member {
+                    incarnation: 0,
+                    life,
+                    name,
+                    listen,
+                },
+                now,
+                &locks,
+            ),
             MetaRequest::Leave { unused } => {
                 let mut state = self.state.lock();
-                let node = state.sessions.by_conn(conn.id()).map_or_else(|| no(libc::ENOTCONN), Ok)?;
+                let node = state
+                    .sessions
+                    .by_conn(conn.id())
+                    .map_or_else(|| no(libc::ENOTCONN), Ok)?;
                 self.forget(&mut state, node, &unused)?;
                 let served = state.locks.release_node(node);
                 drop(state);
@@ -84,16 +105,24 @@ impl Inner {
             }
             MetaRequest::Peer { node } => {
                 let state = self.state.lock();
-                let session = state.sessions.nodes.get(&node).map_or_else(|| no(libc::ENOENT), Ok)?;
-                Ok(MetaReply::Peer { listen: session.member.listen.clone(), state: session.state() })
+                let session = state
+                    .sessions
+                    .nodes
+                    .get(&node)
+                    .map_or_else(|| no(libc::ENOENT), Ok)?;
+                Ok(MetaReply::Peer {
+                    listen: session.member.listen.clone(),
+                    state: session.state(),
+                })
             }
             MetaRequest::ReserveInodes { count } => self.reserve(conn, count.min(MAX_RESERVE)),
             MetaRequest::Lookup { parent, name } => {
                 let txn = self.txn();
                 match txn.dirent(parent, &name)? {
-                    Some(entry) => {
-                        Ok(MetaReply::Found(Some((entry.cookie, self.attr(&txn, entry.ino)?))))
-                    }
+                    Some(entry) => Ok(MetaReply::Found(Some((
+                        entry.cookie,
+                        self.attr(&txn, entry.ino)?,
+                    )))),
                     None => {
                         txn.directory(parent)?;
                         Ok(MetaReply::Found(None))
@@ -105,11 +134,20 @@ impl Inner {
             MetaRequest::ReadLink { ino } => Ok(MetaReply::Target(self.txn().inode(ino)?.target)),
             MetaRequest::GetXattrs { ino } => {
                 let pairs = self.txn().scan_stored(&key::xattr(ino, &[]), usize::MAX)?;
-                Ok(MetaReply::Xattrs(pairs.into_iter().map(|(k, v)| (key::rest(&k).to_vec(), v)).collect()))
+                Ok(MetaReply::Xattrs(
+                    pairs
+                        .into_iter()
+                        .map(|(k, v)| (key::rest(&k).to_vec(), v))
+                        .collect(),
+                ))
             }
-            MetaRequest::Namespace { seq, acknowledged, now, touched, op } => {
-                self.namespace(conn, seq, acknowledged, now, &touched, &op)
-            }
+            MetaRequest::Namespace {
+                seq,
+                acknowledged,
+                now,
+                touched,
+                op,
+            } => self.namespace(conn, seq, acknowledged, now, &touched, &op),
             MetaRequest::Update { updates } => {
                 let mut txn = self.txn();
                 for update in &updates {
@@ -122,7 +160,10 @@ impl Inner {
             MetaRequest::GetLock { lock } => Ok(MetaReply::Lock(self.state.lock().locks.test(&lock))),
             MetaRequest::StatFs => {
                 let inodes = self.state.lock().inodes;
-                Ok(MetaReply::StatFs(StatFs { inodes, free: ino::MAX_INDEX - inodes }))
+                Ok(MetaReply::StatFs(StatFs {
+                    inodes,
+                    free: ino::MAX_INDEX - inodes,
+                }))
             }
             MetaRequest::Status => Ok(MetaReply::Status(self.status())),
             MetaRequest::Cluster => Ok(MetaReply::Cluster {
@@ -154,7 +195,14 @@ impl Inner {
     }
 
     fn storage_infos(&self) -> Vec<StorageInfo> {
-        self.config.storage.iter().map(|s| StorageInfo { id: s.id, listen: s.listen.clone() }).collect()
+        self.config
+            .storage
+            .iter()
+            .map(|s| StorageInfo {
+                id: s.id,
+                listen: s.listen.clone(),
+            })
+            .collect()
     }
 
     fn join(
@@ -187,16 +235,28 @@ impl Inner {
             }
             None => state
                 .sessions
-                .free_number(u16::try_from(layout.max_nodes()).unwrap_or(u16::MAX))
+                .free_number(layout.max_nodes())
                 .map_or_else(|| no(libc::EUSERS), Ok)?,
         };
         member.incarnation = incarnation;
         let mut txn = self.txn();
         txn.put(key::member(node), encode(&member));
         txn.commit()?;
-        tracing::info!("mount {node} ({}) {}", member.name, if again.is_some() { "is back" } else { "has joined" });
+        tracing::info!(
+            "mount {node} ({}) {}",
+            member.name,
+            if again.is_some() { "is back" } else { "has joined" }
+        );
         state.sessions.incarnations.insert(node, incarnation);
-        state.sessions.nodes.insert(node, Session { member, conn: Some(conn.id()), lost: None, dead: false });
+        state.sessions.nodes.insert(
+            node,
+            Session {
+                member,
+                conn: Some(conn.id()),
+                lost: None,
+                dead: false,
+            },
+        );
         for lock in locks {
             state.locks.set(lock, None);
         }
@@ -211,19 +271,33 @@ impl Inner {
 
     /// A mount is no more: its number, reservations and answers go.
     pub(super) fn forget(&self, state: &mut State, node: u16, unused: &[u64]) -> Result<(), Refusal> {
-        let Some(session) = state.sessions.nodes.remove(&node) else { return Ok(()) };
+        let Some(session) = state.sessions.nodes.remove(&node) else {
+            return Ok(());
+        };
         let mut txn = self.txn();
         for (k, _) in txn.scan_stored(&key::reserved(node, 0)[..9], usize::MAX)? {
             let number = key::second(&k);
-            txn.put(key::reusable(ino::shard(number), ino::index(number)), encode(&ino::generation(number).wrapping_add(1)));
+            txn.put(
+                key::reusable(ino::shard(number), ino::index(number)),
+                encode(&ino::generation(number).wrapping_add(1)),
+            );
             txn.delete(k);
         }
         for (k, _) in txn.scan_stored(&key::answer(node, 0)[..9], usize::MAX)? {
             txn.delete(k);
         }
-        txn.put(key::member(node), encode(&Member { life: 0, ..session.member }));
+        txn.put(
+            key::member(node),
+            encode(&Member {
+                life: 0,
+                ..session.member
+            }),
+        );
         txn.commit()?;
-        tracing::debug!("{} reserved inode numbers come back from mount {node}", unused.len());
+        tracing::debug!(
+            "{} reserved inode numbers come back from mount {node}",
+            unused.len()
+        );
         state.answers.remove(&node);
         Ok(())
     }
@@ -231,7 +305,10 @@ impl Inner {
     /// Numbers for new inodes, spread over the storage nodes; used ones first.
     fn reserve(&self, conn: &Arc<dyn Connection>, count: u32) -> Answer {
         let mut state = self.state.lock();
-        let node = state.sessions.by_conn(conn.id()).map_or_else(|| no(libc::ENOTCONN), Ok)?;
+        let node = state
+            .sessions
+            .by_conn(conn.id())
+            .map_or_else(|| no(libc::ENOTCONN), Ok)?;
         let mut txn = self.txn();
         let shards = self.superblock.shards;
         let per_shard = (count as usize).div_ceil(usize::from(shards));
@@ -279,7 +356,15 @@ impl Inner {
             let name = key::rest(&k).to_vec();
             bytes += name.len() + 120;
             let attr = self.attr(&txn, dirent.ino)?;
-            entries.push((DirEntry { name, ino: dirent.ino, kind: dirent.kind, cookie: dirent.cookie }, attr));
+            entries.push((
+                DirEntry {
+                    name,
+                    ino: dirent.ino,
+                    kind: dirent.kind,
+                    cookie: dirent.cookie,
+                },
+                attr,
+            ));
             if bytes > READDIR_BYTES {
                 return Ok(MetaReply::Entries(entries, false));
             }
@@ -297,9 +382,14 @@ impl Inner {
         op: &crate::wire::NamespaceOp,
     ) -> Answer {
         let mut state = self.state.lock();
-        let node = state.sessions.by_conn(conn.id()).map_or_else(|| no(libc::ENOTCONN), Ok)?;
+        let node = state
+            .sessions
+            .by_conn(conn.id())
+            .map_or_else(|| no(libc::ENOTCONN), Ok)?;
         if let Some(bytes) = state.answers.get(&node).and_then(|a| a.get(&seq)) {
-            return decode::<Result<Created, Errno>>(bytes)?.map(MetaReply::Changed).map_err(Refusal::Errno);
+            return decode::<Result<Created, Errno>>(bytes)?
+                .map(MetaReply::Changed)
+                .map_err(Refusal::Errno);
         }
         let op = &self.adjust(&mut state, op);
         let result = Change::new(self.txn(), node, now, self.superblock.era, touched).run(op);
@@ -415,6 +505,5 @@ impl Inner {
         if let Some(node) = lost {
             tracing::warn!("connection to mount {node} lost");
         }
-        
     }
 }

@@ -57,7 +57,10 @@ impl Sessions {
     /// The node whose connection this is.
     #[must_use]
     pub fn by_conn(&self, conn: ConnId) -> Option<u16> {
-        self.nodes.iter().find(|(_, s)| s.conn == Some(conn)).map(|(&n, _)| n)
+        self.nodes
+            .iter()
+            .find(|(_, s)| s.conn == Some(conn))
+            .map(|(&n, _)| n)
     }
 
     /// A connection has ended; returns the node it belonged to.
@@ -93,8 +96,18 @@ mod tests {
     use super::*;
 
     fn session(conn: Option<u64>) -> Session {
-        let member = Member { incarnation: 1, life: 1, name: String::new(), listen: String::new() };
-        Session { member, conn: conn.map(ConnId), lost: None, dead: false }
+        let member = Member {
+            incarnation: 1,
+            life: 1,
+            name: String::new(),
+            listen: String::new(),
+        };
+        Session {
+            member,
+            conn: conn.map(ConnId),
+            lost: None,
+            dead: false,
+        }
     }
 
     #[test]

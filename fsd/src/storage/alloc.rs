@@ -68,7 +68,10 @@ impl Allocator {
             Some(&i) => i,
             None => {
                 let i = self.free.pop_first()?;
-                self.slabs[i as usize] = Some(Slab { class: class as u8, used: 0 });
+                self.slabs[i as usize] = Some(Slab {
+                    class: class as u8,
+                    used: 0,
+                });
                 self.partial[class].insert(i);
                 i
             }
@@ -88,8 +91,13 @@ impl Allocator {
     pub fn occupy(&mut self, offset: u64, class: usize) -> bool {
         let index = (offset / BLOCK) as u32;
         let bit = (offset % BLOCK) / u64::from(CLASSES[class]);
-        let Some(place) = self.slabs.get_mut(index as usize) else { return false };
-        let slab = place.get_or_insert(Slab { class: class as u8, used: 0 });
+        let Some(place) = self.slabs.get_mut(index as usize) else {
+            return false;
+        };
+        let slab = place.get_or_insert(Slab {
+            class: class as u8,
+            used: 0,
+        });
         if usize::from(slab.class) != class
             || slab.used & (1 << bit) != 0
             || !(offset % BLOCK).is_multiple_of(u64::from(CLASSES[class]))
@@ -112,7 +120,9 @@ impl Allocator {
     pub fn free(&mut self, offset: u64, class: usize) {
         let index = (offset / BLOCK) as u32;
         let bit = (offset % BLOCK) / u64::from(CLASSES[class]);
-        let Some(Some(slab)) = self.slabs.get_mut(index as usize) else { return };
+        let Some(Some(slab)) = self.slabs.get_mut(index as usize) else {
+            return;
+        };
         if usize::from(slab.class) != class || slab.used & (1 << bit) == 0 {
             return;
         }
@@ -143,7 +153,10 @@ impl Allocator {
     /// Bytes that nobody uses or has reserved, in whole slabs.
     #[must_use]
     pub fn reservable(&self) -> u64 {
-        (self.free.len() as u64).saturating_sub(HEADROOM_SLABS).saturating_mul(BLOCK).saturating_sub(self.reserved)
+        (self.free.len() as u64)
+            .saturating_sub(HEADROOM_SLABS)
+            .saturating_mul(BLOCK)
+            .saturating_sub(self.reserved)
     }
 
     /// Bytes in free frames.

@@ -17,6 +17,9 @@ use crate::wire::{Frame, StorageReply, StorageStatus};
 /// How often the background flusher looks for unstored data.
 const FLUSH_EVERY: Duration = Duration::from_secs(2);
 
+/// Inode, block and frame.
+type Placed = (u64, u64, Frame);
+
 /// The error number of a storage error.
 pub(super) fn errno(error: &StorageError) -> Errno {
     tracing::error!("{error}");
@@ -35,11 +38,17 @@ impl Inner {
 
     /// Makes everything written to these inodes durable.
     pub(super) fn flush(&self, inos: &[u64]) -> Result<(), StorageError> {
-        let mut blocks: Vec<(u64, u64, Frame)> = Vec::new();
+        let mut blocks: Vec<Placed> = Vec::new();
         {
             let space = self.space.lock();
             for &ino in inos.iter().collect::<HashSet<_>>() {
-                blocks.extend(space.index.entries(ino).into_iter().map(|(block, e)| (ino, block, e.frame)));
+                blocks.extend(
+                    space
+                        .index
+                        .entries(ino)
+                        .into_iter()
+                        .map(|(block, e)| (ino, block, e.frame)),
+                );
             }
         }
         blocks.retain(|(_, _, frame)| self.is_dirty(*frame));
@@ -51,11 +60,7 @@ impl Inner {
 
     /// Writes blocks to the backing file and marks them; `counts` gives the slabs that are stored wholly,
     /// with the counter read before.
-    fn store_blocks(
-        &self,
-        blocks: &[(u64, u64, Frame)],
-        counts: &BTreeMap<u64, u64>,
-    ) -> Result<(), StorageError> {
+    fn store_blocks(&self, blocks: &[Placed], counts: &BTreeMap<u64, u64>) -> Result<(), StorageError> {
         if blocks.is_empty() {
             return Ok(());
         }
@@ -84,7 +89,7 @@ impl Inner {
     }
 
     /// The blocks in slabs that have changed, and those slabs' counters.
-    fn changed(&self) -> (Vec<(u64, u64, Frame)>, BTreeMap<u64, u64>) {
+    fn changed(&self) -> (Vec<Placed>, BTreeMap<u64, u64>) {
         let mut counts = BTreeMap::new();
         let space = self.space.lock();
         let blocks = space
@@ -106,7 +111,9 @@ impl Inner {
 
     fn dirty_sum(&self) -> u64 {
         let slabs = self.pool.mem.len() as u64 / BLOCK;
-        (0..slabs).map(|s| self.pool.dirty_count(s * BLOCK)).fold(0, u64::wrapping_add)
+        (0..slabs)
+            .map(|s| self.pool.dirty_count(s * BLOCK))
+            .fold(0, u64::wrapping_add)
     }
 
     /// Bounds how long data that nobody fsyncs stays in memory only.
@@ -142,7 +149,10 @@ impl Inner {
 
     pub(super) fn status(&self) -> Result<StorageStatus, StorageError> {
         let own = self.own.lock().clone();
-        let held = own.map(|own| self.leases.held(own.as_ref())).transpose()?.unwrap_or_default();
+        let held = own
+            .map(|own| self.leases.held(own.as_ref()))
+            .transpose()?
+            .unwrap_or_default();
         let (blocks, _) = self.changed();
         let space = self.space.lock();
         Ok(StorageStatus {

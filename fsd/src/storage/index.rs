@@ -39,7 +39,14 @@ fn decode(key: &[u8], value: &[u8]) -> Option<(u64, u64, Entry)> {
     let offset = u64::from_le_bytes(value.get(0..8)?.try_into().ok()?);
     let size = u32::from_le_bytes(value.get(8..12)?.try_into().ok()?);
     let stored = *value.get(12)? != 0;
-    Some((ino, block, Entry { frame: Frame { offset, size }, stored }))
+    Some((
+        ino,
+        block,
+        Entry {
+            frame: Frame { offset, size },
+            stored,
+        },
+    ))
 }
 
 /// The index of one storage node.
@@ -90,19 +97,30 @@ impl Index {
     #[must_use]
     pub fn lookup(&self, ino: u64, first: u64, count: usize) -> Vec<BlockFrame> {
         self.files.get(&ino).map_or_else(Vec::new, |blocks| {
-            blocks.range(first..).take(count).map(|(&block, e)| BlockFrame { block, frame: e.frame }).collect()
+            blocks
+                .range(first..)
+                .take(count)
+                .map(|(&block, e)| BlockFrame {
+                    block,
+                    frame: e.frame,
+                })
+                .collect()
         })
     }
 
     /// All entries of an inode.
     #[must_use]
     pub fn entries(&self, ino: u64) -> Vec<(u64, Entry)> {
-        self.files.get(&ino).map_or_else(Vec::new, |blocks| blocks.iter().map(|(&b, &e)| (b, e)).collect())
+        self.files
+            .get(&ino)
+            .map_or_else(Vec::new, |blocks| blocks.iter().map(|(&b, &e)| (b, e)).collect())
     }
 
     /// Every entry of the node.
     pub fn all(&self) -> impl Iterator<Item = (u64, u64, Entry)> + '_ {
-        self.files.iter().flat_map(|(&ino, blocks)| blocks.iter().map(move |(&b, &e)| (ino, b, e)))
+        self.files
+            .iter()
+            .flat_map(|(&ino, blocks)| blocks.iter().map(move |(&b, &e)| (ino, b, e)))
     }
 
     /// Sets entries, atomically in the store.
@@ -129,7 +147,9 @@ impl Index {
         if first > last {
             return Ok(Vec::new());
         }
-        let Some(blocks) = self.files.get_mut(&ino) else { return Ok(Vec::new()) };
+        let Some(blocks) = self.files.get_mut(&ino) else {
+            return Ok(Vec::new());
+        };
         let gone: Vec<(u64, Frame)> = blocks.range(first..=last).map(|(&b, e)| (b, e.frame)).collect();
         let mut batch = Batch::default();
         for (block, _) in &gone {
@@ -153,11 +173,16 @@ impl Index {
         let changed: Vec<(u64, u64, Entry)> = blocks
             .iter()
             .filter(|(ino, block, frame)| {
-                self.get(*ino, *block).is_some_and(|e| e.frame == *frame && !e.stored)
+                self.get(*ino, *block)
+                    .is_some_and(|e| e.frame == *frame && !e.stored)
             })
             .map(|&(ino, block, frame)| (ino, block, Entry { frame, stored: true }))
             .collect();
-        if changed.is_empty() { Ok(()) } else { self.set(&changed) }
+        if changed.is_empty() {
+            Ok(())
+        } else {
+            self.set(&changed)
+        }
     }
 }
 
@@ -175,17 +200,46 @@ mod tests {
             let mut index = Index::load(store, |_, _, _| true).unwrap();
             index
                 .set(&[
-                    (5, 0, Entry { frame: frame(0), stored: false }),
-                    (5, 9, Entry { frame: frame(4096), stored: false }),
-                    (6, 1, Entry { frame: frame(8192), stored: false }),
+                    (
+                        5,
+                        0,
+                        Entry {
+                            frame: frame(0),
+                            stored: false,
+                        },
+                    ),
+                    (
+                        5,
+                        9,
+                        Entry {
+                            frame: frame(4096),
+                            stored: false,
+                        },
+                    ),
+                    (
+                        6,
+                        1,
+                        Entry {
+                            frame: frame(8192),
+                            stored: false,
+                        },
+                    ),
                 ])
                 .unwrap();
-            index.mark_stored(&[(5, 9, frame(4096)), (6, 1, frame(0))]).unwrap();
+            index
+                .mark_stored(&[(5, 9, frame(4096)), (6, 1, frame(0))])
+                .unwrap();
             assert_eq!(index.remove(6, 0, u64::MAX).unwrap(), vec![frame(8192)]);
         }
         let store = Arc::new(FjallStore::open(dir.path()).unwrap());
         let index = Index::load(store, |_, _, e| e.stored).unwrap();
-        assert_eq!(index.lookup(5, 0, 10), vec![BlockFrame { block: 9, frame: frame(4096) }]);
+        assert_eq!(
+            index.lookup(5, 0, 10),
+            vec![BlockFrame {
+                block: 9,
+                frame: frame(4096)
+            }]
+        );
         assert_eq!(index.all().count(), 1);
     }
 }

@@ -14,11 +14,14 @@ use super::StorageError;
 /// Records in a segment (4 MiB at 64 bytes a record; memory is used only where touched).
 pub const SEGMENT_RECORDS: u32 = 1 << 16;
 
+/// A segment's memory and the key it is registered under.
+type Segment = (Arc<SharedMem>, RegionKey);
+
 /// The lease table of one storage node.
 pub struct LeaseTable {
     prefix: PathBuf,
     record_bytes: u32,
-    segments: Mutex<Vec<Option<(Arc<SharedMem>, RegionKey)>>>,
+    segments: Mutex<Vec<Segment>>,
 }
 
 /// How many records are held, for `fsd status`.
@@ -34,7 +37,11 @@ impl LeaseTable {
     /// A table whose segments are files `PREFIX.N` (they outlive the process, as leases must).
     #[must_use]
     pub fn new(prefix: PathBuf, record_bytes: u32) -> Self {
-        Self { prefix, record_bytes, segments: Mutex::default() }
+        Self {
+            prefix,
+            record_bytes,
+            segments: Mutex::default(),
+        }
     }
 
     fn file(&self, segment: u32) -> PathBuf {
@@ -72,13 +79,9 @@ impl LeaseTable {
             let path = self.file(segments.len() as u32);
             let mem = Arc::new(SharedMem::open_file(&path, self.segment_bytes() as usize, false)?);
             let key = fabric.register(&mem, Access::ALL)?;
-            segments.push(Some((mem, key)));
+            segments.push((mem, key));
         }
-        segments[wanted].as_ref().map(|(_, key)| *key).ok_or_else(|| StorageError::Io {
-            what: "lease segment",
-            path: self.file(segment),
-            error: std::io::Error::other("not registered"),
-        })
+        Ok(segments[wanted].1)
     }
 
     fn for_each(
@@ -86,7 +89,12 @@ impl LeaseTable {
         conn: &dyn Connection,
         mut visit: impl FnMut(RemoteAddr, &[u64]) -> Result<(), StorageError>,
     ) -> Result<(), StorageError> {
-        let keys: Vec<RegionKey> = self.segments.lock().iter().flatten().map(|(_, key)| *key).collect();
+        let keys: Vec<RegionKey> = self
+            .segments
+            .lock()
+            .iter()
+            .map(|(_, key)| *key)
+            .collect();
         let words = self.record_bytes as usize / 8;
         let zero = vec![0u8; 64 << 10];
         let mut chunk = vec![0u8; 64 << 10];
@@ -94,7 +102,10 @@ impl LeaseTable {
             let mut offset = 0;
             while offset < self.segment_bytes() {
                 let base = RemoteAddr { key, offset };
-                conn.execute(&mut [Op::Read { at: base, into: &mut chunk }])?;
+                conn.execute(&mut [Op::Read {
+                    at: base,
+                    into: &mut chunk,
+                }])?;
                 if chunk != zero {
                     for (i, bytes) in chunk.chunks_exact(words * 8).enumerate() {
                         let record: Vec<u64> = bytes
@@ -140,7 +151,11 @@ impl LeaseTable {
         let mut cleared = 0;
         self.for_each(conn, |at, record| {
             let old = lockmgr::OwnerWord::decode(record[0]);
-            let new = lockmgr::OwnerWord { incarnation: 0, writer: None, version: old.version + 1 };
+            let new = lockmgr::OwnerWord {
+                incarnation: 0,
+                writer: None,
+                version: old.version + 1,
+            };
             let mut bytes = Vec::with_capacity(record.len() * 8);
             bytes.extend_from_slice(&new.encode().to_ne_bytes());
             bytes.resize(record.len() * 8, 0);

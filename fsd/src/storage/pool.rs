@@ -52,7 +52,11 @@ impl Pool {
                 error,
             })?;
         let mem = Arc::new(SharedMem::open_file(memory, bytes as usize, !inherited)?);
-        let dirty = Arc::new(SharedMem::open_file(&dirty_path, (bytes / BLOCK * 8).max(4096) as usize, false)?);
+        let dirty = Arc::new(SharedMem::open_file(
+            &dirty_path,
+            (bytes / BLOCK * 8).max(4096) as usize,
+            false,
+        )?);
         Ok(Self {
             mem,
             dirty,
@@ -75,7 +79,9 @@ impl Pool {
     /// Reading failed.
     pub fn load(&self, frame: Frame) -> Result<(), StorageError> {
         let mut bytes = vec![0; frame.size as usize];
-        self.backing.read_exact_at(&mut bytes, frame.offset).map_err(self.io("cannot read"))?;
+        self.backing
+            .read_exact_at(&mut bytes, frame.offset)
+            .map_err(self.io("cannot read"))?;
         Ok(self.mem.write_at(frame.offset as usize, &bytes)?)
     }
 
@@ -86,7 +92,9 @@ impl Pool {
     pub fn store(&self, frame: Frame, scratch: &mut Vec<u8>) -> Result<(), StorageError> {
         scratch.resize(frame.size as usize, 0);
         self.mem.read_at(frame.offset as usize, scratch)?;
-        self.backing.write_all_at(scratch, frame.offset).map_err(self.io("cannot write"))
+        self.backing
+            .write_all_at(scratch, frame.offset)
+            .map_err(self.io("cannot write"))
     }
 
     /// Makes everything stored so far durable.
@@ -101,7 +109,9 @@ impl Pool {
     #[must_use]
     pub fn dirty_count(&self, offset: u64) -> u64 {
         // A plain load: whoever incremented it did so through the fabric, this node never does.
-        self.dirty.word((offset / BLOCK * 8) as usize).map_or(0, |w| w.load(Ordering::Acquire))
+        self.dirty
+            .word((offset / BLOCK * 8) as usize)
+            .map_or(0, |w| w.load(Ordering::Acquire))
     }
 
     /// Removes the memory files: everything is stored and the node leaves.

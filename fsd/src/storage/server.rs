@@ -12,12 +12,12 @@ use parking_lot::Mutex;
 use rdma_transport::{Access, ConnId, Connection, Fabric, FabricConfig, RegionKey};
 
 use super::alloc::{Allocator, CLASSES, class_for};
+use super::flush::errno;
 use super::index::{Entry, Index};
 use super::leases::{LeaseTable, SEGMENT_RECORDS};
 use super::pool::Pool;
 use super::{BLOCK, StorageError};
 use crate::config::Config;
-use super::flush::errno;
 use crate::rpc::{Calls, Errno, Responder, Router, Service};
 use crate::store::{FjallStore, Store};
 use crate::wire::{Attached, BlockWant, Frame, Hello, Role, StorageReply, StorageRequest};
@@ -134,10 +134,14 @@ impl StorageNode {
     /// # Errors
     /// Not formatted, not enough memory, address taken…
     pub fn start(config: &Config, id: u16, key: Vec<u8>) -> Result<Self, StorageError> {
-        let section = config.storage.iter().find(|s| s.id == id).ok_or_else(|| StorageError::Format {
-            path: config.key_file.clone(),
-            detail: format!("the configuration has no storage node {id}"),
-        })?;
+        let section = config
+            .storage
+            .iter()
+            .find(|s| s.id == id)
+            .ok_or_else(|| StorageError::Format {
+                path: config.key_file.clone(),
+                detail: format!("the configuration has no storage node {id}"),
+            })?;
         let label = read_label(&section.dir, &config.cluster, id)?;
         let store: Arc<dyn Store> = Arc::new(FjallStore::open(&section.dir.join("index"))?);
         let memory = section.memory_dir.join(format!("distfuse-{label}-{id}.pool"));
@@ -160,10 +164,17 @@ impl StorageNode {
             }
         }
 
-        let front = Arc::new(Front { inner: std::sync::OnceLock::new() });
+        let front = Arc::new(Front {
+            inner: std::sync::OnceLock::new(),
+        });
         let calls = Arc::new(Calls::default());
         let life = rand::random();
-        let hello = Hello { protocol: crate::wire::PROTOCOL, cluster: config.cluster.clone(), role: Role::Storage(id), life };
+        let hello = Hello {
+            protocol: crate::wire::PROTOCOL,
+            cluster: config.cluster.clone(),
+            role: Role::Storage(id),
+            life,
+        };
         let fabric = rdma_transport::open(
             config.fabric.into(),
             FabricConfig {
@@ -196,7 +207,12 @@ impl StorageNode {
             id,
             pool,
             leases,
-            space: Mutex::new(Space { alloc, index, reserved: HashMap::new(), stored: HashMap::new() }),
+            space: Mutex::new(Space {
+                alloc,
+                index,
+                reserved: HashMap::new(),
+                stored: HashMap::new(),
+            }),
             store,
             pool_key,
             dirty_key,
@@ -215,11 +231,25 @@ impl StorageNode {
         debug_assert!(set.is_ok());
         *inner.own.lock() = Some(fabric.connect(&fabric.local_addr())?);
         let threads = vec![
-            spawn("storage-work", { let i = Arc::clone(&inner); move || i.work_loop(&work_in) })?,
-            spawn("storage-clean", { let i = Arc::clone(&inner); move || i.clean_loop(&clean_in) })?,
-            spawn("storage-flush", { let i = Arc::clone(&inner); move || i.flush_loop(&stop_in) })?,
+            spawn("storage-work", {
+                let i = Arc::clone(&inner);
+                move || i.work_loop(&work_in)
+            })?,
+            spawn("storage-clean", {
+                let i = Arc::clone(&inner);
+                move || i.clean_loop(&clean_in)
+            })?,
+            spawn("storage-flush", {
+                let i = Arc::clone(&inner);
+                move || i.flush_loop(&stop_in)
+            })?,
         ];
-        Ok(Self { inner, fabric, threads, stop })
+        Ok(Self {
+            inner,
+            fabric,
+            threads,
+            stop,
+        })
     }
 
     /// The address it listens on.
@@ -254,12 +284,19 @@ impl StorageNode {
 
 /// After the death of the process, frames it had freed but not yet cleaned may hold old bytes.
 fn clean_unused(pool: &Pool, index: &Index) {
-    let mut used: Vec<(u64, u64)> =
-        index.all().map(|(_, _, e)| (e.frame.offset, e.frame.offset + u64::from(e.frame.size))).collect();
+    let mut used: Vec<(u64, u64)> = index
+        .all()
+        .map(|(_, _, e)| (e.frame.offset, e.frame.offset + u64::from(e.frame.size)))
+        .collect();
     used.sort_unstable();
     let mut from = 0;
-    for (start, end) in used.into_iter().chain([(pool.mem.len() as u64, pool.mem.len() as u64)]) {
-        if start > from && let Err(error) = pool.mem.zero(from as usize, (start - from) as usize) {
+    for (start, end) in used
+        .into_iter()
+        .chain([(pool.mem.len() as u64, pool.mem.len() as u64)])
+    {
+        if start > from
+            && let Err(error) = pool.mem.zero(from as usize, (start - from) as usize)
+        {
             tracing::error!("cannot clean the pool: {error}");
         }
         from = from.max(end);
@@ -267,11 +304,14 @@ fn clean_unused(pool: &Pool, index: &Index) {
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StorageError> {
-    std::thread::Builder::new().name(name.into()).spawn(body).map_err(|error| StorageError::Io {
-        what: "cannot start a thread in",
-        path: name.into(),
-        error,
-    })
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map_err(|error| StorageError::Io {
+            what: "cannot start a thread in",
+            path: name.into(),
+            error,
+        })
 }
 
 /// Reads a storage directory's label and checks that it belongs to this cluster and node.
@@ -279,7 +319,10 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 /// # Errors
 /// [`StorageError::Format`].
 pub fn read_label(dir: &Path, cluster: &str, id: u16) -> Result<String, StorageError> {
-    let format = |detail: String| StorageError::Format { path: dir.to_owned(), detail };
+    let format = |detail: String| StorageError::Format {
+        path: dir.to_owned(),
+        detail,
+    };
     let text = std::fs::read_to_string(dir.join(LABEL))
         .map_err(|_| format("is not a formatted storage directory: run fsd format first".into()))?;
     let mut lines = text.lines();
@@ -291,7 +334,8 @@ pub fn read_label(dir: &Path, cluster: &str, id: u16) -> Result<String, StorageE
             name.unwrap_or("?")
         )));
     }
-    uuid.map(str::to_owned).ok_or_else(|| format("has a damaged label".into()))
+    uuid.map(str::to_owned)
+        .ok_or_else(|| format("has a damaged label".into()))
 }
 
 /// Makes a storage directory.
@@ -299,10 +343,17 @@ pub fn read_label(dir: &Path, cluster: &str, id: u16) -> Result<String, StorageE
 /// # Errors
 /// It is formatted already, or the disk refuses.
 pub fn format(dir: &Path, cluster: &str, id: u16, uuid: &str) -> Result<(), StorageError> {
-    let io = |error| StorageError::Io { what: "cannot format", path: dir.to_owned(), error };
+    let io = |error| StorageError::Io {
+        what: "cannot format",
+        path: dir.to_owned(),
+        error,
+    };
     if dir.join(LABEL).exists() {
         let detail = "is formatted already: remove it first if its contents are not wanted".into();
-        return Err(StorageError::Format { path: dir.to_owned(), detail });
+        return Err(StorageError::Format {
+            path: dir.to_owned(),
+            detail,
+        });
     }
     std::fs::create_dir_all(dir).map_err(io)?;
     std::fs::write(dir.join(LABEL), format!("{cluster}\n{id}\n{uuid}\n")).map_err(io)
@@ -365,11 +416,19 @@ impl Inner {
                 Ok(StorageReply::Done)
             }
             StorageRequest::Allocate { wants, reserved } => self.allocate(conn, &wants, reserved),
-            StorageRequest::Lookup { ino, first, count } => {
-                Ok(StorageReply::Blocks(self.space.lock().index.lookup(ino, first, count.min(4096) as usize)))
-            }
+            StorageRequest::Lookup { ino, first, count } => Ok(StorageReply::Blocks(
+                self.space
+                    .lock()
+                    .index
+                    .lookup(ino, first, count.min(4096) as usize),
+            )),
             StorageRequest::Free { ino, first, last } => {
-                let frames = self.space.lock().index.remove(ino, first, last).map_err(|e| errno(&e.into()))?;
+                let frames = self
+                    .space
+                    .lock()
+                    .index
+                    .remove(ino, first, last)
+                    .map_err(|e| errno(&e.into()))?;
                 let bytes = frames.iter().map(|f| u64::from(f.size)).sum();
                 for frame in frames {
                     self.release(frame);
@@ -403,7 +462,10 @@ impl Inner {
                 continue;
             }
             let taken = class_for(want.size).and_then(|class| {
-                space.alloc.allocate(class).map(|offset| Frame { offset, size: CLASSES[class] })
+                space.alloc.allocate(class).map(|offset| Frame {
+                    offset,
+                    size: CLASSES[class],
+                })
             });
             let Some(frame) = taken else {
                 for (_, _, entry) in &fresh {
@@ -422,7 +484,10 @@ impl Inner {
         }
         if !fresh.is_empty() {
             for (old, new) in &replaced {
-                let moved = self.pool.mem.copy_within(old.offset as usize, new.offset as usize, old.size as usize);
+                let moved =
+                    self.pool
+                        .mem
+                        .copy_within(old.offset as usize, new.offset as usize, old.size as usize);
                 moved.map_err(|e| errno(&e.into()))?;
             }
             if let Err(error) = space.index.set(&fresh) {
@@ -479,7 +544,10 @@ impl Inner {
                 }
             }
             if !flushes.is_empty() {
-                let result = self.flush(&inos).map(|()| StorageReply::Done).map_err(|e| errno(&e));
+                let result = self
+                    .flush(&inos)
+                    .map(|()| StorageReply::Done)
+                    .map_err(|e| errno(&e));
                 for responder in flushes {
                     responder.reply(&result);
                 }

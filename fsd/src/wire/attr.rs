@@ -26,7 +26,11 @@ impl Time {
     #[must_use]
     pub fn to_system(self) -> std::time::SystemTime {
         let distance = std::time::Duration::from_nanos(self.0.unsigned_abs());
-        if self.0 >= 0 { std::time::UNIX_EPOCH + distance } else { std::time::UNIX_EPOCH - distance }
+        if self.0 >= 0 {
+            std::time::UNIX_EPOCH + distance
+        } else {
+            std::time::UNIX_EPOCH - distance
+        }
     }
 }
 

@@ -72,7 +72,8 @@ impl Hello {
     /// # Errors
     /// One sentence for the other side.
     pub fn check(bytes: &[u8], cluster: &str) -> Result<Self, String> {
-        let hello: Self = postcard::from_bytes(bytes).map_err(|_| "the greeting cannot be read".to_owned())?;
+        let hello: Self =
+            postcard::from_bytes(bytes).map_err(|_| "the greeting cannot be read".to_owned())?;
         if hello.protocol != PROTOCOL {
             return Err(format!(
                 "message protocol version {} meets version {PROTOCOL}: run the same release on every node",
@@ -80,7 +81,10 @@ impl Hello {
             ));
         }
         if hello.cluster != cluster {
-            return Err(format!("this node belongs to cluster '{cluster}', not to '{}'", hello.cluster));
+            return Err(format!(
+                "this node belongs to cluster '{cluster}', not to '{}'",
+                hello.cluster
+            ));
         }
         Ok(hello)
     }
@@ -123,10 +127,13 @@ pub struct WireError(pub String);
 /// # Errors
 /// [`WireError`] for anything that is not a frame.
 pub fn parse(frame: &[u8]) -> Result<FrameView<'_>, WireError> {
-    let (&kind, rest) = frame.split_first().ok_or_else(|| WireError("empty frame".into()))?;
+    let (&kind, rest) = frame
+        .split_first()
+        .ok_or_else(|| WireError("empty frame".into()))?;
     let numbered = || -> Result<(u64, &[u8]), WireError> {
-        let (number, body) =
-            rest.split_first_chunk::<8>().ok_or_else(|| WireError("truncated frame".into()))?;
+        let (number, body) = rest
+            .split_first_chunk::<8>()
+            .ok_or_else(|| WireError("truncated frame".into()))?;
         Ok((u64::from_le_bytes(*number), body))
     };
     match kind {
@@ -173,7 +180,9 @@ mod tests {
     #[test]
     fn frames_go_round() {
         let frame = numbered(FrameKind::Request, 77, &MetaRequest::Status).unwrap();
-        let FrameView::Request(n, body) = parse(&frame).unwrap() else { panic!("not a request") };
+        let FrameView::Request(n, body) = parse(&frame).unwrap() else {
+            panic!("not a request")
+        };
         assert_eq!(n, 77);
         assert_eq!(decode::<MetaRequest>(body).unwrap(), MetaRequest::Status);
     }
