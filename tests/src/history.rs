@@ -70,6 +70,14 @@ impl<Op> Recorder<Op> {
     }
 }
 
+/// The beginning and the end of a long text.
+fn shorten(text: &str) -> String {
+    if text.len() <= 150 || !text.is_ascii() {
+        return text.to_owned();
+    }
+    format!("{}…{}", &text[..30], &text[text.len() - 110..])
+}
+
 fn judge<M: Model>(what: &str, seed: u64, model: &M, mut history: Vec<Event<M::Op>>) -> anyhow::Result<()>
 where
     M::Op: std::fmt::Debug,
@@ -80,7 +88,7 @@ where
         let lines: Vec<String> = near
             .map(|(i, e)| {
                 let mark = if i == at { ">" } else { " " };
-                let op: String = format!("{:?}", e.op).chars().take(150).collect();
+                let op = shorten(&format!("{:?}", e.op));
                 format!("{mark} {:>12} {:>12} {op}", e.called, e.returned.unwrap_or(0))
             })
             .collect();

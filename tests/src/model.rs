@@ -185,15 +185,15 @@ impl Side {
             }
             Op::Read(n, at, len) => Ok(summary(&sys::read_at(&File::open(path(n))?, *at, *len)?)),
             Op::Truncate(n, at) => sys::truncate(&path(n), *at as i64).map(ok),
-            Op::Rename(n, m, flags) => {
-                let flags = rustix::fs::RenameFlags::from_bits_retain(*flags);
-                sys::rename2(&path(n), &path(m), flags).map(ok)
-            }
+            Op::Rename(n, m, flags) => rename(&path(n), &path(m), *flags).map(ok),
             Op::Link(n, m) => fs::hard_link(path(n), path(m)).map(ok),
             Op::Symlink(n, m) => std::os::unix::fs::symlink(NAMES[*n], path(m)).map(ok),
             Op::ReadLink(n) => Ok(format!("{:?}", fs::read_link(path(n))?)),
             Op::Unlink(n) => fs::remove_file(path(n)).map(ok),
-            Op::Mkdir(n) => fs::create_dir(path(n)).map(ok),
+            Op::Mkdir(n) => {
+                fs::create_dir(path(n))?;
+                Ok(attributes(&path(n).symlink_metadata()?))
+            }
             Op::Rmdir(n) => fs::remove_dir(path(n)).map(ok),
             Op::Chmod(n, mode) => fs::set_permissions(path(n), fs::Permissions::from_mode(*mode)).map(ok),
             Op::Chown(n, id) => std::os::unix::fs::lchown(path(n), Some(*id), Some(*id)).map(ok),
@@ -241,6 +241,18 @@ impl Side {
             }
         }
     }
+}
+
+/// A stock kernel cannot move its entry of a directory that another mount has moved while it holds the lock of a
+/// rename itself: it says ESTALE. A look at the names before does it.
+fn rename(from: &Path, to: &Path, flags: u32) -> io::Result<()> {
+    let flags = rustix::fs::RenameFlags::from_bits_retain(flags);
+    let first = sys::rename2(from, to, flags);
+    if sys::errno(&first) != libc::ESTALE {
+        return first;
+    }
+    let _ = (from.symlink_metadata(), to.symlink_metadata());
+    sys::rename2(from, to, flags)
 }
 
 fn list(path: &Path) -> io::Result<Vec<String>> {
