@@ -1,0 +1,83 @@
+#!/bin/bash
+# All tests, in one build profile: formatting, lints, the tests of each crate, then the whole system.
+# Prints a summary; its last line is "N passed, N failed". Logs: target/test-logs/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+target="${CARGO_TARGET_DIR:-$PWD/target}"
+logs="$target/test-logs"
+mkdir -p "$logs"
+rm -f "$logs"/*
+passed=0
+failed=0
+# A backtrace of a test's error tells where in the test: its message does already.
+export RUST_BACKTRACE=0
+export FSD_BIN="$target/release/fsd"
+
+report() { # step, passed, failed, seconds
+    passed=$((passed + $2))
+    failed=$((failed + $3))
+    printf '%-34s %5d passed %3d failed %5d s\n' "$1" "$2" "$3" "$4" >>"$logs/summary"
+}
+
+# A step that passes or fails as a whole.
+step() {
+    local name=$1 start=$SECONDS
+    shift
+    echo "== $name: $*"
+    if "$@" 2>&1 | tee "$logs/${name// /-}.log"; then
+        report "$name" 1 0 $((SECONDS - start))
+    else
+        report "$name" 0 1 $((SECONDS - start))
+        return 1
+    fi
+}
+
+# A step whose tests are counted.
+tests() {
+    local name=$1 start=$SECONDS log status=0 ok bad
+    shift
+    log="$logs/${name// /-}.log"
+    echo "== $name: $*"
+    "$@" 2>&1 | tee "$log" || status=1
+    ok=$(awk '/^test result:/ { n += $4 } END { print n + 0 }' "$log")
+    bad=$(awk '/^test result:/ { n += $6 } END { print n + 0 }' "$log")
+    # It did not build, or a test program was killed.
+    if [ "$status" != 0 ] && [ "$bad" = 0 ]; then bad=1; fi
+    report "$name" "$ok" "$bad" $((SECONDS - start))
+}
+
+# fsx is a tool of its own, under a licence of its own: it is run, never linked.
+fsx_tool() {
+    [ -x "$target/tools/bin/fsx" ] || cargo install fsx --locked --root "$target/tools"
+}
+
+fsx_on() { # cache mode
+    # The mount's folder comes in the environment of the command that fsd dev runs.
+    # shellcheck disable=SC2016
+    timeout 300 "$FSD_BIN" dev --mounts 1 --pool 128MiB --cache "$1" -- \
+        sh -c 'timeout 240 "$0" -N 4000 -S 7 -P "$1" "$FSD_DIR/0/fsx"' "$target/tools/bin/fsx" "$logs"
+}
+
+finish() {
+    # Also where a step could not be run at all.
+    echo
+    echo "== summary (logs: $logs)"
+    cat "$logs/summary"
+    echo "$passed passed, $failed failed" | tee "$logs/total"
+}
+trap finish EXIT
+
+step fmt cargo fmt --all --check || true
+step clippy cargo clippy --release --workspace --all-targets -- -D warnings || true
+# Without the programs there is nothing to test as a whole.
+if step build cargo build --release --workspace; then
+    tests crates timeout 1500 cargo test --release --workspace --exclude system-tests --no-fail-fast
+    # One at a time: each has a cluster of its own, and two cores must do.
+    tests system timeout 1800 cargo test --release -p system-tests --no-fail-fast -- --test-threads=1
+    if step "fsx build" fsx_tool; then
+        step "fsx direct" fsx_on direct || true
+        step "fsx writethrough" fsx_on writethrough || true
+    fi
+fi
+[ "$failed" = 0 ]
