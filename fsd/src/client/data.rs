@@ -69,6 +69,7 @@ impl Client {
         last: u64,
     ) -> Res<()> {
         let nodes = u64::from(self.net.storage_count());
+        state.check_layout();
         for block in first..=last.min(first + nodes - 1) {
             let node = self.storage_of(inode.ino, block);
             if state.frames.loaded.contains(&node) {

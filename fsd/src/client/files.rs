@@ -403,9 +403,7 @@ impl Client {
                 };
                 self.net
                     .ask_storage(self.storage_of(inode.ino, block), &request)?;
-                if let (Some(frame), Some(attr)) = (state.frames.known.remove(&block), state.attr.as_mut()) {
-                    attr.blocks = attr.blocks.saturating_sub(u64::from(frame.size) / 512);
-                }
+                state.drop_frame(block);
             }
         }
         result

@@ -65,6 +65,8 @@ impl DirCache {
 /// Where the blocks of a file are, as far as known.
 #[derive(Debug, Default)]
 pub struct FrameMap {
+    /// Layout number of the file that this belongs to.
+    pub layout: Option<u64>,
     /// Blocks with frames.
     pub known: BTreeMap<u64, Frame>,
     /// Storage nodes whose part is complete.
@@ -105,7 +107,10 @@ impl State {
     fn forget(&mut self) {
         let target = self.target.take();
         let last = self.last;
-        *self = Self { target, last, gone: self.gone, ..Self::default() };
+        // Frames have a number of their own; space was set aside for pages that are gone.
+        let mut frames = std::mem::take(&mut self.frames);
+        frames.reserved.clear();
+        *self = Self { target, last, frames, gone: self.gone, ..Self::default() };
     }
 
     /// Something has been changed under the exclusive lease.
@@ -121,7 +126,44 @@ impl State {
         if let Some(attr) = self.attr.as_mut() {
             attr.blocks += u64::from(frame.size.saturating_sub(old)) / 512;
         }
+        self.new_layout();
         self.touch();
+    }
+
+    /// A block has lost its frame.
+    pub fn drop_frame(&mut self, block: u64) {
+        let old = self.frames.known.remove(&block).map_or(0, |f| f.size);
+        if let Some(attr) = self.attr.as_mut() {
+            attr.blocks = attr.blocks.saturating_sub(u64::from(old) / 512);
+        }
+        self.new_layout();
+    }
+
+    fn new_layout(&mut self) {
+        if let Some(attr) = self.attr.as_mut() {
+            attr.layout += 1;
+            self.frames.layout = Some(attr.layout);
+        }
+    }
+
+    /// Drops frames that belong to another layout than the attributes (which must be loaded).
+    pub fn check_layout(&mut self) {
+        let layout = self.attr.map(|a| a.layout);
+        if self.frames.layout != layout || layout.is_none() {
+            self.frames.known.clear();
+            self.frames.loaded.clear();
+            self.frames.layout = layout;
+        }
+    }
+
+    /// Is everything here that reading any part of the file needs, of `nodes` storage nodes?
+    #[must_use]
+    pub fn is_mapped(&self, nodes: u16) -> bool {
+        let Some(attr) = &self.attr else { return false };
+        let blocks = attr.size.div_ceil(crate::storage::BLOCK);
+        self.version.is_some()
+            && self.frames.layout == Some(attr.layout)
+            && self.frames.loaded.len() as u64 >= blocks.min(u64::from(nodes))
     }
 
     /// Anything not yet given to the servers?

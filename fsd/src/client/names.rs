@@ -171,12 +171,15 @@ impl Client {
         // Nobody else knows the number yet, so this waits for nobody and may come before the directory.
         let own = self.lease(ctx, &inode, Mode::Exclusive)?;
         let guards = self.lease_all(ctx, &[(dir, Mode::Exclusive)])?;
-        {
+        let above = {
             let mut state = dir.lock(ctx, guards.version(dir.ino))?;
             if self.entry_held_cached(&mut state, name)?.is_some() {
                 return fail(libc::EEXIST);
             }
-        }
+            self.load_attr(ctx, dir, &mut state)?
+        };
+        let inherits = above.mode & libc::S_ISGID as u16 != 0;
+        let inherited = if inherits && new.kind == Kind::Directory { libc::S_ISGID as u16 } else { 0 };
         if ino::generation(number) > 0 {
             self.clear_unlinked(&inode)?;
         }
@@ -186,9 +189,9 @@ impl Client {
             ino: number,
             version: own.version(),
             kind: new.kind,
-            mode: new.mode as u16 & 0o7777,
+            mode: (new.mode as u16 & 0o7777) | inherited,
             uid: new.uid,
-            gid: new.gid,
+            gid: if inherits { above.gid } else { new.gid },
             rdev: new.rdev,
             target: new.target.clone(),
         };
@@ -204,6 +207,7 @@ impl Client {
             let mut state = inode.lock(ctx, own.version())?;
             state.attr = Some(attr);
             state.modified = true;
+            state.check_layout();
             state.frames.loaded.extend(0..self.net.storage_count());
             state.dir.complete = true;
             state.xattrs = Some(std::collections::BTreeMap::new());

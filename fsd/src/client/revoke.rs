@@ -150,11 +150,7 @@ impl Client {
         if from != Mode::Shared || !self.local_memory() || !inode.edges.lock().is_empty() {
             return false;
         }
-        let all_here = inode.try_lock_raw().is_some_and(|s| {
-            s.version.is_some()
-                && s.attr.is_some()
-                && s.frames.loaded.len() == usize::from(self.net.storage_count())
-        });
+        let all_here = inode.try_lock_raw().is_some_and(|s| s.is_mapped(self.net.storage_count()));
         let connected = (0..self.net.storage_count()).all(|n| self.net.storage_now(n).is_some());
         if !all_here || !connected || inode.opens.lock().cached_writers > 0 {
             return false;
@@ -173,7 +169,7 @@ impl Client {
             return true;
         }
         self.local_memory()
-            && state.frames.loaded.len() == usize::from(self.net.storage_count())
+            && state.is_mapped(self.net.storage_count())
             && state.pages.dirty() <= 16
             && state.pages.dirty_pages().all(|(page, _)| {
                 let block = page * PAGE / BLOCK;

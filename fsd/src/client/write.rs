@@ -431,11 +431,8 @@ impl Client {
                 return fail(libc::EPROTO);
             };
         }
-        for (block, frame) in frames_in(state, first, last) {
-            state.frames.known.remove(&block);
-            if let Some(attr) = state.attr.as_mut() {
-                attr.blocks = attr.blocks.saturating_sub(u64::from(frame.size) / 512);
-            }
+        for (block, _) in frames_in(state, first, last) {
+            state.drop_frame(block);
         }
         Ok(())
     }

@@ -167,17 +167,12 @@ impl<'a> Change<'a> {
             return no(libc::ESTALE);
         }
         self.txn.delete(reservation);
-        let inherits = dir.attr.mode & libc::S_ISGID as u16 != 0;
         let directory = *kind == Kind::Directory;
         if directory {
             if dir.attr.nlink >= LINK_MAX {
                 return no(libc::EMLINK);
             }
             dir.attr.nlink += 1;
-        }
-        let mut mode = *mode & 0o7777;
-        if inherits && directory {
-            mode |= libc::S_ISGID as u16;
         }
         let size = match kind {
             Kind::Directory => 4096,
@@ -189,10 +184,10 @@ impl<'a> Change<'a> {
                 ino: *ino,
                 version: *version,
                 kind: *kind,
-                mode,
+                mode: *mode & 0o7777,
                 nlink: if directory { 2 } else { 1 },
                 uid: *uid,
-                gid: if inherits { dir.attr.gid } else { *gid },
+                gid: *gid,
                 rdev: *rdev,
                 size,
                 blocks: if directory { 8 } else { 0 },
@@ -201,6 +196,7 @@ impl<'a> Change<'a> {
                 ctime: self.now,
                 btime: self.now,
                 has_xattr: false,
+                layout: 0,
             },
             era: self.era,
             parent: *parent,
@@ -526,6 +522,7 @@ pub fn update(txn: &mut Txn<'_>, era: u32, change: &crate::wire::AttrUpdate) -> 
     if a.kind == Kind::File {
         a.size = change.size;
         a.blocks = change.blocks;
+        a.layout = change.layout;
     }
     a.atime = change.atime;
     a.mtime = change.mtime;

@@ -323,6 +323,7 @@ pub fn new_root(now: Time, uid: u32, gid: u32) -> Inode {
             ctime: now,
             btime: now,
             has_xattr: false,
+            layout: 0,
         },
         era: 0,
         parent: crate::ino::ROOT,

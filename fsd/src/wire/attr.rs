@@ -103,6 +103,8 @@ pub struct Attr {
     pub btime: Time,
     /// The inode has extended attributes.
     pub has_xattr: bool,
+    /// Moves on when blocks get or lose frames: the map of frames stays valid while it is the same.
+    pub layout: u64,
 }
 
 impl Attr {
@@ -142,6 +144,8 @@ pub struct AttrUpdate {
     pub mtime: Time,
     /// Last change.
     pub ctime: Time,
+    /// Layout number.
+    pub layout: u64,
 }
 
 impl From<&Attr> for AttrUpdate {
@@ -157,6 +161,7 @@ impl From<&Attr> for AttrUpdate {
             atime: a.atime,
             mtime: a.mtime,
             ctime: a.ctime,
+            layout: a.layout,
         }
     }
 }

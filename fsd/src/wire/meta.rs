@@ -29,11 +29,12 @@ pub enum NamespaceOp {
         version: u64,
         /// Type.
         kind: Kind,
-        /// Permission bits (umask applied).
+        /// Permission bits (umask applied; set-group-id inherited from the directory, whose mode the
+        /// requester knows better than the server).
         mode: u16,
         /// Owner.
         uid: u32,
-        /// Group (replaced by the directory's where that is setgid).
+        /// Group.
         gid: u32,
         /// Device number.
         rdev: u32,
