@@ -94,7 +94,7 @@ pub(super) fn seek(pair: &Pair, round: usize) -> anyhow::Result<()> {
     let data = sys::seek_data(&reader, 0)?;
     ensure!(data <= 8 * MIB, "data at {data} found behind where it is");
     let hole = sys::seek_hole(&reader, 8 * MIB)?;
-    ensure!(hole >= 8 * MIB + 4096 && hole <= 20 * MIB, "hole at {hole}");
+    ensure!((8 * MIB + 4096..=20 * MIB).contains(&hole), "hole at {hole}");
     ensure!(
         sys::errno(&sys::seek_data(&reader, 20 * MIB)) == libc::ENXIO,
         "SEEK_DATA at the end"
