@@ -47,7 +47,10 @@ impl Scale {
     /// Where nothing is cached, a tenth of the calls is enough.
     fn of(self, system: System) -> Self {
         match system {
-            System::NullDirect | System::FsdDirect => Self { reads: self.reads / 10, ..self },
+            System::NullDirect | System::FsdDirect => Self {
+                reads: self.reads / 10,
+                ..self
+            },
             _ => self,
         }
     }
