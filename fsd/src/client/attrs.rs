@@ -95,6 +95,7 @@ impl Client {
 
     /// How long the kernel may keep attributes that are answered now, under a lease.
     pub fn attr_ttl(&self, inode: &Inode) -> Duration {
+        inode.kernel.answered.store(self.now(), Ordering::SeqCst);
         if inode.kernel.revoking.load(Ordering::SeqCst) {
             return Duration::ZERO;
         }

@@ -18,8 +18,10 @@ use crate::rpc::Errno;
 use crate::storage::BLOCK;
 use crate::wire::{Kind, MetaRequest, StorageReply, StorageRequest, Time};
 
-/// Word 1 of a lease record: the inode has no name left, or is about to lose its last.
+/// In word 1 of a lease record: the inode has no name left, or is about to lose its last.
 pub const FLAG_UNLINKED: u64 = 1;
+/// In word 1 of a lease record: unit of the number of mounts that have the file open for writing.
+pub const ONE_WRITER: u64 = 1 << 32;
 
 /// An open file or directory.
 #[derive(Debug)]
@@ -30,8 +32,8 @@ pub struct Handle {
     pub flags: i32,
     /// Reads go into the kernel's page cache.
     pub cached: bool,
-    /// It is open for writing through the page cache.
-    pub cached_writer: bool,
+    /// It is open for writing.
+    pub writer: bool,
     /// Delayed errors it has been told of.
     pub seen: AtomicU64,
     /// Listing of a directory, taken when reading began.
@@ -77,43 +79,49 @@ impl Client {
         Ok((conn, at.plus(offset)))
     }
 
-    /// Reads the flags word and the opens bitmap, after changing this mount's bit by `change`.
-    fn opens(&self, inode: &Inode, change: i8) -> Res<(u64, Vec<u64>)> {
+    /// Reads the flags word and the opens bitmap, after changing this mount's bit by `change` and the
+    /// number of writing mounts by `writer`.
+    fn opens(&self, inode: &Inode, change: i8, writer: i8) -> Res<(u64, Vec<u64>)> {
+        let add = |unit: u64, n: i8| if n < 0 { unit.wrapping_neg() } else { unit };
         let layout = self.layout;
         let (conn, record) = self.word(inode, 0)?;
         let (offset, bit) = layout.open_bit(self.node);
-        let add = match change {
-            1 => bit,
-            -1 => bit.wrapping_neg(),
-            _ => 0,
-        };
         let words = layout.map_words() as usize;
         let (mut flags, mut bitmap) = ([0u8; 8], vec![0u8; words * 8]);
-        let mut ops = Vec::with_capacity(3);
-        if add != 0 {
-            ops.push(Op::Faa {
-                at: record.plus(offset),
-                add,
-                old: 0,
-            });
+        let mut ops = Vec::with_capacity(4);
+        if change != 0 {
+            ops.push(Op::Faa { at: record.plus(offset), add: add(bit, change), old: 0 });
         }
-        ops.push(Op::Read {
-            at: record.plus(RecordLayout::FLAGS),
-            into: &mut flags,
-        });
-        ops.push(Op::Read {
-            at: record.plus(layout.opens()),
-            into: &mut bitmap,
-        });
+        if writer != 0 {
+            ops.push(Op::Faa { at: record.plus(RecordLayout::FLAGS), add: add(ONE_WRITER, writer), old: 0 });
+        }
+        ops.push(Op::Read { at: record.plus(RecordLayout::FLAGS), into: &mut flags });
+        ops.push(Op::Read { at: record.plus(layout.opens()), into: &mut bitmap });
         conn.execute(&mut ops).map_err(|error| {
             tracing::error!("opens of {:#x}: {error}", inode.ino);
             Stop::Errno(Errno(libc::EIO))
         })?;
-        let bitmap = bitmap
-            .chunks_exact(8)
-            .map(|b| u64::from_ne_bytes(b.try_into().unwrap_or_default()))
-            .collect();
+        let bitmap =
+            bitmap.chunks_exact(8).map(|b| u64::from_ne_bytes(b.try_into().unwrap_or_default())).collect();
         Ok((u64::from_ne_bytes(flags), bitmap))
+    }
+
+    /// Sets or clears a flag; the number of writers beside it may change at any time.
+    fn set_flag(&self, inode: &Inode, flag: u64, on: bool) -> Res<()> {
+        let (conn, at) = self.word(inode, RecordLayout::FLAGS)?;
+        let mut expect = if on { 0 } else { flag };
+        loop {
+            let new = if on { expect | flag } else { expect & !flag };
+            let mut swap = [Op::Cas { at, expect, new, old: 0 }];
+            conn.execute(&mut swap).map_err(|_| Stop::Errno(Errno(libc::EIO)))?;
+            match swap {
+                [Op::Cas { old, .. }] if old != expect => expect = old,
+                _ => return Ok(()),
+            }
+            if (expect & flag != 0) == on {
+                return Ok(());
+            }
+        }
     }
 
     fn opened_elsewhere(&self, bitmap: &[u64]) -> bool {
@@ -128,16 +136,8 @@ impl Client {
     /// The storage node cannot be reached.
     pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<bool> {
         ctx.may_wait()?;
-        let (conn, at) = self.word(inode, RecordLayout::FLAGS)?;
-        let mut set = [Op::Cas {
-            at,
-            expect: 0,
-            new: FLAG_UNLINKED,
-            old: 0,
-        }];
-        conn.execute(&mut set)
-            .map_err(|_| Stop::Errno(Errno(libc::EIO)))?;
-        let (_, bitmap) = self.opens(inode, 0)?;
+        self.set_flag(inode, FLAG_UNLINKED, true)?;
+        let (_, bitmap) = self.opens(inode, 0, 0)?;
         Ok(inode.opens.lock().count > 0 || bitmap.iter().any(|&w| w != 0))
     }
 
@@ -146,61 +146,55 @@ impl Client {
     /// # Errors
     /// The storage node cannot be reached.
     pub fn clear_unlinked(&self, inode: &Inode) -> Res<()> {
-        let (conn, at) = self.word(inode, RecordLayout::FLAGS)?;
-        let mut clear = [Op::Cas {
-            at,
-            expect: FLAG_UNLINKED,
-            new: 0,
-            old: 0,
-        }];
-        conn.execute(&mut clear)
-            .map_err(|_| Stop::Errno(Errno(libc::EIO)))
+        self.set_flag(inode, FLAG_UNLINKED, false)
     }
 
-    /// Books an open of an inode whose lease is held. Returns whether other mounts have it open.
-    fn count_open(&self, inode: &Inode) -> Res<bool> {
+    /// Books an open of an inode whose lease is held. Returns whether other mounts have it open, and
+    /// whether for writing.
+    fn count_open(&self, inode: &Inode, writer: bool) -> Res<(bool, bool)> {
         let mut opens = inode.opens.lock();
-        let change = i8::from(!opens.bit);
-        let (_, bitmap) = self.opens(inode, change)?;
+        let first_writer = writer && !opens.writer_counted;
+        let (flags, bitmap) = self.opens(inode, i8::from(!opens.bit), i8::from(first_writer))?;
         opens.bit = true;
+        opens.writer_counted |= writer;
         opens.count += 1;
-        Ok(self.opened_elsewhere(&bitmap))
+        opens.writers += u64::from(writer);
+        let writers = flags / ONE_WRITER;
+        Ok((self.opened_elsewhere(&bitmap), writers > u64::from(opens.writer_counted)))
     }
 
-    /// Makes a handle for an inode whose lease is held.
+    /// Makes a handle for an inode whose lease is held. Returns its number and whether the kernel may cache.
+    ///
+    /// A stock kernel puts written data into its page cache before the lease is asked for, and drops a new
+    /// file size that an invalidation overtakes. So handles for writing go past the page cache unless nobody
+    /// else has the file, and handles for reading do where another mount writes.
     ///
     /// # Errors
     /// The storage node cannot be reached.
     pub fn make_handle(&self, inode: &Arc<Inode>, kind: Kind, flags: i32) -> Res<(u64, bool)> {
         let is_file = kind == Kind::File;
-        let (mut cached, mut cached_writer) = (false, false);
+        let access = flags & libc::O_ACCMODE;
+        let writer = is_file && access != libc::O_RDONLY;
+        let mut cached = false;
         if is_file {
-            let shared = self.count_open(inode)?;
-            if self.mode == CacheMode::Writethrough && flags & libc::O_DIRECT == 0 {
-                cached = match flags & libc::O_ACCMODE {
-                    libc::O_RDONLY => true,
-                    // A write through the page cache is seen by local readers before the lease is asked
-                    // for. That is right only while nobody else has the file.
+            let (shared, written) = self.count_open(inode, writer)?;
+            cached = self.mode == CacheMode::Writethrough
+                && flags & libc::O_DIRECT == 0
+                && match access {
+                    libc::O_RDONLY => !written,
                     libc::O_RDWR => !shared,
                     // Uncached writes cost no more, and nothing can be read through this handle.
                     _ => false,
                 };
-                cached_writer = cached && flags & libc::O_ACCMODE == libc::O_RDWR;
-                if cached_writer {
-                    inode.opens.lock().cached_writers += 1;
-                }
+            if cached {
+                let mut opens = inode.opens.lock();
+                opens.cached += 1;
+                opens.cached_writers += u64::from(writer);
             }
         }
         let seen = AtomicU64::new(inode.errors.seen());
-        let handle = Handle {
-            inode: Arc::clone(inode),
-            flags,
-            cached,
-            cached_writer,
-            seen,
-            listing: Mutex::default(),
-            is_file,
-        };
+        let handle =
+            Handle { inode: Arc::clone(inode), flags, cached, writer, seen, listing: Mutex::default(), is_file };
         Ok((self.handles.add(handle), cached))
     }
 
@@ -256,13 +250,21 @@ impl Client {
         };
         let mut opens = inode.opens.lock();
         opens.count = opens.count.saturating_sub(1);
-        if handle.cached_writer {
-            opens.cached_writers = opens.cached_writers.saturating_sub(1);
+        opens.writers -= u64::from(handle.writer);
+        if handle.cached {
+            opens.cached -= 1;
+            opens.cached_writers -= u64::from(handle.writer);
         }
-        if opens.count > 0 || !opens.bit {
+        let last_writer = opens.writer_counted && opens.writers == 0;
+        let last = opens.bit && opens.count == 0;
+        if !last && !last_writer {
             return Ok(());
         }
-        let (flags, bitmap) = self.opens(inode, -1)?;
+        let (flags, bitmap) = self.opens(inode, -i8::from(last), -i8::from(last_writer))?;
+        opens.writer_counted &= !last_writer;
+        if !last {
+            return Ok(());
+        }
         opens.bit = false;
         drop(opens);
         if flags & FLAG_UNLINKED != 0 && bitmap.iter().all(|&w| w == 0) {
@@ -420,7 +422,7 @@ impl Client {
         let Some(from) = u64::try_from(offset).ok().filter(|&o| o < size) else {
             return fail(libc::ENXIO);
         };
-        self.load_all_frames(ctx, inode, &mut state)?;
+        self.load_frames(ctx, inode, &mut state, 0, (size - 1) / BLOCK)?;
         // Data: what a frame covers, and cached dirty pages.
         let covered = |at: u64| -> Option<u64> {
             let frame_end = state

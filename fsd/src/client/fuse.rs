@@ -61,10 +61,10 @@ fn attr_of(a: &Attr) -> FileAttr {
         ino: INodeNo(a.ino),
         size: a.size,
         blocks: a.blocks,
-        atime: a.atime.to_system(),
-        mtime: a.mtime.to_system(),
-        ctime: a.ctime.to_system(),
-        crtime: a.btime.to_system(),
+        atime: to_library(a.atime),
+        mtime: to_library(a.mtime),
+        ctime: to_library(a.ctime),
+        crtime: to_library(a.btime),
         kind: kind_of(a.kind),
         perm: a.mode,
         nlink: a.nlink,
@@ -79,8 +79,28 @@ fn attr_of(a: &Attr) -> FileAttr {
 fn time_of(time: TimeOrNow) -> SetTime {
     match time {
         TimeOrNow::Now => SetTime::Now,
-        TimeOrNow::SpecificTime(t) => SetTime::At(Time::from_system(t)),
+        TimeOrNow::SpecificTime(t) => SetTime::At(from_library(t)),
     }
+}
+
+/// The FUSE library takes the nanoseconds of a time before 1970 for negative ones; they never are.
+fn from_library(time: SystemTime) -> Time {
+    match SystemTime::UNIX_EPOCH.duration_since(time) {
+        Ok(d) if !d.is_zero() => {
+            let secs = i64::try_from(d.as_secs()).unwrap_or(i64::MAX);
+            Time(secs.saturating_mul(-1_000_000_000).saturating_add(i64::from(d.subsec_nanos())))
+        }
+        _ => Time::from_system(time),
+    }
+}
+
+/// The other way round: what makes the library answer this time.
+fn to_library(time: Time) -> SystemTime {
+    if time.0 >= 0 {
+        return time.to_system();
+    }
+    let (secs, nanos) = (time.0.div_euclid(1_000_000_000), time.0.rem_euclid(1_000_000_000));
+    SystemTime::UNIX_EPOCH - Duration::new(secs.unsigned_abs(), nanos as u32)
 }
 
 /// A request that can be tried more than once; `T` is its reply, taken when it is answered.

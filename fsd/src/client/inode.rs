@@ -94,6 +94,8 @@ pub struct State {
     pub dir: DirCache,
     /// Extended attributes.
     pub xattrs: Option<BTreeMap<Vec<u8>, Vec<u8>>>,
+    /// Counts changes of the extended attributes: what was asked for before one is not kept.
+    pub xattr_changes: u64,
     /// Target of a symbolic link (never changes).
     pub target: Option<Vec<u8>>,
     /// The attributes told last, of any version: what can still be said of an inode that is gone.
@@ -182,8 +184,12 @@ pub struct KernelCache {
     pub pages: AtomicBool,
     /// Reads answered that fill the page cache.
     pub fills: AtomicU64,
+    /// Invalidations under way for writes that went past the page cache.
+    pub invals: AtomicU64,
     /// A revocation is under way: nothing new may get a time to live.
     pub revoking: AtomicBool,
+    /// When attributes were answered last, nanoseconds since the mount began.
+    pub answered: AtomicU64,
     /// Lookups the kernel has not forgotten.
     pub lookups: AtomicU64,
 }
@@ -254,8 +260,14 @@ pub struct Inode {
 pub struct Opens {
     /// How many.
     pub count: u64,
+    /// Of those, through the page cache.
+    pub cached: u64,
     /// Of those, for writing through the page cache.
     pub cached_writers: u64,
+    /// For writing, of any kind.
+    pub writers: u64,
+    /// This mount is counted among those that have the file open for writing.
+    pub writer_counted: bool,
     /// This mount's bit in the record's opens bitmap is set.
     pub bit: bool,
 }

@@ -111,6 +111,8 @@ pub struct Client {
     pub wake_writeback: crossbeam::channel::Sender<()>,
     /// The mount is leaving.
     pub stopping: AtomicBool,
+    /// When the mount began.
+    pub began: Instant,
 }
 
 /// What a mount has done.
@@ -199,6 +201,12 @@ impl Client {
             let _ = self.wake_writeback.try_send(());
         }
         dirty.entry(number).or_insert_with(Instant::now);
+    }
+
+    /// Nanoseconds since the mount began.
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        self.began.elapsed().as_nanos() as u64
     }
 
     /// What `fsd status` shows.

@@ -393,6 +393,7 @@ impl Mount {
             counters: Counters::default(),
             wake_writeback,
             stopping: AtomicBool::new(false),
+            began: std::time::Instant::now(),
         });
         revoker.set_client(&client);
         let _ = front.client.set(Arc::downgrade(&client));

@@ -29,6 +29,9 @@ use crate::wire::{Attr, AttrUpdate, MetaRequest};
 
 /// How long the invalidation of a page that a waiting write may keep locked is waited for.
 const EDGE_WAIT: Duration = Duration::from_millis(20);
+/// How long the kernel gets to take in the attributes of an answer before it is told to drop them; only
+/// for files that are open through the page cache.
+const SETTLE: Duration = Duration::from_micros(500);
 /// Attempts to write back before data is given up (each waits for lost connections itself).
 const FLUSH_ATTEMPTS: u32 = 3;
 
@@ -87,7 +90,7 @@ impl Client {
             return true;
         };
         if to.is_none() {
-            if !inode.mapped.is_empty() {
+            if !inode.mapped.is_empty() || !self.unsettled(&inode).is_zero() {
                 return false;
             }
             if inode.kernel.pages.load(Ordering::SeqCst) && !self.drop_pages_at_once(&inode, from) {
@@ -98,8 +101,9 @@ impl Client {
         if !self.close_if_quiet(id) {
             return false;
         }
-        let quiet = to.is_some()
-            || (!inode.kernel.pages.load(Ordering::SeqCst)
+        let quiet = (to.is_some() && inode.kernel.invals.load(Ordering::SeqCst) == 0)
+            || (to.is_none()
+                && !inode.kernel.pages.load(Ordering::SeqCst)
                 && inode.kernel.fills.load(Ordering::SeqCst) == fills);
         let ready = inode
             .try_lock_raw()
@@ -125,6 +129,16 @@ impl Client {
             self.push_attrs(&inode, update);
         }
         true
+    }
+
+    /// How long the kernel is still to be left alone. An invalidation that overtakes an answer makes it
+    /// drop the file size in it, and a read through the page cache then ends where the file ended before.
+    fn unsettled(&self, inode: &Inode) -> Duration {
+        if inode.opens.lock().cached == 0 {
+            return Duration::ZERO;
+        }
+        let since = self.now().saturating_sub(inode.kernel.answered.load(Ordering::SeqCst));
+        SETTLE.saturating_sub(Duration::from_nanos(since))
     }
 
     /// Closes the gate if nobody is inside.
@@ -278,6 +292,7 @@ impl Client {
             return self.relinquish(id, Relinquish::default());
         };
         if to.is_none() {
+            std::thread::sleep(self.unsettled(&inode));
             inode.kernel.revoking.store(true, Ordering::SeqCst);
             // With the exclusive lease, mapped pages that are still dirty are taken in as they come.
             inode.mapped.revoking(true);
@@ -300,7 +315,16 @@ impl Client {
                 self.leases.open_gate(id);
             }
         } else {
-            self.close_and_drain(id);
+            // The kernel's pages stay: those being invalidated must be gone first. That may wait for reads,
+            // so not behind the closed gate.
+            loop {
+                self.close_and_drain(id);
+                if inode.kernel.invals.load(Ordering::SeqCst) == 0 {
+                    break;
+                }
+                self.leases.open_gate(id);
+                std::thread::sleep(Duration::from_micros(50));
+            }
         }
         let (how, update) = self.write_back_for_revoke(&inode, from);
         if to.is_none() {

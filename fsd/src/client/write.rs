@@ -55,6 +55,10 @@ impl Client {
         data: &[u8],
         flags: WriteFlags,
     ) -> Res<u32> {
+        if !flags.cached && inode.kernel.pages.load(Ordering::SeqCst) {
+            // The kernel's pages will have to be invalidated, which may wait for a read.
+            ctx.may_wait()?;
+        }
         let guard = self.lease_for_write(ctx, inode, offset, data.len(), flags.cached)?;
         let at = {
             let mut state = inode.lock(ctx, guard.version())?;
@@ -72,14 +76,21 @@ impl Client {
             at
         };
         self.note_dirty(inode.ino);
+        let stale = !flags.cached && inode.kernel.pages.load(Ordering::SeqCst);
         if flags.cached {
             inode.kernel.pages.store(true, Ordering::SeqCst);
-        } else if inode.kernel.pages.load(Ordering::SeqCst) {
+        } else if stale {
+            inode.kernel.invals.fetch_add(1, Ordering::SeqCst);
+        }
+        // Not held any longer: a read may keep the page locked that is to be invalidated, and wait for a
+        // gate that a revocation closes until we have left. No lease goes while `invals` counts us.
+        drop(guard);
+        if stale {
             // Other open files of this mount read through the page cache, and one of their reads may have
             // filled it after the kernel invalidated the range for this write.
-            self.invalidate_range(ctx, inode, at, data.len() as u64)?;
+            self.invalidate_range(inode, at, data.len() as u64);
+            inode.kernel.invals.fetch_sub(1, Ordering::SeqCst);
         }
-        drop(guard);
         u32::try_from(data.len()).map_err(|_| Stop::Errno(Errno(libc::EINVAL)))
     }
 
@@ -115,13 +126,11 @@ impl Client {
         guard
     }
 
-    fn invalidate_range(&self, ctx: &Ctx<'_>, inode: &Inode, offset: u64, len: u64) -> Res<()> {
-        ctx.may_wait()?;
+    fn invalidate_range(&self, inode: &Inode, offset: u64, len: u64) {
         if let Some(notifier) = self.notifier.get() {
             // An inode the kernel does not know (any more) has no pages.
             let _ = notifier.inval_inode(fuser::INodeNo(inode.ino), offset as i64, len as i64);
         }
-        Ok(())
     }
 
     /// Writes under the exclusive lease.

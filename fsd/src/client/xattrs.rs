@@ -5,9 +5,8 @@ use std::collections::BTreeMap;
 use lockmgr::Mode;
 
 use super::Client;
-use super::ctx::{Ctx, Res, Stop, fail};
-use super::inode::{Inode, State};
-use crate::rpc::Errno;
+use super::ctx::{Ctx, Res, fail};
+use super::inode::Inode;
 use crate::wire::{MetaReply, MetaRequest, NamespaceOp};
 
 /// Name spaces that can be stored; POSIX ACLs are not supported and say so.
@@ -18,25 +17,37 @@ fn supported(name: &[u8]) -> bool {
 }
 
 impl Client {
-    fn load_xattrs<'s>(
+    /// All attributes, asked for if need be (not while the state is locked: reads of the file must not
+    /// have to wait for an answer).
+    fn xattrs<T>(
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        state: &'s mut State,
-    ) -> Res<&'s mut BTreeMap<Vec<u8>, Vec<u8>>> {
-        if state.xattrs.is_none() {
-            let loaded = if self.load_attr(ctx, inode, state)?.has_xattr {
-                ctx.may_wait()?;
-                match self.net.meta(&MetaRequest::GetXattrs { ino: inode.ino })? {
-                    MetaReply::Xattrs(pairs) => pairs.into_iter().collect(),
-                    _ => return fail(libc::EPROTO),
-                }
-            } else {
-                BTreeMap::new()
-            };
+        look: impl FnOnce(&BTreeMap<Vec<u8>, Vec<u8>>) -> T,
+    ) -> Res<T> {
+        let guard = self.lease(ctx, inode, Mode::Shared)?;
+        let changes = {
+            let mut state = inode.lock(ctx, guard.version())?;
+            if state.xattrs.is_none() && !self.load_attr(ctx, inode, &mut state)?.has_xattr {
+                state.xattrs = Some(BTreeMap::new());
+            }
+            if let Some(known) = &state.xattrs {
+                return Ok(look(known));
+            }
+            state.xattr_changes
+        };
+        ctx.may_wait()?;
+        let MetaReply::Xattrs(pairs) = self.net.meta(&MetaRequest::GetXattrs { ino: inode.ino })? else {
+            return fail(libc::EPROTO);
+        };
+        let loaded: BTreeMap<_, _> = pairs.into_iter().collect();
+        let found = look(&loaded);
+        // Nobody else has changed them under our lease, but another request of this mount may have.
+        let mut state = inode.lock(ctx, guard.version())?;
+        if state.xattr_changes == changes {
             state.xattrs = Some(loaded);
         }
-        state.xattrs.as_mut().ok_or(Stop::Errno(Errno(libc::EIO)))
+        Ok(found)
     }
 
     /// The value of an attribute.
@@ -47,10 +58,8 @@ impl Client {
         if !supported(name) {
             return fail(libc::EOPNOTSUPP);
         }
-        let guard = self.lease(ctx, inode, Mode::Shared)?;
-        let mut state = inode.lock(ctx, guard.version())?;
-        match self.load_xattrs(ctx, inode, &mut state)?.get(name) {
-            Some(value) => Ok(value.clone()),
+        match self.xattrs(ctx, inode, |all| all.get(name).cloned())? {
+            Some(value) => Ok(value),
             None => fail(libc::ENODATA),
         }
     }
@@ -60,16 +69,16 @@ impl Client {
     /// # Errors
     /// Park.
     pub fn listxattr(&self, ctx: &Ctx<'_>, inode: &Inode, privileged: bool) -> Res<Vec<u8>> {
-        let guard = self.lease(ctx, inode, Mode::Shared)?;
-        let mut state = inode.lock(ctx, guard.version())?;
-        let mut names = Vec::new();
-        for name in self.load_xattrs(ctx, inode, &mut state)?.keys() {
-            if privileged || !name.starts_with(b"trusted.") {
-                names.extend_from_slice(name);
-                names.push(0);
+        self.xattrs(ctx, inode, |all| {
+            let mut names = Vec::new();
+            for name in all.keys() {
+                if privileged || !name.starts_with(b"trusted.") {
+                    names.extend_from_slice(name);
+                    names.push(0);
+                }
             }
-        }
-        Ok(names)
+            names
+        })
     }
 
     /// Sets an attribute.
@@ -112,7 +121,9 @@ impl Client {
         let guards = self.lease_all(ctx, &[(inode, Mode::Exclusive)])?;
         self.namespace(ctx, &[inode], &guards, op)?;
         // The server has them now; what was cached is asked for again.
-        inode.lock(ctx, guards.version(inode.ino))?.xattrs = None;
+        let mut state = inode.lock(ctx, guards.version(inode.ino))?;
+        state.xattrs = None;
+        state.xattr_changes += 1;
         Ok(())
     }
 }

@@ -396,6 +396,13 @@ impl LeaseManager {
                 } = how;
                 let payload = (!payload.is_empty()).then(|| payload.into());
                 let moved = (version + u64::from(modified)) & crate::OwnerWord::MAX_VERSION;
+                if to == Some(Mode::Shared) {
+                    // This node still owns the word, so nobody writes: local readers need not wait until it
+                    // is free. They must not, for what they hold meanwhile may be in the way of an
+                    // invalidation that is asked for next.
+                    lease.version.store(moved, Ordering::Relaxed);
+                    lease.gate.open();
+                }
                 (
                     Event::Flushed {
                         modified,
@@ -408,6 +415,9 @@ impl LeaseManager {
                 (Event::Invalidated, version)
             }
         };
+        if matches!(event, Event::Flushed { .. }) {
+            self.admit(&lease);
+        }
         self.drive(&lease, Some(event));
         Ok(version)
     }
