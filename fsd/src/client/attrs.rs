@@ -119,7 +119,9 @@ impl Client {
             match (self.load_attr(ctx, inode, &mut state), state.last) {
                 (Ok(attr), _) => (attr, self.attr_ttl(inode)),
                 // Looked up a moment ago, and gone since: that is what can be said of it.
-                (Err(Stop::Errno(Errno(libc::ESTALE))), Some(last)) => (Attr { nlink: 0, ..last }, Duration::ZERO),
+                (Err(Stop::Errno(Errno(libc::ESTALE))), Some(last)) => {
+                    (Attr { nlink: 0, ..last }, Duration::ZERO)
+                }
                 (Err(stop), _) => return Err(stop),
             }
         };

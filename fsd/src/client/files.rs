@@ -90,19 +90,35 @@ impl Client {
         let (mut flags, mut bitmap) = ([0u8; 8], vec![0u8; words * 8]);
         let mut ops = Vec::with_capacity(4);
         if change != 0 {
-            ops.push(Op::Faa { at: record.plus(offset), add: add(bit, change), old: 0 });
+            ops.push(Op::Faa {
+                at: record.plus(offset),
+                add: add(bit, change),
+                old: 0,
+            });
         }
         if writer != 0 {
-            ops.push(Op::Faa { at: record.plus(RecordLayout::FLAGS), add: add(ONE_WRITER, writer), old: 0 });
+            ops.push(Op::Faa {
+                at: record.plus(RecordLayout::FLAGS),
+                add: add(ONE_WRITER, writer),
+                old: 0,
+            });
         }
-        ops.push(Op::Read { at: record.plus(RecordLayout::FLAGS), into: &mut flags });
-        ops.push(Op::Read { at: record.plus(layout.opens()), into: &mut bitmap });
+        ops.push(Op::Read {
+            at: record.plus(RecordLayout::FLAGS),
+            into: &mut flags,
+        });
+        ops.push(Op::Read {
+            at: record.plus(layout.opens()),
+            into: &mut bitmap,
+        });
         conn.execute(&mut ops).map_err(|error| {
             tracing::error!("opens of {:#x}: {error}", inode.ino);
             Stop::Errno(Errno(libc::EIO))
         })?;
-        let bitmap =
-            bitmap.chunks_exact(8).map(|b| u64::from_ne_bytes(b.try_into().unwrap_or_default())).collect();
+        let bitmap = bitmap
+            .chunks_exact(8)
+            .map(|b| u64::from_ne_bytes(b.try_into().unwrap_or_default()))
+            .collect();
         Ok((u64::from_ne_bytes(flags), bitmap))
     }
 
@@ -112,8 +128,14 @@ impl Client {
         let mut expect = if on { 0 } else { flag };
         loop {
             let new = if on { expect | flag } else { expect & !flag };
-            let mut swap = [Op::Cas { at, expect, new, old: 0 }];
-            conn.execute(&mut swap).map_err(|_| Stop::Errno(Errno(libc::EIO)))?;
+            let mut swap = [Op::Cas {
+                at,
+                expect,
+                new,
+                old: 0,
+            }];
+            conn.execute(&mut swap)
+                .map_err(|_| Stop::Errno(Errno(libc::EIO)))?;
             match swap {
                 [Op::Cas { old, .. }] if old != expect => expect = old,
                 _ => return Ok(()),
@@ -160,7 +182,10 @@ impl Client {
         opens.count += 1;
         opens.writers += u64::from(writer);
         let writers = flags / ONE_WRITER;
-        Ok((self.opened_elsewhere(&bitmap), writers > u64::from(opens.writer_counted)))
+        Ok((
+            self.opened_elsewhere(&bitmap),
+            writers > u64::from(opens.writer_counted),
+        ))
     }
 
     /// Makes a handle for an inode whose lease is held. Returns its number and whether the kernel may cache.
@@ -193,8 +218,15 @@ impl Client {
             }
         }
         let seen = AtomicU64::new(inode.errors.seen());
-        let handle =
-            Handle { inode: Arc::clone(inode), flags, cached, writer, seen, listing: Mutex::default(), is_file };
+        let handle = Handle {
+            inode: Arc::clone(inode),
+            flags,
+            cached,
+            writer,
+            seen,
+            listing: Mutex::default(),
+            is_file,
+        };
         Ok((self.handles.add(handle), cached))
     }
 

@@ -88,7 +88,10 @@ fn from_library(time: SystemTime) -> Time {
     match SystemTime::UNIX_EPOCH.duration_since(time) {
         Ok(d) if !d.is_zero() => {
             let secs = i64::try_from(d.as_secs()).unwrap_or(i64::MAX);
-            Time(secs.saturating_mul(-1_000_000_000).saturating_add(i64::from(d.subsec_nanos())))
+            Time(
+                secs.saturating_mul(-1_000_000_000)
+                    .saturating_add(i64::from(d.subsec_nanos())),
+            )
         }
         _ => Time::from_system(time),
     }

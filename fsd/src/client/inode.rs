@@ -112,7 +112,13 @@ impl State {
         // Frames have a number of their own; space was set aside for pages that are gone.
         let mut frames = std::mem::take(&mut self.frames);
         frames.reserved.clear();
-        *self = Self { target, last, frames, gone: self.gone, ..Self::default() };
+        *self = Self {
+            target,
+            last,
+            frames,
+            gone: self.gone,
+            ..Self::default()
+        };
     }
 
     /// Something has been changed under the exclusive lease.

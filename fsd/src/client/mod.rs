@@ -111,6 +111,8 @@ pub struct Client {
     pub wake_writeback: crossbeam::channel::Sender<()>,
     /// The mount is leaving.
     pub stopping: AtomicBool,
+    /// The leases are lost; nothing is served any more.
+    pub doomed: AtomicBool,
     /// When the mount began.
     pub began: Instant,
 }
@@ -159,6 +161,9 @@ impl Client {
     /// Park; or the lease could not be had.
     pub fn lease(&self, ctx: &Ctx<'_>, inode: &Inode, mode: Mode) -> Res<Guard> {
         let record = inode.record();
+        if self.doomed.load(Ordering::Relaxed) {
+            return ctx::fail(libc::EIO);
+        }
         if let Some(guard) = self.leases.try_enter(record, mode) {
             return Ok(guard);
         }

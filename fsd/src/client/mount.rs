@@ -165,6 +165,12 @@ impl Owner for Client {
     fn storage_back(&self, shard: u16) {
         self.leases.storage_reconnected(u32::from(shard));
     }
+    fn leases_lost(&self, shard: u16) {
+        tracing::error!(
+            "storage node {shard} came back without its leases (its host was restarted): this mount cannot know what others have changed, and ends; mount again"
+        );
+        self.doomed.store(true, Ordering::SeqCst);
+    }
     fn peer_gone(&self, node: NodeId) {
         self.leases.peer_gone(node);
     }
@@ -394,6 +400,7 @@ impl Mount {
             wake_writeback,
             stopping: AtomicBool::new(false),
             began: std::time::Instant::now(),
+            doomed: AtomicBool::new(false),
         });
         revoker.set_client(&client);
         let _ = front.client.set(Arc::downgrade(&client));
@@ -473,7 +480,13 @@ impl Mount {
     /// Has somebody else unmounted it?
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        self.session.as_ref().is_none_or(|s| s.guard.is_finished())
+        self.session.as_ref().is_none_or(|s| s.guard.is_finished()) || self.is_doomed()
+    }
+
+    /// Has it lost its leases?
+    #[must_use]
+    pub fn is_doomed(&self) -> bool {
+        self.client.doomed.load(Ordering::SeqCst)
     }
 
     /// Unmounts, writes everything back, gives up all leases and leaves.
@@ -495,6 +508,11 @@ impl Mount {
             }
         }
         let client = &self.client;
+        if self.is_doomed() {
+            // Nothing that is cached can be trusted, nor written without a lease.
+            client.net.stop();
+            return self.fabric.shutdown();
+        }
         client.write_all();
         client.return_space();
         let unused: Vec<u64> = client.new_inos.lock().drain(..).collect();

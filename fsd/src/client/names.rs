@@ -179,7 +179,11 @@ impl Client {
             self.load_attr(ctx, dir, &mut state)?
         };
         let inherits = above.mode & libc::S_ISGID as u16 != 0;
-        let inherited = if inherits && new.kind == Kind::Directory { libc::S_ISGID as u16 } else { 0 };
+        let inherited = if inherits && new.kind == Kind::Directory {
+            libc::S_ISGID as u16
+        } else {
+            0
+        };
         if ino::generation(number) > 0 {
             self.clear_unlinked(&inode)?;
         }

@@ -23,6 +23,9 @@ use crate::wire::{
 /// Pause between attempts to reach a server again.
 const RETRY: Duration = Duration::from_millis(50);
 
+/// How much longer than for an answer a mount waits for those of a former life to come back or be given up.
+const JOIN_GRACE: Duration = Duration::from_secs(15);
+
 /// What the connections need to know of the mount.
 pub trait Owner: Send + Sync {
     /// File locks held, to be told to a metadata server that has restarted.
@@ -31,6 +34,8 @@ pub trait Owner: Send + Sync {
     fn storage_lost(&self, shard: u16);
     /// There is a new connection to a storage node.
     fn storage_back(&self, shard: u16);
+    /// A storage node came back without its leases: ours on it are worth nothing.
+    fn leases_lost(&self, shard: u16);
     /// Another mount cannot be reached.
     fn peer_gone(&self, node: NodeId);
     /// Another mount can be reached (again).
@@ -156,7 +161,15 @@ impl Net {
     /// Unreachable, wrong key, clocks apart…
     pub fn join(&self) -> Result<JoinReply, RpcError> {
         let conn = self.connect_meta(Instant::now() + self.timeout)?;
-        let reply = self.join_on(&conn, None)?;
+        let patience = Instant::now() + self.timeout + JOIN_GRACE;
+        let reply = loop {
+            match self.join_on(&conn, None) {
+                Err(RpcError::Errno(Errno(libc::EAGAIN))) if Instant::now() < patience => {
+                    std::thread::sleep(RETRY);
+                }
+                other => break other?,
+            }
+        };
         self.fabric.set_identity(self.hello(Some(reply.node)).encode());
         self.record_bytes
             .store(u64::from(reply.record_bytes), Ordering::Relaxed);
@@ -173,9 +186,11 @@ impl Net {
         let _ = self.storage.set(links);
         let _ = self.joined.set(reply.clone());
         *self.meta.write() = Some(conn);
+        let mut ids = Vec::with_capacity(reply.storage.len());
         for storage in &reply.storage {
-            self.storage(storage.id)?;
+            ids.push(self.storage(storage.id)?.attached.table);
         }
+        self.meta(&MetaRequest::Tables { ids })?;
         Ok(reply)
     }
 
@@ -348,7 +363,13 @@ impl Net {
             match self.attach(link) {
                 Ok(session) => {
                     let session = Arc::new(session);
-                    *link.session.write() = Some(Arc::clone(&session));
+                    let before = link.session.write().replace(Arc::clone(&session));
+                    if let (Some(before), Some(owner)) = (before, self.owner())
+                        && before.attached.table != session.attached.table
+                    {
+                        owner.leases_lost(id);
+                        return Err(RpcError::Errno(Errno(libc::EIO)));
+                    }
                     if again && let Some(owner) = self.owner() {
                         tracing::info!("connected to storage node {id} again");
                         owner.storage_back(id);

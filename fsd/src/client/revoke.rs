@@ -137,7 +137,9 @@ impl Client {
         if inode.opens.lock().cached == 0 {
             return Duration::ZERO;
         }
-        let since = self.now().saturating_sub(inode.kernel.answered.load(Ordering::SeqCst));
+        let since = self
+            .now()
+            .saturating_sub(inode.kernel.answered.load(Ordering::SeqCst));
         SETTLE.saturating_sub(Duration::from_nanos(since))
     }
 
@@ -164,7 +166,9 @@ impl Client {
         if from != Mode::Shared || !self.local_memory() || !inode.edges.lock().is_empty() {
             return false;
         }
-        let all_here = inode.try_lock_raw().is_some_and(|s| s.is_mapped(self.net.storage_count()));
+        let all_here = inode
+            .try_lock_raw()
+            .is_some_and(|s| s.is_mapped(self.net.storage_count()));
         let connected = (0..self.net.storage_count()).all(|n| self.net.storage_now(n).is_some());
         if !all_here || !connected || inode.opens.lock().cached_writers > 0 {
             return false;

@@ -98,6 +98,11 @@ pub fn mount(config: &Config, key: Vec<u8>, options: &MountOptions) -> anyhow::R
         mount.mode()
     ));
     wait(&mut signals, || mount.is_gone());
+    let doomed = mount.is_doomed();
     mount.stop();
-    Ok(ExitCode::SUCCESS)
+    Ok(if doomed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }

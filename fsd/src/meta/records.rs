@@ -38,6 +38,8 @@ pub struct Superblock {
     pub shards: u16,
     /// Moves on when lease versions start again: stored versions of older eras count as zero.
     pub era: u32,
+    /// The lease tables of the current era, by storage node.
+    pub tables: Vec<u64>,
 }
 
 /// Layout version of this build.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -37,12 +37,14 @@ pub(super) struct State {
     pub(super) inodes: u64,
     pub(super) orphans: u64,
     pub(super) early_reaps: Vec<u64>,
+    pub(super) tables: Vec<u64>,
 }
 
 /// The server behind its fabric endpoint.
 pub(super) struct Inner {
     pub(super) config: Config,
     pub(super) superblock: Superblock,
+    era: AtomicU32,
     pub(super) store: Arc<dyn Store>,
     pub(super) state: Mutex<State>,
     pub(super) requests: AtomicU64,
@@ -96,6 +98,7 @@ pub fn format(config: &Config, uuid: &str) -> Result<(), MetaError> {
         record_bytes: config.lease.record_bytes,
         shards: config.storage.len() as u16,
         era: 0,
+        tables: Vec::new(),
     };
     let mut txn = Txn::new(&store);
     txn.put(key::superblock(), encode(&superblock));
@@ -208,6 +211,7 @@ fn load_state(store: &dyn Store, superblock: &Superblock) -> Result<State, MetaE
         inodes: count(store, b'I')?,
         orphans: count(store, b'O')?,
         early_reaps: Vec::new(),
+        tables: superblock.tables.clone(),
     })
 }
 
@@ -278,6 +282,7 @@ impl MetaServer {
         let (stop, stop_in) = unbounded();
         let inner = Arc::new(Inner {
             config: config.clone(),
+            era: AtomicU32::new(superblock.era),
             superblock,
             store,
             state: Mutex::new(state),
@@ -443,13 +448,7 @@ impl Inner {
             return Ok(());
         }
         for (k, _) in self.store.scan(b"O", &prefix_end(b"O"), usize::MAX)? {
-            let change = Change::new(
-                Txn::new(self.store.as_ref()),
-                0,
-                Time::now(),
-                self.superblock.era,
-                &[],
-            );
+            let change = Change::new(Txn::new(self.store.as_ref()), 0, Time::now(), self.era(), &[]);
             if let Some((txn, effects)) = load(change.reap(key::number(&k)))? {
                 txn.commit()?;
                 self.settle(&mut state, &effects);
@@ -460,6 +459,34 @@ impl Inner {
             load(self.forget(&mut state, node, &[]))?;
         }
         tracing::info!("every mount was dead: all leases have been reset");
+        Ok(())
+    }
+
+    /// Era of lease versions.
+    pub(super) fn era(&self) -> u32 {
+        self.era.load(Ordering::Acquire)
+    }
+
+    /// A mount tells which lease tables it has found. New ones begin with version zero: a new era, or the
+    /// attributes pushed under the new versions would be taken for old.
+    pub(super) fn check_tables(&self, tables: &[u64]) -> Result<(), Refusal> {
+        let mut state = self.state.lock();
+        if state.tables == tables {
+            return Ok(());
+        }
+        let era = self.era() + 1;
+        let superblock = Superblock {
+            era,
+            tables: tables.to_vec(),
+            ..self.superblock.clone()
+        };
+        let mut txn = Txn::new(self.store.as_ref());
+        txn.put(key::superblock(), encode(&superblock));
+        txn.commit()?;
+        self.store.sync()?;
+        tracing::info!("lease tables are new: era {era}");
+        state.tables = tables.to_vec();
+        self.era.store(era, Ordering::Release);
         Ok(())
     }
 

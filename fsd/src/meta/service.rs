@@ -90,6 +90,10 @@ impl Inner {
                 now,
                 &locks,
             ),
+            MetaRequest::Tables { ids } => {
+                self.check_tables(&ids)?;
+                Ok(MetaReply::Done)
+            }
             MetaRequest::Leave { unused } => {
                 let mut state = self.state.lock();
                 let node = state
@@ -151,7 +155,7 @@ impl Inner {
             MetaRequest::Update { updates } => {
                 let mut txn = self.txn();
                 for update in &updates {
-                    names::update(&mut txn, self.superblock.era, update)?;
+                    names::update(&mut txn, self.era(), update)?;
                 }
                 txn.commit()?;
                 Ok(MetaReply::Done)
@@ -188,7 +192,7 @@ impl Inner {
 
     /// Versions of an older era are worth nothing.
     fn current(&self, mut attr: Attr, era: u32) -> Attr {
-        if era != self.superblock.era {
+        if era != self.era() {
             attr.version = 0;
         }
         attr
@@ -233,6 +237,9 @@ impl Inner {
                 }
                 (node, incarnation)
             }
+            // Mounts of a former life may come back, or hold leases that are released when they do not: until
+            // that is known nobody new can be served.
+            None if state.sessions.nobody_up() => return no(libc::EAGAIN),
             None => state
                 .sessions
                 .free_number(layout.max_nodes())
@@ -392,7 +399,7 @@ impl Inner {
                 .map_err(Refusal::Errno);
         }
         let op = &self.adjust(&mut state, op);
-        let result = Change::new(self.txn(), node, now, self.superblock.era, touched).run(op);
+        let result = Change::new(self.txn(), node, now, self.era(), touched).run(op);
         let (mut txn, created, effects) = result?;
         let bytes = encode(&Ok::<&Created, Errno>(&created));
         txn.put(key::answer(node, seq), bytes.clone());
@@ -430,7 +437,7 @@ impl Inner {
 
     fn reap(&self, ino: u64) -> Answer {
         let mut state = self.state.lock();
-        let change = Change::new(self.txn(), 0, Time::now(), self.superblock.era, &[]);
+        let change = Change::new(self.txn(), 0, Time::now(), self.era(), &[]);
         match change.reap(ino)? {
             Some((txn, effects)) => {
                 txn.commit()?;

@@ -84,6 +84,12 @@ impl Sessions {
         dead
     }
 
+    /// There are mounts, but none is connected.
+    #[must_use]
+    pub fn nobody_up(&self) -> bool {
+        !self.nodes.is_empty() && self.nodes.values().all(|s| s.conn.is_none())
+    }
+
     /// No mount is alive (up, or lost and perhaps coming back), but dead ones hold leases.
     #[must_use]
     pub fn only_dead(&self) -> bool {

@@ -19,6 +19,8 @@ type Segment = (Arc<SharedMem>, RegionKey);
 
 /// The lease table of one storage node.
 pub struct LeaseTable {
+    /// Random number given when the table was made; kept with it in memory.
+    pub id: u64,
     prefix: PathBuf,
     record_bytes: u32,
     segments: Mutex<Vec<Segment>>,
@@ -35,13 +37,39 @@ pub struct Held {
 
 impl LeaseTable {
     /// A table whose segments are files `PREFIX.N` (they outlive the process, as leases must).
-    #[must_use]
-    pub fn new(prefix: PathBuf, record_bytes: u32) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// The memory file system refuses.
+    pub fn open(prefix: PathBuf, record_bytes: u32) -> Result<Self, StorageError> {
+        let label = prefix.with_extension("leases-id");
+        let known = std::fs::read_to_string(&label)
+            .ok()
+            .and_then(|t| t.trim().parse().ok());
+        let id = match known {
+            Some(id) => id,
+            None => {
+                let id = rand::random();
+                std::fs::write(
+                    &label,
+                    format!(
+                        "{id}
+"
+                    ),
+                )
+                .map_err(|error| StorageError::Io {
+                    what: "cannot write",
+                    path: label.clone(),
+                    error,
+                })?;
+                id
+            }
+        };
+        Ok(Self {
+            id,
             prefix,
             record_bytes,
             segments: Mutex::default(),
-        }
+        })
     }
 
     fn file(&self, segment: u32) -> PathBuf {
@@ -89,12 +117,7 @@ impl LeaseTable {
         conn: &dyn Connection,
         mut visit: impl FnMut(RemoteAddr, &[u64]) -> Result<(), StorageError>,
     ) -> Result<(), StorageError> {
-        let keys: Vec<RegionKey> = self
-            .segments
-            .lock()
-            .iter()
-            .map(|(_, key)| *key)
-            .collect();
+        let keys: Vec<RegionKey> = self.segments.lock().iter().map(|(_, key)| *key).collect();
         let words = self.record_bytes as usize / 8;
         let zero = vec![0u8; 64 << 10];
         let mut chunk = vec![0u8; 64 << 10];
@@ -172,5 +195,6 @@ impl LeaseTable {
             // A file that is gone already is as good.
             let _ = std::fs::remove_file(self.file(segment as u32));
         }
+        let _ = std::fs::remove_file(self.prefix.with_extension("leases-id"));
     }
 }

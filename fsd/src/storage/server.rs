@@ -186,10 +186,10 @@ impl StorageNode {
             },
             Router::new(&config.cluster, calls, Arc::clone(&front) as Arc<dyn Service>),
         )?;
-        let leases = LeaseTable::new(
+        let leases = LeaseTable::open(
             section.memory_dir.join(format!("distfuse-{label}-{id}.leases")),
             config.lease.record_bytes,
-        );
+        )?;
         leases.adopt(fabric.as_ref())?;
         let pool_key = fabric.register(&pool.mem, Access::ALL)?;
         let dirty_key = fabric.register(&pool.dirty, Access::ALL)?;
@@ -396,6 +396,7 @@ impl Inner {
                 pool_len: self.pool.mem.len() as u64,
                 dirty_key: self.dirty_key.0,
                 segment_records: SEGMENT_RECORDS,
+                table: self.leases.id,
             })),
             StorageRequest::LeaseSegment { segment } => {
                 let fabric = self.fabric.lock().clone().ok_or(Errno(libc::ESHUTDOWN))?;

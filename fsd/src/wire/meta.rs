@@ -169,6 +169,11 @@ pub enum MetaRequest {
         /// File locks it holds (when it comes back).
         locks: Vec<LockSpec>,
     },
+    /// The lease tables a mount has found, by storage node; said after `Join`, before the first lease.
+    Tables {
+        /// Their numbers.
+        ids: Vec<u64>,
+    },
     /// A mount leaves; it holds no lease any more. Unused reserved inode numbers go back.
     Leave {
         /// Unused numbers.

@@ -99,6 +99,8 @@ pub struct Attached {
     pub dirty_key: u64,
     /// Lease records in a segment.
     pub segment_records: u32,
+    /// Names this life of the lease table: another number means that all leases have been lost.
+    pub table: u64,
 }
 
 /// State of a storage node.
