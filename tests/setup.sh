@@ -18,7 +18,7 @@ if ((${#missing[@]})); then
     $sudo apt-get install -q -y --no-install-recommends "${missing[@]}"
 fi
 
-have cargo || { echo "setup: cargo is missing: install Rust 1.90 or later from https://rustup.rs" >&2; exit 1; }
+have cargo || { echo "setup: cargo is missing: install Rust 1.90 or later" >&2; exit 1; }
 if [ ! -e /dev/fuse ]; then
     modprobe fuse 2>/dev/null || true
     [ -e /dev/fuse ] || echo "setup: /dev/fuse is missing: mounting will not work on this machine" >&2
