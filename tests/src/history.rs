@@ -196,7 +196,7 @@ pub fn records(mounts: &[PathBuf], pages: bool, cut: bool, rounds: usize, seed: 
         }
         Ok(())
     })?;
-    judge("records", seed, &Records, history)
+    judge("records", seed, &Records::of(&history), history)
 }
 
 /// Creates, replaces, takes away and looks at a few names.
