@@ -531,3 +531,7 @@ pub fn update(txn: &mut Txn<'_>, era: u32, change: &crate::wire::AttrUpdate) -> 
     txn.put(key::inode(change.ino), encode(&inode));
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "names_tests.rs"]
+mod tests;
