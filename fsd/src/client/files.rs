@@ -212,9 +212,8 @@ impl Client {
                     _ => false,
                 };
             if cached {
-                let mut opens = inode.opens.lock();
-                opens.cached += 1;
-                opens.cached_writers += u64::from(writer);
+                inode.kernel.cached.fetch_add(1, Ordering::SeqCst);
+                inode.opens.lock().cached_writers += u64::from(writer);
             }
         }
         let seen = AtomicU64::new(inode.errors.seen());
@@ -284,7 +283,7 @@ impl Client {
         opens.count = opens.count.saturating_sub(1);
         opens.writers -= u64::from(handle.writer);
         if handle.cached {
-            opens.cached -= 1;
+            inode.kernel.cached.fetch_sub(1, Ordering::SeqCst);
             opens.cached_writers -= u64::from(handle.writer);
         }
         let last_writer = opens.writer_counted && opens.writers == 0;

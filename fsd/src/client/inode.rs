@@ -194,6 +194,8 @@ pub struct KernelCache {
     pub invals: AtomicU64,
     /// A revocation is under way: nothing new may get a time to live.
     pub revoking: AtomicBool,
+    /// Files open through the page cache.
+    pub cached: AtomicU64,
     /// When attributes were answered last, nanoseconds since the mount began.
     pub answered: AtomicU64,
     /// Lookups the kernel has not forgotten.
@@ -266,8 +268,6 @@ pub struct Inode {
 pub struct Opens {
     /// How many.
     pub count: u64,
-    /// Of those, through the page cache.
-    pub cached: u64,
     /// Of those, for writing through the page cache.
     pub cached_writers: u64,
     /// For writing, of any kind.

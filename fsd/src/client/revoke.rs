@@ -134,7 +134,7 @@ impl Client {
     /// How long the kernel is still to be left alone. An invalidation that overtakes an answer makes it
     /// drop the file size in it, and a read through the page cache then ends where the file ended before.
     fn unsettled(&self, inode: &Inode) -> Duration {
-        if inode.opens.lock().cached == 0 {
+        if inode.kernel.cached.load(Ordering::SeqCst) == 0 {
             return Duration::ZERO;
         }
         let since = self
@@ -170,7 +170,9 @@ impl Client {
             .try_lock_raw()
             .is_some_and(|s| s.is_mapped(self.net.storage_count()));
         let connected = (0..self.net.storage_count()).all(|n| self.net.storage_now(n).is_some());
-        if !all_here || !connected || inode.opens.lock().cached_writers > 0 {
+        // Whoever opens or closes the file just now holds `opens`, perhaps waiting for the fabric.
+        let writers = inode.opens.try_lock().is_none_or(|o| o.cached_writers > 0);
+        if !all_here || !connected || writers {
             return false;
         }
         inode.kernel.revoking.store(true, Ordering::SeqCst);
