@@ -293,6 +293,24 @@ impl Cluster {
         self.start_role(role)
     }
 
+    /// Waits until a role has ended by itself.
+    ///
+    /// # Errors
+    /// It does not run, or has not ended in time.
+    pub fn wait(&self, role: Role, limit: Duration) -> anyhow::Result<std::process::ExitStatus> {
+        let mut process = self
+            .running()
+            .remove(&role)
+            .ok_or_else(|| anyhow::anyhow!("{} does not run", role.name()))?;
+        match process.wait(limit) {
+            Some(status) => Ok(status),
+            None => {
+                process.kill();
+                anyhow::bail!("{} has not ended within {limit:?}", role.name())
+            }
+        }
+    }
+
     /// SIGTERM, and waits for a clean end.
     ///
     /// # Errors

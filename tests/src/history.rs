@@ -152,13 +152,19 @@ pub fn registers(mounts: &[PathBuf], size: usize, rounds: usize, seed: u64) -> a
 /// Appends, truncations, reads and sizes of one file.
 ///
 /// A read from the kernel's pages beside a truncation on the same node may see zeros, on every file system of a
-/// stock kernel (the reader takes no lock): with `pages`, a file that is truncated is read by O_DIRECT.
+/// stock kernel (the reader takes no lock): with `pages`, a file that is truncated is read by O_DIRECT. Every mount
+/// has the file open for writing before the first reader opens it: a reader from before may read to where the file
+/// ended a moment ago (docs/architecture.md, kernel caching per open file).
 ///
 /// # Errors
 /// A system call failed, or the history is not linearizable.
 pub fn records(mounts: &[PathBuf], pages: bool, cut: bool, rounds: usize, seed: u64) -> anyhow::Result<()> {
     let name = format!("records-{cut}-{seed}");
     File::create(mounts[0].join(&name))?;
+    let _open: Vec<File> = mounts
+        .iter()
+        .map(|m| sys::open(&m.join(&name), libc::O_WRONLY))
+        .collect::<Result<_, _>>()?;
     let history = record(mounts, seed, |mount, id, rng, recorder| {
         let path = mount.join(&name);
         let mut writer = sys::open(&path, libc::O_WRONLY | libc::O_APPEND)?;

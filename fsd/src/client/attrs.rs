@@ -161,6 +161,7 @@ impl Client {
             state.attr.unwrap_or(before)
         };
         self.note_dirty(inode.ino);
+        self.invalidate_attrs(inode);
         let done = answer(&attr, self.attr_ttl(inode));
         drop(guard);
         Ok(done)

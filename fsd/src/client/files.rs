@@ -256,6 +256,7 @@ impl Client {
         };
         if truncate {
             self.note_dirty(inode.ino);
+            self.invalidate_attrs(inode);
         }
         self.make_handle(inode, kind, flags)
     }
@@ -407,6 +408,7 @@ impl Client {
             state.touch();
         }
         self.note_dirty(inode.ino);
+        self.invalidate_attrs(inode);
         drop(guard);
         Ok(())
     }
@@ -528,6 +530,7 @@ impl Client {
             self.write_held(ctx, to, &mut state, to_offset, &data)?;
         }
         self.note_dirty(to.ino);
+        self.invalidate_attrs(to);
         Ok(data.len() as u32)
     }
 }

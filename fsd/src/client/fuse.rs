@@ -61,10 +61,10 @@ fn attr_of(a: &Attr) -> FileAttr {
         ino: INodeNo(a.ino),
         size: a.size,
         blocks: a.blocks,
-        atime: to_library(a.atime),
-        mtime: to_library(a.mtime),
-        ctime: to_library(a.ctime),
-        crtime: to_library(a.btime),
+        atime: a.atime.to_system(),
+        mtime: a.mtime.to_system(),
+        ctime: a.ctime.to_system(),
+        crtime: a.btime.to_system(),
         kind: kind_of(a.kind),
         perm: a.mode,
         nlink: a.nlink,
@@ -95,15 +95,6 @@ fn from_library(time: SystemTime) -> Time {
         }
         _ => Time::from_system(time),
     }
-}
-
-/// The other way round: what makes the library answer this time.
-fn to_library(time: Time) -> SystemTime {
-    if time.0 >= 0 {
-        return time.to_system();
-    }
-    let (secs, nanos) = (time.0.div_euclid(1_000_000_000), time.0.rem_euclid(1_000_000_000));
-    SystemTime::UNIX_EPOCH - Duration::new(secs.unsigned_abs(), nanos as u32)
 }
 
 /// A request that can be tried more than once; `T` is its reply, taken when it is answered.

@@ -88,6 +88,7 @@ impl Client {
             return fail(libc::EPROTO);
         };
         for inode in held {
+            self.invalidate_attrs(inode);
             let mut state = inode.lock(ctx, guards.version(inode.ino))?;
             state.modified = true;
             match created.attrs.iter().find(|a| a.ino == inode.ino) {

@@ -237,7 +237,9 @@ impl Client {
         }
     }
 
-    fn invalidate_attrs(&self, inode: &Inode) {
+    /// Drops the attributes the kernel has of an inode; also after a change under the exclusive lease, before
+    /// the lease can be given down: until the kernel has taken in the answer it would show the old ones.
+    pub fn invalidate_attrs(&self, inode: &Inode) {
         if inode.kernel.attrs.swap(false, Ordering::SeqCst) {
             self.notify(inode, -1, 0);
         }

@@ -76,6 +76,7 @@ impl Client {
             at
         };
         self.note_dirty(inode.ino);
+        self.invalidate_attrs(inode);
         let stale = !flags.cached && inode.kernel.pages.load(Ordering::SeqCst);
         if flags.cached {
             inode.kernel.pages.store(true, Ordering::SeqCst);

@@ -207,6 +207,19 @@ fn a_storage_node_that_lost_its_leases_causes_no_stale_results() -> anyhow::Resu
                 fs::remove_file(entry?.path())?;
             }
             cluster.start_role(Role::Storage(0))?;
+            // What the mounts cache is worth nothing without the leases: they end, and are mounted again.
+            for mount in [Role::Mount(0), Role::Mount(1)] {
+                let status = cluster.wait(mount, Duration::from_secs(30))?;
+                ensure!(!status.success(), "{mount:?} ended as if all were well");
+            }
+            cluster.start_role(Role::Mount(0))?;
+            cluster.start_role(Role::Mount(1))?;
+            for i in 0..10 {
+                ensure!(
+                    fs::read(a.join(format!("f{i}")))? == fs::read(b.join(format!("f{i}")))?,
+                    "f{i}"
+                );
+            }
             for i in 0..5 {
                 let name = format!("new{i}");
                 retry("writing after the restart", || {
