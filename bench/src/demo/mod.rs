@@ -95,7 +95,8 @@ fn show(demo: &mut Demo, args: &Args, fsd: &Path) -> anyhow::Result<()> {
     }
     if let Some(suite) = coherence::suite(fsd) {
         let status = std::process::Command::new(&suite)
-            .env("FSD_DIR", mounts[0].parent().context("mount directory")?)
+            .args(&mounts[..2])
+            .args(["--rounds", "20"])
             .status()
             .with_context(|| format!("cannot run {}", suite.display()))?;
         demo.done("coherence program of the test suite", status.to_string());
