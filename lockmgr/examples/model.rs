@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use lockmgr::model::{Options, explore};
 
-const USAGE: &str = "options: --budget N,N,N  --no-keep  --unmodified  --no-voluntary  --confirm  --leave  \
+const USAGE: &str = "options: --budget N,N,N  --no-keep  --no-keep-word  --unmodified  --no-voluntary  --confirm  --leave  \
                      --losses N  --no-symmetry  --depth-first  --max-states N";
 
 fn options() -> Result<Options, String> {
@@ -28,6 +28,7 @@ fn options() -> Result<Options, String> {
                 options.budget = [a as u8, b as u8, c as u8];
             }
             "--no-keep" => options.keep_shared = false,
+            "--no-keep-word" => options.keep_word = false,
             "--unmodified" => options.unmodified = true,
             "--no-voluntary" => options.voluntary = false,
             "--confirm" => options.confirm = true,

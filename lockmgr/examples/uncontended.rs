@@ -44,6 +44,7 @@ impl LeaseUser for Alone {
         manager.relinquished(id, Relinquish::default()).unwrap();
     }
     fn granted(&self, _: RecordId, _: Mode, _: u64, _: Option<&[u8]>) {}
+    fn confirm(&self, _: RecordId, _: u64) {}
 }
 
 fn time(what: &str, n: u32, mut f: impl FnMut(u32)) {

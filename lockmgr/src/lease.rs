@@ -168,6 +168,12 @@ pub(crate) struct Record {
     /// What the user has been asked to come down to, and has not.
     pub(crate) asked: Option<Option<Mode>>,
     pub(crate) wish: Option<Wish>,
+    /// When the word was last kept.
+    pub(crate) kept_since: Option<Instant>,
+    /// A timer looks after the kept word.
+    pub(crate) kept_timer: bool,
+    /// The word was kept long enough, unless somebody needs it now.
+    pub(crate) settle: bool,
     /// Counts grants, so that a timer knows whether it is about this one.
     pub(crate) tenure: u64,
     pub(crate) broken: Option<Violation>,
@@ -185,6 +191,9 @@ impl Record {
             parked: VecDeque::new(),
             asked: None,
             wish: None,
+            kept_since: None,
+            kept_timer: false,
+            settle: false,
             tenure: 0,
             broken: None,
             trouble: None,

@@ -28,6 +28,9 @@ pub struct OwnerWord {
 impl OwnerWord {
     /// Largest version; versions are cut to it.
     pub const MAX_VERSION: u64 = (1 << VERSION_BITS) - 1;
+    /// An owner may have told readers of versions less than this much beyond the one in the word. Whoever
+    /// frees the word of a dead owner moves the version on by as much.
+    pub const RECOVERY_STEP: u64 = 1 << 16;
 
     /// Nobody writes; the data have this version.
     #[must_use]

@@ -1,10 +1,10 @@
-//! Deadlines of parked operations, and ends of minimum hold times.
+//! Deadlines of parked operations, ends of minimum hold times, and words that were kept long enough.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use crate::lease::LeaseHandle;
 
@@ -13,36 +13,75 @@ pub(crate) enum Timer {
     Deadline,
     /// The tenure with this number has lasted long enough.
     Held(u64),
+    /// A word that was kept may have been kept long enough.
+    Kept,
 }
 
 /// By time; the ticket makes the key unique.
 type Queue = BTreeMap<(Instant, u64), (Arc<LeaseHandle>, Timer)>;
 
 #[derive(Default)]
-pub(crate) struct Timers(Mutex<Queue>);
+struct State {
+    queue: Queue,
+    stopped: bool,
+}
+
+#[derive(Default)]
+pub(crate) struct Timers {
+    state: Mutex<State>,
+    earlier: Condvar,
+}
 
 impl Timers {
     pub(crate) fn insert(&self, at: Instant, ticket: u64, lease: Arc<LeaseHandle>, timer: Timer) {
-        self.0.lock().insert((at, ticket), (lease, timer));
+        let mut state = self.state.lock();
+        state.queue.insert((at, ticket), (lease, timer));
+        let first = state.queue.keys().next().is_some_and(|k| k.1 == ticket);
+        drop(state);
+        if first {
+            self.earlier.notify_one();
+        }
     }
 
     pub(crate) fn remove(&self, at: Instant, ticket: u64) {
-        self.0.lock().remove(&(at, ticket));
+        self.state.lock().queue.remove(&(at, ticket));
     }
 
     pub(crate) fn next(&self) -> Option<Instant> {
-        self.0.lock().keys().next().map(|k| k.0)
+        self.state.lock().queue.keys().next().map(|k| k.0)
     }
 
     /// Takes the first that is due.
     pub(crate) fn due(&self, now: Instant) -> Option<(u64, Arc<LeaseHandle>, Timer)> {
-        let mut timers = self.0.lock();
-        let first = timers.first_entry()?;
+        let mut state = self.state.lock();
+        let first = state.queue.first_entry()?;
         if first.key().0 > now {
             return None;
         }
         let ticket = first.key().1;
         let (lease, timer) = first.remove();
         Some((ticket, lease, timer))
+    }
+
+    /// Sleeps until something is due; false once stopped.
+    pub(crate) fn wait(&self) -> bool {
+        let mut state = self.state.lock();
+        loop {
+            if state.stopped {
+                return false;
+            }
+            match state.queue.keys().next().map(|k| k.0) {
+                Some(at) if at <= Instant::now() => return true,
+                Some(at) => {
+                    self.earlier.wait_until(&mut state, at);
+                }
+                None => self.earlier.wait(&mut state),
+            }
+        }
+    }
+
+    pub(crate) fn stop(&self) {
+        self.state.lock().stopped = true;
+        self.earlier.notify_all();
     }
 }

@@ -15,7 +15,7 @@ use lockmgr::{
     Relinquish,
 };
 use parking_lot::Mutex;
-use rdma_transport::{AsyncOp, Completion, Connection, RemoteAddr, TransportError};
+use rdma_transport::{AsyncOp, Completion, Connection, OpResult, RemoteAddr, TransportError};
 
 const ID: RecordId = RecordId(2);
 const SOON: Duration = Duration::from_millis(20);
@@ -41,6 +41,7 @@ impl Submit for Link {
 struct Log {
     revokes: Vec<(Mode, Option<Mode>)>,
     grants: Vec<(Mode, u64, Option<Vec<u8>>)>,
+    confirms: Vec<u64>,
 }
 
 struct Side {
@@ -73,6 +74,9 @@ impl LeaseUser for Side {
             .grants
             .push((mode, version, payload.map(<[u8]>::to_vec)));
     }
+    fn confirm(&self, _: RecordId, version: u64) {
+        self.log.lock().confirms.push(version);
+    }
 }
 
 struct Pair {
@@ -84,6 +88,10 @@ struct Pair {
 }
 
 fn pair(min_hold: Duration) -> Pair {
+    pair_of(|cfg| cfg.min_hold = min_hold)
+}
+
+fn pair_of(change: impl Fn(&mut ManagerConfig)) -> Pair {
     let (wire, memory, down) = (
         Arc::default(),
         Arc::new(Memory::new(4)),
@@ -103,7 +111,7 @@ fn pair(min_hold: Duration) -> Pair {
     });
     let managers = [0, 1].map(|i| {
         let mut cfg = ManagerConfig::new(NodeId(i as u16), 1, layout());
-        cfg.min_hold = min_hold;
+        change(&mut cfg);
         LeaseManager::new(cfg, Arc::clone(&sides[i]) as _, Arc::clone(&sides[i]) as _).unwrap()
     });
     Pair {
@@ -254,9 +262,60 @@ fn a_free_record_waits_for_the_confirmation() {
         },
     );
     assert_eq!(p.managers[0].snapshot()[0].state, "awaiting confirmation");
-    p.managers[0].confirmed(ID);
+    assert_eq!(p.sides[0].log.lock().confirms, [1]);
+    p.managers[0].confirmed(ID, 1);
     assert!(p.managers[0].snapshot().is_empty());
     p.memory.assert_all_free("confirmed");
+}
+
+#[test]
+fn an_owner_that_let_readers_in_writes_again_without_the_storage_node() {
+    let p = pair_of(|cfg| cfg.keep_word = Duration::from_secs(100));
+    let (writer, reader) = (&p.managers[0], &p.managers[1]);
+    drop(writer.enter(ID, Mode::Exclusive, SOON).unwrap());
+    let modified = |attrs: &[u8]| Relinquish {
+        needs_confirm: true,
+        ..payload(attrs)
+    };
+    for round in 1..=3 {
+        let reads = p.park(1, Mode::Shared);
+        p.deliver();
+        assert_eq!(p.bring_down(0, modified(b"a")), round);
+        p.deliver();
+        assert_eq!(reads.lock().take().unwrap().unwrap().version(), round);
+        assert_eq!(writer.snapshot()[0].state, "sharing");
+        // The owner reads on, and writes again: one message there, one back.
+        let batches = writer.stats().batches;
+        assert_eq!(writer.try_enter(ID, Mode::Shared).unwrap().version(), round);
+        let writes = p.park(0, Mode::Exclusive);
+        p.deliver();
+        p.bring_down(1, Relinquish::default());
+        p.deliver();
+        assert_eq!(writes.lock().take().unwrap().unwrap().version(), round);
+        assert_eq!(writer.stats().batches, batches);
+        assert_eq!(reader.held(ID), None);
+    }
+    // Given up for good: what changed last is confirmed, once, then the record is free.
+    writer.downgrade(ID);
+    assert_eq!(p.bring_down(0, modified(b"b")), 4);
+    assert_eq!(p.sides[0].log.lock().confirms, []);
+    writer.expire(writer.next_deadline().unwrap() + Duration::from_secs(1));
+    assert_eq!(p.sides[0].log.lock().confirms, [4]);
+    // A late word about an earlier version says nothing about this one.
+    writer.confirmed(ID, 3);
+    assert_eq!(writer.snapshot()[0].state, "awaiting confirmation");
+    writer.confirmed(ID, 4);
+    assert_eq!(writer.snapshot()[0].state, "rest");
+    assert_eq!(writer.held(ID), Some((Mode::Shared, 4)));
+    let word = AsyncOp::ReadWords {
+        at: Memory::at(ID),
+        words: 1,
+    };
+    assert_eq!(
+        p.memory.run(&word),
+        OpResult::Words(vec![OwnerWord::free(4).encode()])
+    );
+    assert_eq!(writer.next_deadline(), None);
 }
 
 #[test]

@@ -68,12 +68,12 @@ impl Side {
             (how.modified, how.payload) = self.ghost.flush(self.number, id);
             how.needs_confirm = self.rng.lock().random_bool(0.3);
         }
-        let confirm = how.needs_confirm;
+        let confirm = how.needs_confirm && self.rng.lock().random_bool(0.5);
         let version = self.manager().held(id).unwrap().1 + u64::from(how.modified);
         self.ghost.relinquished(self.number, id, version);
         assert_eq!(self.manager().relinquished(id, how).unwrap(), version);
         if confirm {
-            self.later(move |side| side.manager().confirmed(id));
+            self.later(move |side| side.manager().confirmed(id, version));
         }
     }
 }
@@ -129,6 +129,9 @@ impl LeaseUser for Side {
     }
     fn granted(&self, id: RecordId, _mode: Mode, version: u64, payload: Option<&[u8]>) {
         self.ghost.granted(self.number, id, version, payload);
+    }
+    fn confirm(&self, id: RecordId, version: u64) {
+        self.later(move |side| side.manager().confirmed(id, version));
     }
 }
 

@@ -56,6 +56,7 @@ enum Task {
     Confirm {
         node: u16,
         id: RecordId,
+        version: u64,
     },
     /// An operation ends.
     Finish {
@@ -137,6 +138,10 @@ impl LeaseUser for Side {
     fn granted(&self, id: RecordId, _mode: Mode, version: u64, payload: Option<&[u8]>) {
         self.ghost.granted(self.node, id, version, payload);
     }
+    fn confirm(&self, id: RecordId, version: u64) {
+        let node = self.node;
+        self.net.lock().tasks.push(Task::Confirm { node, id, version });
+    }
 }
 
 struct World {
@@ -164,11 +169,13 @@ impl World {
         let ghost = Arc::new(Ghost::new(records));
         let hold = Duration::from_secs(if rng.random_bool(0.3) { 1 } else { 0 });
         let keep_shared = rng.random_bool(0.7);
+        let keep_word = Duration::from_secs(if rng.random_bool(0.5) { 1 } else { 0 });
         let nodes = (0..n)
             .map(|node| {
                 let mut cfg = ManagerConfig::new(NodeId(node), node as u8 + 1, layout());
                 cfg.min_hold = hold;
                 cfg.keep_shared = keep_shared;
+                cfg.keep_word = keep_word;
                 let side = Arc::new(Side {
                     node,
                     net: Arc::clone(&net),
@@ -351,17 +358,18 @@ impl World {
                     (how.modified, how.payload) = self.ghost.flush(node, id);
                     how.needs_confirm = self.rng.random_bool(0.3);
                 }
-                let confirm = how.needs_confirm;
+                // Else when it is asked for.
+                let confirm = how.needs_confirm && self.rng.random_bool(0.5);
                 let before = manager.held(id).unwrap().1;
                 self.ghost
                     .relinquished(node, id, before + u64::from(how.modified));
                 let version = manager.relinquished(id, how.clone()).unwrap();
                 assert_eq!(version, before + u64::from(how.modified));
                 if confirm {
-                    self.net.lock().tasks.push(Task::Confirm { node, id });
+                    self.net.lock().tasks.push(Task::Confirm { node, id, version });
                 }
             }
-            Task::Confirm { node, id } => self.nodes[usize::from(node)].confirmed(id),
+            Task::Confirm { node, id, version } => self.nodes[usize::from(node)].confirmed(id, version),
             Task::Finish { node, guard, write } => {
                 self.ghost.left(node, guard.id(), guard.mode(), write);
                 drop(guard);

@@ -72,6 +72,9 @@ impl LeaseUser for Side {
     fn granted(&self, id: RecordId, _mode: Mode, version: u64, payload: Option<&[u8]>) {
         self.ghost.granted(self.node, id, version, payload);
     }
+    fn confirm(&self, id: RecordId, _version: u64) {
+        panic!("{id}: nothing was to be confirmed");
+    }
 }
 
 fn serve(manager: &Arc<LeaseManager>, ghost: &Ghost, node: u16, jobs: &Receiver<Job>, own: &Sender<Job>) {

@@ -138,6 +138,7 @@ impl LeaseUser for Node {
         );
     }
     fn granted(&self, _id: RecordId, _mode: Mode, _version: u64, _payload: Option<&[u8]>) {}
+    fn confirm(&self, _id: RecordId, _version: u64) {}
 }
 
 /// The nodes and their store.

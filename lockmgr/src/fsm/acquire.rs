@@ -181,7 +181,7 @@ impl Fsm {
         let mine = found.writer == Some(cfg.node) && found.incarnation == cfg.incarnation;
         if found == expect || mine {
             self.word_version = found.version;
-            self.own(cfg, holders.ok_or(Violation::BadOutcome)?, out);
+            self.own(cfg, holders.ok_or(Violation::BadOutcome)?, found.version, out);
             return Ok(());
         }
         match found.writer {
@@ -209,8 +209,9 @@ impl Fsm {
         self.retry_all(out);
     }
 
-    /// The word is ours. Exclusive, unless somebody may still hold it shared.
-    fn own(&mut self, cfg: &Config, holders: NodeSet, out: &mut Vec<Action>) {
+    /// The word is ours, the data have this version. Exclusive, unless somebody may still hold it shared.
+    pub(super) fn own(&mut self, cfg: &Config, holders: NodeSet, version: u64, out: &mut Vec<Action>) {
+        self.new_version = version;
         let mut pending = holders;
         pending.remove(cfg.node);
         // Recovery: the dead are removed as well.
@@ -233,10 +234,10 @@ impl Fsm {
         self.used = false;
         self.want = None;
         self.phase = Phase::Rest;
-        self.last_version = self.word_version;
+        self.last_version = self.new_version;
         out.push(Action::Granted {
             mode: Mode::Exclusive,
-            version: self.word_version,
+            version: self.new_version,
             payload: self.payload.take(),
         });
     }
@@ -281,7 +282,7 @@ impl Fsm {
                 } else {
                     granted
                 };
-                self.own(cfg, granted, out);
+                self.own(cfg, granted, version, out);
             }
             Answer::Retry => self.start(cfg, out),
         }

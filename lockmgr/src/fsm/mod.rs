@@ -142,19 +142,32 @@ impl Fsm {
     /// Nothing is going on: a lease may be held, but nobody waits for anything.
     #[must_use]
     pub fn is_settled(&self) -> bool {
-        self.phase == Phase::Rest
+        matches!(self.phase, Phase::Rest | Phase::Keeping)
             && self.want.is_none()
             && self.batch.is_none()
             && self.queue.is_empty()
             && self.revokers.is_empty()
     }
 
+    /// The word is kept though nothing more than a shared lease is needed; may [`Event::Settle`] be applied?
+    #[must_use]
+    pub fn is_keeping(&self) -> bool {
+        self.phase == Phase::Keeping
+    }
+
+    /// At rest as far as the user is concerned: it may ask for more or give up what is held.
+    #[must_use]
+    pub fn is_at_rest(&self) -> bool {
+        matches!(self.phase, Phase::Rest | Phase::Keeping) && self.batch.is_none()
+    }
+
     /// May [`Event::Want`] be applied now? If not, it may after some later event.
     #[must_use]
     pub fn can_want(&self, mode: Mode) -> bool {
-        self.phase == Phase::Rest
+        // While it waits for a confirmation the owner may write again, too.
+        let owner = self.phase == Phase::Confirming && self.held.is_some();
+        (self.is_at_rest() || owner)
             && self.want.is_none()
-            && self.batch.is_none()
             && self.revokers.is_empty()
             && match self.held {
                 None => true,
@@ -166,7 +179,7 @@ impl Fsm {
     /// May [`Event::Release`] be applied now?
     #[must_use]
     pub fn can_release(&self) -> bool {
-        self.phase == Phase::Rest && self.batch.is_none() && self.held.is_some() && self.used
+        self.is_at_rest() && self.held.is_some() && self.used
     }
 
     /// May [`Event::Downgrade`] be applied now?
@@ -188,7 +201,11 @@ impl Fsm {
                     return Err(Violation::NotNow);
                 }
                 self.want = Some(mode);
-                self.start(cfg, out);
+                if self.owns() {
+                    self.take_back(cfg, out);
+                } else {
+                    self.start(cfg, out);
+                }
             }
             Event::Used => self.used |= self.held.is_some(),
             Event::Release => {
@@ -197,6 +214,8 @@ impl Fsm {
                 }
                 if self.held == Some(Mode::Exclusive) {
                     self.begin_flush(None, out);
+                } else if self.phase == Phase::Keeping {
+                    self.begin_drop(Phase::DropBeforeHand, out);
                 } else {
                     self.begin_drop(Phase::DropShared, out);
                 }
@@ -215,12 +234,13 @@ impl Fsm {
                 self.flushed(cfg, modified, needs_confirm, payload, out)?;
             }
             Event::Invalidated => self.invalidated(cfg, out)?,
-            Event::Confirmed => {
-                self.unconfirmed = false;
-                if self.phase == Phase::Confirming {
-                    self.next_step(cfg, out);
+            Event::Settle => {
+                if self.phase != Phase::Keeping {
+                    return Err(Violation::NotNow);
                 }
+                self.settle_word(cfg, out);
             }
+            Event::Confirmed { version } => self.confirmed(cfg, version, out),
             Event::BatchDone(outcome) => self.batch_done(cfg, outcome, out)?,
             Event::BatchLost => self.batch_lost()?,
             Event::Reconnected => self.reconnected(out),
@@ -265,7 +285,7 @@ impl Fsm {
                     mode,
                     epoch,
                 });
-                if self.phase == Phase::Confirming {
+                if matches!(self.phase, Phase::Keeping | Phase::Confirming) {
                     self.next_step(cfg, out);
                 }
             }
@@ -343,6 +363,7 @@ impl Fsm {
             Phase::Revoking
             | Phase::Flushing { .. }
             | Phase::DropBeforeHand
+            | Phase::Keeping
             | Phase::Confirming
             | Phase::Granting => true,
             Phase::HandingOver { .. } | Phase::Freeing => !cfg.flaw(Flaw::RetryWhileReleasing),
@@ -359,6 +380,7 @@ impl Fsm {
             Phase::Revoking
             | Phase::Flushing { .. }
             | Phase::DropBeforeHand
+            | Phase::Keeping
             | Phase::Confirming
             | Phase::Granting
             | Phase::HandingOver { .. }

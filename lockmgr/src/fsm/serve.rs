@@ -31,9 +31,11 @@ impl Fsm {
             return Err(Violation::NotNow);
         };
         let moved = modified && !cfg.flaw(Flaw::VersionNotMoved);
-        self.new_version = (self.word_version + u64::from(moved)) & OwnerWord::MAX_VERSION;
+        // Not the version in the word: that stays behind while the word is kept.
+        self.new_version = (self.last_version + u64::from(moved)) & OwnerWord::MAX_VERSION;
         self.last_version = self.new_version;
-        self.unconfirmed = needs_confirm && !cfg.flaw(Flaw::FreeUnconfirmed);
+        // What was taken back unconfirmed still is.
+        self.unconfirmed = (self.unconfirmed || needs_confirm) && !cfg.flaw(Flaw::FreeUnconfirmed);
         self.payload = payload;
         self.granted = NodeSet::new();
         self.held = to;
@@ -74,9 +76,28 @@ impl Fsm {
                     self.next_step(cfg, out);
                 }
             }
+            None if cfg.keep_word && self.held.is_some() && self.may_keep() => self.phase = Phase::Keeping,
+            None => self.settle_word(cfg, out),
+        }
+    }
+
+    /// Recovery frees the word of a dead owner with a version that no cache can have: it must know how far
+    /// the owner may have come.
+    fn may_keep(&self) -> bool {
+        self.new_version.wrapping_sub(self.word_version) & OwnerWord::MAX_VERSION < OwnerWord::RECOVERY_STEP
+    }
+
+    /// The word is freed, once it may be.
+    pub(super) fn settle_word(&mut self, cfg: &Config, out: &mut Vec<Action>) {
+        match self.held {
             // From a free word readers take the version without asking this node for anything else.
-            None if self.unconfirmed => self.phase = Phase::Confirming,
-            None if self.held.is_some() => {
+            _ if self.unconfirmed => {
+                self.phase = Phase::Confirming;
+                out.push(Action::Confirm {
+                    version: self.new_version,
+                });
+            }
+            Some(_) => {
                 let set = (!self.bit).then_some(WordOp::SetBit);
                 let cas = self.release_cas(cfg, OwnerWord::free(self.new_version));
                 self.phase = Phase::Freeing;
@@ -88,6 +109,28 @@ impl Fsm {
                 self.post(BatchKind::Free, ops, out);
             }
         }
+    }
+
+    /// The user's authority has what was flushed with this version.
+    pub(super) fn confirmed(&mut self, cfg: &Config, version: u64, out: &mut Vec<Action>) {
+        // One of an earlier tenure says nothing about what was changed since.
+        if version != self.last_version && !cfg.flaw(Flaw::AnyConfirmation) {
+            return;
+        }
+        self.unconfirmed = false;
+        if self.phase == Phase::Confirming {
+            self.settle_word(cfg, out);
+        }
+    }
+
+    /// The owner that let readers in wants to write again: the word is its own already.
+    pub(super) fn take_back(&mut self, cfg: &Config, out: &mut Vec<Action>) {
+        self.payload = None;
+        let mut readers = std::mem::take(&mut self.granted);
+        if cfg.flaw(Flaw::KeptWithoutRevoking) {
+            readers = NodeSet::new();
+        }
+        self.own(cfg, readers, self.new_version, out);
     }
 
     /// The own bit must be off when the word moves on: after an upgrade it is still on, and the next

@@ -14,19 +14,22 @@ pub struct Config {
     pub incarnation: u8,
     /// Keep a shared lease when only readers wait.
     pub keep_shared: bool,
+    /// Keep the word, too, once they have been granted, until [`Event::Settle`]. Only with `keep_shared`.
+    pub keep_word: bool,
     /// Rules to break, one bit each, for tests of the model checker.
     #[cfg(any(test, feature = "flaws"))]
     pub flaws: u32,
 }
 
 impl Config {
-    /// The configuration of a node that keeps a shared lease when only readers wait.
+    /// The configuration of a node that keeps a shared lease, but not the word, when only readers wait.
     #[must_use]
     pub fn new(node: NodeId, incarnation: u8) -> Self {
         Self {
             node,
             incarnation,
             keep_shared: true,
+            keep_word: false,
             #[cfg(any(test, feature = "flaws"))]
             flaws: 0,
         }
@@ -77,6 +80,10 @@ pub enum Flaw {
     RepostAll,
     /// An upgrade that loses keeps its shared lease.
     LoserKeepsShared,
+    /// The owner that kept the word takes the exclusive lease again without revoking the readers it granted.
+    KeptWithoutRevoking,
+    /// A confirmation counts whatever version it is of.
+    AnyConfirmation,
 }
 
 /// What happens to a state machine.
@@ -94,15 +101,20 @@ pub enum Event {
     Flushed {
         /// The data or attributes were changed under the lease.
         modified: bool,
-        /// The word must not be freed before [`Event::Confirmed`].
+        /// The word must not be freed before [`Event::Confirmed`] for the version of this flush.
         needs_confirm: bool,
         /// Attributes for the next holder.
         payload: Option<Payload>,
     },
     /// Answer to [`Action::Invalidate`].
     Invalidated,
-    /// What the user flushed so far has reached its authority.
-    Confirmed,
+    /// The word has been kept long enough; only if [`super::Fsm::is_keeping`].
+    Settle,
+    /// What the user flushed has reached its authority; in answer to [`Action::Confirm`], or earlier.
+    Confirmed {
+        /// Version of the data after that flush.
+        version: u64,
+    },
     /// The batch has taken effect.
     BatchDone(Outcome),
     /// The connection broke while the batch was in flight; which of its operations took effect is unknown.
@@ -141,6 +153,12 @@ pub enum Action {
     },
     /// The user must stop using its shared lease.
     Invalidate,
+    /// The word is about to be freed: the user must tell its authority what it flushed last, if that has not
+    /// happened, and report [`Event::Confirmed`].
+    Confirm {
+        /// Version of the data.
+        version: u64,
+    },
     /// The user has a lease.
     Granted {
         /// Its mode.
@@ -172,6 +190,9 @@ pub enum Phase {
         /// What it keeps.
         to: Option<Mode>,
     },
+    /// The word is ours, readers have been granted, and the user keeps reading: it may well write again, or
+    /// others may read, so the word is not freed at once.
+    Keeping,
     /// Ready to free the word, but the user has not confirmed.
     Confirming,
     /// Readers have been granted; not all have acknowledged.
@@ -206,6 +227,7 @@ impl Phase {
             Self::Revoking => "revoking readers",
             Self::Waiting { .. } => "waiting for grant",
             Self::Flushing { .. } => "flushing",
+            Self::Keeping => "sharing",
             Self::Confirming => "awaiting confirmation",
             Self::Granting => "granting readers",
             Self::DropBeforeHand => "invalidating before hand-over",

@@ -10,7 +10,7 @@ use rdma_transport::{OpResult, TransportError};
 
 use super::LeaseManager;
 use crate::LeaseError;
-use crate::fsm::{Action, Event, Phase, Violation, WordOps};
+use crate::fsm::{Action, Event, Violation, WordOps};
 use crate::ids::{Mode, NodeId, RecordId};
 use crate::lease::{LeaseHandle, Parked, Record, Wish, rank};
 use crate::msg::{Body, LeaseMsg};
@@ -97,6 +97,7 @@ impl LeaseManager {
         let mut actions = Vec::new();
         while let Some(event) = record.inbox.pop_front().or_else(|| self.decide(&mut record)) {
             let from_memory = matches!(event, Event::BatchDone(_));
+            let was_keeping = record.fsm.is_keeping();
             if let Err(violation) = record.fsm.apply(&self.fsm_cfg, event, &mut actions) {
                 self.counters.violations.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(record = %lease.id(), phase = record.fsm.phase().name(), %violation, "lease protocol broken");
@@ -108,6 +109,9 @@ impl LeaseManager {
                 }
             }
             ours = false;
+            if record.fsm.is_keeping() && !was_keeping {
+                self.keep(lease, &mut record);
+            }
             let refused: Option<(Violation, Vec<Parked>)> = record
                 .broken
                 .map(|violation| (violation, record.parked.drain(..).collect()));
@@ -140,13 +144,25 @@ impl LeaseManager {
         Some(result)
     }
 
+    /// The owner of the word keeps it for a while. One timer a record is enough, however often that begins.
+    fn keep(&self, lease: &Arc<LeaseHandle>, record: &mut Record) {
+        let now = Instant::now();
+        record.kept_since = Some(now);
+        if !std::mem::replace(&mut record.kept_timer, true) {
+            let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
+            self.tenures
+                .insert(now + self.cfg.keep_word, ticket, Arc::clone(lease), Timer::Kept);
+        }
+    }
+
     /// What local operations need, once everything that has happened is applied.
     fn decide(&self, record: &mut Record) -> Option<Event> {
         if record.broken.is_some() {
             return None;
         }
+        let settle = std::mem::take(&mut record.settle);
         let fsm = &record.fsm;
-        let at_rest = *fsm.phase() == Phase::Rest && fsm.batch().is_none();
+        let at_rest = fsm.is_at_rest();
         let leaving = self.leaving.load(Ordering::SeqCst).then_some(Wish::Release);
         if let (true, Some(held), Some(wish)) = (at_rest, fsm.held(), leaving.or(record.wish)) {
             if !fsm.is_used() {
@@ -160,11 +176,11 @@ impl LeaseManager {
             }
         }
         record.wish = None;
-        let needed = record.needed()?;
         let fsm = &record.fsm;
-        if fsm.held() >= Some(needed) {
-            return None;
-        }
+        let needed = match record.needed() {
+            Some(needed) if fsm.held() < Some(needed) => needed,
+            _ => return (settle && fsm.is_keeping()).then_some(Event::Settle),
+        };
         if fsm.can_want(needed) {
             self.counters.acquires.fetch_add(1, Ordering::Relaxed);
             return Some(Event::Want(needed));
@@ -177,6 +193,7 @@ impl LeaseManager {
         match action {
             Action::Post(ops) => self.post(lease, ops),
             Action::Send { to, body } => self.send(lease.id(), to, body),
+            Action::Confirm { version } => self.user.confirm(lease.id(), version),
             Action::Flush { to } => self.revoke(lease, Mode::Exclusive, to),
             Action::Invalidate => self.revoke(lease, Mode::Shared, None),
             Action::Granted {
@@ -201,7 +218,7 @@ impl LeaseManager {
                 };
                 let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
                 let at = Instant::now() + self.cfg.min_hold;
-                self.timers
+                self.tenures
                     .insert(at, ticket, Arc::clone(lease), Timer::Held(tenure));
             }
         }
@@ -226,14 +243,14 @@ impl LeaseManager {
             }
         }
         for (parked, guard) in ready {
-            self.timers.remove(parked.deadline, parked.ticket);
+            self.deadlines.remove(parked.deadline, parked.ticket);
             (parked.f)(Ok(guard));
         }
     }
 
     pub(super) fn refuse(&self, parked: Vec<Parked>, error: &LeaseError) {
         for parked in parked {
-            self.timers.remove(parked.deadline, parked.ticket);
+            self.deadlines.remove(parked.deadline, parked.ticket);
             (parked.f)(Err(error.clone()));
         }
     }

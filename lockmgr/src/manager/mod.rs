@@ -58,6 +58,10 @@ pub trait LeaseUser: Send + Sync {
     /// version are valid. `payload` is what the last holder (this node itself, where it kept a shared lease)
     /// relinquished with; none where the lease was taken from a free record.
     fn granted(&self, id: RecordId, mode: Mode, version: u64, payload: Option<&[u8]>);
+
+    /// A record whose lease was relinquished with `needs_confirm` is about to become free: tell the authority
+    /// of the attributes of this version, unless it knows them, and call [`LeaseManager::confirmed`].
+    fn confirm(&self, id: RecordId, version: u64);
 }
 
 /// How a manager is set up.
@@ -73,10 +77,13 @@ pub struct ManagerConfig {
     pub min_hold: Duration,
     /// Keep a shared lease when an exclusive one is given up to readers.
     pub keep_shared: bool,
+    /// How long an owner that has let readers in keeps the record for itself, to write again without a
+    /// round trip to the storage node; zero: not at all. Needs [`LeaseManager::run_timers`].
+    pub keep_word: Duration,
 }
 
 impl ManagerConfig {
-    /// No minimum hold time; shared leases are kept.
+    /// No minimum hold time; shared leases are kept, records are not.
     #[must_use]
     pub fn new(node: NodeId, incarnation: u8, layout: RecordLayout) -> Self {
         Self {
@@ -85,6 +92,7 @@ impl ManagerConfig {
             layout,
             min_hold: Duration::ZERO,
             keep_shared: true,
+            keep_word: Duration::ZERO,
         }
     }
 }
@@ -94,7 +102,8 @@ impl ManagerConfig {
 pub struct Relinquish {
     /// Data or attributes were changed under the exclusive lease: the version moves.
     pub modified: bool,
-    /// The record must not become free before [`LeaseManager::confirmed`]. A hand-over does not wait: if
+    /// The record must not become free before [`LeaseManager::confirmed`] for the version after this; if
+    /// nobody has, [`LeaseUser::confirm`] asks for it. A hand-over does not wait: if
     /// the payload is news to the authority, it must say so, and the next holder relinquishes with
     /// `needs_confirm` in its turn, even if it changed nothing.
     pub needs_confirm: bool,
@@ -110,7 +119,10 @@ pub struct LeaseManager {
     dir: Arc<dyn Directory>,
     user: Arc<dyn LeaseUser>,
     table: Table,
-    timers: Timers,
+    /// Of parked operations, which mostly watch them themselves.
+    deadlines: Timers,
+    /// Of leases.
+    tenures: Timers,
     tickets: AtomicU64,
     storage: Storage,
     gone: Mutex<NodeSet>,
@@ -138,6 +150,7 @@ impl LeaseManager {
         }
         let mut fsm_cfg = Config::new(cfg.node, cfg.incarnation);
         fsm_cfg.keep_shared = cfg.keep_shared;
+        fsm_cfg.keep_word = cfg.keep_shared && !cfg.keep_word.is_zero();
         Ok(Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
             cfg,
@@ -145,7 +158,8 @@ impl LeaseManager {
             dir,
             user,
             table: Table::new(),
-            timers: Timers::default(),
+            deadlines: Timers::default(),
+            tenures: Timers::default(),
             tickets: AtomicU64::new(0),
             storage: Storage::default(),
             gone: Mutex::new(NodeSet::new()),
@@ -247,7 +261,7 @@ impl LeaseManager {
                 drop(record);
                 (parked.f)(Ok(guard));
             } else {
-                self.timers
+                self.deadlines
                     .insert(deadline, ticket, Arc::clone(&lease), Timer::Deadline);
                 record.parked.push_back(parked);
                 drop(record);
@@ -264,9 +278,23 @@ impl LeaseManager {
         self.table.get(id)
     }
 
-    /// Gives up operations whose deadline has passed, and minimum hold times that are over.
+    /// Calls [`Self::expire`] when minimum hold times and the like are over (operations that block watch
+    /// their own deadlines); sleeps meanwhile. Returns after [`Self::stop_timers`].
+    pub fn run_timers(&self) {
+        while self.tenures.wait() {
+            self.expire(Instant::now());
+        }
+    }
+
+    /// Ends [`Self::run_timers`].
+    pub fn stop_timers(&self) {
+        self.tenures.stop();
+    }
+
+    /// Gives up operations whose deadline has passed, ends minimum hold times that are over, frees records
+    /// that were kept long enough.
     pub fn expire(&self, now: Instant) {
-        while let Some((ticket, lease, timer)) = self.timers.due(now) {
+        while let Some((ticket, lease, timer)) = self.deadlines.due(now).or_else(|| self.tenures.due(now)) {
             let mut record = lease.record.lock();
             match timer {
                 Timer::Deadline => {
@@ -288,6 +316,17 @@ impl LeaseManager {
                         self.drive(&lease, Some(Event::Used));
                     }
                 }
+                Timer::Kept => {
+                    let until = record.kept_since.map(|since| since + self.cfg.keep_word);
+                    if let Some(until) = until.filter(|&u| u > now && record.fsm.is_keeping()) {
+                        self.tenures.insert(until, ticket, Arc::clone(&lease), timer);
+                        continue;
+                    }
+                    record.kept_timer = false;
+                    record.settle = true;
+                    drop(record);
+                    self.drive(&lease, None);
+                }
             }
         }
     }
@@ -295,7 +334,7 @@ impl LeaseManager {
     /// When [`Self::expire`] has something to do next.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.timers.next()
+        self.deadlines.next().into_iter().chain(self.tenures.next()).min()
     }
 
     /// A message from a peer.
@@ -422,10 +461,11 @@ impl LeaseManager {
         Ok(version)
     }
 
-    /// All that was relinquished with `needs_confirm` so far has reached its authority.
-    pub fn confirmed(&self, id: RecordId) {
+    /// What was relinquished with `needs_confirm` has reached its authority; `version` is the one that
+    /// [`Self::relinquished`] returned. For a version that has been superseded this does nothing.
+    pub fn confirmed(&self, id: RecordId, version: u64) {
         if let Some(lease) = self.table.get(id) {
-            self.drive(&lease, Some(Event::Confirmed));
+            self.drive(&lease, Some(Event::Confirmed { version }));
         }
     }
 

@@ -19,6 +19,8 @@ pub struct Options {
     pub budget: [u8; NODES],
     /// Owners keep a shared lease when only readers wait.
     pub keep_shared: bool,
+    /// They keep the word as well (only with `keep_shared`).
+    pub keep_word: bool,
     /// Exclusive tenures may end without a modification.
     pub unmodified: bool,
     /// Leases may be released or downgraded with nobody asking.
@@ -44,6 +46,7 @@ impl Default for Options {
         Self {
             budget: [2, 2, 1],
             keep_shared: true,
+            keep_word: true,
             unmodified: false,
             voluntary: true,
             confirm: false,
@@ -100,8 +103,8 @@ pub(super) struct Node {
     pub(super) modified: bool,
     /// The user has been asked to bring its caches down.
     pub(super) asked: bool,
-    /// A version the user has still to confirm.
-    pub(super) confirm: Option<u64>,
+    /// Versions that are on their way to the authority.
+    pub(super) confirm: Vec<u64>,
     pub(super) left: bool,
     pub(super) budget: u8,
 }
@@ -130,6 +133,7 @@ enum Step {
     Use(usize, bool),
     Bring(usize),
     Confirm(usize),
+    Settle(usize),
     Want(usize, Mode),
     Release(usize),
     Downgrade(usize),
@@ -139,11 +143,21 @@ enum Step {
 pub(super) fn config(options: &Options, i: usize) -> Config {
     let mut cfg = Config::new(NodeId(i as u16), 1);
     cfg.keep_shared = options.keep_shared;
+    cfg.keep_word = options.keep_word;
     #[cfg(any(test, feature = "flaws"))]
     {
         cfg.flaws = options.flaws;
     }
     cfg
+}
+
+impl Node {
+    /// The user tells the authority about a version.
+    fn push(&mut self, version: u64) {
+        if !self.confirm.contains(&version) {
+            self.confirm.push(version);
+        }
+    }
 }
 
 impl State {
@@ -156,7 +170,7 @@ impl State {
             fresh: true,
             modified: false,
             asked: false,
-            confirm: None,
+            confirm: Vec::new(),
             left: false,
             budget: options.budget[i],
         };
@@ -195,6 +209,7 @@ impl State {
                     }
                 }
                 Action::Flush { .. } | Action::Invalidate => self.nodes[i].asked = true,
+                Action::Confirm { version } => self.nodes[i].push(version),
                 Action::Granted {
                     mode: _,
                     version,
@@ -275,7 +290,7 @@ impl State {
     fn bring(&mut self, options: &Options, i: usize) {
         let node = &mut self.nodes[i];
         node.asked = false;
-        let event = if matches!(node.fsm.phase(), Phase::Flushing { .. }) {
+        let event = if let &Phase::Flushing { to } = node.fsm.phase() {
             let modified = std::mem::take(&mut node.modified);
             let version = node.fsm.version() + u64::from(modified);
             node.cached = version;
@@ -284,8 +299,8 @@ impl State {
             }
             // A holder that changed nothing still passes on what the one before it has not yet confirmed.
             let needs_confirm = options.confirm && self.confirmed < version;
-            if needs_confirm {
-                node.confirm = Some(version);
+            if needs_confirm && to.is_none() {
+                node.push(version);
             }
             Event::Flushed {
                 modified,
@@ -341,11 +356,11 @@ impl State {
             }
             Step::Bring(i) => self.bring(options, i),
             Step::Confirm(i) => {
-                if let Some(version) = self.nodes[i].confirm.take() {
-                    self.confirmed = self.confirmed.max(version);
-                }
-                self.event(options, i, Event::Confirmed);
+                let version = self.nodes[i].confirm.remove(0);
+                self.confirmed = self.confirmed.max(version);
+                self.event(options, i, Event::Confirmed { version });
             }
+            Step::Settle(i) => self.event(options, i, Event::Settle),
             Step::Want(i, mode) => {
                 self.nodes[i].budget -= 1;
                 self.event(options, i, Event::Want(mode));
@@ -391,10 +406,10 @@ impl State {
             if node.asked {
                 out.push(Step::Bring(i));
             }
-            if node.confirm.is_some() {
+            if !node.confirm.is_empty() {
                 out.push(Step::Confirm(i));
             }
-            if fsm.held().is_some() && fsm.phase() == &Phase::Rest && !fsm.can_release() {
+            if fsm.held().is_some() && fsm.is_at_rest() && !fsm.can_release() {
                 let exclusive = fsm.held() == Some(Mode::Exclusive);
                 if exclusive {
                     out.push(Step::Use(i, true));
@@ -416,6 +431,9 @@ impl State {
                         out.push(Step::Want(i, mode));
                     }
                 }
+            }
+            if fsm.is_keeping() {
+                out.push(Step::Settle(i));
             }
             if options.voluntary && fsm.can_release() {
                 out.push(Step::Release(i));
@@ -499,10 +517,11 @@ impl State {
             let named = self.word.writer == Some(NodeId(i as u16));
             let bit_right = match held {
                 None => !bit,
-                Some(Mode::Shared) => bit,
+                Some(Mode::Shared) => bit || node.fsm.is_keeping(),
                 Some(Mode::Exclusive) => true,
             };
-            if !bit_right || named != (held == Some(Mode::Exclusive)) || (node.left && held.is_some()) {
+            let names = held == Some(Mode::Exclusive) || node.fsm.is_keeping();
+            if !bit_right || named != names || (node.left && held.is_some()) {
                 return Some(Problem::RecordWrong);
             }
         }

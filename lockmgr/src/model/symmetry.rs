@@ -42,7 +42,7 @@ impl State {
         let n = &self.nodes[i];
         let mut h = Folded(0x1319_8a2e_0370_7344);
         (
-            n.budget, n.fresh, n.cached, n.asked, n.done, n.left, n.confirm, n.modified,
+            n.budget, n.fresh, n.cached, n.asked, n.done, n.left, &n.confirm, n.modified,
         )
             .hash(&mut h);
         (n.fsm.held(), n.fsm.wanted(), n.fsm.version(), n.fsm.queued()).hash(&mut h);

@@ -40,6 +40,7 @@ fn finds(flaw: Flaw, options: &Options) -> Problem {
 const SMALL: Options = Options {
     budget: [2, 1, 1],
     keep_shared: true,
+    keep_word: true,
     unmodified: false,
     voluntary: true,
     confirm: false,
@@ -84,11 +85,14 @@ fn upgrades_and_downgrades() {
 }
 
 #[test]
-fn without_keeping_shared() {
-    passes(&Options {
-        keep_shared: false,
-        ..SMALL
-    });
+fn without_keeping_the_word_or_shared() {
+    for keep_shared in [true, false] {
+        passes(&Options {
+            keep_shared,
+            keep_word: false,
+            ..SMALL
+        });
+    }
 }
 
 #[test]
@@ -211,6 +215,25 @@ fn finds_unconfirmed_free() {
 #[test]
 fn finds_reposted_batch() {
     finds(Flaw::RepostAll, &Options { losses: 1, ..SMALL });
+}
+
+#[test]
+fn finds_exclusive_beside_readers_of_a_kept_word() {
+    assert_eq!(finds(Flaw::KeptWithoutRevoking, &SMALL), Problem::MutualExclusion);
+}
+
+#[test]
+fn finds_confirmation_of_an_earlier_version() {
+    assert_eq!(
+        finds(
+            Flaw::AnyConfirmation,
+            &Options {
+                confirm: true,
+                ..SMALL
+            }
+        ),
+        Problem::Unconfirmed
+    );
 }
 
 #[test]
