@@ -121,6 +121,10 @@ pub struct LeaseConfig {
     pub record_bytes: u32,
     /// A granted lease is not given up before this time, microseconds.
     pub min_hold_us: u64,
+    /// How long a mount that wrote a file and let others read it keeps the lease record for itself,
+    /// milliseconds: meanwhile it writes again without asking the storage node, and the metadata server is
+    /// not told of every change.
+    pub keep_ms: u64,
     /// Longest wait for a lease before the caller gets an error, milliseconds.
     pub wait_ms: u64,
 }
@@ -130,6 +134,7 @@ impl Default for LeaseConfig {
         Self {
             record_bytes: 64,
             min_hold_us: 0,
+            keep_ms: 10,
             wait_ms: 30_000,
         }
     }

@@ -9,7 +9,7 @@ use lockmgr::Mode;
 
 use super::Client;
 use super::ctx::{Ctx, Res, Stop, fail};
-use super::inode::{Granted, Inode, Listing, State};
+use super::inode::{Granted, Inode, Listing, Source, State};
 use crate::meta::names::NAME_MAX;
 use crate::rpc::{Errno, RpcError};
 use crate::wire::{Attr, Kind, MetaReply, MetaRequest};
@@ -77,7 +77,7 @@ impl Client {
         if slot.is_none() {
             *slot = Some(Granted {
                 attr,
-                unconfirmed: false,
+                source: Source::Server,
             });
         }
     }

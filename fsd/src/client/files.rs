@@ -323,6 +323,7 @@ impl Client {
             self.abandon_pages(inode, &mut state);
             state.attr_dirty = false;
             state.gone = true;
+            inode.push.lock().waiting = None;
         }
         self.dirty.lock().remove(&inode.ino);
         self.leases.release(inode.record());

@@ -12,7 +12,7 @@ use super::ctx::{Ctx, Res};
 use super::pages::Pages;
 use crate::ino;
 use crate::rpc::Errno;
-use crate::wire::{Attr, Frame, Kind};
+use crate::wire::{Attr, AttrUpdate, Frame, Kind};
 
 /// A listing by cookie: name, inode, type.
 pub type Listing = Arc<BTreeMap<u64, (Vec<u8>, u64, Kind)>>;
@@ -100,6 +100,8 @@ pub struct State {
     pub target: Option<Vec<u8>>,
     /// The attributes told last, of any version: what can still be said of an inode that is gone.
     pub last: Option<Attr>,
+    /// The attributes came from another mount, which may not have told the metadata server yet.
+    pub from_owner: bool,
     /// Gone: last name and last open are no more.
     pub gone: bool,
 }
@@ -233,13 +235,33 @@ impl Latch {
     }
 }
 
+/// Where attributes came from that nobody asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// From the metadata server.
+    Server,
+    /// With a shared lease, from an owner that answers for the metadata server's having them.
+    Owner,
+    /// With the exclusive lease: it is for this mount now to tell the metadata server.
+    Handed,
+}
+
 /// Attributes that came with a grant or with something else.
 #[derive(Debug, Clone, Copy)]
 pub struct Granted {
     /// The attributes, with their version.
     pub attr: Attr,
-    /// The metadata server may not have them yet: whoever holds the exclusive lease answers for it.
-    pub unconfirmed: bool,
+    /// Where they came from.
+    pub source: Source,
+}
+
+/// Attributes of exclusive tenures that are over, on their way to the metadata server.
+#[derive(Debug, Default)]
+pub struct Push {
+    /// Not sent: the record is still this mount's, which may well change them again.
+    pub waiting: Option<AttrUpdate>,
+    /// Sent, not answered.
+    pub sent: Option<AttrUpdate>,
 }
 
 /// An inode.
@@ -251,6 +273,8 @@ pub struct Inode {
     state: Mutex<State>,
     /// Attributes that came with a grant, with their version; taken over by whoever uses the lease first.
     pub granted: Mutex<Option<Granted>>,
+    /// Attributes the metadata server does not have yet.
+    pub push: Mutex<Push>,
     /// What the kernel has cached.
     pub kernel: KernelCache,
     /// Open files on this mount.
@@ -284,6 +308,7 @@ impl Inode {
             ino,
             state: Mutex::default(),
             granted: Mutex::default(),
+            push: Mutex::default(),
             kernel: KernelCache::default(),
             opens: Mutex::default(),
             errors: Latch::default(),
@@ -335,8 +360,10 @@ impl Inode {
             && granted.attr.ino == self.ino
             && !state.attr_dirty
         {
+            // What this mount gave itself, keeping a shared lease, it has told the server already.
+            state.from_owner = granted.source == Source::Owner && state.attr.is_none();
             state.attr = Some(granted.attr);
-            state.attr_dirty = granted.unconfirmed;
+            state.attr_dirty = granted.source == Source::Handed;
         }
     }
 }

@@ -109,6 +109,8 @@ pub struct Client {
     pub counters: Counters,
     /// Wakes the writeback thread.
     pub wake_writeback: crossbeam::channel::Sender<()>,
+    /// The writeback thread sleeps until it is woken; else it looks by itself, every now and then.
+    pub writeback_sleeps: AtomicBool,
     /// The mount is leaving.
     pub stopping: AtomicBool,
     /// The leases are lost; nothing is served any more.
@@ -200,12 +202,10 @@ impl Client {
 
     /// Notes that an inode has something to write back.
     pub fn note_dirty(&self, number: u64) {
-        let mut dirty = self.dirty.lock();
-        if dirty.is_empty() {
-            // The writeback thread sleeps for good while there is nothing to do.
+        self.dirty.lock().entry(number).or_insert_with(Instant::now);
+        if self.writeback_sleeps.swap(false, Ordering::SeqCst) {
             let _ = self.wake_writeback.try_send(());
         }
-        dirty.entry(number).or_insert_with(Instant::now);
     }
 
     /// Nanoseconds since the mount began.

@@ -366,6 +366,7 @@ impl Mount {
         let revoker = Arc::new(Revoker::default());
         let mut manager = ManagerConfig::new(node, joined.incarnation, layout);
         manager.min_hold = Duration::from_micros(config.lease.min_hold_us);
+        manager.keep_word = Duration::from_millis(config.lease.keep_ms);
         let leases = LeaseManager::new(
             manager,
             Arc::new(Places(Arc::clone(&net))),
@@ -398,6 +399,7 @@ impl Mount {
             writeback_after: Duration::from_millis(config.mount.writeback_ms),
             counters: Counters::default(),
             wake_writeback,
+            writeback_sleeps: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             began: std::time::Instant::now(),
             doomed: AtomicBool::new(false),
@@ -409,17 +411,8 @@ impl Mount {
 
         let writer = Arc::clone(&client);
         let mut threads = vec![thread("fsd-writeback", move || writer.writeback_loop(&wake))?];
-        if config.lease.min_hold_us > 0 {
-            // Minimum hold times end by the clock; waiting requests watch their own deadlines.
-            let ticker = Arc::clone(&client);
-            let tick = Duration::from_micros(config.lease.min_hold_us.clamp(100, 10_000));
-            threads.push(thread("fsd-hold", move || {
-                while !ticker.stopping.load(Ordering::Acquire) {
-                    std::thread::sleep(tick);
-                    ticker.leases.expire(std::time::Instant::now());
-                }
-            })?);
-        }
+        let leases = Arc::clone(&client.leases);
+        threads.push(thread("fsd-leases", move || leases.run_timers())?);
 
         let mut fuse_config = fuser::Config::default();
         fuse_config.mount_options = vec![
@@ -531,6 +524,7 @@ impl Mount {
         }
         client.stopping.store(true, Ordering::Release);
         let _ = client.wake_writeback.try_send(());
+        client.leases.stop_timers();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }

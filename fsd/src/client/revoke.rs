@@ -21,7 +21,7 @@ use lockmgr::{LeaseUser, Mode, RecordId, Relinquish};
 
 use super::Client;
 use super::ctx::{Ctx, Res, Stop};
-use super::inode::{Granted, Inode, State};
+use super::inode::{Granted, Inode, Source, State};
 use super::pages::PAGE;
 use crate::rpc::Errno;
 use crate::storage::BLOCK;
@@ -68,12 +68,21 @@ impl LeaseUser for Revoker {
         };
         let inode = self.inodes.get().and_then(|t| t.by_record(id));
         if let Some(inode) = inode.filter(|i| i.ino == attr.ino) {
-            // A hand-over does not wait for the metadata server to have the last owner's attributes.
-            let unconfirmed = mode == Mode::Exclusive;
+            // Neither a hand-over nor a shared grant waits for the metadata server to have the attributes.
+            let source = match mode {
+                Mode::Exclusive => Source::Handed,
+                Mode::Shared => Source::Owner,
+            };
             *inode.granted.lock() = Some(Granted {
                 attr: Attr { version, ..attr },
-                unconfirmed,
+                source,
             });
+        }
+    }
+
+    fn confirm(&self, id: RecordId, version: u64) {
+        if let Some(client) = self.client.get().and_then(Weak::upgrade) {
+            client.confirm(id, version);
         }
     }
 }
@@ -121,13 +130,10 @@ impl Client {
             self.leases.open_gate(id);
             return false;
         }
-        let (how, update) = self.relinquish_flushed(&inode, &mut state, from);
+        let how = self.relinquish_flushed(&inode, &mut state, from);
         drop(state);
         self.counters.revocations.fetch_add(1, Ordering::Relaxed);
-        self.relinquish(id, how);
-        if let Some(update) = update {
-            self.push_attrs(&inode, update);
-        }
+        self.relinquish_and_push(&inode, how, to);
         true
     }
 
@@ -334,15 +340,21 @@ impl Client {
                 std::thread::sleep(Duration::from_micros(50));
             }
         }
-        let (how, update) = self.write_back_for_revoke(&inode, from);
+        let how = self.write_back_for_revoke(&inode, from);
         if to.is_none() {
             inode.mapped.revoking(false);
             inode.kernel.revoking.store(false, Ordering::SeqCst);
         }
-        self.relinquish(id, how);
-        // Only now: a confirmation counts for what has been relinquished before it.
-        if let Some(update) = update {
-            self.push_attrs(&inode, update);
+        self.relinquish_and_push(&inode, how, to);
+    }
+
+    /// Gives the lease down. The metadata server is told of attributes at once if another mount may take the
+    /// record over; else when the record becomes free, for they may change again before that.
+    fn relinquish_and_push(self: &Arc<Self>, inode: &Arc<Inode>, how: Relinquish, to: Option<Mode>) {
+        self.relinquish(inode.record(), how);
+        if to.is_none() {
+            // Only now: a confirmation counts for what has been relinquished before it.
+            self.push_attrs(inode);
         }
     }
 
@@ -359,10 +371,10 @@ impl Client {
 
     /// Writes back what the exclusive lease protected; nobody is inside. The attributes are left to be
     /// pushed.
-    fn write_back_for_revoke(&self, inode: &Arc<Inode>, from: Mode) -> (Relinquish, Option<AttrUpdate>) {
+    fn write_back_for_revoke(&self, inode: &Arc<Inode>, from: Mode) -> Relinquish {
         let mut state = inode.lock_raw();
         if from != Mode::Exclusive {
-            return (Relinquish::default(), None);
+            return Relinquish::default();
         }
         let ctx = Ctx::on_worker();
         for attempt in 1.. {
@@ -381,41 +393,90 @@ impl Client {
         self.relinquish_flushed(inode, &mut state, from)
     }
 
-    /// How to give up a lease whose data is stored, and the attributes to be pushed afterwards.
-    fn relinquish_flushed(
-        &self,
-        inode: &Inode,
-        state: &mut State,
-        from: Mode,
-    ) -> (Relinquish, Option<AttrUpdate>) {
+    /// How to give up a lease whose data is stored. The attributes are left to be pushed.
+    fn relinquish_flushed(&self, inode: &Inode, state: &mut State, from: Mode) -> Relinquish {
         if from != Mode::Exclusive {
-            return (Relinquish::default(), None);
+            return Relinquish::default();
         }
         let dirty = std::mem::take(&mut state.attr_dirty) && !state.gone;
         let mut how = self.relinquish_clean(state, from);
-        let update = state.attr.filter(|_| dirty).map(|attr| AttrUpdate::from(&attr));
-        how.needs_confirm = update.is_some();
+        let mut push = inode.push.lock();
+        if dirty {
+            push.waiting = state.attr.map(|attr| AttrUpdate::from(&attr));
+        } else {
+            // What an earlier tenure left is still right if nothing has changed since.
+            push.waiting = push.waiting.filter(|u| Some(u.version) == state.version);
+        }
+        let pending = |u: &Option<AttrUpdate>| u.is_some_and(|u| Some(u.version) == state.version);
+        how.needs_confirm = pending(&push.waiting) || pending(&push.sent);
+        drop(push);
         self.dirty.lock().remove(&inode.ino);
-        (how, update)
+        how
     }
 
-    /// Tells the metadata server the attributes of a lease given up, and the lease manager when it has them.
-    fn push_attrs(self: &Arc<Self>, inode: &Arc<Inode>, update: AttrUpdate) {
-        let (me, latch) = (Arc::downgrade(self), Arc::clone(inode));
+    /// Tells the metadata server the attributes of leases given up, and the lease manager when it has them.
+    fn push_attrs(self: &Arc<Self>, inode: &Arc<Inode>) {
+        let update = {
+            let mut push = inode.push.lock();
+            let Some(update) = push.waiting.take() else { return };
+            push.sent = Some(update);
+            update
+        };
+        let (me, inode) = (Arc::downgrade(self), Arc::clone(inode));
         self.net.meta_async(
             MetaRequest::Update {
                 updates: vec![update],
             },
             move |result| {
                 if let Err(error) = result {
-                    tracing::error!("attributes of {:#x} lost: {error}", latch.ino);
-                    latch.errors.set(error.errno());
+                    tracing::error!("attributes of {:#x} lost: {error}", inode.ino);
+                    inode.errors.set(error.errno());
+                }
+                {
+                    let mut push = inode.push.lock();
+                    push.sent = push.sent.filter(|u| u.version != update.version);
                 }
                 if let Some(client) = Weak::upgrade(&me) {
-                    client.leases.confirmed(latch.record());
+                    client.leases.confirmed(inode.record(), update.version);
                 }
             },
         );
+    }
+
+    /// The record is about to become free: the metadata server must have the attributes of this version.
+    fn confirm(self: &Arc<Self>, id: RecordId, version: u64) {
+        let Some(inode) = self.inodes.by_record(id) else {
+            return self.leases.confirmed(id, version);
+        };
+        let (waiting, sent) = {
+            let push = inode.push.lock();
+            (push.waiting.map(|u| u.version), push.sent.map(|u| u.version))
+        };
+        if waiting == Some(version) {
+            self.push_attrs(&inode);
+        } else if sent != Some(version) {
+            self.leases.confirmed(id, version);
+        }
+    }
+
+    /// Tells the metadata server what `push_attrs` has not, or has not been answered for.
+    fn push_attrs_now(&self, inode: &Inode) -> Res<()> {
+        let _order = self.attr_push.lock();
+        let update = {
+            let push = inode.push.lock();
+            push.waiting.or(push.sent)
+        };
+        if let Some(update) = update {
+            self.net.meta(&MetaRequest::Update {
+                updates: vec![update],
+            })?;
+            {
+                let mut push = inode.push.lock();
+                push.waiting = push.waiting.filter(|u| u.version != update.version);
+            }
+            self.leases.confirmed(inode.record(), update.version);
+        }
+        Ok(())
     }
 
     /// Brings an inode's dirty data and attributes to the servers while the lease stays. With `wait`, gets
@@ -426,9 +487,16 @@ impl Client {
     pub fn write_back(&self, ctx: &Ctx<'_>, inode: &Inode, wait: bool) -> Res<()> {
         ctx.may_wait()?;
         let record = inode.record();
+        if wait {
+            self.push_attrs_now(inode)?;
+        }
+        let unsure = || {
+            let state = inode.lock_raw();
+            state.is_dirty() || state.from_owner
+        };
         let guard = match self.leases.try_enter(record, Mode::Exclusive) {
             Some(guard) => guard,
-            None if wait && inode.lock_raw().is_dirty() => self.lease(ctx, inode, Mode::Exclusive)?,
+            None if wait && unsure() => self.lease(ctx, inode, Mode::Exclusive)?,
             None => return Ok(()),
         };
         let _order = self.attr_push.lock();
@@ -450,6 +518,7 @@ impl Client {
             })?;
             state.attr_dirty = false;
         }
+        state.from_owner = false;
         self.dirty.lock().remove(&inode.ino);
         Ok(())
     }

@@ -24,8 +24,14 @@ impl Client {
     pub fn writeback_loop(self: &Arc<Self>, wake: &Receiver<()>) {
         let mut idle_since = None;
         loop {
-            let dirty = !self.dirty.lock().is_empty();
+            let mut dirty = !self.dirty.lock().is_empty();
+            if !dirty && idle_since.is_none() {
+                self.writeback_sleeps.store(true, Ordering::SeqCst);
+                // Who noted something before seeing that is seen by this second look.
+                dirty = !self.dirty.lock().is_empty();
+            }
             let event = if dirty || idle_since.is_some() {
+                self.writeback_sleeps.store(false, Ordering::SeqCst);
                 wake.recv_timeout(TICK)
             } else {
                 wake.recv().map_err(|_| RecvTimeoutError::Disconnected)
