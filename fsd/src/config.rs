@@ -183,6 +183,8 @@ pub struct MountConfig {
     pub loops: usize,
     /// Longest time data stays only in the mount's memory, milliseconds.
     pub writeback_ms: u64,
+    /// Beyond this many known inodes, those are forgotten that the kernel has forgotten.
+    pub max_inodes: usize,
 }
 
 impl Default for MountConfig {
@@ -192,6 +194,7 @@ impl Default for MountConfig {
             buffer_cache: Size(256 << 20),
             loops: 2,
             writeback_ms: 2_000,
+            max_inodes: 100_000,
         }
     }
 }

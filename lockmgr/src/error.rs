@@ -31,7 +31,9 @@ pub enum LeaseError {
         record: RecordId,
     },
     /// The lease did not come in time, and nothing is known to be broken.
-    #[error("no {mode} lease on {record} within {waited:?}; its holder is slow or still writing back")]
+    #[error(
+        "no {mode} lease on {record} within {waited:?} ({state}); its holder is slow or still writing back"
+    )]
     Timeout {
         /// The record.
         record: RecordId,
@@ -39,6 +41,8 @@ pub enum LeaseError {
         mode: Mode,
         /// How long it was waited for.
         waited: Duration,
+        /// Where in the protocol this node is.
+        state: &'static str,
     },
     /// The lease did not come in time, and the connection to a node it depends on is broken.
     #[error(

@@ -68,6 +68,8 @@ pub struct Options {
     pub pool_mib: u64,
     /// Longest wait for a lease.
     pub lease_wait: Duration,
+    /// Inodes a mount keeps that the kernel has forgotten.
+    pub max_inodes: usize,
 }
 
 impl Default for Options {
@@ -79,6 +81,7 @@ impl Default for Options {
             storage: 2,
             pool_mib: 128,
             lease_wait: Duration::from_secs(30),
+            max_inodes: 100_000,
         }
     }
 }
@@ -143,7 +146,7 @@ impl Cluster {
         };
         let mut text = format!(
             "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\n[lease]\nwait_ms = {}\n\
-             [mount]\ncache = \"{}\"\nbuffer_cache = \"32MiB\"\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\n",
+             [mount]\ncache = \"{}\"\nbuffer_cache = \"32MiB\"\nmax_inodes = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\n",
             if o.fabric == Fabric::Shm { "shm" } else { "tcp" },
             o.lease_wait.as_millis(),
             if o.cache == Cache::Direct {
@@ -151,6 +154,7 @@ impl Cluster {
             } else {
                 "writethrough"
             },
+            o.max_inodes,
             address("meta")?
         );
         for id in 0..o.storage {

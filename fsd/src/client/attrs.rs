@@ -6,6 +6,7 @@ use std::time::Duration;
 use lockmgr::Mode;
 use parking_lot::MutexGuard;
 
+use super::caller::Caller;
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::{Inode, State};
 use super::{Client, LEASED_TTL, MAX_FILE_SIZE};
@@ -45,11 +46,12 @@ pub struct SetAttr {
     pub atime: Option<SetTime>,
     /// Last modification.
     pub mtime: Option<SetTime>,
-    /// The caller is privileged: set-user-id bits survive a truncation.
-    pub privileged: bool,
+    /// Who wants that: set-user-id bits may survive a truncation.
+    pub caller: Caller,
 }
 
-const SUID_SGID: u16 = (libc::S_ISUID | libc::S_ISGID) as u16;
+/// Set-user-id, set-group-id.
+pub const SUID_SGID: u16 = (libc::S_ISUID | libc::S_ISGID) as u16;
 
 /// Clears what must not survive a change by somebody unprivileged.
 pub fn kill_suid(attr: &mut Attr) {
@@ -182,7 +184,7 @@ impl Client {
         }
         if set.size.is_some() {
             attr.mtime = now;
-            if !set.privileged && attr.mode & SUID_SGID != 0 {
+            if attr.mode & SUID_SGID != 0 && !set.caller.keeps_suid() {
                 kill_suid(attr);
             }
         }

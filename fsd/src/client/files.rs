@@ -8,6 +8,8 @@ use lockmgr::{Mode, RecordLayout};
 use parking_lot::Mutex;
 use rdma_transport::Op;
 
+use super::attrs::SUID_SGID;
+use super::caller::Caller;
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::Inode;
 use super::pages::{PAGE, page_of};
@@ -229,11 +231,12 @@ impl Client {
         Ok((self.handles.add(handle), cached))
     }
 
-    /// Opens a file. Returns its handle and whether the kernel may cache.
+    /// Opens a file. Returns its handle and whether the kernel may cache. A truncation may clear
+    /// set-user-id bits, depending on the caller.
     ///
     /// # Errors
     /// Park; `ENOENT`, errors of a truncation.
-    pub fn open(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, flags: i32) -> Res<(u64, bool)> {
+    pub fn open(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, flags: i32, caller: Caller) -> Res<(u64, bool)> {
         let truncate = flags & libc::O_TRUNC != 0 && flags & libc::O_ACCMODE != libc::O_RDONLY;
         let mode = if truncate { Mode::Exclusive } else { Mode::Shared };
         let guard = self.lease(ctx, inode, mode)?;
@@ -248,7 +251,9 @@ impl Client {
                 if let Some(attr) = state.attr.as_mut() {
                     attr.mtime = Time::now();
                     attr.ctime = attr.mtime;
-                    super::attrs::kill_suid(attr);
+                    if attr.mode & SUID_SGID != 0 && !caller.keeps_suid() {
+                        super::attrs::kill_suid(attr);
+                    }
                 }
                 state.touch();
             }

@@ -18,6 +18,7 @@ use fuser::{
 };
 
 use super::attrs::{SetAttr, SetTime};
+use super::caller::Caller;
 use super::ctx::{Ctx, Res, Stop};
 use super::dirs::{COOKIE_DOT, COOKIE_DOTDOT};
 use super::files::Handle;
@@ -34,6 +35,13 @@ use crate::wire::{Attr, Kind, MetaReply, MetaRequest, StorageReply, StorageReque
 const NAME_TTL: Duration = Duration::ZERO;
 /// Longest request of the kernel, bytes.
 const MAX_REQUEST: u32 = 1 << 20;
+
+fn caller_of(req: &Request) -> Caller {
+    Caller {
+        pid: req.pid(),
+        uid: req.uid(),
+    }
+}
 
 /// The file system as the FUSE library sees it.
 pub struct FsdFs {
@@ -233,14 +241,7 @@ impl Filesystem for FsdFs {
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
-        if let Some(inode) = self.client.inodes.find(ino.0) {
-            let forget = |n: u64| Some(n.saturating_sub(nlookup));
-            // The closure never refuses.
-            let _ = inode
-                .kernel
-                .lookups
-                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, forget);
-        }
+        self.client.forget(ino.0, nlookup);
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
@@ -274,7 +275,7 @@ impl Filesystem for FsdFs {
             size,
             atime: atime.map(time_of),
             mtime: mtime.map(time_of),
-            privileged: req.uid() == 0,
+            caller: caller_of(req),
         };
         serve(&self.client, reply, ReplyAttr::error, move |c, ctx, reply| {
             c.setattr(ctx, &c.inode(ino.0), &set, |attr, ttl| {
@@ -379,9 +380,10 @@ impl Filesystem for FsdFs {
         });
     }
 
-    fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let caller = caller_of(req);
         serve(&self.client, reply, ReplyOpen::error, move |c, ctx, reply| {
-            let (fh, cached) = c.open(ctx, &c.inode(ino.0), flags.0)?;
+            let (fh, cached) = c.open(ctx, &c.inode(ino.0), flags.0, caller)?;
             if let Some(reply) = reply.take() {
                 reply.opened(FileHandle(fh), open_flags(c.mode, cached, false));
             }
@@ -400,6 +402,7 @@ impl Filesystem for FsdFs {
         reply: ReplyCreate,
     ) {
         let (name, parent) = (name.as_bytes().to_vec(), parent.0);
+        let caller = caller_of(req);
         let new = New {
             kind: Kind::File,
             mode: mode & !umask,
@@ -437,7 +440,7 @@ impl Filesystem for FsdFs {
                     other => other?,
                 }
                 if let Some((inode, attr, ttl)) = found {
-                    send(&attr, ttl, c.open(ctx, &inode, flags)?);
+                    send(&attr, ttl, c.open(ctx, &inode, flags, caller)?);
                     return Ok(());
                 }
             }

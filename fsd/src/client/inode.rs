@@ -275,6 +275,8 @@ pub struct Inode {
     pub granted: Mutex<Option<Granted>>,
     /// Attributes the metadata server does not have yet.
     pub push: Mutex<Push>,
+    /// The exclusive lease was granted: attributes that wait to be pushed are this tenure's again.
+    pub regained: AtomicBool,
     /// What the kernel has cached.
     pub kernel: KernelCache,
     /// Open files on this mount.
@@ -309,6 +311,7 @@ impl Inode {
             state: Mutex::default(),
             granted: Mutex::default(),
             push: Mutex::default(),
+            regained: AtomicBool::new(false),
             kernel: KernelCache::default(),
             opens: Mutex::default(),
             errors: Latch::default(),
@@ -349,12 +352,24 @@ impl Inode {
         self.state.try_lock()
     }
 
+    /// What an earlier tenure left to be pushed is dirty again in this one. Else attributes of this version
+    /// that the metadata server makes in a transaction meanwhile, without what it was not told, would be
+    /// taken for newer.
+    pub fn take_back(&self, state: &mut State) {
+        if self.regained.swap(false, Ordering::SeqCst)
+            && let Some(update) = self.push.lock().waiting.take()
+        {
+            state.attr_dirty |= Some(update.version) == state.version;
+        }
+    }
+
     /// Brings the state to a version.
     pub fn sync(&self, state: &mut State, version: u64) {
         if state.version != Some(version) {
             state.forget();
             state.version = Some(version);
         }
+        self.take_back(state);
         if let Some(granted) = self.granted.lock().take()
             && granted.attr.version == version
             && granted.attr.ino == self.ino
@@ -366,6 +381,20 @@ impl Inode {
             state.attr_dirty = granted.source == Source::Handed;
         }
     }
+}
+
+/// Nobody refers to it but the table, and nothing of it is only here. Under the table's lock: a reference
+/// can only be made from another one, or by asking the table.
+fn is_idle(inode: &Arc<Inode>) -> bool {
+    let pushed = {
+        let push = inode.push.lock();
+        push.waiting.is_none() && push.sent.is_none()
+    };
+    Arc::strong_count(inode) == 1
+        && pushed
+        && inode.kernel.lookups.load(Ordering::SeqCst) == 0
+        && inode.granted.lock().is_none_or(|g| g.source != Source::Handed)
+        && inode.try_lock_raw().is_some_and(|s| !s.is_dirty())
 }
 
 /// The inodes this mount knows, by lease record.
@@ -405,12 +434,20 @@ impl InodeTable {
         self.by_record(ino::record(number)).filter(|i| i.ino == number)
     }
 
-    /// Forgets an inode.
-    pub fn remove(&self, inode: &Inode) {
+    /// Up to `most` inodes that nobody refers to but this table.
+    #[must_use]
+    pub fn idle(&self, most: usize) -> Vec<Arc<Inode>> {
+        let map = self.map.read();
+        map.values().filter(|i| is_idle(i)).take(most).cloned().collect()
+    }
+
+    /// Removes an inode if nobody refers to it but this table. Whoever comes later starts with nothing
+    /// cached, so there must be no lease any more.
+    pub fn remove_idle(&self, number: u64) -> Option<Arc<Inode>> {
+        let record = ino::record(number);
         let mut map = self.map.write();
-        if map.get(&inode.record()).is_some_and(|i| i.ino == inode.ino) {
-            map.remove(&inode.record());
-        }
+        map.get(&record).filter(|i| i.ino == number && is_idle(i))?;
+        map.remove(&record)
     }
 
     /// All inodes.
@@ -449,6 +486,24 @@ mod tests {
             Some(Some((9, Kind::File, 3)))
         );
         assert_eq!(inode.lock(&ctx, 8).unwrap().dir.lookup(b"a"), None);
+    }
+
+    #[test]
+    fn only_idle_inodes_are_forgotten() {
+        let table = InodeTable::default();
+        for number in 1..=4 {
+            table.get(number);
+        }
+        let held = table.get(1);
+        table.get(2).kernel.lookups.store(1, Ordering::SeqCst);
+        table.get(3).lock_raw().attr_dirty = true;
+        assert_eq!(table.idle(9).iter().map(|i| i.ino).collect::<Vec<_>>(), [4]);
+        for number in 1..=4 {
+            assert_eq!(table.remove_idle(number).is_some(), number == 4);
+        }
+        drop(held);
+        assert!(table.remove_idle(1).is_some());
+        assert_eq!(table.len(), 2);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::Client;
+use super::caller::Caller;
 use super::ctx::{Ctx, Res, Stop, fail};
 use crate::rpc::{Errno, RpcError};
 use crate::wire::{LockKind, LockOwner, LockRange, LockSpec, MetaReply, MetaRequest};
@@ -72,18 +73,11 @@ pub fn type_of(kind: Option<LockKind>) -> i32 {
     }
 }
 
-/// Has a process a signal to handle (or is it gone)? The kernel's interrupt request does not reach us.
-fn has_signal(pid: u32) -> bool {
-    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else {
-        return true;
-    };
-    let mask = |name: &str| {
-        let line = status.lines().find_map(|l| l.strip_prefix(name));
-        line.and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
-            .unwrap_or(0)
-    };
-    let pending = mask("SigPnd:") | mask("ShdPnd:");
-    pending & !mask("SigBlk:") & !mask("SigIgn:") != 0
+fn lock_caller(lock: &LockSpec) -> Caller {
+    Caller {
+        pid: lock.pid,
+        uid: 0,
+    }
 }
 
 impl Client {
@@ -156,7 +150,7 @@ impl Client {
                 let result = loop {
                     match rx.recv_timeout(SIGNAL_POLL) {
                         Ok(result) => break result,
-                        Err(_) if !cancelled && has_signal(lock.pid) => {
+                        Err(_) if !cancelled && lock_caller(&lock).has_signal() => {
                             cancelled = true;
                             // The answer to the waiting request then comes as EINTR, or it had been granted.
                             if let Err(error) = me.net.meta(&MetaRequest::CancelLock { lock }) {

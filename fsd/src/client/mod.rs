@@ -4,11 +4,13 @@
 //! | --- | --- |
 //! | `mount` | start, stop |
 //! | `fuse` | the kernel's requests, and how a request finds a thread |
+//! | `caller` | what the requests do not say of the process behind them |
 //! | `ctx`, `workers` | who may wait where |
 //! | `net` | connections to the servers and the other mounts |
 //! | `inode`, `pages`, `mapped` | what is cached |
 //! | `attrs`, `data`, `write`, `space`, `files`, `dirs`, `names`, `xattrs`, `locks` | the operations |
 //! | `revoke` | giving leases up |
+//! | `trim` | forgetting inodes nobody uses |
 //! | `writeback` | bringing dirty data to the servers |
 //!
 //! Order of locks: lease → inode state → space bank → connections. Nothing waits for a lease while it
@@ -16,6 +18,7 @@
 
 pub mod attrs;
 mod buffers;
+pub mod caller;
 pub mod ctx;
 pub mod data;
 pub mod dirs;
@@ -30,6 +33,7 @@ pub mod net;
 pub mod pages;
 pub mod revoke;
 pub mod space;
+pub mod trim;
 pub mod workers;
 pub mod write;
 pub mod writeback;
@@ -107,6 +111,8 @@ pub struct Client {
     pub writeback_after: Duration,
     /// Counters for `fsd status`.
     pub counters: Counters,
+    /// When inodes are forgotten.
+    pub trim: trim::Trim,
     /// Wakes the writeback thread.
     pub wake_writeback: crossbeam::channel::Sender<()>,
     /// The writeback thread sleeps until it is woken; else it looks by itself, every now and then.

@@ -398,6 +398,7 @@ impl Mount {
             seqs: Default::default(),
             writeback_after: Duration::from_millis(config.mount.writeback_ms),
             counters: Counters::default(),
+            trim: super::trim::Trim::new(config.mount.max_inodes),
             wake_writeback,
             writeback_sleeps: AtomicBool::new(false),
             stopping: AtomicBool::new(false),

@@ -63,11 +63,18 @@ impl LeaseUser for Revoker {
     }
 
     fn granted(&self, id: RecordId, mode: Mode, version: u64, payload: Option<&[u8]>) {
-        let Some(attr) = payload.and_then(Attr::decode) else {
+        let Some(inode) = self.inodes.get().and_then(|t| t.by_record(id)) else {
             return;
         };
-        let inode = self.inodes.get().and_then(|t| t.by_record(id));
-        if let Some(inode) = inode.filter(|i| i.ino == attr.ino) {
+        if mode == Mode::Exclusive {
+            inode.regained.store(true, Ordering::SeqCst);
+            if inode.push.lock().waiting.is_some()
+                && let Some(client) = self.client.get().and_then(Weak::upgrade)
+            {
+                client.note_dirty(inode.ino);
+            }
+        }
+        if let Some(attr) = payload.and_then(Attr::decode).filter(|a| a.ino == inode.ino) {
             // Neither a hand-over nor a shared grant waits for the metadata server to have the attributes.
             let source = match mode {
                 Mode::Exclusive => Source::Handed,
@@ -398,17 +405,13 @@ impl Client {
         if from != Mode::Exclusive {
             return Relinquish::default();
         }
+        inode.take_back(state);
         let dirty = std::mem::take(&mut state.attr_dirty) && !state.gone;
         let mut how = self.relinquish_clean(state, from);
         let mut push = inode.push.lock();
-        if dirty {
-            push.waiting = state.attr.map(|attr| AttrUpdate::from(&attr));
-        } else {
-            // What an earlier tenure left is still right if nothing has changed since.
-            push.waiting = push.waiting.filter(|u| Some(u.version) == state.version);
-        }
-        let pending = |u: &Option<AttrUpdate>| u.is_some_and(|u| Some(u.version) == state.version);
-        how.needs_confirm = pending(&push.waiting) || pending(&push.sent);
+        push.waiting = state.attr.filter(|_| dirty).map(|attr| AttrUpdate::from(&attr));
+        let under_way = push.sent.is_some_and(|u| Some(u.version) == state.version);
+        how.needs_confirm = push.waiting.is_some() || under_way;
         drop(push);
         self.dirty.lock().remove(&inode.ino);
         how

@@ -15,6 +15,15 @@ use crate::rpc::Errno;
 use crate::storage::BLOCK;
 use crate::wire::{StorageReply, StorageRequest, Time};
 
+/// The page that the kernel keeps locked during a write through its page cache: the last one, if it is not
+/// covered as a whole (and was not up to date).
+fn edge_of(offset: u64, len: u64) -> Option<u64> {
+    let end = offset.checked_add(len).filter(|_| len > 0)?;
+    let last = page_of(end - 1);
+    let whole = end.is_multiple_of(PAGE) && offset <= last * PAGE;
+    (!whole).then_some(last)
+}
+
 /// Aligned writes of at least this length go straight to the storage nodes.
 const DIRECT_MIN: usize = 64 << 10;
 
@@ -109,8 +118,7 @@ impl Client {
             return Ok(guard);
         }
         ctx.may_wait()?;
-        let end = offset + len as u64;
-        let edge = (cached && !end.is_multiple_of(PAGE)).then(|| page_of(end));
+        let edge = cached.then(|| edge_of(offset, len as u64)).flatten();
         if let Some(page) = edge {
             *inode.edges.lock().entry(page).or_default() += 1;
         }
@@ -445,5 +453,20 @@ impl Client {
             state.drop_frame(block);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_kept_locked_is_the_last_if_partly_covered() {
+        assert_eq!(edge_of(0, PAGE), None);
+        assert_eq!(edge_of(100, 2 * PAGE - 100), None);
+        assert_eq!(edge_of(PAGE, 10), Some(1));
+        assert_eq!(edge_of(PAGE + 10, PAGE - 10), Some(1));
+        assert_eq!(edge_of(0, 2 * PAGE + 1), Some(2));
+        assert_eq!(edge_of(5, 0), None);
     }
 }

@@ -339,6 +339,7 @@ impl LeaseManager {
             record: id,
             mode: parked.mode,
             waited: parked.since.elapsed(),
+            state: record.fsm.phase().name(),
         }
     }
 

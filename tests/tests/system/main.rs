@@ -7,5 +7,6 @@ mod bad_input;
 mod coherence;
 mod faults;
 mod histories;
+mod memory;
 mod models;
 mod posix;

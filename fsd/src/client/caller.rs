@@ -1,0 +1,70 @@
+//! What the kernel's requests do not say of the process behind them, and `/proc` does.
+
+/// Bit of `CAP_FSETID` in a capability mask (`linux/capability.h`).
+const CAP_FSETID: u64 = 1 << 4;
+
+/// A process that a request came from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Caller {
+    /// Its number, as this daemon sees it; 0 where it has none here.
+    pub pid: u32,
+    /// Its user.
+    pub uid: u32,
+}
+
+fn status(pid: u32) -> Option<String> {
+    std::fs::read_to_string(format!("/proc/{pid}/status")).ok()
+}
+
+/// A hexadecimal mask in `/proc/PID/status`; 0 if there is none.
+fn mask(status: &str, name: &str) -> u64 {
+    let line = status.lines().find_map(|l| l.strip_prefix(name));
+    line.and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
+        .unwrap_or(0)
+}
+
+impl Caller {
+    /// Do set-user-id bits survive when it writes or truncates?
+    #[must_use]
+    pub fn keeps_suid(self) -> bool {
+        match status(self.pid) {
+            Some(status) => mask(&status, "CapEff:") & CAP_FSETID != 0,
+            None => self.uid == 0,
+        }
+    }
+
+    /// Has it a signal to handle (or is it gone)? The kernel's interrupt request does not reach us.
+    #[must_use]
+    pub fn has_signal(self) -> bool {
+        let Some(status) = status(self.pid) else {
+            return true;
+        };
+        let pending = mask(&status, "SigPnd:") | mask(&status, "ShdPnd:");
+        pending & !mask(&status, "SigBlk:") & !mask(&status, "SigIgn:") != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_is_what_proc_says() {
+        let me = Caller {
+            pid: std::process::id(),
+            uid: rustix::process::getuid().as_raw(),
+        };
+        let text = status(me.pid).unwrap();
+        assert_eq!(me.keeps_suid(), mask(&text, "CapEff:") & CAP_FSETID != 0);
+        assert!(!me.has_signal());
+        assert_eq!(mask("A:\nSigIgn:\t00000000000010f0\n", "SigIgn:"), 0x10f0);
+        assert_eq!(mask("nothing", "SigIgn:"), 0);
+    }
+
+    #[test]
+    fn a_process_that_is_gone() {
+        let gone = |uid| Caller { pid: u32::MAX, uid };
+        assert!(gone(0).keeps_suid() && !gone(1).keeps_suid());
+        assert!(gone(0).has_signal());
+    }
+}
