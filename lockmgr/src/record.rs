@@ -32,6 +32,18 @@ impl OwnerWord {
     /// frees the word of a dead owner moves the version on by as much.
     pub const RECOVERY_STEP: u64 = 1 << 16;
 
+    /// The word after the death of everybody who knew the record under this one: nobody writes, and no cache
+    /// has the version.
+    #[must_use]
+    pub fn freed_after_death(self) -> Self {
+        let step = if self.writer.is_some() {
+            Self::RECOVERY_STEP
+        } else {
+            1
+        };
+        Self::free(self.version.wrapping_add(step))
+    }
+
     /// Nobody writes; the data have this version.
     #[must_use]
     pub const fn free(version: u64) -> Self {

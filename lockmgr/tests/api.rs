@@ -144,6 +144,18 @@ impl Pair {
         self.managers[i].relinquished(ID, how).unwrap()
     }
 
+    /// The owner word.
+    fn word(&self) -> OwnerWord {
+        let word = AsyncOp::ReadWords {
+            at: Memory::at(ID),
+            words: 1,
+        };
+        let OpResult::Words(words) = self.memory.run(&word) else {
+            panic!("no words");
+        };
+        OwnerWord::decode(words[0])
+    }
+
     fn park(&self, i: usize, mode: Mode) -> Arc<Mutex<Option<Result<Guard, LeaseError>>>> {
         let cell = Arc::new(Mutex::new(None));
         let theirs = Arc::clone(&cell);
@@ -307,15 +319,33 @@ fn an_owner_that_let_readers_in_writes_again_without_the_storage_node() {
     writer.confirmed(ID, 4);
     assert_eq!(writer.snapshot()[0].state, "rest");
     assert_eq!(writer.held(ID), Some((Mode::Shared, 4)));
-    let word = AsyncOp::ReadWords {
-        at: Memory::at(ID),
-        words: 1,
-    };
-    assert_eq!(
-        p.memory.run(&word),
-        OpResult::Words(vec![OwnerWord::free(4).encode()])
-    );
+    assert_eq!(p.word(), OwnerWord::free(4));
     assert_eq!(writer.next_deadline(), None);
+}
+
+#[test]
+fn a_kept_word_does_not_fall_behind_too_far() {
+    let p = pair_of(|cfg| cfg.keep_word = Duration::from_secs(1000));
+    drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());
+    for version in 1..=OwnerWord::RECOVERY_STEP + 10 {
+        let reads = p.park(1, Mode::Shared);
+        p.deliver();
+        assert_eq!(p.bring_down(0, payload(b"a")), version);
+        p.deliver();
+        assert_eq!(reads.lock().take().unwrap().unwrap().version(), version);
+        // Whoever buries this owner finds a version that nobody has seen.
+        let word = p.word();
+        assert!(
+            word.version == version || word.freed_after_death().version > version,
+            "{word:?}"
+        );
+        let writes = p.park(0, Mode::Exclusive);
+        p.deliver();
+        p.bring_down(1, Relinquish::default());
+        p.deliver();
+        assert!(writes.lock().take().unwrap().is_ok());
+    }
+    assert!(p.word().version > 0);
 }
 
 #[test]

@@ -173,12 +173,7 @@ impl LeaseTable {
     pub fn reset(&self, conn: &dyn Connection) -> Result<u64, StorageError> {
         let mut cleared = 0;
         self.for_each(conn, |at, record| {
-            let old = lockmgr::OwnerWord::decode(record[0]);
-            let new = lockmgr::OwnerWord {
-                incarnation: 0,
-                writer: None,
-                version: old.version + 1,
-            };
+            let new = lockmgr::OwnerWord::decode(record[0]).freed_after_death();
             let mut bytes = Vec::with_capacity(record.len() * 8);
             bytes.extend_from_slice(&new.encode().to_ne_bytes());
             bytes.resize(record.len() * 8, 0);

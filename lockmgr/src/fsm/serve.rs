@@ -84,7 +84,9 @@ impl Fsm {
     /// Recovery frees the word of a dead owner with a version that no cache can have: it must know how far
     /// the owner may have come.
     fn may_keep(&self) -> bool {
-        self.new_version.wrapping_sub(self.word_version) & OwnerWord::MAX_VERSION < OwnerWord::RECOVERY_STEP
+        let ahead = self.new_version.wrapping_sub(self.word_version) & OwnerWord::MAX_VERSION;
+        // The next tenure adds one.
+        ahead + 1 < OwnerWord::RECOVERY_STEP
     }
 
     /// The word is freed, once it may be.
