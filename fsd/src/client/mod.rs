@@ -2,12 +2,12 @@
 //!
 //! | module | subject |
 //! | --- | --- |
-//! | `mount` | start, stop |
+//! | `mount`, `mountpoint` | start, stop |
 //! | `fuse` | the kernel's requests, and how a request finds a thread |
 //! | `ctx`, `workers` | who may wait where |
 //! | `net` | connections to the servers and the other mounts |
 //! | `inode`, `pages`, `mapped` | what is cached |
-//! | `attrs`, `data`, `write`, `space`, `files`, `dirs`, `names`, `xattrs`, `locks` | the operations |
+//! | `attrs`, `data`, `write`, `space`, `opens`, `files`, `dirs`, `names`, `xattrs`, `locks` | the operations |
 //! | `revoke` | giving leases up |
 //! | `writeback` | bringing dirty data to the servers |
 //!
@@ -25,8 +25,10 @@ pub mod inode;
 pub mod locks;
 pub mod mapped;
 pub mod mount;
+pub mod mountpoint;
 pub mod names;
 pub mod net;
+pub mod opens;
 pub mod pages;
 pub mod revoke;
 pub mod space;
@@ -96,7 +98,7 @@ pub struct Client {
     /// Numbers for new inodes, whose leases this mount holds exclusively already.
     pub new_inos: Mutex<VecDeque<u64>>,
     /// Open files and directories.
-    pub handles: files::Handles,
+    pub handles: opens::Handles,
     /// File locks held by processes of this mount.
     pub file_locks: locks::LocalLocks,
     /// Space set aside on the storage nodes.
