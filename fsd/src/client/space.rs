@@ -8,7 +8,7 @@ use super::Client;
 use super::ctx::{Ctx, Res, fail};
 use crate::storage::BLOCK;
 use crate::storage::alloc::{CLASSES, class_for};
-use crate::wire::{StorageReply, StorageRequest};
+use crate::wire::{PoolSpace, StorageReply, StorageRequest};
 
 /// Reserved in one request, bytes.
 const CHUNK: u64 = 8 << 20;
@@ -55,6 +55,17 @@ pub fn frame_size(block: u64, end: u64) -> u32 {
 }
 
 impl Client {
+    /// How full a storage node is.
+    ///
+    /// # Errors
+    /// It cannot be reached.
+    pub fn pool_space(&self, node: u16) -> Res<PoolSpace> {
+        match self.net.ask_storage(node, &StorageRequest::Space)? {
+            StorageReply::Space(space) => Ok(space),
+            _ => fail(libc::EPROTO),
+        }
+    }
+
     /// Sets `bytes` aside on a storage node.
     ///
     /// # Errors

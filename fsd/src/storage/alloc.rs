@@ -159,6 +159,12 @@ impl Allocator {
             .saturating_sub(self.reserved)
     }
 
+    /// Bytes in all.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.slabs.len() as u64 * BLOCK
+    }
+
     /// Bytes in free frames.
     #[must_use]
     pub fn free_bytes(&self) -> u64 {

@@ -90,6 +90,7 @@ impl Inner {
                 }
                 Ok(StorageReply::Freed(bytes))
             }
+            StorageRequest::Space => Ok(StorageReply::Space(self.space.lock().figures())),
             StorageRequest::Flush { .. } | StorageRequest::ResetLeases | StorageRequest::Status => {
                 Err(Errno(libc::EINVAL))
             }

@@ -20,7 +20,7 @@ use super::{BLOCK, StorageError};
 use crate::config::Config;
 use crate::rpc::{Calls, Errno, Responder, Router, Service};
 use crate::store::{FjallStore, Store};
-use crate::wire::{Frame, Hello, Role, StorageReply};
+use crate::wire::{Frame, Hello, PoolSpace, Role, StorageReply};
 
 pub(super) struct Space {
     pub(super) alloc: Allocator,
@@ -39,6 +39,13 @@ impl Space {
         *have -= used;
         self.alloc.unreserve(used);
         used
+    }
+
+    pub(super) fn figures(&self) -> PoolSpace {
+        PoolSpace {
+            total: self.alloc.bytes(),
+            free: self.alloc.free_bytes().saturating_sub(self.alloc.reserved()),
+        }
     }
 
     pub(super) fn give_back(&mut self, frame: Frame) {

@@ -14,7 +14,9 @@ pub use meta::{
     MetaStatus, NamespaceOp, NodeInfo, PeerState, StatFs, StorageInfo, Touched,
 };
 pub use mount::{MountRequest, MountStatus};
-pub use storage::{Attached, BlockFrame, BlockWant, Frame, StorageReply, StorageRequest, StorageStatus};
+pub use storage::{
+    Attached, BlockFrame, BlockWant, Frame, PoolSpace, StorageReply, StorageRequest, StorageStatus,
+};
 
 use serde::{Deserialize, Serialize};
 

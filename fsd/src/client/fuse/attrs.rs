@@ -11,7 +11,7 @@ use crate::client::Client;
 use crate::client::attrs::SetAttr;
 use crate::client::ctx::Stop;
 use crate::rpc::Errno;
-use crate::wire::{Attr, MetaReply, MetaRequest, StorageReply, StorageRequest};
+use crate::wire::{Attr, MetaReply, MetaRequest};
 
 fn send_attr(reply: &mut Option<ReplyAttr>, attr: &Attr, ttl: Duration) {
     if let Some(reply) = reply.take() {
@@ -48,10 +48,9 @@ pub(super) fn statfs(client: &Arc<Client>, reply: ReplyStatfs) {
         ctx.may_wait()?;
         let (mut total, mut free) = (0, 0);
         for node in 0..c.net.storage_count() {
-            if let StorageReply::Status(s) = c.net.ask_storage(node, &StorageRequest::Status)? {
-                total += s.total;
-                free += s.free;
-            }
+            let space = c.pool_space(node)?;
+            total += space.total;
+            free += space.free;
         }
         let MetaReply::StatFs(meta) = c.net.meta(&MetaRequest::StatFs)? else {
             return Err(Stop::Errno(Errno(libc::EPROTO)));
