@@ -451,7 +451,6 @@ impl Mount {
         }
         client.write_all();
         client.return_space();
-        let unused: Vec<u64> = client.new_inos.lock().drain(..).collect();
         let (tx, rx) = crossbeam::channel::bounded(1);
         client.leases.leave(Box::new(move || {
             let _ = tx.send(());
@@ -459,7 +458,7 @@ impl Mount {
         if rx.recv_timeout(LEAVE_WAIT).is_err() {
             tracing::error!("not all leases could be given up: this mount will be taken for dead");
         } else {
-            if let Err(error) = client.net.meta(&MetaRequest::Leave { unused }) {
+            if let Err(error) = client.net.meta(&MetaRequest::Leave) {
                 tracing::warn!("leaving: {error}");
             }
             // Others may have read our name in a lease record just before it was freed, and ask us.

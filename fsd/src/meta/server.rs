@@ -456,7 +456,7 @@ impl Inner {
         }
         let nodes: Vec<u16> = state.sessions.nodes.keys().copied().collect();
         for node in nodes {
-            load(self.forget(&mut state, node, &[]))?;
+            load(self.forget(&mut state, node))?;
         }
         tracing::info!("every mount was dead: all leases have been reset");
         Ok(())
