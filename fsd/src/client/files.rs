@@ -1,18 +1,17 @@
-//! Whole files: flush, fsync, fallocate, lseek, copy_file_range.
+//! Whole files: flush, fsync, lseek, copy_file_range.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use lockmgr::Mode;
 
+use super::Client;
 use super::ctx::{Ctx, Res, fail};
 use super::inode::Inode;
 use super::opens::Handle;
 use super::pages::{PAGE, page_of};
-use super::space::frame_size;
-use super::{Client, MAX_FILE_SIZE};
 use crate::storage::BLOCK;
-use crate::wire::{Kind, MetaRequest, StorageReply, StorageRequest, Time};
+use crate::wire::{Kind, MetaRequest, StorageReply, StorageRequest};
 
 impl Client {
     /// Drops what is cached of a file that is gone, and its lease.
@@ -62,84 +61,6 @@ impl Client {
             handle.inode.mapped.drain();
         }
         Ok(handle.inode.errors.check(&handle.seen)?)
-    }
-
-    /// `fallocate`.
-    ///
-    /// # Errors
-    /// Park; `EOPNOTSUPP`, `EFBIG`, `ENOSPC`.
-    pub fn fallocate(&self, ctx: &Ctx<'_>, inode: &Inode, offset: u64, len: u64, mode: i32) -> Res<()> {
-        const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
-        const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE;
-        const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
-        let Some(end) = offset.checked_add(len).filter(|&e| e <= MAX_FILE_SIZE) else {
-            return fail(libc::EFBIG);
-        };
-        if mode & !(KEEP | PUNCH | ZERO) != 0 || (mode & PUNCH != 0 && mode != PUNCH | KEEP) {
-            return fail(libc::EOPNOTSUPP);
-        }
-        ctx.may_wait()?;
-        let guard = self.lease(ctx, inode, Mode::Exclusive)?;
-        {
-            let mut state = inode.lock(ctx, guard.version())?;
-            let attr = self.load_attr(ctx, inode, &mut state)?;
-            if mode & (PUNCH | ZERO) != 0 {
-                self.discard(ctx, inode, &mut state, offset, end)?;
-            }
-            if mode & PUNCH == 0 {
-                self.load_all_frames(ctx, inode, &mut state)?;
-                let limit = MAX_FILE_SIZE.min(offset + len);
-                let wants: Vec<(u64, u32)> = (offset / BLOCK..=(limit - 1) / BLOCK)
-                    .map(|block| (block, frame_size(block, (limit - block * BLOCK).min(BLOCK))))
-                    .take(1 << 22)
-                    .collect();
-                self.allocate_or_undo(inode, &mut state, &wants)?;
-            }
-            if let Some(attr) = state.attr.as_mut() {
-                if mode & KEEP == 0 {
-                    attr.size = attr.size.max(end);
-                }
-                attr.mtime = Time::now();
-                attr.ctime = attr.mtime;
-            }
-            let _ = attr;
-            state.touch();
-        }
-        self.note_dirty(inode.ino);
-        self.invalidate_attrs(inode);
-        drop(guard);
-        Ok(())
-    }
-
-    /// Allocates frames; where that fails half-way, frees those that are new and beyond the file's end.
-    fn allocate_or_undo(
-        &self,
-        inode: &Inode,
-        state: &mut super::inode::State,
-        wants: &[(u64, u32)],
-    ) -> Res<()> {
-        let before: Vec<u64> = state.frames.known.keys().copied().collect();
-        let result = self.allocate(inode, state, wants);
-        if result.is_err() {
-            let fresh: Vec<u64> = state
-                .frames
-                .known
-                .keys()
-                .copied()
-                .filter(|b| before.binary_search(b).is_err())
-                .collect();
-            for block in fresh {
-                let request = StorageRequest::Free {
-                    ino: inode.ino,
-                    first: block,
-                    last: block,
-                };
-                self.net
-                    .ask_storage(self.storage_of(inode.ino, block), &request)?;
-                state.drop_frame(block);
-            }
-        }
-        result
     }
 
     /// `lseek` with `SEEK_DATA` or `SEEK_HOLE`.

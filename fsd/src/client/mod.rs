@@ -7,7 +7,7 @@
 //! | `ctx`, `workers` | who may wait where |
 //! | `net` | connections to the servers and the other mounts |
 //! | `inode`, `pages`, `mapped` | what is cached |
-//! | `attrs`, `data`, `write`, `space`, `opens`, `files`, `dirs`, `names`, `xattrs`, `locks` | the operations |
+//! | `attrs`, `data`, `write`, `space`, `opens`, `files`, `fallocate`, `dirs`, `names`, `xattrs`, `locks` | the operations |
 //! | `revoke` | giving leases up |
 //! | `writeback` | bringing dirty data to the servers |
 //!
@@ -19,6 +19,7 @@ mod buffers;
 pub mod ctx;
 pub mod data;
 pub mod dirs;
+pub mod fallocate;
 pub mod files;
 pub mod fuse;
 pub mod inode;

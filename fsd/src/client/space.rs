@@ -66,6 +66,17 @@ impl Client {
         }
     }
 
+    /// Has a storage node set aside up to `bytes` for this mount; returns how much it was.
+    ///
+    /// # Errors
+    /// It cannot be reached.
+    pub fn ask_for_space(&self, node: u16, bytes: u64) -> Res<u64> {
+        match self.net.ask_storage(node, &StorageRequest::Reserve { bytes })? {
+            StorageReply::Reserved(granted) => Ok(granted),
+            _ => fail(libc::EPROTO),
+        }
+    }
+
     /// Sets `bytes` aside on a storage node.
     ///
     /// # Errors
@@ -76,10 +87,7 @@ impl Client {
         }
         ctx.may_wait()?;
         for ask in [CHUNK.max(bytes), bytes] {
-            let request = StorageRequest::Reserve { bytes: ask };
-            let StorageReply::Reserved(granted) = self.net.ask_storage(node, &request)? else {
-                return fail(libc::EPROTO);
-            };
+            let granted = self.ask_for_space(node, ask)?;
             self.space.put(node, granted);
             if self.space.take(node, bytes) {
                 return Ok(());

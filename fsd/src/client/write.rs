@@ -29,6 +29,15 @@ pub struct WriteFlags {
     pub cached: bool,
 }
 
+/// What becomes of the frames of blocks that lie wholly in a range to be discarded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whole {
+    /// They are freed.
+    Free,
+    /// They are zeroed and kept.
+    Zero,
+}
+
 /// The frames (block, least size) that the dirty pages of a file need, by block.
 #[must_use]
 pub fn frames_wanted(state: &State) -> Vec<(u64, u32)> {
@@ -363,7 +372,7 @@ impl Client {
     pub fn truncate(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, size: u64) -> Res<()> {
         let old = self.load_attr(ctx, inode, state)?.size;
         if size < old {
-            self.discard(ctx, inode, state, size, u64::MAX)?;
+            self.discard(ctx, inode, state, size, u64::MAX, Whole::Free)?;
         }
         if let Some(attr) = state.attr.as_mut() {
             attr.size = size;
@@ -371,32 +380,38 @@ impl Client {
         Ok(())
     }
 
-    /// Makes `from .. to` read as zeros: frees whole blocks, zeroes the rest.
+    /// Makes `from .. to` read as zeros: zeroes the frames of blocks that lie in it partly, and frees
+    /// those of whole blocks or zeroes them, too.
     ///
     /// # Errors
     /// Park (nothing has changed then); I/O errors.
-    pub fn discard(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, from: u64, to: u64) -> Res<()> {
+    pub fn discard(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut State,
+        from: u64,
+        to: u64,
+        whole: Whole,
+    ) -> Res<()> {
         if from >= to {
             return Ok(());
         }
         self.load_all_frames(ctx, inode, state)?;
         let (first_whole, end_whole) = (from.div_ceil(BLOCK), to / BLOCK);
-        let frees = first_whole < end_whole && !frames_in(state, first_whole, end_whole - 1).is_empty();
-        let partial: Vec<(u64, u64, u64)> = if from / BLOCK == to / BLOCK {
-            vec![(from / BLOCK, from % BLOCK, to % BLOCK)]
-        } else {
-            let head = (!from.is_multiple_of(BLOCK)).then_some((from / BLOCK, from % BLOCK, BLOCK));
-            let tail = (!to.is_multiple_of(BLOCK)).then_some((to / BLOCK, 0, to % BLOCK));
-            head.into_iter().chain(tail).collect()
-        };
-        let zeroed: Vec<(u64, u64, u64)> = partial
-            .into_iter()
-            .filter_map(|(block, a, b)| {
-                let frame = state.frames.known.get(&block)?;
-                let b = b.min(u64::from(frame.size));
-                (a < b).then_some((block, frame.offset + a, b - a))
-            })
-            .collect();
+        let mut frees = false;
+        let mut zeroed: Vec<(u64, u64, u64)> = Vec::new();
+        for (block, frame) in frames_in(state, from / BLOCK, (to - 1) / BLOCK) {
+            if whole == Whole::Free && (first_whole..end_whole).contains(&block) {
+                frees = true;
+                continue;
+            }
+            let start = from.saturating_sub(block * BLOCK);
+            let end = (to - block * BLOCK).min(u64::from(frame.size));
+            if start < end {
+                zeroed.push((block, frame.offset + start, end - start));
+            }
+        }
         if frees || !zeroed.is_empty() {
             ctx.may_wait()?;
         }
@@ -424,7 +439,11 @@ impl Client {
         Ok(())
     }
 
-    fn free_blocks(&self, inode: &Inode, state: &mut State, first: u64, last: u64) -> Res<()> {
+    /// Frees the frames of blocks `first ..= last`.
+    ///
+    /// # Errors
+    /// A storage node cannot be reached; the frames then still count as the file's.
+    pub fn free_blocks(&self, inode: &Inode, state: &mut State, first: u64, last: u64) -> Res<()> {
         let mut nodes: Vec<u16> = frames_in(state, first, last)
             .iter()
             .map(|(b, _)| self.storage_of(inode.ino, *b))
