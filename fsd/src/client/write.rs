@@ -1,12 +1,12 @@
 //! Changing data: write, truncate, punch; and bringing dirty pages to the storage nodes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use lockmgr::{Guard, Mode};
 
 use super::ctx::{Ctx, Res, Stop, fail};
-use super::data::{PoolOp, frames_in, stretches};
+use super::data::{PoolOp, Transfers, frames_in, stretches};
 use super::inode::{Inode, State};
 use super::pages::{PAGE, page_of};
 use super::space::frame_size;
@@ -204,24 +204,27 @@ impl Client {
             .pages
             .remove(page_of(offset), page_of(offset + data.len() as u64 - 1));
         self.count_pages(before, state.pages.len());
-        let mut by_node: HashMap<u16, Vec<PoolOp<'_>>> = HashMap::new();
-        for s in &cut {
-            let Some(frame) = state.frames.known.get(&s.block) else {
+        let parts = cut.iter().map(|s| (s.block, s.at, &data[s.pos..s.pos + s.len]));
+        self.write_frames(ctx, inode, state, parts)
+    }
+
+    /// Writes into frames that are there: (block, offset in it, data).
+    fn write_frames<'a>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &State,
+        parts: impl Iterator<Item = (u64, u64, &'a [u8])>,
+    ) -> Res<()> {
+        let mut writes = Transfers::default();
+        for (block, at, from) in parts {
+            let Some(frame) = state.frames.known.get(&block) else {
                 return fail(libc::EIO);
             };
-            let op = PoolOp::Write {
-                offset: frame.offset + s.at,
-                from: &data[s.pos..s.pos + s.len],
-            };
-            by_node
-                .entry(self.storage_of(inode.ino, s.block))
-                .or_default()
-                .push(op);
+            let offset = frame.offset + at;
+            writes.add(self.storage_of(inode.ino, block), PoolOp::Write { offset, from });
         }
-        for (node, ops) in by_node {
-            self.transfer(ctx, node, ops)?;
-        }
-        Ok(())
+        self.transfer_all(ctx, writes)
     }
 
     fn write_cached(
@@ -309,24 +312,9 @@ impl Client {
         let (first, last) = (wants[0].0, wants[wants.len() - 1].0);
         self.load_frames(ctx, inode, state, first, last)?;
         self.allocate(inode, state, &wants)?;
-        let mut by_node: HashMap<u16, Vec<PoolOp<'_>>> = HashMap::new();
-        for (page, p) in state.pages.dirty_pages() {
-            let block = page * PAGE / BLOCK;
-            let Some(frame) = state.frames.known.get(&block) else {
-                return fail(libc::EIO);
-            };
-            let op = PoolOp::Write {
-                offset: frame.offset + page * PAGE % BLOCK,
-                from: &p.data,
-            };
-            by_node
-                .entry(self.storage_of(inode.ino, block))
-                .or_default()
-                .push(op);
-        }
-        for (node, ops) in by_node {
-            self.transfer(ctx, node, ops)?;
-        }
+        let pages = state.pages.dirty_pages();
+        let parts = pages.map(|(page, p)| (page * PAGE / BLOCK, page * PAGE % BLOCK, &p.data[..]));
+        self.write_frames(ctx, inode, state, parts)?;
         state.pages.mark_clean();
         if !self.cache_reads {
             // The storage node's memory is as near as our own: keeping a copy gains nothing.
@@ -409,20 +397,17 @@ impl Client {
             let start = from.saturating_sub(block * BLOCK);
             let end = (to - block * BLOCK).min(u64::from(frame.size));
             if start < end {
-                zeroed.push((block, frame.offset + start, end - start));
+                zeroed.push((block, start, end - start));
             }
         }
         if frees || !zeroed.is_empty() {
             ctx.may_wait()?;
         }
         let zeros = vec![0u8; BLOCK as usize];
-        for (block, offset, len) in zeroed {
-            let op = PoolOp::Write {
-                offset,
-                from: &zeros[..len as usize],
-            };
-            self.transfer(ctx, self.storage_of(inode.ino, block), vec![op])?;
-        }
+        let parts = zeroed
+            .into_iter()
+            .map(|(block, at, len)| (block, at, &zeros[..len as usize]));
+        self.write_frames(ctx, inode, state, parts)?;
         if frees {
             self.free_blocks(inode, state, first_whole, end_whole - 1)?;
         }
