@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
-use rdma_transport::{Connection, Fabric, FabricConfig, RemoteAddr};
+use rdma_transport::{Connection, Fabric, RemoteAddr};
 
 use super::fuse::FsdFs;
 use super::mountpoint::{check_point, unmount};
@@ -17,7 +17,8 @@ use super::revoke::Revoker;
 use super::workers::Workers;
 use super::{Client, Counters};
 use crate::config::{CacheMode, Config, FabricChoice};
-use crate::rpc::{Calls, Errno, Responder, Router, RpcError, Service};
+use crate::endpoint::Endpoint;
+use crate::rpc::{Errno, Responder, RpcError, Service};
 use crate::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
 
 /// Event loops that never wait.
@@ -232,54 +233,22 @@ impl Mount {
         let front = Arc::new(Front {
             client: OnceLock::new(),
         });
-        let calls = Arc::new(Calls::default());
-        let life = rand::random();
-        let hello = Hello {
-            protocol: crate::wire::PROTOCOL,
-            cluster: config.cluster.clone(),
-            role: Role::Client(None),
-            life,
-        };
-        let fabric = rdma_transport::open(
-            config.fabric.into(),
-            FabricConfig {
-                listen: options.listen.clone().unwrap_or_else(|| own_listen(config)),
-                key,
-                identity: hello.encode(),
-                spin: Duration::from_micros(config.spin_us),
-                timeout: Duration::from_millis(config.timeout_ms),
-            },
-            Router::new(
-                &config.cluster,
-                Arc::clone(&calls),
-                Arc::clone(&front) as Arc<dyn Service>,
-            ),
-        )?;
-        let started = Self::start_on(
-            config,
-            options,
-            mode,
-            point,
-            Arc::clone(&fabric),
-            calls,
-            life,
-            &front,
-        );
+        let listen = options.listen.clone().unwrap_or_else(|| own_listen(config));
+        let service = Arc::clone(&front) as Arc<dyn Service>;
+        let endpoint = Endpoint::open(config, Role::Client(None), listen, key, service)?;
+        let started = Self::start_on(config, options, mode, point, &endpoint, &front);
         if started.is_err() {
-            fabric.shutdown();
+            endpoint.fabric.shutdown();
         }
         started
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn start_on(
         config: &Config,
         options: &MountOptions,
         mode: CacheMode,
         point: PathBuf,
-        fabric: Arc<dyn Fabric>,
-        calls: Arc<Calls>,
-        life: u64,
+        endpoint: &Endpoint,
         front: &Arc<Front>,
     ) -> Result<Self, MountError> {
         let workers = Workers::new("fsd-worker", 256);
@@ -288,10 +257,9 @@ impl Mount {
             cluster: config.cluster.clone(),
             meta_addr: config.meta.listen.clone(),
             timeout: Duration::from_millis(config.timeout_ms),
-            life,
             name: format!("{host}:{}", point.display()),
         };
-        let net = Net::new(net_config, calls, Arc::clone(&fabric), workers.clone());
+        let net = Net::new(net_config, endpoint, workers.clone());
         let joined = net.join().map_err(|error| match error {
             RpcError::Errno(Errno(libc::ETIME)) => MountError::Clocks,
             RpcError::Errno(Errno(libc::EUSERS)) => MountError::Full,
@@ -394,7 +362,7 @@ impl Mount {
         tracing::info!("mount {} on {} ({mode:?})", node.0, point.display());
         Ok(Self {
             client,
-            fabric,
+            fabric: Arc::clone(&endpoint.fabric),
             session: Some(session),
             threads,
             point,

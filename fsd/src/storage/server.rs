@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use parking_lot::Mutex;
-use rdma_transport::{Access, ConnId, Connection, Fabric, FabricConfig, RegionKey};
+use rdma_transport::{Access, ConnId, Connection, Fabric, RegionKey};
 
 use super::alloc::{Allocator, class_for};
 use super::flush::errno;
@@ -18,7 +18,8 @@ use super::leases::LeaseTable;
 use super::pool::Pool;
 use super::{BLOCK, StorageError};
 use crate::config::Config;
-use crate::rpc::{Calls, Errno, Responder, Router, Service};
+use crate::endpoint::Endpoint;
+use crate::rpc::{Errno, Responder, Service};
 use crate::store::{FjallStore, Store};
 use crate::wire::{Frame, Hello, PoolSpace, Role, StorageReply};
 
@@ -171,25 +172,9 @@ impl StorageNode {
         let front = Arc::new(Front {
             inner: std::sync::OnceLock::new(),
         });
-        let calls = Arc::new(Calls::default());
-        let life = rand::random();
-        let hello = Hello {
-            protocol: crate::wire::PROTOCOL,
-            cluster: config.cluster.clone(),
-            role: Role::Storage(id),
-            life,
-        };
-        let fabric = rdma_transport::open(
-            config.fabric.into(),
-            FabricConfig {
-                listen: section.listen.clone(),
-                key,
-                identity: hello.encode(),
-                spin: Duration::from_micros(config.spin_us),
-                timeout: Duration::from_millis(config.timeout_ms),
-            },
-            Router::new(&config.cluster, calls, Arc::clone(&front) as Arc<dyn Service>),
-        )?;
+        let service = Arc::clone(&front) as Arc<dyn Service>;
+        let listen = section.listen.clone();
+        let fabric = Endpoint::open(config, Role::Storage(id), listen, key, service)?.fabric;
         let leases = LeaseTable::open(
             section.memory_dir.join(format!("distfuse-{label}-{id}.leases")),
             config.lease.record_bytes,

@@ -62,6 +62,17 @@ impl std::fmt::Display for Role {
 }
 
 impl Hello {
+    /// Of this build.
+    #[must_use]
+    pub fn new(cluster: &str, role: Role, life: u64) -> Self {
+        Self {
+            protocol: PROTOCOL,
+            cluster: cluster.to_owned(),
+            role,
+            life,
+        }
+    }
+
     /// Encodes it for the handshake.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {

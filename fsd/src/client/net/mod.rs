@@ -17,8 +17,9 @@ use parking_lot::{Mutex, RwLock};
 use rdma_transport::{Connection, Fabric, TransportError};
 
 use super::workers::Workers;
+use crate::endpoint::Endpoint;
 use crate::rpc::{Calls, Errno, RpcError};
-use crate::wire::{self, Hello, JoinReply, LockSpec, MetaRequest, Role};
+use crate::wire::{Hello, JoinReply, LockSpec, MetaRequest, Role};
 use peers::Peer;
 use storage::StorageLink;
 
@@ -75,8 +76,6 @@ pub struct NetConfig {
     pub meta_addr: String,
     /// Longest wait for an answer.
     pub timeout: Duration,
-    /// Random number of this process.
-    pub life: u64,
     /// Host and mount point.
     pub name: String,
 }
@@ -84,15 +83,15 @@ pub struct NetConfig {
 impl Net {
     /// Connections that are not made yet.
     #[must_use]
-    pub fn new(config: NetConfig, calls: Arc<Calls>, fabric: Arc<dyn Fabric>, workers: Workers) -> Arc<Self> {
+    pub fn new(config: NetConfig, endpoint: &Endpoint, workers: Workers) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
-            calls,
-            fabric,
+            calls: Arc::clone(&endpoint.calls),
+            fabric: Arc::clone(&endpoint.fabric),
             cluster: config.cluster,
             meta_addr: config.meta_addr,
             timeout: config.timeout,
-            life: config.life,
+            life: endpoint.life,
             name: config.name,
             meta: RwLock::new(None),
             meta_connecting: Mutex::new(()),
@@ -150,12 +149,7 @@ impl Net {
     }
 
     fn hello(&self, node: Option<u16>) -> Hello {
-        Hello {
-            protocol: wire::PROTOCOL,
-            cluster: self.cluster.clone(),
-            role: Role::Client(node),
-            life: self.life,
-        }
+        Hello::new(&self.cluster, Role::Client(node), self.life)
     }
 
     /// Waits a little before another attempt, if the error may pass and there is time.
