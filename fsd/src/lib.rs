@@ -7,6 +7,7 @@
 pub mod client;
 pub mod cmd;
 pub mod config;
+pub mod endpoint;
 pub mod ino;
 pub mod meta;
 pub mod rpc;

@@ -102,6 +102,14 @@ pub(crate) fn disconnected(addr: &str, reason: &str) -> TransportError {
     }
 }
 
+/// The reason of a connection's end as those see it whose operations fail because of it.
+pub(crate) fn ended(addr: &str, why: &TransportError) -> TransportError {
+    match why {
+        TransportError::Disconnected { .. } | TransportError::Shutdown => why.clone(),
+        other => disconnected(addr, &other.to_string()),
+    }
+}
+
 fn aligned(at: RemoteAddr) -> Result<(), TransportError> {
     if at.offset.is_multiple_of(8) {
         return Ok(());

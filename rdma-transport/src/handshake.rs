@@ -23,7 +23,7 @@ const MAC_LEN: usize = 32;
 pub(crate) const MAX_IDENTITY: usize = 1024;
 const MAX_REASON: usize = 1024;
 /// Most connections between two endpoints, one way.
-pub(crate) const MAX_ALIVE: usize = 128;
+const MAX_ALIVE: usize = 128;
 /// Longest handshake message.
 pub(crate) const MAX_MESSAGE: usize = 4096;
 const LABEL_CLIENT: &[u8] = b"distfuse transport proof of the connecting side";
@@ -278,6 +278,12 @@ pub(crate) fn client(
         .verify_slice(mac)
         .map_err(|_| TransportError::WrongKey { addr: addr.clone() })?;
     if status == Status::Welcome as u8 {
+        // Asked again: others may have connected meanwhile.
+        if alive(instance).len() >= MAX_ALIVE {
+            return Err(TransportError::Invalid(format!(
+                "more than {MAX_ALIVE} connections to {addr}"
+            )));
+        }
         Ok(Peer {
             identity,
             instance,

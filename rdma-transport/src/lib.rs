@@ -12,6 +12,7 @@
 //!   reported complete is then unknown, and both sides see [`Handler::disconnected`] exactly once.
 #![forbid(clippy::todo)]
 
+mod base;
 mod common;
 mod error;
 mod fabric;

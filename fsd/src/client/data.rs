@@ -1,6 +1,6 @@
 //! Reading data, and finding and allocating the frames it lives in.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use lockmgr::Mode;
@@ -221,6 +221,17 @@ impl Client {
         }
     }
 
+    /// As [`Client::transfer`], against several storage nodes.
+    ///
+    /// # Errors
+    /// As [`Client::transfer`].
+    pub fn transfer_all(&self, ctx: &Ctx<'_>, transfers: Transfers<'_>) -> Res<()> {
+        for (node, ops) in transfers.0 {
+            self.transfer(ctx, node, ops)?;
+        }
+        Ok(())
+    }
+
     /// One-sided operations do not wait for anybody (shared memory).
     #[must_use]
     pub fn local_memory(&self) -> bool {
@@ -244,7 +255,7 @@ impl Client {
         }
         let last = (offset + out.len() as u64 - 1) / BLOCK;
         self.load_frames(ctx, inode, state, offset / BLOCK, last)?;
-        let mut by_node: HashMap<u16, Vec<PoolOp<'_>>> = HashMap::new();
+        let mut reads = Transfers::default();
         let mut rest = out;
         for s in stretches(offset, rest.len()).collect::<Vec<_>>() {
             let (part, tail) = rest.split_at_mut(s.len);
@@ -257,16 +268,11 @@ impl Client {
             hole.fill(0);
             if let Some(frame) = state.frames.known.get(&s.block).filter(|_| stored > 0) {
                 let node = self.storage_of(inode.ino, s.block);
-                by_node.entry(node).or_default().push(PoolOp::Read {
-                    offset: frame.offset + s.at,
-                    into: data,
-                });
+                let offset = frame.offset + s.at;
+                reads.add(node, PoolOp::Read { offset, into: data });
             }
         }
-        for (node, ops) in by_node {
-            self.transfer(ctx, node, ops)?;
-        }
-        Ok(())
+        self.transfer_all(ctx, reads)
     }
 
     /// Reads what a system call would, under a lease that is held: `out` is cut at the end of the file.
@@ -379,6 +385,17 @@ pub enum PoolOp<'a> {
         /// Source.
         from: &'a [u8],
     },
+}
+
+/// Operations on the pools of several storage nodes.
+#[derive(Debug, Default)]
+pub struct Transfers<'a>(BTreeMap<u16, Vec<PoolOp<'a>>>);
+
+impl<'a> Transfers<'a> {
+    /// One more, on storage node `node`.
+    pub fn add(&mut self, node: u16, op: PoolOp<'a>) {
+        self.0.entry(node).or_default().push(op);
+    }
 }
 
 /// The frames of blocks `first ..= last`.

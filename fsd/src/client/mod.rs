@@ -2,13 +2,13 @@
 //!
 //! | module | subject |
 //! | --- | --- |
-//! | `mount` | start, stop |
+//! | `mount`, `mountpoint` | start, stop |
 //! | `fuse` | the kernel's requests, and how a request finds a thread |
 //! | `caller` | what the requests do not say of the process behind them |
 //! | `ctx`, `workers` | who may wait where |
 //! | `net` | connections to the servers and the other mounts |
 //! | `inode`, `pages`, `mapped` | what is cached |
-//! | `attrs`, `data`, `write`, `space`, `files`, `dirs`, `names`, `xattrs`, `locks` | the operations |
+//! | `attrs`, `data`, `write`, `space`, `opens`, `files`, `fallocate`, `dirs`, `names`, `xattrs`, `locks` | the operations |
 //! | `revoke` | giving leases up |
 //! | `trim` | forgetting inodes nobody uses |
 //! | `writeback` | bringing dirty data to the servers |
@@ -22,14 +22,17 @@ pub mod caller;
 pub mod ctx;
 pub mod data;
 pub mod dirs;
+pub mod fallocate;
 pub mod files;
 pub mod fuse;
 pub mod inode;
 pub mod locks;
 pub mod mapped;
 pub mod mount;
+pub mod mountpoint;
 pub mod names;
 pub mod net;
+pub mod opens;
 pub mod pages;
 pub mod revoke;
 pub mod space;
@@ -100,7 +103,7 @@ pub struct Client {
     /// Numbers for new inodes, whose leases this mount holds exclusively already.
     pub new_inos: Mutex<VecDeque<u64>>,
     /// Open files and directories.
-    pub handles: files::Handles,
+    pub handles: opens::Handles,
     /// File locks held by processes of this mount.
     pub file_locks: locks::LocalLocks,
     /// Space set aside on the storage nodes.

@@ -8,15 +8,17 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
-use rdma_transport::{Connection, Fabric, FabricConfig, RemoteAddr};
+use rdma_transport::{Connection, Fabric, RemoteAddr};
 
 use super::fuse::FsdFs;
+use super::mountpoint::{check_point, unmount};
 use super::net::{Net, NetConfig, Owner};
 use super::revoke::Revoker;
 use super::workers::Workers;
 use super::{Client, Counters};
 use crate::config::{CacheMode, Config, FabricChoice};
-use crate::rpc::{Calls, Errno, Responder, Router, RpcError, Service};
+use crate::endpoint::Endpoint;
+use crate::rpc::{Errno, Responder, RpcError, Service};
 use crate::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
 
 /// Event loops that never wait.
@@ -179,54 +181,6 @@ impl Owner for Client {
     }
 }
 
-/// Checks a mount point before anything is started.
-///
-/// # Errors
-/// [`MountError::MountPoint`], [`MountError::NoFuse`].
-pub fn check_point(path: &Path, allow_nonempty: bool) -> Result<PathBuf, MountError> {
-    let bad = |detail: &str| MountError::MountPoint {
-        path: path.to_owned(),
-        detail: detail.into(),
-    };
-    std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/fuse")
-        .map_err(MountError::NoFuse)?;
-    let meta = match std::fs::metadata(path) {
-        Ok(meta) => meta,
-        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {
-            return Err(bad(&format!(
-                "is a stale mount left by a daemon that died: unmount it with fusermount3 -u -z {}",
-                path.display()
-            )));
-        }
-        Err(error) => return Err(bad(&format!("{error}: create it with mkdir"))),
-    };
-    if !meta.is_dir() {
-        return Err(bad("is not a directory"));
-    }
-    let path = path.canonicalize().map_err(|e| bad(&e.to_string()))?;
-    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let text = path.to_string_lossy().replace(' ', "\\040");
-    if mounts.lines().any(|l| {
-        l.split(' ').nth(1) == Some(&text) && l.split(' ').nth(2).is_some_and(|t| t.starts_with("fuse"))
-    }) {
-        return Err(bad("is a mount point in use: unmount it first or choose another"));
-    }
-    if !allow_nonempty
-        && std::fs::read_dir(&path)
-            .map_err(|e| bad(&e.to_string()))?
-            .next()
-            .is_some()
-    {
-        return Err(bad(
-            "is not empty: its files would be hidden; choose another, or say --allow-nonempty",
-        ));
-    }
-    Ok(path)
-}
-
 /// An address for a mount, beside the metadata server's.
 fn own_listen(config: &Config) -> String {
     match config.fabric {
@@ -258,23 +212,6 @@ fn own_listen(config: &Config) -> String {
     }
 }
 
-/// Takes a mount out of the name space if it is there, also if files are open.
-pub fn unmount(point: &Path) {
-    use rustix::mount::{UnmountFlags, unmount};
-    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let text = point.to_string_lossy().replace(' ', "\\040");
-    if !mounts.lines().any(|l| l.split(' ').nth(1) == Some(&text)) {
-        return;
-    }
-    if unmount(point, UnmountFlags::empty()).is_err() && unmount(point, UnmountFlags::DETACH).is_err() {
-        // Not root: fusermount3 may.
-        let _ = std::process::Command::new("fusermount3")
-            .arg("-uz")
-            .arg(point)
-            .status();
-    }
-}
-
 fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, MountError> {
     std::thread::Builder::new()
         .name(name.into())
@@ -296,54 +233,22 @@ impl Mount {
         let front = Arc::new(Front {
             client: OnceLock::new(),
         });
-        let calls = Arc::new(Calls::default());
-        let life = rand::random();
-        let hello = Hello {
-            protocol: crate::wire::PROTOCOL,
-            cluster: config.cluster.clone(),
-            role: Role::Client(None),
-            life,
-        };
-        let fabric = rdma_transport::open(
-            config.fabric.into(),
-            FabricConfig {
-                listen: options.listen.clone().unwrap_or_else(|| own_listen(config)),
-                key,
-                identity: hello.encode(),
-                spin: Duration::from_micros(config.spin_us),
-                timeout: Duration::from_millis(config.timeout_ms),
-            },
-            Router::new(
-                &config.cluster,
-                Arc::clone(&calls),
-                Arc::clone(&front) as Arc<dyn Service>,
-            ),
-        )?;
-        let started = Self::start_on(
-            config,
-            options,
-            mode,
-            point,
-            Arc::clone(&fabric),
-            calls,
-            life,
-            &front,
-        );
+        let listen = options.listen.clone().unwrap_or_else(|| own_listen(config));
+        let service = Arc::clone(&front) as Arc<dyn Service>;
+        let endpoint = Endpoint::open(config, Role::Client(None), listen, key, service)?;
+        let started = Self::start_on(config, options, mode, point, &endpoint, &front);
         if started.is_err() {
-            fabric.shutdown();
+            endpoint.fabric.shutdown();
         }
         started
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn start_on(
         config: &Config,
         options: &MountOptions,
         mode: CacheMode,
         point: PathBuf,
-        fabric: Arc<dyn Fabric>,
-        calls: Arc<Calls>,
-        life: u64,
+        endpoint: &Endpoint,
         front: &Arc<Front>,
     ) -> Result<Self, MountError> {
         let workers = Workers::new("fsd-worker", 256);
@@ -352,10 +257,9 @@ impl Mount {
             cluster: config.cluster.clone(),
             meta_addr: config.meta.listen.clone(),
             timeout: Duration::from_millis(config.timeout_ms),
-            life,
             name: format!("{host}:{}", point.display()),
         };
-        let net = Net::new(net_config, calls, Arc::clone(&fabric), workers.clone());
+        let net = Net::new(net_config, endpoint, workers.clone());
         let joined = net.join().map_err(|error| match error {
             RpcError::Errno(Errno(libc::ETIME)) => MountError::Clocks,
             RpcError::Errno(Errno(libc::EUSERS)) => MountError::Full,
@@ -452,7 +356,7 @@ impl Mount {
         tracing::info!("mount {} on {} ({mode:?})", node.0, point.display());
         Ok(Self {
             client,
-            fabric,
+            fabric: Arc::clone(&endpoint.fabric),
             session: Some(session),
             threads,
             point,
@@ -509,7 +413,6 @@ impl Mount {
         }
         client.write_all();
         client.return_space();
-        let unused: Vec<u64> = client.new_inos.lock().drain(..).collect();
         let (tx, rx) = crossbeam::channel::bounded(1);
         client.leases.leave(Box::new(move || {
             let _ = tx.send(());
@@ -517,7 +420,7 @@ impl Mount {
         if rx.recv_timeout(LEAVE_WAIT).is_err() {
             tracing::error!("not all leases could be given up: this mount will be taken for dead");
         } else {
-            if let Err(error) = client.net.meta(&MetaRequest::Leave { unused }) {
+            if let Err(error) = client.net.meta(&MetaRequest::Leave) {
                 tracing::warn!("leaving: {error}");
             }
             // Others may have read our name in a lease record just before it was freed, and ask us.

@@ -8,7 +8,7 @@ use super::Client;
 use super::ctx::{Ctx, Res, fail};
 use crate::storage::BLOCK;
 use crate::storage::alloc::{CLASSES, class_for};
-use crate::wire::{StorageReply, StorageRequest};
+use crate::wire::{PoolSpace, StorageReply, StorageRequest};
 
 /// Reserved in one request, bytes.
 const CHUNK: u64 = 8 << 20;
@@ -55,6 +55,28 @@ pub fn frame_size(block: u64, end: u64) -> u32 {
 }
 
 impl Client {
+    /// How full a storage node is.
+    ///
+    /// # Errors
+    /// It cannot be reached.
+    pub fn pool_space(&self, node: u16) -> Res<PoolSpace> {
+        match self.net.ask_storage(node, &StorageRequest::Space)? {
+            StorageReply::Space(space) => Ok(space),
+            _ => fail(libc::EPROTO),
+        }
+    }
+
+    /// Has a storage node set aside up to `bytes` for this mount; returns how much it was.
+    ///
+    /// # Errors
+    /// It cannot be reached.
+    pub fn ask_for_space(&self, node: u16, bytes: u64) -> Res<u64> {
+        match self.net.ask_storage(node, &StorageRequest::Reserve { bytes })? {
+            StorageReply::Reserved(granted) => Ok(granted),
+            _ => fail(libc::EPROTO),
+        }
+    }
+
     /// Sets `bytes` aside on a storage node.
     ///
     /// # Errors
@@ -65,10 +87,7 @@ impl Client {
         }
         ctx.may_wait()?;
         for ask in [CHUNK.max(bytes), bytes] {
-            let request = StorageRequest::Reserve { bytes: ask };
-            let StorageReply::Reserved(granted) = self.net.ask_storage(node, &request)? else {
-                return fail(libc::EPROTO);
-            };
+            let granted = self.ask_for_space(node, ask)?;
             self.space.put(node, granted);
             if self.space.take(node, bytes) {
                 return Ok(());

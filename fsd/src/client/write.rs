@@ -1,12 +1,12 @@
 //! Changing data: write, truncate, punch; and bringing dirty pages to the storage nodes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use lockmgr::{Guard, Mode};
 
 use super::ctx::{Ctx, Res, Stop, fail};
-use super::data::{PoolOp, frames_in, stretches};
+use super::data::{PoolOp, Transfers, frames_in, stretches};
 use super::inode::{Inode, State};
 use super::pages::{PAGE, page_of};
 use super::space::frame_size;
@@ -36,6 +36,15 @@ pub struct WriteFlags {
     pub kill_suid: bool,
     /// The kernel has put the data into its page cache.
     pub cached: bool,
+}
+
+/// What becomes of the frames of blocks that lie wholly in a range to be discarded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whole {
+    /// They are freed.
+    Free,
+    /// They are zeroed and kept.
+    Zero,
 }
 
 /// The frames (block, least size) that the dirty pages of a file need, by block.
@@ -203,24 +212,27 @@ impl Client {
             .pages
             .remove(page_of(offset), page_of(offset + data.len() as u64 - 1));
         self.count_pages(before, state.pages.len());
-        let mut by_node: HashMap<u16, Vec<PoolOp<'_>>> = HashMap::new();
-        for s in &cut {
-            let Some(frame) = state.frames.known.get(&s.block) else {
+        let parts = cut.iter().map(|s| (s.block, s.at, &data[s.pos..s.pos + s.len]));
+        self.write_frames(ctx, inode, state, parts)
+    }
+
+    /// Writes into frames that are there: (block, offset in it, data).
+    fn write_frames<'a>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &State,
+        parts: impl Iterator<Item = (u64, u64, &'a [u8])>,
+    ) -> Res<()> {
+        let mut writes = Transfers::default();
+        for (block, at, from) in parts {
+            let Some(frame) = state.frames.known.get(&block) else {
                 return fail(libc::EIO);
             };
-            let op = PoolOp::Write {
-                offset: frame.offset + s.at,
-                from: &data[s.pos..s.pos + s.len],
-            };
-            by_node
-                .entry(self.storage_of(inode.ino, s.block))
-                .or_default()
-                .push(op);
+            let offset = frame.offset + at;
+            writes.add(self.storage_of(inode.ino, block), PoolOp::Write { offset, from });
         }
-        for (node, ops) in by_node {
-            self.transfer(ctx, node, ops)?;
-        }
-        Ok(())
+        self.transfer_all(ctx, writes)
     }
 
     fn write_cached(
@@ -308,24 +320,9 @@ impl Client {
         let (first, last) = (wants[0].0, wants[wants.len() - 1].0);
         self.load_frames(ctx, inode, state, first, last)?;
         self.allocate(inode, state, &wants)?;
-        let mut by_node: HashMap<u16, Vec<PoolOp<'_>>> = HashMap::new();
-        for (page, p) in state.pages.dirty_pages() {
-            let block = page * PAGE / BLOCK;
-            let Some(frame) = state.frames.known.get(&block) else {
-                return fail(libc::EIO);
-            };
-            let op = PoolOp::Write {
-                offset: frame.offset + page * PAGE % BLOCK,
-                from: &p.data,
-            };
-            by_node
-                .entry(self.storage_of(inode.ino, block))
-                .or_default()
-                .push(op);
-        }
-        for (node, ops) in by_node {
-            self.transfer(ctx, node, ops)?;
-        }
+        let pages = state.pages.dirty_pages();
+        let parts = pages.map(|(page, p)| (page * PAGE / BLOCK, page * PAGE % BLOCK, &p.data[..]));
+        self.write_frames(ctx, inode, state, parts)?;
         state.pages.mark_clean();
         if !self.cache_reads {
             // The storage node's memory is as near as our own: keeping a copy gains nothing.
@@ -371,7 +368,7 @@ impl Client {
     pub fn truncate(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, size: u64) -> Res<()> {
         let old = self.load_attr(ctx, inode, state)?.size;
         if size < old {
-            self.discard(ctx, inode, state, size, u64::MAX)?;
+            self.discard(ctx, inode, state, size, u64::MAX, Whole::Free)?;
         }
         if let Some(attr) = state.attr.as_mut() {
             attr.size = size;
@@ -379,43 +376,46 @@ impl Client {
         Ok(())
     }
 
-    /// Makes `from .. to` read as zeros: frees whole blocks, zeroes the rest.
+    /// Makes `from .. to` read as zeros: zeroes the frames of blocks that lie in it partly, and frees
+    /// those of whole blocks or zeroes them, too.
     ///
     /// # Errors
     /// Park (nothing has changed then); I/O errors.
-    pub fn discard(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, from: u64, to: u64) -> Res<()> {
+    pub fn discard(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut State,
+        from: u64,
+        to: u64,
+        whole: Whole,
+    ) -> Res<()> {
         if from >= to {
             return Ok(());
         }
         self.load_all_frames(ctx, inode, state)?;
         let (first_whole, end_whole) = (from.div_ceil(BLOCK), to / BLOCK);
-        let frees = first_whole < end_whole && !frames_in(state, first_whole, end_whole - 1).is_empty();
-        let partial: Vec<(u64, u64, u64)> = if from / BLOCK == to / BLOCK {
-            vec![(from / BLOCK, from % BLOCK, to % BLOCK)]
-        } else {
-            let head = (!from.is_multiple_of(BLOCK)).then_some((from / BLOCK, from % BLOCK, BLOCK));
-            let tail = (!to.is_multiple_of(BLOCK)).then_some((to / BLOCK, 0, to % BLOCK));
-            head.into_iter().chain(tail).collect()
-        };
-        let zeroed: Vec<(u64, u64, u64)> = partial
-            .into_iter()
-            .filter_map(|(block, a, b)| {
-                let frame = state.frames.known.get(&block)?;
-                let b = b.min(u64::from(frame.size));
-                (a < b).then_some((block, frame.offset + a, b - a))
-            })
-            .collect();
+        let mut frees = false;
+        let mut zeroed: Vec<(u64, u64, u64)> = Vec::new();
+        for (block, frame) in frames_in(state, from / BLOCK, (to - 1) / BLOCK) {
+            if whole == Whole::Free && (first_whole..end_whole).contains(&block) {
+                frees = true;
+                continue;
+            }
+            let start = from.saturating_sub(block * BLOCK);
+            let end = (to - block * BLOCK).min(u64::from(frame.size));
+            if start < end {
+                zeroed.push((block, start, end - start));
+            }
+        }
         if frees || !zeroed.is_empty() {
             ctx.may_wait()?;
         }
         let zeros = vec![0u8; BLOCK as usize];
-        for (block, offset, len) in zeroed {
-            let op = PoolOp::Write {
-                offset,
-                from: &zeros[..len as usize],
-            };
-            self.transfer(ctx, self.storage_of(inode.ino, block), vec![op])?;
-        }
+        let parts = zeroed
+            .into_iter()
+            .map(|(block, at, len)| (block, at, &zeros[..len as usize]));
+        self.write_frames(ctx, inode, state, parts)?;
         if frees {
             self.free_blocks(inode, state, first_whole, end_whole - 1)?;
         }
@@ -432,7 +432,11 @@ impl Client {
         Ok(())
     }
 
-    fn free_blocks(&self, inode: &Inode, state: &mut State, first: u64, last: u64) -> Res<()> {
+    /// Frees the frames of blocks `first ..= last`.
+    ///
+    /// # Errors
+    /// A storage node cannot be reached; the frames then still count as the file's.
+    pub fn free_blocks(&self, inode: &Inode, state: &mut State, first: u64, last: u64) -> Res<()> {
         let mut nodes: Vec<u16> = frames_in(state, first, last)
             .iter()
             .map(|(b, _)| self.storage_of(inode.ino, *b))

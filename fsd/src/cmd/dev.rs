@@ -177,7 +177,7 @@ impl Cluster {
                 clean &= wait_for(&mut member.child, PATIENCE);
             }
             if let Some(point) = &member.point {
-                crate::client::mount::unmount(point);
+                crate::client::mountpoint::unmount(point);
             }
             let _ = member.child.wait();
         }
@@ -231,7 +231,7 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
             std::fs::create_dir(point).with_context(|| format!("cannot make {}", point.display()))?;
             made.push(point.clone());
         }
-        crate::client::mount::check_point(point, false)?;
+        crate::client::mountpoint::check_point(point, false)?;
     }
     let state = match &args.state {
         Some(dir) => {
@@ -257,7 +257,7 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
         let uuid = format!("{:032x}", rand::random::<u128>());
         crate::meta::server::format(&config, &uuid)?;
         for s in &config.storage {
-            crate::storage::server::format(&s.dir, &config.cluster, s.id, &uuid)?;
+            crate::storage::label::format(&s.dir, &config.cluster, s.id, &uuid)?;
         }
     }
     let mut cluster = Cluster {

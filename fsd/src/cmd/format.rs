@@ -62,7 +62,7 @@ pub fn run(args: &FormatArgs) -> anyhow::Result<ExitCode> {
         .iter()
         .filter(|s| !args.meta && args.storage.is_none_or(|id| id == s.id))
     {
-        crate::storage::server::format(&section.dir, &config.cluster, section.id, &uuid)?;
+        crate::storage::label::format(&section.dir, &config.cluster, section.id, &uuid)?;
         println!(
             "storage node {} made in {} ({})",
             section.id,

@@ -5,12 +5,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rdma_transport::{Connection, Fabric, FabricConfig};
+use rdma_transport::{Connection, Fabric};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::config::Config;
-use crate::rpc::{Calls, Errno, Responder, Router, Service};
+use crate::endpoint::Endpoint;
+use crate::rpc::{Calls, Errno, Responder, Service};
 use crate::wire::{
     Hello, MetaReply, MetaRequest, MetaStatus, MountRequest, MountStatus, PeerState, Role, StorageReply,
     StorageRequest, StorageStatus,
@@ -46,29 +47,18 @@ impl Asker {
             crate::config::FabricChoice::Shm => dir.path().join("tool.sock").to_string_lossy().into_owned(),
             crate::config::FabricChoice::Tcp => "127.0.0.1:0".into(),
         };
-        let calls = Arc::new(Calls::default());
-        let timeout = Duration::from_secs(5);
-        let hello = Hello {
-            protocol: crate::wire::PROTOCOL,
-            cluster: config.cluster.clone(),
-            role: Role::Tool,
-            life: rand::random(),
+        // Nobody waits for a tool in a hurry, and a node that is down shall not hold it up.
+        let config = Config {
+            spin_us: 0,
+            timeout_ms: 5000,
+            ..config.clone()
         };
-        let fabric = rdma_transport::open(
-            config.fabric.into(),
-            FabricConfig {
-                listen,
-                key: config.key()?,
-                identity: hello.encode(),
-                spin: Duration::ZERO,
-                timeout,
-            },
-            Router::new(&config.cluster, Arc::clone(&calls), Arc::new(NoService)),
-        )?;
+        let Endpoint { fabric, calls, .. } =
+            Endpoint::open(&config, Role::Tool, listen, config.key()?, Arc::new(NoService))?;
         Ok(Self {
             calls,
             fabric,
-            timeout,
+            timeout: Duration::from_millis(config.timeout_ms),
             _dir: dir,
         })
     }

@@ -10,11 +10,6 @@ use crate::wire::{Attr, Created, Kind, NamespaceOp, Time, Touched};
 pub const NAME_MAX: usize = 255;
 /// Most hard links.
 pub const LINK_MAX: u32 = 1 << 30;
-/// Longest value of an extended attribute, bytes.
-pub const XATTR_MAX: usize = 64 << 10;
-/// Most bytes of names and values of one inode's extended attributes.
-pub const XATTR_TOTAL: usize = 96 << 10;
-
 const RENAME_NOREPLACE: u32 = 1;
 const RENAME_EXCHANGE: u32 = 2;
 
@@ -31,7 +26,7 @@ pub struct Effects {
 
 /// One transaction under way.
 pub struct Change<'a> {
-    txn: Txn<'a>,
+    pub(super) txn: Txn<'a>,
     now: Time,
     era: u32,
     node: u16,
@@ -114,7 +109,7 @@ impl<'a> Change<'a> {
     }
 
     /// Stores a changed inode with its new version and change time, and reports its attributes.
-    fn save(&mut self, inode: &mut Inode) {
+    pub(super) fn save(&mut self, inode: &mut Inode) {
         inode.attr.ctime = self.now;
         self.save_unchanged_time(inode);
     }
@@ -436,54 +431,6 @@ impl<'a> Change<'a> {
         self.save(&mut b);
         // The cookie under the new name first, as for a plain rename.
         Ok((second, first))
-    }
-
-    fn set_xattr(&mut self, ino: u64, name: &[u8], value: &[u8], flags: i32) -> Result<(), Refusal> {
-        if name.is_empty() || name.len() > NAME_MAX {
-            return no(libc::ERANGE);
-        }
-        if value.len() > XATTR_MAX {
-            return no(libc::E2BIG);
-        }
-        let mut inode = self.txn.inode(ino)?;
-        let key = key::xattr(ino, name);
-        let exists = self.txn.get(&key)?.is_some();
-        if flags & libc::XATTR_CREATE != 0 && exists {
-            return no(libc::EEXIST);
-        }
-        if flags & libc::XATTR_REPLACE != 0 && !exists {
-            return no(libc::ENODATA);
-        }
-        let others: usize = self
-            .txn
-            .scan_stored(&key::xattr(ino, &[]), usize::MAX)?
-            .iter()
-            .filter(|(k, _)| *k != key)
-            .map(|(k, v)| k.len() + v.len())
-            .sum();
-        if others + name.len() + value.len() > XATTR_TOTAL {
-            return no(libc::ENOSPC);
-        }
-        self.txn.put(key, value.to_vec());
-        inode.attr.has_xattr = true;
-        self.save(&mut inode);
-        Ok(())
-    }
-
-    fn remove_xattr(&mut self, ino: u64, name: &[u8]) -> Result<(), Refusal> {
-        let mut inode = self.txn.inode(ino)?;
-        let key = key::xattr(ino, name);
-        if self.txn.get(&key)?.is_none() {
-            return no(libc::ENODATA);
-        }
-        inode.attr.has_xattr = self
-            .txn
-            .scan_stored(&key::xattr(ino, &[]), 2)?
-            .iter()
-            .any(|(k, _)| *k != key);
-        self.txn.delete(key);
-        self.save(&mut inode);
-        Ok(())
     }
 
     /// Removes an orphan for good. `Ok(false)` if it is not one.

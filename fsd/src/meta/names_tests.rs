@@ -3,6 +3,7 @@
 use super::*;
 use crate::ino::ROOT;
 use crate::meta::records::new_root;
+use crate::meta::xattrs::XATTR_MAX;
 use crate::store::FjallStore;
 use crate::wire::AttrUpdate;
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use parking_lot::Mutex;
-use rdma_transport::{Connection, Fabric, FabricConfig};
+use rdma_transport::{Connection, Fabric};
 
 use super::locks::{LockTable, Ticket};
 use super::names::{Change, Effects};
@@ -17,8 +17,9 @@ use super::records::{LAYOUT, Member, Superblock, Txn, decode, encode, key, new_r
 use super::sessions::{Session, Sessions};
 use super::{MetaError, Refusal};
 use crate::config::Config;
+use crate::endpoint::Endpoint;
 use crate::ino;
-use crate::rpc::{Calls, Responder, Router, RpcError, Service};
+use crate::rpc::{Calls, Responder, RpcError, Service};
 use crate::store::{FjallStore, Store, prefix_end};
 use crate::wire::{Hello, Role, StorageReply, StorageRequest, Time};
 
@@ -254,29 +255,11 @@ impl MetaServer {
         let store: Arc<dyn Store> = Arc::new(FjallStore::open(dir)?);
         let superblock = read_superblock(store.as_ref(), config, dir)?;
         let state = load_state(store.as_ref(), &superblock)?;
-        let calls = Arc::new(Calls::default());
         let front = Arc::new(Front(OnceLock::new()));
-        let hello = Hello {
-            protocol: crate::wire::PROTOCOL,
-            cluster: config.cluster.clone(),
-            role: Role::Meta,
-            life: rand::random(),
-        };
-        let fabric = rdma_transport::open(
-            config.fabric.into(),
-            FabricConfig {
-                listen: config.meta.listen.clone(),
-                key: cluster_key,
-                identity: hello.encode(),
-                spin: Duration::from_micros(config.spin_us),
-                timeout: Duration::from_millis(config.timeout_ms),
-            },
-            Router::new(
-                &config.cluster,
-                Arc::clone(&calls),
-                Arc::clone(&front) as Arc<dyn Service>,
-            ),
-        )?;
+        let service = Arc::clone(&front) as Arc<dyn Service>;
+        let listen = config.meta.listen.clone();
+        let Endpoint { fabric, calls, .. } =
+            Endpoint::open(config, Role::Meta, listen, cluster_key, service)?;
         let (sync, sync_in) = unbounded();
         let (freed, freed_in) = unbounded();
         let (stop, stop_in) = unbounded();
@@ -456,7 +439,7 @@ impl Inner {
         }
         let nodes: Vec<u16> = state.sessions.nodes.keys().copied().collect();
         for node in nodes {
-            load(self.forget(&mut state, node, &[]))?;
+            load(self.forget(&mut state, node))?;
         }
         tracing::info!("every mount was dead: all leases have been reset");
         Ok(())

@@ -94,13 +94,13 @@ impl Inner {
                 self.check_tables(&ids)?;
                 Ok(MetaReply::Done)
             }
-            MetaRequest::Leave { unused } => {
+            MetaRequest::Leave => {
                 let mut state = self.state.lock();
                 let node = state
                     .sessions
                     .by_conn(conn.id())
                     .map_or_else(|| no(libc::ENOTCONN), Ok)?;
-                self.forget(&mut state, node, &unused)?;
+                self.forget(&mut state, node)?;
                 let served = state.locks.release_node(node);
                 drop(state);
                 self.answer_locks(&served, &Ok(MetaReply::Done));
@@ -277,12 +277,14 @@ impl Inner {
     }
 
     /// A mount is no more: its number, reservations and answers go.
-    pub(super) fn forget(&self, state: &mut State, node: u16, unused: &[u64]) -> Result<(), Refusal> {
+    pub(super) fn forget(&self, state: &mut State, node: u16) -> Result<(), Refusal> {
         let Some(session) = state.sessions.nodes.remove(&node) else {
             return Ok(());
         };
         let mut txn = self.txn();
-        for (k, _) in txn.scan_stored(&key::reserved(node, 0)[..9], usize::MAX)? {
+        let reserved = txn.scan_stored(&key::reserved(node, 0)[..9], usize::MAX)?;
+        let unused = reserved.len();
+        for (k, _) in reserved {
             let number = key::second(&k);
             txn.put(
                 key::reusable(ino::shard(number), ino::index(number)),
@@ -301,10 +303,7 @@ impl Inner {
             }),
         );
         txn.commit()?;
-        tracing::debug!(
-            "{} reserved inode numbers come back from mount {node}",
-            unused.len()
-        );
+        tracing::debug!("{unused} reserved inode numbers come back from mount {node}");
         state.answers.remove(&node);
         Ok(())
     }

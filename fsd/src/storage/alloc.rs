@@ -12,7 +12,7 @@ use super::BLOCK;
 pub const CLASSES: [u32; 4] = [4 << 10, 16 << 10, 64 << 10, 256 << 10];
 
 /// Slabs kept out of reservations for fragmentation (one a class).
-const HEADROOM_SLABS: u64 = CLASSES.len() as u64;
+pub const HEADROOM_SLABS: u64 = CLASSES.len() as u64;
 
 /// The smallest class that holds `bytes`, if any.
 #[must_use]
@@ -157,6 +157,12 @@ impl Allocator {
             .saturating_sub(HEADROOM_SLABS)
             .saturating_mul(BLOCK)
             .saturating_sub(self.reserved)
+    }
+
+    /// Bytes in all.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.slabs.len() as u64 * BLOCK
     }
 
     /// Bytes in free frames.

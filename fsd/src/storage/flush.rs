@@ -12,7 +12,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError};
 use super::server::Inner;
 use super::{BLOCK, StorageError};
 use crate::rpc::Errno;
-use crate::wire::{Frame, StorageReply, StorageStatus};
+use crate::wire::{Frame, PoolSpace, StorageReply, StorageStatus};
 
 /// How often the background flusher looks for unstored data.
 const FLUSH_EVERY: Duration = Duration::from_secs(2);
@@ -155,10 +155,11 @@ impl Inner {
             .unwrap_or_default();
         let (blocks, _) = self.changed();
         let space = self.space.lock();
+        let PoolSpace { total, free } = space.figures();
         Ok(StorageStatus {
             id: self.id,
-            total: self.pool.mem.len() as u64,
-            free: space.alloc.free_bytes().saturating_sub(space.alloc.reserved()),
+            total,
+            free,
             reserved: space.alloc.reserved(),
             frames: space.alloc.frames(),
             exclusive: held.exclusive,

@@ -6,8 +6,10 @@
 pub mod alloc;
 mod flush;
 pub mod index;
+pub mod label;
 pub mod leases;
 pub mod pool;
+mod requests;
 pub mod server;
 
 pub use server::StorageNode;

@@ -1,7 +1,6 @@
-//! The storage node's daemon: requests, background flushing, cleaning of freed frames.
+//! The storage node's daemon: start, stop, background flushing, cleaning of freed frames.
 
 use std::collections::{HashMap, HashSet};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -9,34 +8,33 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use parking_lot::Mutex;
-use rdma_transport::{Access, ConnId, Connection, Fabric, FabricConfig, RegionKey};
+use rdma_transport::{Access, ConnId, Connection, Fabric, RegionKey};
 
-use super::alloc::{Allocator, CLASSES, class_for};
+use super::alloc::{Allocator, class_for};
 use super::flush::errno;
-use super::index::{Entry, Index};
-use super::leases::{LeaseTable, SEGMENT_RECORDS};
+use super::index::Index;
+use super::label::read_label;
+use super::leases::LeaseTable;
 use super::pool::Pool;
 use super::{BLOCK, StorageError};
 use crate::config::Config;
-use crate::rpc::{Calls, Errno, Responder, Router, Service};
+use crate::endpoint::Endpoint;
+use crate::rpc::{Errno, Responder, Service};
 use crate::store::{FjallStore, Store};
-use crate::wire::{Attached, BlockWant, Frame, Hello, Role, StorageReply, StorageRequest};
-
-/// Name of the file in a storage node's directory that says what it belongs to.
-pub const LABEL: &str = "storage.label";
+use crate::wire::{Frame, Hello, PoolSpace, Role, StorageReply};
 
 pub(super) struct Space {
     pub(super) alloc: Allocator,
     pub(super) index: Index,
     /// Reservations by connection, returned when it ends.
-    reserved: HashMap<ConnId, u64>,
+    pub(super) reserved: HashMap<ConnId, u64>,
     /// Value of each slab's dirty counter when all of the slab was last stored.
     pub(super) stored: HashMap<u64, u64>,
 }
 
 impl Space {
     /// Uses up to `bytes` of a connection's reservation; returns how much it was.
-    fn use_reservation(&mut self, conn: ConnId, bytes: u64) -> u64 {
+    pub(super) fn use_reservation(&mut self, conn: ConnId, bytes: u64) -> u64 {
         let have = self.reserved.entry(conn).or_default();
         let used = bytes.min(*have);
         *have -= used;
@@ -44,14 +42,21 @@ impl Space {
         used
     }
 
-    fn give_back(&mut self, frame: Frame) {
+    pub(super) fn figures(&self) -> PoolSpace {
+        PoolSpace {
+            total: self.alloc.bytes(),
+            free: self.alloc.free_bytes().saturating_sub(self.alloc.reserved()),
+        }
+    }
+
+    pub(super) fn give_back(&mut self, frame: Frame) {
         if let Some(class) = class_for(frame.size) {
             self.alloc.free(frame.offset, class);
         }
     }
 }
 
-enum Work {
+pub(super) enum Work {
     Flush(Vec<u64>, Responder),
     Reset(Responder),
     Status(Responder),
@@ -63,13 +68,13 @@ pub(super) struct Inner {
     pub(super) leases: LeaseTable,
     pub(super) space: Mutex<Space>,
     pub(super) store: Arc<dyn Store>,
-    pool_key: RegionKey,
-    dirty_key: RegionKey,
-    fabric: Mutex<Option<Arc<dyn Fabric>>>,
+    pub(super) pool_key: RegionKey,
+    pub(super) dirty_key: RegionKey,
+    pub(super) fabric: Mutex<Option<Arc<dyn Fabric>>>,
     pub(super) own: Mutex<Option<Arc<dyn Connection>>>,
-    work: Sender<Work>,
-    clean: Sender<Frame>,
-    cleaning: AtomicU64,
+    pub(super) work: Sender<Work>,
+    pub(super) clean: Sender<Frame>,
+    pub(super) cleaning: AtomicU64,
     pub(super) requests: AtomicU64,
     pub(super) connections: AtomicU64,
     lives: Mutex<HashSet<u64>>,
@@ -167,25 +172,9 @@ impl StorageNode {
         let front = Arc::new(Front {
             inner: std::sync::OnceLock::new(),
         });
-        let calls = Arc::new(Calls::default());
-        let life = rand::random();
-        let hello = Hello {
-            protocol: crate::wire::PROTOCOL,
-            cluster: config.cluster.clone(),
-            role: Role::Storage(id),
-            life,
-        };
-        let fabric = rdma_transport::open(
-            config.fabric.into(),
-            FabricConfig {
-                listen: section.listen.clone(),
-                key,
-                identity: hello.encode(),
-                spin: Duration::from_micros(config.spin_us),
-                timeout: Duration::from_millis(config.timeout_ms),
-            },
-            Router::new(&config.cluster, calls, Arc::clone(&front) as Arc<dyn Service>),
-        )?;
+        let service = Arc::clone(&front) as Arc<dyn Service>;
+        let listen = section.listen.clone();
+        let fabric = Endpoint::open(config, Role::Storage(id), listen, key, service)?.fabric;
         let leases = LeaseTable::open(
             section.memory_dir.join(format!("distfuse-{label}-{id}.leases")),
             config.lease.record_bytes,
@@ -314,197 +303,7 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
         })
 }
 
-/// Reads a storage directory's label and checks that it belongs to this cluster and node.
-///
-/// # Errors
-/// [`StorageError::Format`].
-pub fn read_label(dir: &Path, cluster: &str, id: u16) -> Result<String, StorageError> {
-    let format = |detail: String| StorageError::Format {
-        path: dir.to_owned(),
-        detail,
-    };
-    let text = std::fs::read_to_string(dir.join(LABEL))
-        .map_err(|_| format("is not a formatted storage directory: run fsd format first".into()))?;
-    let mut lines = text.lines();
-    let (name, node, uuid) = (lines.next(), lines.next(), lines.next());
-    if name != Some(cluster) || node.and_then(|n| n.parse::<u16>().ok()) != Some(id) {
-        return Err(format(format!(
-            "belongs to storage node {} of cluster '{}', not to node {id} of '{cluster}'",
-            node.unwrap_or("?"),
-            name.unwrap_or("?")
-        )));
-    }
-    uuid.map(str::to_owned)
-        .ok_or_else(|| format("has a damaged label".into()))
-}
-
-/// Makes a storage directory.
-///
-/// # Errors
-/// It is formatted already, or the disk refuses.
-pub fn format(dir: &Path, cluster: &str, id: u16, uuid: &str) -> Result<(), StorageError> {
-    let io = |error| StorageError::Io {
-        what: "cannot format",
-        path: dir.to_owned(),
-        error,
-    };
-    if dir.join(LABEL).exists() {
-        let detail = "is formatted already: remove it first if its contents are not wanted".into();
-        return Err(StorageError::Format {
-            path: dir.to_owned(),
-            detail,
-        });
-    }
-    std::fs::create_dir_all(dir).map_err(io)?;
-    std::fs::write(dir.join(LABEL), format!("{cluster}\n{id}\n{uuid}\n")).map_err(io)
-}
-
 impl Inner {
-    fn request(self: &Arc<Self>, hello: &Hello, body: &[u8], responder: Responder) {
-        self.requests.fetch_add(1, Ordering::Relaxed);
-        let request = match crate::wire::decode::<StorageRequest>(body) {
-            Ok(request) => request,
-            Err(error) => {
-                tracing::warn!("{} sent a request that cannot be read: {error}", hello.role);
-                return responder.reply::<StorageReply>(&Err(Errno(libc::EPROTO)));
-            }
-        };
-        match request {
-            // These wait for the disk or go through the whole table: not on the progress thread.
-            StorageRequest::Flush { inos } => self.hand_off(Work::Flush(inos, responder)),
-            StorageRequest::Status => self.hand_off(Work::Status(responder)),
-            StorageRequest::ResetLeases if hello.role == Role::Meta => self.hand_off(Work::Reset(responder)),
-            StorageRequest::ResetLeases => responder.reply::<StorageReply>(&Err(Errno(libc::EPERM))),
-            quick => {
-                let answer = self.quick(responder.conn().id(), quick);
-                responder.reply(&answer);
-            }
-        }
-    }
-
-    fn hand_off(&self, work: Work) {
-        if let Err(refused) = self.work.send(work) {
-            let (Work::Flush(_, r) | Work::Reset(r) | Work::Status(r)) = refused.0;
-            r.reply::<StorageReply>(&Err(Errno(libc::ESHUTDOWN)));
-        }
-    }
-
-    fn quick(&self, conn: ConnId, request: StorageRequest) -> Result<StorageReply, Errno> {
-        match request {
-            StorageRequest::Attach => Ok(StorageReply::Attached(Attached {
-                pool_key: self.pool_key.0,
-                pool_len: self.pool.mem.len() as u64,
-                dirty_key: self.dirty_key.0,
-                segment_records: SEGMENT_RECORDS,
-                table: self.leases.id,
-            })),
-            StorageRequest::LeaseSegment { segment } => {
-                let fabric = self.fabric.lock().clone().ok_or(Errno(libc::ESHUTDOWN))?;
-                if u64::from(segment) * u64::from(SEGMENT_RECORDS) > crate::ino::MAX_INDEX {
-                    return Err(Errno(libc::EINVAL));
-                }
-                let key = self.leases.key(fabric.as_ref(), segment).map_err(|e| errno(&e))?;
-                Ok(StorageReply::Segment(key.0))
-            }
-            StorageRequest::Reserve { bytes } => {
-                let mut space = self.space.lock();
-                let granted = space.alloc.reserve(bytes);
-                *space.reserved.entry(conn).or_default() += granted;
-                Ok(StorageReply::Reserved(granted))
-            }
-            StorageRequest::Unreserve { bytes } => {
-                self.space.lock().use_reservation(conn, bytes);
-                Ok(StorageReply::Done)
-            }
-            StorageRequest::Allocate { wants, reserved } => self.allocate(conn, &wants, reserved),
-            StorageRequest::Lookup { ino, first, count } => Ok(StorageReply::Blocks(
-                self.space
-                    .lock()
-                    .index
-                    .lookup(ino, first, count.min(4096) as usize),
-            )),
-            StorageRequest::Free { ino, first, last } => {
-                let frames = self
-                    .space
-                    .lock()
-                    .index
-                    .remove(ino, first, last)
-                    .map_err(|e| errno(&e.into()))?;
-                let bytes = frames.iter().map(|f| u64::from(f.size)).sum();
-                for frame in frames {
-                    self.release(frame);
-                }
-                Ok(StorageReply::Freed(bytes))
-            }
-            StorageRequest::Flush { .. } | StorageRequest::ResetLeases | StorageRequest::Status => {
-                Err(Errno(libc::EINVAL))
-            }
-        }
-    }
-
-    /// Hands a frame to the cleaner, which zeroes it before it can be used again.
-    fn release(&self, frame: Frame) {
-        self.cleaning.fetch_add(1, Ordering::AcqRel);
-        if self.clean.send(frame).is_err() {
-            self.cleaning.fetch_sub(1, Ordering::AcqRel);
-        }
-    }
-
-    fn allocate(&self, conn: ConnId, wants: &[BlockWant], reserved: u64) -> Result<StorageReply, Errno> {
-        let mut space = self.space.lock();
-        let reserved = space.use_reservation(conn, reserved);
-        let mut frames = Vec::with_capacity(wants.len());
-        let mut fresh: Vec<(u64, u64, Entry)> = Vec::new();
-        let mut replaced: Vec<(Frame, Frame)> = Vec::new();
-        for want in wants {
-            let old = space.index.get(want.ino, want.block).map(|e| e.frame);
-            if let Some(frame) = old.filter(|f| f.size >= want.size) {
-                frames.push(frame);
-                continue;
-            }
-            let taken = class_for(want.size).and_then(|class| {
-                space.alloc.allocate(class).map(|offset| Frame {
-                    offset,
-                    size: CLASSES[class],
-                })
-            });
-            let Some(frame) = taken else {
-                for (_, _, entry) in &fresh {
-                    space.give_back(entry.frame);
-                }
-                // What was reserved stays so.
-                let kept = space.alloc.reserve(reserved);
-                *space.reserved.entry(conn).or_default() += kept;
-                return Err(Errno(libc::ENOSPC));
-            };
-            if let Some(old) = old {
-                replaced.push((old, frame));
-            }
-            fresh.push((want.ino, want.block, Entry { frame, stored: false }));
-            frames.push(frame);
-        }
-        if !fresh.is_empty() {
-            for (old, new) in &replaced {
-                let moved =
-                    self.pool
-                        .mem
-                        .copy_within(old.offset as usize, new.offset as usize, old.size as usize);
-                moved.map_err(|e| errno(&e.into()))?;
-            }
-            if let Err(error) = space.index.set(&fresh) {
-                for (_, _, entry) in &fresh {
-                    space.give_back(entry.frame);
-                }
-                return Err(errno(&error.into()));
-            }
-        }
-        drop(space);
-        for (old, _) in replaced {
-            self.release(old);
-        }
-        Ok(StorageReply::Allocated(frames))
-    }
-
     fn clean_loop(&self, frames: &Receiver<Frame>) {
         while !self.stopping.load(Ordering::Acquire) {
             let frame = match frames.recv_timeout(Duration::from_secs(1)) {

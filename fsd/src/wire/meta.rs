@@ -174,11 +174,8 @@ pub enum MetaRequest {
         /// Their numbers.
         ids: Vec<u64>,
     },
-    /// A mount leaves; it holds no lease any more. Unused reserved inode numbers go back.
-    Leave {
-        /// Unused numbers.
-        unused: Vec<u64>,
-    },
+    /// A mount leaves; it holds no lease any more. Reserved inode numbers it has not used go back.
+    Leave,
     /// Address of another mount.
     Peer {
         /// Its node number.

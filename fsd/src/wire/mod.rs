@@ -14,7 +14,9 @@ pub use meta::{
     MetaStatus, NamespaceOp, NodeInfo, PeerState, StatFs, StorageInfo, Touched,
 };
 pub use mount::{MountRequest, MountStatus};
-pub use storage::{Attached, BlockFrame, BlockWant, Frame, StorageReply, StorageRequest, StorageStatus};
+pub use storage::{
+    Attached, BlockFrame, BlockWant, Frame, PoolSpace, StorageReply, StorageRequest, StorageStatus,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -60,6 +62,17 @@ impl std::fmt::Display for Role {
 }
 
 impl Hello {
+    /// Of this build.
+    #[must_use]
+    pub fn new(cluster: &str, role: Role, life: u64) -> Self {
+        Self {
+            protocol: PROTOCOL,
+            cluster: cluster.to_owned(),
+            role,
+            life,
+        }
+    }
+
     /// Encodes it for the handshake.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {

@@ -83,7 +83,9 @@ pub enum StorageRequest {
     },
     /// Clears the whole lease table (no mount is alive). From the metadata server only.
     ResetLeases,
-    /// For `statfs` and `fsd status`.
+    /// For `statfs`: only what can be told without looking at the lease table or the dirty counters.
+    Space,
+    /// For `fsd status`.
     Status,
 }
 
@@ -101,6 +103,15 @@ pub struct Attached {
     pub segment_records: u32,
     /// Names this life of the lease table: another number means that all leases have been lost.
     pub table: u64,
+}
+
+/// How full a storage node is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolSpace {
+    /// Pool size, bytes.
+    pub total: u64,
+    /// Neither allocated nor reserved, bytes.
+    pub free: u64,
 }
 
 /// State of a storage node.
@@ -145,6 +156,8 @@ pub enum StorageReply {
     Blocks(Vec<BlockFrame>),
     /// To `Free`: bytes freed.
     Freed(u64),
+    /// To `Space`.
+    Space(PoolSpace),
     /// To `Status`.
     Status(StorageStatus),
 }

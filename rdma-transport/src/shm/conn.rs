@@ -13,7 +13,8 @@ use super::control::{self, Notice};
 use super::endpoint::Core;
 use super::layout::{Channel, Directory, SLOTS, Side, slot_of};
 use super::send::Sending;
-use crate::common::{self, Counters, disconnected, remote_access};
+use crate::base::{ConnBase, Endpoint};
+use crate::common::{self, disconnected, remote_access};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
 use crate::{
@@ -32,12 +33,8 @@ struct Mapped {
 }
 
 pub(super) struct ShmConn {
-    id: ConnId,
+    pub(super) base: ConnBase,
     pub(super) core: Arc<Core>,
-    pub(super) peer: Peer,
-    /// True if the peer connected to us.
-    pub(super) incoming: bool,
-    pub(super) addr: String,
     pub(super) side: Side,
     pub(super) channel: Channel,
     peer_dir: Directory,
@@ -50,13 +47,10 @@ pub(super) struct ShmConn {
     pub(super) room: Condvar,
     /// Somebody waits for room: the progress thread looks after it.
     pub(super) waiting: AtomicBool,
-    alive: AtomicBool,
     /// The peer is gone: none of its threads executes anything any more.
     hung_up: AtomicBool,
     /// The peer has told of all its regions.
     ready: AtomicBool,
-    why: Mutex<Option<TransportError>>,
-    pub(super) counters: Counters,
 }
 
 /// What a new connection is made of.
@@ -73,11 +67,8 @@ pub(super) struct Parts {
 impl ShmConn {
     pub(super) fn new(id: ConnId, core: &Arc<Core>, parts: Parts) -> Arc<Self> {
         Arc::new(Self {
-            id,
+            base: ConnBase::new(id, parts.peer, parts.side == Side::Listening, parts.addr),
             core: Arc::clone(core),
-            peer: parts.peer,
-            incoming: parts.side == Side::Listening,
-            addr: parts.addr,
             side: parts.side,
             channel: parts.channel,
             peer_dir: parts.peer_dir,
@@ -88,11 +79,8 @@ impl ShmConn {
             sending: Mutex::new(Sending::default()),
             room: Condvar::new(),
             waiting: AtomicBool::new(false),
-            alive: AtomicBool::new(true),
             hung_up: AtomicBool::new(false),
             ready: AtomicBool::new(false),
-            why: Mutex::new(None),
-            counters: Counters::default(),
         })
     }
 
@@ -107,40 +95,21 @@ impl ShmConn {
     }
 
     pub(super) fn alive(&self) -> bool {
-        self.alive.load(Ordering::SeqCst)
+        self.base.alive()
     }
 
     pub(super) fn hung_up(&self) -> bool {
         self.hung_up.load(Ordering::SeqCst)
     }
 
-    /// Why it ended.
-    pub(super) fn reason(&self) -> TransportError {
-        self.why
-            .lock()
-            .clone()
-            .unwrap_or_else(|| disconnected(&self.addr, "closed"))
-    }
-
-    pub(super) fn dead(&self) -> TransportError {
-        match self.reason() {
-            e @ (TransportError::Disconnected { .. } | TransportError::Shutdown) => e,
-            other => disconnected(&self.addr, &other.to_string()),
-        }
-    }
-
     /// Puts the connection into error. The first reason counts. From now on nothing of the peer lands here,
     /// except for operations it is executing at this very moment (see [`ShmConn::quiet`]).
     pub(super) fn fail(&self, why: TransportError) {
-        {
-            let mut reason = self.why.lock();
-            if reason.is_some() {
-                return;
-            }
-            *reason = Some(why);
+        if !self.base.condemn(why) {
+            return;
         }
         self.channel.open(self.side).store(0, Ordering::SeqCst);
-        self.alive.store(false, Ordering::SeqCst);
+        self.base.die();
         {
             // Under the lock, or a sender between its check and its wait would miss this.
             let _sending = self.sending.lock();
@@ -194,9 +163,9 @@ impl ShmConn {
             return;
         }
         let fds: Vec<_> = mem.iter().map(|m| m.fd()).collect();
-        let deadline = Instant::now() + self.core.config.timeout;
+        let deadline = Instant::now() + self.core.base.config.timeout;
         if let Err(e) = control::send(self.sock.as_fd(), &notice.encode(), &fds, deadline) {
-            self.fail(disconnected(&self.addr, &format!("control socket: {e}")));
+            self.fail(disconnected(&self.base.addr, &format!("control socket: {e}")));
         }
     }
 
@@ -208,11 +177,11 @@ impl ShmConn {
                 return Ok(());
             }
             if !self.alive() {
-                return Err(self.reason());
+                return Err(self.base.reason());
             }
             let now = Instant::now();
             if now >= deadline {
-                return Err(common::timed_out(&self.addr, self.core.config.timeout));
+                return Err(common::timed_out(&self.base.addr, self.core.base.config.timeout));
             }
             // Not up to the deadline at once: another thread may take the packet from the socket.
             let soon = deadline.min(now + Duration::from_millis(10));
@@ -228,18 +197,17 @@ impl ShmConn {
         while !self.hung_up() {
             let lost = match control::try_recv(self.sock.as_fd()) {
                 Ok(None) => return,
-                Ok(Some(packet)) if packet.bytes.is_empty() => disconnected(&self.addr, "the peer has gone"),
+                Ok(Some(packet)) if packet.bytes.is_empty() => {
+                    disconnected(&self.base.addr, "the peer has gone")
+                }
                 Ok(Some(packet)) => match self.act_on(packet) {
                     Ok(()) => continue,
                     Err(detail) => {
-                        self.fail(TransportError::Protocol {
-                            addr: self.addr.clone(),
-                            detail,
-                        });
+                        self.fail(self.base.protocol(detail));
                         return;
                     }
                 },
-                Err(e) => disconnected(&self.addr, &e.to_string()),
+                Err(e) => disconnected(&self.base.addr, &e.to_string()),
             };
             self.hung_up.store(true, Ordering::SeqCst);
             self.fail(lost);
@@ -256,7 +224,7 @@ impl ShmConn {
                     .next()
                     .ok_or("a region without its memory")?;
                 let len = usize::try_from(len).map_err(|e| e.to_string())?;
-                let name = format!("region {key:#x} of {}", self.addr);
+                let name = format!("region {key:#x} of {}", self.base.addr);
                 let mem = SharedMem::from_fd(fd, len, name).map_err(|e| e.to_string())?;
                 let mut maps = self.maps.write();
                 if maps.is_empty() {
@@ -304,13 +272,13 @@ impl ShmConn {
     ) -> Result<R, TransportError> {
         let refused = |why: &str| Err(remote_access(at, len as u64, why));
         if !self.alive() {
-            return Err(self.dead());
+            return Err(self.base.dead());
         }
         let Some(mapped) = self.mapped(at.key.0) else {
             return if self.alive() {
                 refused("no such region")
             } else {
-                Err(self.dead())
+                Err(self.base.dead())
             };
         };
         if !permits(mapped.access) {
@@ -327,7 +295,10 @@ impl ShmConn {
         // First counted, then checked: who withdraws the permission and then sees no count is safe.
         in_flight.fetch_add(1, Ordering::SeqCst);
         let result = if self.channel.open(self.side.other()).load(Ordering::SeqCst) != 1 {
-            Err(disconnected(&self.addr, "the peer has closed the connection"))
+            Err(disconnected(
+                &self.base.addr,
+                "the peer has closed the connection",
+            ))
         } else if self.peer_dir.key(slot).load(Ordering::SeqCst) != at.key.0 {
             refused("no such region any more")
         } else {
@@ -401,7 +372,7 @@ impl ShmConn {
     pub(super) fn ring_bell(&self) {
         let sleeping = self.peer_dir.sleeping();
         if sleeping.load(Ordering::SeqCst) != 0 && sleeping.swap(0, Ordering::SeqCst) != 0 {
-            common::count(&self.counters.doorbells, 1);
+            common::count(&self.base.counters.doorbells, 1);
             // A full counter means that it will wake up anyway.
             let _full = rustix::io::write(&self.peer_bell, &1u64.to_ne_bytes());
         }
@@ -416,15 +387,15 @@ impl ShmConn {
 
 impl Connection for ShmConn {
     fn id(&self) -> ConnId {
-        self.id
+        self.base.id
     }
 
     fn peer_identity(&self) -> &[u8] {
-        &self.peer.identity
+        &self.base.peer.identity
     }
 
     fn peer_addr(&self) -> String {
-        self.addr.clone()
+        self.base.addr.clone()
     }
 
     fn is_alive(&self) -> bool {
@@ -434,14 +405,14 @@ impl Connection for ShmConn {
     fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         let bytes = common::check_ops(ops)?;
         if !self.alive() {
-            return Err(self.dead());
+            return Err(self.base.dead());
         }
         for op in ops.iter_mut() {
             if let Err(error) = self.run(op) {
                 return self.failed(error);
             }
         }
-        self.counters.did_ops(ops.len(), bytes);
+        self.base.counters.did_ops(ops.len(), bytes);
         Ok(())
     }
 
@@ -451,12 +422,12 @@ impl Connection for ShmConn {
             Err(invalid) => return done(Err(invalid)),
         };
         if !self.alive() {
-            return done(Err(self.dead()));
+            return done(Err(self.base.dead()));
         }
         let results: Result<Vec<_>, _> = batch.iter().map(|op| self.run_async(op)).collect();
         match results {
             Ok(results) => {
-                self.counters.did_ops(batch.len(), bytes);
+                self.base.counters.did_ops(batch.len(), bytes);
                 done(Ok(results));
             }
             Err(error) => {
@@ -477,13 +448,16 @@ impl Connection for ShmConn {
     }
 
     fn close(&self) {
-        self.fail(disconnected(&self.addr, "closed on this side"));
+        self.fail(disconnected(&self.base.addr, "closed on this side"));
         if !common::on_progress_thread() && !self.wait_quiet(None, Instant::now() + FENCE) {
-            tracing::error!("{}: an operation of the peer is stuck on our memory", self.addr);
+            tracing::error!(
+                "{}: an operation of the peer is stuck on our memory",
+                self.base.addr
+            );
         }
     }
 
     fn stats(&self) -> FabricStats {
-        self.counters.snapshot()
+        self.base.counters.snapshot()
     }
 }

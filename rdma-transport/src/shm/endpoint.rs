@@ -2,8 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -16,19 +15,17 @@ use super::control::{self, HandshakePipe, Notice};
 use super::layout::{Channel, Directory, SLOTS, Side, slot_of};
 use super::listen::listen;
 use super::progress;
-use crate::common::{self, Counters, LIMITS};
-use crate::handshake::{self, Local, MAX_ALIVE, Provider};
+use crate::base::{self, Base, Endpoint};
+use crate::common::{self, LIMITS};
+use crate::handshake::{self, Provider};
 use crate::mem::SharedMem;
-use crate::pool::Handshakes;
 use crate::{
-    Access, ConnId, Connection, Fabric, FabricConfig, FabricKind, FabricStats, Handler, Limits, RegionKey,
+    Access, Connection, Fabric, FabricConfig, FabricKind, FabricStats, Handler, Limits, RegionKey,
     TransportError,
 };
 
 /// Sent by the connecting side with its directory, doorbell and the channel.
 const SETUP: &[u8] = b"setup";
-/// A peer that does not finish its handshake in this time is dropped.
-const HANDSHAKE: Duration = Duration::from_secs(5);
 
 struct Region {
     key: RegionKey,
@@ -51,27 +48,16 @@ pub(super) struct Install {
 }
 
 pub(super) struct Core {
-    pub(super) config: FabricConfig,
-    pub(super) handler: Arc<dyn Handler>,
-    identity: Mutex<Vec<u8>>,
-    instance: u64,
+    pub(super) base: Base<Install>,
     pub(super) directory: Directory,
     pub(super) bell: OwnedFd,
     /// None: shut down.
     pub(super) listener: Mutex<Option<OwnedFd>>,
     links: Mutex<Links>,
-    /// None: the progress thread has ended.
-    pub(super) installs: Mutex<Option<Vec<Install>>>,
-    pub(super) news: AtomicBool,
-    pub(super) stopping: AtomicBool,
-    next_conn: AtomicU64,
-    pub(super) counters: Counters,
-    handshakes: Arc<Handshakes>,
 }
 
 pub(crate) struct ShmFabric {
     pub(super) core: Arc<Core>,
-    thread: Mutex<Option<JoinHandle<()>>>,
     /// Held until the endpoint is shut down; says that the socket path is in use.
     lock: Mutex<Option<OwnedFd>>,
 }
@@ -90,58 +76,37 @@ pub(super) fn start(config: FabricConfig, handler: Arc<dyn Handler>) -> Result<S
     let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
         .map_err(|e| TransportError::os("create an eventfd", &e.into()))?;
     let core = Arc::new(Core {
-        identity: Mutex::new(config.identity.clone()),
-        instance: u64::from_le_bytes(common::random()?),
+        base: Base::new(config, handler)?,
         directory: Directory::create()?,
         bell,
         listener: Mutex::new(Some(listener)),
         links: Mutex::new(Links::default()),
-        installs: Mutex::new(Some(Vec::new())),
-        news: AtomicBool::new(false),
-        stopping: AtomicBool::new(false),
-        next_conn: AtomicU64::new(1),
-        counters: Counters::default(),
-        handshakes: Arc::default(),
-        handler,
-        config,
     });
-    let thread = progress::start(Arc::clone(&core))?;
+    progress::start(&core)?;
     Ok(ShmFabric {
         core,
-        thread: Mutex::new(Some(thread)),
         lock: Mutex::new(Some(lock)),
     })
 }
 
-impl Core {
-    /// Makes the progress thread look around, whatever it is doing.
-    pub(super) fn wake(&self) {
-        self.news.store(true, Ordering::SeqCst);
+impl Endpoint for Core {
+    type Install = Install;
+
+    fn base(&self) -> &Base<Install> {
+        &self.base
+    }
+
+    fn ring(&self) {
         let _full = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
     }
+}
 
-    /// As `wake`, without a system call if the progress thread is running.
+impl Core {
+    /// As `ring`, without a system call if the progress thread is running.
     pub(super) fn wake_if_sleeping(&self) {
         if self.directory.sleeping().swap(0, Ordering::SeqCst) != 0 {
-            let _full = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+            self.ring();
         }
-    }
-
-    fn local(&self) -> Local {
-        Local {
-            provider: Provider::Shm,
-            key: self.config.key.clone(),
-            identity: self.identity.lock().clone(),
-            instance: self.instance,
-        }
-    }
-
-    fn stopped(&self) -> bool {
-        self.stopping.load(Ordering::SeqCst)
-    }
-
-    fn next_id(&self) -> ConnId {
-        ConnId(self.next_conn.fetch_add(1, Ordering::SeqCst))
     }
 
     /// Makes a new connection known: it learns of all regions, and of all future ones.
@@ -163,7 +128,7 @@ impl Core {
 
     pub(super) fn unlink(&self, conn: &Arc<ShmConn>) {
         self.links.lock().conns.retain(|c| !Arc::ptr_eq(c, conn));
-        self.counters.fold(&conn.stats());
+        self.base.counters.fold(&conn.stats());
     }
 
     /// Hands a connection to the progress thread, or undoes it.
@@ -173,18 +138,13 @@ impl Core {
         conn: Arc<ShmConn>,
         superseded: Vec<Arc<ShmConn>>,
     ) -> Result<(), TransportError> {
-        let mut installs = self.installs.lock();
-        let why = match (ready, installs.as_mut()) {
-            (Ok(()), Some(installs)) => {
-                common::count(&self.counters.connections, 1);
-                installs.push(Install { conn, superseded });
-                self.wake();
-                return Ok(());
-            }
-            (Ok(()), None) => TransportError::Shutdown,
-            (Err(why), _) => why,
-        };
-        drop(installs);
+        let handed = ready.and_then(|()| {
+            self.install(Install {
+                conn: Arc::clone(&conn),
+                superseded,
+            })
+        });
+        let Err(why) = handed else { return Ok(()) };
         conn.fail(why.clone());
         conn.finish();
         self.unlink(&conn);
@@ -193,31 +153,25 @@ impl Core {
 
     /// Takes an incoming socket: the handshake runs on a thread of its own.
     pub(super) fn accept(self: &Arc<Self>, sock: OwnedFd) {
-        let core = Arc::clone(self);
         let sock = Arc::new(sock);
         let addr = match rustix::net::sockopt::socket_peercred(&*sock) {
             Ok(cred) => format!("process {}", cred.pid.as_raw_nonzero()),
             Err(_) => "a local process".to_owned(),
         };
-        let kept = Arc::clone(&sock);
-        self.handshakes.start(kept, move || {
-            let timeout = HANDSHAKE.min(core.config.timeout);
-            let pipe = HandshakePipe {
+        self.shake_hands(Arc::clone(&sock), move |core, deadline, timeout| {
+            core.welcome(HandshakePipe {
                 sock,
                 addr,
-                deadline: Instant::now() + timeout,
+                deadline,
                 timeout,
-            };
-            if let Err(error) = core.welcome(pipe)
-                && !core.stopped()
-            {
-                core.counters.handshake_failed(&error);
-            }
+            })
         });
     }
 
     fn welcome(self: &Arc<Self>, mut pipe: HandshakePipe) -> Result<(), TransportError> {
-        let verified = handshake::server(&mut pipe, &self.local(), &|identity| self.handler.admit(identity))?;
+        let verified = handshake::server(&mut pipe, &self.base.local(Provider::Shm), &|identity| {
+            self.base.handler.admit(identity)
+        })?;
         pipe.send_with(&verified.welcome, &[self.directory.mem().fd(), self.bell.as_fd()])?;
         let malformed = || TransportError::Protocol {
             addr: pipe.addr.clone(),
@@ -241,14 +195,14 @@ impl Core {
         };
         let superseded: Vec<_> = {
             let links = self.links.lock();
-            let over = |c: &&Arc<ShmConn>| c.incoming && c.peer.superseded_by(&parts.peer);
+            let over = |c: &&Arc<ShmConn>| c.base.superseded_by(&parts.peer);
             links.conns.iter().filter(over).cloned().collect()
         };
         for old in &superseded {
             // Returns when nothing of the old connection can land any more.
             old.close();
         }
-        let conn = ShmConn::new(self.next_id(), self, parts);
+        let conn = ShmConn::new(self.base.next_id(), self, parts);
         self.link(&conn);
         conn.notify(Notice::Ready, None);
         let ready = conn.await_ready(pipe.deadline);
@@ -256,7 +210,7 @@ impl Core {
     }
 
     pub(super) fn connect(self: &Arc<Self>, path: &str) -> Result<Arc<ShmConn>, TransportError> {
-        let timeout = self.config.timeout;
+        let timeout = self.base.config.timeout;
         let deadline = Instant::now() + timeout;
         let unreachable = |reason: String| TransportError::Unreachable {
             addr: path.to_owned(),
@@ -281,28 +235,19 @@ impl Core {
             deadline,
             timeout,
         };
-        let serial = self.next_id();
-        let links_to = |instance: u64| -> Vec<u64> {
+        let serial = self.base.next_id();
+        let links_to = |instance: u64| {
             let links = self.links.lock();
-            let ours = links
-                .conns
-                .iter()
-                .filter(|c| !c.incoming && c.alive() && c.peer.instance == instance);
-            ours.map(|c| c.peer.serial).collect()
+            base::serials_to(links.conns.iter().map(|c| &c.base), instance)
         };
         let (peer, fds) = {
             let mut taker = FdTaker {
                 pipe: &mut pipe,
                 fds: Vec::new(),
             };
-            let peer = handshake::client(&mut taker, &self.local(), serial.0, &links_to)?;
+            let peer = handshake::client(&mut taker, &self.base.local(Provider::Shm), serial.0, &links_to)?;
             (peer, taker.fds)
         };
-        if links_to(peer.instance).len() >= MAX_ALIVE {
-            return Err(TransportError::Invalid(format!(
-                "more than {MAX_ALIVE} connections to {path}"
-            )));
-        }
         let malformed = |detail: &str| TransportError::Protocol {
             addr: path.to_owned(),
             detail: detail.to_owned(),
@@ -357,7 +302,7 @@ impl Fabric for ShmFabric {
     }
 
     fn local_addr(&self) -> String {
-        self.core.config.listen.clone()
+        self.core.base.config.listen.clone()
     }
 
     fn limits(&self) -> Limits {
@@ -365,13 +310,11 @@ impl Fabric for ShmFabric {
     }
 
     fn set_identity(&self, identity: Vec<u8>) {
-        *self.core.identity.lock() = identity;
+        self.core.base.set_identity(identity);
     }
 
     fn register(&self, mem: &Arc<SharedMem>, access: Access) -> Result<RegionKey, TransportError> {
-        if self.core.stopped() {
-            return Err(TransportError::Shutdown);
-        }
+        self.core.base.check_open()?;
         let mut links = self.core.links.lock();
         let slot = match links.regions.iter().position(Option::is_none) {
             Some(slot) => slot,
@@ -426,47 +369,38 @@ impl Fabric for ShmFabric {
             }
             links.conns.clone()
         };
-        let deadline = Instant::now() + self.core.config.timeout;
+        let deadline = Instant::now() + self.core.base.config.timeout;
         for conn in conns {
             if !conn.wait_quiet(Some(slot), deadline) {
-                return Err(common::timed_out(&conn.peer_addr(), self.core.config.timeout));
+                return Err(common::timed_out(
+                    &conn.peer_addr(),
+                    self.core.base.config.timeout,
+                ));
             }
         }
         Ok(())
     }
 
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {
-        if self.core.stopped() {
-            return Err(TransportError::Shutdown);
-        }
+        self.core.base.check_open()?;
         let conn = self.core.connect(addr)?;
         Ok(conn)
     }
 
     fn stats(&self) -> FabricStats {
         let conns = self.core.links.lock().conns.clone();
-        conns
-            .iter()
-            .fold(self.core.counters.snapshot(), |sum, c| sum.plus(c.stats()))
+        self.core.base.stats(conns.iter().map(|c| &c.base))
     }
 
     fn shutdown(&self) {
-        if self.core.stopping.swap(true, Ordering::SeqCst) {
+        if !self.core.base.begin_stop() {
             return;
         }
-        let path = &self.core.config.listen;
+        let path = &self.core.base.config.listen;
         if let Err(e) = rustix::fs::unlink(path) {
             tracing::warn!("remove {path}: {e}");
         }
-        self.core.handshakes.stop();
-        self.core.wake();
-        let thread = self.thread.lock().take();
-        if let Some(thread) = thread
-            && !common::on_progress_thread()
-            && thread.join().is_err()
-        {
-            tracing::error!("the progress thread of {path} panicked");
-        }
+        self.core.end_threads(path);
         drop(self.core.listener.lock().take());
         if let Some(lock) = self.lock.lock().take()
             // Closing alone would not do while a child that has not yet executed its program holds a copy.

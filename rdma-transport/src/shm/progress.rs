@@ -4,7 +4,6 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -40,7 +39,7 @@ struct Progress {
     scratch: Vec<u8>,
 }
 
-pub(super) fn start(core: Arc<Core>) -> Result<JoinHandle<()>, TransportError> {
+pub(super) fn start(core: &Arc<Core>) -> Result<(), TransportError> {
     let os = |e: rustix::io::Errno| TransportError::os("create an epoll instance", &e.into());
     let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(os)?;
     epoll::add(&epoll, &core.bell, EventData::new_u64(BELL), EventFlags::IN).map_err(os)?;
@@ -48,35 +47,28 @@ pub(super) fn start(core: Arc<Core>) -> Result<JoinHandle<()>, TransportError> {
         epoll::add(&epoll, listener, EventData::new_u64(LISTENER), EventFlags::IN).map_err(os)?;
     }
     let mut progress = Progress {
-        core,
+        core: Arc::clone(core),
         epoll,
         links: Vec::new(),
         scratch: vec![0; LIMITS.max_message],
     };
-    std::thread::Builder::new()
-        .name("fabric-shm".to_owned())
-        .spawn(move || {
-            common::mark_progress_thread();
-            progress.run();
-        })
-        .map_err(|e| TransportError::os("start the progress thread", &e))
+    core.base.start("fabric-shm", move || progress.run())
 }
 
 impl Progress {
     fn run(&mut self) {
-        let spin = self.core.config.spin;
+        let spin = self.core.base.config.spin;
         let mut idle_since: Option<Instant> = None;
         let mut rounds = 0u32;
         loop {
             rounds = rounds.wrapping_add(1);
             let mut worked = self.poll_memory();
-            if self.core.news.load(Ordering::Relaxed) {
-                self.core.news.store(false, Ordering::SeqCst);
+            if self.core.base.take_news() {
                 worked = true;
-                if self.core.stopping.load(Ordering::SeqCst) {
+                if self.core.base.stopped() {
                     return self.stop();
                 }
-                self.take_installs();
+                self.place(self.core.base.take_installs());
             }
             let waiting = self.end_dead();
             if rounds.is_multiple_of(ROUNDS) {
@@ -106,7 +98,7 @@ impl Progress {
         let sleeping = sleeping.directory.sleeping();
         sleeping.store(1, Ordering::SeqCst);
         // Whoever acted before seeing the flag is seen by this last look.
-        let missed = self.core.news.load(Ordering::SeqCst)
+        let missed = self.core.base.has_news()
             || self
                 .links
                 .iter()
@@ -114,7 +106,7 @@ impl Progress {
             || self.links.iter().any(|l| l.conn.flush());
         if !missed {
             self.poll_sockets(waiting.then_some(Duration::from_millis(1)));
-            common::count(&self.core.counters.wakeups, 1);
+            common::count(&self.core.base.counters.wakeups, 1);
         }
         sleeping.store(0, Ordering::SeqCst);
     }
@@ -165,17 +157,6 @@ impl Progress {
         worked
     }
 
-    fn take_installs(&mut self) {
-        let installs = self
-            .core
-            .installs
-            .lock()
-            .as_mut()
-            .map(std::mem::take)
-            .unwrap_or_default();
-        self.place(installs);
-    }
-
     fn place(&mut self, installs: Vec<Install>) {
         for Install { conn, superseded } in installs {
             for old in superseded {
@@ -186,8 +167,8 @@ impl Progress {
                 conn.fail(TransportError::os("watch a connection", &e.into()));
             }
             let dynamic: Arc<dyn Connection> = Arc::clone(&conn) as _;
-            if conn.incoming {
-                self.core.handler.connected(&dynamic);
+            if conn.base.incoming {
+                self.core.base.handler.connected(&dynamic);
             }
             self.links.push(Link {
                 conn,
@@ -239,11 +220,14 @@ impl Progress {
         let _gone = epoll::delete(&self.epoll, link.conn.sock.as_fd());
         link.conn.finish();
         self.core.unlink(&link.conn);
-        self.core.handler.disconnected(&link.dynamic, &link.conn.reason());
+        self.core
+            .base
+            .handler
+            .disconnected(&link.dynamic, &link.conn.base.reason());
     }
 
     fn stop(&mut self) {
-        let last = self.core.installs.lock().take().unwrap_or_default();
+        let last = self.core.base.take_last_installs();
         self.place(last);
         for link in &self.links {
             link.conn.fail(TransportError::Shutdown);
@@ -276,18 +260,15 @@ fn deliver(link: &mut Link, core: &Core, scratch: &mut [u8], budget: usize) -> b
                 {
                     conn.ring_bell();
                 }
-                conn.counters.received(len);
-                core.handler.message(&link.dynamic, &scratch[..len]);
+                conn.base.counters.received(len);
+                core.base.handler.message(&link.dynamic, &scratch[..len]);
                 if !conn.alive() && !conn.hung_up() {
                     // Closed by the callback.
                     break;
                 }
             }
             Err(broken) => {
-                conn.fail(TransportError::Protocol {
-                    addr: conn.peer_addr(),
-                    detail: broken.to_owned(),
-                });
+                conn.fail(conn.base.protocol(broken));
                 break;
             }
         }

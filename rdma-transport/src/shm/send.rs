@@ -21,7 +21,7 @@ impl ShmConn {
     pub(super) fn send_message(&self, message: &[u8]) -> Result<(), TransportError> {
         common::check_message(message)?;
         if !self.alive() {
-            return Err(self.dead());
+            return Err(self.base.dead());
         }
         let pushed = {
             let mut sending = self.sending.lock();
@@ -39,7 +39,7 @@ impl ShmConn {
                 return Err(why);
             }
         }
-        self.counters.sent(message.len());
+        self.base.counters.sent(message.len());
         self.ring_bell();
         Ok(())
     }
@@ -48,10 +48,7 @@ impl ShmConn {
         sending
             .ring
             .push(&self.channel, self.side, message)
-            .map_err(|broken| TransportError::Protocol {
-                addr: self.addr.clone(),
-                detail: broken.to_owned(),
-            })
+            .map_err(|broken| self.base.protocol(broken))
     }
 
     /// Moves queued messages into the ring and lets blocked senders try again.
@@ -95,11 +92,11 @@ impl ShmConn {
     }
 
     fn send_slow(&self, message: &[u8]) -> Result<(), TransportError> {
-        let deadline = Instant::now() + self.core.config.timeout;
+        let deadline = Instant::now() + self.core.base.config.timeout;
         let mut sending = self.sending.lock();
         loop {
             if !self.alive() {
-                return Err(self.dead());
+                return Err(self.base.dead());
             }
             if sending.overflow.is_empty() {
                 // Announced before each attempt, so that room made after a failed one is told to us.
@@ -126,7 +123,7 @@ impl ShmConn {
             self.room.wait_for(&mut sending, Duration::from_millis(1));
             if Instant::now() >= deadline {
                 drop(sending);
-                let why = common::timed_out(&self.addr, self.core.config.timeout);
+                let why = common::timed_out(&self.base.addr, self.core.base.config.timeout);
                 self.fail(why.clone());
                 return Err(why);
             }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::conn::ShmConn;
 use super::control::{self, Notice};
 use super::endpoint::{ShmFabric, start};
+use crate::base::Endpoint;
 use crate::mem::SharedMem;
 use crate::test_util::{Counting, Junk, config, until};
 use crate::{Access, Connection, Fabric, Op, RegionKey, RemoteAddr, TransportError};

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::endpoint::SimConn;
 use super::net::{NetRef, SimConfig};
 use super::rng::Rng;
-use crate::common::{self, Counters, disconnected};
+use crate::common::{self, Counters, disconnected, ended};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
 use crate::{
@@ -118,10 +118,7 @@ impl After {
             Self::Done(done, result) => done(result),
             Self::Disconnected(handler, conn, why, completions) => {
                 for done in completions {
-                    done(Err(match &why {
-                        e @ (TransportError::Disconnected { .. } | TransportError::Shutdown) => e.clone(),
-                        other => disconnected(&conn.peer_addr(), &other.to_string()),
-                    }));
+                    done(Err(ended(&conn.peer_addr(), &why)));
                 }
                 handler.disconnected(&conn, &why);
             }
@@ -244,8 +241,7 @@ impl State {
         };
         let addr = &self.endpoints[pair.ends[1 - end].endpoint].addr;
         match &pair.ends[end].why {
-            Some(e @ (TransportError::Disconnected { .. } | TransportError::Shutdown)) => e.clone(),
-            Some(other) => disconnected(addr, &other.to_string()),
+            Some(why) => ended(addr, why),
             None => disconnected(addr, "closed"),
         }
     }

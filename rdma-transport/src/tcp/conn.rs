@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
@@ -13,8 +13,8 @@ use super::frame::{Desc, Header};
 use super::pending::{Batch, Expected, Owner, Pending, Slot};
 use super::request;
 use super::tx::{Out, Tx};
-use crate::common::{self, Counters, disconnected};
-use crate::handshake::Peer;
+use crate::base::{ConnBase, Endpoint};
+use crate::common::{self, disconnected};
 use crate::mem::SharedMem;
 use crate::{AsyncOp, Completion, ConnId, Connection, FabricStats, Op, RemoteAddr, TransportError};
 
@@ -24,12 +24,8 @@ const QUEUE: usize = 1024 * 1024;
 const UNREAD: usize = 3 * request::READS;
 
 pub(super) struct TcpConn {
-    id: ConnId,
+    pub(super) base: ConnBase,
     pub(super) core: Arc<Core>,
-    pub(super) peer: Peer,
-    /// True if the peer connected to us.
-    pub(super) incoming: bool,
-    pub(super) addr: String,
     pub(super) sock: Arc<OwnedFd>,
     /// Lock order: `tx`, then `pending`.
     pub(super) tx: Mutex<Tx>,
@@ -41,26 +37,13 @@ pub(super) struct TcpConn {
     pub(super) read_done: Condvar,
     /// Held while an operation of the peer is executed.
     executing: Mutex<()>,
-    alive: AtomicBool,
-    why: Mutex<Option<TransportError>>,
-    pub(super) counters: Counters,
 }
 
 impl TcpConn {
-    pub(super) fn new(
-        id: ConnId,
-        core: &Arc<Core>,
-        peer: Peer,
-        incoming: bool,
-        addr: String,
-        sock: Arc<OwnedFd>,
-    ) -> Arc<Self> {
+    pub(super) fn new(base: ConnBase, core: &Arc<Core>, sock: Arc<OwnedFd>) -> Arc<Self> {
         Arc::new(Self {
-            id,
+            base,
             core: Arc::clone(core),
-            peer,
-            incoming,
-            addr,
             sock,
             tx: Mutex::new(Tx::default()),
             room: Condvar::new(),
@@ -69,49 +52,20 @@ impl TcpConn {
             reading: Mutex::new(0),
             read_done: Condvar::new(),
             executing: Mutex::new(()),
-            alive: AtomicBool::new(true),
-            why: Mutex::new(None),
-            counters: Counters::default(),
         })
     }
 
     pub(super) fn alive(&self) -> bool {
-        self.alive.load(Ordering::SeqCst)
-    }
-
-    /// Why it ended.
-    pub(super) fn reason(&self) -> TransportError {
-        self.why
-            .lock()
-            .clone()
-            .unwrap_or_else(|| disconnected(&self.addr, "closed"))
-    }
-
-    pub(super) fn dead(&self) -> TransportError {
-        match self.reason() {
-            e @ (TransportError::Disconnected { .. } | TransportError::Shutdown) => e,
-            other => disconnected(&self.addr, &other.to_string()),
-        }
-    }
-
-    pub(super) fn protocol(&self, detail: &str) -> TransportError {
-        TransportError::Protocol {
-            addr: self.addr.clone(),
-            detail: detail.to_owned(),
-        }
+        self.base.alive()
     }
 
     /// Puts the connection into error; the first reason counts. When this returns, no operation of the peer is
     /// executed any more, and no lent buffer is being sent.
     pub(super) fn fail(&self, why: TransportError) {
-        {
-            let mut reason = self.why.lock();
-            if reason.is_some() {
-                return;
-            }
-            *reason = Some(why);
+        if !self.base.condemn(why) {
+            return;
         }
-        self.alive.store(false, Ordering::SeqCst);
+        self.base.die();
         drop(self.executing.lock());
         self.tx.lock().close();
         self.room.notify_all();
@@ -121,14 +75,10 @@ impl TcpConn {
     /// As `fail`, but lets what is queued (the reason, for the peer) go out; the progress thread ends the
     /// connection once the peer has taken note.
     pub(super) fn fail_politely(&self, why: TransportError) {
-        {
-            let mut reason = self.why.lock();
-            if reason.is_some() {
-                return;
-            }
-            *reason = Some(why);
+        if !self.base.condemn(why) {
+            return;
         }
-        self.alive.store(false, Ordering::SeqCst);
+        self.base.die();
         drop(self.executing.lock());
         self.core.wake();
     }
@@ -141,7 +91,7 @@ impl TcpConn {
         let _gone = rustix::net::shutdown(&*self.sock, Shutdown::Both);
         let batches = std::mem::take(&mut self.pending.lock().0);
         for batch in batches {
-            batch.finish(Err(self.dead()));
+            batch.finish(Err(self.base.dead()));
         }
     }
 
@@ -155,11 +105,11 @@ impl TcpConn {
         let mut tx = self.tx.lock();
         if tx.closed() {
             drop(tx);
-            return Err(self.dead());
+            return Err(self.base.dead());
         }
         act(&mut tx).map_err(|e| {
             drop(tx);
-            let why = disconnected(&self.addr, &e.to_string());
+            let why = disconnected(&self.base.addr, &e.to_string());
             self.fail(why.clone());
             why
         })
@@ -185,7 +135,7 @@ impl TcpConn {
 
     fn check_unread(&self) -> Result<(), TransportError> {
         if self.tx.lock().queued() > UNREAD {
-            return Err(self.protocol("the peer asks for more than it takes"));
+            return Err(self.base.protocol("the peer asks for more than it takes"));
         }
         Ok(())
     }
@@ -209,12 +159,12 @@ impl TcpConn {
             .pending
             .lock()
             .complete(bytes)
-            .map_err(|bad| self.protocol(bad))?;
+            .map_err(|bad| self.base.protocol(bad))?;
         let Some(batch) = done else { return Ok(()) };
         let early = tx.lends(batch.id);
         drop(tx);
         if early {
-            let why = self.protocol("a result before its operation was sent");
+            let why = self.base.protocol("a result before its operation was sent");
             self.fail(why.clone());
             // Takes the lent bytes out of the queue before their owner goes on; `fail` has not done so if
             // another thread is at it.
@@ -230,11 +180,11 @@ impl TcpConn {
     pub(super) fn refused(&self, reason: &str) -> TransportError {
         let batch = self.pending.lock().0.pop_front();
         let Some(batch) = batch else {
-            return self.protocol("a result nobody waits for");
+            return self.base.protocol("a result nobody waits for");
         };
         let why = match batch.expected.get(batch.next) {
             Some(e) => common::remote_access(e.at, e.len, reason),
-            None => self.protocol("a result too many"),
+            None => self.base.protocol("a result too many"),
         };
         self.fail(why.clone());
         // Before the owner goes on: as in `complete`.
@@ -247,13 +197,13 @@ impl TcpConn {
         let mut tx = self.tx.lock();
         if tx.closed() || !self.alive() {
             drop(tx);
-            return Err(Box::new((batch, self.dead())));
+            return Err(Box::new((batch, self.base.dead())));
         }
         self.pending.lock().0.push_back(batch);
         if let Err(e) = tx.send_all(self.sock.as_fd(), outs) {
             drop(tx);
             // The progress thread tells the owner.
-            self.fail(disconnected(&self.addr, &e.to_string()));
+            self.fail(disconnected(&self.base.addr, &e.to_string()));
         }
         Ok(())
     }
@@ -261,15 +211,15 @@ impl TcpConn {
 
 impl Connection for TcpConn {
     fn id(&self) -> ConnId {
-        self.id
+        self.base.id
     }
 
     fn peer_identity(&self) -> &[u8] {
-        &self.peer.identity
+        &self.base.peer.identity
     }
 
     fn peer_addr(&self) -> String {
-        self.addr.clone()
+        self.base.addr.clone()
     }
 
     fn is_alive(&self) -> bool {
@@ -279,7 +229,7 @@ impl Connection for TcpConn {
     fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         let bytes = common::check_ops(ops)?;
         if !self.alive() {
-            return Err(self.dead());
+            return Err(self.base.dead());
         }
         let count = ops.len();
         let mut rest = ops;
@@ -295,7 +245,7 @@ impl Connection for TcpConn {
             self.run(now)?;
             rest = later;
         }
-        self.counters.did_ops(count, bytes);
+        self.base.counters.did_ops(count, bytes);
         Ok(())
     }
 
@@ -308,7 +258,7 @@ impl Connection for TcpConn {
             return done(if self.alive() {
                 Ok(Vec::new())
             } else {
-                Err(self.dead())
+                Err(self.base.dead())
             });
         }
         let id = self.next_batch.fetch_add(1, Ordering::Relaxed);
@@ -329,7 +279,7 @@ impl Connection for TcpConn {
         }
         let owner = Owner::Async(done, Vec::with_capacity(batch.len()));
         match self.post(Batch::new(id, owner, expected), vec![Out::Bytes(bytes)]) {
-            Ok(()) => self.counters.did_ops(batch.len(), moved),
+            Ok(()) => self.base.counters.did_ops(batch.len(), moved),
             Err(back) => {
                 let (batch, error) = *back;
                 batch.finish(Err(error));
@@ -343,26 +293,26 @@ impl Connection for TcpConn {
         let mut tx = self.tx.lock();
         let mut deadline = None;
         while tx.queued() > QUEUE && !common::on_progress_thread() && self.alive() {
-            let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.core.config.timeout);
+            let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.core.base.config.timeout);
             if self.room.wait_until(&mut tx, deadline).timed_out() {
                 drop(tx);
-                let why = common::timed_out(&self.addr, self.core.config.timeout);
+                let why = common::timed_out(&self.base.addr, self.core.base.config.timeout);
                 self.fail(why.clone());
                 return Err(why);
             }
         }
         if tx.closed() || !self.alive() {
             drop(tx);
-            return Err(self.dead());
+            return Err(self.base.dead());
         }
         if let Err(e) = tx.send(self.sock.as_fd(), &head, message) {
             drop(tx);
-            let why = disconnected(&self.addr, &e.to_string());
+            let why = disconnected(&self.base.addr, &e.to_string());
             self.fail(why.clone());
             return Err(why);
         }
         drop(tx);
-        self.counters.sent(message.len());
+        self.base.counters.sent(message.len());
         Ok(())
     }
 
@@ -374,16 +324,16 @@ impl Connection for TcpConn {
         } else {
             self.round_trip(&mut [Op::Write { at, from }], Some(message))?;
         }
-        self.counters.did_ops(1, bytes);
-        self.counters.sent(message.len());
+        self.base.counters.did_ops(1, bytes);
+        self.base.counters.sent(message.len());
         Ok(())
     }
 
     fn close(&self) {
-        self.fail(disconnected(&self.addr, "closed on this side"));
+        self.fail(disconnected(&self.base.addr, "closed on this side"));
     }
 
     fn stats(&self) -> FabricStats {
-        self.counters.snapshot()
+        self.base.counters.snapshot()
     }
 }

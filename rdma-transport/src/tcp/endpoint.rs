@@ -4,8 +4,6 @@ use std::collections::HashMap;
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mio::Waker;
@@ -16,17 +14,14 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown};
 
 use super::conn::TcpConn;
 use super::progress;
-use crate::common::{self, Counters, LIMITS};
-use crate::handshake::{self, Local, MAX_ALIVE, MAX_MESSAGE, Peer, Pipe, Provider};
+use crate::base::{self, Base, ConnBase, Endpoint};
+use crate::common::{self, LIMITS};
+use crate::handshake::{self, MAX_MESSAGE, Peer, Pipe, Provider};
 use crate::mem::SharedMem;
-use crate::pool::Handshakes;
 use crate::{
-    Access, ConnId, Connection, Fabric, FabricConfig, FabricKind, FabricStats, Handler, Limits, RegionKey,
+    Access, Connection, Fabric, FabricConfig, FabricKind, FabricStats, Handler, Limits, RegionKey,
     TransportError,
 };
-
-/// A peer that does not finish its handshake in this time is dropped.
-const HANDSHAKE: Duration = Duration::from_secs(5);
 
 /// What is on its way to the progress thread.
 pub(super) enum Install {
@@ -42,28 +37,17 @@ pub(super) enum Install {
 }
 
 pub(super) struct Core {
-    pub(super) config: FabricConfig,
-    pub(super) handler: Arc<dyn Handler>,
-    identity: Mutex<Vec<u8>>,
-    instance: u64,
+    pub(super) base: Base<Install>,
     local_addr: String,
     /// None: shut down.
     pub(super) listener: Mutex<Option<TcpListener>>,
     pub(super) waker: Waker,
     pub(super) regions: RwLock<HashMap<u64, (Arc<SharedMem>, Access)>>,
     pub(super) conns: Mutex<Vec<Arc<TcpConn>>>,
-    /// None: the progress thread has ended.
-    pub(super) installs: Mutex<Option<Vec<Install>>>,
-    pub(super) news: AtomicBool,
-    pub(super) stopping: AtomicBool,
-    next_conn: AtomicU64,
-    pub(super) counters: Counters,
-    handshakes: Arc<Handshakes>,
 }
 
 pub(crate) struct TcpFabric {
     core: Arc<Core>,
-    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// Opens an endpoint that listens on `host:port`.
@@ -88,103 +72,62 @@ pub(crate) fn open(
     let waker = Waker::new(poll.registry(), progress::WAKER)
         .map_err(|e| TransportError::os("create an eventfd", &e))?;
     let core = Arc::new(Core {
-        identity: Mutex::new(config.identity.clone()),
-        instance: u64::from_le_bytes(common::random()?),
+        base: Base::new(config, handler)?,
         local_addr,
         listener: Mutex::new(Some(listener)),
         waker,
         regions: RwLock::new(HashMap::new()),
         conns: Mutex::new(Vec::new()),
-        installs: Mutex::new(Some(Vec::new())),
-        news: AtomicBool::new(false),
-        stopping: AtomicBool::new(false),
-        next_conn: AtomicU64::new(1),
-        counters: Counters::default(),
-        handshakes: Arc::default(),
-        handler,
-        config,
     });
-    let thread = progress::start(Arc::clone(&core), poll)?;
-    Ok(Arc::new(TcpFabric {
-        core,
-        thread: Mutex::new(Some(thread)),
-    }))
+    progress::start(&core, poll)?;
+    Ok(Arc::new(TcpFabric { core }))
 }
 
-impl Core {
-    /// Makes the progress thread look around.
-    pub(super) fn wake(&self) {
-        self.news.store(true, Ordering::SeqCst);
+impl Endpoint for Core {
+    type Install = Install;
+
+    fn base(&self) -> &Base<Install> {
+        &self.base
+    }
+
+    fn ring(&self) {
         if let Err(e) = self.waker.wake() {
             tracing::error!("wake the progress thread: {e}");
         }
     }
+}
 
-    fn local(&self) -> Local {
-        Local {
-            provider: Provider::Tcp,
-            key: self.config.key.clone(),
-            identity: self.identity.lock().clone(),
-            instance: self.instance,
-        }
-    }
-
-    pub(super) fn stopped(&self) -> bool {
-        self.stopping.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn next_id(&self) -> ConnId {
-        ConnId(self.next_conn.fetch_add(1, Ordering::SeqCst))
-    }
-
-    fn install(&self, install: Install) -> Result<(), TransportError> {
-        match self.installs.lock().as_mut() {
-            Some(installs) => installs.push(install),
-            None => return Err(TransportError::Shutdown),
-        }
-        self.wake();
-        Ok(())
-    }
-
+impl Core {
     /// Takes an incoming socket: the handshake runs on a thread of its own.
     pub(super) fn accept(self: &Arc<Self>, stream: TcpStream) {
         let addr = stream
             .peer_addr()
             .map_or_else(|_| "a peer".to_owned(), |a| a.to_string());
-        if let Err(error) = prepare(&stream, self.config.timeout) {
+        if let Err(error) = prepare(&stream, self.base.config.timeout) {
             tracing::warn!("connection of {addr} not accepted: {error}");
             return;
         }
         let sock = Arc::new(OwnedFd::from(stream));
-        let core = Arc::clone(self);
-        self.handshakes.start(Arc::clone(&sock), move || {
-            let timeout = HANDSHAKE.min(core.config.timeout);
+        self.shake_hands(Arc::clone(&sock), move |core, deadline, timeout| {
             let mut pipe = FramedPipe {
                 sock,
                 addr,
-                deadline: Instant::now() + timeout,
+                deadline,
                 timeout,
             };
-            let admit = |identity: &[u8]| core.handler.admit(identity);
-            let result = handshake::server(&mut pipe, &core.local(), &admit).and_then(|verified| {
-                let (peer, welcome) = (verified.peer, framed(&verified.welcome));
-                core.install(Install::Theirs {
-                    sock: pipe.sock,
-                    addr: pipe.addr,
-                    peer,
-                    welcome,
-                })
-            });
-            if let Err(error) = result
-                && !core.stopped()
-            {
-                core.counters.handshake_failed(&error);
-            }
+            let admit = |identity: &[u8]| core.base.handler.admit(identity);
+            let verified = handshake::server(&mut pipe, &core.base.local(Provider::Tcp), &admit)?;
+            core.install(Install::Theirs {
+                sock: pipe.sock,
+                addr: pipe.addr,
+                peer: verified.peer,
+                welcome: framed(&verified.welcome),
+            })
         });
     }
 
     fn connect(self: &Arc<Self>, addr: &str) -> Result<Arc<TcpConn>, TransportError> {
-        let timeout = self.config.timeout;
+        let timeout = self.base.config.timeout;
         let deadline = Instant::now() + timeout;
         let unreachable = |reason: String| TransportError::Unreachable {
             addr: addr.to_owned(),
@@ -213,21 +156,13 @@ impl Core {
             deadline,
             timeout,
         };
-        let serial = self.next_id();
-        let links_to = |instance: u64| -> Vec<u64> {
+        let serial = self.base.next_id();
+        let links_to = |instance: u64| {
             let conns = self.conns.lock();
-            let ours = conns
-                .iter()
-                .filter(|c| !c.incoming && c.alive() && c.peer.instance == instance);
-            ours.map(|c| c.peer.serial).collect()
+            base::serials_to(conns.iter().map(|c| &c.base), instance)
         };
-        let peer = handshake::client(&mut pipe, &self.local(), serial.0, &links_to)?;
-        if links_to(peer.instance).len() >= MAX_ALIVE {
-            return Err(TransportError::Invalid(format!(
-                "more than {MAX_ALIVE} connections to {addr}"
-            )));
-        }
-        let conn = TcpConn::new(serial, self, peer, false, addr.to_owned(), sock);
+        let peer = handshake::client(&mut pipe, &self.base.local(Provider::Tcp), serial.0, &links_to)?;
+        let conn = TcpConn::new(ConnBase::new(serial, peer, false, addr.to_owned()), self, sock);
         self.conns.lock().push(Arc::clone(&conn));
         if let Err(why) = self.install(Install::Ours(Arc::clone(&conn))) {
             self.conns.lock().retain(|c| !Arc::ptr_eq(c, &conn));
@@ -345,13 +280,11 @@ impl Fabric for TcpFabric {
     }
 
     fn set_identity(&self, identity: Vec<u8>) {
-        *self.core.identity.lock() = identity;
+        self.core.base.set_identity(identity);
     }
 
     fn register(&self, mem: &Arc<SharedMem>, access: Access) -> Result<RegionKey, TransportError> {
-        if self.core.stopped() {
-            return Err(TransportError::Shutdown);
-        }
+        self.core.base.check_open()?;
         let mut regions = self.core.regions.write();
         loop {
             let key = common::region_key(0)?;
@@ -374,33 +307,21 @@ impl Fabric for TcpFabric {
     }
 
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {
-        if self.core.stopped() {
-            return Err(TransportError::Shutdown);
-        }
+        self.core.base.check_open()?;
         let conn = self.core.connect(addr)?;
         Ok(conn)
     }
 
     fn stats(&self) -> FabricStats {
         let conns = self.core.conns.lock().clone();
-        conns
-            .iter()
-            .fold(self.core.counters.snapshot(), |sum, c| sum.plus(c.stats()))
+        self.core.base.stats(conns.iter().map(|c| &c.base))
     }
 
     fn shutdown(&self) {
-        if self.core.stopping.swap(true, Ordering::SeqCst) {
+        if !self.core.base.begin_stop() {
             return;
         }
-        self.core.handshakes.stop();
-        self.core.wake();
-        let thread = self.thread.lock().take();
-        if let Some(thread) = thread
-            && !common::on_progress_thread()
-            && thread.join().is_err()
-        {
-            tracing::error!("the progress thread of {} panicked", self.core.local_addr);
-        }
+        self.core.end_threads(&self.core.local_addr);
         if let Some(listener) = self.core.listener.lock().take() {
             // Closing alone would not do while a child that has not yet executed its program holds a copy.
             let _freed = rustix::net::shutdown(&listener, Shutdown::Both);

@@ -4,8 +4,6 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
@@ -15,6 +13,7 @@ use rustix::net::Shutdown;
 use super::conn::TcpConn;
 use super::endpoint::{Core, Install};
 use super::rx::{Rx, Turn};
+use crate::base::{ConnBase, Endpoint};
 use crate::common;
 use crate::{Connection, TransportError};
 
@@ -40,29 +39,23 @@ struct Progress {
     links: HashMap<Token, Link>,
 }
 
-pub(super) fn start(core: Arc<Core>, poll: Poll) -> Result<JoinHandle<()>, TransportError> {
+pub(super) fn start(core: &Arc<Core>, poll: Poll) -> Result<(), TransportError> {
     if let Some(listener) = &*core.listener.lock() {
         poll.registry()
             .register(&mut SourceFd(&listener.as_raw_fd()), LISTENER, Interest::READABLE)
             .map_err(|e| TransportError::os("watch the listener", &e))?;
     }
     let mut progress = Progress {
-        core,
+        core: Arc::clone(core),
         poll,
         links: HashMap::new(),
     };
-    std::thread::Builder::new()
-        .name("fabric-tcp".to_owned())
-        .spawn(move || {
-            common::mark_progress_thread();
-            progress.run();
-        })
-        .map_err(|e| TransportError::os("start the progress thread", &e))
+    core.base.start("fabric-tcp", move || progress.run())
 }
 
 impl Progress {
     fn run(&mut self) {
-        let spin = self.core.config.spin;
+        let spin = self.core.base.config.spin;
         let mut events = Events::with_capacity(256);
         let mut idle_since: Option<Instant> = None;
         let mut waiting = false;
@@ -83,7 +76,7 @@ impl Progress {
                 }
             }
             if timeout != Some(Duration::ZERO) {
-                common::count(&self.core.counters.wakeups, 1);
+                common::count(&self.core.base.counters.wakeups, 1);
             }
             for event in &events {
                 match event.token() {
@@ -99,12 +92,11 @@ impl Progress {
                     }
                 }
             }
-            if self.core.news.swap(false, Ordering::SeqCst) {
-                if self.core.stopped() {
+            if self.core.base.take_news() {
+                if self.core.base.stopped() {
                     return self.stop();
                 }
-                let installs = self.core.installs.lock().as_mut().map(std::mem::take);
-                self.place(installs.unwrap_or_default());
+                self.place(self.core.base.take_installs());
                 // Events are edges: one spent on a failed attempt does not come back.
                 self.accept();
             }
@@ -172,23 +164,25 @@ impl Progress {
                     peer,
                     welcome,
                 } => {
-                    let over = |c: &TcpConn| c.incoming && c.peer.superseded_by(&peer);
                     let superseded: Vec<Token> = self
                         .links
                         .iter()
-                        .filter(|(_, l)| over(&l.conn))
+                        .filter(|(_, l)| l.conn.base.superseded_by(&peer))
                         .map(|(t, _)| *t)
                         .collect();
                     for token in superseded {
                         // What it has sent and we have not read is not executed any more.
                         self.end(token, Some("replaced by a newer connection of the same peer"));
                     }
-                    let conn = TcpConn::new(self.core.next_id(), &self.core, peer, true, addr, sock);
+                    let conn = TcpConn::new(
+                        ConnBase::new(self.core.base.next_id(), peer, true, addr),
+                        &self.core,
+                        sock,
+                    );
                     self.core.conns.lock().push(Arc::clone(&conn));
                     (conn, Some(welcome))
                 }
             };
-            common::count(&self.core.counters.connections, 1);
             let token = Token(conn.id().0 as usize);
             let dynamic: Arc<dyn Connection> = Arc::clone(&conn) as _;
             let fd = conn.sock.as_raw_fd();
@@ -199,7 +193,7 @@ impl Progress {
             if let Some(welcome) = welcome {
                 // First of all on this connection, then the application may use it.
                 let _failed = conn.send_raw(&welcome);
-                self.core.handler.connected(&dynamic);
+                self.core.base.handler.connected(&dynamic);
             }
             let link = Link {
                 conn,
@@ -253,13 +247,15 @@ impl Progress {
         }
         conn.finish();
         self.core.conns.lock().retain(|c| !Arc::ptr_eq(c, conn));
-        self.core.counters.fold(&conn.stats());
-        self.core.handler.disconnected(&link.dynamic, &conn.reason());
+        self.core.base.counters.fold(&conn.stats());
+        self.core
+            .base
+            .handler
+            .disconnected(&link.dynamic, &conn.base.reason());
     }
 
     fn stop(&mut self) {
-        let last = self.core.installs.lock().take();
-        self.place(last.unwrap_or_default());
+        self.place(self.core.base.take_last_installs());
         for link in self.links.values() {
             link.conn.fail(TransportError::Shutdown);
         }

@@ -68,12 +68,12 @@ impl TcpConn {
         if let Err(back) = self.post(batch, outs) {
             return Err(back.1);
         }
-        let timeout = self.core.config.timeout;
-        let spin = self.core.config.spin.min(Duration::from_micros(50));
+        let timeout = self.core.base.config.timeout;
+        let spin = self.core.base.config.spin.min(Duration::from_micros(50));
         let result = match waiter.wait(spin, Instant::now() + timeout) {
             Some(result) => result,
             None => {
-                let why = common::timed_out(&self.addr, timeout);
+                let why = common::timed_out(&self.base.addr, timeout);
                 self.fail(why.clone());
                 self.abandon(id);
                 Err(why)
@@ -82,7 +82,9 @@ impl TcpConn {
         let mut olds = result?.into_iter();
         for op in ops.iter_mut() {
             if let Op::Cas { old, .. } | Op::Faa { old, .. } = op {
-                *old = olds.next().ok_or_else(|| self.protocol("a result is missing"))?;
+                *old = olds
+                    .next()
+                    .ok_or_else(|| self.base.protocol("a result is missing"))?;
             }
         }
         Ok(())
@@ -125,14 +127,14 @@ impl TcpConn {
 
     /// Waits until `bytes` more may be asked for.
     fn reserve(&self, bytes: usize) -> Result<(), TransportError> {
-        let deadline = Instant::now() + self.core.config.timeout;
+        let deadline = Instant::now() + self.core.base.config.timeout;
         let mut reading = self.reading.lock();
         while *reading > 0 && *reading + bytes > READS {
             if !self.alive() {
-                return Err(self.dead());
+                return Err(self.base.dead());
             }
             if self.read_done.wait_until(&mut reading, deadline).timed_out() {
-                let why = common::timed_out(&self.addr, self.core.config.timeout);
+                let why = common::timed_out(&self.base.addr, self.core.base.config.timeout);
                 self.fail(why.clone());
                 return Err(why);
             }

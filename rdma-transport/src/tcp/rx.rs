@@ -211,11 +211,14 @@ impl Rx {
         let Some((head, body)) = have.split_first_chunk::<HEADER>() else {
             return Ok(false);
         };
-        let header = Header::decode(head).map_err(|e| conn.protocol(e))?;
+        let header = Header::decode(head).map_err(|e| conn.base.protocol(e))?;
         let len = header.len as usize;
         match header.kind {
             Kind::Result => {
-                conn.pending.lock().check(&header).map_err(|e| conn.protocol(e))?;
+                conn.pending
+                    .lock()
+                    .check(&header)
+                    .map_err(|e| conn.base.protocol(e))?;
                 self.start += HEADER;
                 self.state = State::Result { header, off: 0 };
             }
@@ -225,7 +228,7 @@ impl Rx {
                 };
                 let (descs, _) = body.as_chunks::<DESC>();
                 let ops: Result<Vec<_>, _> = descs.iter().map(Desc::decode).collect();
-                let ops = ops.map_err(|e| conn.protocol(e))?;
+                let ops = ops.map_err(|e| conn.base.protocol(e))?;
                 self.start += HEADER + len;
                 self.state = State::Ops(Job {
                     batch: header.batch,
@@ -241,8 +244,8 @@ impl Rx {
                 // The handler may take its time.
                 self.flush_reply(conn)?;
                 let at = self.start + HEADER;
-                conn.counters.received(len);
-                core.handler.message(dynamic, &self.buf[at..at + len]);
+                conn.base.counters.received(len);
+                core.base.handler.message(dynamic, &self.buf[at..at + len]);
                 self.start = at + len;
             }
         }
@@ -337,7 +340,9 @@ impl Rx {
         let mut pending = conn.pending.lock();
         let bytes = if pending.streams() {
             let take = have.len().min(len - off);
-            pending.fill(off, &have[..take]).map_err(|e| conn.protocol(e))?;
+            pending
+                .fill(off, &have[..take])
+                .map_err(|e| conn.base.protocol(e))?;
             self.start += take;
             if off + take < len {
                 self.state = State::Result {

@@ -3,6 +3,7 @@
 // A test may end where something is not as it must be; helpers of tests are no library code.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod allocation;
 mod bad_input;
 mod coherence;
 mod faults;

@@ -1,0 +1,129 @@
+//! Reading and writing.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use fuser::{INodeNo, ReplyData, ReplyWrite};
+
+use super::convert::error_of;
+use super::serve;
+use crate::client::ctx::{Ctx, Stop};
+use crate::client::inode::Inode;
+use crate::client::write::WriteFlags;
+use crate::client::{Client, MAX_FILE_SIZE, buffers};
+
+/// `fills`: the kernel puts what it gets into its page cache.
+pub(super) fn read(
+    client: &Arc<Client>,
+    ino: INodeNo,
+    offset: u64,
+    size: u32,
+    fills: bool,
+    reply: ReplyData,
+) {
+    serve(client, reply, ReplyData::error, move |c, ctx, reply| {
+        let mut buffer = buffers::take(size as usize);
+        let result = c.read(ctx, &c.inode(ino.0), offset, &mut buffer, fills, |data| {
+            if let Some(reply) = reply.take() {
+                reply.data(data);
+            }
+        });
+        buffers::give(buffer);
+        result
+    });
+}
+
+/// `mapped`: the pages come from the kernel's page cache, which may hold them locked.
+pub(super) fn write(
+    client: &Arc<Client>,
+    ino: INodeNo,
+    offset: u64,
+    data: &[u8],
+    how: WriteFlags,
+    mapped: bool,
+    reply: ReplyWrite,
+) {
+    client.counters.requests.fetch_add(1, Ordering::Relaxed);
+    let inode = client.inode(ino.0);
+    // The data is only borrowed here: the first attempt uses it in place.
+    if !mapped {
+        let first = client.write(&Ctx::on_loop(&client.permits), &inode, offset, data, how);
+        return match first {
+            Ok(n) => reply.written(n),
+            Err(Stop::Errno(e)) => reply.error(error_of(e)),
+            Err(Stop::Park) => write_later(client, inode, offset, data.to_vec(), how, reply),
+        };
+    }
+    if client
+        .leases
+        .held(inode.record())
+        .is_some_and(|(m, _)| m == lockmgr::Mode::Exclusive)
+    {
+        match client.write(&Ctx::on_loop(&client.permits), &inode, offset, data, how) {
+            Ok(n) => return reply.written(n),
+            Err(Stop::Errno(e)) => return reply.error(error_of(e)),
+            Err(Stop::Park) => {}
+        }
+    }
+    write_mapped(client, inode, offset, data.to_vec(), how, reply);
+}
+
+fn write_later(
+    client: &Arc<Client>,
+    inode: Arc<Inode>,
+    offset: u64,
+    data: Vec<u8>,
+    how: WriteFlags,
+    reply: ReplyWrite,
+) {
+    let me = Arc::clone(client);
+    me.counters.parked.fetch_add(1, Ordering::Relaxed);
+    client.workers.run(
+        move || match me.write(&Ctx::on_worker(), &inode, offset, &data, how) {
+            Ok(n) => reply.written(n),
+            Err(stop) => reply.error(error_of(Client::errno_of(stop))),
+        },
+    );
+}
+
+/// A write of mapped pages without the exclusive lease: answered when applied, or when a revocation
+/// cannot wait for that.
+fn write_mapped(
+    client: &Arc<Client>,
+    inode: Arc<Inode>,
+    offset: u64,
+    data: Vec<u8>,
+    how: WriteFlags,
+    reply: ReplyWrite,
+) {
+    let len = data.len() as u32;
+    let (number, waiting) = inode.mapped.begin(Box::new(move || reply.written(len)));
+    let me = Arc::clone(client);
+    client.workers.run(move || {
+        if let Err(stop) = me.write(&Ctx::on_worker(), &inode, offset, &data, how) {
+            inode.errors.set(Client::errno_of(stop));
+        }
+        waiting.answer();
+        inode.mapped.end(number);
+    });
+}
+
+pub(super) fn copy_file_range(
+    client: &Arc<Client>,
+    (ino_in, offset_in): (INodeNo, u64),
+    (ino_out, offset_out): (INodeNo, u64),
+    len: u64,
+    reply: ReplyWrite,
+) {
+    if offset_out.saturating_add(len) > MAX_FILE_SIZE {
+        return reply.error(fuser::Errno::EFBIG);
+    }
+    serve(client, reply, ReplyWrite::error, move |c, ctx, reply| {
+        let (from, to) = (c.inode(ino_in.0), c.inode(ino_out.0));
+        let n = c.copy_range(ctx, (&from, offset_in), (&to, offset_out), len)?;
+        if let Some(reply) = reply.take() {
+            reply.written(n);
+        }
+        Ok(())
+    });
+}

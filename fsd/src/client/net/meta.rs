@@ -1,0 +1,117 @@
+//! The connection to the metadata server.
+
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+use rdma_transport::Connection;
+
+use super::Net;
+use crate::rpc::{Errno, RpcError};
+use crate::wire::{JoinReply, MetaReply, MetaRequest, Time};
+
+impl Net {
+    /// Connects to the metadata server, trying until the deadline: it may just be starting again.
+    pub(super) fn connect_meta(&self, deadline: Instant) -> Result<Arc<dyn Connection>, RpcError> {
+        loop {
+            match self.fabric.connect(&self.meta_addr) {
+                Ok(conn) => return Ok(conn),
+                Err(error) => self.pause(deadline, error)?,
+            }
+        }
+    }
+
+    pub(super) fn join_on(
+        &self,
+        conn: &Arc<dyn Connection>,
+        again: Option<(u16, u8)>,
+    ) -> Result<JoinReply, RpcError> {
+        let locks = self.owner().map(|o| o.held_locks()).unwrap_or_default();
+        let request = MetaRequest::Join {
+            again,
+            life: self.life,
+            listen: self.fabric.local_addr(),
+            name: self.name.clone(),
+            now: Time::now(),
+            locks,
+        };
+        match self.calls.call(conn, &request, self.timeout)? {
+            MetaReply::Joined(reply) => Ok(reply),
+            _ => Err(RpcError::Errno(Errno(libc::EPROTO))),
+        }
+    }
+
+    pub(super) fn meta_conn(&self, deadline: Instant) -> Result<Arc<dyn Connection>, RpcError> {
+        if let Some(conn) = self.meta.read().as_ref().filter(|c| c.is_alive()) {
+            return Ok(Arc::clone(conn));
+        }
+        let _one = self.meta_connecting.lock();
+        if let Some(conn) = self.meta.read().as_ref().filter(|c| c.is_alive()) {
+            return Ok(Arc::clone(conn));
+        }
+        let joined = self.joined.get().ok_or(RpcError::Errno(Errno(libc::ENOTCONN)))?;
+        let conn = self.connect_meta(deadline)?;
+        self.join_on(&conn, Some((joined.node, joined.incarnation)))?;
+        tracing::info!("connected to the metadata server again");
+        *self.meta.write() = Some(Arc::clone(&conn));
+        Ok(conn)
+    }
+
+    /// Asks the metadata server; repeats the request on a new connection where the old one broke.
+    ///
+    /// # Errors
+    /// Its refusal, or no answer within the time limit.
+    pub fn meta(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            let conn = self.meta_conn(deadline)?;
+            match self.calls.call(&conn, request, self.timeout) {
+                Err(RpcError::Transport(error)) => self.pause(deadline, error)?,
+                other => return other,
+            }
+        }
+    }
+
+    /// Sends a request to the metadata server; `done` gets the answer on some thread. A connection that
+    /// breaks meanwhile makes it a background request.
+    pub fn meta_async(
+        &self,
+        request: MetaRequest,
+        done: impl FnOnce(Result<MetaReply, RpcError>) + Send + 'static,
+    ) {
+        let conn = self.meta.read().as_ref().filter(|c| c.is_alive()).cloned();
+        let (me, workers) = (Weak::clone(&self.me), self.workers.clone());
+        let later = move |request: MetaRequest, done: Box<dyn FnOnce(Result<MetaReply, RpcError>) + Send>| {
+            workers.run(move || {
+                if let Some(net) = me.upgrade() {
+                    done(net.meta(&request));
+                }
+            });
+        };
+        let done: Box<dyn FnOnce(Result<MetaReply, RpcError>) + Send> = Box::new(done);
+        match conn {
+            None => later(request, done),
+            Some(conn) => {
+                let again = request.clone();
+                self.calls
+                    .call_async(&conn, &request, move |result| match result {
+                        Err(RpcError::Transport(_)) => later(again, done),
+                        other => done(other),
+                    });
+            }
+        }
+    }
+
+    /// A request whose answer may take for ever (waiting for a file lock).
+    ///
+    /// # Errors
+    /// The connection failed at once.
+    pub fn meta_slow(
+        &self,
+        request: &MetaRequest,
+        done: impl FnOnce(Result<MetaReply, RpcError>) + Send + 'static,
+    ) -> Result<(), RpcError> {
+        let conn = self.meta_conn(Instant::now() + self.timeout)?;
+        self.calls.call_async(&conn, request, done);
+        Ok(())
+    }
+}

@@ -1,0 +1,321 @@
+//! Open files: handles, and what the lease record says of who has a file open.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use lockmgr::{Mode, RecordLayout};
+use parking_lot::Mutex;
+use rdma_transport::Op;
+
+use super::Client;
+use super::attrs::SUID_SGID;
+use super::caller::Caller;
+use super::ctx::{Ctx, Res, Stop};
+use super::inode::Inode;
+use crate::config::CacheMode;
+use crate::rpc::Errno;
+use crate::wire::{Kind, MetaRequest, Time};
+
+/// In word 1 of a lease record: the inode has no name left, or is about to lose its last.
+pub const FLAG_UNLINKED: u64 = 1;
+/// In word 1 of a lease record: unit of the number of mounts that have the file open for writing.
+pub const ONE_WRITER: u64 = 1 << 32;
+
+/// An open file or directory.
+#[derive(Debug)]
+pub struct Handle {
+    /// Inode.
+    pub inode: Arc<Inode>,
+    /// Flags of `open`.
+    pub flags: i32,
+    /// Reads go into the kernel's page cache.
+    pub cached: bool,
+    /// It is open for writing.
+    pub writer: bool,
+    /// Delayed errors it has been told of.
+    pub seen: AtomicU64,
+    /// Listing of a directory, taken when reading began.
+    pub listing: Mutex<Option<super::inode::Listing>>,
+    is_file: bool,
+}
+
+/// All open files of a mount.
+#[derive(Debug, Default)]
+pub struct Handles {
+    next: AtomicU64,
+    open: Mutex<HashMap<u64, Arc<Handle>>>,
+}
+
+impl Handles {
+    fn add(&self, handle: Handle) -> u64 {
+        let number = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+        self.open.lock().insert(number, Arc::new(handle));
+        number
+    }
+
+    /// An open file.
+    #[must_use]
+    pub fn get(&self, number: u64) -> Option<Arc<Handle>> {
+        self.open.lock().get(&number).cloned()
+    }
+
+    fn remove(&self, number: u64) -> Option<Arc<Handle>> {
+        self.open.lock().remove(&number)
+    }
+}
+
+impl Client {
+    fn word(
+        &self,
+        inode: &Inode,
+        offset: u64,
+    ) -> Res<(Arc<dyn rdma_transport::Connection>, rdma_transport::RemoteAddr)> {
+        let (conn, at) = self
+            .net
+            .record(inode.record())
+            .map_err(|e| Stop::Errno(super::lease_errno(&e)))?;
+        Ok((conn, at.plus(offset)))
+    }
+
+    /// Reads the flags word and the opens bitmap, after changing this mount's bit by `change` and the
+    /// number of writing mounts by `writer`.
+    fn opens(&self, inode: &Inode, change: i8, writer: i8) -> Res<(u64, Vec<u64>)> {
+        let add = |unit: u64, n: i8| if n < 0 { unit.wrapping_neg() } else { unit };
+        let layout = self.layout;
+        let (conn, record) = self.word(inode, 0)?;
+        let (offset, bit) = layout.open_bit(self.node);
+        let words = layout.map_words() as usize;
+        let (mut flags, mut bitmap) = ([0u8; 8], vec![0u8; words * 8]);
+        let mut ops = Vec::with_capacity(4);
+        if change != 0 {
+            ops.push(Op::Faa {
+                at: record.plus(offset),
+                add: add(bit, change),
+                old: 0,
+            });
+        }
+        if writer != 0 {
+            ops.push(Op::Faa {
+                at: record.plus(RecordLayout::FLAGS),
+                add: add(ONE_WRITER, writer),
+                old: 0,
+            });
+        }
+        ops.push(Op::Read {
+            at: record.plus(RecordLayout::FLAGS),
+            into: &mut flags,
+        });
+        ops.push(Op::Read {
+            at: record.plus(layout.opens()),
+            into: &mut bitmap,
+        });
+        conn.execute(&mut ops).map_err(|error| {
+            tracing::error!("opens of {:#x}: {error}", inode.ino);
+            Stop::Errno(Errno(libc::EIO))
+        })?;
+        let bitmap = bitmap
+            .chunks_exact(8)
+            .map(|b| u64::from_ne_bytes(b.try_into().unwrap_or_default()))
+            .collect();
+        Ok((u64::from_ne_bytes(flags), bitmap))
+    }
+
+    /// Sets or clears a flag; the number of writers beside it may change at any time.
+    fn set_flag(&self, inode: &Inode, flag: u64, on: bool) -> Res<()> {
+        let (conn, at) = self.word(inode, RecordLayout::FLAGS)?;
+        let mut expect = if on { 0 } else { flag };
+        loop {
+            let new = if on { expect | flag } else { expect & !flag };
+            let mut swap = [Op::Cas {
+                at,
+                expect,
+                new,
+                old: 0,
+            }];
+            conn.execute(&mut swap)
+                .map_err(|_| Stop::Errno(Errno(libc::EIO)))?;
+            match swap {
+                [Op::Cas { old, .. }] if old != expect => expect = old,
+                _ => return Ok(()),
+            }
+            if (expect & flag != 0) == on {
+                return Ok(());
+            }
+        }
+    }
+
+    fn opened_elsewhere(&self, bitmap: &[u64]) -> bool {
+        let set = self.layout.set(bitmap);
+        set.iter().any(|n| n != self.node)
+    }
+
+    /// Sets the unlinked flag of an inode about to lose its last name, and tells whether it is open
+    /// anywhere. The flag comes first: a last closer either sees it or is seen.
+    ///
+    /// # Errors
+    /// The storage node cannot be reached.
+    pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<bool> {
+        ctx.may_wait()?;
+        self.set_flag(inode, FLAG_UNLINKED, true)?;
+        let (_, bitmap) = self.opens(inode, 0, 0)?;
+        Ok(inode.opens.lock().count > 0 || bitmap.iter().any(|&w| w != 0))
+    }
+
+    /// Takes the unlinked flag back (the unlink failed, or the record serves a new inode).
+    ///
+    /// # Errors
+    /// The storage node cannot be reached.
+    pub fn clear_unlinked(&self, inode: &Inode) -> Res<()> {
+        self.set_flag(inode, FLAG_UNLINKED, false)
+    }
+
+    /// Books an open of an inode whose lease is held. Returns whether other mounts have it open, and
+    /// whether for writing.
+    fn count_open(&self, inode: &Inode, writer: bool) -> Res<(bool, bool)> {
+        let mut opens = inode.opens.lock();
+        let first_writer = writer && !opens.writer_counted;
+        let (flags, bitmap) = self.opens(inode, i8::from(!opens.bit), i8::from(first_writer))?;
+        opens.bit = true;
+        opens.writer_counted |= writer;
+        opens.count += 1;
+        opens.writers += u64::from(writer);
+        let writers = flags / ONE_WRITER;
+        Ok((
+            self.opened_elsewhere(&bitmap),
+            writers > u64::from(opens.writer_counted),
+        ))
+    }
+
+    /// Makes a handle for an inode whose lease is held. Returns its number and whether the kernel may cache.
+    ///
+    /// A stock kernel puts written data into its page cache before the lease is asked for, and drops a new
+    /// file size that an invalidation overtakes. So handles for writing go past the page cache unless nobody
+    /// else has the file, and handles for reading do where another mount writes.
+    ///
+    /// # Errors
+    /// The storage node cannot be reached.
+    pub fn make_handle(&self, inode: &Arc<Inode>, kind: Kind, flags: i32) -> Res<(u64, bool)> {
+        let is_file = kind == Kind::File;
+        let access = flags & libc::O_ACCMODE;
+        let writer = is_file && access != libc::O_RDONLY;
+        let mut cached = false;
+        if is_file {
+            let (shared, written) = self.count_open(inode, writer)?;
+            cached = self.mode == CacheMode::Writethrough
+                && flags & libc::O_DIRECT == 0
+                && match access {
+                    libc::O_RDONLY => !written,
+                    libc::O_RDWR => !shared,
+                    // Uncached writes cost no more, and nothing can be read through this handle.
+                    _ => false,
+                };
+            if cached {
+                inode.kernel.cached.fetch_add(1, Ordering::SeqCst);
+                inode.opens.lock().cached_writers += u64::from(writer);
+            }
+        }
+        let seen = AtomicU64::new(inode.errors.seen());
+        let handle = Handle {
+            inode: Arc::clone(inode),
+            flags,
+            cached,
+            writer,
+            seen,
+            listing: Mutex::default(),
+            is_file,
+        };
+        Ok((self.handles.add(handle), cached))
+    }
+
+    /// Opens a file. Returns its handle and whether the kernel may cache. A truncation may clear
+    /// set-user-id bits, depending on the caller.
+    ///
+    /// # Errors
+    /// Park; `ENOENT`, errors of a truncation.
+    pub fn open(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, flags: i32, caller: Caller) -> Res<(u64, bool)> {
+        let truncate = flags & libc::O_TRUNC != 0 && flags & libc::O_ACCMODE != libc::O_RDONLY;
+        let mode = if truncate { Mode::Exclusive } else { Mode::Shared };
+        let guard = self.lease(ctx, inode, mode)?;
+        if !self.local_memory() && !inode.opens.lock().bit {
+            ctx.may_wait()?;
+        }
+        let kind = {
+            let mut state = inode.lock(ctx, guard.version())?;
+            let attr = self.load_attr(ctx, inode, &mut state)?;
+            if truncate && attr.kind == Kind::File {
+                self.truncate(ctx, inode, &mut state, 0)?;
+                if let Some(attr) = state.attr.as_mut() {
+                    attr.mtime = Time::now();
+                    attr.ctime = attr.mtime;
+                    if attr.mode & SUID_SGID != 0 && !caller.keeps_suid() {
+                        super::attrs::kill_suid(attr);
+                    }
+                }
+                state.touch();
+            }
+            attr.kind
+        };
+        if truncate {
+            self.note_dirty(inode.ino);
+            self.invalidate_attrs(inode);
+        }
+        self.make_handle(inode, kind, flags)
+    }
+
+    /// Closes a handle.
+    ///
+    /// # Errors
+    /// Park.
+    pub fn release(&self, ctx: &Ctx<'_>, number: u64) -> Res<()> {
+        let Some(handle) = self.handles.get(number) else {
+            return Ok(());
+        };
+        if !handle.is_file {
+            self.handles.remove(number);
+            return Ok(());
+        }
+        let inode = &handle.inode;
+        if !self.local_memory() && inode.opens.lock().count == 1 {
+            ctx.may_wait()?;
+        }
+        let Some(handle) = self.handles.remove(number) else {
+            return Ok(());
+        };
+        let mut opens = inode.opens.lock();
+        opens.count = opens.count.saturating_sub(1);
+        opens.writers -= u64::from(handle.writer);
+        if handle.cached {
+            inode.kernel.cached.fetch_sub(1, Ordering::SeqCst);
+            opens.cached_writers -= u64::from(handle.writer);
+        }
+        let last_writer = opens.writer_counted && opens.writers == 0;
+        let last = opens.bit && opens.count == 0;
+        if !last && !last_writer {
+            return Ok(());
+        }
+        let (flags, bitmap) = self.opens(inode, -i8::from(last), -i8::from(last_writer))?;
+        opens.writer_counted &= !last_writer;
+        if !last {
+            return Ok(());
+        }
+        opens.bit = false;
+        drop(opens);
+        if flags & FLAG_UNLINKED != 0 && bitmap.iter().all(|&w| w == 0) {
+            self.reap(inode);
+        }
+        Ok(())
+    }
+
+    /// The last close of a file without a name.
+    fn reap(&self, inode: &Arc<Inode>) {
+        let gone = Arc::clone(inode);
+        self.net
+            .meta_async(MetaRequest::Reap { ino: inode.ino }, move |result| {
+                if let Err(error) = result {
+                    tracing::warn!("orphan {:#x} not removed: {error}", gone.ino);
+                }
+            });
+        self.forget_data(inode);
+    }
+}

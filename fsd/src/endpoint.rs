@@ -1,0 +1,48 @@
+//! A role's endpoint on the fabric.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdma_transport::{Fabric, FabricConfig, TransportError};
+
+use crate::config::Config;
+use crate::rpc::{Calls, Router, Service};
+use crate::wire::{Hello, Role};
+
+/// An endpoint, and the calls made from it.
+pub struct Endpoint {
+    /// Connects, registers memory, shuts down.
+    pub fabric: Arc<dyn Fabric>,
+    /// Calls that wait for an answer.
+    pub calls: Arc<Calls>,
+    /// Names this life of the process.
+    pub life: u64,
+}
+
+impl Endpoint {
+    /// Opens an endpoint that is reached at `listen`; `service` gets what arrives.
+    ///
+    /// # Errors
+    /// The address is in use, the key is too short, the system refuses.
+    pub fn open(
+        config: &Config,
+        role: Role,
+        listen: String,
+        key: Vec<u8>,
+        service: Arc<dyn Service>,
+    ) -> Result<Self, TransportError> {
+        let (calls, life) = (Arc::new(Calls::default()), rand::random());
+        let fabric = rdma_transport::open(
+            config.fabric.into(),
+            FabricConfig {
+                listen,
+                key,
+                identity: Hello::new(&config.cluster, role, life).encode(),
+                spin: Duration::from_micros(config.spin_us),
+                timeout: Duration::from_millis(config.timeout_ms),
+            },
+            Router::new(&config.cluster, Arc::clone(&calls), service),
+        )?;
+        Ok(Self { fabric, calls, life })
+    }
+}

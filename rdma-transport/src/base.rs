@@ -1,0 +1,297 @@
+//! What every endpoint and every connection keeps, whatever it talks over.
+//!
+//! A provider adds how bytes get to the peer. That a connection has one reason for its end, that
+//! connections reach the progress thread one way, and that an endpoint shuts down once is the same for all.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::common::{self, Counters, ended};
+use crate::handshake::{Local, Peer, Provider};
+use crate::pool::Handshakes;
+use crate::{ConnId, FabricConfig, FabricStats, Handler, TransportError};
+
+/// A peer that does not finish its handshake in this time is dropped.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+
+/// What every endpoint keeps. `I` is what it hands to its progress thread when a connection is new.
+pub(crate) struct Base<I> {
+    pub(crate) config: FabricConfig,
+    pub(crate) handler: Arc<dyn Handler>,
+    pub(crate) counters: Counters,
+    identity: Mutex<Vec<u8>>,
+    instance: u64,
+    /// None: the progress thread has ended.
+    installs: Mutex<Option<Vec<I>>>,
+    /// The progress thread is to look around.
+    news: AtomicBool,
+    stopping: AtomicBool,
+    next_conn: AtomicU64,
+    handshakes: Arc<Handshakes>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl<I> Base<I> {
+    pub(crate) fn new(config: FabricConfig, handler: Arc<dyn Handler>) -> Result<Self, TransportError> {
+        Ok(Self {
+            identity: Mutex::new(config.identity.clone()),
+            config,
+            handler,
+            counters: Counters::default(),
+            instance: u64::from_le_bytes(common::random()?),
+            installs: Mutex::new(Some(Vec::new())),
+            news: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            next_conn: AtomicU64::new(1),
+            handshakes: Arc::default(),
+            thread: Mutex::new(None),
+        })
+    }
+
+    /// What this side says of itself in a handshake.
+    pub(crate) fn local(&self, provider: Provider) -> Local {
+        Local {
+            provider,
+            key: self.config.key.clone(),
+            identity: self.identity.lock().clone(),
+            instance: self.instance,
+        }
+    }
+
+    pub(crate) fn set_identity(&self, identity: Vec<u8>) {
+        *self.identity.lock() = identity;
+    }
+
+    pub(crate) fn stopped(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    /// Nothing new may begin any more.
+    pub(crate) fn check_open(&self) -> Result<(), TransportError> {
+        if self.stopped() {
+            return Err(TransportError::Shutdown);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn next_id(&self) -> ConnId {
+        ConnId(self.next_conn.fetch_add(1, Ordering::SeqCst))
+    }
+
+    /// Whether the progress thread is to look around.
+    #[inline]
+    pub(crate) fn has_news(&self) -> bool {
+        self.news.load(Ordering::SeqCst)
+    }
+
+    /// As [`Base::has_news`]; only once for each time.
+    #[inline]
+    pub(crate) fn take_news(&self) -> bool {
+        self.has_news() && self.news.swap(false, Ordering::SeqCst)
+    }
+
+    /// The connections that are new since the last time.
+    pub(crate) fn take_installs(&self) -> Vec<I> {
+        let mut installs = self.installs.lock();
+        installs.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// As [`Base::take_installs`]; there will be no more.
+    pub(crate) fn take_last_installs(&self) -> Vec<I> {
+        self.installs.lock().take().unwrap_or_default()
+    }
+
+    /// Starts the progress thread.
+    pub(crate) fn start(
+        &self,
+        name: &str,
+        run: impl FnOnce() + Send + 'static,
+    ) -> Result<(), TransportError> {
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                common::mark_progress_thread();
+                run();
+            })
+            .map_err(|e| TransportError::os("start the progress thread", &e))?;
+        *self.thread.lock() = Some(thread);
+        Ok(())
+    }
+
+    /// Begins the end. False if it has begun before.
+    pub(crate) fn begin_stop(&self) -> bool {
+        !self.stopping.swap(true, Ordering::SeqCst)
+    }
+
+    /// The sum over the endpoint and the connections it has.
+    pub(crate) fn stats<'a>(&self, conns: impl Iterator<Item = &'a ConnBase>) -> FabricStats {
+        conns.fold(self.counters.snapshot(), |sum, c| sum.plus(c.counters.snapshot()))
+    }
+}
+
+/// A provider's endpoint.
+pub(crate) trait Endpoint: Send + Sync + Sized + 'static {
+    /// What it hands to its progress thread when a connection is new.
+    type Install: Send;
+
+    fn base(&self) -> &Base<Self::Install>;
+
+    /// Brings the progress thread out of its sleep.
+    fn ring(&self);
+
+    /// Makes the progress thread look around, whatever it is doing.
+    fn wake(&self) {
+        self.base().news.store(true, Ordering::SeqCst);
+        self.ring();
+    }
+
+    /// Hands a connection to the progress thread.
+    fn install(&self, install: Self::Install) -> Result<(), TransportError> {
+        match self.base().installs.lock().as_mut() {
+            Some(installs) => {
+                // Before anybody can be told of it.
+                common::count(&self.base().counters.connections, 1);
+                installs.push(install);
+            }
+            None => return Err(TransportError::Shutdown),
+        }
+        self.wake();
+        Ok(())
+    }
+
+    /// Welcomes an incoming socket on a thread of its own; `welcome` gets its deadline and how long that is.
+    fn shake_hands(
+        self: &Arc<Self>,
+        sock: Arc<OwnedFd>,
+        welcome: impl FnOnce(&Arc<Self>, Instant, Duration) -> Result<(), TransportError> + Send + 'static,
+    ) {
+        let me = Arc::clone(self);
+        self.base().handshakes.start(sock, move || {
+            let base = me.base();
+            let timeout = HANDSHAKE.min(base.config.timeout);
+            if let Err(error) = welcome(&me, Instant::now() + timeout, timeout)
+                && !base.stopped()
+            {
+                base.counters.handshake_failed(&error);
+            }
+        });
+    }
+
+    /// Ends what runs on threads; called once, after [`Base::begin_stop`]. `addr` is for the log.
+    fn end_threads(&self, addr: &str) {
+        self.base().handshakes.stop();
+        self.wake();
+        let thread = self.base().thread.lock().take();
+        if let Some(thread) = thread
+            && !common::on_progress_thread()
+            && thread.join().is_err()
+        {
+            tracing::error!("the progress thread of {addr} panicked");
+        }
+    }
+}
+
+/// What every connection keeps.
+pub(crate) struct ConnBase {
+    pub(crate) id: ConnId,
+    pub(crate) peer: Peer,
+    /// True if the peer connected to us.
+    pub(crate) incoming: bool,
+    pub(crate) addr: String,
+    pub(crate) counters: Counters,
+    alive: AtomicBool,
+    why: Mutex<Option<TransportError>>,
+}
+
+impl ConnBase {
+    pub(crate) fn new(id: ConnId, peer: Peer, incoming: bool, addr: String) -> Self {
+        Self {
+            id,
+            peer,
+            incoming,
+            addr,
+            counters: Counters::default(),
+            alive: AtomicBool::new(true),
+            why: Mutex::new(None),
+        }
+    }
+
+    // Twice in the way of every operation, and called from units that are compiled apart.
+    #[inline]
+    pub(crate) fn alive(&self) -> bool {
+        self.alive.load(Ordering::SeqCst)
+    }
+
+    /// Notes why the connection ends. The first reason counts: false if there is one already.
+    pub(crate) fn condemn(&self, why: TransportError) -> bool {
+        let mut reason = self.why.lock();
+        let first = reason.is_none();
+        reason.get_or_insert(why);
+        first
+    }
+
+    /// It is over, from now on.
+    pub(crate) fn die(&self) {
+        self.alive.store(false, Ordering::SeqCst);
+    }
+
+    /// Why it ended.
+    pub(crate) fn reason(&self) -> TransportError {
+        let why = self.why.lock().clone();
+        why.unwrap_or_else(|| common::disconnected(&self.addr, "closed"))
+    }
+
+    /// Why operations fail now that it is over.
+    pub(crate) fn dead(&self) -> TransportError {
+        ended(&self.addr, &self.reason())
+    }
+
+    pub(crate) fn protocol(&self, detail: impl Into<String>) -> TransportError {
+        TransportError::Protocol {
+            addr: self.addr.clone(),
+            detail: detail.into(),
+        }
+    }
+
+    /// Whether it ends now that `newer` has connected.
+    pub(crate) fn superseded_by(&self, newer: &Peer) -> bool {
+        self.incoming && self.peer.superseded_by(newer)
+    }
+}
+
+/// The serials of the connections we have made to an endpoint instance and still believe in.
+pub(crate) fn serials_to<'a>(conns: impl Iterator<Item = &'a ConnBase>, instance: u64) -> Vec<u64> {
+    conns
+        .filter(|c| !c.incoming && c.alive() && c.peer.instance == instance)
+        .map(|c| c.peer.serial)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_reason_counts() {
+        let peer = Peer {
+            identity: Vec::new(),
+            instance: 1,
+            serial: 1,
+            alive: Vec::new(),
+        };
+        let conn = ConnBase::new(ConnId(1), peer, false, "there".to_owned());
+        assert!(matches!(conn.reason(), TransportError::Disconnected { .. }));
+        assert!(conn.condemn(conn.protocol("bad")));
+        assert!(!conn.condemn(TransportError::Shutdown));
+        assert!(matches!(conn.reason(), TransportError::Protocol { .. }));
+        assert!(matches!(conn.dead(), TransportError::Disconnected { .. }));
+        assert!(conn.alive());
+        conn.die();
+        assert!(!conn.alive());
+    }
+}

@@ -1,0 +1,166 @@
+//! Space set aside with fallocate, in a pool that is nearly too small.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use system_tests::cluster::{Cluster, Fabric, Options};
+use system_tests::guard;
+use system_tests::sys::{self, errno};
+
+const MIB: u64 = 1 << 20;
+
+fn check(
+    fabric: Fabric,
+    storage: usize,
+    job: fn(&Path, &Path, &Cluster) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    guard::with_cluster(
+        Options {
+            fabric,
+            storage,
+            pool_mib: 128 / storage as u64,
+            ..Options::default()
+        },
+        move |cluster| job(&cluster.mount(0), &cluster.mount(1), cluster),
+    )
+}
+
+fn bytes(path: &Path) -> anyhow::Result<(u64, u64)> {
+    let meta = path.metadata()?;
+    Ok((meta.len(), meta.blocks() * 512))
+}
+
+/// Free bytes as `statfs` tells them.
+fn free(at: &Path) -> anyhow::Result<u64> {
+    let fs = rustix::fs::statvfs(at)?;
+    Ok(fs.f_bavail * fs.f_frsize)
+}
+
+/// Waits for freed frames to be cleaned.
+fn wait_free(at: &Path, least: u64) -> anyhow::Result<()> {
+    let start = Instant::now();
+    while free(at)? < least {
+        ensure!(
+            start.elapsed() < Duration::from_secs(15),
+            "{} of {least} bytes are free",
+            free(at)?
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+#[test]
+fn what_fits_is_allocated() -> anyhow::Result<()> {
+    for (fabric, storage) in [(Fabric::Shm, 1), (Fabric::Tcp, 2)] {
+        check(fabric, storage, |a, b, _| {
+            let file = sys::open(&a.join("f"), libc::O_RDWR | libc::O_CREAT)?;
+            file.write_all_at(b"begin", 0)?;
+            sys::fallocate(&file, 0, 0, 64 * MIB).context("64 MiB")?;
+            for side in [a, b] {
+                let got = bytes(&side.join("f"))?;
+                ensure!(got == (64 * MIB, 64 * MIB), "size and blocks: {got:?}");
+            }
+            let data = fs::read(b.join("f"))?;
+            ensure!(data.starts_with(b"begin"), "what was written before");
+            ensure!(data[5..].iter().all(|&x| x == 0), "new blocks are not zero");
+            // Beyond the end, the size is kept; the part that is there already takes no more space.
+            sys::fallocate(&file, libc::FALLOC_FL_KEEP_SIZE, 32 * MIB, 64 * MIB).context("32 MiB more")?;
+            let got = bytes(&b.join("f"))?;
+            ensure!(got == (64 * MIB, 96 * MIB), "after KEEP_SIZE: {got:?}");
+            // The space is this file's: others do not get it, the file needs no more.
+            ensure!(
+                errno(&fs::write(b.join("other"), vec![1; 40 << 20])) == libc::ENOSPC,
+                "40 MiB beside 96 of 128"
+            );
+            fs::remove_file(b.join("other"))?;
+            for i in 0..96 {
+                file.write_all_at(&vec![i as u8 + 1; MIB as usize], i * MIB)
+                    .with_context(|| format!("MiB {i} of what is allocated"))?;
+            }
+            file.sync_all()?;
+            // Zeros in the whole file, although there is no room for a second copy of it.
+            sys::fallocate(&file, libc::FALLOC_FL_ZERO_RANGE, 3, 96 * MIB - 3).context("zeros")?;
+            let got = bytes(&b.join("f"))?;
+            ensure!(got == (96 * MIB, 96 * MIB), "after ZERO_RANGE: {got:?}");
+            let data = fs::read(b.join("f"))?;
+            ensure!(data[..3] == [1; 3], "what lies before the range");
+            ensure!(data[3..].iter().all(|&x| x == 0), "ZERO_RANGE leaves something");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_changes_nothing() -> anyhow::Result<()> {
+    check(Fabric::Shm, 1, |a, b, cluster| {
+        let file = sys::open(&a.join("f"), libc::O_RDWR | libc::O_CREAT)?;
+        file.write_all_at(b"0123456789", 0)?;
+        file.sync_all()?;
+        let before = bytes(&b.join("f"))?;
+        let refused = |from: u64, len: u64, mode: i32, want: i32| -> anyhow::Result<()> {
+            let got = errno(&sys::fallocate(&file, mode, from, len));
+            ensure!(
+                got == want,
+                "{len} bytes from {from}: errno {got} instead of {want}"
+            );
+            let now = bytes(&b.join("f"))?;
+            ensure!(
+                now == before,
+                "{len} bytes from {from}: {before:?} became {now:?}"
+            );
+            Ok(())
+        };
+        let empty = free(a)?;
+        refused(0, 200 * MIB, 0, libc::ENOSPC)?;
+        refused(0, 2 << 40, 0, libc::ENOSPC)?;
+        refused(1 << 40, 2 << 40, libc::FALLOC_FL_KEEP_SIZE, libc::ENOSPC)?;
+        refused(0, 1 << 60, libc::FALLOC_FL_ZERO_RANGE, libc::ENOSPC)?;
+        refused(1 << 60, 4096, 0, libc::EFBIG)?;
+        ensure!(
+            free(a)? == empty,
+            "{empty} bytes were free, now {}: {:?}",
+            free(a)?,
+            cluster.status()?["storage"]
+        );
+        ensure!(
+            fs::read(b.join("f"))? == b"0123456789",
+            "contents after refused calls"
+        );
+        // While one mount is refused again and again, another finds all the space there is.
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let asker = scope.spawn(|| -> anyhow::Result<u64> {
+                let mut times = 0;
+                while !over.load(Ordering::Acquire) {
+                    refused(0, 2 << 40, 0, libc::ENOSPC)?;
+                    times += 1;
+                }
+                Ok(times)
+            });
+            let written = (0..60).try_for_each(|i| -> anyhow::Result<()> {
+                let made = File::create(b.join(format!("n{i}")))?;
+                made.write_all_at(&vec![7; MIB as usize], 0)
+                    .and_then(|()| made.sync_all())
+                    .with_context(|| format!("MiB {i} of 60 in a pool of 128"))
+            });
+            over.store(true, Ordering::Release);
+            let times = asker.join().unwrap()?;
+            written?;
+            ensure!(times > 0, "nothing was asked for meanwhile");
+            Ok(())
+        })?;
+        for i in 0..60 {
+            fs::remove_file(b.join(format!("n{i}")))?;
+        }
+        wait_free(a, 100 * MIB)?;
+        sys::fallocate(&file, 0, 0, 100 * MIB)?;
+        ensure!(bytes(&b.join("f"))?.0 == 100 * MIB, "what fits now");
+        Ok(())
+    })
+}
