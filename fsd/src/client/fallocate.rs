@@ -167,7 +167,7 @@ impl Client {
         for (node, &bytes) in (0..).zip(&lacks) {
             let granted = match bytes {
                 0 => Ok(0),
-                _ => self.ask_for_space(node, bytes),
+                _ => self.ask_for_space(node, bytes, bytes),
             };
             match granted {
                 // The last slabs cannot be set aside, but may still be used.

@@ -66,12 +66,16 @@ impl Client {
         }
     }
 
-    /// Has a storage node set aside up to `bytes` for this mount; returns how much it was.
+    /// Has a storage node set aside what is `needed` for this mount, or less, or up to what is `wanted`;
+    /// returns how much it was.
     ///
     /// # Errors
     /// It cannot be reached.
-    pub fn ask_for_space(&self, node: u16, bytes: u64) -> Res<u64> {
-        match self.net.ask_storage(node, &StorageRequest::Reserve { bytes })? {
+    pub fn ask_for_space(&self, node: u16, needed: u64, wanted: u64) -> Res<u64> {
+        match self
+            .net
+            .ask_storage(node, &StorageRequest::Reserve { needed, wanted })?
+        {
             StorageReply::Reserved(granted) => Ok(granted),
             _ => fail(libc::EPROTO),
         }
@@ -86,12 +90,10 @@ impl Client {
             return Ok(());
         }
         ctx.may_wait()?;
-        for ask in [CHUNK.max(bytes), bytes] {
-            let granted = self.ask_for_space(node, ask)?;
-            self.space.put(node, granted);
-            if self.space.take(node, bytes) {
-                return Ok(());
-            }
+        let granted = self.ask_for_space(node, bytes, CHUNK)?;
+        self.space.put(node, granted);
+        if self.space.take(node, bytes) {
+            return Ok(());
         }
         fail(libc::ENOSPC)
     }

@@ -62,10 +62,12 @@ impl Allocator {
         if n == 64 { u64::MAX } else { (1 << n) - 1 }
     }
 
-    /// Takes a frame of a class; `None` when the pool has none left.
-    pub fn allocate(&mut self, class: usize) -> Option<u64> {
+    /// Takes a frame of a class; `None` when the pool has none left. One that is not `covered` by a
+    /// reservation leaves alone what is reserved.
+    pub fn allocate(&mut self, class: usize, covered: bool) -> Option<u64> {
         let index = match self.partial[class].first() {
             Some(&i) => i,
+            None if !covered && self.reserved > 0 && self.reservable() < BLOCK => return None,
             None => {
                 let i = self.free.pop_first()?;
                 self.slabs[i as usize] = Some(Slab {
@@ -138,11 +140,18 @@ impl Allocator {
         self.frames -= 1;
     }
 
-    /// Sets at most `bytes` aside and returns how much.
-    pub fn reserve(&mut self, bytes: u64) -> u64 {
-        let granted = bytes.min(self.reservable());
+    /// Sets `needed` bytes aside, and up to `wanted` where there is plenty, so that what one mount hoards
+    /// never matters to the others; returns how much.
+    pub fn reserve(&mut self, needed: u64, wanted: u64) -> u64 {
+        let reservable = self.reservable();
+        let granted = needed.max(wanted.min(reservable / 8)).min(reservable);
         self.reserved += granted;
         granted
+    }
+
+    /// Takes back an [`Allocator::unreserve`] whose bytes were not allocated after all.
+    pub fn restore(&mut self, bytes: u64) {
+        self.reserved += bytes;
     }
 
     /// Gives reserved bytes back (unused, or just about to be allocated).
@@ -192,21 +201,42 @@ mod tests {
     #[test]
     fn a_small_pool_fills_to_the_last_frame() {
         let mut a = Allocator::new(2 * BLOCK);
-        assert!(a.allocate(3).is_some());
+        assert!(a.allocate(3, false).is_some());
         for _ in 0..64 {
-            assert!(a.allocate(0).is_some());
+            assert!(a.allocate(0, false).is_some());
         }
-        assert_eq!(a.allocate(0), None);
+        assert_eq!(a.allocate(0, true), None);
         assert_eq!(a.free_bytes(), 0);
+    }
+
+    #[test]
+    fn what_is_reserved_is_there_for_those_who_reserved_it() {
+        let mut a = Allocator::new(20 * BLOCK);
+        assert_eq!(a.reserve(6 * BLOCK, 0), 6 * BLOCK);
+        let others = (0..30).filter(|_| a.allocate(3, false).is_some()).count();
+        assert_eq!(others as u64, 20 - 6 - HEADROOM_SLABS);
+        // In whatever sizes it is used.
+        for class in [0, 1, 2, 3, 3, 3, 3, 3] {
+            a.unreserve(u64::from(CLASSES[class]));
+            assert!(a.allocate(class, true).is_some());
+        }
     }
 
     #[test]
     fn reservations_stop_at_whole_slabs() {
         let mut a = Allocator::new(10 * BLOCK);
-        assert_eq!(a.reserve(u64::MAX), 6 * BLOCK);
-        assert_eq!(a.reserve(1), 0);
+        assert_eq!(a.reserve(u64::MAX, 0), 6 * BLOCK);
+        assert_eq!(a.reserve(1, 1), 0);
         a.unreserve(BLOCK);
-        assert_eq!(a.reserve(u64::MAX), BLOCK);
+        assert_eq!(a.reserve(u64::MAX, 0), BLOCK);
+    }
+
+    #[test]
+    fn more_than_needed_is_set_aside_only_where_there_is_plenty() {
+        let mut a = Allocator::new(84 * BLOCK);
+        assert_eq!(a.reserve(100, 8 * BLOCK), 8 * BLOCK);
+        assert_eq!(a.reserve(100, 100 * BLOCK), 9 * BLOCK);
+        assert_eq!(a.reserve(20 * BLOCK, 21 * BLOCK), 20 * BLOCK);
     }
 
     proptest::proptest! {
@@ -216,7 +246,7 @@ mod tests {
             let mut live: HashMap<u64, usize> = HashMap::new();
             for (class, action) in ops {
                 if action < 2 {
-                    if let Some(offset) = a.allocate(class) {
+                    if let Some(offset) = a.allocate(class, false) {
                         let end = offset + u64::from(CLASSES[class]);
                         for (&o, &c) in &live {
                             proptest::prop_assert!(end <= o || o + u64::from(CLASSES[c]) <= offset);

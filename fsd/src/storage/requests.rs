@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use rdma_transport::ConnId;
 
+use super::StorageError;
 use super::alloc::{CLASSES, class_for};
 use super::flush::errno;
 use super::index::Entry;
@@ -60,9 +61,9 @@ impl Inner {
                 let key = self.leases.key(fabric.as_ref(), segment).map_err(|e| errno(&e))?;
                 Ok(StorageReply::Segment(key.0))
             }
-            StorageRequest::Reserve { bytes } => {
+            StorageRequest::Reserve { needed, wanted } => {
                 let mut space = self.space.lock();
-                let granted = space.alloc.reserve(bytes);
+                let granted = space.alloc.reserve(needed, wanted);
                 *space.reserved.entry(conn).or_default() += granted;
                 Ok(StorageReply::Reserved(granted))
             }
@@ -108,6 +109,7 @@ impl Inner {
     fn allocate(&self, conn: ConnId, wants: &[BlockWant], reserved: u64) -> Result<StorageReply, Errno> {
         let mut space = self.space.lock();
         let reserved = space.use_reservation(conn, reserved);
+        let mut covered = reserved;
         let mut frames = Vec::with_capacity(wants.len());
         let mut fresh: Vec<(u64, u64, Entry)> = Vec::new();
         let mut replaced: Vec<(Frame, Frame)> = Vec::new();
@@ -118,7 +120,10 @@ impl Inner {
                 continue;
             }
             let taken = class_for(want.size).and_then(|class| {
-                space.alloc.allocate(class).map(|offset| Frame {
+                let size = u64::from(CLASSES[class]);
+                let (is_covered, rest) = (covered >= size, covered.saturating_sub(size));
+                covered = rest;
+                space.alloc.allocate(class, is_covered).map(|offset| Frame {
                     offset,
                     size: CLASSES[class],
                 })
@@ -128,8 +133,8 @@ impl Inner {
                     space.give_back(entry.frame);
                 }
                 // What was reserved stays so.
-                let kept = space.alloc.reserve(reserved);
-                *space.reserved.entry(conn).or_default() += kept;
+                space.alloc.restore(reserved);
+                *space.reserved.entry(conn).or_default() += reserved;
                 return Err(Errno(libc::ENOSPC));
             };
             if let Some(old) = old {
@@ -138,22 +143,24 @@ impl Inner {
             fresh.push((want.ino, want.block, Entry { frame, stored: false }));
             frames.push(frame);
         }
-        if !fresh.is_empty() {
-            for (old, new) in &replaced {
-                let moved =
-                    self.pool
-                        .mem
-                        .copy_within(old.offset as usize, new.offset as usize, old.size as usize);
-                moved.map_err(|e| errno(&e.into()))?;
-            }
-            if let Err(error) = space.index.set(&fresh) {
-                for (_, _, entry) in &fresh {
-                    space.give_back(entry.frame);
-                }
-                return Err(errno(&error.into()));
-            }
-        }
+        let moved = replaced.iter().try_for_each(|(old, new)| {
+            self.pool
+                .mem
+                .copy_within(old.offset as usize, new.offset as usize, old.size as usize)
+        });
+        let noted = match moved {
+            Ok(()) if fresh.is_empty() => Ok(()),
+            Ok(()) => space.index.set(&fresh).map_err(StorageError::from),
+            Err(error) => Err(error.into()),
+        };
         drop(space);
+        if let Err(error) = noted {
+            for (_, _, entry) in fresh {
+                // Something may have been copied into it.
+                self.release(entry.frame);
+            }
+            return Err(errno(&error));
+        }
         for (old, _) in replaced {
             self.release(old);
         }

@@ -43,8 +43,10 @@ pub enum StorageRequest {
     },
     /// Sets bytes aside for this mount, to be used by later allocations; grants what it can.
     Reserve {
-        /// How much, bytes.
-        bytes: u64,
+        /// How much it needs, bytes.
+        needed: u64,
+        /// How much it would like to have for later, bytes; granted only where there is plenty.
+        wanted: u64,
     },
     /// Gives a reservation back.
     Unreserve {

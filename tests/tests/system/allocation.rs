@@ -12,6 +12,8 @@ use system_tests::guard;
 use system_tests::sys::{self, errno};
 
 const MIB: u64 = 1 << 20;
+/// Unit of allocation, bytes.
+const BLOCK: u64 = 256 << 10;
 
 fn check(
     fabric: Fabric,
@@ -94,6 +96,40 @@ fn what_fits_is_allocated() -> anyhow::Result<()> {
         })?;
     }
     Ok(())
+}
+
+#[test]
+fn what_was_written_has_its_space_though_another_mount_fills_the_pool() -> anyhow::Result<()> {
+    const BLOCKS: u64 = 40;
+    check(Fabric::Shm, 1, |a, b, _| {
+        let content = |block: u64| vec![block as u8 + 1; 4096];
+        let scattered = sys::open(&b.join("scattered"), libc::O_RDWR | libc::O_CREAT)?;
+        for block in 0..BLOCKS {
+            scattered.write_all_at(&content(block), block * BLOCK)?;
+        }
+        let hog = sys::open(&a.join("hog"), libc::O_RDWR | libc::O_CREAT)?;
+        let chunk = vec![7; MIB as usize];
+        let mut written = 0;
+        let refused = loop {
+            match hog.write_at(&chunk, written) {
+                Ok(n) => written += n as u64,
+                Err(error) => break error,
+            }
+        };
+        ensure!(refused.raw_os_error() == Some(libc::ENOSPC), "{refused}");
+        // Neither was there room for more, nor did it take what was promised.
+        ensure!(written >= 100 * MIB, "only {written} bytes until ENOSPC");
+        scattered
+            .sync_all()
+            .context("data whose writes had been acknowledged")?;
+        let seen = File::open(a.join("scattered"))?;
+        for block in 0..BLOCKS {
+            let mut bytes = vec![0; 4096];
+            seen.read_exact_at(&mut bytes, block * BLOCK)?;
+            ensure!(bytes == content(block), "block {block}");
+        }
+        Ok(())
+    })
 }
 
 #[test]
