@@ -6,6 +6,9 @@
 //! docs/metadata-store.md has the comparison that chose it.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use parking_lot::{RwLock, RwLockReadGuard};
 
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 
@@ -77,13 +80,39 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// [`StoreError`].
     fn sync(&self) -> Result<(), StoreError>;
+    /// Is there room for more than is there now? To be asked before what makes the store grow, so that what
+    /// makes it smaller, or only keeps it right, still finds some.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`].
+    fn room(&self) -> Result<(), StoreError>;
 }
 
-/// The engine in use.
-pub struct FjallStore {
-    path: PathBuf,
+/// Part of the disk that is kept for what must go on when it is full: one in so many bytes …
+const RESERVE_SHARE: u64 = 16;
+/// … but no less …
+const RESERVE_MIN: u64 = 1 << 20;
+/// … and no more than the engine needs to reorganise itself.
+const RESERVE_MAX: u64 = 256 << 20;
+/// Pause between attempts to open an engine again that has failed.
+const REOPEN: Duration = Duration::from_secs(1);
+
+struct Engine {
     db: Database,
     keys: Keyspace,
+}
+
+/// The engine, if it works, and when it was last tried to bring it back.
+struct Slot {
+    engine: Option<Engine>,
+    tried: Instant,
+}
+
+/// The engine in use. After a failed write it refuses everything until it is opened again, as it would be
+/// after a crash; that is done here, as soon as the disk allows.
+pub struct FjallStore {
+    path: PathBuf,
+    slot: RwLock<Slot>,
 }
 
 impl FjallStore {
@@ -92,6 +121,79 @@ impl FjallStore {
     /// # Errors
     /// [`StoreError`], also where another process has it open.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let slot = Slot {
+            engine: Some(Engine::open(path)?),
+            tried: Instant::now(),
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            slot: RwLock::new(slot),
+        })
+    }
+
+    /// Size of the disk and what is free on it, bytes.
+    fn disk(&self) -> Result<(u64, u64), StoreError> {
+        let disk = rustix::fs::statvfs(&self.path).map_err(|error| StoreError::Engine {
+            path: self.path.clone(),
+            detail: format!("its disk cannot be asked: {error}"),
+        })?;
+        Ok((disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize))
+    }
+
+    fn full(&self) -> StoreError {
+        StoreError::Full {
+            path: self.path.clone(),
+        }
+    }
+
+    fn engine(&self) -> Result<RwLockReadGuard<'_, Slot>, StoreError> {
+        let slot = self.slot.read();
+        if slot.engine.is_some() {
+            return Ok(slot);
+        }
+        drop(slot);
+        {
+            let mut slot = self.slot.write();
+            if slot.engine.is_none() {
+                if slot.tried.elapsed() < REOPEN {
+                    return Err(StoreError::Engine {
+                        path: self.path.clone(),
+                        detail: "it has failed and is opened again soon".into(),
+                    });
+                }
+                slot.tried = Instant::now();
+                // Part of what is kept for such times may be in use.
+                if self.disk()?.1 < RESERVE_MIN {
+                    return Err(self.full());
+                }
+                slot.engine = Some(Engine::open(&self.path)?);
+                tracing::info!("the store in {} works again", self.path.display());
+            }
+        }
+        Ok(self.slot.read())
+    }
+
+    /// Does something with the engine.
+    fn with<T>(&self, f: impl FnOnce(&Engine) -> Result<T, fjall::Error>) -> Result<T, StoreError> {
+        let failed = |error: &fjall::Error| engine_error(&self.path, error);
+        let slot = self.engine()?;
+        let Some(engine) = &slot.engine else {
+            return Err(failed(&fjall::Error::Poisoned));
+        };
+        let result = f(engine);
+        drop(slot);
+        result.map_err(|error| {
+            // What it has not acknowledged is not there when it is opened again, as after a crash.
+            let mut slot = self.slot.write();
+            slot.engine = None;
+            slot.tried = Instant::now();
+            failed(&error)
+        })
+    }
+}
+
+impl Engine {
+    fn open(path: &Path) -> Result<Self, StoreError> {
         let fail = |e: fjall::Error| engine_error(path, &e);
         let db = Database::builder(path)
             .manual_journal_persist(false)
@@ -100,15 +202,7 @@ impl FjallStore {
         let keys = db
             .keyspace("data", KeyspaceCreateOptions::default)
             .map_err(fail)?;
-        Ok(Self {
-            path: path.to_owned(),
-            db,
-            keys,
-        })
-    }
-
-    fn fail(&self, error: &fjall::Error) -> StoreError {
-        engine_error(&self.path, error)
+        Ok(Self { db, keys })
     }
 }
 
@@ -133,37 +227,48 @@ fn engine_error(path: &Path, error: &fjall::Error) -> StoreError {
 
 impl Store for FjallStore {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        Ok(self.keys.get(key).map_err(|e| self.fail(&e))?.map(|v| v.to_vec()))
+        self.with(|e| Ok(e.keys.get(key)?.map(|v| v.to_vec())))
     }
 
     fn scan(&self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<Pair>, StoreError> {
-        let mut pairs = Vec::new();
         if from >= to {
-            return Ok(pairs);
+            return Ok(Vec::new());
         }
-        for guard in self.keys.range(from.to_vec()..to.to_vec()).take(limit) {
-            let (key, value) = guard.into_inner().map_err(|e| self.fail(&e))?;
-            pairs.push((key.to_vec(), value.to_vec()));
-        }
-        Ok(pairs)
+        self.with(|e| {
+            let range = e.keys.range(from.to_vec()..to.to_vec()).take(limit);
+            range
+                .map(|guard| {
+                    guard
+                        .into_inner()
+                        .map(|(key, value)| (key.to_vec(), value.to_vec()))
+                })
+                .collect()
+        })
     }
 
     fn apply(&self, batch: Batch) -> Result<(), StoreError> {
-        let mut write = self.db.batch();
-        for (key, value) in batch.ops {
-            match value {
-                Some(value) => write.insert(&self.keys, key, value),
-                None => write.remove(&self.keys, key),
+        self.with(|e| {
+            let mut write = e.db.batch();
+            for (key, value) in batch.ops {
+                match value {
+                    Some(value) => write.insert(&e.keys, key, value),
+                    None => write.remove(&e.keys, key),
+                }
             }
-        }
-        write
-            .durability(Some(PersistMode::Buffer))
-            .commit()
-            .map_err(|e| self.fail(&e))
+            write.durability(Some(PersistMode::Buffer)).commit()
+        })
     }
 
     fn sync(&self) -> Result<(), StoreError> {
-        self.db.persist(PersistMode::SyncAll).map_err(|e| self.fail(&e))
+        self.with(|e| e.db.persist(PersistMode::SyncAll))
+    }
+
+    fn room(&self) -> Result<(), StoreError> {
+        let (size, free) = self.disk()?;
+        if free < (size / RESERVE_SHARE).clamp(RESERVE_MIN, RESERVE_MAX) {
+            return Err(self.full());
+        }
+        Ok(())
     }
 }
 

@@ -70,6 +70,8 @@ pub struct Options {
     pub lease_wait: Duration,
     /// Inodes a mount keeps that the kernel has forgotten.
     pub max_inodes: usize,
+    /// The metadata server's disk has this many MiB only.
+    pub meta_disk_mib: Option<u64>,
 }
 
 impl Default for Options {
@@ -82,7 +84,34 @@ impl Default for Options {
             pool_mib: 128,
             lease_wait: Duration::from_secs(30),
             max_inodes: 100_000,
+            meta_disk_mib: None,
         }
+    }
+}
+
+/// A file system in memory, of a size of its own; dropping it unmounts it.
+#[derive(Debug)]
+struct Disk(PathBuf);
+
+impl Disk {
+    fn of(path: PathBuf, mib: u64) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(&path)?;
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"])
+            .arg(&path)
+            .status()?;
+        ensure!(
+            mounted.success(),
+            "no file system could be mounted at {}",
+            path.display()
+        );
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        detach(&self.0);
     }
 }
 
@@ -90,6 +119,8 @@ impl Default for Options {
 #[derive(Debug)]
 pub struct Cluster {
     options: Options,
+    /// Taken away before the folder it is in.
+    _meta_disk: Option<Disk>,
     base: tempfile::TempDir,
     memory: tempfile::TempDir,
     running: Mutex<BTreeMap<Role, Process>>,
@@ -108,8 +139,12 @@ impl Cluster {
         // Short paths: the name of a Unix socket has 107 bytes at most.
         let base = tempfile::Builder::new().prefix("dfst-").tempdir_in("/tmp")?;
         let memory = tempfile::Builder::new().prefix("dfst-").tempdir_in("/dev/shm")?;
+        let meta_disk = options
+            .meta_disk_mib
+            .map(|mib| Disk::of(base.path().join("meta"), mib));
         let cluster = Self {
             options,
+            _meta_disk: meta_disk.transpose()?,
             base,
             memory,
             running: Mutex::default(),

@@ -397,6 +397,10 @@ impl Inner {
                 .map(MetaReply::Changed)
                 .map_err(Refusal::Errno);
         }
+        use crate::wire::NamespaceOp::{Create, Link, SetXattr};
+        if matches!(op, Create { .. } | Link { .. } | SetXattr { .. }) {
+            self.store.room()?;
+        }
         let op = &self.adjust(&mut state, op);
         let result = Change::new(self.txn(), node, now, self.era(), touched).run(op);
         let (mut txn, created, effects) = result?;

@@ -87,6 +87,14 @@ impl Index {
         Ok(Self { store, files })
     }
 
+    /// Can more entries be stored?
+    ///
+    /// # Errors
+    /// [`StoreError::Full`].
+    pub fn room(&self) -> Result<(), StoreError> {
+        self.store.room()
+    }
+
     /// The frame of a block.
     #[must_use]
     pub fn get(&self, ino: u64, block: u64) -> Option<Entry> {

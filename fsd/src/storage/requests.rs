@@ -108,6 +108,13 @@ impl Inner {
 
     fn allocate(&self, conn: ConnId, wants: &[BlockWant], reserved: u64) -> Result<StorageReply, Errno> {
         let mut space = self.space.lock();
+        let has = |w: &BlockWant| {
+            let entry = space.index.get(w.ino, w.block);
+            entry.is_some_and(|e| e.frame.size >= w.size)
+        };
+        if !wants.iter().all(has) {
+            space.index.room().map_err(|e| errno(&e.into()))?;
+        }
         let reserved = space.use_reservation(conn, reserved);
         let mut covered = reserved;
         let mut frames = Vec::with_capacity(wants.len());

@@ -73,6 +73,88 @@ fn names_and_offsets() -> anyhow::Result<()> {
 }
 
 #[test]
+fn a_full_metadata_disk() -> anyhow::Result<()> {
+    const RECOVERY: Duration = Duration::from_secs(20);
+    let options = Options {
+        storage: 1,
+        meta_disk_mib: Some(32),
+        ..Options::default()
+    };
+    guard::with_cluster(options, |cluster| {
+        let (a, b) = (cluster.mount(0), cluster.mount(1));
+        let name = |i: usize| format!("{}{i}", "n".repeat(200));
+        let value = vec![7; 4000];
+        let make = |i: usize| -> std::io::Result<()> {
+            File::create(a.join(name(i)))?;
+            Ok(sys::setxattr(&a.join(name(i)), "user.a", &value, 0)?)
+        };
+        let mut made = 0;
+        let refused = loop {
+            match make(made) {
+                Ok(()) => made += 1,
+                Err(error) => break error,
+            }
+            ensure!(made < 100_000, "a disk of 32 MiB holds {made} files");
+        };
+        ensure!(refused.raw_os_error() == Some(libc::ENOSPC), "{refused}");
+        ensure!(made > 1000, "full after {made} files");
+        // There is still room for what does not make it grow.
+        fs::write(b.join(name(0)), b"written on a full disk")?;
+        fs::rename(a.join(name(1)), a.join("renamed"))?;
+        fs::remove_file(b.join(name(2)))?;
+        File::open(b.join(name(0)))?.sync_all()?;
+        // Until somebody else takes that as well: errors then, but nothing half done, and no restart needed.
+        let hog = cluster.path("meta").join("hog");
+        let took = File::create(&hog)?;
+        let mut taken = 0;
+        while sys::fallocate(&took, 0, taken, 64 << 10).is_ok() {
+            taken += 64 << 10;
+        }
+        let mut at = "renamed".to_owned();
+        let failed = (0..10_000).find_map(|i| {
+            let to = format!("renamed{i}{}", "r".repeat(200));
+            let error = fs::rename(a.join(&at), a.join(&to)).err();
+            if error.is_none() {
+                at = to;
+            }
+            error
+        });
+        let failed = failed.context("10,000 renames without any room")?;
+        let number = failed.raw_os_error();
+        ensure!(
+            number == Some(libc::ENOSPC) || number == Some(libc::EIO),
+            "a transaction without room: {failed}"
+        );
+        drop(took);
+        fs::remove_file(&hog)?;
+        let start = Instant::now();
+        while let Err(error) = fs::rename(a.join(&at), a.join("renamed")) {
+            ensure!(start.elapsed() < RECOVERY, "there is room again, but: {error}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let all_there = || -> anyhow::Result<()> {
+            ensure!(
+                fs::read(a.join(name(0)))? == b"written on a full disk",
+                "what was written on a full disk"
+            );
+            for side in [&a, &b] {
+                // The last one may have got its name before its attribute was refused.
+                let listed = fs::read_dir(side)?.count();
+                ensure!(listed == made - 1 || listed == made, "{listed} names of {made}");
+                ensure!(side.join("renamed").exists(), "the renamed file");
+                ensure!(!side.join(name(2)).exists(), "the removed file");
+                let attribute = sys::getxattr(&side.join(name(made - 1)), "user.a")?;
+                ensure!(attribute == value, "an attribute made before the disk was full");
+            }
+            Ok(())
+        };
+        all_there()?;
+        cluster.kill_and_restart(Role::Meta)?;
+        all_there()
+    })
+}
+
+#[test]
 fn a_full_pool() -> anyhow::Result<()> {
     const PIECE: usize = 1 << 20;
     guard::with_cluster(
