@@ -259,7 +259,8 @@ impl<'de> Deserialize<'de> for Size {
 pub const MIN_POOL: u64 = 8 << 20;
 
 impl Config {
-    /// Reads and checks a configuration file; relative paths in it are made absolute to its folder.
+    /// Reads and checks a configuration file; relative paths in it, those of `shm` sockets too, are made
+    /// absolute to its folder.
     ///
     /// # Errors
     /// [`ConfigError`] with the file and what to do.
@@ -284,6 +285,13 @@ impl Config {
             .chain(config.storage.iter_mut().map(|s| &mut s.dir))
         {
             *p = base.join(&*p);
+        }
+        if config.fabric == FabricChoice::Shm {
+            // Addresses are sockets in the file system.
+            let storage = config.storage.iter_mut().map(|s| &mut s.listen);
+            for listen in std::iter::once(&mut config.meta.listen).chain(storage) {
+                *listen = base.join(&*listen).to_string_lossy().into_owned();
+            }
         }
         config.check().map_err(|detail| ConfigError::Value {
             path: path.to_owned(),
