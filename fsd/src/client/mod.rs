@@ -239,6 +239,7 @@ impl Client {
             dirty_files: self.dirty.lock().len() as u64,
             requests: self.counters.requests.load(Ordering::Relaxed),
             parked: self.counters.parked.load(Ordering::Relaxed),
+            messages: self.net.messages(),
             revocations: self.counters.revocations.load(Ordering::Relaxed),
             repeats: self.counters.repeats.load(Ordering::Relaxed),
         }

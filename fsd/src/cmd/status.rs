@@ -181,7 +181,7 @@ fn print(report: &Report) {
         );
         match report.mounts.iter().find(|(n, _)| *n == node.node) {
             Some((_, Ok(m))) => println!(
-                "                       {}; leases: {} exclusive, {} shared, {} waiting; {} dirty files, {} cached; {} requests, {} revocations",
+                "                       {}; leases: {} exclusive, {} shared, {} waiting; {} dirty files, {} cached; {} requests, {} messages, {} revocations",
                 m.cache,
                 m.exclusive,
                 m.shared,
@@ -189,6 +189,7 @@ fn print(report: &Report) {
                 m.dirty_files,
                 mib(m.cached_bytes),
                 m.requests,
+                m.messages,
                 m.revocations
             ),
             Some((_, Err(error))) => println!("                       no answer: {error}"),

@@ -148,6 +148,13 @@ impl Net {
         Ok(reply)
     }
 
+    /// Messages and one-sided operations so far.
+    #[must_use]
+    pub fn messages(&self) -> u64 {
+        let stats = self.fabric.stats();
+        stats.messages_sent + stats.ops
+    }
+
     fn hello(&self, node: Option<u16>) -> Hello {
         Hello::new(&self.cluster, Role::Client(node), self.life)
     }
