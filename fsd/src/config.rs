@@ -255,6 +255,48 @@ impl<'de> Deserialize<'de> for Size {
     }
 }
 
+/// Reads a key file: it must be its reader's alone.
+///
+/// # Errors
+/// [`ConfigError`] with the file and what to do.
+pub fn read_key(path: &Path) -> Result<Vec<u8>, ConfigError> {
+    let read = |error| ConfigError::Read {
+        path: path.to_owned(),
+        error,
+    };
+    let meta = fs::metadata(path).map_err(read)?;
+    let mode = meta.permissions().mode() & 0o777;
+    if mode & 0o077 != 0 {
+        return Err(ConfigError::KeyExposed {
+            path: path.to_owned(),
+            mode,
+        });
+    }
+    let me = rustix::process::geteuid().as_raw();
+    if me != 0 && meta.uid() != me {
+        let detail = format!(
+            "belongs to uid {}, not to the user running fsd ({me})",
+            meta.uid()
+        );
+        return Err(ConfigError::Value {
+            path: path.to_owned(),
+            detail,
+        });
+    }
+    let key = fs::read(path).map_err(read)?;
+    if key.len() < 16 {
+        let detail = format!(
+            "the key has {} bytes, at least 16 are needed: run fsd keygen",
+            key.len()
+        );
+        return Err(ConfigError::Value {
+            path: path.to_owned(),
+            detail,
+        });
+    }
+    Ok(key)
+}
+
 /// Smallest pool of a storage node, bytes.
 pub const MIN_POOL: u64 = 8 << 20;
 
@@ -356,42 +398,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError::KeyExposed`] and the others.
     pub fn key(&self) -> Result<Vec<u8>, ConfigError> {
-        let path = &self.key_file;
-        let read = |error| ConfigError::Read {
-            path: path.clone(),
-            error,
-        };
-        let meta = fs::metadata(path).map_err(read)?;
-        let mode = meta.permissions().mode() & 0o777;
-        if mode & 0o077 != 0 {
-            return Err(ConfigError::KeyExposed {
-                path: path.clone(),
-                mode,
-            });
-        }
-        let me = rustix::process::geteuid().as_raw();
-        if me != 0 && meta.uid() != me {
-            let detail = format!(
-                "belongs to uid {}, not to the user running fsd ({me})",
-                meta.uid()
-            );
-            return Err(ConfigError::Value {
-                path: path.clone(),
-                detail,
-            });
-        }
-        let key = fs::read(path).map_err(read)?;
-        if key.len() < 16 {
-            let detail = format!(
-                "the key has {} bytes, at least 16 are needed: run fsd keygen",
-                key.len()
-            );
-            return Err(ConfigError::Value {
-                path: path.clone(),
-                detail,
-            });
-        }
-        Ok(key)
+        read_key(&self.key_file)
     }
 }
 

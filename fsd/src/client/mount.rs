@@ -181,6 +181,21 @@ impl Owner for Client {
     }
 }
 
+/// This host's address on the way to another.
+#[must_use]
+pub fn route_to(addr: &str) -> Option<std::net::IpAddr> {
+    let to = std::net::ToSocketAddrs::to_socket_addrs(addr).ok()?.next()?;
+    let any: std::net::IpAddr = if to.is_ipv4() {
+        std::net::Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        std::net::Ipv6Addr::UNSPECIFIED.into()
+    };
+    // Nothing is sent: connecting a datagram socket only looks the route up.
+    let socket = std::net::UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(to).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
 /// An address for a mount, beside the metadata server's.
 fn own_listen(config: &Config) -> String {
     match config.fabric {
@@ -196,19 +211,11 @@ fn own_listen(config: &Config) -> String {
             .to_string_lossy()
             .into_owned()
         }
-        FabricChoice::Tcp => {
-            let host = config
-                .meta
-                .listen
-                .rsplit_once(':')
-                .map_or("127.0.0.1", |(h, _)| h);
-            let loopback = host == "localhost" || host.starts_with("127.") || host == "[::1]";
-            if loopback {
-                format!("{host}:0")
-            } else {
-                "0.0.0.0:0".into()
-            }
-        }
+        // Others are told the address: it must be one of this host's.
+        FabricChoice::Tcp => match route_to(&config.meta.listen) {
+            Some(ip) => std::net::SocketAddr::new(ip, 0).to_string(),
+            None => "127.0.0.1:0".into(),
+        },
     }
 }
 

@@ -1,18 +1,14 @@
 //! `fsd dev`: a cluster of separate processes on this machine, in one command.
-//!
-//! The children are told to end when this process dies, however it dies: the mounts by SIGTERM, the
-//! servers a little later, so that the mounts can still write back. What a killed mount leaves behind is
-//! unmounted here.
 
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::children::{Children, code_of, signal, wait_for};
 use crate::config::{
     CacheMode, Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, Size, StorageConfig,
 };
@@ -50,22 +46,6 @@ pub struct DevArgs {
     /// Run this with `FSD_DIR` set, then take everything down and exit with its status.
     #[arg(last = true)]
     pub command: Vec<String>,
-}
-
-/// How long a child may take to be ready, or to end.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-struct Member {
-    what: String,
-    child: Child,
-    point: Option<PathBuf>,
-}
-
-/// The running cluster; dropping it takes everything down.
-struct Cluster {
-    members: Vec<Member>,
-    config: PathBuf,
-    notify_dir: tempfile::TempDir,
 }
 
 fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
@@ -111,103 +91,6 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
             ..MountConfig::default()
         },
     })
-}
-
-impl Cluster {
-    fn spawn(&mut self, what: &str, args: &[&str], point: Option<&Path>) -> anyhow::Result<()> {
-        let path = self.notify_dir.path().join("ready");
-        let socket = std::os::unix::net::UnixDatagram::bind(&path).context("readiness socket")?;
-        let exe = std::env::current_exe().context("the path of fsd")?;
-        let child = Command::new(exe)
-            .args(args)
-            .arg("--config")
-            .arg(&self.config)
-            .args(point)
-            .env("NOTIFY_SOCKET", &path)
-            .env(super::role::PARENT_ENV, std::process::id().to_string())
-            .stdin(Stdio::null())
-            // Ctrl-C is for this process; it takes the others down in order.
-            .process_group(0)
-            .spawn()
-            .with_context(|| format!("cannot start the {what}"))?;
-        self.members.push(Member {
-            what: what.to_owned(),
-            child,
-            point: point.map(Path::to_owned),
-        });
-        let ready = self.wait_ready(&socket, what);
-        let _ = std::fs::remove_file(&path);
-        ready
-    }
-
-    fn wait_ready(&mut self, socket: &std::os::unix::net::UnixDatagram, what: &str) -> anyhow::Result<()> {
-        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
-        let deadline = Instant::now() + PATIENCE;
-        let mut buffer = [0u8; 256];
-        while Instant::now() < deadline {
-            if let Ok(n) = socket.recv(&mut buffer)
-                && buffer[..n].windows(7).any(|w| w == b"READY=1")
-            {
-                return Ok(());
-            }
-            if let Some(member) = self.members.last_mut()
-                && let Some(status) = member.child.try_wait()?
-            {
-                bail!("the {what} did not start ({status}); its message is above");
-            }
-        }
-        bail!("the {what} was not ready within {} s", PATIENCE.as_secs());
-    }
-
-    /// A member that has died, and what it was.
-    fn dead(&mut self) -> Option<String> {
-        self.members.iter_mut().find_map(|m| match m.child.try_wait() {
-            Ok(Some(status)) => Some(format!("the {} has ended ({status})", m.what)),
-            _ => None,
-        })
-    }
-
-    /// Ends the members in reverse order of their start; true if all ended by themselves.
-    fn take_down(&mut self) -> bool {
-        let mut clean = true;
-        while let Some(mut member) = self.members.pop() {
-            let gone = matches!(member.child.try_wait(), Ok(Some(_)));
-            if !gone {
-                signal(&member.child, rustix::process::Signal::TERM);
-                clean &= wait_for(&mut member.child, PATIENCE);
-            }
-            if let Some(point) = &member.point {
-                crate::client::mountpoint::unmount(point);
-            }
-            let _ = member.child.wait();
-        }
-        clean
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        self.take_down();
-    }
-}
-
-fn signal(child: &Child, signal: rustix::process::Signal) {
-    if let Some(pid) = rustix::process::Pid::from_raw(child.id() as i32) {
-        // It may have ended meanwhile.
-        let _ = rustix::process::kill_process(pid, signal);
-    }
-}
-
-fn wait_for(child: &mut Child, limit: Duration) -> bool {
-    let deadline = Instant::now() + limit;
-    while Instant::now() < deadline {
-        if !matches!(child.try_wait(), Ok(None)) {
-            return true;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let _ = child.kill();
-    false
 }
 
 /// Runs `fsd dev`.
@@ -260,11 +143,7 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
             crate::storage::label::format(&s.dir, &config.cluster, s.id, &uuid)?;
         }
     }
-    let mut cluster = Cluster {
-        members: Vec::new(),
-        config: file.clone(),
-        notify_dir: tempfile::tempdir()?,
-    };
+    let mut cluster = Children::new(file.clone())?;
     for id in 0..args.storage {
         let id = id.to_string();
         cluster.spawn(
@@ -305,7 +184,7 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
     Ok(code)
 }
 
-fn until_signal(cluster: &mut Cluster, signals: &mut Signals) -> anyhow::Result<ExitCode> {
+fn until_signal(cluster: &mut Children, signals: &mut Signals) -> anyhow::Result<ExitCode> {
     loop {
         if signals.pending().next().is_some() {
             return Ok(ExitCode::SUCCESS);
@@ -321,13 +200,12 @@ fn run_command(
     args: &DevArgs,
     base: &Path,
     config: &Path,
-    cluster: &mut Cluster,
+    cluster: &mut Children,
     signals: &mut Signals,
 ) -> anyhow::Result<ExitCode> {
     let pids: Vec<String> = cluster
-        .members
-        .iter()
-        .map(|m| format!("{}={}", m.what.replace(' ', ""), m.child.id()))
+        .pids()
+        .map(|(what, pid)| format!("{}={pid}", what.replace(' ', "")))
         .collect();
     let mut child = Command::new(&args.command[0])
         .args(&args.command[1..])
@@ -338,11 +216,7 @@ fn run_command(
         .with_context(|| format!("cannot run {}", args.command[0]))?;
     loop {
         if let Some(status) = child.try_wait()? {
-            let code = status.code().unwrap_or_else(|| {
-                use std::os::unix::process::ExitStatusExt;
-                128 + status.signal().unwrap_or(0)
-            });
-            return Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)));
+            return Ok(ExitCode::from(code_of(status)));
         }
         if signals.pending().next().is_some() {
             signal(&child, rustix::process::Signal::TERM);

@@ -24,19 +24,31 @@ pub struct FormatArgs {
     pub storage: Option<u16>,
 }
 
-/// Makes a key file that only its owner can read.
+/// Makes a key file that only its owner can read; `-` stands for the standard output, in hexadecimal.
 ///
 /// # Errors
 /// It exists already, or the disk refuses.
 pub fn keygen(path: &Path) -> anyhow::Result<()> {
     let mut key = [0u8; 32];
     rand::rng().fill(&mut key);
+    if path == Path::new("-") {
+        println!("{}", super::launch::hex(&key));
+        return Ok(());
+    }
+    write_key(path, &key)
+}
+
+/// Writes a key into a file that only its owner can read.
+///
+/// # Errors
+/// It exists already, or the disk refuses.
+pub fn write_key(path: &Path, key: &[u8]) -> anyhow::Result<()> {
     std::fs::OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
         .open(path)
-        .and_then(|mut f| f.write_all(&key))
+        .and_then(|mut f| f.write_all(key))
         .with_context(|| format!("cannot write the key file {}", path.display()))
 }
 

@@ -1,7 +1,9 @@
 //! The command line.
 
+pub mod children;
 pub mod dev;
 pub mod format;
+pub mod launch;
 pub mod role;
 pub mod status;
 
@@ -26,6 +28,8 @@ pub struct Cli {
 pub enum Command {
     /// Run a cluster on this machine: servers and mounts as separate processes.
     Dev(dev::DevArgs),
+    /// Run a cluster on several hosts, as a job: over ssh, or started by mpirun or srun.
+    Launch(launch::LaunchArgs),
     /// Run the metadata server.
     Meta(RoleArgs),
     /// Run a storage node.
@@ -64,7 +68,7 @@ pub enum Command {
     Format(format::FormatArgs),
     /// Make a cluster key.
     Keygen {
-        /// File to write (mode 0600).
+        /// File to write (mode 0600); - prints the key.
         file: PathBuf,
     },
     /// Show nodes, leases, capacity and health.
@@ -95,6 +99,7 @@ pub fn run(cli: Cli) -> ExitCode {
     start_logging();
     let result = match cli.command {
         Command::Dev(args) => dev::run(&args),
+        Command::Launch(args) => launch::run(&args),
         Command::Meta(args) => load(&args).and_then(|(c, key)| role::meta(&c, key)),
         Command::Storage { role, id, forget } => {
             load(&role).and_then(|(c, key)| role::storage(&c, key, id, forget))

@@ -1,0 +1,364 @@
+//! `fsd launch`: a cluster on several hosts for as long as a command runs, like an MPI job.
+//!
+//! Either it starts a member on every host of a hostfile over ssh, or mpirun or srun have started it on
+//! every host and it finds its rank in the environment. The members meet at a coordinator (in this process,
+//! or in that of rank 0), which tells them who plays what, and leads them from step to step; see `talk`.
+//!
+//! | module | subject |
+//! | --- | --- |
+//! | `ranks` | what MPI launchers and Slurm say in the environment |
+//! | `roles` | which rank plays what |
+//! | `talk`, `rendezvous` | messages, and the coordinator as a state machine |
+//! | `coordinator`, `member` | the two sides |
+//! | `ssh` | starting members |
+
+mod coordinator;
+mod member;
+mod ranks;
+mod rendezvous;
+mod roles;
+mod ssh;
+mod talk;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use rand::Rng;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::config::{
+    CacheMode, Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, Size, StorageConfig,
+};
+use coordinator::Coordinator;
+use member::Member;
+use rendezvous::{Addresses, Job};
+use roles::Roles;
+
+/// Where the key of a job is, if not in a file.
+const KEY_ENV: &str = "FSD_LAUNCH_KEY";
+/// Name that the coordinator and the members of any job go by.
+const RENDEZVOUS: &str = "rendezvous";
+
+/// Arguments of `fsd launch`.
+#[derive(Debug, clap::Args)]
+pub struct LaunchArgs {
+    /// Start a member on every host of this file over ssh (without it: mpirun or srun have started this).
+    #[arg(long, conflicts_with = "hosts")]
+    pub hostfile: Option<PathBuf>,
+    /// The same, hosts separated by commas.
+    #[arg(long, value_delimiter = ',')]
+    pub hosts: Vec<String>,
+    /// Who plays what, by rank: for example meta=0,storage=0-1,client=1-3 (default: rank 0 serves, all mount).
+    #[arg(long)]
+    pub roles: Option<String>,
+    /// Fabric.
+    #[arg(long, default_value = "tcp")]
+    pub fabric: FabricChoice,
+    /// Kernel caching.
+    #[arg(long, default_value = "auto")]
+    pub cache: CacheMode,
+    /// Pool of each storage node.
+    #[arg(long, default_value_t = super::DEV_POOL)]
+    pub pool: Size,
+    /// Longest wait for a lease, milliseconds.
+    #[arg(long)]
+    pub lease_wait_ms: Option<u64>,
+    /// Mount at DIR/RANK (default: in a temporary directory).
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+    /// Keep the stores in DIR/rankN and use them again (default: a temporary directory, removed at the end).
+    #[arg(long)]
+    pub state: Option<PathBuf>,
+    /// HOST:PORT on the first host where the members meet (default: found out, where that is possible).
+    #[arg(long)]
+    pub rendezvous: Option<String>,
+    /// Secret of the job, the same file on all hosts (default: made up with --hostfile; else $FSD_LAUNCH_KEY).
+    #[arg(long)]
+    pub key_file: Option<PathBuf>,
+    /// How long to wait until all have come, seconds.
+    #[arg(long, default_value_t = 60)]
+    pub wait: u64,
+    /// Program that is used like ssh, with its options.
+    #[arg(long, default_value = "ssh -T -o BatchMode=yes")]
+    pub ssh: String,
+    /// Path of fsd on the other hosts (default: the same as here).
+    #[arg(long)]
+    pub fsd: Option<PathBuf>,
+    /// Begin each line of output with the host it comes from.
+    #[arg(long)]
+    pub tag: bool,
+    #[arg(long, hide = true, requires = "size")]
+    /// This process is a member with this rank, its key comes on standard input.
+    pub member: Option<u32>,
+    #[arg(long, hide = true)]
+    /// How many members there are.
+    pub size: Option<u32>,
+    /// Run this on every host that mounts, with `FSD_MOUNT`, `FSD_RANK`, `FSD_CLIENT` … set (default: nothing,
+    /// until Ctrl-C).
+    #[arg(last = true)]
+    pub command: Vec<String>,
+}
+
+/// Bytes as text.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, b| {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{b:02x}");
+        text
+    })
+}
+
+/// The opposite of [`hex`].
+fn unhex(text: &str) -> anyhow::Result<Vec<u8>> {
+    let text = text.trim();
+    ensure!(
+        text.is_ascii() && text.len().is_multiple_of(2),
+        "the key is not hexadecimal"
+    );
+    (0..text.len() / 2)
+        .map(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).context("the key is not hexadecimal"))
+        .collect()
+}
+
+/// Settings of the endpoints that the members meet at.
+fn base(args: &LaunchArgs) -> Config {
+    let nowhere = PathBuf::new();
+    let mut lease = LeaseConfig::default();
+    if let Some(ms) = args.lease_wait_ms {
+        lease.wait_ms = ms;
+    }
+    Config {
+        cluster: RENDEZVOUS.into(),
+        key_file: nowhere.clone(),
+        fabric: FabricChoice::Tcp,
+        spin_us: 0,
+        timeout_ms: 10_000,
+        lease,
+        meta: MetaConfig {
+            listen: String::new(),
+            dir: nowhere,
+        },
+        storage: Vec::new(),
+        mount: MountConfig {
+            cache: args.cache,
+            ..MountConfig::default()
+        },
+    }
+}
+
+/// The configuration of a job's cluster, but for paths.
+fn config_text(base: &Config, (meta, storage): &Addresses) -> Result<String, String> {
+    let mut config = base.clone();
+    config.meta.listen.clone_from(meta);
+    for (section, listen) in config.storage.iter_mut().zip(storage) {
+        section.listen.clone_from(listen);
+    }
+    toml::to_string(&config).map_err(|e| e.to_string())
+}
+
+/// As [`base`], for the cluster.
+fn cluster(args: &LaunchArgs, roles: &Roles) -> Config {
+    let storage = (0u16..).zip(&roles.storage).map(|(id, _)| StorageConfig {
+        id,
+        listen: String::new(),
+        dir: PathBuf::new(),
+        pool: args.pool,
+        memory_dir: "/dev/shm".into(),
+    });
+    Config {
+        cluster: "launch".into(),
+        fabric: args.fabric,
+        spin_us: crate::config::default_spin(),
+        storage: storage.collect(),
+        ..base(args)
+    }
+}
+
+/// Opens the coordinator of a job of so many ranks.
+fn coordinate(args: &LaunchArgs, size: u32, port: &str, key: Vec<u8>) -> anyhow::Result<Coordinator> {
+    ensure!(
+        args.fabric != FabricChoice::Shm,
+        "--fabric shm is for one host: use fsd dev, or another fabric"
+    );
+    let roles = Roles::parse(args.roles.as_deref(), size).map_err(anyhow::Error::msg)?;
+    let settings = cluster(args, &roles);
+    let job = Job {
+        size,
+        roles,
+        command: args.command.clone(),
+        uuid: format!("{:032x}", rand::random::<u128>()),
+    };
+    let write = Box::new(move |addresses: &Addresses| config_text(&settings, addresses));
+    Coordinator::open(&base(args), format!("0.0.0.0:{port}"), key, job, write)
+}
+
+/// Runs `fsd launch`.
+///
+/// # Errors
+/// The job cannot be set up, or was stopped.
+pub fn run(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
+    if let (Some(rank), Some(size)) = (args.member, args.size) {
+        return remote_member(args, rank, size);
+    }
+    let hosts = match &args.hostfile {
+        Some(file) => ssh::hosts(file)?,
+        None => args.hosts.clone(),
+    };
+    if !hosts.is_empty() {
+        return over_ssh(args, &hosts);
+    }
+    match ranks::from_env(|name| std::env::var(name).ok()) {
+        Some(rank) => as_rank(args, &rank),
+        None => bail!("no hosts: name them with --hostfile or --hosts, or start this with mpirun or srun"),
+    }
+}
+
+fn over_ssh(args: &LaunchArgs, hosts: &[String]) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
+    let size = u32::try_from(hosts.len()).context("too many hosts")?;
+    let key = match &args.key_file {
+        Some(file) => crate::config::read_key(file)?,
+        None => {
+            let mut key = vec![0; 32];
+            rand::rng().fill(&mut key[..]);
+            key
+        }
+    };
+    let port = match &args.rendezvous {
+        Some(addr) => addr.rsplit_once(':').context("--rendezvous is not HOST:PORT")?.1,
+        None => "0",
+    };
+    let coordinator = coordinate(args, size, port, key.clone())?;
+    let mut options = vec!["--wait".to_owned(), args.wait.to_string()];
+    for (name, path) in [("--dir", &args.dir), ("--state", &args.state)] {
+        if let Some(path) = path {
+            options.extend([name.to_owned(), path.to_string_lossy().into_owned()]);
+        }
+    }
+    let start = ssh::Start {
+        ssh: &args.ssh,
+        fsd: match &args.fsd {
+            Some(path) => path.clone(),
+            None => std::env::current_exe().context("the path of fsd")?,
+        },
+        rendezvous: match &args.rendezvous {
+            Some(addr) => addr.clone(),
+            None => format!(":{}", coordinator.port()?),
+        },
+        options,
+        key: &key,
+        tag: args.tag,
+    };
+    let mut remotes = ssh::Remotes::start(&start, hosts)?;
+    let status = coordinator.run(Duration::from_secs(args.wait), |c| {
+        if signals.pending().next().is_some() {
+            ensure!(args.command.is_empty(), "interrupted");
+            c.finish();
+        }
+        remotes.check()
+    })?;
+    Ok(ExitCode::from(status))
+}
+
+/// A member that `fsd launch` has started over ssh.
+fn remote_member(args: &LaunchArgs, rank: u32, size: u32) -> anyhow::Result<ExitCode> {
+    let mut line = String::new();
+    std::io::stdin()
+        .read_line(&mut line)
+        .context("the key of the job")?;
+    let told = args.rendezvous.clone().context("--member needs --rendezvous")?;
+    let rendezvous = match told.strip_prefix(':') {
+        None => told,
+        Some(port) => {
+            let from = std::env::var("SSH_CONNECTION").unwrap_or_default();
+            let host = from.split_whitespace().next().context(
+                "ssh does not tell where it comes from (SSH_CONNECTION): name the rendezvous with --rendezvous HOST:PORT",
+            )?;
+            let ip: std::net::IpAddr = host.parse().context("SSH_CONNECTION")?;
+            format!(
+                "{}",
+                std::net::SocketAddr::new(ip, port.parse().context("--rendezvous")?)
+            )
+        }
+    };
+    part(args, rank, size, rendezvous, unhex(&line)?).map(|(status, _)| ExitCode::from(status))
+}
+
+fn part(
+    args: &LaunchArgs,
+    rank: u32,
+    size: u32,
+    rendezvous: String,
+    key: Vec<u8>,
+) -> anyhow::Result<(u8, u8)> {
+    member::run(&Member {
+        base: &base(args),
+        rank,
+        size,
+        rendezvous,
+        key,
+        dir: args.dir.clone(),
+        state: args.state.clone(),
+        patience: Duration::from_secs(args.wait),
+    })
+}
+
+/// One of several processes that mpirun or srun have started.
+fn as_rank(args: &LaunchArgs, rank: &ranks::Rank) -> anyhow::Result<ExitCode> {
+    let key = match (&args.key_file, std::env::var(KEY_ENV)) {
+        (Some(file), _) => crate::config::read_key(file)?,
+        (None, Ok(text)) => unhex(&text)?,
+        (None, Err(_)) => bail!(
+            "the ranks share no secret: export {KEY_ENV}=$(fsd keygen -) and pass it on (mpirun -x {KEY_ENV}), or name a file with --key-file"
+        ),
+    };
+    let port = |number: u64| 20_000 + number % 20_000;
+    let parent = rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get());
+    let rendezvous = match (&args.rendezvous, &rank.first_host) {
+        (Some(addr), _) => addr.clone(),
+        // All have the same parent.
+        (None, _) if rank.local => format!("127.0.0.1:{}", port(parent as u64)),
+        (None, Some(host)) => format!("{host}:{}", port(rank.job.unwrap_or(0))),
+        (None, None) => {
+            bail!("where do the ranks meet? Name a free port of rank 0's host: --rendezvous HOST:PORT")
+        }
+    };
+    if rank.rank != 0 {
+        let (status, _) = part(args, rank.rank, rank.size, rendezvous, key)?;
+        return Ok(ExitCode::from(status));
+    }
+    let (_, own_port) = rendezvous
+        .rsplit_once(':')
+        .context("--rendezvous is not HOST:PORT")?;
+    let coordinator = coordinate(args, rank.size, own_port, key.clone())?;
+    let patience = Duration::from_secs(args.wait);
+    let coordinating = std::thread::Builder::new()
+        .name("coordinator".into())
+        .spawn(move || coordinator.run(patience, |_| Ok(())))
+        .context("cannot start a thread")?;
+    let own = part(args, 0, rank.size, rendezvous, key);
+    let all = coordinating
+        .join()
+        .map_err(|_| anyhow::anyhow!("the coordinator has failed"))?;
+    let (_, worst) = own?;
+    Ok(ExitCode::from(all?.max(worst)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_as_text() {
+        let key: Vec<u8> = (0..32).map(|i| i * 7).collect();
+        assert_eq!(unhex(&format!("{}\n", hex(&key))).unwrap(), key);
+        for bad in ["abc", "zz", "ä"] {
+            assert!(unhex(bad).is_err(), "{bad}");
+        }
+    }
+}
