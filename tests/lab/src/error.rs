@@ -99,7 +99,10 @@ pub enum Error {
 impl Error {
     /// Something missing on the host and what to do about it.
     pub fn missing(what: impl Into<String>, advice: impl Into<String>) -> Self {
-        Error::Missing { what: what.into(), advice: advice.into() }
+        Error::Missing {
+            what: what.into(),
+            advice: advice.into(),
+        }
     }
 
     /// A check of a scenario that did not hold.
@@ -125,6 +128,9 @@ impl<T> At<T> for io::Result<T> {
 
 impl<T> At<T> for std::result::Result<T, rustix::io::Errno> {
     fn at(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|errno| Error::Io { what: what(), source: errno.into() })
+        self.map_err(|errno| Error::Io {
+            what: what(),
+            source: errno.into(),
+        })
     }
 }

@@ -73,7 +73,10 @@ impl Link {
             next: AtomicU32::new(1),
         });
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        link.send(&ToGuest::Hello { nonce: 1, unix_ms: u64::try_from(unix.as_millis()).unwrap_or(0) })?;
+        link.send(&ToGuest::Hello {
+            nonce: 1,
+            unix_ms: u64::try_from(unix.as_millis()).unwrap_or(0),
+        })?;
         Ok(link)
     }
 
@@ -84,9 +87,10 @@ impl Link {
     pub fn ready(&self, limit: Duration) -> Result<Duration> {
         match lock(&self.ready).recv_timeout(limit) {
             Ok(uptime) => Ok(Duration::from_millis(uptime)),
-            Err(RecvTimeoutError::Timeout) => {
-                Err(Error::TimeOut { what: format!("the boot of {}", self.guest), seconds: limit.as_secs() })
-            }
+            Err(RecvTimeoutError::Timeout) => Err(Error::TimeOut {
+                what: format!("the boot of {}", self.guest),
+                seconds: limit.as_secs(),
+            }),
             Err(RecvTimeoutError::Disconnected) => Err(self.gone("booting")),
         }
     }
@@ -104,7 +108,14 @@ impl Link {
             None => return Err(self.gone(&format!("starting `{label}`"))),
         };
         self.send(&ToGuest::Start { id, program })?;
-        Ok(Running { link: Arc::clone(self), id, events, label })
+        Ok(Running {
+            handle: Handle {
+                link: Arc::clone(self),
+                id,
+            },
+            events,
+            label,
+        })
     }
 
     /// Switches the guest off, without waiting for it.
@@ -120,7 +131,10 @@ impl Link {
     }
 
     fn gone(&self, doing: &str) -> Error {
-        Error::Gone { guest: self.guest.clone(), doing: doing.to_owned() }
+        Error::Gone {
+            guest: self.guest.clone(),
+            doing: doing.to_owned(),
+        }
     }
 }
 
@@ -142,11 +156,17 @@ pub struct Finished {
     pub err: String,
 }
 
+/// By which a program that runs in a guest is acted on.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    link: Arc<Link>,
+    id: u32,
+}
+
 /// A program that runs in a guest.
 #[derive(Debug)]
 pub struct Running {
-    link: Arc<Link>,
-    id: u32,
+    handle: Handle,
     events: Receiver<Event>,
     label: String,
 }
@@ -169,7 +189,10 @@ impl Running {
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         loop {
-            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match self
+                .events
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
                 Ok(Event::Output(stream, data)) => {
                     sink(stream, &data);
                     let kept = match stream {
@@ -179,34 +202,55 @@ impl Running {
                     let room = KEPT.saturating_sub(kept.len()).min(data.len());
                     kept.extend_from_slice(data.get(..room).unwrap_or_default());
                 }
-                Ok(Event::Ended(ending)) => return Ok(Finished { ending, out: text(&out), err: text(&err) }),
+                Ok(Event::Ended(ending)) => {
+                    return Ok(Finished {
+                        ending,
+                        out: text(&out),
+                        err: text(&err),
+                    });
+                }
                 Err(RecvTimeoutError::Timeout) => {
                     self.kill();
-                    let shown = crate::tools::tail(&text(&[out, err].concat()), 400).trim().to_owned();
+                    let shown = crate::tools::tail(&text(&[out, err].concat()), 400)
+                        .trim()
+                        .to_owned();
                     return Err(Error::TimeOut {
-                        what: format!("`{}` on {} (it printed: {shown})", self.label, self.link.guest),
+                        what: format!(
+                            "`{}` on {} (it printed: {shown})",
+                            self.label, self.handle.link.guest
+                        ),
                         seconds: limit.as_secs(),
                     });
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(self.link.gone(&format!("running `{}`", self.label)));
+                    return Err(self.handle.link.gone(&format!("running `{}`", self.label)));
                 }
             }
         }
     }
 
+    /// By which it can be acted on while another waits for it.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
     /// Ends it, with its process group.
     pub fn kill(&self) {
         // Where that fails there is nothing left to end.
-        let _ = self.link.send(&ToGuest::Kill { id: self.id });
+        let _ = self.handle.link.send(&ToGuest::Kill { id: self.handle.id });
     }
+}
 
+impl Handle {
     /// Types something on its terminal.
     ///
     /// # Errors
     /// The guest is gone.
     pub fn input(&self, data: &[u8]) -> Result<()> {
-        self.link.send(&ToGuest::Input { id: self.id, data: data.to_vec() })
+        self.link.send(&ToGuest::Input {
+            id: self.id,
+            data: data.to_vec(),
+        })
     }
 
     /// Tells it that its terminal has another size.
@@ -223,25 +267,52 @@ mod tests {
     use super::*;
 
     fn output(id: u32, text: &str) -> FromGuest {
-        FromGuest::Output { id, stream: Stream::Out, data: text.as_bytes().to_vec() }
+        FromGuest::Output {
+            id,
+            stream: Stream::Out,
+            data: text.as_bytes().to_vec(),
+        }
     }
 
     #[test]
     fn programs_are_told_apart_and_a_lost_guest_is_noticed() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let link = Link::new("guest 1", ours).unwrap();
-        assert!(matches!(proto::receive(&mut theirs).unwrap(), ToGuest::Hello { .. }));
-        proto::send(&mut theirs, &FromGuest::Ready { nonce: 1, uptime_ms: 1500 }).unwrap();
-        assert_eq!(link.ready(Duration::from_secs(5)).unwrap(), Duration::from_millis(1500));
+        assert!(matches!(
+            proto::receive(&mut theirs).unwrap(),
+            ToGuest::Hello { .. }
+        ));
+        proto::send(
+            &mut theirs,
+            &FromGuest::Ready {
+                nonce: 1,
+                uptime_ms: 1500,
+            },
+        )
+        .unwrap();
+        assert_eq!(
+            link.ready(Duration::from_secs(5)).unwrap(),
+            Duration::from_millis(1500)
+        );
 
         let a = link.start(Program::default()).unwrap();
         let b = link.start(Program::default()).unwrap();
-        proto::send(&mut theirs, &output(b.id, "b")).unwrap();
-        proto::send(&mut theirs, &output(a.id, "a")).unwrap();
-        proto::send(&mut theirs, &FromGuest::Ended { id: b.id, ending: Ending::Code(4) }).unwrap();
+        proto::send(&mut theirs, &output(b.handle.id, "b")).unwrap();
+        proto::send(&mut theirs, &output(a.handle.id, "a")).unwrap();
+        proto::send(
+            &mut theirs,
+            &FromGuest::Ended {
+                id: b.handle.id,
+                ending: Ending::Code(4),
+            },
+        )
+        .unwrap();
         let done = b.wait(Duration::from_secs(5)).unwrap();
         assert_eq!((done.ending, done.out.as_str()), (Ending::Code(4), "b"));
-        assert!(matches!(a.wait(Duration::from_millis(20)), Err(Error::TimeOut { .. })));
+        assert!(matches!(
+            a.wait(Duration::from_millis(20)),
+            Err(Error::TimeOut { .. })
+        ));
         drop(theirs);
         assert!(matches!(a.wait(Duration::from_secs(5)), Err(Error::Gone { .. })));
         assert!(matches!(link.start(Program::default()), Err(Error::Gone { .. })));

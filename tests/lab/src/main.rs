@@ -1,20 +1,257 @@
-//! Walking skeleton.
-use std::path::Path; use std::time::{Duration,Instant};
-fn main() -> Result<(), lab::error::Error> {
-    let cache = Path::new("/work/lab-target/lab-cache");
-    std::fs::create_dir_all(cache).ok();
-    let k = lab::image::packages::kernel(cache, &std::env::args().nth(1).unwrap_or("6.12".into()), None, false)?;
-    println!("{k:?}");
-    let t = Instant::now();
-    let image = lab::image::build(cache, &k, Path::new("/work/lab-target/release"), &Default::default())?;
-    println!("image {:?} {:?}", image, t.elapsed());
-    let t = Instant::now();
-    let d = Path::new("/work/lab-target/x"); std::fs::create_dir_all(d).ok();
-    let p = lab::qemu::Places{console:d.join("console"),log:d.join("log"),job:d.into(),target:"/work/lab-target/release".into()};
-    let q = lab::qemu::Qemu::start("guest1", &image, lab::qemu::Machine{cpus:2,memory:1024}, &p, None)?;
-    let l = lab::link::Link::new("guest1", q.agent)?;
-    println!("ready {:?} {:?}", l.ready(Duration::from_secs(60))?, t.elapsed());
-    let f = l.start(lab::proto::Program{argv:["bash","-c",&std::env::args().nth(2).unwrap_or("uname -a; cat /proc/modules".into())].iter().map(|s|s.to_string()).collect(),..Default::default()})?.wait(Duration::from_secs(60))?;
-    println!("{}{}{:?} {:?}", f.out, f.err, f.ending, t.elapsed());
+//! `fsd-lab`: guests with SoftRoCE, and commands and scenarios in them.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use lab::cli::{Action, Cli, Fetch, KERNELS, List, Machine, Run, Shell, Test};
+use lab::cluster::Cluster;
+use lab::error::{At, Error, Result};
+use lab::image::packages;
+use lab::options::{Options, Tier};
+use lab::proto::Stream;
+use lab::report::{Outcome, summary};
+use lab::scenario::file::Script;
+use lab::scenario::{self, Scenario};
+use lab::{process, shell, snapshot};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+/// Statuses of our own are those of `timeout` and its like: a command's own are below.
+const FAILED: u8 = 125;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = end_on_signals().and_then(|()| match cli.command {
+        Action::Run(run) => run_one(&run),
+        Action::Shell(shell) => open_shell(&shell),
+        Action::Test(test) => run_tests(&test),
+        Action::List(list) => print_list(&list),
+        Action::Fetch(fetch) => fetch_kernels(&fetch),
+    });
+    shell::restore_terminal();
+    done.unwrap_or_else(|error| {
+        eprintln!("fsd-lab: {error}");
+        ExitCode::from(FAILED)
+    })
+}
+
+/// Emulators and the terminal's settings must not outlive us.
+fn end_on_signals() -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).at(|| "watch for signals".into())?;
+    std::thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            process::end_all();
+            shell::restore_terminal();
+            eprintln!("fsd-lab: interrupted; the guests were ended");
+            std::process::exit(128 + signal);
+        }
+    });
     Ok(())
+}
+
+fn run_one(run: &Run) -> Result<ExitCode> {
+    let Some(name) = &run.scenario else {
+        return run_command(run);
+    };
+    if let Some(scenario) = scenario::find(name) {
+        let tier = run.tier.unwrap_or(Tier::Single);
+        let outcome = run_scenario(scenario, tier, &run.kernel, &run.machine)?;
+        println!("{}", summary(&[outcome.clone()]));
+        return Ok(if outcome.error.is_none() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::from(1)
+        });
+    }
+    let path = Path::new(name);
+    if !path.is_file() {
+        let known = scenario::ALL
+            .iter()
+            .map(|scenario| scenario.name)
+            .collect::<Vec<_>>()
+            .join(", ");
+        return Err(Error::check(format!(
+            "there is no scenario {name:?}, nor such a file; known are: {known}"
+        )));
+    }
+    let script = Script::load(path)?;
+    let tier = run.tier.or(script.tier).unwrap_or(Tier::Single);
+    let options = run.machine.options(tier, &run.kernel, script.nodes, script.mtu)?;
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let outcome = in_cluster(&stem, options, &run.machine, &run.kernel, |cluster| {
+        script.run(cluster)
+    })?;
+    println!("{}", summary(&[outcome.clone()]));
+    Ok(if outcome.error.is_none() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(1)
+    })
+}
+
+/// What a run is called, by which its logs are found.
+fn name_of(scenario: &str, tier: Tier, kernel: &str, machine: &Machine) -> String {
+    let file = machine
+        .kernel_deb
+        .as_deref()
+        .and_then(Path::file_stem)
+        .map(|stem| stem.to_string_lossy());
+    format!("{scenario}-{tier}-{}", file.as_deref().unwrap_or(kernel))
+}
+
+fn run_scenario(scenario: &Scenario, tier: Tier, kernel: &str, machine: &Machine) -> Result<Outcome> {
+    let options = machine.options(tier, kernel, None, None)?;
+    if options.nodes < scenario.nodes {
+        return Err(Error::check(format!(
+            "the scenario {} needs {} nodes",
+            scenario.name, scenario.nodes
+        )));
+    }
+    in_cluster(scenario.name, options, machine, kernel, scenario.run)
+}
+
+/// Runs `body` in a cluster of its own; the outcome has its failures.
+fn in_cluster(
+    scenario: &str,
+    options: Options,
+    machine: &Machine,
+    kernel: &str,
+    body: impl FnOnce(&Cluster) -> Result<()>,
+) -> Result<Outcome> {
+    let name = name_of(scenario, options.tier, kernel, machine);
+    let logs = machine.logs()?.join(&name);
+    eprintln!("== {name}");
+    let start = Instant::now();
+    let (mut boot, mut notes) = (Duration::ZERO, Vec::new());
+    let result = Cluster::start(options, &logs).and_then(|cluster| {
+        boot = start.elapsed();
+        let result = body(&cluster);
+        notes = cluster.notes();
+        cluster.finish(result)
+    });
+    if let Err(error @ Error::Missing { .. }) = result {
+        return Err(error);
+    }
+    let outcome = Outcome::new(&name, &result, start.elapsed(), boot, notes);
+    outcome.save(&logs)?;
+    eprintln!("{}", outcome.line());
+    Ok(outcome)
+}
+
+fn run_command(run: &Run) -> Result<ExitCode> {
+    let tier = run.tier.unwrap_or(Tier::Single);
+    let options = run.machine.options(tier, &run.kernel, None, None)?;
+    let limit = options.limit;
+    let logs = run
+        .machine
+        .logs()?
+        .join(name_of("run", tier, &run.kernel, &run.machine));
+    let cluster = Cluster::start(options, &logs)?;
+    let mut code = 0;
+    let result = cluster
+        .start_program(run.node, &run.argv, None)
+        .and_then(|program| {
+            let done = program.wait_with(limit, |stream, data| {
+                // A closed output is no reason to end the command.
+                let _ = match stream {
+                    Stream::Out => write_now(&mut std::io::stdout(), data),
+                    Stream::Err => write_now(&mut std::io::stderr(), data),
+                };
+            })?;
+            if let lab::proto::Ending::NotStarted(why) = &done.ending {
+                eprintln!("fsd-lab: {}: {why}", run.argv.join(" "));
+            }
+            code = done.ending.code();
+            Ok(())
+        });
+    cluster.finish(result)?;
+    Ok(ExitCode::from(code))
+}
+
+fn write_now(out: &mut impl Write, data: &[u8]) -> std::io::Result<()> {
+    out.write_all(data)?;
+    out.flush()
+}
+
+fn open_shell(args: &Shell) -> Result<ExitCode> {
+    let mut options = args.machine.options(args.tier, &args.kernel, None, None)?;
+    // As long as the developer likes.
+    options.limit = Duration::from_secs(7 * 24 * 3600);
+    let logs = args
+        .machine
+        .logs()?
+        .join(name_of("shell", args.tier, &args.kernel, &args.machine));
+    eprintln!("booting; the shell ends with Ctrl-D, and the guests with it");
+    let cluster = Cluster::start(options, &logs)?;
+    let mut code = 0;
+    let result = shell::run(&cluster, args.node).map(|ending| code = ending.code());
+    cluster.finish(result)?;
+    Ok(ExitCode::from(code))
+}
+
+fn run_tests(test: &Test) -> Result<ExitCode> {
+    let mut chosen: Vec<&Scenario> = Vec::new();
+    for name in &test.scenarios {
+        let unknown = || Error::check(format!("there is no scenario {name:?}; see fsd-lab list"));
+        chosen.push(scenario::find(name).ok_or_else(unknown)?);
+    }
+    if chosen.is_empty() {
+        chosen = scenario::ALL.iter().collect();
+    }
+    let kernels: Vec<&str> = if test.kernel.is_empty() {
+        KERNELS.to_vec()
+    } else {
+        test.kernel.iter().map(String::as_str).collect()
+    };
+    let tiers = if test.tier.is_empty() {
+        vec![Tier::Single, Tier::Multi]
+    } else {
+        test.tier.clone()
+    };
+    let mut outcomes = Vec::new();
+    for kernel in kernels {
+        for tier in &tiers {
+            for scenario in chosen.iter().filter(|scenario| scenario.tiers.contains(tier)) {
+                outcomes.push(run_scenario(scenario, *tier, kernel, &test.machine)?);
+            }
+        }
+    }
+    println!("\n{}", summary(&outcomes));
+    let failed = outcomes.iter().any(|outcome| outcome.error.is_some());
+    Ok(if failed || outcomes.is_empty() {
+        ExitCode::from(1)
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn print_list(list: &List) -> Result<ExitCode> {
+    println!("scenarios:");
+    for scenario in scenario::ALL {
+        println!("  {:<10} {}", scenario.name, scenario.about);
+    }
+    let cache = list.places.cache()?;
+    println!("cache {}:", cache.display());
+    for line in snapshot::cached(&cache)? {
+        println!("  {line}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn fetch_kernels(fetch: &Fetch) -> Result<ExitCode> {
+    let cache = fetch.places.cache()?;
+    std::fs::create_dir_all(&cache).at(|| format!("make the folder {}", cache.display()))?;
+    let kernels: Vec<&str> = if fetch.kernel.is_empty() {
+        KERNELS.to_vec()
+    } else {
+        fetch.kernel.iter().map(String::as_str).collect()
+    };
+    for series in kernels {
+        let kernel = packages::kernel(&cache, series, fetch.places.mirror.as_deref(), true)?;
+        println!("{series}: {} in {}", kernel.release, kernel.dir.display());
+    }
+    Ok(ExitCode::SUCCESS)
 }

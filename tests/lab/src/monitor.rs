@@ -25,8 +25,13 @@ impl Monitor {
     /// It does not answer.
     pub fn new(socket: &UnixStream) -> Result<Monitor> {
         let clone = || socket.try_clone().at(|| "share a socket".into());
-        socket.set_read_timeout(Some(ANSWER_LIMIT)).at(|| "limit a socket's wait".into())?;
-        let mut monitor = Monitor { socket: clone()?, input: BufReader::new(clone()?) };
+        socket
+            .set_read_timeout(Some(ANSWER_LIMIT))
+            .at(|| "limit a socket's wait".into())?;
+        let mut monitor = Monitor {
+            socket: clone()?,
+            input: BufReader::new(clone()?),
+        };
         monitor.line()?;
         monitor.execute("qmp_capabilities", &json!({}))?;
         Ok(monitor)
@@ -38,7 +43,9 @@ impl Monitor {
     /// It fails, or there is no answer.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
         let line = format!("{}\n", json!({"execute": command, "arguments": arguments}));
-        self.socket.write_all(line.as_bytes()).at(|| format!("send {command} to the emulator"))?;
+        self.socket
+            .write_all(line.as_bytes())
+            .at(|| format!("send {command} to the emulator"))?;
         loop {
             let mut answer = self.line()?;
             if let Some(error) = answer.get("error") {
@@ -64,7 +71,10 @@ impl Monitor {
             }
             if Instant::now() > deadline {
                 let what = format!("{query} of the emulator (it says {answer})");
-                return Err(Error::TimeOut { what, seconds: limit.as_secs() });
+                return Err(Error::TimeOut {
+                    what,
+                    seconds: limit.as_secs(),
+                });
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -72,7 +82,10 @@ impl Monitor {
 
     fn line(&mut self) -> Result<Value> {
         let mut line = String::new();
-        let count = self.input.read_line(&mut line).at(|| "hear from the emulator".into())?;
+        let count = self
+            .input
+            .read_line(&mut line)
+            .at(|| "hear from the emulator".into())?;
         if count == 0 {
             return Err(protocol("it has ended".into()));
         }
@@ -81,5 +94,8 @@ impl Monitor {
 }
 
 fn protocol(why: String) -> Error {
-    Error::Protocol { peer: "the emulator".into(), why }
+    Error::Protocol {
+        peer: "the emulator".into(),
+        why,
+    }
 }

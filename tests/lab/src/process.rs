@@ -64,13 +64,19 @@ impl Process {
         })?;
         let child = child.map_err(|source| match source.kind() {
             std::io::ErrorKind::NotFound => Error::missing(format!("the program {program}"), tools::SETUP),
-            _ => Error::Io { what: format!("start {program}"), source },
+            _ => Error::Io {
+                what: format!("start {program}"),
+                source,
+            },
         })?;
         let child = Arc::new(Mutex::new(child));
         let mut children = lock(&CHILDREN);
         children.retain(|child| child.strong_count() > 0);
         children.push(Arc::downgrade(&child));
-        Ok(Process { child, name: name.to_owned() })
+        Ok(Process {
+            child,
+            name: name.to_owned(),
+        })
     }
 
     /// How it has ended, if it has.
@@ -78,7 +84,9 @@ impl Process {
     /// # Errors
     /// The system does not say.
     pub fn ended(&self) -> Result<Option<ExitStatus>> {
-        lock(&self.child).try_wait().at(|| format!("look at {}", self.name))
+        lock(&self.child)
+            .try_wait()
+            .at(|| format!("look at {}", self.name))
     }
 
     /// Waits for its end.
@@ -93,7 +101,10 @@ impl Process {
             }
             if Instant::now() > deadline {
                 let what = format!("the end of {}", self.name);
-                return Err(Error::TimeOut { what, seconds: limit.as_secs() });
+                return Err(Error::TimeOut {
+                    what,
+                    seconds: limit.as_secs(),
+                });
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -105,8 +116,15 @@ impl Process {
     /// It has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let mut child = lock(&self.child);
-        if child.try_wait().at(|| format!("look at {}", self.name))?.is_some() {
-            return Err(Error::Gone { guest: self.name.clone(), doing: "sending it a signal".into() });
+        if child
+            .try_wait()
+            .at(|| format!("look at {}", self.name))?
+            .is_some()
+        {
+            return Err(Error::Gone {
+                guest: self.name.clone(),
+                doing: "sending it a signal".into(),
+            });
         }
         kill_process(Pid::from_child(&child), signal).at(|| format!("send a signal to {}", self.name))
     }

@@ -156,7 +156,10 @@ pub fn send<T: Serialize>(out: &mut impl Write, message: &T) -> io::Result<()> {
     let mut frame = postcard::to_extend(message, vec![0; 4]).map_err(io::Error::other)?;
     let length = frame.len() - 4;
     if length > MAX_FRAME {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a message that is too long"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "a message that is too long",
+        ));
     }
     if let (Some(head), Ok(length)) = (frame.get_mut(..4), u32::try_from(length)) {
         head.copy_from_slice(&length.to_le_bytes());
@@ -175,7 +178,10 @@ pub fn receive<T: DeserializeOwned>(input: &mut impl Read) -> io::Result<T> {
     input.read_exact(&mut head)?;
     let length = usize::try_from(u32::from_le_bytes(head)).unwrap_or(usize::MAX);
     if length > MAX_FRAME {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a message of {length} bytes")));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("a message of {length} bytes"),
+        ));
     }
     let mut body = vec![0; length];
     input.read_exact(&mut body)?;
@@ -192,12 +198,21 @@ mod tests {
             argv: vec!["sh".into(), "-c".into(), "true".into()],
             env: vec![("A".into(), "b=c".into())],
             dir: "/".into(),
-            terminal: Some(Size { rows: 25, columns: 80 }),
+            terminal: Some(Size {
+                rows: 25,
+                columns: 80,
+            }),
         };
         let messages = [
-            ToGuest::Hello { nonce: u64::MAX, unix_ms: 1 },
+            ToGuest::Hello {
+                nonce: u64::MAX,
+                unix_ms: 1,
+            },
             ToGuest::Start { id: 7, program },
-            ToGuest::Input { id: 7, data: vec![0, 1, 255] },
+            ToGuest::Input {
+                id: 7,
+                data: vec![0, 1, 255],
+            },
             ToGuest::PowerOff,
         ];
         let mut wire = Vec::new();
@@ -208,7 +223,10 @@ mod tests {
         for message in &messages {
             assert_eq!(&receive::<ToGuest>(&mut input).unwrap(), message);
         }
-        assert_eq!(receive::<ToGuest>(&mut input).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(
+            receive::<ToGuest>(&mut input).unwrap_err().kind(),
+            io::ErrorKind::UnexpectedEof
+        );
     }
 
     #[test]
@@ -217,8 +235,15 @@ mod tests {
         assert_eq!(long.kind(), io::ErrorKind::InvalidData);
         let unknown = receive::<FromGuest>(&mut [1u8, 0, 0, 0, 99].as_slice()).unwrap_err();
         assert_eq!(unknown.kind(), io::ErrorKind::InvalidData);
-        let big = FromGuest::Output { id: 1, stream: Stream::Out, data: vec![0; MAX_FRAME + 1] };
-        assert_eq!(send(&mut Vec::new(), &big).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        let big = FromGuest::Output {
+            id: 1,
+            stream: Stream::Out,
+            data: vec![0; MAX_FRAME + 1],
+        };
+        assert_eq!(
+            send(&mut Vec::new(), &big).unwrap_err().kind(),
+            io::ErrorKind::InvalidInput
+        );
     }
 
     #[test]

@@ -17,7 +17,8 @@ use crate::{proto, tools};
 pub const QEMU: &str = "qemu-system-x86_64";
 /// What the kernel is told. A panic ends the emulator; warnings are on the console; software emulation has no
 /// use for mitigations, and its time-stamp counter is better than what 6.12 would choose instead.
-const KERNEL_ARGUMENTS: &str = "console=ttyS0 loglevel=5 panic=-1 mitigations=off tsc=reliable random.trust_cpu=on";
+const KERNEL_ARGUMENTS: &str =
+    "console=ttyS0 loglevel=5 panic=-1 mitigations=off tsc=reliable random.trust_cpu=on";
 
 /// A guest's hardware.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,15 +60,25 @@ impl Qemu {
     ///
     /// # Errors
     /// It cannot be started.
-    pub fn start(name: &str, image: &Image, machine: Machine, places: &Places, snapshot: Option<&Path>) -> Result<Qemu> {
+    pub fn start(
+        name: &str,
+        image: &Image,
+        machine: Machine,
+        places: &Places,
+        snapshot: Option<&Path>,
+    ) -> Result<Qemu> {
         let (agent, agent_end) = pair()?;
         let (monitor, monitor_end) = pair()?;
         let (card, card_end) = pair()?;
         let log = append(&places.log)?;
         let mut command = Command::new(tools::find(QEMU)?);
         command.args(arguments(image, machine, places));
-        command.arg("-chardev").arg(format!("socket,id=agent,fd={}", agent_end.as_raw_fd()));
-        command.arg("-chardev").arg(format!("socket,id=monitor,fd={}", monitor_end.as_raw_fd()));
+        command
+            .arg("-chardev")
+            .arg(format!("socket,id=agent,fd={}", agent_end.as_raw_fd()));
+        command
+            .arg("-chardev")
+            .arg(format!("socket,id=monitor,fd={}", monitor_end.as_raw_fd()));
         command.args(["-mon", "chardev=monitor,mode=control"]);
         command.arg("-netdev").arg(format!(
             "stream,id=card,server=off,addr.type=fd,addr.str={}",
@@ -75,10 +86,17 @@ impl Qemu {
         ));
         command.args(devices());
         if let Some(path) = snapshot {
-            command.arg("-incoming").arg(format!("exec:cat {}", shell_word(path)));
+            command
+                .arg("-incoming")
+                .arg(format!("exec:cat {}", shell_word(path)));
         }
         let process = Process::start(command, name, vec![agent_end, monitor_end, card_end], log)?;
-        Ok(Qemu { process, agent, monitor, card })
+        Ok(Qemu {
+            process,
+            agent,
+            monitor,
+            card,
+        })
     }
 }
 
@@ -88,7 +106,11 @@ fn pair() -> Result<(UnixStream, OwnedFd)> {
 }
 
 fn append(path: &Path) -> Result<File> {
-    OpenOptions::new().create(true).append(true).open(path).at(|| format!("write {}", path.display()))
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .at(|| format!("write {}", path.display()))
 }
 
 /// Arguments that do not depend on sockets.
@@ -104,11 +126,20 @@ fn arguments(image: &Image, machine: Machine, places: &Places) -> Vec<String> {
     add("-kernel", shown(&image.kernel.image()));
     add("-initrd", shown(&image.initramfs));
     add("-append", KERNEL_ARGUMENTS.into());
-    add("-chardev", format!("file,id=console,append=on,path={}", option_value(&places.console)));
+    add(
+        "-chardev",
+        format!("file,id=console,append=on,path={}", option_value(&places.console)),
+    );
     add("-serial", "chardev:console".into());
-    for (id, path, mode) in [("job", &places.job, ""), ("target", &places.target, ",readonly=on")] {
+    for (id, path, mode) in [
+        ("job", &places.job, ""),
+        ("target", &places.target, ",readonly=on"),
+    ] {
         let path = option_value(path);
-        add("-fsdev", format!("local,id={id},path={path},security_model=none,multidevs=remap{mode}"));
+        add(
+            "-fsdev",
+            format!("local,id={id},path={path},security_model=none,multidevs=remap{mode}"),
+        );
     }
     arguments.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
     arguments
@@ -126,7 +157,9 @@ pub fn devices() -> Vec<String> {
         "virtio-9p-pci,fsdev=job,mount_tag=job".to_owned(),
         "virtio-9p-pci,fsdev=target,mount_tag=target".to_owned(),
     ];
-    list.into_iter().flat_map(|device| ["-device".to_owned(), device]).collect()
+    list.into_iter()
+        .flat_map(|device| ["-device".to_owned(), device])
+        .collect()
 }
 
 /// A comma within a value is written twice.

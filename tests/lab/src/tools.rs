@@ -29,15 +29,25 @@ pub fn find(name: &str) -> Result<PathBuf> {
 /// It is not there, or fails.
 pub fn output(command: &mut Command) -> Result<Vec<u8>> {
     let tool = command.get_program().to_string_lossy().into_owned();
-    let done = command.stdin(Stdio::null()).output().map_err(|source| match source.kind() {
-        std::io::ErrorKind::NotFound => Error::missing(format!("the program {tool}"), SETUP),
-        _ => Error::Io { what: format!("run {tool}"), source },
-    })?;
+    let done = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => Error::missing(format!("the program {tool}"), SETUP),
+            _ => Error::Io {
+                what: format!("run {tool}"),
+                source,
+            },
+        })?;
     if done.status.success() {
         return Ok(done.stdout);
     }
     let text = String::from_utf8_lossy(&done.stderr);
-    Err(Error::Tool { tool, status: done.status.to_string(), output: tail(text.trim(), SHOWN).to_owned() })
+    Err(Error::Tool {
+        tool,
+        status: done.status.to_string(),
+        output: tail(text.trim(), SHOWN).to_owned(),
+    })
 }
 
 /// As [`output`], as text.

@@ -44,9 +44,15 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 fn serve() -> io::Result<()> {
-    let none = Rlimit { current: None, maximum: None };
+    let none = Rlimit {
+        current: None,
+        maximum: None,
+    };
     setrlimit(Resource::Memlock, none)?;
-    let files = Rlimit { current: Some(1 << 20), maximum: Some(1 << 20) };
+    let files = Rlimit {
+        current: Some(1 << 20),
+        maximum: Some(1 << 20),
+    };
     setrlimit(Resource::Nofile, files)?;
     let path = find_port()?;
     let port = OpenOptions::new().read(true).write(true).open(path)?;
@@ -58,10 +64,17 @@ fn serve() -> io::Result<()> {
         match proto::receive::<ToGuest>(&mut input)? {
             ToGuest::Hello { nonce, unix_ms } => {
                 set_clock(unix_ms)?;
-                proto::send(&mut *lock(&port), &FromGuest::Ready { nonce, uptime_ms: uptime_ms()? })?;
+                proto::send(
+                    &mut *lock(&port),
+                    &FromGuest::Ready {
+                        nonce,
+                        uptime_ms: uptime_ms()?,
+                    },
+                )?;
             }
             ToGuest::Start { id, program } => {
-                let (port, running, terminals) = (Arc::clone(&port), Arc::clone(&running), Arc::clone(&terminals));
+                let (port, running, terminals) =
+                    (Arc::clone(&port), Arc::clone(&running), Arc::clone(&terminals));
                 std::thread::spawn(move || {
                     let ending = run(id, &program, &port, &running, &terminals)
                         .unwrap_or_else(|error| Ending::NotStarted(error.to_string()));
@@ -101,7 +114,10 @@ fn find_port() -> io::Result<PathBuf> {
             return Ok(PathBuf::from("/dev").join(entry.file_name()));
         }
     }
-    Err(io::Error::new(io::ErrorKind::NotFound, "no virtio-serial port of the lab"))
+    Err(io::Error::new(
+        io::ErrorKind::NotFound,
+        "no virtio-serial port of the lab",
+    ))
 }
 
 /// Reads from the port, also over times when no lab is connected: then it is at its end, but not for ever.
@@ -131,13 +147,27 @@ fn set_clock(unix_ms: u64) -> io::Result<()> {
 
 fn uptime_ms() -> io::Result<u64> {
     let text = fs::read_to_string("/proc/uptime")?;
-    let digits: String = text.split(' ').next().unwrap_or_default().chars().filter(char::is_ascii_digit).collect();
+    let digits: String = text
+        .split(' ')
+        .next()
+        .unwrap_or_default()
+        .chars()
+        .filter(char::is_ascii_digit)
+        .collect();
     // Hundredths of a second.
-    digits.parse::<u64>().map(|hundredths| hundredths * 10).map_err(io::Error::other)
+    digits
+        .parse::<u64>()
+        .map(|hundredths| hundredths * 10)
+        .map_err(io::Error::other)
 }
 
 fn winsize(size: Size) -> Winsize {
-    Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 }
+    Winsize {
+        ws_row: size.rows,
+        ws_col: size.columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    }
 }
 
 fn run(
@@ -147,7 +177,10 @@ fn run(
     running: &Mutex<HashMap<u32, Pid>>,
     terminals: &Terminals,
 ) -> io::Result<Ending> {
-    let (name, args) = program.argv.split_first().ok_or_else(|| io::Error::other("no program was named"))?;
+    let (name, args) = program
+        .argv
+        .split_first()
+        .ok_or_else(|| io::Error::other("no program was named"))?;
     let mut command = match program.terminal {
         // A process of its own session, with the terminal as its controlling one.
         Some(_) => {
@@ -158,9 +191,17 @@ fn run(
         None => Command::new(name),
     };
     command.args(args).env_clear();
-    command.env("PATH", PATH).env("HOME", "/root").env("USER", "root").env("TERM", "vt100");
+    command
+        .env("PATH", PATH)
+        .env("HOME", "/root")
+        .env("USER", "root")
+        .env("TERM", "vt100");
     command.envs(program.env.iter().cloned());
-    command.current_dir(if program.dir.is_empty() { "/tmp" } else { &program.dir });
+    command.current_dir(if program.dir.is_empty() {
+        "/tmp"
+    } else {
+        &program.dir
+    });
     let (mut child, pumps) = match program.terminal {
         Some(size) => on_terminal(id, &mut command, size, port, terminals)?,
         None => on_pipes(id, &mut command, port)?,
@@ -185,10 +226,20 @@ fn run(
 
 fn on_pipes(id: u32, command: &mut Command, port: &Port) -> io::Result<(Child, Vec<JoinHandle<()>>)> {
     // A group of its own, to be ended as a whole.
-    command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn()?;
-    let out = child.stdout.take().map(|pipe| pump(id, Stream::Out, OwnedFd::from(pipe), port));
-    let err = child.stderr.take().map(|pipe| pump(id, Stream::Err, OwnedFd::from(pipe), port));
+    let out = child
+        .stdout
+        .take()
+        .map(|pipe| pump(id, Stream::Out, OwnedFd::from(pipe), port));
+    let err = child
+        .stderr
+        .take()
+        .map(|pipe| pump(id, Stream::Err, OwnedFd::from(pipe), port));
     Ok((child, out.into_iter().chain(err).collect()))
 }
 
@@ -204,8 +255,14 @@ fn on_terminal(
     unlockpt(&ours)?;
     tcsetwinsize(&ours, winsize(size))?;
     let name = ptsname(&ours, Vec::new())?;
-    let theirs = OpenOptions::new().read(true).write(true).open(name.to_str().map_err(io::Error::other)?)?;
-    command.stdin(theirs.try_clone()?).stdout(theirs.try_clone()?).stderr(theirs);
+    let theirs = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(name.to_str().map_err(io::Error::other)?)?;
+    command
+        .stdin(theirs.try_clone()?)
+        .stdout(theirs.try_clone()?)
+        .stderr(theirs);
     let child = command.spawn()?;
     let ours = File::from(ours);
     lock(terminals).insert(id, ours.try_clone()?);

@@ -59,7 +59,11 @@ impl<W: Write> Cpio<W> {
         let name = name.trim_start_matches('/');
         self.inode += 1;
         // magic, inode, mode, uid, gid, links, time, size, device ×2, device of a node ×2, name's length, checksum
-        write!(self.out, "070701{:08x}{mode:08x}{:016x}{:08x}{:08x}", self.inode, 0, 1, 0)?;
+        write!(
+            self.out,
+            "070701{:08x}{mode:08x}{:016x}{:08x}{:08x}",
+            self.inode, 0, 1, 0
+        )?;
         write!(self.out, "{size:08x}{:032x}{:08x}{:08x}", 0, name.len() + 1, 0)?;
         self.out.write_all(name.as_bytes())?;
         self.out.write_all(&[0])?;
@@ -70,7 +74,8 @@ impl<W: Write> Cpio<W> {
 
     fn pad(&mut self, written: usize) -> io::Result<()> {
         let pad = [0; 3];
-        self.out.write_all(pad.get(..written.wrapping_neg() % 4).unwrap_or_default())
+        self.out
+            .write_all(pad.get(..written.wrapping_neg() % 4).unwrap_or_default())
     }
 }
 
@@ -102,13 +107,21 @@ mod tests {
         let mut cpio = Cpio::new(Vec::new());
         cpio.directory("/etc").unwrap();
         for size in 0..9 {
-            cpio.file(&format!("etc/{}", "n".repeat(size + 1)), 0o644, &vec![b'x'; size]).unwrap();
+            cpio.file(&format!("etc/{}", "n".repeat(size + 1)), 0o644, &vec![b'x'; size])
+                .unwrap();
         }
         cpio.symlink("bin", "usr/bin").unwrap();
         let entries = read(&cpio.finish().unwrap());
         assert_eq!(entries[0], ("etc".into(), 0o040_755, vec![]));
         for size in 0..9 {
-            assert_eq!(entries[size + 1], (format!("etc/{}", "n".repeat(size + 1)), 0o100_644, vec![b'x'; size]));
+            assert_eq!(
+                entries[size + 1],
+                (
+                    format!("etc/{}", "n".repeat(size + 1)),
+                    0o100_644,
+                    vec![b'x'; size]
+                )
+            );
         }
         assert_eq!(entries[10], ("bin".into(), 0o120_777, b"usr/bin".to_vec()));
     }

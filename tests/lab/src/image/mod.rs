@@ -26,13 +26,36 @@ const KEPT: usize = 6;
 
 /// Folders that a guest starts with.
 const FOLDERS: &[&str] = &[
-    "proc", "sys", "dev", "tmp", "run", "root", "mnt", "job", "target", "lab", "lab/applets", "etc", "usr", "usr/bin",
-    "usr/sbin", "usr/lib", "usr/lib64", "var", "var/tmp",
+    "proc",
+    "sys",
+    "dev",
+    "tmp",
+    "run",
+    "root",
+    "mnt",
+    "job",
+    "target",
+    "lab",
+    "lab/applets",
+    "etc",
+    "usr",
+    "usr/bin",
+    "usr/sbin",
+    "usr/lib",
+    "usr/lib64",
+    "var",
+    "var/tmp",
 ];
 /// Debian's merged /usr.
 const LINKS: &[(&str, &str)] = &[
-    ("bin", "usr/bin"), ("sbin", "usr/sbin"), ("lib", "usr/lib"), ("lib64", "usr/lib64"), ("usr/bin/sh", "dash"),
-    ("usr/sbin/modprobe", "/usr/bin/busybox"), ("usr/sbin/insmod", "/usr/bin/busybox"), ("etc/mtab", "/proc/mounts"),
+    ("bin", "usr/bin"),
+    ("sbin", "usr/sbin"),
+    ("lib", "usr/lib"),
+    ("lib64", "usr/lib64"),
+    ("usr/bin/sh", "dash"),
+    ("usr/sbin/modprobe", "/usr/bin/busybox"),
+    ("usr/sbin/insmod", "/usr/bin/busybox"),
+    ("etc/mtab", "/proc/mounts"),
 ];
 /// Files with contents of our own: name, permissions, contents.
 const FILES: &[(&str, u32, &str)] = &[
@@ -41,9 +64,19 @@ const FILES: &[(&str, u32, &str)] = &[
     ("etc/profile", 0o644, include_str!("../../guest/profile")),
     ("lab/node", 0o755, include_str!("../../guest/node")),
     ("lab/nodes", 0o755, include_str!("../../guest/nodes")),
-    ("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000:user:/tmp:/bin/bash\n"),
+    ("lab/settle", 0o755, include_str!("../../guest/settle")),
+    ("lab/shares", 0o755, include_str!("../../guest/shares")),
+    (
+        "etc/passwd",
+        0o644,
+        "root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000:user:/tmp:/bin/bash\n",
+    ),
     ("etc/group", 0o644, "root:x:0:\nuser:x:1000:\n"),
-    ("etc/nsswitch.conf", 0o644, "passwd: files\ngroup: files\nhosts: files\n"),
+    (
+        "etc/nsswitch.conf",
+        0o644,
+        "passwd: files\ngroup: files\nhosts: files\n",
+    ),
     ("etc/fuse.conf", 0o644, "user_allow_other\n"),
 ];
 /// The agent's place in the guest.
@@ -97,8 +130,14 @@ impl Tree {
     fn put_host(&mut self, path: &Path) {
         let name = path.to_string_lossy();
         let name = name.trim_start_matches('/');
-        let merged = ["bin/", "sbin/", "lib/", "lib64/"].iter().any(|folder| name.starts_with(folder));
-        let name = if merged { format!("usr/{name}") } else { name.to_owned() };
+        let merged = ["bin/", "sbin/", "lib/", "lib64/"]
+            .iter()
+            .any(|folder| name.starts_with(folder));
+        let name = if merged {
+            format!("usr/{name}")
+        } else {
+            name.to_owned()
+        };
         self.put(&name, Entry::Host(path.to_owned()));
     }
 }
@@ -149,7 +188,11 @@ pub fn build(cache: &Path, kernel: &Kernel, bin: &Path, extra: &Extra) -> Result
         fs::rename(&part, &initramfs).at(|| format!("rename {}", part.display()))?;
         prune(&folder, KEPT)?;
     }
-    Ok(Image { kernel: kernel.clone(), initramfs, key })
+    Ok(Image {
+        kernel: kernel.clone(),
+        initramfs,
+        key,
+    })
 }
 
 /// Removes all but the newest files of a cache folder.
@@ -169,7 +212,10 @@ pub fn prune(folder: &Path, keep: usize) -> Result<()> {
     for (_, path) in files.into_iter().take(surplus) {
         match fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::Io { what: format!("remove {}", path.display()), source: error });
+                return Err(Error::Io {
+                    what: format!("remove {}", path.display()),
+                    source: error,
+                });
             }
             _ => {}
         }
@@ -178,7 +224,9 @@ pub fn prune(folder: &Path, keep: usize) -> Result<()> {
 }
 
 fn hosts() -> String {
-    let nodes: String = (1..=16).map(|node| format!("10.77.0.{node} node{node}\n")).collect();
+    let nodes: String = (1..=16)
+        .map(|node| format!("10.77.0.{node} node{node}\n"))
+        .collect();
     format!("127.0.0.1 localhost\n{nodes}")
 }
 
@@ -202,7 +250,16 @@ fn key(kernel: &Kernel, tree: &Tree, extra: &Extra) -> Result<String> {
         hash.update(part);
     };
     add(kernel.dir.as_os_str().as_encoded_bytes());
-    add(format!("{:?}", (modules::REQUIRED, modules::WANTED, modules::AT_HAND, &extra.modules)).as_bytes());
+    add(format!(
+        "{:?}",
+        (
+            modules::REQUIRED,
+            modules::WANTED,
+            modules::AT_HAND,
+            &extra.modules
+        )
+    )
+    .as_bytes());
     for (name, entry) in &tree.0 {
         add(name.as_bytes());
         match entry {
@@ -211,7 +268,14 @@ fn key(kernel: &Kernel, tree: &Tree, extra: &Extra) -> Result<String> {
             Entry::Bytes(_, data) => add(data),
             Entry::Host(path) => {
                 let meta = fs::metadata(path).at(|| format!("read {}", path.display()))?;
-                add(format!("{} {} {} {}", meta.len(), meta.mtime(), meta.mtime_nsec(), path.display()).as_bytes());
+                add(format!(
+                    "{} {} {} {}",
+                    meta.len(),
+                    meta.mtime(),
+                    meta.mtime_nsec(),
+                    path.display()
+                )
+                .as_bytes());
             }
         }
     }
@@ -222,7 +286,11 @@ fn key(kernel: &Kernel, tree: &Tree, extra: &Extra) -> Result<String> {
 /// Puts the modules in, with the lists by which `modprobe` finds them.
 fn put_modules(tree: &mut Tree, kernel: &Kernel, extra: &Extra) -> Result<()> {
     let mut modules = Modules::scan(kernel)?;
-    for name in modules::REQUIRED.iter().copied().chain(extra.modules.iter().map(String::as_str)) {
+    for name in modules::REQUIRED
+        .iter()
+        .copied()
+        .chain(extra.modules.iter().map(String::as_str))
+    {
         if !modules.has(kernel, &name.replace('-', "_"))? {
             return Err(Error::missing(
                 format!("the module {name} in the kernel {}", kernel.release),
@@ -239,15 +307,38 @@ fn put_modules(tree: &mut Tree, kernel: &Kernel, extra: &Extra) -> Result<()> {
     for module in modules.loaded() {
         // modprobe wants all that is needed, the last to be loaded first.
         let needs = modules::load_order([module.name.as_str()], |name| {
-            Ok(modules.loaded().find(|other| other.name == name).map_or(Vec::new(), |other| other.info.depends.clone()))
+            Ok(modules
+                .loaded()
+                .find(|other| other.name == name)
+                .map_or(Vec::new(), |other| other.info.depends.clone()))
         })?;
-        let needs = needs.iter().rev().skip(1).map(|name| format!(" {name}.ko")).collect::<String>();
+        let needs = needs
+            .iter()
+            .rev()
+            .skip(1)
+            .map(|name| format!(" {name}.ko"))
+            .collect::<String>();
         depends += &format!("{}.ko:{needs}\n", module.name);
-        aliases.extend(module.info.aliases.iter().map(|alias| format!("alias {alias} {}\n", module.name)));
-        tree.put(&format!("{folder}/{}.ko", module.name), Entry::Bytes(0o644, module.data.clone()));
+        aliases.extend(
+            module
+                .info
+                .aliases
+                .iter()
+                .map(|alias| format!("alias {alias} {}\n", module.name)),
+        );
+        tree.put(
+            &format!("{folder}/{}.ko", module.name),
+            Entry::Bytes(0o644, module.data.clone()),
+        );
     }
-    tree.put(&format!("{folder}/modules.dep"), Entry::Bytes(0o644, depends.into_bytes()));
-    tree.put(&format!("{folder}/modules.alias"), Entry::Bytes(0o644, aliases.into_bytes()));
+    tree.put(
+        &format!("{folder}/modules.dep"),
+        Entry::Bytes(0o644, depends.into_bytes()),
+    );
+    tree.put(
+        &format!("{folder}/modules.alias"),
+        Entry::Bytes(0o644, aliases.into_bytes()),
+    );
     let list = boot.iter().map(|name| format!("{name}\n")).collect::<String>();
     tree.put("lab/modules", Entry::Bytes(0o644, list.into_bytes()));
     Ok(())
@@ -283,7 +374,17 @@ mod tests {
         tree.put_host(Path::new("/lib/x/y.so"));
         tree.put_host(Path::new("/usr/bin/ip"));
         let names: Vec<&str> = tree.0.keys().map(String::as_str).collect();
-        assert_eq!(names, ["usr", "usr/bin", "usr/bin/ip", "usr/lib", "usr/lib/x", "usr/lib/x/y.so"]);
+        assert_eq!(
+            names,
+            [
+                "usr",
+                "usr/bin",
+                "usr/bin/ip",
+                "usr/lib",
+                "usr/lib/x",
+                "usr/lib/x/y.so"
+            ]
+        );
         assert!(matches!(tree.0.get("usr/lib"), Some(Entry::Directory)));
     }
 
@@ -295,6 +396,8 @@ mod tests {
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
         prune(dir.path(), 1).unwrap();
-        assert!(!dir.path().join("a").exists() && !dir.path().join("b").exists() && dir.path().join("c").exists());
+        assert!(
+            !dir.path().join("a").exists() && !dir.path().join("b").exists() && dir.path().join("c").exists()
+        );
     }
 }

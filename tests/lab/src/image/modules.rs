@@ -13,13 +13,30 @@ use crate::tools;
 
 /// Loaded at boot; a guest is of no use without them.
 pub const REQUIRED: &[&str] = &[
-    "virtio_pci", "virtio_net", "virtio_console", "9pnet_virtio", "9p", "ib_core", "ib_uverbs", "rdma_rxe", "rdma_cm",
-    "rdma_ucm", "fuse",
+    "virtio_pci",
+    "virtio_net",
+    "virtio_console",
+    "9pnet_virtio",
+    "9p",
+    "ib_core",
+    "ib_uverbs",
+    "rdma_rxe",
+    "rdma_cm",
+    "rdma_ucm",
+    "fuse",
 ];
 /// Loaded at boot where the kernel has them as modules. rdma_rxe asks for crc32 by name only.
 pub const WANTED: &[&str] = &["virtio_rng", "crc32_generic", "ib_umad", "configfs"];
 /// In the image, for `modprobe`.
-pub const AT_HAND: &[&str] = &["veth", "bridge", "dummy", "sch_netem", "sch_tbf", "sch_prio", "overlay"];
+pub const AT_HAND: &[&str] = &[
+    "veth",
+    "bridge",
+    "dummy",
+    "sch_netem",
+    "sch_tbf",
+    "sch_prio",
+    "overlay",
+];
 
 /// What a module says of itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -37,7 +54,11 @@ pub fn parse_modinfo(section: &[u8]) -> Info {
         let entry = String::from_utf8_lossy(entry);
         match entry.split_once('=') {
             Some(("depends", list)) => {
-                info.depends = list.split(',').filter(|name| !name.is_empty()).map(normal).collect();
+                info.depends = list
+                    .split(',')
+                    .filter(|name| !name.is_empty())
+                    .map(normal)
+                    .collect();
             }
             Some(("alias", alias)) => info.aliases.push(alias.to_owned()),
             _ => {}
@@ -79,7 +100,9 @@ pub fn load_order<'a>(
             Step::Enter(name) if done.contains(&name) => {}
             Step::Enter(name) => {
                 if !open.insert(name.clone()) {
-                    return Err(Error::check(format!("the kernel module {name} depends on itself")));
+                    return Err(Error::check(format!(
+                        "the kernel module {name} depends on itself"
+                    )));
                 }
                 let needs = depends(&name)?;
                 steps.push(Step::Leave(name));
@@ -125,7 +148,10 @@ impl Modules {
                 }
             }
         }
-        Ok(Modules { files, loaded: BTreeMap::new() })
+        Ok(Modules {
+            files,
+            loaded: BTreeMap::new(),
+        })
     }
 
     /// The modules that make up `names` with all they depend on, in load order. Names that are no module of
@@ -138,7 +164,10 @@ impl Modules {
             Some(module) => Ok(module.info.depends.clone()),
             None => Ok(Vec::new()),
         })?;
-        Ok(order.into_iter().filter(|name| self.loaded.contains_key(name)).collect())
+        Ok(order
+            .into_iter()
+            .filter(|name| self.loaded.contains_key(name))
+            .collect())
     }
 
     /// Whether this kernel has a feature, as a module or built in.
@@ -151,7 +180,9 @@ impl Modules {
         }
         let path = kernel.modules().join("modules.builtin");
         let list = fs::read_to_string(&path).at(|| format!("read {}", path.display()))?;
-        Ok(list.lines().any(|line| module_name(Path::new(line)).is_some_and(|found| found == name)))
+        Ok(list
+            .lines()
+            .any(|line| module_name(Path::new(line)).is_some_and(|found| found == name)))
     }
 
     /// All modules that [`Modules::resolve`] has met.
@@ -161,10 +192,19 @@ impl Modules {
 
     fn load(&mut self, name: &str) -> Result<Option<&Module>> {
         if !self.loaded.contains_key(name) {
-            let Some(path) = self.files.get(name) else { return Ok(None) };
+            let Some(path) = self.files.get(name) else {
+                return Ok(None);
+            };
             let data = contents(path)?;
             let info = parse_modinfo(&modinfo_section(path, &data)?);
-            self.loaded.insert(name.to_owned(), Module { name: name.to_owned(), data, info });
+            self.loaded.insert(
+                name.to_owned(),
+                Module {
+                    name: name.to_owned(),
+                    data,
+                    info,
+                },
+            );
         }
         Ok(self.loaded.get(name))
     }
@@ -187,10 +227,16 @@ fn contents(path: &Path) -> Result<Vec<u8>> {
 }
 
 fn modinfo_section(path: &Path, data: &[u8]) -> Result<Vec<u8>> {
-    let broken = |why: String| Error::check(format!("the kernel module {} is damaged: {why}", path.display()));
+    let broken =
+        |why: String| Error::check(format!("the kernel module {} is damaged: {why}", path.display()));
     let file = object::File::parse(data).map_err(|error| broken(error.to_string()))?;
-    let section = file.section_by_name(".modinfo").ok_or_else(|| broken("it has no .modinfo".into()))?;
-    Ok(section.data().map_err(|error| broken(error.to_string()))?.to_vec())
+    let section = file
+        .section_by_name(".modinfo")
+        .ok_or_else(|| broken("it has no .modinfo".into()))?;
+    Ok(section
+        .data()
+        .map_err(|error| broken(error.to_string()))?
+        .to_vec())
 }
 
 #[cfg(test)]
@@ -201,7 +247,9 @@ mod tests {
     fn order(wanted: &[&str], graph: &[(&str, &[&str])]) -> Option<Vec<String>> {
         load_order(wanted.iter().copied(), |name| {
             let found = graph.iter().find(|(module, _)| *module == name);
-            Ok(found.map_or(Vec::new(), |(_, needs)| needs.iter().map(|need| (*need).to_owned()).collect()))
+            Ok(found.map_or(Vec::new(), |(_, needs)| {
+                needs.iter().map(|need| (*need).to_owned()).collect()
+            }))
         })
         .ok()
     }
@@ -213,7 +261,9 @@ mod tests {
             ("ib_uverbs", &["ib_core"]),
             ("udp_tunnel", &[]),
         ];
-        let expected = ["ib_core", "ib_uverbs", "udp_tunnel", "rdma_rxe"].map(str::to_owned).to_vec();
+        let expected = ["ib_core", "ib_uverbs", "udp_tunnel", "rdma_rxe"]
+            .map(str::to_owned)
+            .to_vec();
         assert_eq!(order(&["rdma-rxe", "ib_core"], graph), Some(expected));
     }
 
@@ -224,7 +274,8 @@ mod tests {
 
     #[test]
     fn modinfo_is_read() {
-        let info = parse_modinfo(b"license=GPL\0alias=rdma-link-rxe\0depends=ib_core,ib-uverbs\0name=rdma_rxe\0");
+        let info =
+            parse_modinfo(b"license=GPL\0alias=rdma-link-rxe\0depends=ib_core,ib-uverbs\0name=rdma_rxe\0");
         assert_eq!(
             info,
             Info {
@@ -237,7 +288,10 @@ mod tests {
 
     #[test]
     fn file_names_give_module_names() {
-        assert_eq!(module_name(Path::new("a/virtio-rng.ko.xz")).as_deref(), Some("virtio_rng"));
+        assert_eq!(
+            module_name(Path::new("a/virtio-rng.ko.xz")).as_deref(),
+            Some("virtio_rng")
+        );
         assert_eq!(module_name(Path::new("a/fuse.ko")).as_deref(), Some("fuse"));
         assert_eq!(module_name(Path::new("a/modules.dep")), None);
     }

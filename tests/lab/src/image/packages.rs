@@ -33,9 +33,15 @@ pub fn parse_index(text: &str) -> Vec<Package> {
     text.split("\n\n")
         .filter_map(|stanza| {
             let field = |name: &str| {
-                stanza.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+                stanza
+                    .lines()
+                    .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+                    .map(str::trim)
             };
-            Some(Package { name: field("Package")?.to_owned(), version: field("Version")?.to_owned() })
+            Some(Package {
+                name: field("Package")?.to_owned(),
+                version: field("Version")?.to_owned(),
+            })
         })
         .collect()
 }
@@ -89,19 +95,32 @@ impl Apt {
                 (words.next() == Some("Debian") && words.next() == Some(label)).then(|| uri.to_owned())
             })
         };
-        let main = mirror.map(str::to_owned).or_else(|| host("Debian")).ok_or_else(|| {
-            Error::missing("a Debian package mirror in the host's apt configuration", "name one with --mirror URL")
-        })?;
+        let main = mirror
+            .map(str::to_owned)
+            .or_else(|| host("Debian"))
+            .ok_or_else(|| {
+                Error::missing(
+                    "a Debian package mirror in the host's apt configuration",
+                    "name one with --mirror URL",
+                )
+            })?;
         // The host's proxies and certificates are needed here too; its hooks are not.
         let settings = tools::text(Command::new("apt-config").arg("dump"))?;
-        let mut conf: String =
-            settings.lines().filter(|line| line.starts_with("Acquire::")).map(|line| format!("{line}\n")).collect();
+        let mut conf: String = settings
+            .lines()
+            .filter(|line| line.starts_with("Acquire::"))
+            .map(|line| format!("{line}\n"))
+            .collect();
         let state = dir.display();
         conf += &format!(
             "Dir::State::lists \"{state}/lists\";\nDir::Cache \"{state}\";\nDir::Etc::sourcelist \"{state}/sources.list\";\n\
              Dir::Etc::sourceparts \"-\";\nDir::Etc::parts \"-\";\nDir::Etc::main \"-\";\nAPT::Sandbox::User \"\";\n"
         );
-        let signed = if Path::new(KEYRING).is_file() { format!("[signed-by={KEYRING}] ") } else { String::new() };
+        let signed = if Path::new(KEYRING).is_file() {
+            format!("[signed-by={KEYRING}] ")
+        } else {
+            String::new()
+        };
         let mut sources = String::new();
         for suite in [RELEASE.to_owned(), format!("{RELEASE}-backports")] {
             sources += &format!("deb {signed}{main} {suite} main\n");
@@ -116,7 +135,9 @@ impl Apt {
 
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        command.env("APT_CONFIG", self.dir.join("apt.conf")).env("LC_ALL", "C");
+        command
+            .env("APT_CONFIG", self.dir.join("apt.conf"))
+            .env("LC_ALL", "C");
         command
     }
 
@@ -140,19 +161,24 @@ impl Apt {
     /// There is none.
     pub fn kernel(&self, series: &str) -> Result<Package> {
         let pattern = format!("^linux-image-{}\\.", series.replace('.', "\\."));
-        let found = tools::text(self.command("apt-cache").args(["--names-only", "search", &pattern]))?;
+        let found = tools::text(
+            self.command("apt-cache")
+                .args(["--names-only", "search", &pattern]),
+        )?;
         let names: Vec<&str> = found.lines().filter_map(|line| line.split(' ').next()).collect();
         let index = if names.is_empty() {
             String::new()
         } else {
             tools::text(self.command("apt-cache").arg("show").args(names))?
         };
-        newest_kernel(&parse_index(&index), series).cloned().ok_or_else(|| {
-            Error::missing(
-                format!("a kernel package of the series {series} in {RELEASE} and its backports"),
-                "choose --kernel 6.1 or 6.12, or give a package with --kernel-deb FILE",
-            )
-        })
+        newest_kernel(&parse_index(&index), series)
+            .cloned()
+            .ok_or_else(|| {
+                Error::missing(
+                    format!("a kernel package of the series {series} in {RELEASE} and its backports"),
+                    "choose --kernel 6.1 or 6.12, or give a package with --kernel-deb FILE",
+                )
+            })
     }
 
     /// Downloads a package and returns the file.
@@ -162,12 +188,17 @@ impl Apt {
     pub fn download(&self, package: &Package) -> Result<PathBuf> {
         let dir = self.dir.join("deb");
         let spec = format!("{}={}", package.name, package.version);
-        tools::output(self.command("apt-get").args(["download", "-q", &spec]).current_dir(&dir))?;
+        tools::output(
+            self.command("apt-get")
+                .args(["download", "-q", &spec])
+                .current_dir(&dir),
+        )?;
         let prefix = format!("{}_", package.name);
         entries(&dir)?
             .into_iter()
             .find(|path| {
-                path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
+                path.file_name()
+                    .is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
                     && path.extension().is_some_and(|extension| extension == "deb")
             })
             .ok_or_else(|| Error::missing(format!("the downloaded package {spec}"), "try again"))
@@ -183,8 +214,10 @@ pub fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         list => list.at(|| format!("read the folder {}", dir.display()))?,
     };
-    let mut paths =
-        list.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>().at(|| format!("read {}", dir.display()))?;
+    let mut paths = list
+        .map(|entry| Ok(entry?.path()))
+        .collect::<std::io::Result<Vec<_>>>()
+        .at(|| format!("read {}", dir.display()))?;
     paths.sort();
     Ok(paths)
 }
@@ -206,7 +239,11 @@ impl Kernel {
         for list in modules {
             if let Some(release) = list?.first().and_then(|path| path.file_name()) {
                 let release = release.to_string_lossy().into_owned();
-                let kernel = Kernel { label: label.to_owned(), release, dir: dir.to_owned() };
+                let kernel = Kernel {
+                    label: label.to_owned(),
+                    release,
+                    dir: dir.to_owned(),
+                };
                 if kernel.image().is_file() {
                     return Ok(kernel);
                 }
@@ -226,7 +263,11 @@ impl Kernel {
     /// The folder of its modules.
     pub fn modules(&self) -> PathBuf {
         let plain = self.dir.join("lib/modules").join(&self.release);
-        if plain.is_dir() { plain } else { self.dir.join("usr/lib/modules").join(&self.release) }
+        if plain.is_dir() {
+            plain
+        } else {
+            self.dir.join("usr/lib/modules").join(&self.release)
+        }
     }
 }
 
@@ -267,7 +308,9 @@ pub fn kernel_of_file(cache: &Path, deb: &Path) -> Result<Kernel> {
     let meta = fs::metadata(deb).at(|| format!("read {}", deb.display()))?;
     let label = deb.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let time = std::os::unix::fs::MetadataExt::mtime(&meta);
-    let dir = cache.join("kernels/files").join(format!("{label}_{}_{time}", meta.len()));
+    let dir = cache
+        .join("kernels/files")
+        .join(format!("{label}_{}_{time}", meta.len()));
     if !dir.is_dir() {
         tools::require_space(cache, KERNEL_SPACE)?;
         unpack(deb, &dir)?;
@@ -288,7 +331,8 @@ fn unpack(deb: &Path, dir: &Path) -> Result<()> {
 }
 
 fn is_partial(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension.to_string_lossy().starts_with("part"))
+    path.extension()
+        .is_some_and(|extension| extension.to_string_lossy().starts_with("part"))
 }
 
 fn version_of(dir: &Path) -> String {

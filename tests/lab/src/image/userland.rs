@@ -10,14 +10,34 @@ use crate::tools;
 
 /// Programs that every guest has.
 const PROGRAMS: &[&str] = &[
-    "bash", "dash", "ip", "tc", "bridge", "rdma", "ibv_devinfo", "ibv_devices", "ibv_rc_pingpong", "ibv_srq_pingpong",
-    "ib_read_lat", "ib_write_lat", "ib_send_lat", "ib_atomic_lat", "ib_read_bw", "ib_write_bw", "ib_send_bw",
-    "ib_atomic_bw", "rping",
+    "bash",
+    "dash",
+    "ip",
+    "tc",
+    "bridge",
+    "rdma",
+    "ibv_devinfo",
+    "ibv_devices",
+    "ibv_rc_pingpong",
+    "ibv_srq_pingpong",
+    "ib_read_lat",
+    "ib_write_lat",
+    "ib_send_lat",
+    "ib_atomic_lat",
+    "ib_read_bw",
+    "ib_write_bw",
+    "ib_send_bw",
+    "ib_atomic_bw",
+    "rping",
 ];
 /// Programs that guests have where the host has them.
 const IF_PRESENT: &[&str] = &["fusermount3", "setpriv", "strace"];
 /// Where distributions put the verbs providers.
-const PROVIDERS: &[&str] = &["/usr/lib/x86_64-linux-gnu/libibverbs", "/usr/lib64/libibverbs", "/usr/lib/libibverbs"];
+const PROVIDERS: &[&str] = &[
+    "/usr/lib/x86_64-linux-gnu/libibverbs",
+    "/usr/lib64/libibverbs",
+    "/usr/lib/libibverbs",
+];
 /// Names the provider to libibverbs.
 const DRIVER: &str = "/etc/libibverbs.d/rxe.driver";
 
@@ -63,26 +83,36 @@ pub fn busybox() -> Result<PathBuf> {
     if libraries(&path)?.is_empty() {
         return Ok(path);
     }
-    Err(Error::missing("a busybox without libraries (package busybox-static)", tools::SETUP))
+    Err(Error::missing(
+        "a busybox without libraries (package busybox-static)",
+        tools::SETUP,
+    ))
 }
 
 fn provider() -> Result<PathBuf> {
     for folder in PROVIDERS {
         let found = entries(Path::new(folder))?.into_iter().find(|path| {
-            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("librxe-rdmav"))
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("librxe-rdmav"))
         });
         if let Some(path) = found {
             return Ok(path);
         }
     }
-    Err(Error::missing("the SoftRoCE provider of libibverbs", tools::SETUP))
+    Err(Error::missing(
+        "the SoftRoCE provider of libibverbs",
+        tools::SETUP,
+    ))
 }
 
 /// The libraries that a program needs, with those that they need.
 fn libraries(path: &Path) -> Result<BTreeSet<PathBuf>> {
     match tools::text(Command::new("ldd").arg(path)) {
         Ok(text) => match missing_library(&text) {
-            Some(name) => Err(Error::missing(format!("the library {name} that {} needs", path.display()), tools::SETUP)),
+            Some(name) => Err(Error::missing(
+                format!("the library {name} that {} needs", path.display()),
+                tools::SETUP,
+            )),
             None => Ok(parse_ldd(&text)),
         },
         // ldd's way to say that a file needs none, or is a script.
@@ -102,7 +132,9 @@ fn parse_ldd(text: &str) -> BTreeSet<PathBuf> {
 }
 
 fn missing_library(text: &str) -> Option<&str> {
-    text.lines().find_map(|line| line.trim().strip_suffix("=> not found")).map(str::trim)
+    text.lines()
+        .find_map(|line| line.trim().strip_suffix("=> not found"))
+        .map(str::trim)
 }
 
 fn libraries_of_unwinding(files: &BTreeSet<PathBuf>) -> Option<PathBuf> {
@@ -124,7 +156,11 @@ mod tests {
         let paths: Vec<PathBuf> = parse_ldd(TEXT).into_iter().collect();
         assert_eq!(
             paths,
-            ["/lib/x86_64-linux-gnu/libibverbs.so.1", "/lib64/ld-linux-x86-64.so.2"].map(PathBuf::from)
+            [
+                "/lib/x86_64-linux-gnu/libibverbs.so.1",
+                "/lib64/ld-linux-x86-64.so.2"
+            ]
+            .map(PathBuf::from)
         );
         assert_eq!(missing_library(TEXT), None);
         assert_eq!(missing_library("\tlibx.so.1 => not found\n"), Some("libx.so.1"));

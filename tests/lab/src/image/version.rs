@@ -9,7 +9,10 @@ pub fn compare(a: &str, b: &str) -> Ordering {
     // The upstream part and Debian's revision are compared alike, first the one, then the other.
     let (a_up, a_rev) = a_rest.rsplit_once('-').unwrap_or((a_rest, ""));
     let (b_up, b_rev) = b_rest.rsplit_once('-').unwrap_or((b_rest, ""));
-    a_epoch.cmp(&b_epoch).then_with(|| part(a_up, b_up)).then_with(|| part(a_rev, b_rev))
+    a_epoch
+        .cmp(&b_epoch)
+        .then_with(|| part(a_up, b_up))
+        .then_with(|| part(a_rev, b_rev))
 }
 
 fn epoch(version: &str) -> (u64, &str) {
