@@ -68,9 +68,9 @@ pub struct Machine {
     /// Memory of a guest in MiB [default: 2048 in "single", 1024 in "multi"]
     #[arg(long, value_parser = clap::value_parser!(u32).range(256..=65536))]
     pub memory: Option<u32>,
-    /// How guests come up [default: "cold" in "single", "snapshot" in "multi"]
-    #[arg(long)]
-    pub boot: Option<Boot>,
+    /// How guests come up
+    #[arg(long, default_value = "snapshot")]
+    pub boot: Boot,
     /// Longest time for one boot, in seconds
     #[arg(long, default_value_t = 120)]
     pub boot_limit: u64,

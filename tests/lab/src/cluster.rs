@@ -396,8 +396,13 @@ impl Cluster {
             (Tier::Multi, true) => self.switch.restore(guest),
             (Tier::Multi, false) => self.switch.cut(guest),
             (Tier::Single, _) => {
-                let state = if up { "up" } else { "down" };
-                self.run(node, &format!("ip link set p{node} {state}"), HELPER_LIMIT)?;
+                // Not the interface's own state: then the node's port would be down, which it would notice.
+                let state = if up { 3 } else { 0 };
+                self.run(
+                    node,
+                    &format!("bridge link set dev p{node} state {state}"),
+                    HELPER_LIMIT,
+                )?;
             }
         }
         Ok(())

@@ -59,7 +59,7 @@ fn run_one(run: &Run) -> Result<ExitCode> {
     if let Some(scenario) = scenario::find(name) {
         let tier = run.tier.unwrap_or(Tier::Single);
         let outcome = run_scenario(scenario, tier, &run.kernel, &run.machine)?;
-        println!("{}", summary(&[outcome.clone()]));
+        println!("{}", summary(std::slice::from_ref(&outcome)));
         return Ok(if outcome.error.is_none() {
             ExitCode::SUCCESS
         } else {
@@ -84,7 +84,7 @@ fn run_one(run: &Run) -> Result<ExitCode> {
     let outcome = in_cluster(&stem, options, &run.machine, &run.kernel, |cluster| {
         script.run(cluster)
     })?;
-    println!("{}", summary(&[outcome.clone()]));
+    println!("{}", summary(std::slice::from_ref(&outcome)));
     Ok(if outcome.error.is_none() {
         ExitCode::SUCCESS
     } else {

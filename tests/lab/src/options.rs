@@ -66,7 +66,7 @@ pub struct Options {
     /// Memory of a guest in MiB.
     pub memory: Option<u32>,
     /// How guests come up.
-    pub boot: Option<Boot>,
+    pub boot: Boot,
     /// Longest time for one boot.
     pub boot_limit: Duration,
     /// Longest time from the end of the boots.
@@ -120,11 +120,7 @@ impl Options {
 
     /// Whether guests start from a snapshot.
     pub fn from_snapshot(&self) -> bool {
-        let usual = match self.tier {
-            Tier::Single => Boot::Cold,
-            Tier::Multi => Boot::Snapshot,
-        };
-        self.boot.unwrap_or(usual) == Boot::Snapshot
+        self.boot == Boot::Snapshot
     }
 
     /// Fails where such a cluster cannot be on this host.
