@@ -65,7 +65,7 @@ pub struct Machine {
     /// Processors of a guest [default: 2 in "single", 1 in "multi"]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=8))]
     pub cpus: Option<u32>,
-    /// Memory of a guest in MiB [default: 2048 in "single", 1024 in "multi"]
+    /// Memory of a guest in MiB [default: 3072 in "single", 1536 in "multi"]
     #[arg(long, value_parser = clap::value_parser!(u32).range(256..=65536))]
     pub memory: Option<u32>,
     /// How guests come up

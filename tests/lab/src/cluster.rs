@@ -228,6 +228,11 @@ impl Cluster {
     /// Says what is done from here on, for whoever looks on and for the report of a failure.
     pub fn step(&self, what: &str) {
         eprintln!("  - {what}");
+        self.enter(what);
+    }
+
+    /// As [`Cluster::step`], for the report only.
+    pub fn enter(&self, what: &str) {
         what.clone_into(&mut lock(&self.step));
     }
 

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -21,6 +22,8 @@ use signal_hook::iterator::Signals;
 
 /// Statuses of our own are those of `timeout` and its like: a command's own are below.
 const FAILED: u8 = 125;
+/// A signal told us to end.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -32,6 +35,10 @@ fn main() -> ExitCode {
         Action::Fetch(fetch) => fetch_kernels(&fetch),
     });
     shell::restore_terminal();
+    // What fails because a signal ended the guests is not worth a message: the signal's thread has the last word.
+    while INTERRUPTED.load(Ordering::SeqCst) {
+        std::thread::park();
+    }
     done.unwrap_or_else(|error| {
         eprintln!("fsd-lab: {error}");
         ExitCode::from(FAILED)
@@ -43,6 +50,7 @@ fn end_on_signals() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).at(|| "watch for signals".into())?;
     std::thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
+            INTERRUPTED.store(true, Ordering::SeqCst);
             process::end_all();
             shell::restore_terminal();
             eprintln!("fsd-lab: interrupted; the guests were ended");
@@ -137,7 +145,6 @@ fn in_cluster(
     }
     let outcome = Outcome::new(&name, &result, start.elapsed(), boot, notes);
     outcome.save(&logs)?;
-    eprintln!("{}", outcome.line());
     Ok(outcome)
 }
 
@@ -215,7 +222,9 @@ fn run_tests(test: &Test) -> Result<ExitCode> {
     for kernel in kernels {
         for tier in &tiers {
             for scenario in chosen.iter().filter(|scenario| scenario.tiers.contains(tier)) {
-                outcomes.push(run_scenario(scenario, *tier, kernel, &test.machine)?);
+                let outcome = run_scenario(scenario, *tier, kernel, &test.machine)?;
+                eprintln!("{}", outcome.line());
+                outcomes.push(outcome);
             }
         }
     }

@@ -109,8 +109,8 @@ impl Options {
     pub fn machine(&self) -> Machine {
         // Several emulators with more processors than the host has would wait for each other's.
         let (cpus, memory) = match self.tier {
-            Tier::Single => (2, 2048),
-            Tier::Multi => (1, 1024),
+            Tier::Single => (2, 3072),
+            Tier::Multi => (1, 1536),
         };
         Machine {
             cpus: self.cpus.unwrap_or(cpus),

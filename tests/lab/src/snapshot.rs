@@ -18,7 +18,7 @@ use crate::qemu::{self, Machine, Places, QEMU, Qemu};
 use crate::tools;
 
 /// Snapshots that are kept.
-const KEPT: usize = 4;
+const KEPT: usize = 6;
 /// Longest time for saving, or for starting from what was saved.
 const LIMIT: Duration = Duration::from_secs(120);
 /// How the emulator calls the end of saving.

@@ -11,6 +11,7 @@ use std::fs;
 use std::io::BufWriter;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use sha2::{Digest, Sha256};
 
@@ -23,6 +24,9 @@ use packages::Kernel;
 const IMAGE_SPACE: u64 = 300;
 /// Images of former builds that are kept.
 const KEPT: usize = 6;
+
+/// Nothing takes this long to write.
+const ABANDONED: Duration = Duration::from_secs(3600);
 
 /// Folders that a guest starts with.
 const FOLDERS: &[&str] = &[
@@ -195,7 +199,7 @@ pub fn build(cache: &Path, kernel: &Kernel, bin: &Path, extra: &Extra) -> Result
     })
 }
 
-/// Removes all but the newest files of a cache folder.
+/// Removes all but the newest files of a cache folder, and what an interrupted run has left in it.
 ///
 /// # Errors
 /// The folder cannot be read, or a file not removed.
@@ -207,9 +211,17 @@ pub fn prune(folder: &Path, keep: usize) -> Result<()> {
             files.push((time, path));
         }
     }
+    let abandoned = |time: &SystemTime| time.elapsed().is_ok_and(|age| age > ABANDONED);
+    let (parts, mut files): (Vec<_>, Vec<_>) = files
+        .into_iter()
+        .partition(|(_, path)| packages::is_partial(path));
     files.sort();
     let surplus = files.len().saturating_sub(keep);
-    for (_, path) in files.into_iter().take(surplus) {
+    let old = parts
+        .into_iter()
+        .filter(|(time, _)| abandoned(time))
+        .chain(files.into_iter().take(surplus));
+    for (_, path) in old {
         match fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::Io {

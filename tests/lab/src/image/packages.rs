@@ -78,7 +78,7 @@ impl Apt {
     pub fn new(dir: &Path, mirror: Option<&str>) -> Result<Apt> {
         tools::find("apt-get")?;
         let apt = Apt { dir: dir.to_owned() };
-        for sub in ["lists/partial", "archives/partial", "deb"] {
+        for sub in ["lists/partial", "archives/partial", "deb", "none"] {
             let path = dir.join(sub);
             fs::create_dir_all(&path).at(|| format!("make the folder {}", path.display()))?;
         }
@@ -114,7 +114,8 @@ impl Apt {
         let state = dir.display();
         conf += &format!(
             "Dir::State::lists \"{state}/lists\";\nDir::Cache \"{state}\";\nDir::Etc::sourcelist \"{state}/sources.list\";\n\
-             Dir::Etc::sourceparts \"-\";\nDir::Etc::parts \"-\";\nDir::Etc::main \"-\";\nAPT::Sandbox::User \"\";\n"
+             Dir::Etc::sourceparts \"{state}/none\";\nDir::Etc::parts \"{state}/none\";\nDir::Etc::main \"/dev/null\";\n\
+             APT::Sandbox::User \"\";\n"
         );
         let signed = if Path::new(KEYRING).is_file() {
             format!("[signed-by={KEYRING}] ")
@@ -330,7 +331,8 @@ fn unpack(deb: &Path, dir: &Path) -> Result<()> {
     }
 }
 
-fn is_partial(path: &Path) -> bool {
+/// Whether a file or folder of the cache is not whole, by its name.
+pub fn is_partial(path: &Path) -> bool {
     path.extension()
         .is_some_and(|extension| extension.to_string_lossy().starts_with("part"))
 }
