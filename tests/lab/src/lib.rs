@@ -7,6 +7,7 @@ pub mod cli;
 pub mod cluster;
 pub mod complaint;
 pub mod error;
+pub mod faults;
 pub mod guest;
 pub mod image;
 pub mod link;

@@ -323,7 +323,11 @@ pub fn kernel_of_file(cache: &Path, deb: &Path) -> Result<Kernel> {
 fn unpack(deb: &Path, dir: &Path) -> Result<()> {
     let part = dir.with_extension(format!("part{}", std::process::id()));
     fs::create_dir_all(&part).at(|| format!("make the folder {}", part.display()))?;
-    tools::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&part))?;
+    let unpacked = tools::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&part));
+    if let Err(error) = unpacked {
+        fs::remove_dir_all(&part).at(|| format!("remove {}", part.display()))?;
+        return Err(error);
+    }
     match fs::rename(&part, dir) {
         // Another lab was faster.
         Err(_) if dir.is_dir() => fs::remove_dir_all(&part).at(|| format!("remove {}", part.display())),

@@ -257,6 +257,12 @@ mod tests {
     fn a_file_is_read() {
         let script = Script::parse(include_str!("../../scenarios/example.toml")).unwrap();
         assert_eq!(script.nodes, Some(3));
+        assert_eq!(
+            Script::parse(include_str!("../../scenarios/mount.toml"))
+                .unwrap()
+                .nodes,
+            Some(3)
+        );
         assert!(matches!(&script.steps[0], Action::Run(command) if command.on.is_empty()));
         assert!(script.steps.contains(&Action::Cut(2)));
     }

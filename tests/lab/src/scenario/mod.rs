@@ -6,8 +6,11 @@ pub mod file;
 pub mod perftest;
 
 use crate::cluster::Cluster;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::options::Tier;
+
+/// Also an example of a scenario as a file.
+const MOUNT: &str = include_str!("../../scenarios/mount.toml");
 
 /// A scenario that is part of this program.
 pub struct Scenario {
@@ -45,6 +48,13 @@ pub const ALL: &[Scenario] = &[
         tiers: &[Tier::Single, Tier::Multi],
         nodes: 3,
         run: faults::run,
+    },
+    Scenario {
+        name: "mount",
+        about: "a file system between three guests over TCP (scenarios/mount.toml)",
+        tiers: &[Tier::Multi],
+        nodes: 3,
+        run: |cluster| file::Script::parse(MOUNT).map_err(Error::check)?.run(cluster),
     },
 ];
 
