@@ -59,7 +59,7 @@ pub struct Machine {
     /// Nodes; in the tier "multi" each is a guest [default: 4 in "single", 3 in "multi"]
     #[arg(long, visible_alias = "guests")]
     pub nodes: Option<usize>,
-    /// Largest packet between nodes, 1280 to 9000 [default: 1500]
+    /// Largest packet between nodes, 1280 to 9000 [default: 9000]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1280..=9000))]
     pub mtu: Option<u32>,
     /// Processors of a guest [default: 2 in "single", 1 in "multi"]
@@ -172,7 +172,10 @@ impl Places {
     /// # Errors
     /// The current folder is gone.
     pub fn cache(&self) -> Result<PathBuf> {
-        let home = || Some(PathBuf::from(std::env::var_os("XDG_CACHE_HOME")?).join("distfuse-lab"));
+        let home = || {
+            let home = std::env::var_os("XDG_CACHE_HOME").filter(|home| !home.is_empty())?;
+            Some(PathBuf::from(home).join("distfuse-lab"))
+        };
         match self.cache.clone().or_else(home) {
             Some(path) => absolute(&path),
             None => Ok(target_of(&programs()?).join("lab-cache")),
@@ -204,7 +207,7 @@ impl Machine {
                 None => KernelChoice::Series(kernel.to_owned()),
             },
             nodes: self.nodes.or(nodes).unwrap_or(usual),
-            mtu: self.mtu.or(mtu).unwrap_or(1500),
+            mtu: self.mtu.or(mtu).unwrap_or(9000),
             cpus: self.cpus,
             memory: self.memory,
             boot: self.boot,

@@ -1,6 +1,6 @@
 //! Guests made into nodes: a set of addresses with an rxe device each, on which programs run.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -52,6 +52,8 @@ pub struct Cluster {
     step: Mutex<String>,
     expired: Arc<AtomicBool>,
     watchdog: Option<Sender<()>>,
+    /// Held as long as the cluster lives.
+    _lock: File,
 }
 
 impl Cluster {
@@ -61,6 +63,7 @@ impl Cluster {
     /// Something is missing, or a guest does not come up.
     pub fn start(options: Options, logs: &Path) -> Result<Cluster> {
         options.check()?;
+        let lock = lock_logs(logs)?;
         match fs::remove_dir_all(logs) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::Io {
@@ -131,6 +134,7 @@ impl Cluster {
             step: Mutex::new("boot".into()),
             expired: Arc::default(),
             watchdog: None,
+            _lock: lock,
         };
         cluster.boot_all()?;
         cluster.watch();
@@ -428,6 +432,26 @@ impl Cluster {
             eprintln!("cannot write {}: {error}", path.display());
         }
         text
+    }
+}
+
+/// Keeps others from using the same folder: they would empty it.
+fn lock_logs(logs: &Path) -> Result<File> {
+    let mut name = logs.as_os_str().to_owned();
+    name.push(".lock");
+    let doing = || format!("lock {}", Path::new(&name).display());
+    fs::create_dir_all(logs.parent().unwrap_or(logs)).at(doing)?;
+    let file = File::create(&name).at(doing)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::check(format!(
+            "another lab is running this and writes {}: wait for it, or name another folder with --logs",
+            logs.display()
+        ))),
+        Err(TryLockError::Error(source)) => Err(Error::Io {
+            what: doing(),
+            source,
+        }),
     }
 }
 

@@ -13,6 +13,16 @@ use crate::tools;
 
 /// Most nodes: the last byte of their hardware addresses is one digit.
 pub const MOST_NODES: usize = 8;
+/// The largest payload of an RDMA packet in Ethernet packets of this size, as rxe has it: a power of two.
+pub fn rdma_mtu(mtu: u32) -> u32 {
+    // What rxe keeps for its headers.
+    let room = mtu.saturating_sub(80);
+    [4096, 2048, 1024, 512]
+        .into_iter()
+        .find(|size| *size <= room)
+        .unwrap_or(256)
+}
+
 /// How nodes are spread over guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -156,5 +166,15 @@ impl Options {
             )),
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rdma_mtu;
+
+    #[test]
+    fn rdma_packets_fit_ethernet_packets() {
+        assert_eq!([9000, 4200, 1500, 1280].map(rdma_mtu), [4096, 4096, 1024, 1024]);
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
-use crate::options::Tier;
+use crate::options::{Tier, rdma_mtu};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -50,14 +50,10 @@ pub fn run(cluster: &Cluster) -> Result<()> {
         let info = cluster.run(node.number, "ibv_devinfo -v -d $LAB_DEVICE", LIMIT)?;
         usable(&info)
             .map_err(|why| Error::check(format!("{} of node {}: {why}", node.device, node.number)))?;
-        let mtu = if cluster.options().mtu >= 4200 {
-            "4096"
-        } else {
-            "1024"
-        };
+        let mtu = rdma_mtu(cluster.options().mtu).to_string();
         if !info
             .lines()
-            .any(|line| line.contains("active_mtu") && line.contains(mtu))
+            .any(|line| line.contains("active_mtu") && line.contains(&mtu))
         {
             return Err(Error::check(format!(
                 "{} has no active MTU of {mtu} bytes:\n{info}",

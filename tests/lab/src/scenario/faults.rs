@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::cluster::Cluster;
 use crate::error::{Error, Result};
-use crate::options::Tier;
+use crate::options::{Tier, rdma_mtu};
 use crate::scenario::perftest;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -99,15 +99,19 @@ fn links(cluster: &Cluster) -> Result<()> {
 
     cluster.step("all nodes change their MTU");
     let all: Vec<usize> = cluster.nodes().iter().map(|node| node.number).collect();
-    for (mtu, rdma_mtu) in [(9000, 4096), (cluster.options().mtu, 0)] {
+    let before = cluster.options().mtu;
+    let other = if before == 1500 { 9000 } else { 1500 };
+    for mtu in [other, before] {
         for node in &all {
             cluster.set_mtu(*node, mtu)?;
         }
-        if rdma_mtu > 0 {
-            let check = format!("ibv_devinfo -d $LAB_DEVICE | grep -q 'active_mtu:.*{rdma_mtu}'");
-            cluster.eventually(2, &check, LIMIT)?;
-            rdma(cluster, (1, 2), PORT + 3)?;
-        }
+        let rdma_mtu = rdma_mtu(mtu);
+        cluster.eventually(
+            2,
+            &format!("ibv_devinfo -d $LAB_DEVICE | grep -q 'active_mtu:.*{rdma_mtu}'"),
+            LIMIT,
+        )?;
+        rdma(cluster, (1, 2), PORT + 3)?;
     }
     Ok(())
 }

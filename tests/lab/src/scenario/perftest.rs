@@ -170,21 +170,26 @@ pub fn between(
     let listening = cluster.spawn(server, &command)?;
     // The kernel's table has ports in hexadecimal; 0A is the state of listening.
     let listens = format!("grep -q ':{port:04X} .* 0A ' /proc/net/tcp /proc/net/tcp6");
-    cluster.eventually(server, &listens, LISTEN_LIMIT)?;
     let ip = cluster.node(server)?.ip;
-    let output = cluster
-        .run(client, &format!("{command} {ip}"), LIMIT)
-        .inspect_err(|_| listening.kill())?;
+    let measured = cluster
+        .eventually(server, &listens, LISTEN_LIMIT)
+        .and_then(|_| cluster.run(client, &format!("{command} {ip}"), LIMIT))
+        .inspect_err(|_| listening.kill());
     let served = listening.wait(LIMIT)?;
-    if !served.ending.ok() {
-        return Err(Error::check(format!(
-            "the server of {tool} on node {server} {}: {}{}",
+    match (measured, served.ending.ok()) {
+        (Ok(output), true) => parse(&output),
+        (Err(error), true) => Err(error),
+        // A server that failed explains why its client did.
+        (measured, false) => Err(Error::check(format!(
+            "the server of {tool} on node {server} {}: {}{}{}",
             served.ending,
             served.out.trim(),
-            served.err.trim()
-        )));
+            served.err.trim(),
+            measured
+                .err()
+                .map_or(String::new(), |error| format!("\nthe client: {error}"))
+        ))),
     }
-    parse(&output)
 }
 
 /// The scenario.
