@@ -1,6 +1,7 @@
 //! Guests made into nodes: a set of addresses with an rxe device each, on which programs run.
 
 use std::fs::{self, File, TryLockError};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -52,6 +53,9 @@ pub struct Cluster {
     step: Mutex<String>,
     expired: Arc<AtomicBool>,
     watchdog: Option<Sender<()>>,
+    /// What was done and how it ended, with times.
+    journal: Mutex<File>,
+    started: Instant,
     /// Held as long as the cluster lives.
     _lock: File,
 }
@@ -76,6 +80,8 @@ impl Cluster {
         let job = logs.join("job");
         fs::create_dir_all(&job).at(|| format!("make the folder {}", job.display()))?;
         tools::require_space(logs, LOG_SPACE)?;
+        let path = logs.join("journal");
+        let journal = File::create(&path).at(|| format!("write {}", path.display()))?;
         let image = options.image()?;
         let machine = options.machine();
         let places = |name: &str| Places {
@@ -134,6 +140,8 @@ impl Cluster {
             step: Mutex::new("boot".into()),
             expired: Arc::default(),
             watchdog: None,
+            journal: Mutex::new(journal),
+            started: Instant::now(),
             _lock: lock,
         };
         cluster.boot_all()?;
@@ -237,7 +245,19 @@ impl Cluster {
 
     /// As [`Cluster::step`], for the report only.
     pub fn enter(&self, what: &str) {
+        self.write_down(what);
         what.clone_into(&mut lock(&self.step));
+    }
+
+    /// Writes a line, or several, into the journal of the run.
+    pub fn write_down(&self, what: &str) {
+        let time = self.started.elapsed().as_secs_f64();
+        // A full disk fails a run where its results are written.
+        let _ = writeln!(
+            lock(&self.journal),
+            "{time:8.2} {}",
+            what.trim_end().replace('\n', "\n         ")
+        );
     }
 
     /// All nodes.
@@ -323,7 +343,12 @@ impl Cluster {
     /// # Errors
     /// It takes too long; the guest is gone.
     pub fn attempt(&self, node: usize, script: &str, limit: Duration) -> Result<Finished> {
-        self.spawn(node, script)?.wait(limit)
+        let done = self.spawn(node, script)?.wait(limit);
+        match &done {
+            Ok(done) => self.write_down(&format!("node {node}: `{script}` {}", done.ending)),
+            Err(error) => self.write_down(&format!("node {node}: {error}")),
+        }
+        done
     }
 
     /// Runs a shell command on a node and returns its standard output.

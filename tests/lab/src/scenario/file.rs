@@ -67,6 +67,49 @@ pub enum Action {
     Heal(bool),
 }
 
+impl std::fmt::Display for Action {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Action::Run(command) => write!(f, "{command}"),
+            Action::Start(command) => write!(f, "start {:?}: {command}", command.name),
+            Action::Wait(name) => write!(f, "wait for {name:?}"),
+            Action::Stop(name) => write!(f, "stop {name:?}"),
+            Action::Sleep(seconds) => write!(f, "sleep {seconds} s"),
+            Action::Fetch(place) => write!(f, "fetch {} of node {}", place.path, place.on),
+            Action::Kill(guest) => write!(f, "kill guest {guest}"),
+            Action::Reboot(guest) => write!(f, "reboot guest {guest}"),
+            Action::Pause(guest) => write!(f, "pause guest {guest}"),
+            Action::Resume(guest) => write!(f, "resume guest {guest}"),
+            Action::Cut(node) => write!(f, "cut node {node}'s link"),
+            Action::Restore(node) => write!(f, "restore node {node}'s link"),
+            Action::Part([a, b]) => write!(f, "part guests {a} and {b}"),
+            Action::Join([a, b]) => write!(f, "join guests {a} and {b}"),
+            Action::Netem(netem) => write!(f, "netem of node {}: {}", netem.on, netem.settings),
+            Action::Mtu(mtu) => write!(f, "MTU {} of node {}", mtu.bytes, mtu.on),
+            Action::Heal(_) => f.write_str("heal the network"),
+        }
+    }
+}
+
+impl std::fmt::Display for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut lines = self.command.lines();
+        let first = lines.next().unwrap_or_default();
+        let more = if lines.next().is_some() { " …" } else { "" };
+        let nodes = self
+            .on
+            .iter()
+            .map(usize::to_string)
+            .collect::<Vec<_>>()
+            .join(", ");
+        write!(
+            f,
+            "on {}: {first}{more}",
+            if nodes.is_empty() { "all" } else { &nodes }
+        )
+    }
+}
+
 /// A command on nodes.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -146,7 +189,7 @@ impl Script {
     pub fn run(&self, cluster: &Cluster) -> Result<()> {
         let mut started = Started::new();
         for (number, action) in (1..).zip(&self.steps) {
-            cluster.step(&format!("step {number}: {action:?}"));
+            cluster.step(&format!("step {number}: {action}"));
             carry_out(cluster, action, &mut started)?;
         }
         Ok(())
@@ -158,7 +201,7 @@ type Started = BTreeMap<String, (Command, Vec<(usize, Running)>)>;
 
 fn carry_out(cluster: &Cluster, action: &Action, started: &mut Started) -> Result<()> {
     match action {
-        Action::Run(command) => wait(command, &start(cluster, command)?),
+        Action::Run(command) => wait(cluster, command, &start(cluster, command)?),
         Action::Start(command) => {
             let running = start(cluster, command)?;
             started.insert(command.name.clone(), (command.clone(), running));
@@ -166,7 +209,7 @@ fn carry_out(cluster: &Cluster, action: &Action, started: &mut Started) -> Resul
         }
         Action::Wait(name) => {
             let (command, running) = taken(started, name)?;
-            wait(&command, &running)
+            wait(cluster, &command, &running)
         }
         Action::Stop(name) => {
             let (command, running) = taken(started, name)?;
@@ -231,14 +274,16 @@ fn start(cluster: &Cluster, command: &Command) -> Result<Vec<(usize, Running)>> 
         .collect()
 }
 
-fn wait(command: &Command, running: &[(usize, Running)]) -> Result<()> {
+fn wait(cluster: &Cluster, command: &Command, running: &[(usize, Running)]) -> Result<()> {
     for (node, program) in running {
         let done = program.wait(Duration::from_secs_f64(command.limit.max(0.0)))?;
         for (stream, text) in [("", &done.out), ("!", &done.err)] {
             for line in text.lines() {
                 println!("    node {node}{stream}: {line}");
+                cluster.write_down(&format!("node {node}{stream}: {line}"));
             }
         }
+        cluster.write_down(&format!("node {node}: `{}` {}", command.command, done.ending));
         if done.ending.code() != command.status {
             return Err(Error::check(format!(
                 "`{}` on node {node} {}, not with status {}",
