@@ -209,9 +209,12 @@ impl Cluster {
         let (tx, rx) = channel::<()>();
         let (limit, expired) = (self.options.limit, Arc::clone(&self.expired));
         std::thread::spawn(move || {
-            if rx.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            let mut wait = limit;
+            // Again and again: a guest may just have been about to be booted.
+            while rx.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
                 expired.store(true, Ordering::SeqCst);
                 process::end_all();
+                wait = Duration::from_secs(1);
             }
         });
         self.watchdog = Some(tx);
