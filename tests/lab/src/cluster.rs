@@ -472,10 +472,9 @@ fn lock_logs(logs: &Path) -> Result<File> {
     let file = File::create(&name).at(doing)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::check(format!(
-            "another lab is running this and writes {}: wait for it, or name another folder with --logs",
-            logs.display()
-        ))),
+        Err(TryLockError::WouldBlock) => Err(Error::Busy {
+            logs: logs.to_owned(),
+        }),
         Err(TryLockError::Error(source)) => Err(Error::Io {
             what: doing(),
             source,

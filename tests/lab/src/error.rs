@@ -83,6 +83,12 @@ pub enum Error {
         /// Where to look.
         console: PathBuf,
     },
+    /// Another lab uses what this one would.
+    #[error("another lab is running this and writes {}: wait for it, or name another folder with --logs", .logs.display())]
+    Busy {
+        /// The folder.
+        logs: PathBuf,
+    },
     /// A scenario's check did not hold, or what it was asked to do makes no sense.
     #[error("{0}")]
     Check(String),

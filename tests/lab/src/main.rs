@@ -140,7 +140,8 @@ fn in_cluster(
         notes = cluster.notes();
         cluster.finish(result)
     });
-    if let Err(error @ Error::Missing { .. }) = result {
+    // These are not the scenario's failures, and in the second case the folder is not ours to write to.
+    if let Err(error @ (Error::Missing { .. } | Error::Busy { .. })) = result {
         return Err(error);
     }
     let outcome = Outcome::new(&name, &result, start.elapsed(), boot, notes);
