@@ -13,7 +13,9 @@ setup:
 demo: build
 	target/release/bench demo
 
-test: setup
+test:
+	@tests/setup.sh test
+	@tests/setup.sh lab
 	@tests/run.sh
 
 # Guests under QEMU with SoftRoCE; tests/lab/README.md has what else the lab can do.

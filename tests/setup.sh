@@ -1,7 +1,8 @@
 #!/bin/bash
 # Installs what the build and the tests need, once: does nothing where all is there.
-#   tests/setup.sh        for building and for the tests on this machine
-#   tests/setup.sh lab    also for the VM lab: the emulator, and the programs that its guests get from this machine
+#   tests/setup.sh         for building
+#   tests/setup.sh test    also for the tests on this machine: network namespaces, Open MPI
+#   tests/setup.sh lab     also for the VM lab: the emulator, and the programs that its guests get from this machine
 set -euo pipefail
 
 missing=()
@@ -11,6 +12,11 @@ have fusermount3 || missing+=(fuse3)
 have pkg-config || missing+=(pkg-config)
 have cc || missing+=(gcc libc6-dev)
 have make || missing+=(make)
+
+need_test() {
+    have ip || missing+=(iproute2)
+    have mpirun || missing+=(openmpi-bin)
+}
 
 need_lab() {
     local rxe=(/usr/lib/*/libibverbs/librxe-rdmav*.so)
@@ -26,7 +32,10 @@ need_lab() {
     have rping || missing+=(rdmacm-utils)
     [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing+=(debian-archive-keyring)
 }
-[ "${1:-}" != lab ] || need_lab
+case "${1:-}" in
+    test) need_test ;;
+    lab) need_lab ;;
+esac
 
 if ((${#missing[@]})); then
     echo "setup: installing ${missing[*]}"

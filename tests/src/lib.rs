@@ -1,7 +1,7 @@
 //! Whole-system tests of DistFUSE.
 //!
 //! A library for the tests in `tests/`: clusters of real processes ([`cluster`]), tests with a time limit
-//! ([`guard`]), system calls that `std` lacks ([`sys`]), cross-mount checks ([`coherence`]), a
+//! ([`guard`]), network namespaces as hosts ([`hosts`]), system calls that `std` lacks ([`sys`]), cross-mount checks ([`coherence`]), a
 //! linearizability checker ([`linear`]) with recorded histories ([`history`]), random operations against a
 //! local directory ([`model`]) and random input and output on one file through several paths ([`fsx`]).
 
@@ -10,6 +10,7 @@ pub mod coherence;
 pub mod fsx;
 pub mod guard;
 pub mod history;
+pub mod hosts;
 pub mod linear;
 pub mod model;
 pub mod process;

@@ -27,6 +27,16 @@ pub struct Children {
     notify_dir: tempfile::TempDir,
 }
 
+/// Has a program ended by SIGTERM when the thread that starts it ends, also by SIGKILL to this process.
+pub fn follow_us(command: &mut Command) {
+    let follow = || {
+        let signal = Some(rustix::process::Signal::TERM);
+        Ok(rustix::process::set_parent_process_death_signal(signal)?)
+    };
+    // SAFETY: between fork and exec the closure makes one system call, allocates nothing and takes no lock.
+    unsafe { command.pre_exec(follow) };
+}
+
 /// The number a program that has ended leaves to a shell.
 #[must_use]
 pub fn code_of(status: ExitStatus) -> u8 {

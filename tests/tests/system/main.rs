@@ -8,6 +8,7 @@ mod bad_input;
 mod coherence;
 mod faults;
 mod histories;
+mod launch;
 mod memory;
 mod models;
 mod posix;

@@ -13,7 +13,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::talk::{Order, Phase, Plan, Say};
-use crate::cmd::children::{Children, code_of, signal, wait_for};
+use crate::cmd::children::{Children, code_of, follow_us, signal, wait_for};
 use crate::config::Config;
 use crate::endpoint::Endpoint;
 use crate::rpc::{Responder, RpcError, Service};
@@ -312,11 +312,10 @@ fn command(command: &[String], env: &[(&str, String)], session: &mut Session) ->
         }
         return Ok(0);
     };
-    let mut child = Command::new(program)
-        .args(args)
-        .envs(env.iter().map(|(k, v)| (k, v)))
-        .spawn()
-        .with_context(|| format!("cannot run {program}"))?;
+    let mut run = Command::new(program);
+    run.args(args).envs(env.iter().map(|(k, v)| (k, v)));
+    follow_us(&mut run);
+    let mut child = run.spawn().with_context(|| format!("cannot run {program}"))?;
     let ended = |child: &mut Child| -> anyhow::Result<Option<u8>> { Ok(child.try_wait()?.map(code_of)) };
     loop {
         if let Some(code) = ended(&mut child)? {
