@@ -9,7 +9,7 @@
 //! | `net` | connections to the servers and the other mounts |
 //! | `inode`, `pages`, `mapped` | what is cached |
 //! | `attrs`, `data`, `write`, `space`, `opens`, `files`, `fallocate`, `dirs`, `names`, `xattrs`, `locks` | the operations |
-//! | `revoke` | giving leases up |
+//! | `revoke`, `push` | giving leases up, telling the metadata server |
 //! | `trim` | forgetting inodes nobody uses |
 //! | `writeback` | bringing dirty data to the servers |
 //!
@@ -34,6 +34,7 @@ pub mod names;
 pub mod net;
 pub mod opens;
 pub mod pages;
+pub mod push;
 pub mod revoke;
 pub mod space;
 pub mod trim;
