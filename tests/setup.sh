@@ -1,13 +1,32 @@
 #!/bin/bash
 # Installs what the build and the tests need, once: does nothing where all is there.
+#   tests/setup.sh        for building and for the tests on this machine
+#   tests/setup.sh lab    also for the VM lab: the emulator, and the programs that its guests get from this machine
 set -euo pipefail
 
 missing=()
-have() { command -v "$1" >/dev/null 2>&1; }
+# Some programs are where a plain user's PATH does not lead.
+have() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null 2>&1; }
 have fusermount3 || missing+=(fuse3)
 have pkg-config || missing+=(pkg-config)
 have cc || missing+=(gcc libc6-dev)
 have make || missing+=(make)
+
+need_lab() {
+    local rxe=(/usr/lib/*/libibverbs/librxe-rdmav*.so)
+    have qemu-system-x86_64 || missing+=(qemu-system-x86)
+    # The one without libraries: a guest starts with it alone.
+    [ "$(dpkg-query -W -f '${db:Status-Status}' busybox-static 2>/dev/null)" = installed ] || missing+=(busybox-static)
+    have xz || missing+=(xz-utils)
+    have dash || missing+=(dash)
+    have ip && have tc && have bridge && have rdma || missing+=(iproute2)
+    [ -e "${rxe[0]}" ] && [ -e /etc/libibverbs.d/rxe.driver ] || missing+=(ibverbs-providers)
+    have ibv_devinfo || missing+=(ibverbs-utils)
+    have ib_read_lat || missing+=(perftest)
+    have rping || missing+=(rdmacm-utils)
+    [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing+=(debian-archive-keyring)
+}
+[ "${1:-}" != lab ] || need_lab
 
 if ((${#missing[@]})); then
     echo "setup: installing ${missing[*]}"

@@ -1,0 +1,266 @@
+//! `fsd-lab`: guests with SoftRoCE, and commands and scenarios in them.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use lab::cli::{Action, Cli, Fetch, KERNELS, List, Machine, Run, Shell, Test};
+use lab::cluster::Cluster;
+use lab::error::{At, Error, Result};
+use lab::image::packages;
+use lab::options::{Options, Tier};
+use lab::proto::Stream;
+use lab::report::{Outcome, summary};
+use lab::scenario::file::Script;
+use lab::scenario::{self, Scenario};
+use lab::{process, shell, snapshot};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+/// Statuses of our own are those of `timeout` and its like: a command's own are below.
+const FAILED: u8 = 125;
+/// A signal told us to end.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = end_on_signals().and_then(|()| match cli.command {
+        Action::Run(run) => run_one(&run),
+        Action::Shell(shell) => open_shell(&shell),
+        Action::Test(test) => run_tests(&test),
+        Action::List(list) => print_list(&list),
+        Action::Fetch(fetch) => fetch_kernels(&fetch),
+    });
+    shell::restore_terminal();
+    // What fails because a signal ended the guests is not worth a message: the signal's thread has the last word.
+    while INTERRUPTED.load(Ordering::SeqCst) {
+        std::thread::park();
+    }
+    done.unwrap_or_else(|error| {
+        eprintln!("fsd-lab: {error}");
+        ExitCode::from(FAILED)
+    })
+}
+
+/// Emulators and the terminal's settings must not outlive us.
+fn end_on_signals() -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).at(|| "watch for signals".into())?;
+    std::thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            INTERRUPTED.store(true, Ordering::SeqCst);
+            process::end_all();
+            shell::restore_terminal();
+            eprintln!("fsd-lab: interrupted; the guests were ended");
+            std::process::exit(128 + signal);
+        }
+    });
+    Ok(())
+}
+
+fn run_one(run: &Run) -> Result<ExitCode> {
+    let Some(name) = &run.scenario else {
+        return run_command(run);
+    };
+    if let Some(scenario) = scenario::find(name) {
+        let tier = run.tier.unwrap_or(Tier::Single);
+        let outcome = run_scenario(scenario, tier, &run.kernel, &run.machine)?;
+        println!("{}", summary(std::slice::from_ref(&outcome)));
+        return Ok(if outcome.error.is_none() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::from(1)
+        });
+    }
+    let path = Path::new(name);
+    if !path.is_file() {
+        let known = scenario::ALL
+            .iter()
+            .map(|scenario| scenario.name)
+            .collect::<Vec<_>>()
+            .join(", ");
+        return Err(Error::check(format!(
+            "there is no scenario {name:?}, nor such a file; known are: {known}"
+        )));
+    }
+    let script = Script::load(path)?;
+    let tier = run.tier.or(script.tier).unwrap_or(Tier::Single);
+    let options = run.machine.options(tier, &run.kernel, script.nodes, script.mtu)?;
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let outcome = in_cluster(&stem, options, &run.machine, &run.kernel, |cluster| {
+        script.run(cluster)
+    })?;
+    println!("{}", summary(std::slice::from_ref(&outcome)));
+    Ok(if outcome.error.is_none() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(1)
+    })
+}
+
+/// What a run is called, by which its logs are found.
+fn name_of(scenario: &str, tier: Tier, kernel: &str, machine: &Machine) -> String {
+    let file = machine
+        .kernel_deb
+        .as_deref()
+        .and_then(Path::file_stem)
+        .map(|stem| stem.to_string_lossy());
+    format!("{scenario}-{tier}-{}", file.as_deref().unwrap_or(kernel))
+}
+
+fn run_scenario(scenario: &Scenario, tier: Tier, kernel: &str, machine: &Machine) -> Result<Outcome> {
+    let options = machine.options(tier, kernel, None, None)?;
+    if options.nodes < scenario.nodes {
+        return Err(Error::check(format!(
+            "the scenario {} needs {} nodes",
+            scenario.name, scenario.nodes
+        )));
+    }
+    in_cluster(scenario.name, options, machine, kernel, scenario.run)
+}
+
+/// Runs `body` in a cluster of its own; the outcome has its failures.
+fn in_cluster(
+    scenario: &str,
+    options: Options,
+    machine: &Machine,
+    kernel: &str,
+    body: impl FnOnce(&Cluster) -> Result<()>,
+) -> Result<Outcome> {
+    let name = name_of(scenario, options.tier, kernel, machine);
+    let logs = machine.logs()?.join(&name);
+    eprintln!("== {name}");
+    let start = Instant::now();
+    let (mut boot, mut notes) = (Duration::ZERO, Vec::new());
+    let result = Cluster::start(options, &logs).and_then(|cluster| {
+        boot = start.elapsed();
+        let result = body(&cluster);
+        notes = cluster.notes();
+        cluster.finish(result)
+    });
+    if let Err(error @ Error::Missing { .. }) = result {
+        return Err(error);
+    }
+    let outcome = Outcome::new(&name, &result, start.elapsed(), boot, notes);
+    outcome.save(&logs)?;
+    Ok(outcome)
+}
+
+fn run_command(run: &Run) -> Result<ExitCode> {
+    let tier = run.tier.unwrap_or(Tier::Single);
+    let options = run.machine.options(tier, &run.kernel, None, None)?;
+    let limit = options.limit;
+    let logs = run
+        .machine
+        .logs()?
+        .join(name_of("run", tier, &run.kernel, &run.machine));
+    let cluster = Cluster::start(options, &logs)?;
+    let mut code = 0;
+    let result = cluster
+        .start_program(run.node, &run.argv, None)
+        .and_then(|program| {
+            let done = program.wait_with(limit, |stream, data| {
+                // A closed output is no reason to end the command.
+                let _ = match stream {
+                    Stream::Out => write_now(&mut std::io::stdout(), data),
+                    Stream::Err => write_now(&mut std::io::stderr(), data),
+                };
+            })?;
+            if let lab::proto::Ending::NotStarted(why) = &done.ending {
+                eprintln!("fsd-lab: {}: {why}", run.argv.join(" "));
+            }
+            code = done.ending.code();
+            Ok(())
+        });
+    cluster.finish(result)?;
+    Ok(ExitCode::from(code))
+}
+
+fn write_now(out: &mut impl Write, data: &[u8]) -> std::io::Result<()> {
+    out.write_all(data)?;
+    out.flush()
+}
+
+fn open_shell(args: &Shell) -> Result<ExitCode> {
+    let mut options = args.machine.options(args.tier, &args.kernel, None, None)?;
+    // As long as the developer likes.
+    options.limit = Duration::from_secs(7 * 24 * 3600);
+    let logs = args
+        .machine
+        .logs()?
+        .join(name_of("shell", args.tier, &args.kernel, &args.machine));
+    eprintln!("booting; the shell ends with Ctrl-D, and the guests with it");
+    let cluster = Cluster::start(options, &logs)?;
+    let mut code = 0;
+    let result = shell::run(&cluster, args.node).map(|ending| code = ending.code());
+    cluster.finish(result)?;
+    Ok(ExitCode::from(code))
+}
+
+fn run_tests(test: &Test) -> Result<ExitCode> {
+    let mut chosen: Vec<&Scenario> = Vec::new();
+    for name in &test.scenarios {
+        let unknown = || Error::check(format!("there is no scenario {name:?}; see fsd-lab list"));
+        chosen.push(scenario::find(name).ok_or_else(unknown)?);
+    }
+    if chosen.is_empty() {
+        chosen = scenario::ALL.iter().collect();
+    }
+    let kernels: Vec<&str> = if test.kernel.is_empty() {
+        KERNELS.to_vec()
+    } else {
+        test.kernel.iter().map(String::as_str).collect()
+    };
+    let tiers = if test.tier.is_empty() {
+        vec![Tier::Single, Tier::Multi]
+    } else {
+        test.tier.clone()
+    };
+    let mut outcomes = Vec::new();
+    for kernel in kernels {
+        for tier in &tiers {
+            for scenario in chosen.iter().filter(|scenario| scenario.tiers.contains(tier)) {
+                let outcome = run_scenario(scenario, *tier, kernel, &test.machine)?;
+                eprintln!("{}", outcome.line());
+                outcomes.push(outcome);
+            }
+        }
+    }
+    println!("\n{}", summary(&outcomes));
+    let failed = outcomes.iter().any(|outcome| outcome.error.is_some());
+    Ok(if failed || outcomes.is_empty() {
+        ExitCode::from(1)
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn print_list(list: &List) -> Result<ExitCode> {
+    println!("scenarios:");
+    for scenario in scenario::ALL {
+        println!("  {:<10} {}", scenario.name, scenario.about);
+    }
+    let cache = list.places.cache()?;
+    println!("cache {}:", cache.display());
+    for line in snapshot::cached(&cache)? {
+        println!("  {line}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn fetch_kernels(fetch: &Fetch) -> Result<ExitCode> {
+    let cache = fetch.places.cache()?;
+    std::fs::create_dir_all(&cache).at(|| format!("make the folder {}", cache.display()))?;
+    let kernels: Vec<&str> = if fetch.kernel.is_empty() {
+        KERNELS.to_vec()
+    } else {
+        fetch.kernel.iter().map(String::as_str).collect()
+    };
+    for series in kernels {
+        let kernel = packages::kernel(&cache, series, fetch.places.mirror.as_deref(), true)?;
+        println!("{series}: {} in {}", kernel.release, kernel.dir.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
