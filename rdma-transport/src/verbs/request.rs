@@ -48,14 +48,7 @@ impl VerbsConn {
             bytes: 0,
             ahead: VecDeque::new(),
         };
-        for n in 0..ops.len() {
-            run.add(ops, n)?;
-        }
-        run.post(message)?;
-        while !run.ahead.is_empty() {
-            run.settle(ops)?;
-        }
-        Ok(())
+        run.all(ops, message)
     }
 
     /// A write that nobody waits for, with a message behind it; for progress threads.
@@ -117,6 +110,28 @@ fn length(len: usize) -> u32 {
 }
 
 impl Run<'_> {
+    fn all(&mut self, ops: &mut [Op<'_>], message: Option<&[u8]>) -> Result<(), TransportError> {
+        for n in 0..ops.len() {
+            self.add(ops, n)?;
+        }
+        self.post(message)?;
+        while !self.ahead.is_empty() {
+            self.settle(ops)?;
+        }
+        Ok(())
+    }
+
+    /// The failure of what is still under way, if it has failed: it came before `why`, which says that there is
+    /// nothing more to be posted to.
+    fn first_failure(&mut self, why: TransportError) -> TransportError {
+        while let Some(oldest) = self.ahead.pop_front() {
+            if let Err(earlier) = self.conn.wait(&oldest.waiter, self.deadline) {
+                return earlier;
+            }
+        }
+        why
+    }
+
     /// Adds an operation, posting on the way what is enough to be posted.
     fn add(&mut self, ops: &mut [Op<'_>], n: usize) -> Result<(), TransportError> {
         let (action, at, whole) = match &ops[n] {
@@ -189,7 +204,7 @@ impl Run<'_> {
         self.bytes = 0;
         self.conn
             .enqueue(requests, Owner::Blocked(Arc::clone(&waiter)), message)
-            .map_err(|(_, why)| why)?;
+            .map_err(|(_, why)| self.first_failure(why))?;
         self.ahead.push_back(Ahead {
             waiter,
             pieces: std::mem::take(&mut self.pieces),
