@@ -25,7 +25,7 @@ pub fn open(
         FabricKind::Sim => Err(TransportError::Invalid(
             "endpoints of the simulator are made by sim::SimNet, which all of them share".to_owned(),
         )),
-        FabricKind::Verbs => open_verbs(config, &VerbsOptions::from_env()?, handler),
+        FabricKind::Verbs => open_verbs(config, &VerbsOptions::default().with_env()?, handler),
     }
 }
 

@@ -31,19 +31,18 @@ impl Default for VerbsOptions {
 }
 
 impl VerbsOptions {
-    /// The default, changed by `DISTFUSE_VERBS_DEVICE`, `_PORT`, `_GID_INDEX`, `_TIMEOUT` and `_RETRY` in the
-    /// environment.
+    /// These, changed by `DISTFUSE_VERBS_DEVICE`, `_PORT`, `_GID_INDEX`, `_TIMEOUT` and `_RETRY` in the
+    /// environment: what differs between nodes need not be in a file that they share.
     ///
     /// # Errors
     /// [`TransportError::Invalid`] for a variable that is not a number.
-    pub fn from_env() -> Result<Self, TransportError> {
-        let mut options = Self::default();
-        options.device = std::env::var("DISTFUSE_VERBS_DEVICE").ok().or(options.device);
-        options.port = number("DISTFUSE_VERBS_PORT")?.or(options.port);
-        options.gid_index = number("DISTFUSE_VERBS_GID_INDEX")?.or(options.gid_index);
-        options.timeout = number("DISTFUSE_VERBS_TIMEOUT")?.unwrap_or(options.timeout);
-        options.retry = number("DISTFUSE_VERBS_RETRY")?.unwrap_or(options.retry);
-        Ok(options)
+    pub fn with_env(mut self) -> Result<Self, TransportError> {
+        self.device = std::env::var("DISTFUSE_VERBS_DEVICE").ok().or(self.device);
+        self.port = number("DISTFUSE_VERBS_PORT")?.or(self.port);
+        self.gid_index = number("DISTFUSE_VERBS_GID_INDEX")?.or(self.gid_index);
+        self.timeout = number("DISTFUSE_VERBS_TIMEOUT")?.unwrap_or(self.timeout);
+        self.retry = number("DISTFUSE_VERBS_RETRY")?.unwrap_or(self.retry);
+        Ok(self)
     }
 
     #[cfg_attr(not(feature = "verbs"), allow(dead_code))]

@@ -1,6 +1,7 @@
 //! Starting and stopping a mount.
 
 use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -209,7 +210,26 @@ fn own_listen(config: &Config) -> String {
                 "0.0.0.0:0".into()
             }
         }
+        // The address also tells which RDMA device is used.
+        FabricChoice::Verbs => address_towards(&config.meta.listen)
+            .map_or_else(|_| "0.0.0.0:0".into(), |ip| SocketAddr::new(ip, 0).to_string()),
     }
+}
+
+/// The address of this host from which it reaches another; nothing is sent.
+fn address_towards(peer: &str) -> std::io::Result<IpAddr> {
+    let peer = peer
+        .to_socket_addrs()?
+        .next()
+        .ok_or_else(|| std::io::Error::other("the name has no address"))?;
+    let any: IpAddr = if peer.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    let probe = UdpSocket::bind((any, 0))?;
+    probe.connect(peer)?;
+    Ok(probe.local_addr()?.ip())
 }
 
 fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, MountError> {

@@ -151,5 +151,6 @@ pub fn fabric_name(fabric: FabricChoice) -> &'static str {
     match fabric {
         FabricChoice::Shm => "shm",
         FabricChoice::Tcp => "tcp",
+        FabricChoice::Verbs => "verbs",
     }
 }
