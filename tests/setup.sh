@@ -12,6 +12,11 @@ have fusermount3 || missing+=(fuse3)
 have pkg-config || missing+=(pkg-config)
 have cc || missing+=(gcc libc6-dev)
 have make || missing+=(make)
+# For the RDMA provider: libraries with their headers, and libclang, from which its bindings are made.
+pkg-config --exists libibverbs 2>/dev/null || missing+=(libibverbs-dev)
+pkg-config --exists librdmacm 2>/dev/null || missing+=(librdmacm-dev)
+libclang=(/usr/lib/llvm-*/lib/libclang.so* /usr/lib/*/libclang-*.so* /usr/lib*/libclang.so*)
+[ -n "$(ls -d "${libclang[@]}" 2>/dev/null)" ] || missing+=(libclang-dev)
 
 need_test() {
     have ip || missing+=(iproute2)

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rdma_transport::FabricKind;
+use rdma_transport::{FabricKind, VerbsOptions};
 use serde::{Deserialize, Serialize};
 
 /// What is wrong with a configuration.
@@ -52,6 +52,8 @@ pub enum FabricChoice {
     Shm,
     /// TCP.
     Tcp,
+    /// RDMA: InfiniBand, RoCE, SoftRoCE.
+    Verbs,
 }
 
 impl From<FabricChoice> for FabricKind {
@@ -59,6 +61,7 @@ impl From<FabricChoice> for FabricKind {
         match choice {
             FabricChoice::Shm => Self::Shm,
             FabricChoice::Tcp => Self::Tcp,
+            FabricChoice::Verbs => Self::Verbs,
         }
     }
 }
@@ -92,6 +95,9 @@ pub struct Config {
     /// Longest wait for an answer of a peer, milliseconds.
     #[serde(default = "default_timeout")]
     pub timeout_ms: u64,
+    /// Which RDMA device and address, and how patient; for `fabric = "verbs"`.
+    #[serde(default)]
+    pub verbs: VerbsConfig,
     /// Lease settings.
     #[serde(default)]
     pub lease: LeaseConfig,
@@ -111,6 +117,36 @@ pub fn default_spin() -> u64 {
 }
 fn default_timeout() -> u64 {
     10_000
+}
+
+/// Choices of the verbs fabric; what is not said is found out. The environment (`DISTFUSE_VERBS_DEVICE` and so on)
+/// overrides them on one node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerbsConfig {
+    /// Device, as `ibv_devices` lists it.
+    pub device: Option<String>,
+    /// Port of the device, from 1.
+    pub port: Option<u8>,
+    /// Index in the port's table of addresses.
+    pub gid_index: Option<u8>,
+    /// Wait for an acknowledgement: 4.096 µs · 2^this.
+    pub timeout: Option<u8>,
+    /// How often to send again without one, at most 6.
+    pub retry: Option<u8>,
+}
+
+impl From<VerbsConfig> for VerbsOptions {
+    fn from(config: VerbsConfig) -> Self {
+        let default = Self::default();
+        Self {
+            device: config.device,
+            port: config.port,
+            gid_index: config.gid_index,
+            timeout: config.timeout.unwrap_or(default.timeout),
+            retry: config.retry.unwrap_or(default.retry),
+        }
+    }
 }
 
 /// Lease settings (fixed at format time where marked).

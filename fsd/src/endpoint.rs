@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use rdma_transport::{Fabric, FabricConfig, TransportError};
+use rdma_transport::{Fabric, FabricConfig, TransportError, VerbsOptions};
 
-use crate::config::Config;
+use crate::config::{Config, FabricChoice};
 use crate::rpc::{Calls, Router, Service};
 use crate::wire::{Hello, Role};
 
@@ -32,17 +32,21 @@ impl Endpoint {
         service: Arc<dyn Service>,
     ) -> Result<Self, TransportError> {
         let (calls, life) = (Arc::new(Calls::default()), rand::random());
-        let fabric = rdma_transport::open(
-            config.fabric.into(),
-            FabricConfig {
-                listen,
-                key,
-                identity: Hello::new(&config.cluster, role, life).encode(),
-                spin: Duration::from_micros(config.spin_us),
-                timeout: Duration::from_millis(config.timeout_ms),
-            },
-            Router::new(&config.cluster, Arc::clone(&calls), service),
-        )?;
+        let fabric_config = FabricConfig {
+            listen,
+            key,
+            identity: Hello::new(&config.cluster, role, life).encode(),
+            spin: Duration::from_micros(config.spin_us),
+            timeout: Duration::from_millis(config.timeout_ms),
+        };
+        let router = Router::new(&config.cluster, Arc::clone(&calls), service);
+        let fabric = match config.fabric {
+            FabricChoice::Verbs => {
+                let options = VerbsOptions::from(config.verbs.clone()).with_env()?;
+                rdma_transport::open_verbs(fabric_config, &options, router)?
+            }
+            other => rdma_transport::open(other.into(), fabric_config, router)?,
+        };
         Ok(Self { fabric, calls, life })
     }
 }

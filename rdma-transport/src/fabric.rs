@@ -167,7 +167,7 @@ pub struct ConnId(pub u64);
 /// How an endpoint is set up.
 #[derive(Debug, Clone)]
 pub struct FabricConfig {
-    /// Where to listen: a Unix socket path for `shm`, `host:port` (port 0: any) for `tcp`, a name for `sim`.
+    /// Where to listen: a Unix socket path for `shm`, `host:port` (port 0: any) for `tcp` and `verbs`, a name for `sim`.
     pub listen: String,
     /// The cluster key, at least 16 bytes; proved by challenge and response, never sent.
     pub key: Vec<u8>,

@@ -34,6 +34,8 @@ const LABEL_SERVER: &[u8] = b"distfuse transport verdict of the listening side";
 pub(crate) enum Provider {
     Shm = 1,
     Tcp = 2,
+    #[cfg(feature = "verbs")]
+    Verbs = 3,
 }
 
 /// How handshake messages travel; the provider's side of it (framing, deadline).

@@ -19,12 +19,16 @@ mod fabric;
 mod handshake;
 pub mod mem;
 mod open;
+mod options;
 mod pool;
 mod shm;
 pub mod sim;
+mod stream;
 mod tcp;
 #[cfg(test)]
 mod test_util;
+#[cfg(feature = "verbs")]
+mod verbs;
 
 pub use common::FabricStats;
 pub use error::TransportError;
@@ -32,4 +36,5 @@ pub use fabric::{
     Access, AsyncOp, Completion, ConnId, Connection, Fabric, FabricConfig, FabricKind, Handler, Limits, Op,
     OpResult, RegionKey, RemoteAddr,
 };
-pub use open::open;
+pub use open::{open, open_verbs};
+pub use options::VerbsOptions;

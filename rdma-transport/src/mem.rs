@@ -136,6 +136,12 @@ impl SharedMem {
         self.fd.as_fd()
     }
 
+    /// Where it is mapped.
+    #[cfg(feature = "verbs")]
+    pub(crate) fn address(&self) -> u64 {
+        self.base.as_ptr() as u64
+    }
+
     /// Whether `len` bytes at `off` lie inside.
     #[must_use]
     pub fn contains(&self, off: usize, len: usize) -> bool {

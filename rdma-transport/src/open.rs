@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::handshake::MAX_IDENTITY;
-use crate::{Fabric, FabricConfig, FabricKind, Handler, TransportError, shm, tcp};
+use crate::{Fabric, FabricConfig, FabricKind, Handler, TransportError, VerbsOptions, shm, tcp};
 
 /// Shortest cluster key, bytes.
 const MIN_KEY: usize = 16;
@@ -25,10 +25,41 @@ pub fn open(
         FabricKind::Sim => Err(TransportError::Invalid(
             "endpoints of the simulator are made by sim::SimNet, which all of them share".to_owned(),
         )),
-        FabricKind::Verbs => Err(TransportError::Invalid(
-            "the verbs provider is not built in yet: use tcp between hosts, shm within one".to_owned(),
-        )),
+        FabricKind::Verbs => open_verbs(config, &VerbsOptions::default().with_env()?, handler),
     }
+}
+
+/// Opens an endpoint of the verbs provider with a choice of device and address; [`open`] takes the choice from
+/// the environment.
+///
+/// # Errors
+/// As [`open`]; also [`TransportError::Os`] where there is no device that can be used, and
+/// [`TransportError::Invalid`] in a build without this provider.
+#[cfg(feature = "verbs")]
+pub fn open_verbs(
+    config: FabricConfig,
+    options: &VerbsOptions,
+    handler: Arc<dyn Handler>,
+) -> Result<Arc<dyn Fabric>, TransportError> {
+    check(&config)?;
+    options.check()?;
+    crate::verbs::open(config, options, handler)
+}
+
+/// Says that this build does not have the verbs provider.
+///
+/// # Errors
+/// Always [`TransportError::Invalid`].
+#[cfg(not(feature = "verbs"))]
+pub fn open_verbs(
+    _config: FabricConfig,
+    _options: &VerbsOptions,
+    _handler: Arc<dyn Handler>,
+) -> Result<Arc<dyn Fabric>, TransportError> {
+    Err(TransportError::Invalid(
+        "this build is without the verbs provider (feature `verbs`): use tcp between hosts, shm within one"
+            .to_owned(),
+    ))
 }
 
 /// What every provider requires of its configuration.

@@ -1,6 +1,7 @@
 //! Starting and stopping a mount.
 
 use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -181,17 +182,17 @@ impl Owner for Client {
     }
 }
 
-/// This host's address on the way to another.
+/// This host's address on the way to another; nothing is sent.
 #[must_use]
-pub fn route_to(addr: &str) -> Option<std::net::IpAddr> {
-    let to = std::net::ToSocketAddrs::to_socket_addrs(addr).ok()?.next()?;
-    let any: std::net::IpAddr = if to.is_ipv4() {
-        std::net::Ipv4Addr::UNSPECIFIED.into()
+pub fn route_to(addr: &str) -> Option<IpAddr> {
+    let to = addr.to_socket_addrs().ok()?.next()?;
+    let any: IpAddr = if to.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
     } else {
-        std::net::Ipv6Addr::UNSPECIFIED.into()
+        Ipv6Addr::UNSPECIFIED.into()
     };
-    // Nothing is sent: connecting a datagram socket only looks the route up.
-    let socket = std::net::UdpSocket::bind((any, 0)).ok()?;
+    // Connecting a datagram socket only looks the route up.
+    let socket = UdpSocket::bind((any, 0)).ok()?;
     socket.connect(to).ok()?;
     Some(socket.local_addr().ok()?.ip())
 }
@@ -211,9 +212,9 @@ fn own_listen(config: &Config) -> String {
             .to_string_lossy()
             .into_owned()
         }
-        // Others are told the address: it must be one of this host's.
-        FabricChoice::Tcp => match route_to(&config.meta.listen) {
-            Some(ip) => std::net::SocketAddr::new(ip, 0).to_string(),
+        // Others are told the address, so it must be one of this host's; it also tells which RDMA device is used.
+        FabricChoice::Tcp | FabricChoice::Verbs => match route_to(&config.meta.listen) {
+            Some(ip) => SocketAddr::new(ip, 0).to_string(),
             None => "127.0.0.1:0".into(),
         },
     }

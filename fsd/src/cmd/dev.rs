@@ -52,7 +52,7 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
     let address = |name: &str| -> anyhow::Result<String> {
         Ok(match args.fabric {
             FabricChoice::Shm => state.join(format!("{name}.sock")).to_string_lossy().into_owned(),
-            FabricChoice::Tcp => {
+            FabricChoice::Tcp | FabricChoice::Verbs => {
                 // Free now; somebody could take it before the child does, and then it says so.
                 let probe = std::net::TcpListener::bind("127.0.0.1:0").context("no free port")?;
                 probe.local_addr()?.to_string()
@@ -80,6 +80,7 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
         fabric: args.fabric,
         spin_us: args.spin_us.unwrap_or_else(crate::config::default_spin),
         timeout_ms: 10_000,
+        verbs: Default::default(),
         lease,
         meta: MetaConfig {
             listen: address("meta")?,

@@ -156,5 +156,6 @@ pub fn fabric_name(fabric: FabricChoice) -> &'static str {
     match fabric {
         FabricChoice::Shm => "shm",
         FabricChoice::Tcp => "tcp",
+        FabricChoice::Verbs => "verbs",
     }
 }

@@ -46,6 +46,7 @@ impl Asker {
         let listen = match config.fabric {
             crate::config::FabricChoice::Shm => dir.path().join("tool.sock").to_string_lossy().into_owned(),
             crate::config::FabricChoice::Tcp => "127.0.0.1:0".into(),
+            crate::config::FabricChoice::Verbs => "0.0.0.0:0".into(),
         };
         // Nobody waits for a tool in a hurry, and a node that is down shall not hold it up.
         let config = Config {

@@ -1,23 +1,22 @@
 //! The endpoint: listener, registered regions, setting up connections.
 
 use std::collections::HashMap;
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mio::Waker;
 use parking_lot::{Mutex, RwLock};
-use rustix::event::PollFlags;
-use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, Shutdown};
+use rustix::net::Shutdown;
 
 use super::conn::TcpConn;
 use super::progress;
 use crate::base::{self, Base, ConnBase, Endpoint};
 use crate::common::{self, LIMITS};
-use crate::handshake::{self, MAX_MESSAGE, Peer, Pipe, Provider};
+use crate::handshake::{self, Peer, Provider};
 use crate::mem::SharedMem;
+use crate::stream::{self, FramedPipe, framed, prepare};
 use crate::{
     Access, Connection, Fabric, FabricConfig, FabricKind, FabricStats, Handler, Limits, RegionKey,
     TransportError,
@@ -55,19 +54,8 @@ pub(crate) fn open(
     config: FabricConfig,
     handler: Arc<dyn Handler>,
 ) -> Result<Arc<dyn Fabric>, TransportError> {
-    let listener = TcpListener::bind(&config.listen).map_err(|e| {
-        let reason = match e.kind() {
-            std::io::ErrorKind::AddrInUse => "address in use by a running process".to_owned(),
-            _ => e.to_string(),
-        };
-        TransportError::Os {
-            what: format!("listen on {}", config.listen),
-            reason,
-        }
-    })?;
-    let os = |e: std::io::Error| TransportError::os(format!("listen on {}", config.listen), &e);
-    listener.set_nonblocking(true).map_err(os)?;
-    let local_addr = listener.local_addr().map_err(os)?.to_string();
+    let (listener, addr) = stream::listen(&config.listen)?;
+    let local_addr = addr.to_string();
     let poll = mio::Poll::new().map_err(|e| TransportError::os("create an epoll instance", &e))?;
     let waker = Waker::new(poll.registry(), progress::WAKER)
         .map_err(|e| TransportError::os("create an eventfd", &e))?;
@@ -129,26 +117,7 @@ impl Core {
     fn connect(self: &Arc<Self>, addr: &str) -> Result<Arc<TcpConn>, TransportError> {
         let timeout = self.base.config.timeout;
         let deadline = Instant::now() + timeout;
-        let unreachable = |reason: String| TransportError::Unreachable {
-            addr: addr.to_owned(),
-            reason,
-        };
-        let mut last = "the name has no address".to_owned();
-        let mut stream = None;
-        for candidate in addr.to_socket_addrs().map_err(|e| unreachable(e.to_string()))? {
-            let left = deadline
-                .saturating_duration_since(Instant::now())
-                .max(Duration::from_millis(1));
-            match TcpStream::connect_timeout(&candidate, left) {
-                Ok(connected) => {
-                    stream = Some(connected);
-                    break;
-                }
-                Err(e) => last = e.to_string(),
-            }
-        }
-        let stream = stream.ok_or_else(|| unreachable(last))?;
-        prepare(&stream, timeout).map_err(|e| TransportError::os("set up a socket", &e))?;
+        let stream = stream::dial(addr, None, deadline, timeout)?;
         let sock = Arc::new(OwnedFd::from(stream));
         let mut pipe = FramedPipe {
             sock: Arc::clone(&sock),
@@ -169,100 +138,6 @@ impl Core {
             return Err(why);
         }
         Ok(conn)
-    }
-}
-
-/// Small frames at once; a peer that vanished is noticed.
-pub(super) fn prepare(stream: &TcpStream, timeout: Duration) -> std::io::Result<()> {
-    stream.set_nonblocking(true)?;
-    stream.set_nodelay(true)?;
-    rustix::net::sockopt::set_socket_keepalive(stream, true)?;
-    let millis = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
-    rustix::net::sockopt::set_tcp_user_timeout(stream, millis)?;
-    Ok(())
-}
-
-fn framed(message: &[u8]) -> Vec<u8> {
-    let mut out = (message.len() as u32).to_le_bytes().to_vec();
-    out.extend_from_slice(message);
-    out
-}
-
-/// Handshake messages on a stream: a length (u32), then the message.
-pub(super) struct FramedPipe {
-    pub(super) sock: Arc<OwnedFd>,
-    pub(super) addr: String,
-    pub(super) deadline: Instant,
-    pub(super) timeout: Duration,
-}
-
-impl FramedPipe {
-    fn failed(&self, e: Errno) -> TransportError {
-        if e == Errno::TIMEDOUT {
-            return common::timed_out(&self.addr, self.timeout);
-        }
-        self.malformed(&format!("handshake broken off: {e}"))
-    }
-
-    fn malformed(&self, detail: &str) -> TransportError {
-        TransportError::Protocol {
-            addr: self.addr.clone(),
-            detail: detail.to_owned(),
-        }
-    }
-
-    fn wait(&self, what: PollFlags) -> Result<(), TransportError> {
-        match common::wait(self.sock.as_fd(), what, self.deadline) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(self.failed(Errno::TIMEDOUT)),
-            Err(e) => Err(self.failed(e)),
-        }
-    }
-
-    fn recv_exact(&self, into: &mut [u8]) -> Result<(), TransportError> {
-        let mut got = 0;
-        while got < into.len() {
-            match rustix::net::recv(&*self.sock, &mut into[got..], RecvFlags::DONTWAIT) {
-                Ok((0, _)) => return Err(self.malformed("handshake broken off by the other side")),
-                Ok((n, _)) => got += n,
-                Err(Errno::AGAIN) => self.wait(PollFlags::IN)?,
-                Err(Errno::INTR) => {}
-                Err(e) => return Err(self.failed(e)),
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Pipe for FramedPipe {
-    fn send(&mut self, message: &[u8]) -> Result<(), TransportError> {
-        let bytes = framed(message);
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            match rustix::net::send(&*self.sock, rest, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
-                Ok(n) => rest = &rest[n..],
-                Err(Errno::AGAIN) => self.wait(PollFlags::OUT)?,
-                Err(Errno::INTR) => {}
-                Err(e) => return Err(self.failed(e)),
-            }
-        }
-        Ok(())
-    }
-
-    fn recv(&mut self) -> Result<Vec<u8>, TransportError> {
-        let mut len = [0u8; 4];
-        self.recv_exact(&mut len)?;
-        let len = u32::from_le_bytes(len) as usize;
-        if len > MAX_MESSAGE {
-            return Err(self.malformed("impossible length of a handshake message"));
-        }
-        let mut message = vec![0; len];
-        self.recv_exact(&mut message)?;
-        Ok(message)
-    }
-
-    fn addr(&self) -> String {
-        self.addr.clone()
     }
 }
 

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::endpoint::{FramedPipe, open, prepare};
+use super::endpoint::open;
 use super::frame::{Desc, DescKind, Header, OK, REFUSED};
 use crate::common::LIMITS;
 use crate::handshake::{self, Local, Pipe, Provider};
 use crate::mem::SharedMem;
+use crate::stream::{FramedPipe, prepare};
 use crate::test_util::{Counting, Junk, KEY, config, until};
 use crate::{Access, AsyncOp, Op, RegionKey, RemoteAddr, TransportError};
 

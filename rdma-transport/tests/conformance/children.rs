@@ -17,10 +17,10 @@ pub struct Helper {
 
 impl Helper {
     pub fn start(world: &World, role: &str, args: &[String]) -> Self {
-        let kind = if world.kind == FabricKind::Tcp {
-            "tcp"
-        } else {
-            "shm"
+        let kind = match world.kind {
+            FabricKind::Tcp => "tcp",
+            FabricKind::Verbs => "verbs",
+            _ => "shm",
         };
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["child", "--exact", "--nocapture", "--test-threads=1"])
@@ -84,10 +84,10 @@ fn wait_for_parent() {
 }
 
 pub fn play(role: &str) {
-    let world = if std::env::var("FABRIC_KIND").as_deref() == Ok("tcp") {
-        World::tcp()
-    } else {
-        World::shm()
+    let world = match std::env::var("FABRIC_KIND").as_deref() {
+        Ok("tcp") => World::tcp(),
+        Ok("verbs") => World::verbs(),
+        _ => World::shm(),
     };
     let args: Vec<String> = std::env::var("FABRIC_ARGS")
         .unwrap()

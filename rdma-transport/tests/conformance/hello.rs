@@ -78,7 +78,7 @@ pub fn refused(world: &World) {
 pub fn unreachable(world: &World) {
     let source = world.endpoint("source");
     let nowhere = match world.kind {
-        FabricKind::Tcp => "127.0.0.1:1".to_owned(),
+        FabricKind::Tcp | FabricKind::Verbs => "127.0.0.1:1".to_owned(),
         _ => world.name("nobody"),
     };
     let error = source.fabric.connect(&nowhere).err();
@@ -112,7 +112,7 @@ pub enum Raw {
 
 impl Raw {
     pub fn connect(world: &World, addr: &str) -> Self {
-        if world.kind == FabricKind::Tcp {
+        if world.over_tcp() {
             return Self::Stream(TcpStream::connect(addr).unwrap());
         }
         let sock = packets();
@@ -166,14 +166,10 @@ fn packets() -> OwnedFd {
     .unwrap()
 }
 
-fn provider(world: &World) -> u8 {
-    if world.kind == FabricKind::Tcp { 2 } else { 1 }
-}
-
 fn greeting(world: &World, version: u32) -> Vec<u8> {
     let mut hello = b"DISTFUSE".to_vec();
     hello.extend_from_slice(&version.to_le_bytes());
-    hello.push(provider(world));
+    hello.push(world.number());
     hello.extend_from_slice(&[7; 32]);
     hello
 }
@@ -194,7 +190,7 @@ pub fn wrong_version(world: &World) {
         c.extend_from_slice(&99u32.to_le_bytes());
         c
     };
-    let (addr, serve): (String, Box<dyn FnOnce() + Send>) = if world.kind == FabricKind::Tcp {
+    let (addr, serve): (String, Box<dyn FnOnce() + Send>) = if world.over_tcp() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let addr = listener.local_addr().unwrap().to_string();
         (
@@ -289,7 +285,7 @@ pub fn slow_greeting_blocks_nobody(world: &World) {
     let idle: Vec<Raw> = (0..100)
         .map(|n| {
             let mut raw = Raw::connect(world, &addr);
-            if n % 2 == 0 && world.kind == FabricKind::Tcp {
+            if n % 2 == 0 && world.over_tcp() {
                 raw.send_bytes(&greeting(world, 1)[..5]);
             }
             raw

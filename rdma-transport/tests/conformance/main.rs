@@ -53,6 +53,12 @@ macro_rules! clauses {
             $( #[test] fn $name() { super::$file::$name(&super::World::tcp()); } )*
             $( #[test] fn $rname() { super::$rfile::$rname(&super::World::tcp()); } )*
         }
+        mod on_verbs {
+            $( #[test] #[ignore = "needs an RDMA device: make lab"]
+               fn $name() { super::$file::$name(&super::World::verbs()); } )*
+            $( #[test] #[ignore = "needs an RDMA device: make lab"]
+               fn $rname() { super::$rfile::$rname(&super::World::verbs()); } )*
+        }
         mod on_sim {
             $( #[test] fn $name() { for seed in 0..20 { super::$file::$name(&super::World::sim(seed)); } } )*
             #[test]

@@ -132,8 +132,8 @@ pub fn shutdown_frees_everything(world: &World) {
 
 pub fn dead_process_frees_address(world: &World) {
     let listen = match world.kind {
-        FabricKind::Tcp => {
-            let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        FabricKind::Tcp | FabricKind::Verbs => {
+            let free = std::net::TcpListener::bind(world.name("mortal")).unwrap();
             free.local_addr().unwrap().to_string()
         }
         _ => world.name("mortal"),

@@ -103,6 +103,21 @@ impl World {
     pub fn tcp() -> Self {
         Self::real(FabricKind::Tcp)
     }
+    pub fn verbs() -> Self {
+        Self::real(FabricKind::Verbs)
+    }
+    /// Whether connections are set up over TCP.
+    pub fn over_tcp(&self) -> bool {
+        matches!(self.kind, FabricKind::Tcp | FabricKind::Verbs)
+    }
+    /// The provider's number in greetings.
+    pub fn number(&self) -> u8 {
+        match self.kind {
+            FabricKind::Tcp => 2,
+            FabricKind::Verbs => 3,
+            _ => 1,
+        }
+    }
     pub fn sim(seed: u64) -> Self {
         let net = Some(SimNet::new(seed, SimConfig::default()));
         Self {
@@ -115,6 +130,7 @@ impl World {
     pub fn name(&self, name: &str) -> String {
         match self.kind {
             FabricKind::Tcp => "127.0.0.1:0".to_owned(),
+            FabricKind::Verbs => format!("{}:0", host(name)),
             FabricKind::Sim => name.to_owned(),
             _ => self.dir.path().join(name).display().to_string(),
         }
@@ -214,6 +230,17 @@ pub fn cas(conn: &dyn Connection, at: RemoteAddr, expect: u64, new: u64) -> Resu
     match &ops[0] {
         Op::Cas { old, .. } => Ok(*old),
         _ => unreachable!(),
+    }
+}
+
+/// The address that an endpoint of this name has in the lab, where there are several; names are spread over them.
+fn host(name: &str) -> String {
+    let all = std::env::var("LAB_IPS").unwrap_or_default();
+    let all: Vec<&str> = all.split([' ', ',']).filter(|ip| !ip.is_empty()).collect();
+    let sum: usize = name.bytes().map(usize::from).sum();
+    match all.len() {
+        0 => "127.0.0.1".to_owned(),
+        n => all[sum % n].to_owned(),
     }
 }
 

@@ -119,7 +119,9 @@ fn arguments(image: &Image, machine: Machine, places: &Places) -> Vec<String> {
     let mut arguments = Vec::new();
     let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
     add("-machine", "q35,accel=tcg".into());
-    add("-cpu", "max".into());
+    // Without these strings are moved byte by byte in emulation, and readers see halves of words that real
+    // processors move whole.
+    add("-cpu", "max,erms=off,fsrm=off".into());
     add("-smp", machine.cpus.to_string());
     add("-m", machine.memory.to_string());
     add("-display", "none".into());

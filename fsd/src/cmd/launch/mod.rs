@@ -144,6 +144,7 @@ fn base(args: &LaunchArgs) -> Config {
             dir: nowhere,
         },
         storage: Vec::new(),
+        verbs: Default::default(),
         mount: MountConfig {
             cache: args.cache,
             ..MountConfig::default()
