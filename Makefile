@@ -22,6 +22,7 @@ test:
 lab:
 	@tests/setup.sh lab
 	cargo build --release --workspace
+	cargo test --release -p rdma-transport --test conformance --no-run
 	cargo run --release -q -p lab -- test
 
 clean:

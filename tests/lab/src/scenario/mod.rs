@@ -9,8 +9,14 @@ use crate::cluster::Cluster;
 use crate::error::{Error, Result};
 use crate::options::Tier;
 
-/// Also an example of a scenario as a file.
+/// Scenarios that are files, and examples of such.
 const MOUNT: &str = include_str!("../../scenarios/mount.toml");
+const CONFORMANCE: &str = include_str!("../../scenarios/conformance.toml");
+const COHERENCE: &str = include_str!("../../scenarios/coherence.toml");
+
+fn script(text: &str, cluster: &Cluster) -> Result<()> {
+    file::Script::parse(text).map_err(Error::check)?.run(cluster)
+}
 
 /// A scenario that is part of this program.
 pub struct Scenario {
@@ -54,7 +60,31 @@ pub const ALL: &[Scenario] = &[
         about: "a file system between three guests over TCP (scenarios/mount.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
-        run: |cluster| file::Script::parse(MOUNT).map_err(Error::check)?.run(cluster),
+        run: |cluster| script(MOUNT, cluster),
+    },
+    Scenario {
+        name: "mount-rdma",
+        about: "the same over RDMA",
+        tiers: &[Tier::Multi],
+        nodes: 3,
+        run: |cluster| {
+            let rdma = MOUNT.replace("fabric = \"tcp\"", "fabric = \"verbs\"");
+            script(&rdma, cluster)
+        },
+    },
+    Scenario {
+        name: "conformance",
+        about: "the contract of rdma-transport over verbs (scenarios/conformance.toml)",
+        tiers: &[Tier::Single],
+        nodes: 4,
+        run: |cluster| script(CONFORMANCE, cluster),
+    },
+    Scenario {
+        name: "coherence",
+        about: "the cross-mount checks on two mounts over RDMA (scenarios/coherence.toml)",
+        tiers: &[Tier::Single],
+        nodes: 3,
+        run: |cluster| script(COHERENCE, cluster),
     },
 ];
 
