@@ -12,6 +12,7 @@ use crate::options::Tier;
 /// Scenarios that are files, and examples of such.
 const MOUNT: &str = include_str!("../../scenarios/mount.toml");
 const CONFORMANCE: &str = include_str!("../../scenarios/conformance.toml");
+const HOLDER_KILLED: &str = include_str!("../../scenarios/holder-killed.toml");
 const COHERENCE: &str = include_str!("../../scenarios/coherence.toml");
 
 fn script(text: &str, cluster: &Cluster) -> Result<()> {
@@ -71,6 +72,13 @@ pub const ALL: &[Scenario] = &[
             let rdma = MOUNT.replace("fabric = \"tcp\"", "fabric = \"verbs\"");
             script(&rdma, cluster)
         },
+    },
+    Scenario {
+        name: "holder-killed",
+        about: "a mount's guest dies with leases, another's link is cut (scenarios/holder-killed.toml)",
+        tiers: &[Tier::Multi],
+        nodes: 3,
+        run: |cluster| script(HOLDER_KILLED, cluster),
     },
     Scenario {
         name: "conformance",
