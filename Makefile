@@ -23,6 +23,7 @@ lab:
 	@tests/setup.sh lab
 	cargo build --release --workspace
 	cargo test --release -p rdma-transport --test conformance --no-run
+	cargo test --release -p system-tests --no-run
 	cargo run --release -q -p lab -- test
 
 clean:

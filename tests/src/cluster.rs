@@ -21,6 +21,30 @@ pub enum Fabric {
     Shm,
     /// TCP.
     Tcp,
+    /// RDMA, between the addresses in `LAB_IPS`, as in a guest of the lab.
+    Verbs,
+}
+
+impl Fabric {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Shm => "shm",
+            Self::Tcp => "tcp",
+            Self::Verbs => "verbs",
+        }
+    }
+}
+
+/// The address of the `n`th node, where each has one (and an RDMA device) of its own.
+fn lab_ip(n: usize) -> anyhow::Result<String> {
+    let all = std::env::var("LAB_IPS").context("no RDMA devices here: run this in the lab (make lab)")?;
+    let all: Vec<&str> = all.split([' ', ',']).filter(|ip| !ip.is_empty()).collect();
+    ensure!(!all.is_empty(), "LAB_IPS is empty");
+    Ok(all[n % all.len()].to_owned())
+}
+
+fn free_port(ip: &str) -> anyhow::Result<String> {
+    Ok(std::net::TcpListener::bind((ip, 0))?.local_addr()?.to_string())
 }
 
 /// How the kernel may cache.
@@ -174,15 +198,14 @@ impl Cluster {
         let address = |name: &str| -> anyhow::Result<String> {
             Ok(match o.fabric {
                 Fabric::Shm => self.path(&format!("{name}.sock")).display().to_string(),
-                Fabric::Tcp => std::net::TcpListener::bind("127.0.0.1:0")?
-                    .local_addr()?
-                    .to_string(),
+                Fabric::Tcp => free_port("127.0.0.1")?,
+                Fabric::Verbs => free_port(&lab_ip(0)?)?,
             })
         };
         let mut text = format!(
             "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\n[lease]\nwait_ms = {}\n\
              [mount]\ncache = \"{}\"\nbuffer_cache = \"32MiB\"\nmax_inodes = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\n",
-            if o.fabric == Fabric::Shm { "shm" } else { "tcp" },
+            o.fabric.name(),
             o.lease_wait.as_millis(),
             if o.cache == Cache::Direct {
                 "direct"
@@ -294,6 +317,9 @@ impl Cluster {
         };
         args.extend(["--config".into(), config]);
         if let Role::Mount(i) = role {
+            if self.options.fabric == Fabric::Verbs {
+                args.extend(["--listen".into(), format!("{}:0", lab_ip(i + 1)?)]);
+            }
             args.push(self.mount(i).display().to_string());
         }
         let process = Process::start(&args, &self.log(role), self.base.path())?;

@@ -19,7 +19,9 @@ fn record(
     };
     guard::with_cluster(options, move |cluster| {
         let mounts: Vec<PathBuf> = (0..mounts).map(|i| cluster.mount(i)).collect();
-        (0..4).try_for_each(|_| job(&mounts, rand::random()))
+        // Guests are slow.
+        let times = if fabric == Fabric::Verbs { 1 } else { 4 };
+        (0..times).try_for_each(|_| job(&mounts, rand::random()))
     })
 }
 
@@ -63,4 +65,16 @@ fn tcp_direct_three_mounts() -> anyhow::Result<()> {
 #[test]
 fn tcp_writethrough_two_mounts() -> anyhow::Result<()> {
     all(Fabric::Tcp, Cache::Writethrough, 2)
+}
+
+#[test]
+#[ignore = "needs RDMA devices: make lab"]
+fn verbs_direct_three_mounts() -> anyhow::Result<()> {
+    all(Fabric::Verbs, Cache::Direct, 3)
+}
+
+#[test]
+#[ignore = "needs RDMA devices: make lab"]
+fn verbs_writethrough_two_mounts() -> anyhow::Result<()> {
+    all(Fabric::Verbs, Cache::Writethrough, 2)
 }

@@ -13,6 +13,7 @@ use crate::options::Tier;
 const MOUNT: &str = include_str!("../../scenarios/mount.toml");
 const CONFORMANCE: &str = include_str!("../../scenarios/conformance.toml");
 const HOLDER_KILLED: &str = include_str!("../../scenarios/holder-killed.toml");
+const HISTORIES: &str = include_str!("../../scenarios/histories.toml");
 const COHERENCE: &str = include_str!("../../scenarios/coherence.toml");
 
 fn script(text: &str, cluster: &Cluster) -> Result<()> {
@@ -86,6 +87,13 @@ pub const ALL: &[Scenario] = &[
         tiers: &[Tier::Single],
         nodes: 4,
         run: |cluster| script(CONFORMANCE, cluster),
+    },
+    Scenario {
+        name: "histories",
+        about: "histories of concurrent operations over RDMA are linearizable (scenarios/histories.toml)",
+        tiers: &[Tier::Single],
+        nodes: 4,
+        run: |cluster| script(HISTORIES, cluster),
     },
     Scenario {
         name: "coherence",
