@@ -35,6 +35,7 @@ need_lab() {
     have ibv_devinfo || missing+=(ibverbs-utils)
     have ib_read_lat || missing+=(perftest)
     have rping || missing+=(rdmacm-utils)
+    have dropbear && have dbclient || missing+=(dropbear-bin)
     [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing+=(debian-archive-keyring)
 }
 case "${1:-}" in

@@ -129,6 +129,12 @@ impl Coordinator {
         port.with_context(|| format!("{addr} has no port"))
     }
 
+    /// Ranks that have not come yet.
+    #[must_use]
+    pub fn missing(&self) -> Vec<u32> {
+        self.desk.state.lock().rendezvous.missing()
+    }
+
     /// Ends the job early.
     pub fn stop(&self, why: &str) {
         let mut state = self.desk.state.lock();
@@ -159,7 +165,7 @@ impl Coordinator {
             if let Err(error) = poll(self) {
                 self.stop(&format!("{error:#}"));
             }
-            let missing = self.desk.state.lock().rendezvous.missing();
+            let missing = self.missing();
             if !missing.is_empty() && begun.elapsed() > patience {
                 let missing: Vec<String> = missing.iter().map(u32::to_string).collect();
                 let seconds = patience.as_secs();

@@ -261,7 +261,7 @@ fn over_ssh(args: &LaunchArgs, hosts: &[String]) -> anyhow::Result<ExitCode> {
             ensure!(args.command.is_empty(), "interrupted");
             c.finish();
         }
-        remotes.check()
+        remotes.check(&c.missing())
     })?;
     Ok(ExitCode::from(status))
 }

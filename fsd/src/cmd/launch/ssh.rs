@@ -120,16 +120,17 @@ impl Remotes {
         Ok(remotes)
     }
 
-    /// Has one ended that has failed? The others go on.
+    /// Has one ended whose member is still `missing`, or as ssh does for failures of its own? What members that
+    /// have come do is told by themselves.
     ///
     /// # Errors
     /// Which, and how.
-    pub fn check(&mut self) -> anyhow::Result<()> {
-        for (rank, (host, child)) in self.0.iter_mut().enumerate() {
+    pub fn check(&mut self, missing: &[u32]) -> anyhow::Result<()> {
+        for (rank, (host, child)) in (0u32..).zip(&mut self.0) {
             if let Some(status) = child.try_wait()?
-                && status.code() == Some(255)
+                && (status.code() == Some(255) || missing.contains(&rank))
             {
-                bail!("ssh to {host} (rank {rank}) failed; its message is above");
+                bail!("ssh to {host} (rank {rank}) has ended ({status}); its message is above");
             }
         }
         Ok(())

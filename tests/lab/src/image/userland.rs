@@ -29,6 +29,10 @@ const PROGRAMS: &[&str] = &[
     "ib_send_bw",
     "ib_atomic_bw",
     "rping",
+    // For members of jobs that are started over ssh.
+    "dropbear",
+    "dbclient",
+    "dropbearkey",
 ];
 /// Programs that guests have where the host has them.
 const IF_PRESENT: &[&str] = &["fusermount3", "setpriv", "strace"];

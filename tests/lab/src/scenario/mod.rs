@@ -13,6 +13,7 @@ use crate::options::Tier;
 const MOUNT: &str = include_str!("../../scenarios/mount.toml");
 const CONFORMANCE: &str = include_str!("../../scenarios/conformance.toml");
 const HOLDER_KILLED: &str = include_str!("../../scenarios/holder-killed.toml");
+const LAUNCH: &str = include_str!("../../scenarios/launch.toml");
 const HISTORIES: &str = include_str!("../../scenarios/histories.toml");
 const COHERENCE: &str = include_str!("../../scenarios/coherence.toml");
 
@@ -73,6 +74,13 @@ pub const ALL: &[Scenario] = &[
             let rdma = MOUNT.replace("fabric = \"tcp\"", "fabric = \"verbs\"");
             script(&rdma, cluster)
         },
+    },
+    Scenario {
+        name: "launch",
+        about: "a job over ssh: fsd launch runs a cluster over RDMA on three guests (scenarios/launch.toml)",
+        tiers: &[Tier::Multi],
+        nodes: 3,
+        run: |cluster| script(LAUNCH, cluster),
     },
     Scenario {
         name: "holder-killed",
