@@ -52,7 +52,8 @@ impl Request {
             return Some("the region does not permit this");
         }
         let end = self.at.offset.checked_add(u64::from(self.len));
-        (!end.is_some_and(|end| end <= place.len)).then_some("outside of the region")
+        end.is_none_or(|end| end > place.len)
+            .then_some("outside of the region")
     }
 
     pub(super) fn verb(&self, place: &Place) -> Verb {

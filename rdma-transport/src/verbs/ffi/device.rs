@@ -184,7 +184,6 @@ impl Context {
 
     /// The provider's extended query. The one of the bindings looks for another mark than the library sets, and
     /// so never finds it.
-    #[expect(clippy::type_complexity)]
     fn query_ex(
         &self,
     ) -> Option<
