@@ -312,3 +312,64 @@ fn a_silent_network_ends_operations_with_an_error() {
     let conn = source.connect(&target.local_addr()).unwrap();
     conn.execute(&mut [Op::Faa { at, add: 1, old: 0 }]).unwrap();
 }
+
+/// A card without a carrier for as long as this lives; its routes are put back.
+struct Unplugged(String, String);
+
+impl Unplugged {
+    fn shell(script: &str, card: &str, input: &str) -> String {
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", script, "sh", card])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap()
+    }
+
+    fn new(card: &str) -> Self {
+        let routes = Self::shell(
+            r#"ip -4 route show table all dev "$1"; ip link set "$1" down"#,
+            card,
+            "",
+        );
+        Self(card.to_owned(), routes)
+    }
+}
+
+impl Drop for Unplugged {
+    fn drop(&mut self) {
+        let script =
+            r#"ip link set "$1" up; while read -r r; do ip route replace $r dev "$1" 2>/dev/null; done"#;
+        Self::shell(script, &self.0, &self.1);
+    }
+}
+
+#[test]
+#[ignore = "needs the lab: make lab"]
+fn a_port_that_is_down_is_named() {
+    let device = std::env::var("LAB_DEVICE").expect("LAB_DEVICE: run in the lab");
+    let card = std::env::var("LAB_CARD").expect("LAB_CARD: run in the lab");
+    let (fabric, _seen) = endpoint("unplugged");
+    let unplugged = Unplugged::new(&card);
+    let addr = fabric.local_addr();
+    until("the port is down", || {
+        let error = fabric.connect(&addr).err().map(|e| e.to_string());
+        error.is_some_and(|e| e.contains("is down") && e.contains(&device))
+    });
+    let options = VerbsOptions {
+        device: Some(device.clone()),
+        ..VerbsOptions::default()
+    };
+    let another = open(
+        config(&listen(), "another"),
+        &options,
+        Arc::new(Counting::default()),
+    );
+    let said = another.err().unwrap().to_string();
+    assert!(said.contains("not active") && said.contains(&device), "{said}");
+    drop(unplugged);
+    until("the port is up", || fabric.connect(&addr).is_ok());
+    works(&fabric);
+}
