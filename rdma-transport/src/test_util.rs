@@ -14,6 +14,7 @@ pub(crate) const KEY: &[u8] = b"the key of the unit tests";
 #[derive(Default)]
 pub(crate) struct Counting {
     pub(crate) connected: AtomicU64,
+    pub(crate) conns: Mutex<Vec<Arc<dyn Connection>>>,
     pub(crate) messages: AtomicU64,
     pub(crate) ended: Mutex<Vec<TransportError>>,
 }
@@ -22,7 +23,8 @@ impl Handler for Counting {
     fn admit(&self, _identity: &[u8]) -> Result<(), String> {
         Ok(())
     }
-    fn connected(&self, _conn: &Arc<dyn Connection>) {
+    fn connected(&self, conn: &Arc<dyn Connection>) {
+        self.conns.lock().push(Arc::clone(conn));
         self.connected.fetch_add(1, Ordering::SeqCst);
     }
     fn message(&self, _conn: &Arc<dyn Connection>, _message: &[u8]) {

@@ -16,7 +16,7 @@ use super::PeerArgs;
 /// Bytes of registered memory.
 pub const MEMORY: usize = 32 << 20;
 
-/// `shm` or `tcp`.
+/// `shm`, `tcp` or `verbs`.
 ///
 /// # Errors
 /// Neither.
@@ -24,7 +24,8 @@ pub fn kind(name: &str) -> anyhow::Result<FabricKind> {
     match name {
         "shm" => Ok(FabricKind::Shm),
         "tcp" => Ok(FabricKind::Tcp),
-        _ => anyhow::bail!("no provider {name} here: shm or tcp"),
+        "verbs" => Ok(FabricKind::Verbs),
+        _ => anyhow::bail!("no provider {name} here: shm, tcp or verbs"),
     }
 }
 
@@ -42,6 +43,11 @@ pub fn endpoint(
     let kind = kind(provider)?;
     let listen = match kind {
         FabricKind::Tcp => "127.0.0.1:0".to_owned(),
+        // The address also chooses the device.
+        FabricKind::Verbs => format!(
+            "{}:0",
+            std::env::var("LAB_IP").unwrap_or_else(|_| "127.0.0.1".to_owned())
+        ),
         _ => dir.join(name).to_string_lossy().into_owned(),
     };
     let config = FabricConfig {

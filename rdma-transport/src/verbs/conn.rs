@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
@@ -35,6 +35,8 @@ pub(super) struct VerbsConn {
     room: Condvar,
     /// Work requests that the adapter is at, for a look without the lock.
     under_way: AtomicUsize,
+    /// How long blocking operations have taken lately, ns.
+    pub(super) lately: AtomicU64,
     /// Fragments that have arrived.
     pub(super) inbox: Mutex<VecDeque<Vec<u8>>>,
     pub(super) stream: Stream,
@@ -67,6 +69,7 @@ impl VerbsConn {
             tx: Mutex::new(tx),
             room: Condvar::new(),
             under_way: AtomicUsize::new(0),
+            lately: AtomicU64::new(0),
             inbox: Mutex::default(),
             stream: Stream::new(sock),
             lingers: AtomicBool::new(false),

@@ -23,3 +23,6 @@ mod unit;
 mod wire;
 
 pub(crate) use endpoint::open;
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::cells::{Cell, LARGE};
@@ -14,6 +15,8 @@ use crate::{Op, RemoteAddr, TransportError};
 const UNIT: usize = 4 * LARGE;
 const REQUESTS: usize = 64;
 const AHEAD: usize = 4;
+/// Longest time to look for a completion of operations that are not slower than this anyway.
+const LONG: Duration = Duration::from_millis(1);
 
 /// Which part of which operation a request is.
 struct Piece {
@@ -67,13 +70,34 @@ impl VerbsConn {
             .map_err(|(_, why)| why)
     }
 
+    /// How long to look for a completion before sleeping: sleeping costs two changes of threads, so it is worth
+    /// while to wait somewhat longer than operations have taken lately, if that is not long.
+    fn patience(&self, spin: Duration) -> Duration {
+        let lately = Duration::from_nanos(self.lately.load(Ordering::Relaxed));
+        if spin.is_zero() || lately * 2 > LONG {
+            spin
+        } else {
+            spin.max(lately * 2)
+        }
+    }
+
+    /// An operation has taken so long.
+    fn took(&self, time: Duration) {
+        let now = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).min(1 << 32);
+        let before = self.lately.load(Ordering::Relaxed);
+        // Not exact where several do it at once, and need not be.
+        self.lately
+            .store(before - before / 8 + now / 8, Ordering::Relaxed);
+    }
+
     /// Waits for a unit, driving the completion queue for as long as it is worth not to sleep.
     fn wait(&self, waiter: &Waiter, deadline: Instant) -> Result<Vec<Request>, TransportError> {
         let start = Instant::now();
-        let spin = self.core.base.config.spin;
+        let spin = self.patience(self.core.base.config.spin);
         loop {
             self.reap();
             if let Some(outcome) = waiter.take() {
+                self.took(start.elapsed());
                 return outcome;
             }
             if start.elapsed() >= spin {
@@ -84,7 +108,10 @@ impl VerbsConn {
         }
         self.arm();
         match waiter.wait(deadline) {
-            Some(outcome) => outcome,
+            Some(outcome) => {
+                self.took(start.elapsed());
+                outcome
+            }
             None => {
                 let timeout = self.core.base.config.timeout;
                 let why = common::timed_out(&self.base.addr, timeout);

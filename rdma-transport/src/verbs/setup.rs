@@ -186,6 +186,7 @@ impl Core {
         let from = Some(self.local.ip()).filter(|ip| !ip.is_unspecified() && !ip.is_loopback());
         let stream = stream::dial(addr, from, deadline, timeout)?;
         let sock = Arc::new(OwnedFd::from(stream));
+        keep_alive(&sock, timeout);
         let mut pipe = FramedPipe {
             sock: Arc::clone(&sock),
             addr: addr.to_owned(),
@@ -248,6 +249,17 @@ impl Core {
     }
 }
 
+/// Without traffic on it, the stream tells that the peer's host or the network has gone.
+fn keep_alive(sock: &OwnedFd, timeout: Duration) {
+    use rustix::net::sockopt::{set_tcp_keepidle, set_tcp_keepintvl};
+    let idle = (timeout / 2).max(Duration::from_secs(1));
+    let set = set_tcp_keepidle(sock, idle)
+        .and_then(|()| set_tcp_keepintvl(sock, (idle / 4).max(Duration::from_secs(1))));
+    if let Err(e) = set {
+        tracing::debug!("keep-alive of a connection: {e}");
+    }
+}
+
 /// What comes over the network from one who wants to connect.
 pub(super) fn accept(core: &Arc<Core>, stream: TcpStream) {
     let addr = stream
@@ -258,6 +270,7 @@ pub(super) fn accept(core: &Arc<Core>, stream: TcpStream) {
         return;
     }
     let sock = Arc::new(OwnedFd::from(stream));
+    keep_alive(&sock, core.base.config.timeout);
     core.shake_hands(Arc::clone(&sock), move |core, deadline, timeout| {
         let mut pipe = FramedPipe {
             sock,

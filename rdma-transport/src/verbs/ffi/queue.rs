@@ -105,7 +105,7 @@ unsafe impl Send for Cq {}
 unsafe impl Sync for Cq {}
 
 /// Completions taken at once.
-const POLL: usize = 32;
+const POLL: usize = 16;
 
 impl Cq {
     /// `number` is what the channel reports.
