@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 target="${CARGO_TARGET_DIR:-$PWD/target}"
 logs="$target/test-logs"
 mkdir -p "$logs"
-rm -f "$logs"/*
+find "$logs" -maxdepth 1 -type f -delete
 passed=0
 failed=0
 # A backtrace of a test's error tells where in the test: its message does already.
