@@ -15,7 +15,8 @@ have make || missing+=(make)
 # For the RDMA provider: libraries with their headers, and libclang, from which its bindings are made.
 pkg-config --exists libibverbs 2>/dev/null || missing+=(libibverbs-dev)
 pkg-config --exists librdmacm 2>/dev/null || missing+=(librdmacm-dev)
-libclang=(/usr/lib/llvm-*/lib/libclang.so* /usr/lib/*/libclang-*.so* /usr/lib*/libclang.so*)
+# The C library: libclang-cpp, which other packages bring along, is not it.
+libclang=(/usr/lib/llvm-*/lib/libclang.so* /usr/lib/*/libclang-[0-9]*.so* /usr/lib*/libclang.so*)
 [ -n "$(ls -d "${libclang[@]}" 2>/dev/null)" ] || missing+=(libclang-dev)
 
 need_test() {
