@@ -9,6 +9,7 @@ mod nullfs;
 mod plot;
 mod procs;
 mod progress;
+mod rdma;
 mod stats;
 #[cfg(feature = "stores")]
 mod stores;
@@ -38,6 +39,8 @@ struct Cli {
 enum Command {
     /// Latency and bandwidth of the fabric between two processes.
     Transport(transport::Args),
+    /// The verbs provider beside perftest's tools, between two hosts.
+    Rdma(rdma::Args),
     /// Leases: held, uncontended, handed over; against a spin lock and a lock server.
     Lease(lease::Args),
     /// The file system beside a null FUSE server and tmpfs.
@@ -71,6 +74,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     std::fs::create_dir_all(&cli.out)?;
     match &cli.command {
         Command::Transport(args) => transport::run(args, &cli.out),
+        Command::Rdma(args) => rdma::run(args, &cli.out),
         Command::Lease(args) => lease::run(args, &cli.out),
         Command::Fs(args) => fs::run(args, cli.pin, &cli.out),
         Command::Demo(args) => demo::run(args),

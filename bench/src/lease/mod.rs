@@ -13,6 +13,7 @@ use crate::plot::Chart;
 use crate::progress::{Progress, check};
 use crate::stats::{Latency, sig};
 use crate::table::Table;
+use crate::transport::peer::Hosts;
 use contend::Lock;
 use node::LeaseCluster;
 
@@ -31,6 +32,8 @@ pub struct Args {
     /// How long progress threads spin before they sleep, µs.
     #[arg(long, default_value_t = 20)]
     spin_us: u64,
+    #[command(flatten)]
+    hosts: Hosts,
 }
 
 /// Longest wait for a lease.
@@ -163,9 +166,9 @@ fn contended(args: &Args, provider: &str, progress: &Progress, out: &Path) -> an
         for &nodes in &args.nodes {
             progress.step(format!("{provider}: {kind}, {nodes} nodes"));
             let locks: Box<dyn Lock> = match kind {
-                "lease" => Box::new(LeaseCluster::start(provider, nodes, spin)?),
-                "CAS spin lock" => Box::new(rivals::CasLocks::start(provider, nodes, spin)?),
-                _ => Box::new(rivals::RpcLocks::start(provider, nodes, spin)?),
+                "lease" => Box::new(LeaseCluster::start(provider, &args.hosts, nodes, spin)?),
+                "CAS spin lock" => Box::new(rivals::CasLocks::start(provider, &args.hosts, nodes, spin)?),
+                _ => Box::new(rivals::RpcLocks::start(provider, &args.hosts, nodes, spin)?),
             };
             let turns = contend::in_turn(locks.as_ref(), nodes, run)?;
             let free = contend::free_for_all(locks.as_ref(), nodes, run)?;
@@ -208,7 +211,7 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
     let mut tables = Vec::new();
     for provider in &args.providers {
         progress.step(format!("{provider}: uncontended"));
-        let cluster = LeaseCluster::start(provider, 2, Duration::from_micros(args.spin_us))?;
+        let cluster = LeaseCluster::start(provider, &args.hosts, 2, Duration::from_micros(args.spin_us))?;
         held(&cluster, provider, &mut alone)?;
         let n = if provider == "shm" { 20_000 } else { 2_000 };
         uncontended(

@@ -17,7 +17,7 @@ use rdma_transport::{
 
 use super::PATIENCE;
 use super::contend::Lock;
-use crate::transport::peer::endpoint;
+use crate::transport::peer::{Hosts, endpoint};
 
 const RECORDS: u64 = 1024;
 
@@ -48,9 +48,14 @@ impl Store {
     ///
     /// # Errors
     /// The provider does not work here.
-    pub fn open(provider: &str, spin: Duration, handler: Arc<dyn Handler>) -> anyhow::Result<Self> {
+    pub fn open(
+        provider: &str,
+        hosts: &Hosts,
+        spin: Duration,
+        handler: Arc<dyn Handler>,
+    ) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
-        let fabric = endpoint(provider, dir.path(), "store", spin, handler)?;
+        let fabric = endpoint(provider, hosts, (dir.path(), 0, "store"), spin, handler)?;
         let bytes = RECORDS as usize * 64;
         let memory = Arc::new(SharedMem::anonymous(bytes)?);
         memory.zero(0, bytes)?;
@@ -153,8 +158,8 @@ impl LeaseCluster {
     ///
     /// # Errors
     /// The provider does not work here.
-    pub fn start(provider: &str, nodes: usize, spin: Duration) -> anyhow::Result<Self> {
-        let store = Store::open(provider, spin, Arc::new(Silent))?;
+    pub fn start(provider: &str, hosts: &Hosts, nodes: usize, spin: Duration) -> anyhow::Result<Self> {
+        let store = Store::open(provider, hosts, spin, Arc::new(Silent))?;
         let layout = RecordLayout::new(64)?;
         let (mut all, mut fabrics, mut managers) = (Vec::new(), Vec::new(), Vec::new());
         for number in 0..u16::try_from(nodes)? {
@@ -167,8 +172,8 @@ impl LeaseCluster {
             });
             let fabric = endpoint(
                 provider,
-                store.dir.path(),
-                &name(number),
+                hosts,
+                (store.dir.path(), usize::from(number) + 1, &name(number)),
                 spin,
                 Arc::clone(&node) as _,
             )?;

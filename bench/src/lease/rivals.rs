@@ -11,7 +11,7 @@ use rdma_transport::{Connection, Fabric, Handler, Op, RemoteAddr, TransportError
 use super::PATIENCE;
 use super::contend::Lock;
 use super::node::{Silent, Store};
-use crate::transport::peer::endpoint;
+use crate::transport::peer::{Hosts, endpoint};
 
 /// A word that every node spins on.
 pub struct CasLocks {
@@ -24,14 +24,14 @@ impl CasLocks {
     ///
     /// # Errors
     /// The provider does not work here.
-    pub fn start(provider: &str, nodes: usize, spin: Duration) -> anyhow::Result<Self> {
-        let store = Store::open(provider, spin, Arc::new(Silent))?;
+    pub fn start(provider: &str, hosts: &Hosts, nodes: usize, spin: Duration) -> anyhow::Result<Self> {
+        let store = Store::open(provider, hosts, spin, Arc::new(Silent))?;
         let mut all = Vec::new();
         for n in 0..nodes {
             let fabric = endpoint(
                 provider,
-                store.dir.path(),
-                &format!("node{n}"),
+                hosts,
+                (store.dir.path(), n + 1, &format!("node{n}")),
                 spin,
                 Arc::new(Silent),
             )?;
@@ -154,15 +154,15 @@ impl RpcLocks {
     ///
     /// # Errors
     /// The provider does not work here.
-    pub fn start(provider: &str, nodes: usize, spin: Duration) -> anyhow::Result<Self> {
-        let store = Store::open(provider, spin, Arc::new(Server::default()))?;
+    pub fn start(provider: &str, hosts: &Hosts, nodes: usize, spin: Duration) -> anyhow::Result<Self> {
+        let store = Store::open(provider, hosts, spin, Arc::new(Server::default()))?;
         let mut all = Vec::new();
         for n in 0..nodes {
             let client = Arc::new(Client::default());
             let fabric = endpoint(
                 provider,
-                store.dir.path(),
-                &format!("node{n}"),
+                hosts,
+                (store.dir.path(), n + 1, &format!("node{n}")),
                 spin,
                 Arc::clone(&client) as _,
             )?;

@@ -30,6 +30,8 @@ pub struct Args {
     /// How long progress threads spin before they sleep, µs.
     #[arg(long, default_value_t = 50)]
     spin_us: u64,
+    #[command(flatten)]
+    hosts: peer::Hosts,
 }
 
 /// Arguments of the process at the other end.
@@ -41,6 +43,8 @@ pub struct PeerArgs {
     pub dir: PathBuf,
     /// As in [`Args`].
     pub spin_us: u64,
+    #[command(flatten)]
+    pub hosts: peer::Hosts,
 }
 
 struct Peer(Child);
@@ -163,13 +167,16 @@ struct Probe {
 }
 
 impl Probe {
-    fn start(provider: &str, spin_us: u64) -> anyhow::Result<Self> {
+    fn start(provider: &str, args: &Args) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["transport-peer", provider]).arg(dir.path());
+        command.arg(args.spin_us.to_string());
+        if !args.hosts.list.is_empty() {
+            command.args(["--hosts", &args.hosts.list.join(",")]);
+        }
         let mut child = Peer(
-            Command::new(std::env::current_exe()?)
-                .args(["transport-peer", provider])
-                .arg(dir.path())
-                .arg(spin_us.to_string())
+            command
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .process_group(0)
@@ -190,8 +197,13 @@ impl Probe {
             }),
             over: Condvar::new(),
         });
-        let spin = Duration::from_micros(spin_us);
-        let fabric = peer::endpoint(provider, dir.path(), "probe", spin, Arc::clone(&player) as _)?;
+        let fabric = peer::endpoint(
+            provider,
+            &args.hosts,
+            (dir.path(), 1, "probe"),
+            Duration::from_micros(args.spin_us),
+            Arc::clone(&player) as _,
+        )?;
         let conn = fabric.connect(addr.trim())?;
         let mut game = player.game.lock();
         if game.key.is_none() {
@@ -216,7 +228,8 @@ impl Drop for Probe {
     }
 }
 
-fn size(n: usize) -> String {
+/// Bytes for people.
+pub fn size(n: usize) -> String {
     match n {
         n if n >= 1 << 20 => format!("{} MiB", n >> 20),
         n if n >= 1 << 10 => format!("{} KiB", n >> 10),
@@ -339,7 +352,7 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
     };
     for provider in &args.providers {
         progress.step(format!("{provider}: latency"));
-        let probe = Probe::start(provider, args.spin_us)?;
+        let probe = Probe::start(provider, args)?;
         let mut table = Table::new(format!("Latency over {provider}"), &header);
         latencies(&probe, args.quick, provider == "shm", |name, latency| {
             let mut row = vec![name];

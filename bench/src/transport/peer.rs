@@ -29,27 +29,56 @@ pub fn kind(name: &str) -> anyhow::Result<FabricKind> {
     }
 }
 
-/// An endpoint with a socket in `dir`, or on any port.
+/// Which fabric, and where its endpoints listen.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Hosts {
+    /// Addresses of this machine that endpoints over tcp and verbs listen at, in turn; over verbs they also choose the
+    /// devices. [default: 127.0.0.1]
+    #[arg(long = "hosts", value_delimiter = ',', value_name = "ADDRESSES")]
+    pub list: Vec<String>,
+}
+
+impl Hosts {
+    /// Where endpoint `number` listens.
+    fn listen(&self, number: usize) -> String {
+        let host = match self.list.len() {
+            0 => "127.0.0.1",
+            n => &self.list[number % n],
+        };
+        format!("{host}:0")
+    }
+}
+
+/// An endpoint with a socket in `dir`, or on any port of host `number`.
 ///
 /// # Errors
 /// It cannot be opened.
 pub fn endpoint(
     provider: &str,
-    dir: &std::path::Path,
-    name: &str,
+    hosts: &Hosts,
+    (dir, number, name): (&std::path::Path, usize, &str),
     spin: Duration,
     handler: Arc<dyn Handler>,
 ) -> anyhow::Result<Arc<dyn Fabric>> {
     let kind = kind(provider)?;
     let listen = match kind {
-        FabricKind::Tcp => "127.0.0.1:0".to_owned(),
-        // The address also chooses the device.
-        FabricKind::Verbs => format!(
-            "{}:0",
-            std::env::var("LAB_IP").unwrap_or_else(|_| "127.0.0.1".to_owned())
-        ),
+        FabricKind::Tcp | FabricKind::Verbs => hosts.listen(number),
         _ => dir.join(name).to_string_lossy().into_owned(),
     };
+    open(kind, listen, name, spin, handler)
+}
+
+/// An endpoint that listens there.
+///
+/// # Errors
+/// It cannot be opened.
+pub fn open(
+    kind: FabricKind,
+    listen: String,
+    name: &str,
+    spin: Duration,
+    handler: Arc<dyn Handler>,
+) -> anyhow::Result<Arc<dyn Fabric>> {
     let config = FabricConfig {
         listen,
         key: b"a key for measurements only".to_vec(),
@@ -86,7 +115,13 @@ impl Handler for Echo {
 pub fn run(args: &PeerArgs) -> anyhow::Result<()> {
     let echo = Arc::new(Echo(OnceLock::new()));
     let spin = Duration::from_micros(args.spin_us);
-    let fabric = endpoint(&args.provider, &args.dir, "peer", spin, Arc::clone(&echo) as _)?;
+    let fabric = endpoint(
+        &args.provider,
+        &args.hosts,
+        (&args.dir, 0, "peer"),
+        spin,
+        Arc::clone(&echo) as _,
+    )?;
     let memory = Arc::new(SharedMem::anonymous(MEMORY)?);
     memory.zero(0, MEMORY)?;
     let _ = echo.0.set(fabric.register(&memory, Access::ALL)?);

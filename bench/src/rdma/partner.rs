@@ -1,0 +1,250 @@
+//! The side that is measured against: memory, echoes, its half of a ping-pong by one-sided writes, and the servers of
+//! perftest's tools.
+
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use parking_lot::Mutex;
+use rdma_transport::mem::SharedMem;
+use rdma_transport::{Access, Connection, FabricKind, Handler, Op, RegionKey, RemoteAddr, TransportError};
+use serde::{Deserialize, Serialize};
+
+use super::tools::{Device, Run};
+use crate::progress::stopped;
+use crate::transport::peer;
+
+/// Bytes of memory on each side.
+pub const MEMORY: usize = 8 << 20;
+/// Where the word is that pings and pongs are written to.
+pub const BALL: usize = 64;
+/// Longest time for a tool's server to listen.
+const LISTEN: Duration = Duration::from_secs(20);
+
+/// What the probe asks for. Everything that is no request is echoed.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// Write `rounds` times as soon as the probe has written.
+    Rally {
+        /// The probe's memory.
+        key: u64,
+        /// How often.
+        rounds: u64,
+    },
+    /// Start the server of a tool.
+    Tool(Run),
+}
+
+/// What the partner tells.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Answer {
+    /// The key of its memory, first of all.
+    Memory(u64),
+    /// It watches the word, or the tool listens.
+    Ready,
+    /// It could not.
+    Failed(String),
+}
+
+/// First byte of requests and answers; echoes begin with another.
+const MARK: u8 = 0xd5;
+
+/// As a message.
+///
+/// # Errors
+/// Never for these types.
+pub fn encode<T: Serialize>(what: &T) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = vec![MARK];
+    serde_json::to_writer(&mut bytes, what).context("encode")?;
+    Ok(bytes)
+}
+
+/// From a message; None if it is none of them.
+pub fn decode<T: for<'a> Deserialize<'a>>(message: &[u8]) -> Option<T> {
+    let (mark, rest) = message.split_first()?;
+    (*mark == MARK).then(|| serde_json::from_slice(rest).ok())?
+}
+
+struct Partner {
+    memory: Arc<SharedMem>,
+    key: OnceLock<RegionKey>,
+    device: Option<Device>,
+    tool: Arc<Mutex<Option<Child>>>,
+}
+
+impl Partner {
+    /// On a thread of its own: this blocks.
+    fn serve(&self, conn: &Arc<dyn Connection>, request: Request) {
+        let conn = Arc::clone(conn);
+        let memory = Arc::clone(&self.memory);
+        let device = self.device.clone();
+        let tool = Arc::clone(&self.tool);
+        std::thread::spawn(move || {
+            let answer = |result: anyhow::Result<()>| {
+                let answer = match result {
+                    Ok(()) => Answer::Ready,
+                    Err(e) => Answer::Failed(format!("{e:#}")),
+                };
+                if let Err(e) = encode(&answer).map(|m| conn.send(&m)) {
+                    eprintln!("bench: {e:#}");
+                }
+            };
+            match request {
+                Request::Tool(run) => answer(start(device.as_ref(), &run, &tool)),
+                Request::Rally { key, rounds } => {
+                    let cleared = memory.zero(BALL, 8).context("memory");
+                    let good = cleared.is_ok();
+                    answer(cleared);
+                    if good && let Err(e) = rally(&memory, conn.as_ref(), RegionKey(key), rounds) {
+                        eprintln!("bench: {e:#}");
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// Starts a tool's server in place of the last one.
+fn start(device: Option<&Device>, run: &Run, tool: &Mutex<Option<Child>>) -> anyhow::Result<()> {
+    let device = device.context("the partner was started without --device")?;
+    let mut running = tool.lock();
+    if let Some(mut last) = running.take() {
+        let _ = last.kill();
+        let _ = last.wait();
+    }
+    let mut child = Command::new(run.tool.program())
+        .args(run.arguments(device))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .with_context(|| format!("cannot run {}: install perftest", run.tool.program()))?;
+    let deadline = Instant::now() + LISTEN;
+    while !listens(run.port) {
+        if let Some(status) = child.try_wait()? {
+            anyhow::bail!("{} ended at once: {status}", run.tool.program());
+        }
+        if Instant::now() > deadline {
+            let _ = child.kill();
+            let _ = child.wait();
+            anyhow::bail!("{} does not listen", run.tool.program());
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    *running = Some(child);
+    Ok(())
+}
+
+/// Whether something on this machine listens on a TCP port (state 0A of the kernel's table).
+fn listens(port: u16) -> bool {
+    let listener = format!(":{port:04X} ");
+    ["/proc/net/tcp", "/proc/net/tcp6"].iter().any(|table| {
+        let text = std::fs::read_to_string(table).unwrap_or_default();
+        text.lines()
+            .any(|l| l.contains(&listener) && l.split_whitespace().nth(3) == Some("0A"))
+    })
+}
+
+/// One side of a ping-pong: waits until the ball has come for the n-th time and plays it back.
+///
+/// # Errors
+/// The other side is gone or stops playing.
+pub fn rally(memory: &SharedMem, conn: &dyn Connection, to: RegionKey, rounds: u64) -> anyhow::Result<()> {
+    for round in 1..=rounds {
+        await_ball(memory, conn, round)?;
+        strike(conn, to, round)?;
+    }
+    Ok(())
+}
+
+/// Waits for the ball, looking all the time as perftest does.
+///
+/// # Errors
+/// It does not come.
+pub fn await_ball(memory: &SharedMem, conn: &dyn Connection, round: u64) -> anyhow::Result<()> {
+    let ball = memory.word(BALL)?;
+    let start = Instant::now();
+    let mut looks = 0u32;
+    while ball.load(Ordering::Acquire) != round {
+        looks = looks.wrapping_add(1);
+        if looks.is_multiple_of(1 << 16) && (!conn.is_alive() || start.elapsed() > Duration::from_secs(30)) {
+            anyhow::bail!("the other side does not play");
+        }
+        std::hint::spin_loop();
+    }
+    Ok(())
+}
+
+/// Writes the number of the round to the other side.
+///
+/// # Errors
+/// It cannot be reached.
+pub fn strike(conn: &dyn Connection, to: RegionKey, round: u64) -> anyhow::Result<()> {
+    let at = RemoteAddr {
+        key: to,
+        offset: BALL as u64,
+    };
+    Ok(conn.execute(&mut [Op::Write {
+        at,
+        from: &round.to_le_bytes(),
+    }])?)
+}
+
+impl Handler for Partner {
+    fn admit(&self, _identity: &[u8]) -> Result<(), String> {
+        Ok(())
+    }
+    fn connected(&self, conn: &Arc<dyn Connection>) {
+        if let Some(key) = self.key.get()
+            && let Ok(message) = encode(&Answer::Memory(key.0))
+        {
+            // A probe that is gone again needs no key.
+            let _ = conn.send(&message);
+        }
+    }
+    fn message(&self, conn: &Arc<dyn Connection>, message: &[u8]) {
+        match decode(message) {
+            Some(request) => self.serve(conn, request),
+            None => {
+                let _ = conn.send(message);
+            }
+        }
+    }
+    fn disconnected(&self, _conn: &Arc<dyn Connection>, _why: &TransportError) {}
+}
+
+/// Serves at `listen` until the process is asked to end.
+///
+/// # Errors
+/// The endpoint cannot be opened.
+pub fn run(listen: &str, device: Option<Device>, spin: Duration) -> anyhow::Result<()> {
+    let memory = Arc::new(SharedMem::anonymous(MEMORY)?);
+    memory.zero(0, MEMORY)?;
+    let tool = Arc::new(Mutex::new(None));
+    let partner = Arc::new(Partner {
+        memory: Arc::clone(&memory),
+        key: OnceLock::new(),
+        device,
+        tool: Arc::clone(&tool),
+    });
+    let fabric = peer::open(
+        FabricKind::Verbs,
+        listen.to_owned(),
+        "partner",
+        spin,
+        Arc::clone(&partner) as _,
+    )?;
+    let _ = partner.key.set(fabric.register(&memory, Access::ALL)?);
+    println!("listening at {}", fabric.local_addr());
+    while !stopped() {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    fabric.shutdown();
+    if let Some(mut child) = tool.lock().take() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    Ok(())
+}
