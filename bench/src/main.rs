@@ -2,6 +2,7 @@
 //!
 //! Everything that is measured is measured here and now, floors included; nothing is quoted.
 
+mod counts;
 mod demo;
 mod fs;
 mod lease;
@@ -43,6 +44,8 @@ enum Command {
     Rdma(rdma::Args),
     /// Leases: held, uncontended, handed over; against a spin lock and a lock server.
     Lease(lease::Args),
+    /// One record, several processes: atomics and leases whose sums must come out exactly.
+    Counts(counts::Args),
     /// The file system beside a null FUSE server and tmpfs.
     Fs(fs::Args),
     /// A real tree, a real build, coherence and a table, on a cluster of three mounts.
@@ -76,6 +79,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Transport(args) => transport::run(args, &cli.out),
         Command::Rdma(args) => rdma::run(args, &cli.out),
         Command::Lease(args) => lease::run(args, &cli.out),
+        Command::Counts(args) => counts::run(args),
         Command::Fs(args) => fs::run(args, cli.pin, &cli.out),
         Command::Demo(args) => demo::run(args),
         #[cfg(feature = "stores")]

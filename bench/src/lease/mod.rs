@@ -1,7 +1,7 @@
 //! Leases: held, uncontended, handed over; against a spin lock and a lock server over the same fabric.
 
 mod contend;
-mod node;
+pub mod node;
 mod rivals;
 
 use std::path::Path;

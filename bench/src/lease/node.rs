@@ -55,7 +55,7 @@ impl Store {
         handler: Arc<dyn Handler>,
     ) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
-        let fabric = endpoint(provider, hosts, (dir.path(), 0, "store"), spin, handler)?;
+        let fabric = endpoint(provider, hosts, (dir.path(), 0, STORE), spin, handler)?;
         let bytes = RECORDS as usize * 64;
         let memory = Arc::new(SharedMem::anonymous(bytes)?);
         memory.zero(0, bytes)?;
@@ -64,21 +64,64 @@ impl Store {
     }
 }
 
-struct Node {
+/// One of those that want leases.
+pub struct Node {
     number: u16,
-    key: RegionKey,
+    /// Of the storage endpoint's memory, once it is known.
+    key: OnceLock<RegionKey>,
     storage: OnceLock<Arc<dyn Connection>>,
     peers: Mutex<HashMap<u16, Arc<dyn Connection>>>,
     manager: OnceLock<Weak<LeaseManager>>,
 }
 
 impl Node {
+    /// One that knows nobody yet.
+    pub fn new(number: u16) -> Arc<Self> {
+        Arc::new(Self {
+            number,
+            key: OnceLock::new(),
+            storage: OnceLock::new(),
+            peers: Mutex::default(),
+            manager: OnceLock::new(),
+        })
+    }
+
+    /// Its manager, which it from now on passes messages to.
+    ///
+    /// # Errors
+    /// The manager refuses its settings.
+    pub fn manage(self: &Arc<Self>) -> anyhow::Result<Arc<LeaseManager>> {
+        let cfg = ManagerConfig::new(NodeId(self.number), 1, RecordLayout::new(64)?);
+        let manager = LeaseManager::new(cfg, Arc::clone(self) as _, Arc::clone(self) as _)?;
+        let _ = self.manager.set(Arc::downgrade(&manager));
+        Ok(manager)
+    }
+
+    /// How the records are reached.
+    pub fn set_storage(&self, conn: Arc<dyn Connection>) {
+        let _ = self.storage.set(conn);
+    }
+
+    /// How another node is reached.
+    pub fn add_peer(&self, number: u16, conn: Arc<dyn Connection>) {
+        self.peers.lock().insert(number, conn);
+    }
+
+    /// The key of the records' memory: set here, or told by an endpoint called [`STORE`].
+    pub fn key(&self) -> Option<RegionKey> {
+        self.key.get().copied()
+    }
+
     fn manager(&self) -> Option<Arc<LeaseManager>> {
         self.manager.get().and_then(Weak::upgrade)
     }
 }
 
-fn name(node: u16) -> String {
+/// What the storage endpoint is called.
+pub const STORE: &str = "store";
+
+/// What a node is called.
+pub fn name(node: u16) -> String {
     format!("node{node}")
 }
 
@@ -88,6 +131,12 @@ impl Handler for Node {
     }
     fn connected(&self, _conn: &Arc<dyn Connection>) {}
     fn message(&self, conn: &Arc<dyn Connection>, message: &[u8]) {
+        if conn.peer_identity() == STORE.as_bytes() {
+            if let Ok(key) = message.try_into() {
+                let _ = self.key.set(RegionKey(u64::from_le_bytes(key)));
+            }
+            return;
+        }
         let from = std::str::from_utf8(conn.peer_identity())
             .ok()
             .and_then(|s| s.strip_prefix("node")?.parse().ok());
@@ -102,11 +151,11 @@ impl Handler for Node {
 
 impl Directory for Node {
     fn record(&self, id: RecordId) -> Result<(Arc<dyn Connection>, RemoteAddr), LeaseError> {
-        match self.storage.get() {
-            Some(conn) if id.index() < RECORDS => Ok((
+        match self.storage.get().zip(self.key()) {
+            Some((conn, key)) if id.index() < RECORDS => Ok((
                 Arc::clone(conn),
                 RemoteAddr {
-                    key: self.key,
+                    key,
                     offset: id.index() * 64,
                 },
             )),
@@ -160,16 +209,10 @@ impl LeaseCluster {
     /// The provider does not work here.
     pub fn start(provider: &str, hosts: &Hosts, nodes: usize, spin: Duration) -> anyhow::Result<Self> {
         let store = Store::open(provider, hosts, spin, Arc::new(Silent))?;
-        let layout = RecordLayout::new(64)?;
         let (mut all, mut fabrics, mut managers) = (Vec::new(), Vec::new(), Vec::new());
         for number in 0..u16::try_from(nodes)? {
-            let node = Arc::new(Node {
-                number,
-                key: store.key,
-                storage: OnceLock::new(),
-                peers: Mutex::default(),
-                manager: OnceLock::new(),
-            });
+            let node = Node::new(number);
+            let _ = node.key.set(store.key);
             let fabric = endpoint(
                 provider,
                 hosts,
@@ -177,12 +220,8 @@ impl LeaseCluster {
                 spin,
                 Arc::clone(&node) as _,
             )?;
-            let cfg = ManagerConfig::new(NodeId(number), 1, layout);
-            let manager = LeaseManager::new(cfg, Arc::clone(&node) as _, Arc::clone(&node) as _)?;
-            let _ = node.manager.set(Arc::downgrade(&manager));
-            let _ = node
-                .storage
-                .set(fabric.connect(&store.fabric.local_addr()).context("storage")?);
+            let manager = node.manage()?;
+            node.set_storage(fabric.connect(&store.fabric.local_addr()).context("storage")?);
             all.push(node);
             fabrics.push(fabric);
             managers.push(manager);
@@ -190,9 +229,7 @@ impl LeaseCluster {
         for (node, fabric) in all.iter().zip(&fabrics) {
             for (to, other) in all.iter().zip(&fabrics) {
                 if to.number != node.number {
-                    node.peers
-                        .lock()
-                        .insert(to.number, fabric.connect(&other.local_addr()).context("peer")?);
+                    node.add_peer(to.number, fabric.connect(&other.local_addr()).context("peer")?);
                 }
             }
         }

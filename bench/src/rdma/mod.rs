@@ -361,7 +361,10 @@ impl Drop for Match {
 }
 
 /// The other side may have been started only now.
-fn connect(fabric: &dyn Fabric, to: &str) -> anyhow::Result<Arc<dyn Connection>> {
+///
+/// # Errors
+/// It does not answer, or refuses.
+pub fn connect(fabric: &dyn Fabric, to: &str) -> anyhow::Result<Arc<dyn Connection>> {
     let start = Instant::now();
     loop {
         match fabric.connect(to) {

@@ -90,7 +90,7 @@ pub fn open(
 }
 
 /// Sends the key of its region to whoever connects, and everything else back.
-struct Echo(OnceLock<RegionKey>);
+pub struct Echo(pub OnceLock<RegionKey>);
 
 impl Handler for Echo {
     fn admit(&self, _identity: &[u8]) -> Result<(), String> {

@@ -15,6 +15,7 @@ const CONFORMANCE: &str = include_str!("../../scenarios/conformance.toml");
 const HOLDER_KILLED: &str = include_str!("../../scenarios/holder-killed.toml");
 const LAUNCH: &str = include_str!("../../scenarios/launch.toml");
 const HISTORIES: &str = include_str!("../../scenarios/histories.toml");
+const COUNTS: &str = include_str!("../../scenarios/counts.toml");
 const COHERENCE: &str = include_str!("../../scenarios/coherence.toml");
 
 fn script(text: &str, cluster: &Cluster) -> Result<()> {
@@ -88,6 +89,13 @@ pub const ALL: &[Scenario] = &[
         tiers: &[Tier::Multi],
         nodes: 3,
         run: |cluster| script(HOLDER_KILLED, cluster),
+    },
+    Scenario {
+        name: "counts",
+        about: "atomics and leases of three guests on one record, every count exact (scenarios/counts.toml)",
+        tiers: &[Tier::Multi],
+        nodes: 3,
+        run: |cluster| script(COUNTS, cluster),
     },
     Scenario {
         name: "conformance",
