@@ -1,6 +1,6 @@
 # DistFUSE. The first things to run: `make demo`, `make test`.
 
-.PHONY: all build setup demo test lab clean
+.PHONY: all build setup demo test lab lab-bench clean
 
 all: build
 
@@ -25,6 +25,13 @@ lab:
 	cargo test --release -p rdma-transport --test conformance --no-run
 	cargo test --release -p system-tests --no-run
 	cargo run --release -q -p lab -- test
+
+# Figures, in the same guests: file systems side by side, and the RDMA provider beside perftest.
+lab-bench:
+	@tests/setup.sh lab
+	cargo build --release --workspace
+	cargo run --release -q -p lab -- run --limit 2400 --scenario tests/lab/scenarios/bench-fs.toml
+	cargo run --release -q -p lab -- run --limit 900 --scenario tests/lab/scenarios/bench-rdma.toml
 
 clean:
 	cargo clean

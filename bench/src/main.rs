@@ -6,6 +6,7 @@ mod counts;
 mod demo;
 mod fs;
 mod lease;
+mod mounts;
 mod nullfs;
 mod plot;
 mod procs;
@@ -48,6 +49,8 @@ enum Command {
     Counts(counts::Args),
     /// The file system beside a null FUSE server and tmpfs.
     Fs(fs::Args),
+    /// File systems that are mounted already, beside each other and beside their network.
+    Mounts(mounts::Args),
     /// A real tree, a real build, coherence and a table, on a cluster of three mounts.
     Demo(demo::Args),
     /// Embedded stores for the metadata server.
@@ -81,6 +84,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Lease(args) => lease::run(args, &cli.out),
         Command::Counts(args) => counts::run(args),
         Command::Fs(args) => fs::run(args, cli.pin, &cli.out),
+        Command::Mounts(args) => mounts::run(args, &cli.out),
         Command::Demo(args) => demo::run(args),
         #[cfg(feature = "stores")]
         Command::Store(args) => stores::run(args, &cli.out),

@@ -103,6 +103,17 @@ fn kill(pid: u32) {
     }
 }
 
+/// What `fsd status --json` says of a cluster.
+pub fn status(fsd: &Path, config: &Path) -> Option<serde_json::Value> {
+    let out = Command::new(fsd)
+        .args(["status", "--json", "--config"])
+        .arg(config)
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    serde_json::from_slice(&out.stdout).ok()
+}
+
 /// What kind of cluster to start.
 #[derive(Debug, Clone)]
 pub struct ClusterSpec {
@@ -207,13 +218,7 @@ impl Cluster {
 
     /// Sum over the mounts of a counter of `fsd status --json`.
     pub fn counter(&self, name: &str) -> Option<u64> {
-        let out = Command::new(&self.fsd)
-            .args(["status", "--json", "--config"])
-            .arg(self.dir.path().join("state/cluster.toml"))
-            .stderr(Stdio::null())
-            .output()
-            .ok()?;
-        let report: serde_json::Value = serde_json::from_slice(&out.stdout).ok()?;
+        let report = status(&self.fsd, &self.dir.path().join("state/cluster.toml"))?;
         let mounts = report.get("mounts")?.as_array()?;
         mounts
             .iter()

@@ -11,12 +11,12 @@ use anyhow::{Context, bail};
 use super::micro::Scale;
 use crate::progress::check;
 
-const PAGE: usize = 4096;
-const MIB: usize = 1 << 20;
+pub const PAGE: usize = 4096;
+pub const MIB: usize = 1 << 20;
 /// Size of the file that small blocks are read from and written to.
 const HOT: u64 = 16 * MIB as u64;
 
-fn open(path: &Path) -> anyhow::Result<File> {
+pub fn open(path: &Path) -> anyhow::Result<File> {
     OpenOptions::new()
         .read(true)
         .write(true)
@@ -27,7 +27,7 @@ fn open(path: &Path) -> anyhow::Result<File> {
 }
 
 /// The file with its contents written, made if need be.
-fn hot(dir: &Path, name: &str, size: u64) -> anyhow::Result<File> {
+pub fn hot(dir: &Path, name: &str, size: u64) -> anyhow::Result<File> {
     let file = open(&dir.join(name))?;
     if file.metadata()?.len() != size {
         let block = vec![1u8; MIB];
@@ -38,7 +38,7 @@ fn hot(dir: &Path, name: &str, size: u64) -> anyhow::Result<File> {
     Ok(file)
 }
 
-fn ns_each(start: Instant, n: u64) -> f64 {
+pub fn ns_each(start: Instant, n: u64) -> f64 {
     start.elapsed().as_secs_f64() * 1e9 / n as f64
 }
 
@@ -70,7 +70,7 @@ pub fn write_4k(dir: &Path, s: &Scale) -> anyhow::Result<f64> {
     Ok(ns_each(start, s.writes))
 }
 
-fn mib_per_s(start: Instant, bytes: u64) -> f64 {
+pub fn mib_per_s(start: Instant, bytes: u64) -> f64 {
     bytes as f64 / MIB as f64 / start.elapsed().as_secs_f64()
 }
 

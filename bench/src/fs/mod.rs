@@ -1,7 +1,7 @@
 //! The file system beside its floors: a null FUSE server and tmpfs.
 
 pub mod micro;
-mod micro_ops;
+pub mod micro_ops;
 mod pattern;
 mod runner;
 mod sweep;

@@ -1,7 +1,7 @@
 //! The verbs provider beside perftest's tools, between the same two hosts, in turns.
 
-mod partner;
-mod tools;
+pub mod partner;
+pub mod tools;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -114,6 +114,15 @@ fn start(device: Option<&Device>, run: &Run, tool: &Mutex<Option<Child>>) -> any
         let _ = last.kill();
         let _ = last.wait();
     }
+    *running = Some(serve_tool(device, run)?);
+    Ok(())
+}
+
+/// Starts a tool's server and waits until it listens.
+///
+/// # Errors
+/// The tool is not installed, or fails.
+pub fn serve_tool(device: &Device, run: &Run) -> anyhow::Result<Child> {
     let mut child = Command::new(run.tool.program())
         .args(run.arguments(device))
         .stdin(Stdio::null())
@@ -133,8 +142,7 @@ fn start(device: Option<&Device>, run: &Run, tool: &Mutex<Option<Child>>) -> any
         }
         std::thread::sleep(Duration::from_millis(2));
     }
-    *running = Some(child);
-    Ok(())
+    Ok(child)
 }
 
 /// Whether something on this machine listens on a TCP port (state 0A of the kernel's table).

@@ -87,7 +87,8 @@ fn run_one(run: &Run) -> Result<ExitCode> {
     }
     let script = Script::load(path)?;
     let tier = run.tier.or(script.tier).unwrap_or(Tier::Single);
-    let options = run.machine.options(tier, &run.kernel, script.nodes, script.mtu)?;
+    let mut options = run.machine.options(tier, &run.kernel, script.nodes, script.mtu)?;
+    options.extra.modules.extend(script.modules.iter().cloned());
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let outcome = in_cluster(&stem, options, &run.machine, &run.kernel, |cluster| {
         script.run(cluster)

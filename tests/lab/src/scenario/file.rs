@@ -22,6 +22,9 @@ pub struct Script {
     pub nodes: Option<usize>,
     /// The largest packet, unless the command line says otherwise.
     pub mtu: Option<u32>,
+    /// Kernel modules to have at hand for modprobe, besides the usual ones.
+    #[serde(default)]
+    pub modules: Vec<String>,
     /// What is done, one after the other.
     #[serde(rename = "step")]
     pub steps: Vec<Action>,
