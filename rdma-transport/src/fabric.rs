@@ -156,8 +156,8 @@ pub enum OpResult {
     Old(u64),
 }
 
-/// Called exactly once for a submitted batch: from the submitting thread before `submit` returns, or from
-/// the endpoint's progress thread. It must not block.
+/// Called exactly once for a submitted batch: from the submitting thread before `submit` or the
+/// [`Connection::attend`] around it returns, or from the endpoint's progress thread. It must not block.
 pub type Completion = Box<dyn FnOnce(Result<Vec<OpResult>, TransportError>) + Send>;
 
 /// Identifies a connection within its endpoint for ever (never reused).
@@ -246,6 +246,14 @@ pub trait Connection: Send + Sync {
     fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError>;
     /// Starts a batch of word operations with one doorbell; `done` gets the results.
     fn submit(&self, batch: Vec<AsyncOp>, done: Completion);
+    /// Calls `start`, which may submit batches on this connection, and then looks for their completions on this thread
+    /// until `done` says that enough has come or it is better to sleep; their completions may be called here meanwhile.
+    /// For callers that would wait anyway: it saves waking the progress thread, and being woken by it. Whatever has
+    /// not come when this returns comes as always. Must not be called from a [`Handler`] callback or a [`Completion`].
+    fn attend(&self, start: &mut dyn FnMut(), done: &dyn Fn() -> bool) {
+        let _already = done;
+        start();
+    }
     /// Sends a message. Returns when it is queued in order; may block briefly while the peer's queue is full,
     /// but never when called from a progress thread (there it is queued without bound).
     ///

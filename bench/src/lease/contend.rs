@@ -114,6 +114,19 @@ pub fn in_turn(lock: &dyn Lock, nodes: usize, run: Duration) -> anyhow::Result<O
     run_all(lock, nodes, run, &before, &after)
 }
 
+/// Two nodes take the lock alternately, `turns` times in all, and nobody else does anything: from asking to having.
+///
+/// # Errors
+/// The lock fails.
+pub fn to_and_fro(lock: &dyn Lock, turns: u64) -> anyhow::Result<Latency> {
+    let mut latency = Latency::new()?;
+    for turn in 0..turns {
+        let asked = Instant::now();
+        lock.with((turn % 2) as usize, &mut || latency.add(asked.elapsed()))?;
+    }
+    Ok(latency)
+}
+
 /// Everybody takes it as often as possible.
 ///
 /// # Errors

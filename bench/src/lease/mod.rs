@@ -1,20 +1,23 @@
 //! Leases: held, uncontended, handed over; against a spin lock and a lock server over the same fabric.
 
 mod contend;
+mod floor;
 pub mod node;
 mod rivals;
 
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use lockmgr::{Mode, RecordId};
+use lockmgr::{LeaseManager, Mode, RecordId};
 
 use crate::plot::Chart;
 use crate::progress::{Progress, check};
-use crate::stats::{Latency, sig};
+use crate::stats::{Latency, median, sig};
 use crate::table::Table;
 use crate::transport::peer::Hosts;
 use contend::Lock;
+use floor::Floor;
 use node::LeaseCluster;
 
 /// Arguments of `bench lease`.
@@ -36,6 +39,10 @@ pub struct Args {
     hosts: Hosts,
 }
 
+/// Over verbs: how much longer than an atomic an uncontended lease may take to be had.
+const ACQUIRE_LIMIT: f64 = 1.3;
+/// Over verbs: a hand-over may take so many half round trips of messages, and an atomic.
+const HAND_OVER_HALVES: f64 = 3.0;
 /// Longest wait for a lease.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -83,61 +90,166 @@ fn held(cluster: &LeaseCluster, provider: &str, table: &mut Table) -> anyhow::Re
     Ok(())
 }
 
-fn uncontended(cluster: &LeaseCluster, provider: &str, n: u64, table: &mut Table) -> anyhow::Result<()> {
+/// Leases that nobody else wants, in turns with the fabric's own atomics.
+fn uncontended(
+    (cluster, floor): (&LeaseCluster, &Floor),
+    provider: &str,
+    n: u64,
+    table: &mut Table,
+) -> anyhow::Result<()> {
+    const ROUNDS: u64 = 5;
     let manager = cluster.manager(0);
-    for mode in [Mode::Shared, Mode::Exclusive] {
-        let (mut acquire, mut release) = (Latency::new()?, Latency::new()?);
-        let (mut batches, mut messages) = ([0u64; 2], 0u64);
-        for i in 0..n {
+    let mut atomic = Latency::new()?;
+    let mut tallies = [Tally::new(Mode::Shared)?, Tally::new(Mode::Exclusive)?];
+    for round in 0..ROUNDS {
+        atomic.merge(&floor.atomic(n / ROUNDS)?);
+        for tally in &mut tallies {
+            tally.play(manager, (round * n / ROUNDS)..((round + 1) * n / ROUNDS))?;
+        }
+    }
+    table.row(vec![
+        format!("one atomic, {provider}"),
+        sig(atomic.at(0.5) / 1e3),
+        sig(atomic.at(0.99) / 1e3),
+        "1".into(),
+        "0".into(),
+        String::new(),
+        String::new(),
+    ]);
+    for tally in &tallies {
+        tally.report(provider, atomic.at(0.5), n, table);
+    }
+    Ok(())
+}
+
+/// Taking and giving back a lease of one mode.
+struct Tally {
+    mode: Mode,
+    acquire: Latency,
+    release: Latency,
+    batches: [u64; 2],
+    messages: u64,
+}
+
+impl Tally {
+    fn new(mode: Mode) -> anyhow::Result<Self> {
+        Ok(Self {
+            mode,
+            acquire: Latency::new()?,
+            release: Latency::new()?,
+            batches: [0; 2],
+            messages: 0,
+        })
+    }
+
+    fn play(&mut self, manager: &LeaseManager, turns: Range<u64>) -> anyhow::Result<()> {
+        for i in turns {
             let id = RecordId::new(0, 100 + i % 64);
             let s0 = manager.stats();
             let start = Instant::now();
-            let guard = manager.enter(id, mode, PATIENCE)?;
-            acquire.add(start.elapsed());
+            let guard = manager.enter(id, self.mode, PATIENCE)?;
+            self.acquire.add(start.elapsed());
             drop(guard);
             let s1 = manager.stats();
             let start = Instant::now();
             manager.release(id);
             while manager.held(id).is_some() {
-                std::hint::spin_loop();
+                std::thread::yield_now();
             }
-            release.add(start.elapsed());
-            // Over tcp the last batch may still be on its way.
+            self.release.add(start.elapsed());
+            // The last batch may still be on its way.
             while manager.snapshot().iter().any(|l| l.id == id) {
                 std::thread::yield_now();
             }
             let s2 = manager.stats();
-            batches[0] += s1.batches - s0.batches;
-            batches[1] += s2.batches - s1.batches;
-            messages += s2.messages_sent - s0.messages_sent;
+            self.batches[0] += s1.batches - s0.batches;
+            self.batches[1] += s2.batches - s1.batches;
+            self.messages += s2.messages_sent - s0.messages_sent;
         }
-        check()?;
+        check()
+    }
+
+    fn report(&self, provider: &str, atomic: f64, n: u64, table: &mut Table) {
         let per = |x: u64| sig(x as f64 / n as f64);
-        let fast = provider != "shm" || acquire.at(0.5) < 2_000.0;
+        let (median, mode) = (self.acquire.at(0.5), self.mode);
+        let ratio = median / atomic;
+        let (target, fast) = match provider {
+            // Atomics take next to nothing there: what the manager does is all there is.
+            "shm" => ("< 2, one batch".to_owned(), median < 2_000.0),
+            "verbs" => (
+                format!("one batch, <= {ACQUIRE_LIMIT} x atomic: {}", sig(ratio)),
+                ratio <= ACQUIRE_LIMIT,
+            ),
+            _ => ("one batch".to_owned(), true),
+        };
         table.row(vec![
             format!("acquire {mode}, {provider}"),
-            sig(acquire.at(0.5) / 1e3),
-            sig(acquire.at(0.99) / 1e3),
-            per(batches[0]),
-            per(messages),
-            if provider == "shm" {
-                "< 2, one batch"
-            } else {
-                "one batch"
-            }
-            .into(),
-            met(fast && batches[0] == n && messages == 0),
+            sig(median / 1e3),
+            sig(self.acquire.at(0.99) / 1e3),
+            per(self.batches[0]),
+            per(self.messages),
+            target,
+            met(fast && self.batches[0] == n && self.messages == 0),
         ]);
         table.row(vec![
             format!("release {mode}, {provider}"),
-            sig(release.at(0.5) / 1e3),
-            sig(release.at(0.99) / 1e3),
-            per(batches[1]),
+            sig(self.release.at(0.5) / 1e3),
+            sig(self.release.at(0.99) / 1e3),
+            per(self.batches[1]),
             "0".into(),
             String::new(),
             String::new(),
         ]);
     }
+}
+
+/// Hand-over between two nodes beside what it consists of, in turns.
+fn hand_over(
+    (cluster, floor): (&LeaseCluster, &Floor),
+    provider: &str,
+    n: u64,
+    table: &mut Table,
+) -> anyhow::Result<()> {
+    const ROUNDS: u64 = 5;
+    let mut turns = Latency::new()?;
+    let (mut half, mut atomic) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        turns.merge(&contend::to_and_fro(cluster, n / ROUNDS)?);
+        half.push(floor.message(n / ROUNDS)?);
+        atomic.push(floor.atomic(n / ROUNDS)?.at(0.5));
+    }
+    let (half, atomic, median_turn) = (median(&half), median(&atomic), turns.at(0.5));
+    let limit = HAND_OVER_HALVES * half + atomic;
+    table.row(vec![
+        format!("message, half a round trip, {provider}"),
+        sig(half / 1e3),
+        "-".into(),
+        "0".into(),
+        "1".into(),
+        String::new(),
+        String::new(),
+    ]);
+    let judged = provider == "verbs";
+    table.row(vec![
+        format!("hand-over between two nodes, {provider}"),
+        sig(median_turn / 1e3),
+        sig(turns.at(0.99) / 1e3),
+        "-".into(),
+        "-".into(),
+        if judged {
+            format!(
+                "<= {HAND_OVER_HALVES} x half + atomic: {} of it",
+                sig(median_turn / limit)
+            )
+        } else {
+            String::new()
+        },
+        if judged {
+            met(median_turn <= limit)
+        } else {
+            String::new()
+        },
+    ]);
     Ok(())
 }
 
@@ -211,15 +323,16 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
     let mut tables = Vec::new();
     for provider in &args.providers {
         progress.step(format!("{provider}: uncontended"));
-        let cluster = LeaseCluster::start(provider, &args.hosts, 2, Duration::from_micros(args.spin_us))?;
+        let spin = Duration::from_micros(args.spin_us);
+        let cluster = LeaseCluster::start(provider, &args.hosts, 2, spin)?;
+        let floor = Floor::open(provider, &args.hosts, spin)?;
         held(&cluster, provider, &mut alone)?;
         let n = if provider == "shm" { 20_000 } else { 2_000 };
-        uncontended(
-            &cluster,
-            provider,
-            if args.quick { n / 10 } else { n },
-            &mut alone,
-        )?;
+        let n = if args.quick { n / 10 } else { n };
+        uncontended((&cluster, &floor), provider, n, &mut alone)?;
+        let turns = if args.quick { 500 } else { 2_000 };
+        hand_over((&cluster, &floor), provider, turns, &mut alone)?;
+        drop(floor);
         drop(cluster);
         tables.push(contended(args, provider, &progress, out)?);
     }

@@ -9,16 +9,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use parking_lot::{Condvar, Mutex};
-use rdma_transport::mem::SharedMem;
-use rdma_transport::{
-    Access, Connection, Fabric, FabricKind, Handler, Op, RegionKey, RemoteAddr, TransportError,
-};
+use rdma_transport::{Connection, Fabric, FabricKind, Handler, Op, RegionKey, RemoteAddr, TransportError};
 
 use crate::progress::{Progress, check};
 use crate::stats::{Latency, median, sig};
 use crate::table::Table;
 use crate::transport::{peer, size};
-use partner::{Answer, BALL, MEMORY, Request, decode, encode};
+use partner::{Answer, Request, decode, encode};
 use tools::{Device, Run, Tool};
 
 /// Arguments of `bench rdma`.
@@ -70,8 +67,6 @@ enum What {
     Write,
     Cas,
     Faa,
-    /// Half a round trip of one-sided writes whose arrival is looked for in memory.
-    WriteRally,
     /// Half a round trip of messages.
     Echo,
     ReadBandwidth,
@@ -98,7 +93,8 @@ fn items() -> Vec<Item> {
         item("fetch-and-add", What::Faa, 8, Tool::FaaLatency),
         item("write, completed", What::Write, 8, Tool::WriteCompletion),
         item("write, completed", What::Write, 4096, Tool::WriteCompletion),
-        item("write, half ping-pong", What::WriteRally, 8, Tool::WriteLatency),
+        item("write, completed", What::Write, 8, Tool::WriteLatency),
+        item("write, completed", What::Write, 4096, Tool::WriteLatency),
         item("message, half ping-pong", What::Echo, 64, Tool::SendLatency),
     ];
     for bytes in [64 << 10, 256 << 10, 1 << 20] {
@@ -183,8 +179,6 @@ struct Match {
     fabric: Arc<dyn Fabric>,
     conn: Arc<dyn Connection>,
     probe: Arc<Probe>,
-    memory: Arc<SharedMem>,
-    mine: RegionKey,
     at: RemoteAddr,
     device: Option<Device>,
     server: String,
@@ -199,17 +193,12 @@ impl Match {
         let spin = Duration::from_micros(args.spin_us);
         let listen = format!("{}:0", host(&args.listen));
         let fabric = peer::open(FabricKind::Verbs, listen, "probe", spin, Arc::clone(&probe) as _)?;
-        let memory = Arc::new(SharedMem::anonymous(MEMORY)?);
-        memory.zero(0, MEMORY)?;
-        let mine = fabric.register(&memory, Access::ALL)?;
         let conn = connect(fabric.as_ref(), to)?;
         let key = probe.until(|h| h.memory)?;
         Ok(Self {
             fabric,
             conn,
             probe,
-            memory,
-            mine,
             at: RemoteAddr { key, offset: 4096 },
             device,
             server: host(to).to_owned(),
@@ -246,7 +235,6 @@ impl Match {
                 }])
             }),
             What::Faa => self.time(|| conn.execute(&mut [Op::Faa { at, add: 1, old: 0 }])),
-            What::WriteRally => self.rally(),
             What::Echo => self.echo(&buffer),
             What::ReadBandwidth | What::WriteBandwidth => self.rate(item),
         }
@@ -263,22 +251,6 @@ impl Match {
             latency.add(start.elapsed());
         }
         check()?;
-        Ok(latency.at(0.5) / 1e3)
-    }
-
-    fn rally(&self) -> anyhow::Result<f64> {
-        self.memory.zero(BALL, 8)?;
-        self.ask(&Request::Rally {
-            key: self.mine.0,
-            rounds: self.operations,
-        })?;
-        let mut latency = Latency::new()?;
-        for round in 1..=self.operations {
-            let start = Instant::now();
-            partner::strike(self.conn.as_ref(), self.at.key, round)?;
-            partner::await_ball(&self.memory, self.conn.as_ref(), round)?;
-            latency.add(start.elapsed() / 2);
-        }
         Ok(latency.at(0.5) / 1e3)
     }
 

@@ -1,15 +1,13 @@
-//! The side that is measured against: memory, echoes, its half of a ping-pong by one-sided writes, and the servers of
-//! perftest's tools.
+//! The side that is measured against: memory, echoes, and the servers of perftest's tools.
 
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use parking_lot::Mutex;
 use rdma_transport::mem::SharedMem;
-use rdma_transport::{Access, Connection, FabricKind, Handler, Op, RegionKey, RemoteAddr, TransportError};
+use rdma_transport::{Access, Connection, FabricKind, Handler, RegionKey, TransportError};
 use serde::{Deserialize, Serialize};
 
 use super::tools::{Device, Run};
@@ -18,21 +16,12 @@ use crate::transport::peer;
 
 /// Bytes of memory on each side.
 pub const MEMORY: usize = 8 << 20;
-/// Where the word is that pings and pongs are written to.
-pub const BALL: usize = 64;
 /// Longest time for a tool's server to listen.
 const LISTEN: Duration = Duration::from_secs(20);
 
 /// What the probe asks for. Everything that is no request is echoed.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    /// Write `rounds` times as soon as the probe has written.
-    Rally {
-        /// The probe's memory.
-        key: u64,
-        /// How often.
-        rounds: u64,
-    },
     /// Start the server of a tool.
     Tool(Run),
 }
@@ -42,7 +31,7 @@ pub enum Request {
 pub enum Answer {
     /// The key of its memory, first of all.
     Memory(u64),
-    /// It watches the word, or the tool listens.
+    /// The tool listens.
     Ready,
     /// It could not.
     Failed(String),
@@ -68,7 +57,6 @@ pub fn decode<T: for<'a> Deserialize<'a>>(message: &[u8]) -> Option<T> {
 }
 
 struct Partner {
-    memory: Arc<SharedMem>,
     key: OnceLock<RegionKey>,
     device: Option<Device>,
     tool: Arc<Mutex<Option<Child>>>,
@@ -78,7 +66,6 @@ impl Partner {
     /// On a thread of its own: this blocks.
     fn serve(&self, conn: &Arc<dyn Connection>, request: Request) {
         let conn = Arc::clone(conn);
-        let memory = Arc::clone(&self.memory);
         let device = self.device.clone();
         let tool = Arc::clone(&self.tool);
         std::thread::spawn(move || {
@@ -93,14 +80,6 @@ impl Partner {
             };
             match request {
                 Request::Tool(run) => answer(start(device.as_ref(), &run, &tool)),
-                Request::Rally { key, rounds } => {
-                    let cleared = memory.zero(BALL, 8).context("memory");
-                    let good = cleared.is_ok();
-                    answer(cleared);
-                    if good && let Err(e) = rally(&memory, conn.as_ref(), RegionKey(key), rounds) {
-                        eprintln!("bench: {e:#}");
-                    }
-                }
             }
         });
     }
@@ -155,51 +134,6 @@ fn listens(port: u16) -> bool {
     })
 }
 
-/// One side of a ping-pong: waits until the ball has come for the n-th time and plays it back.
-///
-/// # Errors
-/// The other side is gone or stops playing.
-pub fn rally(memory: &SharedMem, conn: &dyn Connection, to: RegionKey, rounds: u64) -> anyhow::Result<()> {
-    for round in 1..=rounds {
-        await_ball(memory, conn, round)?;
-        strike(conn, to, round)?;
-    }
-    Ok(())
-}
-
-/// Waits for the ball, looking all the time as perftest does.
-///
-/// # Errors
-/// It does not come.
-pub fn await_ball(memory: &SharedMem, conn: &dyn Connection, round: u64) -> anyhow::Result<()> {
-    let ball = memory.word(BALL)?;
-    let start = Instant::now();
-    let mut looks = 0u32;
-    while ball.load(Ordering::Acquire) != round {
-        looks = looks.wrapping_add(1);
-        if looks.is_multiple_of(1 << 16) && (!conn.is_alive() || start.elapsed() > Duration::from_secs(30)) {
-            anyhow::bail!("the other side does not play");
-        }
-        std::hint::spin_loop();
-    }
-    Ok(())
-}
-
-/// Writes the number of the round to the other side.
-///
-/// # Errors
-/// It cannot be reached.
-pub fn strike(conn: &dyn Connection, to: RegionKey, round: u64) -> anyhow::Result<()> {
-    let at = RemoteAddr {
-        key: to,
-        offset: BALL as u64,
-    };
-    Ok(conn.execute(&mut [Op::Write {
-        at,
-        from: &round.to_le_bytes(),
-    }])?)
-}
-
 impl Handler for Partner {
     fn admit(&self, _identity: &[u8]) -> Result<(), String> {
         Ok(())
@@ -232,7 +166,6 @@ pub fn run(listen: &str, device: Option<Device>, spin: Duration) -> anyhow::Resu
     memory.zero(0, MEMORY)?;
     let tool = Arc::new(Mutex::new(None));
     let partner = Arc::new(Partner {
-        memory: Arc::clone(&memory),
         key: OnceLock::new(),
         device,
         tool: Arc::clone(&tool),

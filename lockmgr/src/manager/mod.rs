@@ -113,7 +113,17 @@ impl LeaseManager {
             *theirs.0.lock() = Some(result);
             theirs.1.notify_one();
         });
-        self.enter_async(id, mode, deadline, f);
+        let mut f: Option<EnterFn> = Some(f);
+        let mut ask = || {
+            if let Some(f) = f.take() {
+                self.enter_async(id, mode, deadline, f);
+            }
+        };
+        match self.dir.record(id) {
+            Ok((storage, _)) => storage.attend(&mut ask, &|| cell.0.lock().is_some()),
+            // It says why.
+            Err(_) => ask(),
+        }
         let mut result = cell.0.lock();
         loop {
             if let Some(result) = result.take() {

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 
+use super::attend::{self, Attendance};
 use super::control::Stream;
 use super::endpoint::Core;
 use super::ffi::{Cq, Qp, Route};
 use super::tx::{Broken, Known, Reaped, Suspect, Tx};
-use super::unit::{Action, Data, Owner, Request};
+use super::unit::{Action, Data, Due, Owner, Request};
 use super::wire::{self, Control, Kind};
 use crate::base::{ConnBase, Endpoint};
 use crate::common::{self, disconnected};
@@ -189,8 +190,9 @@ impl VerbsConn {
         }
         let mut due = false;
         for (unit, failed) in reaped.over {
-            if let Some(completion) = unit.finish(failed.map_or(Ok(()), Err)) {
-                // Under the lock: completions keep their order.
+            // Under the lock: completions keep their order.
+            let completion = unit.finish(failed.map_or(Ok(()), Err));
+            if let Some(completion) = completion.and_then(Due::offer) {
                 self.core.due.lock().push_back(completion);
                 due = true;
             }
@@ -303,7 +305,7 @@ impl VerbsConn {
         self.stream.close();
         for unit in units {
             let why = guilty.take().unwrap_or_else(|| self.base.dead());
-            if let Some(due) = unit.finish(Err(why)) {
+            if let Some(due) = unit.finish(Err(why)).and_then(Due::offer) {
                 self.core.due.lock().push_back(due);
             }
         }
@@ -398,16 +400,49 @@ impl Connection for VerbsConn {
             Ok(prepared) => prepared,
             Err(why) => return done(Err(why)),
         };
-        match self.enqueue(requests, Owner::Async(done, empty), None) {
+        let attended = attend::current(self.place());
+        // The progress thread sees to it by itself before it sleeps, and so does who attends to it.
+        let looked_for = attended.is_some() || common::on_progress_thread();
+        let owner = Owner::Async {
+            done,
+            empty,
+            attended,
+        };
+        match self.enqueue(requests, owner, None) {
             Ok(()) => {
                 self.base.counters.did_ops(batch.len(), moved);
-                // The progress thread sees to it by itself before it sleeps.
-                if !common::on_progress_thread() {
+                if !looked_for {
                     self.arm();
                 }
             }
-            Err((Owner::Async(done, _), why)) => done(Err(why)),
+            Err((Owner::Async { done, .. }, why)) => done(Err(why)),
             Err(_) => {}
+        }
+    }
+
+    fn attend(&self, start: &mut dyn FnMut(), done: &dyn Fn() -> bool) {
+        let attendance = match Attendance::begin(self.place()) {
+            Some(attendance) if !common::on_progress_thread() => attendance,
+            _ => return start(),
+        };
+        let begun = Instant::now();
+        start();
+        let spin = self.patience(self.core.base.config.spin);
+        let mut measured = false;
+        while !done() {
+            self.reap();
+            if attendance.call() && !std::mem::replace(&mut measured, true) {
+                self.took(begun.elapsed());
+            }
+            if done() || begun.elapsed() >= spin {
+                break;
+            }
+            // On few cores the one we wait for may need this core.
+            std::thread::yield_now();
+        }
+        drop(attendance);
+        if self.awaited() {
+            self.arm();
         }
     }
 
@@ -486,6 +521,11 @@ impl Connection for VerbsConn {
 }
 
 impl VerbsConn {
+    /// What tells it from all other connections of this process.
+    fn place(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+
     /// Whether to wait for what is still under way.
     pub(super) fn lingering(&self, deadline: Instant) -> bool {
         self.reap();

@@ -6,6 +6,7 @@
 //! receives messages, and sees to completions that nobody polls for.
 #![deny(unsafe_code)]
 
+mod attend;
 mod cells;
 mod conn;
 mod control;

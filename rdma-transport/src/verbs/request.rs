@@ -15,8 +15,9 @@ use crate::{Op, RemoteAddr, TransportError};
 const UNIT: usize = 4 * LARGE;
 const REQUESTS: usize = 64;
 const AHEAD: usize = 4;
-/// Longest time to look for a completion of operations that are not slower than this anyway.
-const LONG: Duration = Duration::from_millis(1);
+/// Longest time to look for a completion, if operations have not taken more than half of it lately. Between emulated
+/// guests they take half a millisecond; where they take longer, processors are short and better left to others.
+const LONG: Duration = Duration::from_millis(2);
 
 /// Which part of which operation a request is.
 struct Piece {
@@ -72,7 +73,7 @@ impl VerbsConn {
 
     /// How long to look for a completion before sleeping: sleeping costs two changes of threads, so it is worth
     /// while to wait somewhat longer than operations have taken lately, if that is not long.
-    fn patience(&self, spin: Duration) -> Duration {
+    pub(super) fn patience(&self, spin: Duration) -> Duration {
         let lately = Duration::from_nanos(self.lately.load(Ordering::Relaxed));
         if spin.is_zero() || lately * 2 > LONG {
             spin
@@ -82,7 +83,7 @@ impl VerbsConn {
     }
 
     /// An operation has taken so long.
-    fn took(&self, time: Duration) {
+    pub(super) fn took(&self, time: Duration) {
         let now = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).min(1 << 32);
         let before = self.lately.load(Ordering::Relaxed);
         // Not exact where several do it at once, and need not be.

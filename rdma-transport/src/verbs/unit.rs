@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
+use super::attend::Attended;
 use super::cells::Cell;
 use super::ffi::{Local, Verb};
 use super::wire::Place;
@@ -155,8 +156,13 @@ impl Waiter {
 /// Who is told.
 pub(super) enum Owner {
     Blocked(Arc<Waiter>),
-    /// Also the places, in ascending order, of reads of nothing, which are not requests.
-    Async(Completion, Vec<usize>),
+    Async {
+        done: Completion,
+        /// The places, in ascending order, of reads of nothing, which are not requests.
+        empty: Vec<usize>,
+        /// The caller looks for it itself.
+        attended: Option<Arc<Attended>>,
+    },
     Nobody,
 }
 
@@ -172,15 +178,24 @@ pub(super) struct Unit {
     pub(super) poison: Option<TransportError>,
 }
 
-/// A completion that is to be called on the progress thread.
+/// A completion that is to be called: by the caller that attends to it, else on the progress thread.
 pub(super) struct Due {
     done: Completion,
     result: Result<Vec<OpResult>, TransportError>,
+    attended: Option<Arc<Attended>>,
 }
 
 impl Due {
     pub(super) fn call(self) {
         (self.done)(self.result);
+    }
+
+    /// Gives it to who attends to it; returns it if nobody does.
+    pub(super) fn offer(mut self) -> Option<Self> {
+        match self.attended.take() {
+            Some(attended) => attended.put(self),
+            None => Some(self),
+        }
     }
 }
 
@@ -194,7 +209,11 @@ impl Unit {
     pub(super) fn finish(self, result: Result<(), TransportError>) -> Option<Due> {
         match self.owner {
             Owner::Blocked(waiter) => waiter.finish(result.map(|()| self.requests)),
-            Owner::Async(done, empty) => {
+            Owner::Async {
+                done,
+                empty,
+                attended,
+            } => {
                 let result = result.and_then(|()| {
                     let mut results = self
                         .requests
@@ -206,7 +225,11 @@ impl Unit {
                     }
                     Ok(results)
                 });
-                return Some(Due { done, result });
+                return Some(Due {
+                    done,
+                    result,
+                    attended,
+                });
             }
             Owner::Nobody => {}
         }
