@@ -215,6 +215,9 @@ pub struct MountConfig {
     pub cache: CacheMode,
     /// Size of the user-space buffer cache.
     pub buffer_cache: Size,
+    /// How much the kernel reads ahead of a program that reads a file from front to back, and asks for at once; zero:
+    /// what it does by itself, 128 KiB.
+    pub read_ahead: Size,
     /// FUSE event loops.
     pub loops: usize,
     /// Longest time data stays only in the mount's memory, milliseconds.
@@ -228,6 +231,7 @@ impl Default for MountConfig {
         Self {
             cache: CacheMode::Auto,
             buffer_cache: Size(256 << 20),
+            read_ahead: Size(1 << 20),
             loops: 2,
             writeback_ms: 2_000,
             max_inodes: 100_000,

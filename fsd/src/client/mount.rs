@@ -12,7 +12,7 @@ use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, Record
 use rdma_transport::{Connection, Fabric, RemoteAddr};
 
 use super::fuse::FsdFs;
-use super::mountpoint::{check_point, unmount};
+use super::mountpoint::{check_point, set_read_ahead, unmount};
 use super::net::{Net, NetConfig, Owner};
 use super::revoke::Revoker;
 use super::workers::Workers;
@@ -359,6 +359,8 @@ impl Mount {
                     error,
                 }
             })?;
+        // The kernel has answered the handshake, which would take it back.
+        set_read_ahead(&point, config.mount.read_ahead.0);
         let _ = client.notifier.set(session.notifier());
         let session = session.spawn().map_err(MountError::Thread)?;
         tracing::info!("mount {} on {} ({mode:?})", node.0, point.display());
