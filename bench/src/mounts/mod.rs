@@ -292,7 +292,13 @@ impl Comparison {
         row.extend(blanks());
         table.row(row);
         let mut row = vec![
-            format!("    share of ib_read_bw (target of the first: {SHARE})"),
+            format!(
+                "    share of ib_read_bw (the first: >= {SHARE}, {})",
+                match values[0] {
+                    Some(v) if v / network >= SHARE => "met",
+                    _ => "MISSED",
+                }
+            ),
             "x".into(),
         ];
         row.extend(values.iter().map(|v| cell(v.map(|v| v / network))));
