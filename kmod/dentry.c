@@ -39,13 +39,14 @@ static int df_d_init(struct dentry *dentry)
 static int df_revalidate_in(struct df_sb *ds, struct inode *parent, DF_REVALIDATE_ARGS)
 {
 	struct df_att *att = READ_ONCE(ds->att);
+	bool ours = att && (att->flags & DISTFUSE_ATTACH_NAMES);
 	bool may_sleep = !(flags & LOOKUP_RCU);
 	struct df_inode *di = NULL;
 	struct inode *inode;
 	u64 epoch = 0;
 	int ret;
 
-	if (parent && att && (att->flags & DISTFUSE_ATTACH_NAMES))
+	if (parent && ours)
 		di = may_sleep ? df_inode_get(ds, parent) : df_i(parent);
 	if (di)
 		epoch = df_names_epoch(di, may_sleep);
@@ -55,6 +56,9 @@ static int df_revalidate_in(struct df_sb *ds, struct inode *parent, DF_REVALIDAT
 		df_count(att, DISTFUSE_NAME_LOCAL);
 		return 1;
 	}
+	/* Time alone makes no name valid: this has the stock driver ask its server. */
+	if (ours)
+		flags |= LOOKUP_REVAL;
 	ret = ds->stock_dop->d_revalidate(DF_REVALIDATE_PASS);
 	if (ret <= 0)
 		return ret;
