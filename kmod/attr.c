@@ -151,9 +151,7 @@ static int df_dir_permission(df_idmap *idmap, struct inode *inode, int mask)
 
 /*
  * Comes with the inode locked, where no lease may be waited for: a flush wants the inode's lock to end
- * the lease that is asked for. The daemon takes the lease itself. What FUSE does with the answer may
- * then come late and undo what a grant has installed meanwhile; no write can have come between, so it
- * is installed once more.
+ * the lease that is asked for. Without the lease the daemon takes it itself.
  */
 static int df_setattr(df_idmap *idmap, struct dentry *dentry, struct iattr *attr)
 {
@@ -161,7 +159,7 @@ static int df_setattr(df_idmap *idmap, struct dentry *dentry, struct iattr *attr
 	struct df_sb *ds = df_of_riop(inode);
 	struct df_inode *di = df_inode_get(ds, inode);
 	struct distfuse_entry *entry;
-	u32 generation;
+	struct df_settling settling;
 	int ret;
 
 	if (!di)
@@ -172,12 +170,9 @@ static int df_setattr(df_idmap *idmap, struct dentry *dentry, struct iattr *attr
 		df_leave(di, entry);
 		return ret;
 	}
-	generation = READ_ONCE(di->generation);
+	df_unsettle(di, &settling);
 	ret = ds->stock_riop->setattr(idmap, dentry, attr);
-	mutex_lock(&di->install_lock);
-	if (di->generation != generation)
-		smp_store_release(&di->generation, 0);
-	mutex_unlock(&di->install_lock);
+	df_settle(di, &settling);
 	return ret;
 }
 

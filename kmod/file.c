@@ -34,11 +34,16 @@ static int df_open(struct inode *inode, struct file *file)
 {
 	struct df_sb *ds = df_of_fop(file);
 	struct df_inode *di = df_inode_get(ds, inode);
+	struct df_settling settling;
 	int ret;
 
 	if (!di)
 		return -ENOMEM;
+	if (file->f_flags & O_TRUNC)
+		df_unsettle(di, &settling);
 	ret = ds->stock_fop->open(inode, file);
+	if (file->f_flags & O_TRUNC)
+		df_settle(di, &settling);
 	if (!ret)
 		df_file_track(di, file);
 	return ret;

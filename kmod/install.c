@@ -108,3 +108,35 @@ int df_install(struct df_inode *di, struct distfuse_entry *entry, u32 generation
 	smp_store_release(&di->generation, generation);
 	return 0;
 }
+
+/*
+ * Around what has FUSE set the size by an answer of its server, truncation, where the lease could not be
+ * entered. By the time FUSE does it the lease may have been granted anew, with another size: nobody enters
+ * meanwhile, and the grant is installed after it.
+ */
+void df_unsettle(struct df_inode *di, struct df_settling *s)
+{
+	struct distfuse_entry *entry = df_entry_of(di);
+
+	mutex_lock(&di->install_lock);
+	di->unsettled++;
+	s->generation = di->generation;
+	s->word = entry ? atomic64_read(df_word(entry)) : 0;
+	smp_store_release(&di->generation, 0);
+	mutex_unlock(&di->install_lock);
+}
+
+void df_settle(struct df_inode *di, const struct df_settling *s)
+{
+	struct distfuse_entry *entry = df_entry_of(di);
+	u64 word = entry ? atomic64_read(df_word(entry)) : 0;
+
+	mutex_lock(&di->install_lock);
+	di->unsettled--;
+	/* All the time exclusive: then the inode knows better than the entry, which is of its beginning. */
+	if (!di->unsettled && df_mode(s->word) == DISTFUSE_EXCLUSIVE &&
+	    df_mode(word) == DISTFUSE_EXCLUSIVE && df_generation(word) == df_generation(s->word))
+		smp_store_release(&di->generation, s->generation);
+	mutex_unlock(&di->install_lock);
+	wake_up_all(&di->wq);
+}

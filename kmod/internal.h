@@ -104,7 +104,8 @@ struct df_inode {
 	u64			ino;
 	struct distfuse_entry	*entry;		/* last seen; a hint */
 	u32			generation;	/* of the grant that is installed; 0: none */
-	struct mutex		install_lock;
+	struct mutex		install_lock;	/* generation, version, epoch, unsettled */
+	u32			unsettled;	/* answers on their way that will set the size */
 	u64			version;	/* of pages or names */
 	u64			epoch;		/* directories: what valid names are stamped with */
 
@@ -158,6 +159,7 @@ struct file *df_file_any(struct df_inode *di);
 
 /* table.c: the lease of an inode. Entering returns an entry to leave. */
 struct distfuse_entry *df_entry_find(struct df_att *att, u64 ino);
+struct distfuse_entry *df_entry_of(struct df_inode *di);
 struct distfuse_entry *df_enter_slow(struct df_inode *di, u32 mode, u64 set, bool nowait);
 struct distfuse_entry *df_try(struct df_inode *di, u32 mode, u64 set);
 int df_wait(struct df_inode *di, u32 mode);
@@ -166,6 +168,12 @@ void df_left_last(struct df_inode *di, u64 word);
 bool df_is_dead(struct df_sb *ds);
 
 /* install.c */
+struct df_settling {
+	u64	word;
+	u32	generation;
+};
+void df_unsettle(struct df_inode *di, struct df_settling *s);
+void df_settle(struct df_inode *di, const struct df_settling *s);
 int df_install(struct df_inode *di, struct distfuse_entry *entry, u32 generation);
 bool df_read_entry(const struct distfuse_entry *entry, struct distfuse_entry *copy);
 
@@ -220,6 +228,11 @@ static inline atomic64_t *df_word(struct distfuse_entry *entry)
 static inline u32 df_generation(u64 word)
 {
 	return word >> DISTFUSE_GENERATION_SHIFT;
+}
+
+static inline u32 df_mode(u64 word)
+{
+	return (word & DISTFUSE_MODE_MASK) >> DISTFUSE_MODE_SHIFT;
 }
 
 static inline bool df_admits(u64 word, u32 mode)

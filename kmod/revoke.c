@@ -111,9 +111,14 @@ static void df_flush_inode(struct df_flush *flush, struct df_inode *di, struct d
 			df_count(flush->att, DISTFUSE_UNMAPS);
 		unmap_mapping_range(mapping, 0, 0, 0);
 	}
-	if (word & DISTFUSE_DIRTY)
+	/*
+	 * Not where nothing can be dirty: writing back takes the inode's lock, which a setattr may hold that
+	 * the daemon answers only when it has got the exclusive lease from elsewhere.
+	 */
+	if (word & DISTFUSE_DIRTY) {
 		df_count(flush->att, DISTFUSE_FLUSHES_DIRTY);
-	event->error = df_write_back(di, &event->flags);
+		event->error = df_write_back(di, &event->flags);
+	}
 	if (flags & DISTFUSE_FLUSH_DROP) {
 		ret = invalidate_inode_pages2(mapping);
 		if (ret && !event->error)
@@ -148,6 +153,8 @@ static void df_flush_entry(struct df_flush *flush, struct df_sb *ds)
 	if (di) {
 		df_flush_inode(flush, di, entry);
 		iput(di->inode);
+	} else {
+		flush->post->event.flags |= DISTFUSE_FLUSHED_NOFILE;
 	}
 	if (flush->command.flags & DISTFUSE_FLUSH_UNMAP)
 		clear |= DISTFUSE_MAPPED;

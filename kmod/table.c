@@ -21,7 +21,7 @@ struct distfuse_entry *df_entry_find(struct df_att *att, u64 ino)
 }
 
 /* The entry of an inode in the present table, looked up again if it has moved. */
-static struct distfuse_entry *df_entry_of(struct df_inode *di)
+struct distfuse_entry *df_entry_of(struct df_inode *di)
 {
 	struct df_att *att = READ_ONCE(di->sb->att);
 	struct distfuse_entry *entry = READ_ONCE(di->entry);
@@ -117,6 +117,31 @@ int df_wait(struct df_inode *di, u32 mode)
 	return 0;
 }
 
+/* Makes the grant that was entered the one that is installed. -EAGAIN if that cannot be done now. */
+static int df_settle_in(struct df_inode *di, struct distfuse_entry *entry, bool nowait)
+{
+	u32 generation = df_generation(atomic64_read(df_word(entry)));
+	int ret;
+
+	if (generation == smp_load_acquire(&di->generation))
+		return 0;
+	if (!nowait) {
+		ret = mutex_lock_killable(&di->install_lock);
+		if (ret)
+			return ret;
+	} else if (!mutex_trylock(&di->install_lock)) {
+		return -EAGAIN;
+	}
+	if (di->unsettled)
+		ret = -EAGAIN;
+	else if (generation == di->generation)
+		ret = 0;
+	else
+		ret = df_install(di, entry, generation);
+	mutex_unlock(&di->install_lock);
+	return ret;
+}
+
 struct distfuse_entry *df_enter_slow(struct df_inode *di, u32 mode, u64 set, bool nowait)
 {
 	struct distfuse_entry *entry;
@@ -127,33 +152,21 @@ struct distfuse_entry *df_enter_slow(struct df_inode *di, u32 mode, u64 set, boo
 			return ERR_PTR(-ENOTCONN);
 		entry = df_try(di, mode, set);
 		if (entry) {
-			u32 generation = df_generation(atomic64_read(df_word(entry)));
-
-			if (generation == smp_load_acquire(&di->generation))
-				return entry;
-			if (nowait && !mutex_trylock(&di->install_lock)) {
-				df_leave(di, entry);
-				return ERR_PTR(-EAGAIN);
-			}
-			ret = nowait ? 0 : mutex_lock_killable(&di->install_lock);
-			if (!ret) {
-				if (generation != di->generation)
-					ret = df_install(di, entry, generation);
-				mutex_unlock(&di->install_lock);
-			}
+			ret = df_settle_in(di, entry, nowait);
 			if (!ret)
 				return entry;
 			df_leave(di, entry);
-			if (ret != -EAGAIN)
+			if (ret != -EAGAIN || nowait)
 				return ERR_PTR(ret);
-			continue;
-		}
-		if (nowait) {
+			ret = wait_event_killable(di->wq, !READ_ONCE(di->unsettled) ||
+						  df_is_dead(di->sb));
+		} else if (nowait) {
 			df_ask(di, mode);
 			df_count_sb(di->sb, DISTFUSE_NOWAITS);
 			return ERR_PTR(-EAGAIN);
+		} else {
+			ret = df_wait(di, mode);
 		}
-		ret = df_wait(di, mode);
 		if (ret)
 			return ERR_PTR(ret);
 	}

@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use distfuse_abi::{Attachment, Options};
 
+use crate::asking;
 use crate::control::{Control, FIRST};
 use crate::manager::{Manager, Running};
 
@@ -142,13 +144,19 @@ impl Fixture {
         for mount in 0..self.points.len() {
             attachments.push(Attachment::open(self.root(mount)?.as_fd(), options)?);
         }
-        self.running = Some(Running::start(Arc::clone(&self.control), attachments));
+        let running = Running::start(Arc::clone(&self.control), attachments);
+        asking::listen(&self.dir.join(asking::NAME), running.get()?)?;
+        self.running = Some(running);
         Ok(())
     }
 
     /// Closes the device: the daemon's end, as far as the module sees it.
     pub fn detach(&mut self) {
         self.running = None;
+        let socket = self.dir.join(asking::NAME);
+        // Its thread looks whether there still is a manager.
+        let _ = UnixStream::connect(&socket);
+        let _ = fs::remove_file(&socket);
     }
 
     /// The lease manager.
@@ -207,14 +215,14 @@ impl Fixture {
                 self.unmount(mount)?;
             }
         }
-        self.running = None;
+        self.detach();
         Ok(())
     }
 }
 
 impl Drop for Fixture {
     fn drop(&mut self) {
-        self.running = None;
+        self.detach();
         for (point, server) in self.points.iter().zip(&mut self.servers) {
             if is_mounted(point) {
                 let _ = detach_mount(point);

@@ -1,6 +1,7 @@
 //! Tests of the kernel extension alone. Needs root, and the module `distfuse` loaded: the lab's scenario
 //! `kmod` runs it in guests.
 
+mod asking;
 mod checks;
 mod control;
 mod fixture;

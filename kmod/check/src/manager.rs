@@ -53,6 +53,8 @@ pub struct Manager {
     histories: Mutex<HashMap<u64, History>>,
     answers: Mutex<Answers>,
     changed: Condvar,
+    /// Requests that the server answers under a lease, by inode: it stays until they are done.
+    pins: Mutex<HashMap<u64, u32>>,
     cookie: AtomicU32,
     stop: AtomicBool,
     /// NEEDs are answered by themselves.
@@ -84,6 +86,7 @@ impl Running {
             histories: Mutex::default(),
             answers: Mutex::default(),
             changed: Condvar::new(),
+            pins: Mutex::default(),
             cookie: AtomicU32::new(1),
             stop: AtomicBool::new(false),
             automatic: AtomicBool::new(true),
@@ -303,16 +306,51 @@ impl Manager {
         Ok(done)
     }
 
+    /// Before a server changes attributes: gets its mount the exclusive lease, or finds that it has it,
+    /// being revoked or not, for what comes with the inode locked must not wait for a revocation.
+    pub fn pin(&self, mount: usize, ino: u64) -> Result<()> {
+        loop {
+            {
+                let mut pins = self.pins.lock();
+                if self.held(mount, ino)? == Mode::Exclusive {
+                    *pins.entry(ino).or_default() += 1;
+                    return Ok(());
+                }
+            }
+            self.give(mount, ino, Mode::Exclusive)?;
+        }
+    }
+
+    /// After it, and before it answers.
+    pub fn unpin(&self, mount: usize, ino: u64) -> Result<()> {
+        if let Some(attributes) = self.control.attributes(ino) {
+            self.mount(mount)?.table().set_attributes(ino, &attributes)?;
+        }
+        if let Some(pins) = self.pins.lock().get_mut(&ino) {
+            *pins -= 1;
+        }
+        self.answers.lock().seen += 1;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// A step of a revocation, unless a request is being answered under the lease.
+    fn step(&self, ino: u64, step: impl FnOnce() -> Revoked) -> Option<Revoked> {
+        let pins = self.pins.lock();
+        (pins.get(&ino).copied().unwrap_or(0) == 0).then(step)
+    }
+
     fn lower(&self, mount: usize, ino: u64, target: Mode) -> Result<Option<Flushed>> {
         let attachment = self.mount(mount)?;
         let table = attachment.table();
         let end = Instant::now() + LIMIT;
         let mut flushed = None;
         let mut seen = self.answers.lock().seen;
-        let mut revoked = table.revoke(ino, target, true);
+        let mut revoked = self.step(ino, || table.revoke(ino, target, true));
         loop {
             let pending = match revoked {
-                Revoked::Done { wake } => {
+                None => None,
+                Some(Revoked::Done { wake }) => {
                     let counter = if flushed.is_some() {
                         &self.flushes
                     } else {
@@ -324,10 +362,10 @@ impl Manager {
                     }
                     return Ok(flushed);
                 }
-                Revoked::Unused => bail!("forced, and refused"),
-                Revoked::Pending(pending) => pending,
+                Some(Revoked::Unused) => bail!("forced, and refused"),
+                Some(Revoked::Pending(pending)) => Some(pending),
             };
-            if pending.needs_flush(target) {
+            if pending.is_some_and(|pending| pending.needs_flush(target)) {
                 let cookie = self.cookie.fetch_add(1, SeqCst);
                 attachment.command(Command::Flush {
                     ino,
@@ -350,7 +388,7 @@ impl Manager {
                 }
                 seen = answers.seen;
             }
-            revoked = table.finish(ino, target);
+            revoked = self.step(ino, || table.finish(ino, target));
         }
     }
 

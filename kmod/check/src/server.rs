@@ -2,7 +2,7 @@
 //! as much of a daemon as the module needs.
 
 use std::ffi::OsStr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -16,13 +16,14 @@ use fuser::{
     WriteFlags,
 };
 
+use crate::asking;
 use crate::control::Control;
 
 /// Under leases attributes do not go stale.
 const TTL: Duration = Duration::from_secs(3600);
 const ROOT: INodeNo = INodeNo(1);
 
-struct Server(Arc<Control>, usize);
+struct Server(Arc<Control>, usize, PathBuf);
 
 fn time(time: Time) -> SystemTime {
     UNIX_EPOCH + Duration::new(time.seconds.max(0).unsigned_abs(), time.nanos)
@@ -72,6 +73,32 @@ impl Server {
         if let Some(opens) = opens {
             opens.fetch_add(change, SeqCst);
         }
+    }
+
+    fn change(&self, ino: u64, mode: Option<u32>, size: Option<u64>, mtime: Option<TimeOrNow>) -> bool {
+        if let Some(meta) = self.0.meta(ino)
+            && let Some(mode) = mode
+        {
+            meta.mode.store(mode & 0o7777, SeqCst);
+        }
+        if let Some(size) = size
+            && self.0.truncate(ino, size).is_err()
+        {
+            return false;
+        }
+        if let Some(when) = mtime {
+            let when = match when {
+                TimeOrNow::SpecificTime(when) => when,
+                TimeOrNow::Now => SystemTime::now(),
+            };
+            let since = when.duration_since(UNIX_EPOCH).unwrap_or_default();
+            let time = Time {
+                seconds: since.as_secs().cast_signed(),
+                nanos: since.subsec_nanos(),
+            };
+            self.0.set_mtime(ino, time);
+        }
+        true
     }
 
     fn opened(&self, ino: u64) {
@@ -135,27 +162,11 @@ impl Filesystem for Server {
         let block = self.0.block();
         block.setattrs.fetch_add(1, SeqCst);
         pause(block.setattr_delay.load(SeqCst));
-        if let Some(meta) = self.0.meta(ino.0)
-            && let Some(mode) = mode
-        {
-            meta.mode.store(mode & 0o7777, SeqCst);
-        }
-        if let Some(size) = size
-            && self.0.truncate(ino.0, size).is_err()
-        {
-            return reply.error(Errno::EFBIG);
-        }
-        if let Some(when) = mtime {
-            let when = match when {
-                TimeOrNow::SpecificTime(when) => when,
-                TimeOrNow::Now => SystemTime::now(),
-            };
-            let since = when.duration_since(UNIX_EPOCH).unwrap_or_default();
-            let time = Time {
-                seconds: since.as_secs().cast_signed(),
-                nanos: since.subsec_nanos(),
-            };
-            self.0.set_mtime(ino.0, time);
+        let change = || self.change(ino.0, mode, size, mtime);
+        match asking::under(&self.2, self.1, ino.0, change) {
+            Ok(true) => {}
+            Ok(false) => return reply.error(Errno::EFBIG),
+            Err(_) => return reply.error(Errno::EIO),
         }
         match self.attr(ino) {
             Some(attr) => reply.attr(&TTL, &attr),
@@ -330,7 +341,11 @@ pub fn serve(point: &Path, control: &Path, number: usize) -> Result<()> {
     config.acl = SessionACL::All;
     config.n_threads = Some(4);
     config.clone_fd = true;
-    let server = Server(Arc::new(Control::open(control)?), number);
+    let server = Server(
+        Arc::new(Control::open(control)?),
+        number,
+        control.with_file_name(asking::NAME),
+    );
     fuser::mount(server, point, &config)?;
     Ok(())
 }

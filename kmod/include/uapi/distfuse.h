@@ -91,7 +91,7 @@ static inline __u64 distfuse_set(__u64 ino, __u32 set_bits)
 
 /* event.flags of FLUSHED */
 #define DISTFUSE_FLUSHED_INODE	0x1	/* the kernel has the inode: size and times are its */
-#define DISTFUSE_FLUSHED_NOFILE	0x2	/* no open file: wait for RELEASE of every handle besides */
+#define DISTFUSE_FLUSHED_NOFILE	0x2	/* no open file: wait for RELEASE of every handle, too */
 #define DISTFUSE_FLUSHED_KEPT	0x4	/* pages are still in the page cache */
 
 struct distfuse_event {

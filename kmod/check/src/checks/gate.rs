@@ -57,7 +57,12 @@ pub fn refused() -> Result<()> {
     ensure_eq!(raw.abi, distfuse_abi::ABI_VERSION, "the version that comes back");
     drop(device);
 
-    let attached = open(&root)?;
+    // The file's release may still be on its way.
+    let mut attached = None;
+    until("attached", || {
+        attached = open(&root).ok();
+        attached.is_some()
+    })?;
     ensure!(matches!(open(&root), Err(Error::Busy)), "attached twice");
     drop(attached);
     drop(root);
