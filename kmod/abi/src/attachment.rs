@@ -215,6 +215,11 @@ impl Attachment {
         counters::read(&self.map)
     }
 
+    /// Whether the mount has ended: nothing is held any more.
+    pub fn is_gone(&self) -> bool {
+        self.map.shared().state.load(Ordering::Acquire) == layout::STATE_GONE
+    }
+
     /// The device, for polling along with others: readable when there are events, after
     /// [`Attachment::try_event`] had none.
     pub fn device(&self) -> BorrowedFd<'_> {
@@ -268,7 +273,7 @@ impl Attachment {
             if let Some(event) = self.pop()? {
                 return Ok(Some(event));
             }
-            if self.map.shared().state.load(Ordering::Acquire) == layout::STATE_GONE {
+            if self.is_gone() {
                 return Err(Error::Gone);
             }
             if self.events().sleep() {
