@@ -77,6 +77,8 @@ pub enum CacheMode {
     Direct,
     /// Page cache for reads, every write to the daemon.
     Writethrough,
+    /// Page cache for reads and writes, with single-copy consistency: needs the kernel extension.
+    Writeback,
 }
 
 /// The whole file.
@@ -224,6 +226,8 @@ pub struct MountConfig {
     pub writeback_ms: u64,
     /// Beyond this many known inodes, those are forgotten that the kernel has forgotten.
     pub max_inodes: usize,
+    /// Entries of the lease table shared with the kernel extension, 128 bytes each.
+    pub lease_table: u32,
 }
 
 impl Default for MountConfig {
@@ -235,6 +239,7 @@ impl Default for MountConfig {
             loops: 2,
             writeback_ms: 2_000,
             max_inodes: 100_000,
+            lease_table: 1 << 15,
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::LeaseError;
 use crate::fsm::{Event, Fsm, Violation};
 use crate::gate::Gate;
 use crate::ids::{Mode, RecordId};
+use crate::table::Hint;
 
 /// Gets the result of an asynchronous enter.
 pub type EnterFn = Box<dyn FnOnce(Result<Guard, LeaseError>) + Send>;
@@ -40,13 +41,13 @@ pub struct LeaseHandle {
 }
 
 impl LeaseHandle {
-    pub(crate) fn new(id: RecordId, version: u64) -> Self {
+    pub(crate) fn new(id: RecordId, hint: Hint) -> Self {
         Self {
             id,
             gate: Gate::new(),
-            version: AtomicU64::new(version),
+            version: AtomicU64::new(hint.version),
             hits: AtomicU64::new(0),
-            record: Mutex::new(Record::new(version)),
+            record: Mutex::new(Record::new(hint)),
         }
     }
 
@@ -182,9 +183,9 @@ pub(crate) struct Record {
 }
 
 impl Record {
-    fn new(version: u64) -> Self {
+    fn new(hint: Hint) -> Self {
         Self {
-            fsm: Fsm::with_version(version),
+            fsm: Fsm::remembering(hint.version, hint.owner),
             inbox: VecDeque::new(),
             busy: false,
             evicted: false,
@@ -200,12 +201,20 @@ impl Record {
         }
     }
 
+    /// What is lost if the table forgets the record.
+    pub(crate) fn hint(&self) -> Hint {
+        Hint {
+            version: self.fsm.version(),
+            owner: self.fsm.last_owner(),
+        }
+    }
+
     /// The strongest mode somebody waits for.
     pub(crate) fn needed(&self) -> Option<Mode> {
         self.parked.iter().map(|p| p.mode).max()
     }
 
-    /// Nothing is lost if the table forgets the record (but the version last seen).
+    /// Nothing is lost if the table forgets the record (but what makes a [`Hint`]).
     pub(crate) fn is_forgettable(&self) -> bool {
         self.fsm.is_idle()
             && self.inbox.is_empty()

@@ -39,6 +39,9 @@ pub struct Waiter {
 pub enum Body {
     /// To the writer found in the owner word: queue me.
     Want(Mode),
+    /// As [`Body::Want`], from a node that has not looked at the record but remembers the receiver as its owner: queue me
+    /// if it still is.
+    Ask(Mode),
     /// From a writer that has the word but found the receiver's holder bit.
     Revoke,
     /// Answer to [`Body::Revoke`]: no shared lease is held any more.
@@ -96,12 +99,13 @@ impl LeaseMsg {
             Body::Ack => 6,
             Body::Retry => 7,
             Body::Sync => 8,
+            Body::Ask(_) => 9,
         });
         out.extend_from_slice(&self.record.0.to_le_bytes());
         out.extend_from_slice(&self.epoch.to_le_bytes());
         out.push(self.incarnation);
         match &self.body {
-            Body::Want(mode) => out.push(mode_byte(*mode)),
+            Body::Want(mode) | Body::Ask(mode) => out.push(mode_byte(*mode)),
             Body::GrantS { version, payload } => {
                 out.extend_from_slice(&version.to_le_bytes());
                 put_payload(&mut out, payload.as_deref());
@@ -140,6 +144,7 @@ impl LeaseMsg {
         let (record, epoch, incarnation) = (RecordId(r.u64()?), r.u64()?, r.u8()?);
         let body = match tag {
             1 => Body::Want(r.mode()?),
+            9 => Body::Ask(r.mode()?),
             2 => Body::Revoke,
             3 => Body::Done,
             4 => Body::GrantS {

@@ -7,13 +7,20 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::RwLock;
 
-use crate::ids::RecordId;
+use crate::ids::{NodeId, RecordId};
 use crate::lease::LeaseHandle;
 
 const SHARDS: usize = 64;
-/// Versions of forgotten records that are remembered, per shard. Forgetting one costs a round trip at the
-/// next exclusive acquisition, no more.
+/// Forgotten records of which version and owner are remembered, per shard. Not to remember costs a round trip at the
+/// next acquisition, no more.
 const HINTS: usize = 256;
+
+/// What is remembered of a record: the version of its data, and who owned the word last.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Hint {
+    pub(crate) version: u64,
+    pub(crate) owner: Option<NodeId>,
+}
 
 /// Record numbers are dense, not hostile: one multiplication spreads them.
 #[derive(Default)]
@@ -39,7 +46,7 @@ type Map<V> = HashMap<RecordId, V, BuildHasherDefault<RecordHasher>>;
 #[derive(Default)]
 struct Shard {
     leases: Map<Arc<LeaseHandle>>,
-    hints: Map<u64>,
+    hints: Map<Hint>,
 }
 
 /// Keeps shards from sharing cache lines.
@@ -79,16 +86,16 @@ impl Table {
             return lease;
         }
         let mut shard = self.shard(id).write();
-        let version = shard.hints.get(&id).copied().unwrap_or(0);
+        let hint = shard.hints.get(&id).copied().unwrap_or_default();
         let lease = shard.leases.entry(id).or_insert_with(|| {
             self.len.fetch_add(1, Ordering::SeqCst);
-            Arc::new(LeaseHandle::new(id, version))
+            Arc::new(LeaseHandle::new(id, hint))
         });
         Arc::clone(lease)
     }
 
     /// Removes the lease if it is still this one.
-    pub(crate) fn remove(&self, lease: &Arc<LeaseHandle>, version: u64) {
+    pub(crate) fn remove(&self, lease: &Arc<LeaseHandle>, hint: Hint) {
         let id = lease.id();
         let mut shard = self.shard(id).write();
         if shard.leases.get(&id).is_some_and(|l| Arc::ptr_eq(l, lease)) {
@@ -96,8 +103,8 @@ impl Table {
             if shard.hints.len() >= HINTS {
                 shard.hints.clear();
             }
-            if version != 0 {
-                shard.hints.insert(id, version);
+            if hint != Hint::default() {
+                shard.hints.insert(id, hint);
             }
             self.len.fetch_sub(1, Ordering::SeqCst);
         }

@@ -324,6 +324,51 @@ fn an_owner_that_let_readers_in_writes_again_without_the_storage_node() {
 }
 
 #[test]
+fn nodes_that_take_turns_ask_each_other_first() {
+    let p = pair(Duration::ZERO);
+    drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());
+    for turn in 1..=4 {
+        let (taker, holder) = (turn % 2, (turn + 1) % 2);
+        let before = p.managers[taker].stats().batches;
+        let waits = p.park(taker, Mode::Exclusive);
+        p.deliver();
+        assert_eq!(p.bring_down(holder, payload(b"")), turn as u64);
+        p.deliver();
+        drop(waits.lock().take().unwrap().unwrap());
+        // The first one cannot know whom to ask. The others leave the record to who hands over.
+        let looked = p.managers[taker].stats().batches - before;
+        assert_eq!(looked, u64::from(turn == 1));
+    }
+    // Who is remembered may own the word no more: then the record is looked at.
+    p.managers[0].release(ID);
+    p.bring_down(0, payload(b""));
+    let waits = p.park(1, Mode::Exclusive);
+    assert!(waits.lock().is_none());
+    p.deliver();
+    assert_eq!(waits.lock().take().unwrap().unwrap().version(), 5);
+}
+
+#[test]
+fn a_node_that_is_gone_is_not_waited_for_on_a_guess() {
+    let p = pair(Duration::ZERO);
+    drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());
+    let waits = p.park(1, Mode::Exclusive);
+    p.deliver();
+    p.bring_down(0, payload(b""));
+    p.deliver();
+    drop(waits.lock().take().unwrap().unwrap());
+    p.managers[1].release(ID);
+    p.bring_down(1, payload(b""));
+    // Asked, and closes its connections without having read it.
+    let waits = p.park(0, Mode::Exclusive);
+    assert!(waits.lock().is_none());
+    p.wire.lock().clear();
+    p.managers[0].peer_gone(NodeId(1));
+    drop(waits.lock().take().unwrap().unwrap());
+    assert_eq!(p.word().writer, Some(NodeId(0)));
+}
+
+#[test]
 fn a_kept_word_does_not_fall_behind_too_far() {
     let p = pair_of(|cfg| cfg.keep_word = Duration::from_secs(1000));
     drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());

@@ -40,9 +40,9 @@ pub struct Args {
 }
 
 /// Over verbs: how much longer than an atomic an uncontended lease may take to be had.
-const ACQUIRE_LIMIT: f64 = 1.3;
+pub const ACQUIRE_LIMIT: f64 = 1.3;
 /// Over verbs: a hand-over may take so many half round trips of messages, and an atomic.
-const HAND_OVER_HALVES: f64 = 3.0;
+pub const HAND_OVER_HALVES: f64 = 3.0;
 /// Longest wait for a lease.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -123,16 +123,22 @@ fn uncontended(
 }
 
 /// Taking and giving back a lease of one mode.
-struct Tally {
-    mode: Mode,
-    acquire: Latency,
+pub struct Tally {
+    /// Of the lease.
+    pub mode: Mode,
+    /// From asking to having.
+    pub acquire: Latency,
     release: Latency,
     batches: [u64; 2],
     messages: u64,
 }
 
 impl Tally {
-    fn new(mode: Mode) -> anyhow::Result<Self> {
+    /// Of nothing so far.
+    ///
+    /// # Errors
+    /// Never with these limits.
+    pub fn new(mode: Mode) -> anyhow::Result<Self> {
         Ok(Self {
             mode,
             acquire: Latency::new()?,
@@ -142,7 +148,11 @@ impl Tally {
         })
     }
 
-    fn play(&mut self, manager: &LeaseManager, turns: Range<u64>) -> anyhow::Result<()> {
+    /// Takes and gives back, once a number of `turns`.
+    ///
+    /// # Errors
+    /// The lease does not come.
+    pub fn play(&mut self, manager: &LeaseManager, turns: Range<u64>) -> anyhow::Result<()> {
         for i in turns {
             let id = RecordId::new(0, 100 + i % 64);
             let s0 = manager.stats();

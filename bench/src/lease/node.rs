@@ -19,7 +19,8 @@ use super::PATIENCE;
 use super::contend::Lock;
 use crate::transport::peer::{Hosts, endpoint};
 
-const RECORDS: u64 = 1024;
+/// Records of a store.
+pub const RECORDS: u64 = 1024;
 
 /// Takes no messages.
 pub struct Silent;
@@ -125,11 +126,21 @@ pub fn name(node: u16) -> String {
     format!("node{node}")
 }
 
+/// The number of the node at the other end.
+fn number(conn: &Arc<dyn Connection>) -> Option<u16> {
+    let name = std::str::from_utf8(conn.peer_identity()).ok()?;
+    name.strip_prefix("node")?.parse().ok()
+}
+
 impl Handler for Node {
     fn admit(&self, _identity: &[u8]) -> Result<(), String> {
         Ok(())
     }
-    fn connected(&self, _conn: &Arc<dyn Connection>) {}
+    fn connected(&self, conn: &Arc<dyn Connection>) {
+        if let Some(from) = number(conn) {
+            self.peers.lock().entry(from).or_insert_with(|| Arc::clone(conn));
+        }
+    }
     fn message(&self, conn: &Arc<dyn Connection>, message: &[u8]) {
         if conn.peer_identity() == STORE.as_bytes() {
             if let Ok(key) = message.try_into() {
@@ -137,10 +148,7 @@ impl Handler for Node {
             }
             return;
         }
-        let from = std::str::from_utf8(conn.peer_identity())
-            .ok()
-            .and_then(|s| s.strip_prefix("node")?.parse().ok());
-        if let (Some(from), Some(manager)) = (from, self.manager())
+        if let (Some(from), Some(manager)) = (number(conn), self.manager())
             && let Err(error) = manager.message(NodeId(from), message)
         {
             eprintln!("bench: {error}");
@@ -195,10 +203,67 @@ impl LeaseUser for Node {
     fn confirm(&self, _id: RecordId, _version: u64) {}
 }
 
+/// A node that takes leases.
+pub struct Member {
+    node: Arc<Node>,
+    fabric: Arc<dyn Fabric>,
+    manager: Arc<LeaseManager>,
+}
+
+impl Member {
+    /// Opens its endpoint with `open`, given its name and handler. `records` is the region of the lease records at
+    /// `storage`.
+    ///
+    /// # Errors
+    /// The provider does not work here, nobody listens there.
+    pub fn open(
+        number: u16,
+        records: RegionKey,
+        storage: &str,
+        open: impl FnOnce(&str, Arc<dyn Handler>) -> anyhow::Result<Arc<dyn Fabric>>,
+    ) -> anyhow::Result<Self> {
+        let node = Node::new(number);
+        let _ = node.key.set(records);
+        let fabric = open(&name(number), Arc::clone(&node) as _)?;
+        let manager = node.manage()?;
+        node.set_storage(fabric.connect(storage).context("storage")?);
+        Ok(Self {
+            node,
+            fabric,
+            manager,
+        })
+    }
+
+    /// Where others find it.
+    pub fn addr(&self) -> String {
+        self.fabric.local_addr()
+    }
+
+    /// Its leases.
+    pub fn manager(&self) -> &Arc<LeaseManager> {
+        &self.manager
+    }
+
+    /// Connects to another node.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn meet(&self, number: u16, addr: &str) -> anyhow::Result<()> {
+        self.node
+            .add_peer(number, self.fabric.connect(addr).context("peer")?);
+        Ok(())
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.fabric.shutdown();
+    }
+}
+
 /// The nodes and their store.
 pub struct LeaseCluster {
-    managers: Vec<Arc<LeaseManager>>,
-    fabrics: Vec<Arc<dyn Fabric>>,
+    members: Vec<Member>,
     store: Store,
 }
 
@@ -209,58 +274,47 @@ impl LeaseCluster {
     /// The provider does not work here.
     pub fn start(provider: &str, hosts: &Hosts, nodes: usize, spin: Duration) -> anyhow::Result<Self> {
         let store = Store::open(provider, hosts, spin, Arc::new(Silent))?;
-        let (mut all, mut fabrics, mut managers) = (Vec::new(), Vec::new(), Vec::new());
+        let mut members = Vec::new();
         for number in 0..u16::try_from(nodes)? {
-            let node = Node::new(number);
-            let _ = node.key.set(store.key);
-            let fabric = endpoint(
-                provider,
-                hosts,
-                (store.dir.path(), usize::from(number) + 1, &name(number)),
-                spin,
-                Arc::clone(&node) as _,
-            )?;
-            let manager = node.manage()?;
-            node.set_storage(fabric.connect(&store.fabric.local_addr()).context("storage")?);
-            all.push(node);
-            fabrics.push(fabric);
-            managers.push(manager);
+            let place = usize::from(number) + 1;
+            let open = |name: &str, handler| {
+                endpoint(provider, hosts, (store.dir.path(), place, name), spin, handler)
+            };
+            members.push(Member::open(number, store.key, &store.fabric.local_addr(), open)?);
         }
-        for (node, fabric) in all.iter().zip(&fabrics) {
-            for (to, other) in all.iter().zip(&fabrics) {
-                if to.number != node.number {
-                    node.add_peer(to.number, fabric.connect(&other.local_addr()).context("peer")?);
+        for (from, member) in members.iter().enumerate() {
+            for (to, other) in members.iter().enumerate() {
+                if to != from {
+                    member.meet(u16::try_from(to)?, &other.addr())?;
                 }
             }
         }
-        Ok(Self {
-            managers,
-            fabrics,
-            store,
-        })
+        Ok(Self { members, store })
     }
 
     /// A node's manager.
     pub fn manager(&self, node: usize) -> &Arc<LeaseManager> {
-        &self.managers[node]
+        self.members[node].manager()
     }
 
     /// What a node's endpoint has done.
     pub fn fabric_stats(&self, node: usize) -> FabricStats {
-        self.fabrics[node].stats()
+        self.members[node].fabric.stats()
     }
 }
 
 impl Drop for LeaseCluster {
     fn drop(&mut self) {
-        self.fabrics.iter().for_each(|f| f.shutdown());
+        self.members.clear();
         self.store.fabric.shutdown();
     }
 }
 
 impl Lock for LeaseCluster {
     fn with(&self, node: usize, inside: &mut dyn FnMut()) -> anyhow::Result<()> {
-        let guard = self.managers[node].enter(RecordId::new(0, 7), Mode::Exclusive, PATIENCE)?;
+        let guard = self
+            .manager(node)
+            .enter(RecordId::new(0, 7), Mode::Exclusive, PATIENCE)?;
         inside();
         drop(guard);
         Ok(())

@@ -1,5 +1,6 @@
 //! The verbs provider beside perftest's tools, between the same two hosts, in turns.
 
+mod leases;
 pub mod partner;
 pub mod tools;
 
@@ -15,6 +16,7 @@ use crate::progress::{Progress, check};
 use crate::stats::{Latency, median, sig};
 use crate::table::Table;
 use crate::transport::{peer, size};
+use leases::Leases;
 use partner::{Answer, Request, decode, encode};
 use tools::{Device, Run, Tool};
 
@@ -51,6 +53,12 @@ pub struct Args {
     /// Only what contains this.
     #[arg(long)]
     only: Option<String>,
+}
+
+impl Args {
+    fn spin(&self) -> Duration {
+        Duration::from_micros(self.spin_us)
+    }
 }
 
 /// What is measured, and with what it is compared.
@@ -116,7 +124,7 @@ fn items() -> Vec<Item> {
 
 #[derive(Default)]
 struct Heard {
-    memory: Option<RegionKey>,
+    hello: Option<(RegionKey, String)>,
     answer: Option<Result<(), String>>,
     echoes: u64,
     gone: bool,
@@ -136,7 +144,7 @@ impl Handler for Probe {
     fn message(&self, conn: &Arc<dyn Connection>, message: &[u8]) {
         let mut heard = self.heard.lock();
         match decode(message) {
-            Some(Answer::Memory(key)) => heard.memory = Some(RegionKey(key)),
+            Some(Answer::Hello { key, node }) => heard.hello = Some((RegionKey(key), node)),
             Some(Answer::Ready) => heard.answer = Some(Ok(())),
             Some(Answer::Failed(why)) => heard.answer = Some(Err(why)),
             None => {
@@ -188,24 +196,30 @@ struct Match {
 }
 
 impl Match {
-    fn begin(args: &Args, to: &str, device: Option<Device>) -> anyhow::Result<Self> {
+    fn begin(args: &Args, to: &str, device: Option<Device>) -> anyhow::Result<(Self, Leases)> {
         let probe = Arc::new(Probe::default());
-        let spin = Duration::from_micros(args.spin_us);
         let listen = format!("{}:0", host(&args.listen));
-        let fabric = peer::open(FabricKind::Verbs, listen, "probe", spin, Arc::clone(&probe) as _)?;
+        let handler = Arc::clone(&probe) as _;
+        let fabric = peer::open(FabricKind::Verbs, listen, "probe", args.spin(), handler)?;
         let conn = connect(fabric.as_ref(), to)?;
-        let key = probe.until(|h| h.memory)?;
-        Ok(Self {
+        let (key, node) = probe.until(|h| h.hello.take())?;
+        let leases = Leases::open(args, to, key, &node)?;
+        let game = Self {
             fabric,
             conn,
             probe,
-            at: RemoteAddr { key, offset: 4096 },
+            at: RemoteAddr {
+                key,
+                // Behind the lease records.
+                offset: 1 << 20,
+            },
             device,
             server: host(to).to_owned(),
             operations: args.operations,
             bytes: args.mib << 20,
             port: 18_600,
-        })
+        };
+        Ok((game, leases))
     }
 
     fn ask(&self, request: &Request) -> anyhow::Result<()> {
@@ -234,10 +248,27 @@ impl Match {
                     old: 0,
                 }])
             }),
-            What::Faa => self.time(|| conn.execute(&mut [Op::Faa { at, add: 1, old: 0 }])),
+            What::Faa => self.atomic(),
             What::Echo => self.echo(&buffer),
             What::ReadBandwidth | What::WriteBandwidth => self.rate(item),
         }
+    }
+
+    /// The median of a fetch-and-add, µs.
+    fn atomic(&self) -> anyhow::Result<f64> {
+        let at = self.at;
+        self.time(|| self.conn.execute(&mut [Op::Faa { at, add: 1, old: 0 }]))
+    }
+
+    /// The median of an atomic and a read with one doorbell, as every batch of a lease has them, µs.
+    fn pair(&self) -> anyhow::Result<f64> {
+        let at = self.at;
+        let mut word = [0; 8];
+        self.time(|| {
+            let into = &mut word;
+            self.conn
+                .execute(&mut [Op::Faa { at, add: 1, old: 0 }, Op::Read { at, into }])
+        })
     }
 
     fn time(&self, mut call: impl FnMut() -> Result<(), TransportError>) -> anyhow::Result<f64> {
@@ -370,18 +401,27 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
         _ => None,
     };
     let Some(to) = &args.connect else {
-        return partner::run(&args.listen, device, Duration::from_micros(args.spin_us));
+        return partner::run(&args.listen, device, args.spin());
     };
     let mut items = items();
     items.retain(|i| args.only.as_ref().is_none_or(|only| i.name.contains(only)));
-    let progress = Progress::new("rdma", (items.len() * args.rounds) as u64);
-    let mut game = Match::begin(args, to, device)?;
+    let with_leases = args
+        .only
+        .as_ref()
+        .is_none_or(|only| "leases".contains(only.as_str()));
+    let steps = (items.len() + usize::from(with_leases)) * args.rounds;
+    let progress = Progress::new("rdma", steps as u64);
+    let (mut game, mut leases) = Match::begin(args, to, device)?;
     let mut samples = vec![(Vec::new(), Vec::new()); items.len()];
     for round in 0..args.rounds {
         for (item, (ours, theirs)) in items.iter().zip(&mut samples) {
             progress.step(format!("round {}: {}", round + 1, item.name));
             ours.push(game.ours(item).with_context(|| item.name.clone())?);
             theirs.extend(game.theirs(item).with_context(|| item.name.clone())?);
+        }
+        if with_leases {
+            progress.step(format!("round {}: leases", round + 1));
+            leases.round(&game).context("leases")?;
         }
     }
     drop(progress);
@@ -402,6 +442,9 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
     }
     table.write_csv(&out.join("rdma.csv"))?;
     println!("{table}");
+    if with_leases {
+        leases.report(out)?;
+    }
     Ok(())
 }
 
@@ -416,22 +459,23 @@ fn row(item: &Item, ours: &[f64], theirs: &[f64]) -> Vec<String> {
         row.extend(["-"; 6].map(str::to_owned));
         return row;
     }
+    row.extend([sig(median(theirs)), item.tool.describe()]);
+    let limit = if rate { RATE_LIMIT } else { LATENCY_LIMIT };
+    row.extend(judge(ours, theirs, rate, limit));
+    row
+}
+
+/// The median of the rounds' ratios, its least and most, the limit, and whether it is met; `rate`: more is better.
+fn judge(ours: &[f64], theirs: &[f64], rate: bool, limit: f64) -> [String; 4] {
     let ratios: Vec<f64> = ours.iter().zip(theirs).map(|(o, t)| o / t).collect();
     let ratio = median(&ratios);
     let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
     let most = ratios.iter().copied().fold(0.0, f64::max);
-    let (target, met) = if rate {
-        (format!(">= {RATE_LIMIT}"), ratio >= RATE_LIMIT)
-    } else {
-        (format!("<= {LATENCY_LIMIT}"), ratio <= LATENCY_LIMIT)
-    };
-    row.extend([
-        sig(median(theirs)),
-        item.tool.describe(),
+    let met = if rate { ratio >= limit } else { ratio <= limit };
+    [
         sig(ratio),
         format!("{}–{}", sig(least), sig(most)),
-        target,
+        format!("{} {limit}", if rate { ">=" } else { "<=" }),
         if met { "met" } else { "MISSED" }.to_owned(),
-    ]);
-    row
+    ]
 }

@@ -1,21 +1,29 @@
-//! The side that is measured against: memory, echoes, and the servers of perftest's tools.
+//! The side that is measured against: memory, echoes, a node that takes leases, and the servers of perftest's tools.
 
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use lockmgr::{LeaseManager, Mode, RecordId};
 use parking_lot::Mutex;
 use rdma_transport::mem::SharedMem;
-use rdma_transport::{Access, Connection, FabricKind, Handler, RegionKey, TransportError};
+use rdma_transport::{Access, Connection, FabricKind, Handler, TransportError};
 use serde::{Deserialize, Serialize};
 
+use super::host;
 use super::tools::{Device, Run};
+use crate::lease::PATIENCE;
+use crate::lease::node::Member;
 use crate::progress::stopped;
 use crate::transport::peer;
 
 /// Bytes of memory on each side.
 pub const MEMORY: usize = 8 << 20;
+/// The record whose lease goes to and fro.
+pub const CONTENDED: u64 = 7;
+/// The partner's number among the nodes that take leases; the probe's is 0.
+pub const NODE: u16 = 1;
 /// Longest time for a tool's server to listen.
 const LISTEN: Duration = Duration::from_secs(20);
 
@@ -24,14 +32,16 @@ const LISTEN: Duration = Duration::from_secs(20);
 pub enum Request {
     /// Start the server of a tool.
     Tool(Run),
+    /// Take the lease on record [`CONTENDED`], and let go of it when somebody asks.
+    Lease,
 }
 
 /// What the partner tells.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Answer {
-    /// The key of its memory, first of all.
-    Memory(u64),
-    /// The tool listens.
+    /// First of all: the key of its memory, whose beginning are lease records, and where its node listens.
+    Hello { key: u64, node: String },
+    /// The tool listens, the lease is held.
     Ready,
     /// It could not.
     Failed(String),
@@ -57,7 +67,8 @@ pub fn decode<T: for<'a> Deserialize<'a>>(message: &[u8]) -> Option<T> {
 }
 
 struct Partner {
-    key: OnceLock<RegionKey>,
+    hello: Arc<OnceLock<Vec<u8>>>,
+    node: OnceLock<Arc<LeaseManager>>,
     device: Option<Device>,
     tool: Arc<Mutex<Option<Child>>>,
 }
@@ -68,6 +79,7 @@ impl Partner {
         let conn = Arc::clone(conn);
         let device = self.device.clone();
         let tool = Arc::clone(&self.tool);
+        let node = self.node.get().cloned();
         std::thread::spawn(move || {
             let answer = |result: anyhow::Result<()>| {
                 let answer = match result {
@@ -80,9 +92,19 @@ impl Partner {
             };
             match request {
                 Request::Tool(run) => answer(start(device.as_ref(), &run, &tool)),
+                Request::Lease => answer(node.context("not ready yet").and_then(|n| take(&n))),
             }
         });
     }
+}
+
+/// Takes the lease that both sides want.
+///
+/// # Errors
+/// It does not come.
+pub fn take(node: &LeaseManager) -> anyhow::Result<()> {
+    drop(node.enter(RecordId::new(0, CONTENDED), Mode::Exclusive, PATIENCE)?);
+    Ok(())
 }
 
 /// Starts a tool's server in place of the last one.
@@ -139,12 +161,9 @@ impl Handler for Partner {
         Ok(())
     }
     fn connected(&self, conn: &Arc<dyn Connection>) {
-        if let Some(key) = self.key.get()
-            && let Ok(message) = encode(&Answer::Memory(key.0))
-        {
-            // A probe that is gone again needs no key.
-            let _ = conn.send(&message);
-        }
+        let (hello, conn) = (Arc::clone(&self.hello), Arc::clone(conn));
+        // A probe may come before everything is open, and one that is gone again needs no greeting.
+        std::thread::spawn(move || conn.send(hello.wait()));
     }
     fn message(&self, conn: &Arc<dyn Connection>, message: &[u8]) {
         match decode(message) {
@@ -166,7 +185,8 @@ pub fn run(listen: &str, device: Option<Device>, spin: Duration) -> anyhow::Resu
     memory.zero(0, MEMORY)?;
     let tool = Arc::new(Mutex::new(None));
     let partner = Arc::new(Partner {
-        key: OnceLock::new(),
+        hello: Arc::default(),
+        node: OnceLock::new(),
         device,
         tool: Arc::clone(&tool),
     });
@@ -177,11 +197,21 @@ pub fn run(listen: &str, device: Option<Device>, spin: Duration) -> anyhow::Resu
         spin,
         Arc::clone(&partner) as _,
     )?;
-    let _ = partner.key.set(fabric.register(&memory, Access::ALL)?);
+    let key = fabric.register(&memory, Access::ALL)?;
+    let node = Member::open(NODE, key, &fabric.local_addr(), |name, handler| {
+        let listen = format!("{}:0", host(&fabric.local_addr()));
+        peer::open(FabricKind::Verbs, listen, name, spin, handler)
+    })?;
+    let _ = partner.node.set(Arc::clone(node.manager()));
+    let _ = partner.hello.set(encode(&Answer::Hello {
+        key: key.0,
+        node: node.addr(),
+    })?);
     println!("listening at {}", fabric.local_addr());
     while !stopped() {
         std::thread::sleep(Duration::from_millis(100));
     }
+    drop(node);
     fabric.shutdown();
     if let Some(mut child) = tool.lock().take() {
         let _ = child.kill();

@@ -10,6 +10,7 @@ use super::caller::Caller;
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::{Inode, State};
 use super::{Client, LEASED_TTL, MAX_FILE_SIZE};
+use crate::config::CacheMode;
 use crate::rpc::{Errno, RpcError};
 use crate::wire::{Attr, Kind, MetaReply, MetaRequest, Time};
 
@@ -46,6 +47,8 @@ pub struct SetAttr {
     pub atime: Option<SetTime>,
     /// Last modification.
     pub mtime: Option<SetTime>,
+    /// Of the change itself, where the kernel decides.
+    pub ctime: Option<Time>,
     /// Who wants that: set-user-id bits may survive a truncation.
     pub caller: Caller,
 }
@@ -96,7 +99,11 @@ impl Client {
     }
 
     /// How long the kernel may keep attributes that are answered now, under a lease.
-    pub fn attr_ttl(&self, inode: &Inode) -> Duration {
+    pub fn attr_ttl(&self, inode: &Inode, kind: Kind) -> Duration {
+        if self.mode == CacheMode::Writeback && kind == Kind::File {
+            // The kernel extension asks for a lease first, and a grant brings the attributes.
+            return LEASED_TTL;
+        }
         inode.kernel.answered.store(self.now(), Ordering::SeqCst);
         if inode.kernel.revoking.load(Ordering::SeqCst) {
             return Duration::ZERO;
@@ -119,7 +126,7 @@ impl Client {
         let (attr, ttl) = {
             let mut state = inode.lock(ctx, guard.version())?;
             match (self.load_attr(ctx, inode, &mut state), state.last) {
-                (Ok(attr), _) => (attr, self.attr_ttl(inode)),
+                (Ok(attr), _) => (attr, self.attr_ttl(inode, attr.kind)),
                 // Looked up a moment ago, and gone since: that is what can be said of it.
                 (Err(Stop::Errno(Errno(libc::ESTALE))), Some(last)) => {
                     (Attr { nlink: 0, ..last }, Duration::ZERO)
@@ -164,7 +171,8 @@ impl Client {
         };
         self.note_dirty(inode.ino);
         self.invalidate_attrs(inode);
-        let done = answer(&attr, self.attr_ttl(inode));
+        self.lent_attr_changed(inode, &attr);
+        let done = answer(&attr, self.attr_ttl(inode, attr.kind));
         drop(guard);
         Ok(done)
     }
@@ -194,6 +202,7 @@ impl Client {
         if let Some(time) = set.mtime {
             attr.mtime = time.get();
         }
-        attr.ctime = now;
+        // In write-back mode the kernel's clock counts, for it shows its own time already.
+        attr.ctime = set.ctime.unwrap_or(now);
     }
 }

@@ -10,6 +10,7 @@ use super::Client;
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::{Inode, State};
 use super::pages::{PAGE, page_of};
+use crate::config::CacheMode;
 use crate::rpc::Errno;
 use crate::storage::BLOCK;
 use crate::wire::{BlockWant, Frame, StorageReply, StorageRequest};
@@ -352,7 +353,7 @@ impl Client {
             let mut state = inode.lock(ctx, guard.version())?;
             self.read_held(ctx, inode, &mut state, offset, buffer)?;
         }
-        if fills {
+        if fills && self.mode == CacheMode::Writethrough {
             inode
                 .kernel
                 .pages

@@ -116,7 +116,8 @@ impl Client {
             match attr {
                 Ok(attr) => {
                     inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
-                    let ttl = self.attr_ttl(&inode);
+                    let ttl = self.attr_ttl(&inode, attr.kind);
+                    self.lend_ahead(&inode, Mode::Shared, guard.version(), &attr);
                     let done = answer(&inode, &attr, ttl);
                     drop(guard);
                     return Ok(done);

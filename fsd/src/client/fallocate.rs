@@ -92,6 +92,9 @@ impl Client {
                 attr.ctime = attr.mtime;
                 state.touch();
             }
+            if let Some(attr) = &state.attr {
+                self.lent_attr_changed(inode, attr);
+            }
             result
         };
         // Also after a failure half-way: frames may have come and gone.

@@ -279,6 +279,8 @@ pub struct Inode {
     pub regained: AtomicBool,
     /// What the kernel has cached.
     pub kernel: KernelCache,
+    /// What of its lease is lent to the kernel.
+    pub lent: super::extension::Lent,
     /// Open files on this mount.
     pub opens: Mutex<Opens>,
     /// Delayed errors.
@@ -313,6 +315,7 @@ impl Inode {
             push: Mutex::default(),
             regained: AtomicBool::new(false),
             kernel: KernelCache::default(),
+            lent: super::extension::Lent::default(),
             opens: Mutex::default(),
             errors: Latch::default(),
             mapped: super::mapped::MappedWrites::default(),

@@ -9,6 +9,7 @@
 //! | `net` | connections to the servers and the other mounts |
 //! | `inode`, `pages`, `mapped` | what is cached |
 //! | `attrs`, `data`, `write`, `space`, `opens`, `files`, `fallocate`, `dirs`, `names`, `xattrs`, `locks` | the operations |
+//! | `extension` | what of the leases is lent to the kernel extension |
 //! | `revoke`, `push` | giving leases up, telling the metadata server |
 //! | `trim` | forgetting inodes nobody uses |
 //! | `writeback` | bringing dirty data to the servers |
@@ -22,6 +23,7 @@ pub mod caller;
 pub mod ctx;
 pub mod data;
 pub mod dirs;
+pub mod extension;
 pub mod fallocate;
 pub mod files;
 pub mod fuse;
@@ -93,6 +95,8 @@ pub struct Client {
     pub layout: lockmgr::RecordLayout,
     /// Tells the kernel to drop what it has cached.
     pub notifier: std::sync::OnceLock<fuser::Notifier>,
+    /// The kernel extension, in mode [`CacheMode::Writeback`].
+    pub extension: std::sync::OnceLock<Arc<extension::Extension>>,
     /// Inodes with something to write back, and since when.
     pub dirty: Mutex<HashMap<u64, Instant>>,
     /// Held from looking at attributes until the metadata server has them, so that later ones come later.
@@ -243,6 +247,10 @@ impl Client {
             messages: self.net.messages(),
             revocations: self.counters.revocations.load(Ordering::Relaxed),
             repeats: self.counters.repeats.load(Ordering::Relaxed),
+            kernel: self.extension.get().map_or_else(Vec::new, |ext| {
+                let counters = ext.counters();
+                counters.iter().map(|(name, n)| (name.to_owned(), n)).collect()
+            }),
         }
     }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
 use rdma_transport::{Connection, Fabric, RemoteAddr};
 
+use super::extension::{self, Extension};
 use super::fuse::FsdFs;
 use super::mountpoint::{check_point, set_read_ahead, unmount};
 use super::net::{Net, NetConfig, Owner};
@@ -74,6 +75,9 @@ pub enum MountError {
         /// Its answer.
         error: std::io::Error,
     },
+    /// The kernel extension cannot be used.
+    #[error("{0}; or mount with --cache writethrough")]
+    Extension(#[from] distfuse_abi::Error),
     /// A thread could not be started.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
@@ -220,6 +224,23 @@ fn own_listen(config: &Config) -> String {
     }
 }
 
+/// The kernel extension if it is there, else what a stock kernel can do.
+fn best_mode() -> CacheMode {
+    match distfuse_abi::kernel_version(Path::new(distfuse_abi::DEVICE)) {
+        Ok(distfuse_abi::ABI_VERSION) => CacheMode::Writeback,
+        Ok(kernel) => {
+            let error = distfuse_abi::Error::Version { kernel };
+            tracing::warn!("{error}; until then writes go through to the daemon");
+            CacheMode::Writethrough
+        }
+        Err(distfuse_abi::Error::NotLoaded(_)) => CacheMode::Writethrough,
+        Err(error) => {
+            tracing::warn!("{error}; writes go through to the daemon");
+            CacheMode::Writethrough
+        }
+    }
+}
+
 fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, MountError> {
     std::thread::Builder::new()
         .name(name.into())
@@ -235,7 +256,7 @@ impl Mount {
     pub fn start(config: &Config, key: Vec<u8>, options: &MountOptions) -> Result<Self, MountError> {
         let point = check_point(&options.point, options.allow_nonempty)?;
         let mode = match options.cache {
-            CacheMode::Auto => CacheMode::Writethrough,
+            CacheMode::Auto => best_mode(),
             chosen => chosen,
         };
         let front = Arc::new(Front {
@@ -299,6 +320,7 @@ impl Mount {
             cache_reads: config.fabric != FabricChoice::Shm,
             layout,
             notifier: OnceLock::new(),
+            extension: OnceLock::new(),
             dirty: Default::default(),
             attr_push: Default::default(),
             cached_pages: AtomicUsize::new(0),
@@ -362,6 +384,15 @@ impl Mount {
         // The kernel has answered the handshake, which would take it back.
         set_read_ahead(&point, config.mount.read_ahead.0);
         let _ = client.notifier.set(session.notifier());
+        if mode == CacheMode::Writeback {
+            // Before the kernel is answered for the first time, so nobody has a file open. If it fails, the session
+            // unmounts as it goes.
+            let ext = Arc::new(Extension::attach(&point, config.mount.lease_table)?);
+            let _ = client.extension.set(Arc::clone(&ext));
+            let client = Arc::downgrade(&client);
+            // Ends with the mount in the kernel, which may be later than this one.
+            thread("fsd-kernel", move || extension::run(&client, &ext))?;
+        }
         let session = session.spawn().map_err(MountError::Thread)?;
         tracing::info!("mount {} on {} ({mode:?})", node.0, point.display());
         Ok(Self {

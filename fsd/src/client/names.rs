@@ -92,7 +92,12 @@ impl Client {
             let mut state = inode.lock(ctx, guards.version(inode.ino))?;
             state.modified = true;
             match created.attrs.iter().find(|a| a.ino == inode.ino) {
-                Some(new) => merge(&mut state.attr, new),
+                Some(new) => {
+                    merge(&mut state.attr, new);
+                    if let Some(attr) = &state.attr {
+                        self.lent_attr_changed(inode, attr);
+                    }
+                }
                 None => state.attr = state.attr.filter(|_| inode_kept(&created, inode.ino)),
             }
         }
@@ -219,7 +224,8 @@ impl Client {
             state.target = (new.kind == Kind::Symlink).then(|| new.target.clone());
         }
         inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
-        let ttl = self.attr_ttl(&inode);
+        let ttl = self.attr_ttl(&inode, attr.kind);
+        self.lend_ahead(&inode, Mode::Exclusive, own.version(), &attr);
         let done = answer(&inode, &attr, ttl);
         drop(own);
         done
@@ -264,7 +270,7 @@ impl Client {
             .dir
             .add(name, inode.ino, attr.kind, created.cookie);
         inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
-        let ttl = self.attr_ttl(inode);
+        let ttl = self.attr_ttl(inode, attr.kind);
         let done = answer(inode, &attr, ttl);
         drop(guards);
         Ok(done)

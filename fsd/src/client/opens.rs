@@ -202,14 +202,20 @@ impl Client {
         let mut cached = false;
         if is_file {
             let (shared, written) = self.count_open(inode, writer)?;
-            cached = self.mode == CacheMode::Writethrough
-                && flags & libc::O_DIRECT == 0
-                && match access {
-                    libc::O_RDONLY => !written,
-                    libc::O_RDWR => !shared,
-                    // Uncached writes cost no more, and nothing can be read through this handle.
-                    _ => false,
-                };
+            cached = match self.mode {
+                // The kernel extension enters the lease for each call, O_DIRECT included.
+                CacheMode::Writeback => true,
+                CacheMode::Writethrough => {
+                    flags & libc::O_DIRECT == 0
+                        && match access {
+                            libc::O_RDONLY => !written,
+                            libc::O_RDWR => !shared,
+                            // Uncached writes cost no more, and nothing can be read through this handle.
+                            _ => false,
+                        }
+                }
+                _ => false,
+            };
             if cached {
                 inode.kernel.cached.fetch_add(1, Ordering::SeqCst);
                 inode.opens.lock().cached_writers += u64::from(writer);
@@ -253,6 +259,9 @@ impl Client {
                     }
                 }
                 state.touch();
+                if let Some(attr) = &state.attr {
+                    self.lent_attr_changed(inode, attr);
+                }
             }
             attr.kind
         };

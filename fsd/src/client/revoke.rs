@@ -55,7 +55,7 @@ impl LeaseUser for Revoker {
         let Some(client) = self.client.get().and_then(Weak::upgrade) else {
             return;
         };
-        if client.revoke_at_once(id, from, to) {
+        if client.revoke_lent_at_once(id, from, to) {
             return;
         }
         let job = Arc::clone(&client);
@@ -95,6 +95,19 @@ impl LeaseUser for Revoker {
 }
 
 impl Client {
+    /// As [`Client::revoke_at_once`], of an inode that may be lent to the kernel.
+    fn revoke_lent_at_once(self: &Arc<Self>, id: RecordId, from: Mode, to: Option<Mode>) -> bool {
+        let (Some(ext), Some(inode)) = (self.extension.get(), self.inodes.by_record(id)) else {
+            return self.revoke_at_once(id, from, to);
+        };
+        if !self.take_back_at_once(ext, &inode, to) {
+            return false;
+        }
+        let done = self.revoke_at_once(id, from, to);
+        inode.lent.again();
+        done
+    }
+
     /// A revocation that has nothing to wait for is done where it arrives, which saves two changes of
     /// threads. False: it needs a thread of its own.
     fn revoke_at_once(self: &Arc<Self>, id: RecordId, from: Mode, to: Option<Mode>) -> bool {
@@ -147,7 +160,7 @@ impl Client {
     /// How long the kernel is still to be left alone. An invalidation that overtakes an answer makes it
     /// drop the file size in it, and a read through the page cache then ends where the file ended before.
     fn unsettled(&self, inode: &Inode) -> Duration {
-        if inode.kernel.cached.load(Ordering::SeqCst) == 0 {
+        if self.extension.get().is_some() || inode.kernel.cached.load(Ordering::SeqCst) == 0 {
             return Duration::ZERO;
         }
         let since = self
@@ -312,6 +325,9 @@ impl Client {
             self.close_and_drain(id);
             return self.relinquish(id, Relinquish::default());
         };
+        if let Some(ext) = self.extension.get() {
+            self.take_back(ext, &inode, to);
+        }
         if to.is_none() {
             std::thread::sleep(self.unsettled(&inode));
             inode.kernel.revoking.store(true, Ordering::SeqCst);
@@ -353,6 +369,7 @@ impl Client {
             inode.kernel.revoking.store(false, Ordering::SeqCst);
         }
         self.relinquish_and_push(&inode, how, to);
+        inode.lent.again();
     }
 
     /// Gives the lease down. The metadata server is told of attributes at once if another mount may take the
@@ -407,7 +424,11 @@ impl Client {
         }
         inode.take_back(state);
         let dirty = std::mem::take(&mut state.attr_dirty) && !state.gone;
+        let before = state.version;
         let mut how = self.relinquish_clean(state, from);
+        if let (Some(before), Some(after)) = (before, state.version) {
+            inode.lent.carry(before, after);
+        }
         let mut push = inode.push.lock();
         push.waiting = state.attr.filter(|_| dirty).map(|attr| AttrUpdate::from(&attr));
         let under_way = push.sent.is_some_and(|u| Some(u.version) == state.version);

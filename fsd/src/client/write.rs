@@ -11,6 +11,7 @@ use super::inode::{Inode, State};
 use super::pages::{PAGE, page_of};
 use super::space::frame_size;
 use super::{Client, MAX_FILE_SIZE};
+use crate::config::CacheMode;
 use crate::rpc::Errno;
 use crate::storage::BLOCK;
 use crate::wire::{StorageReply, StorageRequest, Time};
@@ -85,7 +86,14 @@ impl Client {
             } else {
                 offset
             };
+            let times = state.attr.map(|a| (a.mtime, a.ctime));
             self.write_held(ctx, inode, &mut state, at, data)?;
+            if let (CacheMode::Writeback, true, Some((mtime, ctime)), Some(attr)) =
+                (self.mode, flags.cached, times, state.attr.as_mut())
+            {
+                // Written back, not written now: the kernel tells the times of that itself.
+                (attr.mtime, attr.ctime) = (mtime, ctime);
+            }
             if flags.kill_suid
                 && let Some(attr) = state.attr.as_mut()
             {
@@ -96,7 +104,7 @@ impl Client {
         self.note_dirty(inode.ino);
         self.invalidate_attrs(inode);
         let stale = !flags.cached && inode.kernel.pages.load(Ordering::SeqCst);
-        if flags.cached {
+        if flags.cached && self.mode == CacheMode::Writethrough {
             inode.kernel.pages.store(true, Ordering::SeqCst);
         } else if stale {
             inode.kernel.invals.fetch_add(1, Ordering::SeqCst);

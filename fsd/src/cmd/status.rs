@@ -181,18 +181,25 @@ fn print(report: &Report) {
             node.node, node.state, node.name, node.locks
         );
         match report.mounts.iter().find(|(n, _)| *n == node.node) {
-            Some((_, Ok(m))) => println!(
-                "                       {}; leases: {} exclusive, {} shared, {} waiting; {} dirty files, {} cached; {} requests, {} messages, {} revocations",
-                m.cache,
-                m.exclusive,
-                m.shared,
-                m.waiting,
-                m.dirty_files,
-                mib(m.cached_bytes),
-                m.requests,
-                m.messages,
-                m.revocations
-            ),
+            Some((_, Ok(m))) => {
+                println!(
+                    "                       {}; leases: {} exclusive, {} shared, {} waiting; {} dirty files, {} cached; {} requests, {} messages, {} revocations",
+                    m.cache,
+                    m.exclusive,
+                    m.shared,
+                    m.waiting,
+                    m.dirty_files,
+                    mib(m.cached_bytes),
+                    m.requests,
+                    m.messages,
+                    m.revocations
+                );
+                let counted = m.kernel.iter().filter(|(_, n)| *n > 0);
+                let counted: Vec<String> = counted.map(|(name, n)| format!("{name} {n}")).collect();
+                if !counted.is_empty() {
+                    println!("                       kernel: {}", counted.join(", "));
+                }
+            }
             Some((_, Err(error))) => println!("                       no answer: {error}"),
             None => {}
         }

@@ -38,4 +38,6 @@ pub struct MountStatus {
     pub revocations: u64,
     /// Invalidations repeated because a read slipped in.
     pub repeats: u64,
+    /// Counters of the kernel extension, by name; none without it.
+    pub kernel: Vec<(String, u64)>,
 }

@@ -25,6 +25,29 @@ impl Fsm {
         out.push(Action::Post(ops));
     }
 
+    /// Asks the last owner known instead of finding out from the record: between nodes that take turns it is right, and
+    /// a round trip to the record is saved.
+    pub(super) fn ask(&mut self, mode: Mode, owner: NodeId, out: &mut Vec<Action>) {
+        self.phase = Phase::Waiting { at: owner };
+        self.asking = true;
+        out.push(Action::Send {
+            to: owner,
+            body: Body::Ask(mode),
+        });
+    }
+
+    /// Nothing more comes from this node. If it was asked on a guess, the record is looked at instead; if it had
+    /// granted or named this node already, that is found there.
+    pub(super) fn gone(&mut self, cfg: &Config, node: NodeId, out: &mut Vec<Action>) {
+        if self.last_owner == Some(node) {
+            self.last_owner = None;
+        }
+        if self.asking && self.phase == (Phase::Waiting { at: node }) {
+            self.asking = false;
+            self.start(cfg, out);
+        }
+    }
+
     /// Starts, or starts again, what is wanted.
     pub(super) fn start(&mut self, cfg: &Config, out: &mut Vec<Action>) {
         self.phase = Phase::Acquiring;
@@ -231,6 +254,7 @@ impl Fsm {
 
     pub(super) fn become_exclusive(&mut self, out: &mut Vec<Action>) {
         self.held = Some(Mode::Exclusive);
+        self.last_owner = None;
         self.used = false;
         self.want = None;
         self.phase = Phase::Rest;

@@ -60,6 +60,10 @@ pub struct Fsm {
     revokers: NodeSet,
     /// The grant that the shared acquisition in flight follows up.
     via: Option<Via>,
+    /// Who owned the word when this node last heard of it: asked first, once.
+    last_owner: Option<NodeId>,
+    /// The node waited for was asked without a look at the record.
+    asking: bool,
     /// An answer that came before the own bit was off.
     deferred: Option<(NodeId, Answer)>,
     batch: Option<Batch>,
@@ -72,13 +76,20 @@ impl Fsm {
         Self::default()
     }
 
-    /// Nothing held; the data were last seen with this version.
+    /// Nothing held; the data were last seen with this version, and the word may belong to this node.
     #[must_use]
-    pub fn with_version(version: u64) -> Self {
+    pub fn remembering(version: u64, last_owner: Option<NodeId>) -> Self {
         Self {
             last_version: version,
+            last_owner,
             ..Self::default()
         }
+    }
+
+    /// Who is asked first when the next lease is wanted.
+    #[must_use]
+    pub fn last_owner(&self) -> Option<NodeId> {
+        self.last_owner
     }
 
     /// The lease held.
@@ -131,6 +142,15 @@ impl Fsm {
             set.insert(at);
         }
         set
+    }
+
+    /// The node that was asked without a look at the record, and has not answered.
+    #[must_use]
+    pub fn asked(&self) -> Option<NodeId> {
+        match self.phase {
+            Phase::Waiting { at } if self.asking => Some(at),
+            _ => None,
+        }
     }
 
     /// Nothing is held, wanted or owed: forgetting this state loses only the version last seen.
@@ -203,6 +223,11 @@ impl Fsm {
                 self.want = Some(mode);
                 if self.owns() {
                     self.take_back(cfg, out);
+                } else if let Some(owner) = self.last_owner.take()
+                    && cfg.ask_first
+                    && self.held.is_none()
+                {
+                    self.ask(mode, owner, out);
                 } else {
                     self.start(cfg, out);
                 }
@@ -243,6 +268,7 @@ impl Fsm {
             Event::Confirmed { version } => self.confirmed(cfg, version, out),
             Event::BatchDone(outcome) => self.batch_done(cfg, outcome, out)?,
             Event::BatchLost => self.batch_lost()?,
+            Event::Gone(node) => self.gone(cfg, node, out),
             Event::Reconnected => self.reconnected(out),
             Event::Message {
                 from,
@@ -267,8 +293,14 @@ impl Fsm {
     ) -> Result<(), Violation> {
         // Recovery: drop a WANT of an older epoch; park everything of a newer one.
         match body {
-            Body::Want(mode) => {
-                if !self.queues(cfg) {
+            Body::Want(mode) | Body::Ask(mode) => {
+                // Who asks without having looked waits for nobody but an owner: if two ever took each other for it,
+                // they would wait for ever.
+                let queues = match body {
+                    Body::Want(_) => self.queues(cfg),
+                    _ => self.owns(),
+                };
+                if !queues {
                     // Never forwarded: a chain of forwards can close a cycle of waiters on a free word.
                     out.push(Action::Send {
                         to: from,
@@ -291,6 +323,7 @@ impl Fsm {
             }
             Body::Revoke => {
                 self.revokers.insert(from);
+                self.last_owner = Some(from);
             }
             Body::Done => {
                 if self.phase != Phase::Revoking || !self.answers.remove(from) {
@@ -350,6 +383,7 @@ impl Fsm {
                 Answer::Retry => "RETRY",
             }));
         }
+        self.asking = false;
         self.deferred = Some((from, answer));
         Ok(())
     }

@@ -109,6 +109,7 @@ impl Rename for Fsm {
                 };
                 (f(*from), answer)
             }),
+            last_owner: self.last_owner.map(f),
             batch: self.batch.map(|b| Batch {
                 ops: b.ops.rename(f),
                 ..b

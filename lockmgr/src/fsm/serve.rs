@@ -159,6 +159,7 @@ impl Fsm {
                     payload: self.payload.take(),
                 };
                 out.push(Action::Send { to, body });
+                self.last_owner = Some(to);
             }
             (BatchKind::FreeKeep, _) => out.push(Action::Granted {
                 mode: Mode::Shared,

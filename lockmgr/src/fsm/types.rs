@@ -16,6 +16,8 @@ pub struct Config {
     pub keep_shared: bool,
     /// Keep the word, too, once they have been granted, until [`Event::Settle`]. Only with `keep_shared`.
     pub keep_word: bool,
+    /// Ask the last owner known first, before looking at the record.
+    pub ask_first: bool,
     /// Rules to break, one bit each, for tests of the model checker.
     #[cfg(any(test, feature = "flaws"))]
     pub flaws: u32,
@@ -30,6 +32,7 @@ impl Config {
             incarnation,
             keep_shared: true,
             keep_word: false,
+            ask_first: true,
             #[cfg(any(test, feature = "flaws"))]
             flaws: 0,
         }
@@ -119,6 +122,9 @@ pub enum Event {
     BatchDone(Outcome),
     /// The connection broke while the batch was in flight; which of its operations took effect is unknown.
     BatchLost,
+    /// A node cannot be reached any more: what it was asked only because it was the last owner known, it will not
+    /// answer.
+    Gone(NodeId),
     /// A connection to the storage node exists again, and no operation of the old one can still land.
     Reconnected,
     /// A message has arrived.

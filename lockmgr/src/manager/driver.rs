@@ -14,6 +14,7 @@ use crate::fsm::{Action, Event, Violation, WordOps};
 use crate::ids::{Mode, NodeId, RecordId};
 use crate::lease::{LeaseHandle, Parked, Record, Wish, rank};
 use crate::msg::{Body, LeaseMsg};
+use crate::table::Hint;
 use crate::timers::Timer;
 use crate::wire;
 
@@ -62,7 +63,7 @@ impl LeaseManager {
                         violation,
                     });
                 }
-                None => self.table.remove(&lease, 0),
+                None => self.table.remove(&lease, Hint::default()),
             }
         }
     }
@@ -132,13 +133,13 @@ impl LeaseManager {
         }
         record.busy = false;
         record.evicted = record.is_forgettable();
-        let (evicted, version) = (record.evicted, record.fsm.version());
+        let (evicted, hint) = (record.evicted, record.hint());
         drop(record);
         if evicted {
             self.counters
                 .hits
                 .fetch_add(lease.hits.swap(0, Ordering::Relaxed), Ordering::Relaxed);
-            self.table.remove(lease, version);
+            self.table.remove(lease, hint);
             self.check_left();
         }
         Some(result)
@@ -192,7 +193,7 @@ impl LeaseManager {
     fn execute(&self, lease: &Arc<LeaseHandle>, action: Action) {
         match action {
             Action::Post(ops) => self.post(lease, ops),
-            Action::Send { to, body } => self.send(lease.id(), to, body),
+            Action::Send { to, body } => self.send(lease, to, body),
             Action::Confirm { version } => self.user.confirm(lease.id(), version),
             Action::Flush { to } => self.revoke(lease, Mode::Exclusive, to),
             Action::Invalidate => self.revoke(lease, Mode::Shared, None),
@@ -255,7 +256,9 @@ impl LeaseManager {
         }
     }
 
-    fn send(&self, record: RecordId, to: NodeId, body: Body) {
+    fn send(&self, lease: &Arc<LeaseHandle>, to: NodeId, body: Body) {
+        let record = lease.id();
+        let on_a_guess = matches!(body, Body::Ask(_));
         self.counters.sent.fetch_add(1, Ordering::Relaxed);
         if matches!(body, Body::GrantX { .. }) {
             self.counters.hand_overs.fetch_add(1, Ordering::Relaxed);
@@ -270,6 +273,9 @@ impl LeaseManager {
         if let Err(error) = self.dir.send(to, &msg.encode()) {
             tracing::warn!(%record, %to, %error, "a lease message could not be sent");
             self.gone.lock().insert(to);
+            if on_a_guess {
+                lease.record.lock().inbox.push_back(Event::Gone(to));
+            }
         }
     }
 

@@ -169,9 +169,9 @@ impl LeaseManager {
             let lease = self.table.get_or_insert(id);
             let mut record = lease.record.lock();
             if record.evicted {
-                let version = record.fsm.version();
+                let hint = record.hint();
                 drop(record);
-                self.table.remove(&lease, version);
+                self.table.remove(&lease, hint);
                 continue;
             }
             let refused = match record.broken {
@@ -446,9 +446,13 @@ impl LeaseManager {
         }
     }
 
-    /// The connection to a peer broke. What waits for it fails at its deadline, naming it.
+    /// The connection to a peer broke. What waits for it fails at its deadline, naming it, unless the peer was only
+    /// thought to be the owner.
     pub fn peer_gone(&self, node: NodeId) {
         self.gone.lock().insert(node);
+        for lease in self.table.all() {
+            self.drive(&lease, Some(Event::Gone(node)));
+        }
     }
 
     /// The peer can be reached again.

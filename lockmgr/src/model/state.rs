@@ -21,6 +21,8 @@ pub struct Options {
     pub keep_shared: bool,
     /// They keep the word as well (only with `keep_shared`).
     pub keep_word: bool,
+    /// Nodes ask the last owner known before they look at the record.
+    pub ask_first: bool,
     /// Exclusive tenures may end without a modification.
     pub unmodified: bool,
     /// Leases may be released or downgraded with nobody asking.
@@ -47,6 +49,7 @@ impl Default for Options {
             budget: [2, 2, 1],
             keep_shared: true,
             keep_word: true,
+            ask_first: true,
             unmodified: false,
             voluntary: true,
             confirm: false,
@@ -138,12 +141,14 @@ enum Step {
     Release(usize),
     Downgrade(usize),
     Leave(usize),
+    Gone(usize, usize),
 }
 
 pub(super) fn config(options: &Options, i: usize) -> Config {
     let mut cfg = Config::new(NodeId(i as u16), 1);
     cfg.keep_shared = options.keep_shared;
     cfg.keep_word = options.keep_word;
+    cfg.ask_first = options.ask_first;
     #[cfg(any(test, feature = "flaws"))]
     {
         cfg.flaws = options.flaws;
@@ -371,8 +376,21 @@ impl State {
                 self.nodes[i].left = true;
                 self.nodes[i].budget = 0;
             }
+            Step::Gone(i, gone) => {
+                self.channels[i][gone].clear();
+                self.event(options, i, Event::Gone(NodeId(gone as u16)));
+            }
         }
         self.check(options);
+    }
+
+    /// A node that has left may close its connections with a question of this one unread, that was asked on a guess.
+    fn unanswered(&self, i: usize) -> Option<usize> {
+        let at = usize::from(self.nodes[i].fsm.asked()?.0);
+        let mut unread = self.channels[i][at].iter();
+        let last = matches!((unread.next(), unread.next()), (Some(Body::Ask(_)), None));
+        let over = self.nodes[at].left && self.nodes[at].fsm.is_idle() && self.channels[at][i].is_empty();
+        (last && over).then_some(at)
     }
 
     /// The steps possible, and whether any of them is one that happens by itself.
@@ -402,6 +420,9 @@ impl State {
                 if !self.channels[from][i].is_empty() {
                     out.push(Step::Message(from, i));
                 }
+            }
+            if let Some(gone) = self.unanswered(i) {
+                out.push(Step::Gone(i, gone));
             }
             if node.asked {
                 out.push(Step::Bring(i));

@@ -61,7 +61,7 @@ pub(super) fn time_of(time: TimeOrNow) -> SetTime {
 }
 
 /// The FUSE library takes the nanoseconds of a time before 1970 for negative ones; they never are.
-fn from_library(time: SystemTime) -> Time {
+pub(super) fn from_library(time: SystemTime) -> Time {
     match SystemTime::UNIX_EPOCH.duration_since(time) {
         Ok(d) if !d.is_zero() => {
             let secs = i64::try_from(d.as_secs()).unwrap_or(i64::MAX);

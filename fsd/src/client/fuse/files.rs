@@ -22,7 +22,7 @@ use crate::rpc::Errno;
 use crate::wire::{Attr, Kind};
 
 fn open_flags(mode: CacheMode, cached: bool) -> FopenFlags {
-    if cached && mode == CacheMode::Writethrough {
+    if cached && mode != CacheMode::Direct {
         // What the kernel has is valid as long as the lease is held, so it may keep it over an open.
         FopenFlags::FOPEN_KEEP_CACHE
     } else {

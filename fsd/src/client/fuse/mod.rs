@@ -29,7 +29,8 @@ use super::attrs::SetAttr;
 use super::ctx::{Ctx, Res, Stop};
 use super::locks::kind_of;
 use super::{Client, write};
-use convert::{caller_of, error_of, time_of};
+use crate::config::CacheMode;
+use convert::{caller_of, error_of, from_library, time_of};
 
 /// Names are never cached by the kernel: taking them back could deadlock with a create under way.
 const NAME_TTL: Duration = Duration::ZERO;
@@ -99,6 +100,10 @@ impl Filesystem for FsdFs {
             | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP
             | InitFlags::FUSE_DONT_MASK;
         // A kernel without one of these does without.
+        let mut wanted = wanted;
+        if self.client.mode == CacheMode::Writeback {
+            wanted |= InitFlags::FUSE_WRITEBACK_CACHE;
+        }
         let _ = config.add_capabilities(wanted & config.capabilities());
         let _ = config.set_max_write(MAX_REQUEST);
         let _ = config.set_max_background(64);
@@ -127,7 +132,7 @@ impl Filesystem for FsdFs {
         size: Option<u64>,
         atime: Option<TimeOrNow>,
         mtime: Option<TimeOrNow>,
-        _ctime: Option<SystemTime>,
+        ctime: Option<SystemTime>,
         _fh: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
@@ -142,6 +147,7 @@ impl Filesystem for FsdFs {
             size,
             atime: atime.map(time_of),
             mtime: mtime.map(time_of),
+            ctime: ctime.map(from_library),
             caller: caller_of(req),
         };
         attrs::setattr(&self.client, ino, set, reply);

@@ -1,0 +1,162 @@
+//! Lending what the mount holds.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use distfuse_abi::{Error, Grant};
+use lockmgr::Mode;
+
+use super::super::Client;
+use super::super::ctx::{Ctx, Res, Stop, fail};
+use super::super::inode::Inode;
+use super::{Extension, attributes};
+use crate::wire::{Attr, Kind};
+
+pub(super) fn to_kernel_mode(mode: Option<Mode>) -> distfuse_abi::Mode {
+    match mode {
+        None => distfuse_abi::Mode::None,
+        Some(Mode::Shared) => distfuse_abi::Mode::Shared,
+        Some(Mode::Exclusive) => distfuse_abi::Mode::Exclusive,
+    }
+}
+
+/// What became of an attempt.
+enum Lending {
+    /// The kernel has it, or more.
+    Done { wake: bool },
+    /// It is being taken back.
+    Taking,
+    /// There is no room: this inode's must be taken back first.
+    Full { victim: u64 },
+}
+
+impl Client {
+    /// Tasks in the kernel wait for a lease. Not for them to be woken in vain: they sleep until it is lent, or is
+    /// not to be had.
+    pub(super) fn lend_to_waiters(
+        self: &Arc<Self>,
+        ext: &Arc<Extension>,
+        ino: u64,
+        mode: distfuse_abi::Mode,
+    ) {
+        let mode = match mode {
+            distfuse_abi::Mode::Exclusive => Mode::Exclusive,
+            _ => Mode::Shared,
+        };
+        let inode = self.inode(ino);
+        let finish = move |ext: &Extension, result: Res<()>| match result {
+            Ok(()) => ext.wake(ino, None),
+            Err(stop) => ext.wake(ino, Some(Self::errno_of(stop).0)),
+        };
+        match self.lend_now(&Ctx::on_loop(&ext.nobody_waits), ext, &inode, mode) {
+            Err(Stop::Park) => {
+                let (me, ext) = (Arc::clone(self), Arc::clone(ext));
+                self.workers
+                    .run(move || finish(&ext, me.lend_now(&Ctx::on_worker(), &ext, &inode, mode)));
+            }
+            result => finish(ext, result),
+        }
+    }
+
+    fn lend_now(&self, ctx: &Ctx<'_>, ext: &Extension, inode: &Arc<Inode>, mode: Mode) -> Res<()> {
+        loop {
+            let lending = {
+                let guard = self.lease(ctx, inode, mode)?;
+                let mut state = inode.lock(ctx, guard.version())?;
+                let attr = self.load_attr(ctx, inode, &mut state)?;
+                self.lend(ext, inode, mode, guard.version(), &attr, true)?
+            };
+            match lending {
+                Lending::Done { .. } => return Ok(()),
+                Lending::Taking => {
+                    ctx.may_wait()?;
+                    inode.lent.settled();
+                }
+                Lending::Full { victim } => {
+                    ctx.may_wait()?;
+                    if let Some(victim) = self.inodes.find(victim) {
+                        self.take_back(ext, &victim, None);
+                        victim.lent.again();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lends a part of a lease of which a guard is held: `attr` are the attributes under it.
+    fn lend(
+        &self,
+        ext: &Extension,
+        inode: &Inode,
+        mode: Mode,
+        version: u64,
+        attr: &Attr,
+        asked: bool,
+    ) -> Res<Lending> {
+        let mut lent = inode.lent.state.lock();
+        if lent.taking {
+            return Ok(Lending::Taking);
+        }
+        let caches = lent
+            .caches
+            .filter(|c| c.1 == version)
+            .unwrap_or((version, version));
+        let grant = Grant {
+            version,
+            since: caches.0,
+            attributes: attributes(attr),
+        };
+        let table = ext.attachment.table();
+        match table.grant(inode.ino, to_kernel_mode(Some(mode)), &grant) {
+            Ok(wake) => {
+                lent.caches = Some(caches);
+                if asked {
+                    lent.asked = Some(Instant::now());
+                }
+                Ok(Lending::Done { wake })
+            }
+            // As much is lent already.
+            Err(Error::NotNow(_)) => Ok(Lending::Done { wake: false }),
+            Err(Error::Full(_)) => {
+                // Whoever has neither dirty pages nor anybody inside costs least.
+                let cost = |word: &distfuse_abi::Word| (!word.clean(distfuse_abi::Mode::None), word.count());
+                let neighbours = table.neighbours(inode.ino).into_iter();
+                match neighbours.min_by_key(|(_, word)| cost(word)) {
+                    Some((victim, _)) => Ok(Lending::Full { victim }),
+                    None => Ok(Lending::Taking),
+                }
+            }
+            Err(error) => {
+                tracing::error!("the kernel extension: {error}");
+                fail(libc::EIO)
+            }
+        }
+    }
+
+    /// Lends what the kernel is about to want, if that costs nothing: `held` of a file whose attributes these are.
+    pub fn lend_ahead(&self, inode: &Inode, held: Mode, version: u64, attr: &Attr) {
+        let Some(ext) = self.extension.get().filter(|_| attr.kind == Kind::File) else {
+            return;
+        };
+        let word = ext.attachment.table().word(inode.ino);
+        if word.is_some_and(|word| word.mode() >= to_kernel_mode(Some(held))) {
+            return;
+        }
+        if let Ok(Lending::Done { wake: true }) = self.lend(ext, inode, held, version, attr, false)
+            && word.is_some()
+        {
+            ext.wake(inode.ino, None);
+        }
+    }
+
+    /// Attributes have been changed here; the kernel, if it has been lent the inode, gets them with the answer.
+    pub fn lent_attr_changed(&self, inode: &Inode, attr: &Attr) {
+        if let Some(ext) = self.extension.get().filter(|_| attr.kind == Kind::File) {
+            // What has no entry is not lent.
+            let _ = ext
+                .attachment
+                .table()
+                .set_attributes(inode.ino, &attributes(attr));
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! The kernel extension: what this mount holds is lent on to the kernel, which then reads and writes its page cache
+//! without asking.
+//!
+//! A lease of the cluster (lockmgr) is the mount's; the kernel gets a part of it by an entry in the table shared with
+//! the module, and only while the mount holds as much. So a revocation first takes back what was lent: nobody
+//! enters in the kernel any more, dirty pages come as WRITE requests *under the lease that is still held*, size and
+//! times come with the answer; then the mount gives up its own (`revoke`). Pages stay in the kernel: the version
+//! of the next grant says whether they are still right.
+//!
+//! | who | does |
+//! | --- | --- |
+//! | thread `fsd-kernel` ([`run`]) | reads events; lends at once what is at hand, else a worker does |
+//! | workers | get the lease that the kernel asks for, and lend it |
+//! | threads for revocations, or who brought it | take back ([`Client::take_back`]) |
+//! | requests | lend what the kernel will want next: a file just made, or looked up |
+
+mod lend;
+mod take;
+
+use std::collections::HashMap;
+use std::fs::OpenOptions;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use distfuse_abi::{Attachment, Attributes, Command, Counters, Error, Event, Options};
+use parking_lot::{Condvar, Mutex};
+
+use super::Client;
+use super::ctx::Permits;
+use crate::wire::{Attr, Time};
+
+/// How long the thread for events sleeps at most, so that it ends with its mount.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// An attachment to the kernel extension.
+#[derive(Debug)]
+pub struct Extension {
+    attachment: Attachment,
+    answers: Mutex<Answers>,
+    answered: Condvar,
+    cookie: AtomicU32,
+    /// For the thread that reads events: it never waits.
+    nobody_waits: Permits,
+}
+
+#[derive(Debug, Default)]
+struct Answers {
+    flushed: HashMap<u32, Flushed>,
+    /// Moves with every answer.
+    seen: u64,
+}
+
+/// A flush that the kernel has carried out.
+#[derive(Debug, Clone, Copy)]
+struct Flushed {
+    /// What writing back failed with.
+    error: Option<i32>,
+    /// Size and times, if the kernel has the inode.
+    last: Option<(u64, Time, Time)>,
+    /// No file is open: what was written last comes before the last RELEASE.
+    no_file: bool,
+}
+
+/// What of an inode's lease is lent to the kernel.
+#[derive(Debug, Default)]
+pub struct Lent {
+    state: Mutex<LentState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct LentState {
+    /// It is being taken back: nothing is lent meanwhile.
+    taking: bool,
+    /// The kernel's pages are those of every version from the first to the second.
+    caches: Option<(u64, u64)>,
+    /// When it was lent to tasks that wait, which must come to use it.
+    asked: Option<Instant>,
+}
+
+impl Lent {
+    /// This mount has made version `to` out of version `from`, through the kernel's pages.
+    pub fn carry(&self, from: u64, to: u64) {
+        let mut state = self.state.lock();
+        if let Some(caches) = state.caches.as_mut().filter(|c| c.1 == from) {
+            caches.1 = to;
+        }
+    }
+
+    /// What is held may be lent again.
+    pub fn again(&self) {
+        self.state.lock().taking = false;
+        self.changed.notify_all();
+    }
+
+    /// Waits until nobody is taking it back.
+    fn settled(&self) {
+        let mut state = self.state.lock();
+        while state.taking {
+            self.changed.wait(&mut state);
+        }
+    }
+}
+
+impl Extension {
+    /// Attaches to the mount at `point`, before anybody uses it.
+    ///
+    /// # Errors
+    /// The module is not there, of another version, or refuses.
+    pub fn attach(point: &Path, entries: u32) -> Result<Self, Error> {
+        let root = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+            .open(point)
+            .map_err(|source| Error::System {
+                what: "open the mount's root",
+                source,
+            })?;
+        let options = Options {
+            entries,
+            // What stat shows is the kernel's own under a lease; names are looked up here.
+            stat: false,
+            ..Options::default()
+        };
+        Ok(Self {
+            attachment: Attachment::open(root.as_fd(), &options)?,
+            answers: Mutex::default(),
+            answered: Condvar::new(),
+            cookie: AtomicU32::new(1),
+            nobody_waits: Permits::new(0, 0),
+        })
+    }
+
+    /// What the kernel has counted.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.attachment.counters()
+    }
+
+    /// Sends a command; a mount that has ended has nobody who waits for it.
+    fn tell(&self, command: Command) {
+        match self.attachment.command(command) {
+            Ok(()) | Err(Error::Gone) => {}
+            Err(error) => tracing::error!("the kernel extension: {error}"),
+        }
+    }
+
+    fn wake(&self, ino: u64, error: Option<i32>) {
+        self.tell(Command::Wake { ino, error });
+    }
+
+    fn note(&self, flushed: Option<(u32, Flushed)>) {
+        let mut answers = self.answers.lock();
+        answers.flushed.extend(flushed);
+        answers.seen += 1;
+        drop(answers);
+        self.answered.notify_all();
+    }
+}
+
+/// Answers the kernel until its mount has ended.
+pub fn run(client: &Weak<Client>, ext: &Arc<Extension>) {
+    loop {
+        let event = match ext.attachment.next_event(Some(LOOK)) {
+            Ok(Some(event)) => event,
+            Ok(None) if client.strong_count() > 0 => continue,
+            Ok(None) | Err(Error::Gone) => break,
+            Err(error) => {
+                tracing::error!("the kernel extension: {error}: this mount ends");
+                if let Some(client) = client.upgrade() {
+                    client.doomed.store(true, std::sync::atomic::Ordering::SeqCst);
+                }
+                break;
+            }
+        };
+        match event {
+            Event::Need { ino, mode } => match client.upgrade() {
+                Some(client) => client.lend_to_waiters(ext, ino, mode),
+                None => ext.wake(ino, Some(libc::ENOTCONN)),
+            },
+            Event::Drained { .. } => ext.note(None),
+            Event::Flushed {
+                cookie,
+                error,
+                inode,
+                no_file,
+                ..
+            } => {
+                let flushed = Flushed {
+                    error,
+                    last: inode.map(|(size, mtime, ctime)| (size, from_kernel(mtime), from_kernel(ctime))),
+                    no_file,
+                };
+                ext.note(Some((cookie, flushed)));
+            }
+        }
+    }
+    // Whoever waits for an answer finds that there is nothing left to be taken back.
+    ext.note(None);
+}
+
+const SECOND: i64 = 1_000_000_000;
+
+fn from_kernel(time: distfuse_abi::Time) -> Time {
+    Time(
+        time.seconds
+            .saturating_mul(SECOND)
+            .saturating_add(i64::from(time.nanos)),
+    )
+}
+
+fn to_kernel(time: Time) -> distfuse_abi::Time {
+    distfuse_abi::Time {
+        seconds: time.0.div_euclid(SECOND),
+        nanos: u32::try_from(time.0.rem_euclid(SECOND)).unwrap_or(0),
+    }
+}
+
+fn attributes(attr: &Attr) -> Attributes {
+    Attributes {
+        size: attr.size,
+        blocks: attr.blocks,
+        mtime: to_kernel(attr.mtime),
+        ctime: to_kernel(attr.ctime),
+        atime: to_kernel(attr.atime),
+        mode: u32::from(attr.mode),
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_survive_the_kernel() {
+        for nanos in [
+            0,
+            1,
+            -1,
+            1_500_000_000,
+            -1_500_000_000,
+            i64::MAX,
+            i64::MIN + SECOND,
+        ] {
+            let time = Time(nanos);
+            let there = to_kernel(time);
+            assert!(i64::from(there.nanos) < SECOND);
+            assert_eq!(from_kernel(there), time);
+        }
+    }
+
+    #[test]
+    fn pages_are_right_for_the_versions_made_through_them() {
+        let lent = Lent::default();
+        lent.carry(3, 4);
+        assert_eq!(lent.state.lock().caches, None);
+        lent.state.lock().caches = Some((3, 3));
+        lent.carry(3, 4);
+        lent.carry(4, 5);
+        lent.carry(7, 8);
+        assert_eq!(lent.state.lock().caches, Some((3, 5)));
+    }
+}

@@ -1,0 +1,202 @@
+//! Taking back what was lent.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use distfuse_abi::{Command, Error, Revoked};
+use lockmgr::Mode;
+
+use super::super::Client;
+use super::super::inode::Inode;
+use super::lend::to_kernel_mode;
+use super::{Extension, Flushed, LentState};
+use crate::rpc::Errno;
+
+/// Tasks that asked for a lease have this long to come in before it is taken back: else two mounts that want the
+/// same file could pass it to and fro without anybody getting anything done.
+const FIRST_USE: Duration = Duration::from_millis(2);
+/// How often to say that the kernel does not give a lease back.
+const COMPLAIN: Duration = Duration::from_secs(30);
+/// Longest wait for the RELEASE of a file that the kernel has closed.
+const RELEASE_WAIT: Duration = Duration::from_secs(10);
+
+impl Client {
+    /// Takes back what the kernel was lent, down to `to`, where that takes neither a system call nor a wait. If so,
+    /// nothing is lent until [`super::Lent::again`].
+    pub fn take_back_at_once(&self, ext: &Extension, inode: &Inode, to: Option<Mode>) -> bool {
+        let Some(mut lent) = inode.lent.state.try_lock() else {
+            return false;
+        };
+        let table = ext.attachment.table();
+        let clean = table.word(inode.ino).is_none_or(|word| {
+            let unused = lent.asked.is_some() && !word.has(distfuse_abi::word::USED);
+            word.mode() <= to_kernel_mode(to) || (word.clean(to_kernel_mode(to)) && !unused)
+        });
+        if lent.taking || !clean {
+            return false;
+        }
+        match table.revoke(inode.ino, to_kernel_mode(to), true) {
+            Revoked::Done { wake } => {
+                lent.taking = true;
+                lent.asked = None;
+                drop(lent);
+                if wake {
+                    // They ask again.
+                    ext.wake(inode.ino, None);
+                }
+                true
+            }
+            // Somebody has come in just now.
+            _ => {
+                if table.cancel(inode.ino) {
+                    ext.wake(inode.ino, None);
+                }
+                false
+            }
+        }
+    }
+
+    /// Takes back what the kernel was lent, down to `to`; waits for that. Nothing is lent until
+    /// [`super::Lent::again`].
+    pub fn take_back(&self, ext: &Extension, inode: &Arc<Inode>, to: Option<Mode>) {
+        let target = to_kernel_mode(to);
+        let asked = {
+            let mut lent = inode.lent.state.lock();
+            while lent.taking {
+                inode.lent.changed.wait(&mut lent);
+            }
+            lent.taking = true;
+            let LentState { asked, .. } = &mut *lent;
+            asked.take()
+        };
+        let table = ext.attachment.table();
+        let writes = table
+            .word(inode.ino)
+            .is_some_and(|word| word.mode() == distfuse_abi::Mode::Exclusive);
+        let mut complain = Instant::now() + COMPLAIN;
+        let mut seen = ext.answers.lock().seen;
+        let mut revoked = table.revoke(inode.ino, target, asked.is_none());
+        loop {
+            match revoked {
+                Revoked::Done { wake } => {
+                    if wake {
+                        ext.wake(inode.ino, None);
+                    }
+                    return;
+                }
+                Revoked::Unused => {
+                    let late = asked.is_none_or(|at| at.elapsed() >= FIRST_USE);
+                    if !late {
+                        std::thread::sleep(FIRST_USE / 20);
+                    }
+                    revoked = table.revoke(inode.ino, target, late);
+                    continue;
+                }
+                Revoked::Pending(pending) if pending.needs_flush(target) => {
+                    match self.flush_kernel(ext, inode, to, &mut complain) {
+                        Some(flushed) => self.flushed(inode, &flushed, writes),
+                        None => return,
+                    }
+                }
+                Revoked::Pending(pending) => {
+                    let mut answers = ext.answers.lock();
+                    while answers.seen == seen {
+                        let late = ext.answered.wait_until(&mut answers, complain).timed_out();
+                        if late {
+                            tracing::error!(
+                                "inode {:#x}: {} tasks in the kernel have been at it for long",
+                                inode.ino,
+                                pending.inside
+                            );
+                            complain = Instant::now() + COMPLAIN;
+                            break;
+                        }
+                    }
+                    seen = answers.seen;
+                }
+            }
+            if self.kernel_is_gone(ext) {
+                return;
+            }
+            revoked = table.finish(inode.ino, target);
+        }
+    }
+
+    fn kernel_is_gone(&self, ext: &Extension) -> bool {
+        ext.attachment.is_gone() || self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Has the kernel write its dirty pages. None if its mount has ended, which has written them before.
+    fn flush_kernel(
+        &self,
+        ext: &Extension,
+        inode: &Inode,
+        to: Option<Mode>,
+        complain: &mut Instant,
+    ) -> Option<Flushed> {
+        let cookie = ext.cookie.fetch_add(1, Ordering::Relaxed);
+        let flush = Command::Flush {
+            ino: inode.ino,
+            cookie,
+            unmap: to.is_none(),
+            drop: false,
+        };
+        if let Err(Error::Gone) = ext.attachment.command(flush) {
+            return None;
+        }
+        let mut answers = ext.answers.lock();
+        loop {
+            if let Some(flushed) = answers.flushed.remove(&cookie) {
+                return Some(flushed);
+            }
+            if self.kernel_is_gone(ext) {
+                return None;
+            }
+            if ext.answered.wait_until(&mut answers, *complain).timed_out() {
+                tracing::error!("inode {:#x}: the kernel is still writing it back", inode.ino);
+                *complain = Instant::now() + COMPLAIN;
+            }
+        }
+    }
+
+    /// The kernel's pages have come. Size and times are what it has, if the exclusive lease was its.
+    fn flushed(&self, inode: &Arc<Inode>, flushed: &Flushed, writes: bool) {
+        if let Some(error) = flushed.error {
+            tracing::error!(
+                "data of {:#x} lost: {}",
+                inode.ino,
+                std::io::Error::from_raw_os_error(error)
+            );
+            inode.errors.set(Errno(error));
+        }
+        if flushed.no_file {
+            // What it had written when it was closed comes before the RELEASE.
+            let end = Instant::now() + RELEASE_WAIT;
+            while inode.opens.lock().count > 0 && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        let Some((size, mtime, ctime)) = flushed.last.filter(|_| writes) else {
+            return;
+        };
+        let mut state = inode.lock_raw();
+        let Some(attr) = state.attr.as_mut() else { return };
+        if (attr.size, attr.mtime, attr.ctime) != (size, mtime, ctime) {
+            (attr.size, attr.mtime, attr.ctime) = (size, mtime, ctime);
+            state.touch();
+            drop(state);
+            self.note_dirty(inode.ino);
+        }
+    }
+
+    /// The kernel has forgotten an inode: its entry can serve another.
+    pub fn forget_lent(&self, ino: u64) {
+        if let Some(ext) = self.extension.get() {
+            let table = ext.attachment.table();
+            if let Revoked::Done { .. } = table.revoke(ino, distfuse_abi::Mode::None, true) {
+                table.evict(ino);
+            }
+        }
+    }
+}

@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Attributes: stat and permission checks under a lease, and setattr, which changes the size without one. */
+#include "internal.h"
+#include <linux/posix_acl.h>
+#include <linux/user_namespace.h>
+
+static struct df_sb *df_of_riop(const struct inode *inode)
+{
+	return container_of(READ_ONCE(inode->i_op), struct df_sb, riop);
+}
+
+static struct df_sb *df_of_diop(const struct inode *inode)
+{
+	return container_of(READ_ONCE(inode->i_op), struct df_sb, diop);
+}
+
+static bool df_wants(struct df_sb *ds, u32 flag)
+{
+	struct df_att *att = READ_ONCE(ds->att);
+
+	return att && (att->flags & flag);
+}
+
+/* Fills in what the daemon keeps in the entry. Size and times of a file are the kernel's, once installed. */
+static bool df_stat_from(struct distfuse_entry *entry, df_idmap *idmap, u32 mask, struct inode *inode,
+			 struct kstat *stat)
+{
+	struct distfuse_entry e;
+	kuid_t uid;
+	kgid_t gid;
+
+	if (!df_read_entry(entry, &e) || !(e.valid & DISTFUSE_ATTR_ALL))
+		return false;
+	uid = make_kuid(inode->i_sb->s_user_ns, e.uid);
+	gid = make_kgid(inode->i_sb->s_user_ns, e.gid);
+	if (!uid_valid(uid) || !gid_valid(gid))
+		return false;
+	df_fillattr(idmap, mask, inode, stat);
+	stat->mode = (inode->i_mode & S_IFMT) | (e.mode & 07777);
+	stat->nlink = e.nlink;
+	stat->uid = uid;
+	stat->gid = gid;
+	stat->atime.tv_sec = e.atime;
+	stat->atime.tv_nsec = min(e.atime_nsec, 999999999U);
+	stat->blocks = e.blocks;
+	if (S_ISREG(inode->i_mode) && (e.valid & DISTFUSE_ATTR_DATA)) {
+		/* Programs take a file without blocks for one without data. */
+		if (e.word & DISTFUSE_DIRTY)
+			stat->blocks = max_t(u64, e.blocks, DIV_ROUND_UP_ULL(stat->size, 512));
+	} else {
+		stat->size = e.size;
+		stat->mtime.tv_sec = e.mtime;
+		stat->mtime.tv_nsec = min(e.mtime_nsec, 999999999U);
+		stat->ctime.tv_sec = e.ctime;
+		stat->ctime.tv_nsec = min(e.ctime_nsec, 999999999U);
+	}
+	return true;
+}
+
+/*
+ * Of a regular file only under a lease, for FUSE in write-back mode believes its own size and times,
+ * whatever the server says.
+ */
+static int df_file_getattr(df_idmap *idmap, const struct path *path, struct kstat *stat, u32 mask,
+			   unsigned int flags)
+{
+	struct inode *inode = d_inode(path->dentry);
+	struct df_sb *ds = df_of_riop(inode);
+	struct df_inode *di = df_inode_get(ds, inode);
+	struct distfuse_entry *entry;
+	int ret = 0;
+
+	if (!di)
+		return -ENOMEM;
+	if (flags & AT_STATX_DONT_SYNC)
+		return ds->stock_riop->getattr(idmap, path, stat, mask, flags);
+	entry = df_enter(di, DISTFUSE_SHARED, 0, false);
+	if (IS_ERR(entry))
+		return PTR_ERR(entry);
+	if (!(flags & AT_STATX_FORCE_SYNC) && df_wants(ds, DISTFUSE_ATTACH_STAT) &&
+	    df_stat_from(entry, idmap, mask, inode, stat)) {
+		df_count_sb(ds, DISTFUSE_STAT_LOCAL);
+	} else {
+		df_count_sb(ds, DISTFUSE_STAT_REMOTE);
+		ret = ds->stock_riop->getattr(idmap, path, stat, mask, flags);
+	}
+	df_leave(di, entry);
+	return ret;
+}
+
+/* Of a directory FUSE believes the server, so without a lease that is asked. */
+static int df_dir_getattr(df_idmap *idmap, const struct path *path, struct kstat *stat, u32 mask,
+			  unsigned int flags)
+{
+	struct inode *inode = d_inode(path->dentry);
+	struct df_sb *ds = df_of_diop(inode);
+	struct df_inode *di;
+	struct distfuse_entry *entry;
+	bool done;
+
+	if (df_wants(ds, DISTFUSE_ATTACH_STAT) && !(flags & AT_STATX_FORCE_SYNC)) {
+		di = df_inode_get(ds, inode);
+		if (di && df_held(di, DISTFUSE_SHARED, true)) {
+			entry = df_enter_fast(di, DISTFUSE_SHARED, 0);
+			if (entry) {
+				done = df_stat_from(entry, idmap, mask, inode, stat);
+				df_leave(di, entry);
+				if (done) {
+					df_count_sb(ds, DISTFUSE_STAT_LOCAL);
+					return 0;
+				}
+			}
+		}
+	}
+	df_count_sb(ds, DISTFUSE_STAT_REMOTE);
+	return ds->stock_diop->getattr(idmap, path, stat, mask, flags);
+}
+
+/* FUSE asks its server when attributes have expired, which with a lease they have not. */
+static bool df_permission_local(struct df_sb *ds, struct inode *inode, int mask)
+{
+	struct df_inode *di = df_i(inode);
+	struct distfuse_entry *entry;
+
+	if (!di || !df_wants(ds, DISTFUSE_ATTACH_ACCESS) || IS_POSIXACL(inode) ||
+	    !df_held(di, DISTFUSE_SHARED, !(mask & MAY_NOT_BLOCK)))
+		return false;
+	entry = READ_ONCE(di->entry);
+	return entry && (READ_ONCE(entry->valid) & DISTFUSE_ATTR_ALL);
+}
+
+static int df_file_permission(df_idmap *idmap, struct inode *inode, int mask)
+{
+	struct df_sb *ds = df_of_riop(inode);
+
+	if (!df_permission_local(ds, inode, mask))
+		return ds->stock_riop->permission(idmap, inode, mask);
+	df_count_sb(ds, DISTFUSE_PERMISSION_LOCAL);
+	return generic_permission(idmap, inode, mask);
+}
+
+static int df_dir_permission(df_idmap *idmap, struct inode *inode, int mask)
+{
+	struct df_sb *ds = df_of_diop(inode);
+
+	if (!df_permission_local(ds, inode, mask))
+		return ds->stock_diop->permission(idmap, inode, mask);
+	df_count_sb(ds, DISTFUSE_PERMISSION_LOCAL);
+	return generic_permission(idmap, inode, mask);
+}
+
+/*
+ * Comes with the inode locked, where no lease may be waited for: a flush wants the inode's lock to end
+ * the lease that is asked for. Without the lease the daemon takes it itself.
+ */
+static int df_setattr(df_idmap *idmap, struct dentry *dentry, struct iattr *attr)
+{
+	struct inode *inode = d_inode(dentry);
+	struct df_sb *ds = df_of_riop(inode);
+	struct df_inode *di = df_inode_get(ds, inode);
+	struct distfuse_entry *entry;
+	struct df_settling settling;
+	int ret;
+
+	if (!di)
+		return -ENOMEM;
+	entry = df_enter_fast(di, DISTFUSE_EXCLUSIVE, 0);
+	if (entry) {
+		ret = ds->stock_riop->setattr(idmap, dentry, attr);
+		df_leave(di, entry);
+		return ret;
+	}
+	df_unsettle(di, &settling);
+	ret = ds->stock_riop->setattr(idmap, dentry, attr);
+	df_settle(di, &settling);
+	return ret;
+}
+
+void df_make_riop(struct df_sb *ds, const struct inode_operations *stock)
+{
+	ds->riop = *stock;
+	ds->riop.getattr = df_file_getattr;
+	ds->riop.setattr = df_setattr;
+	ds->riop.permission = df_file_permission;
+	/* Before the table of file operations, whose being there says that both are. */
+	ds->stock_riop = stock;
+}
+
+static struct dentry *df_lookup(struct inode *dir, struct dentry *dentry, unsigned int flags)
+{
+	struct df_sb *ds = df_of_diop(dir);
+	struct df_inode *di = df_inode_get(ds, dir);
+	u64 before = di ? df_names_epoch(di, true) : 0;
+	struct dentry *found, *result;
+	struct inode *inode;
+
+	found = ds->stock_diop->lookup(dir, dentry, flags);
+	if (IS_ERR(found))
+		return found;
+	result = found ?: dentry;
+	inode = d_inode(result);
+	if (inode)
+		df_adopt(ds, inode);
+	if (di)
+		df_names_stamp(di, result, before);
+	return found;
+}
+
+/* A file that was opened as it came into being has the stock driver's operations still. */
+static void df_opened(struct df_sb *ds, struct inode *inode, struct file *file)
+{
+	struct df_inode *di;
+
+	if (!inode)
+		return;
+	df_adopt(ds, inode);
+	if (!(file->f_mode & FMODE_OPENED) || !S_ISREG(inode->i_mode))
+		return;
+	if (file->f_op == ds->stock_fop)
+		file->f_op = &ds->fop;
+	di = df_inode_get(ds, inode);
+	if (di)
+		df_file_track(di, file);
+}
+
+static int df_atomic_open(struct inode *dir, struct dentry *dentry, struct file *file,
+			  unsigned int flags, umode_t mode)
+{
+	struct df_sb *ds = df_of_diop(dir);
+	int ret = ds->stock_diop->atomic_open(dir, dentry, file, flags, mode);
+
+	if (ret)
+		return ret;
+	/* Where it was not opened after all, the file may have no name yet. */
+	df_opened(ds, d_inode(file->f_path.dentry ?: dentry), file);
+	return 0;
+}
+
+static int df_tmpfile(df_idmap *idmap, struct inode *dir, struct file *file, umode_t mode)
+{
+	struct df_sb *ds = df_of_diop(dir);
+	int ret = ds->stock_diop->tmpfile(idmap, dir, file, mode);
+
+	if (!ret)
+		df_opened(ds, file_inode(file), file);
+	return ret;
+}
+
+void df_make_diop(struct df_sb *ds, const struct inode_operations *stock)
+{
+	ds->diop = *stock;
+	ds->diop.lookup = df_lookup;
+	ds->diop.atomic_open = df_atomic_open;
+	if (stock->tmpfile)
+		ds->diop.tmpfile = df_tmpfile;
+	ds->diop.getattr = df_dir_getattr;
+	ds->diop.permission = df_dir_permission;
+	smp_store_release(&ds->stock_diop, stock);
+}

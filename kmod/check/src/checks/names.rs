@@ -1,0 +1,104 @@
+//! Names, permissions, attributes.
+
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::sync::atomic::Ordering::SeqCst;
+
+use anyhow::{Result, ensure};
+use distfuse_abi::{Attributes, Grant, Mode};
+
+use super::ensure_eq;
+use crate::fixture::{Fixture, ino};
+
+const ROOT: u64 = 1;
+
+fn grant_root(fixture: &Fixture, version: u64) -> Result<()> {
+    let grant = Grant {
+        version,
+        since: version,
+        attributes: Attributes {
+            mode: 0o755,
+            nlink: 2,
+            ..Attributes::default()
+        },
+    };
+    let table = fixture.manager()?.mount(0)?.table();
+    table.grant(ROOT, Mode::Shared, &grant)?;
+    Ok(())
+}
+
+pub fn quiet() -> Result<()> {
+    let fixture = Fixture::one()?;
+    let manager = fixture.manager()?;
+    grant_root(&fixture, 1)?;
+    let walk = || -> Result<()> {
+        for n in 0..4 {
+            let meta = fs::metadata(fixture.path(0, &format!("f{n}")))?;
+            ensure_eq!((meta.len(), meta.mode() & 0o7777), (65536, 0o644), "f{n}");
+        }
+        ensure!(!fixture.path(0, "none").exists(), "a name that is not there");
+        ensure_eq!(fs::metadata(fixture.path(0, "."))?.mode() & 0o7777, 0o755, "root");
+        Ok(())
+    };
+    walk()?;
+    let before = (fixture.control.requests(), manager.events.load(SeqCst));
+    for _ in 0..50 {
+        walk()?;
+    }
+    let after = (fixture.control.requests(), manager.events.load(SeqCst));
+    ensure_eq!(after, before, "requests and events of fifty walks");
+    let counters = manager.mount(0)?.counters();
+    ensure!(
+        counters.name_local > 200 && counters.stat_local > 200,
+        "{counters:?}"
+    );
+    fixture.end()
+}
+
+pub fn version() -> Result<()> {
+    let fixture = Fixture::one()?;
+    let table = fixture.manager()?.mount(0)?.table();
+    grant_root(&fixture, 1)?;
+    let there = |name: &str| fixture.path(0, name).exists();
+    ensure!(there("f0") && !there("new"), "names at first");
+    ensure!(there("f0") && !there("new"), "names from the cache");
+    let lookups = fixture.control.block().lookups.load(SeqCst);
+    // Back with the same version: the names are still right.
+    table.revoke(ROOT, Mode::None, true);
+    grant_root(&fixture, 1)?;
+    ensure!(there("f0") && !there("new"), "names after the lease came back");
+    ensure_eq!(fixture.control.block().lookups.load(SeqCst), lookups, "lookups");
+    // Another mount makes one name and removes one.
+    table.revoke(ROOT, Mode::None, true);
+    let made = fixture.control.create("new", 0o600)?;
+    fixture.control.remove(ino(0));
+    ensure!(there("new"), "a new name without a lease");
+    grant_root(&fixture, 2)?;
+    ensure!(!there("f0") && there("new"), "names of the new version");
+    fixture.control.remove(made);
+    // Not told: under the lease the kernel need not ask.
+    ensure!(there("new"), "a name that the lease keeps");
+    table.revoke(ROOT, Mode::None, true);
+    ensure!(!there("new"), "a name without a lease");
+    fixture.end()
+}
+
+pub fn attributes() -> Result<()> {
+    let fixture = Fixture::two()?;
+    for round in 0..20u32 {
+        let (me, other) = ((round % 2) as usize, (1 - round % 2) as usize);
+        let mode = 0o600 | round;
+        fs::set_permissions(fixture.path(me, "f0"), fs::Permissions::from_mode(mode))?;
+        let meta = fs::metadata(fixture.path(other, "f0"))?;
+        ensure_eq!(meta.mode() & 0o7777, mode, "mode in round {round}");
+        let file = fixture.open(me, "f0")?;
+        file.write_all_at(&round.to_le_bytes(), 0)?;
+        let mine = file.metadata()?;
+        let theirs = fs::metadata(fixture.path(other, "f0"))?;
+        let times = |meta: &fs::Metadata| (meta.mtime(), meta.mtime_nsec());
+        ensure_eq!(times(&theirs), times(&mine), "mtime in round {round}");
+        let again = fs::metadata(fixture.path(me, "f0"))?;
+        ensure_eq!(times(&again), times(&mine), "mtime once more in round {round}");
+    }
+    fixture.end()
+}

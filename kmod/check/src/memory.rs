@@ -1,0 +1,100 @@
+//! A file mapped.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::SeqCst};
+
+use anyhow::{Result, bail};
+
+/// A shared mapping of a file's beginning.
+pub struct Mapping {
+    base: *mut libc::c_void,
+    len: usize,
+}
+
+// SAFETY: reached by atomics only.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps it, to be read and written.
+    pub fn new(file: &File, len: usize) -> Result<Mapping> {
+        // SAFETY: a new mapping, where the kernel likes.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            bail!("mmap: {}", std::io::Error::last_os_error());
+        }
+        Ok(Mapping { base, len })
+    }
+
+    /// A byte of it.
+    pub fn byte(&self, at: usize) -> &AtomicU8 {
+        assert!(at < self.len);
+        // SAFETY: inside the mapping, which lives as long as self.
+        unsafe { &*self.base.cast::<AtomicU8>().add(at) }
+    }
+
+    /// A word of it.
+    pub fn word(&self, at: usize) -> &AtomicU64 {
+        assert!(at.is_multiple_of(8) && at + 8 <= self.len);
+        // SAFETY: inside the mapping, and aligned.
+        unsafe { &*self.base.cast::<u8>().add(at).cast::<AtomicU64>() }
+    }
+
+    /// Reads a byte.
+    pub fn get(&self, at: usize) -> u8 {
+        self.byte(at).load(SeqCst)
+    }
+
+    /// Writes one.
+    pub fn set(&self, at: usize, value: u8) {
+        self.byte(at).store(value, SeqCst);
+    }
+
+    fn range(&self, at: usize, len: usize) -> *mut libc::c_void {
+        assert!(at + len <= self.len);
+        // SAFETY: inside the mapping.
+        unsafe { self.base.cast::<u8>().add(at).cast() }
+    }
+
+    /// write(2) out of the mapping.
+    pub fn write_to(&self, file: &File, at: usize, len: usize, offset: i64) -> Result<()> {
+        // SAFETY: the range is inside the mapping.
+        let done = unsafe { libc::pwrite(file.as_raw_fd(), self.range(at, len), len, offset) };
+        check("pwrite", done, len)
+    }
+
+    /// read(2) into the mapping.
+    pub fn read_from(&self, file: &File, at: usize, len: usize, offset: i64) -> Result<()> {
+        // SAFETY: the range is inside the mapping, whose contents are used by atomics only.
+        let done = unsafe { libc::pread(file.as_raw_fd(), self.range(at, len), len, offset) };
+        check("pread", done, len)
+    }
+}
+
+fn check(what: &str, done: isize, len: usize) -> Result<()> {
+    if done < 0 {
+        bail!("{what}: {}", std::io::Error::last_os_error());
+    }
+    if done.unsigned_abs() != len {
+        bail!("{what}: {done} of {len} bytes");
+    }
+    Ok(())
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by new(), and nothing borrows from it any more.
+        unsafe { libc::munmap(self.base, self.len) };
+    }
+}

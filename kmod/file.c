@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Entrances through open files. */
+#include "internal.h"
+#include <linux/fadvise.h>
+#include <linux/uaccess.h>
+#include <linux/uio.h>
+
+/* So much of a buffer is made present at a time; what is longer may be done in parts. */
+#define DF_BUFFER	(1UL << 20)
+/* So often a read begins anew. */
+#define DF_BEGINNINGS	3
+
+static struct df_sb *df_of_fop(const struct file *file)
+{
+	return container_of(READ_ONCE(file->f_op), struct df_sb, fop);
+}
+
+/* The lease of the file's inode, which was given its private part when it was opened. */
+static struct distfuse_entry *df_enter_file(struct file *file, u32 mode, u64 set, bool nowait)
+{
+	struct df_inode *di = df_i(file_inode(file));
+
+	if (unlikely(!di))
+		return ERR_PTR(-ENOMEM);
+	return df_enter(di, mode, set, nowait);
+}
+
+static void df_leave_file(struct file *file, struct distfuse_entry *entry)
+{
+	df_leave(df_i(file_inode(file)), entry);
+}
+
+static int df_open(struct inode *inode, struct file *file)
+{
+	struct df_sb *ds = df_of_fop(file);
+	struct df_inode *di = df_inode_get(ds, inode);
+	struct df_settling settling;
+	int ret;
+
+	if (!di)
+		return -ENOMEM;
+	if (file->f_flags & O_TRUNC)
+		df_unsettle(di, &settling);
+	ret = ds->stock_fop->open(inode, file);
+	if (file->f_flags & O_TRUNC)
+		df_settle(di, &settling);
+	if (!ret)
+		df_file_track(di, file);
+	return ret;
+}
+
+static int df_release(struct inode *inode, struct file *file)
+{
+	struct df_sb *ds = df_of_fop(file);
+	struct df_inode *di = df_i(inode);
+	int ret = ds->stock_fop->release(inode, file);
+
+	if (di)
+		df_file_untrack(di, file);
+	return ret;
+}
+
+/*
+ * No page fault may be taken inside: a buffer that is a mapping of a leased file would wait for its lease
+ * with this one held. So the original runs with faults disabled; where it comes to a page that is not
+ * there, the lease is left, the buffer made present, and another round begun. A read begins anew, so
+ * that all it returns is of one moment; unless it is very long, or its buffer goes as fast as it comes.
+ */
+static ssize_t df_read_iter(struct kiocb *iocb, struct iov_iter *to)
+{
+	struct file *file = iocb->ki_filp;
+	struct df_sb *ds = df_of_fop(file);
+	bool user = user_backed_iter(to);
+	struct iov_iter start = *to;
+	loff_t pos = iocb->ki_pos;
+	struct distfuse_entry *entry;
+	ssize_t ret, done = 0;
+	int again = 0;
+	size_t want;
+
+	/* The page cache is as good as the server under a lease; past it both would have to be kept right. */
+	iocb->ki_flags &= ~IOCB_DIRECT;
+	for (;;) {
+		entry = df_enter_file(file, DISTFUSE_SHARED, 0, iocb->ki_flags & IOCB_NOWAIT);
+		if (IS_ERR(entry))
+			return done ?: PTR_ERR(entry);
+		if (user)
+			pagefault_disable();
+		ret = ds->stock_fop->read_iter(iocb, to);
+		if (user)
+			pagefault_enable();
+		df_leave_file(file, entry);
+		if (likely(!user || !iov_iter_count(to)) || !ret || (ret < 0 && ret != -EFAULT))
+			break;
+		if (ret > 0 && iocb->ki_pos >= i_size_read(file_inode(file)))
+			break;
+		if (iocb->ki_flags & IOCB_NOWAIT) {
+			ret = ret > 0 ? ret : -EAGAIN;
+			break;
+		}
+		want = min_t(size_t, iov_iter_count(&start), DF_BUFFER);
+		if (ret >= (ssize_t)want || (ret > 0 && ++again > DF_BEGINNINGS)) {
+			done += ret;
+			start = *to;
+			pos = iocb->ki_pos;
+			want = min_t(size_t, iov_iter_count(to), DF_BUFFER);
+			again = 0;
+		} else {
+			*to = start;
+			iocb->ki_pos = pos;
+		}
+		df_count_sb(ds, DISTFUSE_BUFFER_FAULTS);
+		if (fault_in_iov_iter_writeable(to, want) == want) {
+			ret = -EFAULT;
+			break;
+		}
+	}
+	return ret > 0 ? done + ret : done ?: ret;
+}
+
+static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
+{
+	struct file *file = iocb->ki_filp;
+	struct df_sb *ds = df_of_fop(file);
+	bool user = user_backed_iter(from);
+	struct distfuse_entry *entry;
+	ssize_t ret, done = 0;
+	size_t want;
+
+	iocb->ki_flags &= ~IOCB_DIRECT;
+	/* What is done is done: so that it is done in one, the buffer is made present before. */
+	if (user && iov_iter_count(from) > PAGE_SIZE)
+		fault_in_iov_iter_readable(from, min_t(size_t, iov_iter_count(from), DF_BUFFER));
+	for (;;) {
+		entry = df_enter_file(file, DISTFUSE_EXCLUSIVE, DISTFUSE_DIRTY,
+				      iocb->ki_flags & IOCB_NOWAIT);
+		if (IS_ERR(entry))
+			return done ?: PTR_ERR(entry);
+		if (user)
+			pagefault_disable();
+		ret = ds->stock_fop->write_iter(iocb, from);
+		if (user)
+			pagefault_enable();
+		df_leave_file(file, entry);
+		if (ret > 0)
+			done += ret;
+		if (likely(!user || !iov_iter_count(from)))
+			break;
+		if (ret < 0 && ret != -EFAULT)
+			break;
+		if (iocb->ki_flags & IOCB_NOWAIT) {
+			ret = -EAGAIN;
+			break;
+		}
+		want = min_t(size_t, iov_iter_count(from), DF_BUFFER);
+		df_count_sb(ds, DISTFUSE_BUFFER_FAULTS);
+		if (fault_in_iov_iter_readable(from, want) == want) {
+			ret = -EFAULT;
+			break;
+		}
+	}
+	return done ?: ret;
+}
+
+#if DF_SPLICE_OWN
+static ssize_t df_splice_read(struct file *file, loff_t *pos, struct pipe_inode_info *pipe, size_t len,
+			      unsigned int flags)
+{
+	struct df_sb *ds = df_of_fop(file);
+	struct distfuse_entry *entry = df_enter_file(file, DISTFUSE_SHARED, 0, false);
+	ssize_t ret;
+
+	if (IS_ERR(entry))
+		return PTR_ERR(entry);
+	ret = ds->stock_fop->splice_read(file, pos, pipe, len, flags);
+	df_leave_file(file, entry);
+	return ret;
+}
+#endif
+
+static loff_t df_llseek(struct file *file, loff_t offset, int whence)
+{
+	struct df_sb *ds = df_of_fop(file);
+	struct distfuse_entry *entry;
+	loff_t ret;
+
+	if (whence == SEEK_SET || whence == SEEK_CUR)
+		return ds->stock_fop->llseek(file, offset, whence);
+	entry = df_enter_file(file, DISTFUSE_SHARED, 0, false);
+	if (IS_ERR(entry))
+		return PTR_ERR(entry);
+	if (whence == SEEK_END)
+		/* FUSE would ask its server, for the size that is known here. */
+		ret = generic_file_llseek(file, offset, whence);
+	else
+		ret = ds->stock_fop->llseek(file, offset, whence);
+	df_leave_file(file, entry);
+	return ret;
+}
+
+static long df_fallocate(struct file *file, int mode, loff_t offset, loff_t length)
+{
+	struct df_sb *ds = df_of_fop(file);
+	struct distfuse_entry *entry = df_enter_file(file, DISTFUSE_EXCLUSIVE, DISTFUSE_DIRTY, false);
+	long ret;
+
+	if (IS_ERR(entry))
+		return PTR_ERR(entry);
+	ret = ds->stock_fop->fallocate(file, mode, offset, length);
+	df_leave_file(file, entry);
+	return ret;
+}
+
+/* Reading ahead is reading. */
+static int df_fadvise(struct file *file, loff_t offset, loff_t length, int advice)
+{
+	struct distfuse_entry *entry;
+	int ret;
+
+	if (advice != POSIX_FADV_WILLNEED)
+		return generic_fadvise(file, offset, length, advice);
+	entry = df_enter_file(file, DISTFUSE_SHARED, 0, false);
+	if (IS_ERR(entry))
+		return PTR_ERR(entry);
+	ret = generic_fadvise(file, offset, length, advice);
+	df_leave_file(file, entry);
+	return ret;
+}
+
+static int df_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	struct df_sb *ds = df_of_fop(file);
+	int ret = ds->stock_fop->mmap(file, vma);
+
+	if (!ret && vma->vm_ops)
+		vma->vm_ops = df_vmop(ds, vma->vm_ops);
+	return ret;
+}
+
+void df_make_fop(struct df_sb *ds, const struct file_operations *stock)
+{
+	ds->fop = *stock;
+	ds->fop.open = df_open;
+	ds->fop.release = df_release;
+	ds->fop.read_iter = df_read_iter;
+	ds->fop.write_iter = df_write_iter;
+#if DF_SPLICE_OWN
+	ds->fop.splice_read = df_splice_read;
+#endif
+	ds->fop.llseek = df_llseek;
+	ds->fop.fallocate = df_fallocate;
+	ds->fop.fadvise = df_fadvise;
+	ds->fop.mmap = df_mmap;
+	/* Two leases at a time would need an order; read and write by turns need none. */
+	ds->fop.copy_file_range = NULL;
+	smp_store_release(&ds->stock_fop, stock);
+}

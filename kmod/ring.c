@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The two rings. Indices are kept here and only shown in the shared page: what the daemon writes there
+ * is taken for where it stands, never for where we do.
+ */
+#include "internal.h"
+#include <linux/poll.h>
+
+static u64 df_event_room(struct df_att *att)
+{
+	u64 used = att->event_head - smp_load_acquire(&att->shared->event_tail);
+
+	return used > att->nr_events ? 0 : att->nr_events - used;
+}
+
+/* Moves what waits into the ring; whether anything was. With event_lock held. */
+static bool df_pump(struct df_att *att)
+{
+	u64 head = att->event_head;
+	struct df_post *post;
+
+	while (!list_empty(&att->posts) && df_event_room(att)) {
+		post = list_first_entry(&att->posts, struct df_post, link);
+		att->events[att->event_head & (att->nr_events - 1)] = post->event;
+		att->event_head++;
+		list_del_init(&post->link);
+		post->queued = false;
+		if (post->owned)
+			kfree(post);
+	}
+	smp_store_release(&att->shared->event_head, att->event_head);
+	if (READ_ONCE(att->shared->event_overflow) != !list_empty(&att->posts)) {
+		WRITE_ONCE(att->shared->event_overflow, !list_empty(&att->posts));
+		/* Room that was made while we looked: the daemon may not have seen the flag. */
+		smp_mb();
+		if (!list_empty(&att->posts) && df_event_room(att))
+			df_pump(att);
+	}
+	return att->event_head != head;
+}
+
+/* After the head was moved: either we see that the daemon is about to sleep, or it sees the head. */
+static void df_notify(struct df_att *att)
+{
+	smp_mb();
+	if (READ_ONCE(att->shared->event_need_wakeup) && xchg(&att->shared->event_need_wakeup, 0)) {
+		df_count(att, DISTFUSE_WAKEUPS_MADE);
+		wake_up_interruptible(&att->event_wq);
+	} else {
+		df_count(att, DISTFUSE_WAKEUPS_AVOIDED);
+	}
+}
+
+/* Posts an event; one that waits in the list already is not posted twice. */
+void df_post(struct df_att *att, struct df_post *post)
+{
+	bool moved;
+
+	spin_lock(&att->event_lock);
+	if (!post->queued && !att->dead) {
+		post->queued = true;
+		list_add_tail(&post->link, &att->posts);
+	}
+	moved = df_pump(att);
+	if (post->queued)
+		df_count(att, DISTFUSE_EVENTS_DELAYED);
+	spin_unlock(&att->event_lock);
+	if (moved)
+		df_notify(att);
+}
+
+/* The memory of an event that may wait goes away; the event does not. */
+void df_post_rescue(struct df_att *att, struct df_post *post)
+{
+	struct df_post *copy = NULL;
+
+	if (!READ_ONCE(post->queued))
+		return;
+	copy = kmalloc(sizeof(*copy), GFP_NOFS | __GFP_NOFAIL);
+	spin_lock(&att->event_lock);
+	if (post->queued) {
+		*copy = *post;
+		copy->owned = true;
+		list_replace(&post->link, &copy->link);
+		post->queued = false;
+		copy = NULL;
+	}
+	spin_unlock(&att->event_lock);
+	kfree(copy);
+}
+
+__poll_t df_poll_events(struct df_att *att)
+{
+	if (READ_ONCE(att->shared->state) == DISTFUSE_STATE_GONE)
+		return EPOLLHUP | EPOLLIN;
+	if (READ_ONCE(att->event_head) != smp_load_acquire(&att->shared->event_tail))
+		return EPOLLIN | EPOLLRDNORM;
+	return 0;
+}
+
+/* Nothing here sleeps or ends a mount: it may run on the only thread that answers the mount's requests. */
+static void df_command(struct df_att *att, const struct distfuse_command *command)
+{
+	struct df_sb *ds;
+
+	switch (command->type) {
+	case DISTFUSE_COMMAND_WAKE:
+		rcu_read_lock();
+		ds = READ_ONCE(att->sb);
+		if (ds)
+			df_wake(ds, command->ino, command->error);
+		rcu_read_unlock();
+		break;
+	case DISTFUSE_COMMAND_FLUSH:
+		df_flush_start(att, command);
+		break;
+	}
+}
+
+/* Carries out what is in the command ring. One at a time; whoever comes meanwhile is served by it. */
+void df_kick(struct df_att *att)
+{
+	struct distfuse_shared *shared = att->shared;
+	struct distfuse_command command;
+	bool moved;
+	u64 head;
+
+	mutex_lock(&att->command_lock);
+	WRITE_ONCE(shared->command_need_kick, 0);
+again:
+	head = smp_load_acquire(&shared->command_head);
+	while (att->command_tail != head && head - att->command_tail <= att->nr_commands) {
+		command = att->commands[att->command_tail & (att->nr_commands - 1)];
+		smp_store_release(&shared->command_tail, ++att->command_tail);
+		if (!READ_ONCE(att->dead))
+			df_command(att, &command);
+	}
+	WRITE_ONCE(shared->command_need_kick, 1);
+	smp_mb();
+	if (READ_ONCE(shared->command_head) != att->command_tail &&
+	    READ_ONCE(shared->command_head) - att->command_tail <= att->nr_commands) {
+		WRITE_ONCE(shared->command_need_kick, 0);
+		goto again;
+	}
+	mutex_unlock(&att->command_lock);
+
+	spin_lock(&att->event_lock);
+	moved = df_pump(att);
+	spin_unlock(&att->event_lock);
+	if (moved)
+		df_notify(att);
+}
