@@ -99,7 +99,8 @@ impl Leases {
         let mut table = Table::new("Leases between two hosts, medians of the rounds", &header);
         let of = |what: &dyn Fn(&Round) -> f64| self.rounds.iter().map(what).collect::<Vec<_>>();
         let parts = |r: &Round| r.atomic + HAND_OVER_HALVES * r.half;
-        let figures: [(&str, &dyn Fn(&Round) -> f64); 3] = [
+        type Figure<'a> = &'a dyn Fn(&Round) -> f64;
+        let figures: [(&str, Figure<'_>); 3] = [
             ("one atomic", &|r| r.atomic),
             ("an atomic and a read, one doorbell", &|r| r.pair),
             ("message, half a round trip", &|r| r.half),
@@ -110,7 +111,6 @@ impl Leases {
             table.row(row);
         }
         let sum = format!("{HAND_OVER_HALVES} halves and an atomic");
-        type Figure<'a> = &'a dyn Fn(&Round) -> f64;
         let judged: [(&str, Figure<'_>, &str, Figure<'_>, f64); 3] = [
             (
                 "acquire shared, nobody else",
