@@ -22,6 +22,9 @@ pub struct Script {
     pub nodes: Option<usize>,
     /// The largest packet, unless the command line says otherwise.
     pub mtu: Option<u32>,
+    /// Whether guests load the kernel extension first.
+    #[serde(default)]
+    pub kmod: bool,
     /// What is done, one after the other.
     #[serde(rename = "step")]
     pub steps: Vec<Action>,
@@ -188,6 +191,9 @@ impl Script {
     /// A step fails.
     pub fn run(&self, cluster: &Cluster) -> Result<()> {
         let mut started = Started::new();
+        if self.kmod {
+            crate::kmod::load(cluster)?;
+        }
         for (number, action) in (1..).zip(&self.steps) {
             cluster.step(&format!("step {number}: {action}"));
             carry_out(cluster, action, &mut started)?;
