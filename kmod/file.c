@@ -9,6 +9,7 @@
 #define DF_BUFFER	(1UL << 20)
 /* So often a read begins anew. */
 #define DF_BEGINNINGS	3
+#define DF_PAGES	16
 
 static struct df_sb *df_of_fop(const struct file *file)
 {
@@ -61,6 +62,33 @@ static int df_release(struct inode *inode, struct file *file)
 }
 
 /*
+ * Makes a buffer that is read into present; false if not even its beginning can be. The kernel's own way,
+ * fault_in_iov_iter_writeable(), holds the address space locked while it waits on some kernels, which
+ * stops all threads of a process that one waits in.
+ */
+static bool df_make_writeable(const struct iov_iter *to, size_t want)
+{
+	struct page *pages[DF_PAGES];
+	struct iov_iter it = *to;
+	bool some = false;
+	ssize_t got;
+	size_t start;
+	int i, n;
+
+	while (want) {
+		got = iov_iter_get_pages2(&it, pages, want, DF_PAGES, &start);
+		if (got <= 0)
+			break;
+		n = DIV_ROUND_UP(start + got, PAGE_SIZE);
+		for (i = 0; i < n; i++)
+			put_page(pages[i]);
+		want -= min_t(size_t, got, want);
+		some = true;
+	}
+	return some;
+}
+
+/*
  * No page fault may be taken inside: a buffer that is a mapping of a leased file would wait for its lease
  * with this one held. So the original runs with faults disabled; where it comes to a page that is not
  * there, the lease is left, the buffer made present, and another round begun. A read begins anew, so
@@ -110,7 +138,7 @@ static ssize_t df_read_iter(struct kiocb *iocb, struct iov_iter *to)
 			iocb->ki_pos = pos;
 		}
 		df_count_sb(ds, DISTFUSE_BUFFER_FAULTS);
-		if (fault_in_iov_iter_writeable(to, want) == want) {
+		if (!df_make_writeable(to, want)) {
 			ret = -EFAULT;
 			break;
 		}

@@ -87,8 +87,8 @@ if step build cargo build --release --workspace; then
     tests crates timeout 1500 cargo test --release --workspace --exclude system-tests --no-fail-fast
     # One at a time: each has a cluster of its own, and two cores must do.
     tests system timeout 1800 cargo test --release -p system-tests --no-fail-fast -- --test-threads=1
-    lab 6.12 devices faults mount-rdma conformance counts coherence histories holder-killed launch
-    lab 6.1 devices mount-rdma conformance counts
+    lab 6.12 devices faults kmod mount-rdma conformance counts coherence histories holder-killed launch
+    lab 6.1 devices kmod mount-rdma conformance counts
     if step "fsx build" fsx_tool; then
         step "fsx direct" fsx_on direct || true
         step "fsx writethrough" fsx_on writethrough || true

@@ -37,6 +37,10 @@ need_lab() {
     have ib_read_lat || missing+=(perftest)
     have rping || missing+=(rdmacm-utils)
     have dropbear && have dbclient || missing+=(dropbear-bin)
+    # The kernel extension: the compiler that the kernels were built with, and what their build programs link to.
+    have gcc-12 || missing+=(gcc-12)
+    have strip || missing+=(binutils)
+    [ -n "$(ls /usr/lib/*/libelf.so.1 /lib/*/libelf.so.1 2>/dev/null)" ] || missing+=(libelf1)
     [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing+=(debian-archive-keyring)
 }
 case "${1:-}" in

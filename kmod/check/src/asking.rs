@@ -11,6 +11,8 @@ use crate::manager::Manager;
 
 /// The socket's name, beside the shared file.
 pub const NAME: &str = "leases";
+/// As many as servers have.
+pub const THREADS: usize = 8;
 
 /// Does something under the exclusive lease. Without a manager there are no leases.
 pub fn under<T>(socket: &Path, mount: usize, ino: u64, change: impl FnOnce() -> T) -> Result<T> {
@@ -29,20 +31,22 @@ pub fn under<T>(socket: &Path, mount: usize, ino: u64, change: impl FnOnce() -> 
 
 /// Answers until the socket is taken away.
 pub fn listen(socket: &Path, manager: &Arc<Manager>) -> Result<()> {
-    let listener = UnixListener::bind(socket).context("the lease socket")?;
-    let manager = Arc::downgrade(manager);
-    std::thread::spawn(move || {
-        while let Ok((stream, _)) = listener.accept() {
-            let Some(manager) = manager.upgrade() else {
-                return;
-            };
-            std::thread::spawn(move || {
+    let listener = Arc::new(UnixListener::bind(socket).context("the lease socket")?);
+    // All there from the start: a new thread needs the address space, which a task of the tests may have
+    // locked while it waits for an answer.
+    for _ in 0..THREADS {
+        let (listener, manager) = (Arc::clone(&listener), Arc::downgrade(manager));
+        std::thread::spawn(move || {
+            while let Ok((stream, _)) = listener.accept() {
+                let Some(manager) = manager.upgrade() else {
+                    return;
+                };
                 if let Err(error) = serve(stream, &manager) {
                     eprintln!("a server's lease: {error:#}");
                 }
-            });
-        }
-    });
+            }
+        });
+    }
     Ok(())
 }
 

@@ -154,8 +154,10 @@ impl Fixture {
     pub fn detach(&mut self) {
         self.running = None;
         let socket = self.dir.join(asking::NAME);
-        // Its thread looks whether there still is a manager.
-        let _ = UnixStream::connect(&socket);
+        // Its threads look whether there still is a manager.
+        for _ in 0..asking::THREADS {
+            let _ = UnixStream::connect(&socket);
+        }
         let _ = fs::remove_file(&socket);
     }
 

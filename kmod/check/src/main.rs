@@ -25,6 +25,7 @@ fn main() -> ExitCode {
             .and_then(|number| server::serve(Path::new(point), Path::new(control), number)),
         ["touch", kind, path] => checks::touch(kind, Path::new(path)),
         ["bench", rest @ ..] => checks::bench::run(rest.first().copied()),
+        ["hold"] => checks::hold(),
         ["list"] => {
             for (name, _) in checks::ALL {
                 println!("{name}");

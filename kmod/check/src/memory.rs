@@ -7,7 +7,12 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::SeqCst};
 use anyhow::{Result, bail};
 
 /// A shared mapping of a file's beginning.
+///
+/// The stock driver writes an inode's times back as a mapping goes, with the address space locked; the lease
+/// manager, which that may have to wait for, is in this process. So the file is synced before, and mappings
+/// have to outlive the tasks that write to the file. A daemon is a process of its own.
 pub struct Mapping {
+    file: File,
     base: *mut libc::c_void,
     len: usize,
 }
@@ -34,7 +39,11 @@ impl Mapping {
         if base == libc::MAP_FAILED {
             bail!("mmap: {}", std::io::Error::last_os_error());
         }
-        Ok(Mapping { base, len })
+        Ok(Mapping {
+            file: file.try_clone()?,
+            base,
+            len,
+        })
     }
 
     /// A byte of it.
@@ -94,6 +103,7 @@ fn check(what: &str, done: isize, len: usize) -> Result<()> {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        let _ = self.file.sync_all();
         // SAFETY: mapped by new(), and nothing borrows from it any more.
         unsafe { libc::munmap(self.base, self.len) };
     }

@@ -34,6 +34,8 @@ pub enum Action {
     List(List),
     /// Download kernels, and nothing else
     Fetch(Fetch),
+    /// Build the kernel extension for kernels, and print where it is
+    Kmod(Fetch),
 }
 
 /// Where things are.
@@ -155,10 +157,10 @@ pub struct List {
     pub places: Places,
 }
 
-/// `fsd-lab fetch`
+/// `fsd-lab fetch` and `fsd-lab kmod`
 #[derive(Debug, Args)]
 pub struct Fetch {
-    /// Kernel to fetch the newest of; may be repeated [default: 6.12 and 6.1]
+    /// Kernel; may be repeated [default: 6.12 and 6.1]
     #[arg(long)]
     pub kernel: Vec<String>,
     /// Where things are.

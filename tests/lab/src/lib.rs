@@ -10,6 +10,7 @@ pub mod error;
 pub mod faults;
 pub mod guest;
 pub mod image;
+pub mod kmod;
 pub mod link;
 pub mod monitor;
 pub mod options;

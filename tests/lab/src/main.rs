@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         Action::Test(test) => run_tests(&test),
         Action::List(list) => print_list(&list),
         Action::Fetch(fetch) => fetch_kernels(&fetch),
+        Action::Kmod(kernels) => build_kmod(&kernels),
     });
     shell::restore_terminal();
     // What fails because a signal ended the guests is not worth a message: the signal's thread has the last word.
@@ -252,15 +253,30 @@ fn print_list(list: &List) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn fetch_kernels(fetch: &Fetch) -> Result<ExitCode> {
-    let cache = fetch.places.cache()?;
-    std::fs::create_dir_all(&cache).at(|| format!("make the folder {}", cache.display()))?;
-    let kernels: Vec<&str> = if fetch.kernel.is_empty() {
+fn wanted(fetch: &Fetch) -> Vec<&str> {
+    if fetch.kernel.is_empty() {
         KERNELS.to_vec()
     } else {
         fetch.kernel.iter().map(String::as_str).collect()
-    };
-    for series in kernels {
+    }
+}
+
+fn build_kmod(wanted_kernels: &Fetch) -> Result<ExitCode> {
+    let cache = wanted_kernels.places.cache()?;
+    let mirror = wanted_kernels.places.mirror.as_deref();
+    std::fs::create_dir_all(&cache).at(|| format!("make the folder {}", cache.display()))?;
+    for series in wanted(wanted_kernels) {
+        let kernel = packages::kernel(&cache, series, mirror, false)?;
+        let module = lab::kmod::build(&cache, &kernel, mirror)?;
+        println!("{series}: {}", module.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn fetch_kernels(fetch: &Fetch) -> Result<ExitCode> {
+    let cache = fetch.places.cache()?;
+    std::fs::create_dir_all(&cache).at(|| format!("make the folder {}", cache.display()))?;
+    for series in wanted(fetch) {
         let kernel = packages::kernel(&cache, series, fetch.places.mirror.as_deref(), true)?;
         println!("{series}: {} in {}", kernel.release, kernel.dir.display());
     }

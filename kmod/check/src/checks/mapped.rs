@@ -74,10 +74,11 @@ pub fn buffers() -> Result<()> {
     let fixture = Fixture::two()?;
     let manager = Arc::clone(fixture.manager()?);
     let stop = Arc::new(AtomicBool::new(false));
-    let mut tasks = Vec::new();
+    let (mut tasks, mut maps) = (Vec::new(), Vec::new());
     for mount in 0..2 {
         for (from, to) in [("f0", "f1"), ("f1", "f0"), ("f2", "f2")] {
-            let map = Mapping::new(&fixture.open(mount, from)?, 65536)?;
+            let map = Arc::new(Mapping::new(&fixture.open(mount, from)?, 65536)?);
+            maps.push(Arc::clone(&map));
             let file = fixture.open(mount, to)?;
             let stop = Arc::clone(&stop);
             tasks.push(Task::start(move || -> Result<u64> {
@@ -110,5 +111,6 @@ pub fn buffers() -> Result<()> {
     }
     println!("        {rounds} rounds, {revoked} revocations");
     ensure!(rounds > 5, "only {rounds} rounds");
+    drop(maps);
     fixture.end()
 }

@@ -15,6 +15,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 
+use crate::fixture::Fixture;
 use crate::memory::Mapping;
 
 /// A check by its name.
@@ -73,6 +74,17 @@ pub fn touch(kind: &str, path: &Path) -> Result<()> {
         other => bail!("touch {other}?"),
     }
     Ok(())
+}
+
+/// Keeps a mount attached, with a dirty file, until there is no more input.
+pub fn hold() -> Result<()> {
+    let fixture = Fixture::one()?;
+    let file = fixture.open(0, "f0")?;
+    file.write_all_at(b"held", 0)?;
+    println!("attached");
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    drop(file);
+    fixture.end()
 }
 
 /// Reads `len` bytes.

@@ -28,10 +28,12 @@ pub fn stamps() -> Result<()> {
         fixture.control.write(ino(0), n * 4096, &0u64.to_le_bytes())?;
     }
     let mut tasks: Vec<Task<Result<u64>>> = Vec::new();
+    let mut maps = Vec::new();
     for mount in 0..2usize {
         let writer = fixture.open(mount, "f0")?;
         let reader = fixture.open(mount, "f0")?;
         let map = Arc::new(Mapping::new(&fixture.open(mount, "f0")?, 65536)?);
+        maps.push(Arc::clone(&map));
         let (own, stopped, own_map) = (Arc::clone(&published), Arc::clone(&stop), Arc::clone(&map));
         tasks.push(Task::start(move || {
             let mut stamp = 0u64;
@@ -84,6 +86,7 @@ pub fn stamps() -> Result<()> {
         manager.flushes.load(SeqCst)
     );
     ensure!(rounds.iter().all(|n| *n > 0), "somebody starved: {rounds:?}");
+    drop(maps);
     fixture.end()
 }
 

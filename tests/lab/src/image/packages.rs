@@ -134,6 +134,14 @@ impl Apt {
         Ok(apt)
     }
 
+    /// What the index has of packages with these names.
+    ///
+    /// # Errors
+    /// One is not there.
+    pub fn show(&self, names: &[&str]) -> Result<String> {
+        tools::text(self.command("apt-cache").arg("show").args(names))
+    }
+
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command
@@ -295,7 +303,7 @@ pub fn kernel(cache: &Path, series: &str, mirror: Option<&str>, refresh: bool) -
     if !dir.is_dir() {
         eprintln!("fetching {} {}", package.name, package.version);
         let deb = apt.download(&package)?;
-        unpack(&deb, &dir)?;
+        unpack(std::slice::from_ref(&deb), &dir, |_| Ok(()))?;
         fs::remove_file(&deb).at(|| format!("remove {}", deb.display()))?;
     }
     Kernel::at(series, &dir)
@@ -314,16 +322,19 @@ pub fn kernel_of_file(cache: &Path, deb: &Path) -> Result<Kernel> {
         .join(format!("{label}_{}_{time}", meta.len()));
     if !dir.is_dir() {
         tools::require_space(cache, KERNEL_SPACE)?;
-        unpack(deb, &dir)?;
+        unpack(&[deb.to_owned()], &dir, |_| Ok(()))?;
     }
     Kernel::at(&label, &dir)
 }
 
-/// Unpacks a package; the folder appears when it is whole.
-fn unpack(deb: &Path, dir: &Path) -> Result<()> {
+/// Unpacks packages into one folder, which appears when it is whole and `amend` has been at it.
+pub(crate) fn unpack(debs: &[PathBuf], dir: &Path, amend: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let part = dir.with_extension(format!("part{}", std::process::id()));
     fs::create_dir_all(&part).at(|| format!("make the folder {}", part.display()))?;
-    let unpacked = tools::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&part));
+    let unpacked = debs
+        .iter()
+        .try_for_each(|deb| tools::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&part)).map(drop))
+        .and_then(|()| amend(&part));
     if let Err(error) = unpacked {
         fs::remove_dir_all(&part).at(|| format!("remove {}", part.display()))?;
         return Err(error);

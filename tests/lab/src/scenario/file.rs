@@ -25,6 +25,9 @@ pub struct Script {
     /// Kernel modules to have at hand for modprobe, besides the usual ones.
     #[serde(default)]
     pub modules: Vec<String>,
+    /// Whether guests load the kernel extension first.
+    #[serde(default)]
+    pub kmod: bool,
     /// What is done, one after the other.
     #[serde(rename = "step")]
     pub steps: Vec<Action>,
@@ -191,6 +194,9 @@ impl Script {
     /// A step fails.
     pub fn run(&self, cluster: &Cluster) -> Result<()> {
         let mut started = Started::new();
+        if self.kmod {
+            crate::kmod::load(cluster)?;
+        }
         for (number, action) in (1..).zip(&self.steps) {
             cluster.step(&format!("step {number}: {action}"));
             carry_out(cluster, action, &mut started)?;

@@ -3,6 +3,7 @@
 pub mod devices;
 pub mod faults;
 pub mod file;
+pub mod kmod;
 pub mod perftest;
 
 use crate::cluster::Cluster;
@@ -96,6 +97,13 @@ pub const ALL: &[Scenario] = &[
         tiers: &[Tier::Multi],
         nodes: 3,
         run: |cluster| script(COUNTS, cluster),
+    },
+    Scenario {
+        name: "kmod",
+        about: "the kernel extension alone: kmod-check's tests on two mounts; loading, unloading, refusing to",
+        tiers: &[Tier::Single],
+        nodes: 1,
+        run: kmod::run,
     },
     Scenario {
         name: "conformance",
