@@ -276,7 +276,8 @@ impl Client {
         self.transfer_all(ctx, reads)
     }
 
-    /// Reads what a system call would, under a lease that is held: `out` is cut at the end of the file.
+    /// Reads what a system call would, under a lease that is held: `out` is cut at the end of the file. `keep`: it is
+    /// worth keeping here what came from the storage nodes.
     ///
     /// # Errors
     /// As [`Client::read_stored`].
@@ -287,6 +288,7 @@ impl Client {
         state: &mut State,
         offset: u64,
         out: &mut Vec<u8>,
+        keep: bool,
     ) -> Res<()> {
         let attr = self.load_attr(ctx, inode, state)?;
         let len = attr.size.saturating_sub(offset).min(out.len() as u64) as usize;
@@ -297,7 +299,7 @@ impl Client {
         let (first, last) = (page_of(offset), page_of(offset + len as u64 - 1));
         if !state.pages.covers(first, last) {
             self.read_stored(ctx, inode, state, offset, out)?;
-            if self.cache_reads {
+            if keep && self.cache_reads {
                 self.keep(state, offset, out, attr.size);
             }
         }
@@ -351,7 +353,9 @@ impl Client {
         let guard = self.lease(ctx, inode, Mode::Shared)?;
         {
             let mut state = inode.lock(ctx, guard.version())?;
-            self.read_held(ctx, inode, &mut state, offset, buffer)?;
+            // Not what the kernel is about to keep: it would be here twice, and copied once more.
+            let keep = !fills || self.mode == CacheMode::Direct;
+            self.read_held(ctx, inode, &mut state, offset, buffer, keep)?;
         }
         if fills && self.mode == CacheMode::Writethrough {
             inode

@@ -143,7 +143,7 @@ impl Client {
         let mut data = vec![0; len.min(MOST) as usize];
         {
             let mut state = from.lock(ctx, guards.version(from.ino))?;
-            self.read_held(ctx, from, &mut state, from_offset, &mut data)?;
+            self.read_held(ctx, from, &mut state, from_offset, &mut data, true)?;
         }
         {
             let mut state = to.lock(ctx, guards.version(to.ino))?;
