@@ -54,6 +54,18 @@ pub enum Cache {
     Direct,
     /// Pages for reading.
     Writethrough,
+    /// Pages for reading and writing: only with the kernel extension.
+    Writeback,
+}
+
+impl Cache {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Writethrough => "writethrough",
+            Self::Writeback => "writeback",
+        }
+    }
 }
 
 /// A process of the cluster.
@@ -94,6 +106,8 @@ pub struct Options {
     pub lease_wait: Duration,
     /// Inodes a mount keeps that the kernel has forgotten.
     pub max_inodes: usize,
+    /// Entries of the lease table shared with the kernel extension.
+    pub lease_table: u32,
     /// The metadata server's disk has this many MiB only.
     pub meta_disk_mib: Option<u64>,
 }
@@ -108,6 +122,7 @@ impl Default for Options {
             pool_mib: 128,
             lease_wait: Duration::from_secs(30),
             max_inodes: 100_000,
+            lease_table: 1 << 15,
             meta_disk_mib: None,
         }
     }
@@ -204,15 +219,12 @@ impl Cluster {
         };
         let mut text = format!(
             "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\n[lease]\nwait_ms = {}\n\
-             [mount]\ncache = \"{}\"\nbuffer_cache = \"32MiB\"\nmax_inodes = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\n",
+             [mount]\ncache = \"{}\"\nbuffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\n",
             o.fabric.name(),
             o.lease_wait.as_millis(),
-            if o.cache == Cache::Direct {
-                "direct"
-            } else {
-                "writethrough"
-            },
+            o.cache.name(),
             o.max_inodes,
+            o.lease_table,
             address("meta")?
         );
         for id in 0..o.storage {

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow, ensure};
@@ -99,6 +100,22 @@ where
     })
 }
 
+/// The events of one register out of a history of several.
+fn of_register<Op>(
+    history: &[Event<Op>],
+    is: impl Fn(&Op) -> bool,
+    op: impl Fn(&Op) -> RegisterOp,
+) -> Vec<Event<RegisterOp>> {
+    let events = history.iter().filter(|e| is(&e.op));
+    events
+        .map(|e| Event {
+            op: op(&e.op),
+            called: e.called,
+            returned: e.returned,
+        })
+        .collect()
+}
+
 /// Blocks of `size` bytes with one value each, overwritten and read from everywhere.
 ///
 /// Writers use write-only handles: pages written through a read-write handle opened before the file was
@@ -136,15 +153,53 @@ pub fn registers(mounts: &[PathBuf], size: usize, rounds: usize, seed: u64) -> a
         Ok(())
     })?;
     for block in 0..BLOCKS {
-        let of_block = history.iter().filter(|e| e.op.0 == block);
-        let events = of_block
-            .map(|e| Event {
-                op: e.op.1.clone(),
-                called: e.called,
-                returned: e.returned,
-            })
-            .collect();
+        let events = of_register(&history, |op| op.0 == block, |op| op.1.clone());
         judge(&format!("block {block} of {size} bytes"), seed, &Register, events)?;
+    }
+    Ok(())
+}
+
+/// Words of one file, stored and loaded through shared mappings and written and read by calls, from everywhere.
+///
+/// # Errors
+/// A system call failed, or the history is not linearizable.
+pub fn mapped(mounts: &[PathBuf], rounds: usize, seed: u64) -> anyhow::Result<()> {
+    /// Two words of one page, one of another.
+    const WORDS: [u64; 3] = [0, 64, 4096 + 8];
+    const SIZE: usize = 8192;
+    let name = format!("mapped-{seed}");
+    fs::write(mounts[0].join(&name), vec![0; SIZE])?;
+    let history = record(mounts, seed, |mount, id, rng, recorder| {
+        let file = sys::open(&mount.join(&name), libc::O_RDWR)?;
+        let map = sys::Map::writable(&file, SIZE)?;
+        for i in 0..rounds as u64 {
+            let word = rng.random_range(0..WORDS.len());
+            let at = WORDS[word];
+            recorder.run(|| {
+                let value = ((id as u64 + 1) << 32) | (i + 1);
+                let op = match rng.random_range(0..4) {
+                    0 => {
+                        map.word(at as usize).store(value, Ordering::SeqCst);
+                        RegisterOp::Write(value)
+                    }
+                    1 => {
+                        ensure!(file.write_at(&value.to_ne_bytes(), at)? == 8, "short write");
+                        RegisterOp::Write(value)
+                    }
+                    2 => RegisterOp::Read(map.word(at as usize).load(Ordering::SeqCst)),
+                    _ => {
+                        let data = sys::read_at(&file, at, 8)?;
+                        RegisterOp::Read(u64::from_ne_bytes(data.try_into().ok().context("a short read")?))
+                    }
+                };
+                Ok((word, op))
+            })?;
+        }
+        Ok(())
+    })?;
+    for word in 0..WORDS.len() {
+        let events = of_register(&history, |op| op.0 == word, |op| op.1.clone());
+        judge(&format!("word {word}"), seed, &Register, events)?;
     }
     Ok(())
 }

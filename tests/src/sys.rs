@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{AtFlags, CWD, FallocateFlags, RenameFlags, Timespec, Timestamps, XattrFlags};
 
@@ -238,25 +239,39 @@ pub fn flock(file: &File, operation: i32) -> io::Result<()> {
     }
 }
 
-/// A shared mapping of a file for reading.
+/// A shared mapping of a file.
 #[derive(Debug)]
 pub struct Map {
     address: *mut u8,
     len: usize,
+    writable: bool,
 }
 
 impl Map {
-    /// Maps the first `len` bytes.
+    /// Maps the first `len` bytes for reading.
     ///
     /// # Errors
     /// Those of mmap(2).
     pub fn new(file: &File, len: usize) -> io::Result<Self> {
+        Self::with(file, len, false)
+    }
+
+    /// Maps the first `len` bytes for reading and writing.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn writable(file: &File, len: usize) -> io::Result<Self> {
+        Self::with(file, len, true)
+    }
+
+    fn with(file: &File, len: usize, writable: bool) -> io::Result<Self> {
+        let write = if writable { libc::PROT_WRITE } else { 0 };
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
         let address = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 len,
-                libc::PROT_READ,
+                libc::PROT_READ | write,
                 libc::MAP_SHARED,
                 file.as_raw_fd(),
                 0,
@@ -268,6 +283,7 @@ impl Map {
         Ok(Self {
             address: address.cast(),
             len,
+            writable,
         })
     }
 
@@ -280,7 +296,34 @@ impl Map {
             .map(|i| unsafe { self.address.add(i).read_volatile() })
             .collect()
     }
+
+    /// Copies bytes in; as [`Map::read`].
+    pub fn write(&self, offset: usize, data: &[u8]) {
+        assert!(
+            self.writable && offset + data.len() <= self.len,
+            "outside of the mapping"
+        );
+        for (i, byte) in data.iter().enumerate() {
+            // SAFETY: within the mapping, which is writable; volatile, as other processes look at the memory.
+            unsafe { self.address.add(offset + i).write_volatile(*byte) };
+        }
+    }
+
+    /// The word at an offset that is a multiple of 8.
+    #[must_use]
+    pub fn word(&self, offset: usize) -> &AtomicU64 {
+        assert!(
+            self.writable && offset.is_multiple_of(8) && offset + 8 <= self.len,
+            "no word of the mapping"
+        );
+        // SAFETY: within the writable mapping, which outlives the reference, and aligned, as pages are; all threads of
+        // this program use it as an atomic.
+        unsafe { AtomicU64::from_ptr(self.address.add(offset).cast()) }
+    }
 }
+
+// SAFETY: the memory belongs to no thread, and is only used by volatile and atomic accesses.
+unsafe impl Sync for Map {}
 
 impl Drop for Map {
     fn drop(&mut self) {

@@ -7,11 +7,11 @@ use std::process::ExitCode;
 
 use system_tests::coherence;
 
-const USAGE: &str = "usage: coherence DIR0 DIR1 [--rounds N] [--only PART-OF-A-KIND]";
+const USAGE: &str = "usage: coherence DIR0 DIR1 [--rounds N] [--only PART-OF-A-KIND] [--extension]";
 
 fn main() -> ExitCode {
     let mut dirs = Vec::new();
-    let (mut rounds, mut only) = (20, None);
+    let (mut rounds, mut only, mut extension) = (20, None, false);
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match (arg.as_str(), dirs.len()) {
@@ -20,6 +20,7 @@ fn main() -> ExitCode {
                 None => return usage(),
             },
             ("--only", _) => only = args.next(),
+            ("--extension", _) => extension = true,
             (dir, 0 | 1) if !dir.starts_with('-') => dirs.push(arg),
             _ => return usage(),
         }
@@ -27,7 +28,11 @@ fn main() -> ExitCode {
     let [dir0, dir1] = dirs.as_slice() else {
         return usage();
     };
-    match coherence::run(Path::new(dir0), Path::new(dir1), rounds, only.as_deref()) {
+    let choice = coherence::Choice {
+        only: only.as_deref(),
+        extension,
+    };
+    match coherence::run(Path::new(dir0), Path::new(dir1), rounds, choice) {
         Ok(outcomes) if coherence::print(&outcomes) == 0 => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {

@@ -317,3 +317,83 @@ pub(super) fn map_held(pair: &Pair, round: usize) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+pub(super) fn map_written(pair: &Pair, round: usize) -> anyhow::Result<()> {
+    let (a, b) = pair.both("f");
+    fs::write(&a, pattern(round, 0, 16_384))?;
+    let map = sys::Map::writable(&sys::open(&a, libc::O_RDWR)?, 16_384).context("mmap")?;
+    let (reader, held) = (
+        File::open(&b)?,
+        sys::Map::new(&File::open(&b)?, 16_384).context("mmap")?,
+    );
+    for i in 1..5 {
+        let new = pattern(round, i, 5000);
+        map.write(6000, &new);
+        same(
+            "read after a store elsewhere",
+            &sys::read_at(&reader, 6000, 5000)?,
+            &new,
+        )?;
+        same("mapping after a store elsewhere", &held.read(6000, 5000), &new)?;
+    }
+    Ok(())
+}
+
+pub(super) fn map_in_turns(pair: &Pair, round: usize) -> anyhow::Result<()> {
+    let (a, b) = pair.both("f");
+    fs::write(&a, pattern(round, 0, 12_288))?;
+    let maps = [&a, &b].map(|path| sys::Map::writable(&sys::open(path, libc::O_RDWR)?, 12_288));
+    let [first, second] = maps;
+    let (first, second) = (first.context("mmap")?, second.context("mmap")?);
+    for i in 1..6 {
+        // The same page, and one that only this side writes.
+        first.write(100, &pattern(round, i, 300));
+        same(
+            "one side's store",
+            &second.read(100, 300),
+            &pattern(round, i, 300),
+        )?;
+        second.write(200, &pattern(round, i + 10, 100));
+        second.write(9000, &pattern(round, i, 3000));
+        same(
+            "the other side's store",
+            &first.read(200, 100),
+            &pattern(round, i + 10, 100),
+        )?;
+        same("beside it", &first.read(100, 100), &pattern(round, i, 300)[..100])?;
+        same("another page", &first.read(9000, 3000), &pattern(round, i, 3000))?;
+    }
+    same("the file", &fs::read(&a)?, &fs::read(&b)?)
+}
+
+pub(super) fn map_beside_write(pair: &Pair, round: usize) -> anyhow::Result<()> {
+    let (a, b) = pair.both("f");
+    fs::write(&a, pattern(round, 0, 8192))?;
+    let map = sys::Map::writable(&sys::open(&a, libc::O_RDWR)?, 8192).context("mmap")?;
+    let writer = sys::open(&b, libc::O_RDWR)?;
+    for i in 1..5 {
+        map.write(1000, &pattern(round, i, 50));
+        writer.write_all_at(&pattern(round, i + 20, 50), 1050)?;
+        same(
+            "the store is not lost",
+            &sys::read_at(&writer, 1000, 50)?,
+            &pattern(round, i, 50),
+        )?;
+        same(
+            "the write is seen",
+            &map.read(1050, 50),
+            &pattern(round, i + 20, 50),
+        )?;
+        // Cut and grown elsewhere: zeros, under the mapping as well.
+        sys::truncate(&b, 4096 + 10)?;
+        sys::truncate(&b, 8192)?;
+        same("zeros after a cut", &map.read(5000, 100), &[0; 100])?;
+        map.write(5000, &pattern(round, i, 100));
+        same(
+            "written again",
+            &sys::read_at(&writer, 5000, 100)?,
+            &pattern(round, i, 100),
+        )?;
+    }
+    Ok(())
+}

@@ -76,6 +76,14 @@ const KINDS: &[(&str, Check, usize)] = &[
     ("large overwrite", ranges::large, 5),
 ];
 
+/// Those that a stock kernel does not pass: its mappings show what others have written only after msync, munmap or
+/// close.
+const WITH_EXTENSION: &[(&str, Check, usize)] = &[
+    ("mmap, written", content::map_written, 1),
+    ("mmap, written in turns", content::map_in_turns, 1),
+    ("mmap beside write", content::map_beside_write, 1),
+];
+
 /// The result of one kind of check.
 #[derive(Debug)]
 pub struct Outcome {
@@ -89,11 +97,20 @@ pub struct Outcome {
     pub time: Duration,
 }
 
+/// What is checked.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Choice<'a> {
+    /// Only kinds with this in their names.
+    pub only: Option<&'a str>,
+    /// Also what takes the kernel extension.
+    pub extension: bool,
+}
+
 /// Runs every check, `rounds` times each (dear ones less often), the directories taking turns as the actor.
 ///
 /// # Errors
 /// The folder for the checks cannot be made. Violations are no errors here.
-pub fn run(dir0: &Path, dir1: &Path, rounds: usize, only: Option<&str>) -> anyhow::Result<Vec<Outcome>> {
+pub fn run(dir0: &Path, dir1: &Path, rounds: usize, choice: Choice<'_>) -> anyhow::Result<Vec<Outcome>> {
     let name = format!("coherence-{:08x}", rand::random::<u32>());
     let pair = Pair {
         a: dir0.join(&name),
@@ -107,9 +124,11 @@ pub fn run(dir0: &Path, dir1: &Path, rounds: usize, only: Option<&str>) -> anyho
         pair.b.display()
     );
     let mut outcomes = Vec::new();
+    let more = if choice.extension { WITH_EXTENSION } else { &[] };
     for (kind, check, price) in KINDS
         .iter()
-        .filter(|(kind, ..)| only.is_none_or(|o| kind.contains(o)))
+        .chain(more)
+        .filter(|(kind, ..)| choice.only.is_none_or(|o| kind.contains(o)))
     {
         let start = Instant::now();
         let rounds = rounds.div_ceil(*price).max(2);

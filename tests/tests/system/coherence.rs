@@ -2,6 +2,7 @@
 
 use anyhow::ensure;
 use system_tests::cluster::{Cache, Fabric, Options};
+use system_tests::coherence::Choice;
 use system_tests::{coherence, guard};
 
 fn check(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
@@ -11,7 +12,7 @@ fn check(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
         ..Options::default()
     };
     guard::with_cluster(options, |cluster| {
-        let outcomes = coherence::run(&cluster.mount(0), &cluster.mount(1), 20, None)?;
+        let outcomes = coherence::run(&cluster.mount(0), &cluster.mount(1), 20, Choice::default())?;
         let violations = coherence::print(&outcomes);
         ensure!(violations == 0, "{violations} violations, see the table");
         Ok(())

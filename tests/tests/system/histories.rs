@@ -26,13 +26,20 @@ fn record(
 }
 
 fn all(fabric: Fabric, cache: Cache, mounts: usize) -> anyhow::Result<()> {
-    let pages = cache == Cache::Writethrough;
+    let pages = cache != Cache::Direct;
+    // What is read by O_DIRECT comes through the page cache there, too.
+    let cut = cache != Cache::Writeback;
     record(fabric, cache, mounts, move |mounts, seed| {
         history::registers(mounts, 8, 150, seed)?;
         history::registers(mounts, 4096, 150, seed)?;
         history::registers(mounts, 1000, 150, seed)?;
-        history::records(mounts, pages, true, 100, seed)?;
+        if cut {
+            history::records(mounts, pages, true, 100, seed)?;
+        }
         history::records(mounts, pages, false, 60, seed)?;
+        if cache == Cache::Writeback {
+            history::mapped(mounts, 150, seed)?;
+        }
         history::names(mounts, 100, seed)
     })
 }
@@ -77,4 +84,16 @@ fn verbs_direct_three_mounts() -> anyhow::Result<()> {
 #[ignore = "needs RDMA devices: make lab"]
 fn verbs_writethrough_two_mounts() -> anyhow::Result<()> {
     all(Fabric::Verbs, Cache::Writethrough, 2)
+}
+
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn extension_two_mounts() -> anyhow::Result<()> {
+    all(Fabric::Verbs, Cache::Writeback, 2)
+}
+
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn extension_three_mounts() -> anyhow::Result<()> {
+    all(Fabric::Verbs, Cache::Writeback, 3)
 }

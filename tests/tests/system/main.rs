@@ -6,6 +6,7 @@
 mod allocation;
 mod bad_input;
 mod coherence;
+mod extension;
 mod faults;
 mod histories;
 mod launch;

@@ -16,6 +16,7 @@ const CONFORMANCE: &str = include_str!("../../scenarios/conformance.toml");
 const HOLDER_KILLED: &str = include_str!("../../scenarios/holder-killed.toml");
 const LAUNCH: &str = include_str!("../../scenarios/launch.toml");
 const HISTORIES: &str = include_str!("../../scenarios/histories.toml");
+const EXTENSION: &str = include_str!("../../scenarios/extension.toml");
 const COUNTS: &str = include_str!("../../scenarios/counts.toml");
 const COHERENCE: &str = include_str!("../../scenarios/coherence.toml");
 
@@ -104,6 +105,13 @@ pub const ALL: &[Scenario] = &[
         tiers: &[Tier::Single],
         nodes: 1,
         run: kmod::run,
+    },
+    Scenario {
+        name: "extension",
+        about: "a cluster over RDMA with the kernel extension (scenarios/extension.toml)",
+        tiers: &[Tier::Single],
+        nodes: 4,
+        run: |cluster| script(EXTENSION, cluster),
     },
     Scenario {
         name: "conformance",

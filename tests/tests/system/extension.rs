@@ -1,0 +1,188 @@
+//! The kernel extension under a whole cluster: in guests of the lab.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role};
+use system_tests::coherence::Choice;
+use system_tests::{coherence, guard, sys};
+
+fn options() -> Options {
+    Options {
+        fabric: Fabric::Verbs,
+        cache: Cache::Writeback,
+        storage: 1,
+        pool_mib: 64,
+        lease_wait: Duration::from_secs(8),
+        ..Options::default()
+    }
+}
+
+/// What a mount's kernel has counted.
+fn counted(cluster: &Cluster, mount: usize, name: &str) -> anyhow::Result<u64> {
+    let status = cluster.status()?;
+    let point = cluster.mount(mount).display().to_string();
+    let nodes = status["meta"]["nodes"].as_array().context("no nodes")?;
+    let node = nodes
+        .iter()
+        .find(|n| n["name"].as_str().is_some_and(|name| name.ends_with(&point)))
+        .context("the mount is not in the status")?;
+    let mounts = status["mounts"].as_array().context("no mounts")?;
+    let mount = mounts
+        .iter()
+        .find(|m| m[0] == node["node"])
+        .context("no such mount")?;
+    let counters = mount[1]["Ok"]["kernel"].as_array().context("no counters")?;
+    counters
+        .iter()
+        .find(|c| c[0] == name)
+        .and_then(|c| c[1].as_u64())
+        .with_context(|| format!("no counter {name}"))
+}
+
+fn requests(cluster: &Cluster) -> anyhow::Result<u64> {
+    let status = cluster.status()?;
+    let mounts = status["mounts"].as_array().context("no mounts")?;
+    Ok(mounts
+        .iter()
+        .filter_map(|m| m[1]["Ok"]["requests"].as_u64())
+        .sum())
+}
+
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn every_kind_of_check() -> anyhow::Result<()> {
+    guard::with_cluster(options(), |cluster| {
+        let choice = Choice {
+            extension: true,
+            ..Choice::default()
+        };
+        let outcomes = coherence::run(&cluster.mount(0), &cluster.mount(1), 3, choice)?;
+        let violations = coherence::print(&outcomes);
+        ensure!(violations == 0, "{violations} violations, see the table");
+        Ok(())
+    })
+}
+
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn nothing_is_asked_under_a_held_lease() -> anyhow::Result<()> {
+    guard::with_cluster(options(), |cluster| {
+        let path = cluster.mount(0).join("f");
+        let file = File::options().read(true).write(true).create(true).open(&path)?;
+        file.write_all_at(&[1; 65_536], 0)?;
+        let before = (requests(cluster)?, counted(cluster, 0, "wakeups_made")?);
+        let misses = counted(cluster, 0, "misses")?;
+        let mut buffer = [0; 4096];
+        for i in 0..500 {
+            let at = i % 16 * 4096;
+            file.write_all_at(&[i as u8; 4096], at)?;
+            file.read_exact_at(&mut buffer, at)?;
+            ensure!(buffer[4095] == i as u8, "what was just written");
+        }
+        let after = (requests(cluster)?, counted(cluster, 0, "wakeups_made")?);
+        ensure!(
+            after == before,
+            "requests and wake-ups {before:?}, then {after:?}"
+        );
+        ensure!(counted(cluster, 0, "misses")? == misses, "a lease was asked for");
+        ensure!(
+            counted(cluster, 0, "hits")? >= 1000,
+            "the kernel extension was not used"
+        );
+        Ok(())
+    })
+}
+
+/// More files than entries: leases of those not used lately are taken back from the kernel, and nothing else happens.
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn more_files_than_entries() -> anyhow::Result<()> {
+    const FILES: usize = 400;
+    let small = Options {
+        lease_table: 64,
+        ..options()
+    };
+    guard::with_cluster(small, |cluster| {
+        let content = |i: usize| format!("{i}").repeat(10 + i % 400);
+        let (a, b) = (cluster.mount(0).join("d"), cluster.mount(1).join("d"));
+        fs::create_dir(&a)?;
+        // Kept open, so that the kernel has dirty pages of all of them.
+        let mut files = Vec::new();
+        for i in 0..FILES {
+            let mut file = File::create(a.join(format!("f{i}")))?;
+            file.write_all(content(i).as_bytes())?;
+            files.push(file);
+        }
+        for i in 0..FILES {
+            let name = format!("f{i}");
+            ensure!(
+                fs::read_to_string(b.join(&name))? == content(i),
+                "{name} on the other mount"
+            );
+            ensure!(
+                fs::read_to_string(a.join(&name))? == content(i),
+                "{name} on its own mount"
+            );
+        }
+        Ok(())
+    })
+}
+
+/// A mount dies with dirty pages: its processes get errors, everything else goes on, and what it had not written is
+/// not half there.
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn a_mount_that_is_killed_with_dirty_pages() -> anyhow::Result<()> {
+    guard::with_cluster(options(), |cluster| {
+        let (mine, other) = (cluster.mount(0).join("f"), cluster.mount(1));
+        fs::write(other.join("theirs"), b"goes on")?;
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&mine)?;
+        file.write_all(&[b'a'; 20_000])?;
+        file.sync_all()?;
+        file.write_all_at(&[b'b'; 20_000], 0)?;
+        let map = sys::Map::writable(&file, 16_384).context("mmap")?;
+        map.write(100, b"in the mapping");
+        cluster.kill(Role::Mount(0));
+        let start = Instant::now();
+        let write = file.write_at(b"x", 0);
+        let sync = file.sync_all();
+        ensure!(
+            write.is_err() && sync.is_err(),
+            "written without a daemon: {write:?} {sync:?}"
+        );
+        ensure!(
+            start.elapsed() < Duration::from_secs(20),
+            "errors after {:?}",
+            start.elapsed()
+        );
+        drop(map);
+        drop(file);
+        // The lease it died with: bounded, then an error; or, once all of it is recovered, one state or the other.
+        match fs::read(other.join("f")) {
+            Ok(data) => ensure!(
+                data.iter().all(|b| *b == b'a') || data.iter().all(|b| *b == b'b'),
+                "a torn file"
+            ),
+            Err(error) => ensure!(
+                start.elapsed() < Duration::from_secs(40),
+                "{error} after {:?}",
+                start.elapsed()
+            ),
+        }
+        ensure!(
+            fs::read(other.join("theirs"))? == b"goes on",
+            "the other mount's own files"
+        );
+        fs::write(other.join("more"), b"more")?;
+        Ok(())
+    })
+}
