@@ -73,7 +73,12 @@ pub fn stamps() -> Result<()> {
             Ok(n)
         }));
     }
-    std::thread::sleep(seconds());
+    let end = Instant::now() + seconds();
+    while Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(300));
+        // As memory pressure does.
+        std::fs::write("/proc/sys/vm/drop_caches", "3")?;
+    }
     stop.store(true, SeqCst);
     let mut rounds = Vec::new();
     for task in tasks {
