@@ -34,6 +34,9 @@ void df_att_put(struct df_att *att)
 {
 	if (!refcount_dec_and_test(&att->refs))
 		return;
+	/* Walkers of paths under RCU may look at the table still. */
+	if (att->map)
+		synchronize_rcu();
 	vfree(att->map);
 	kfree(att);
 }
@@ -116,7 +119,9 @@ static int df_attach_sb(struct df_att *att, struct super_block *sb, struct distf
 	refcount_inc(&att->refs);
 	list_add_rcu(&att->link, &ds->atts);
 	df_raise_limits(sb, arg->max_ratio);
-	WRITE_ONCE(att->sb, ds);
+	/* Pairs with the acquires in main.c: the mapping is whole. */
+	smp_store_release(&att->sb, ds);
+	/* And with what goes from the mount to the attachment, which is whole. */
 	smp_store_release(&ds->att, att);
 	df_debugfs_add(att, sb->s_id);
 	return 0;

@@ -122,21 +122,42 @@ static bool df_permission_local(struct df_sb *ds, struct inode *inode, int mask)
 	struct df_inode *di = df_i(inode);
 	struct distfuse_entry *entry;
 
-	if (!di || !df_wants(ds, DISTFUSE_ATTACH_ACCESS) || IS_POSIXACL(inode) ||
+	if (!di || !df_wants(ds, DISTFUSE_ATTACH_ACCESS) ||
 	    !df_held(di, DISTFUSE_SHARED, !(mask & MAY_NOT_BLOCK)))
 		return false;
 	entry = READ_ONCE(di->entry);
 	return entry && (READ_ONCE(entry->valid) & DISTFUSE_ATTR_ALL);
 }
 
+/*
+ * The attributes of a regular file have a long time to live, for else FUSE would ask for them at every
+ * write; without a lease they are anybody's guess, so that is waited for. Not with the inode locked, which
+ * the callers that set extended attributes have done: they get the stock driver's answer.
+ */
 static int df_file_permission(df_idmap *idmap, struct inode *inode, int mask)
 {
 	struct df_sb *ds = df_of_riop(inode);
+	struct distfuse_entry *entry;
+	struct df_inode *di;
+	int ret;
 
-	if (!df_permission_local(ds, inode, mask))
+	if (df_permission_local(ds, inode, mask)) {
+		df_count_sb(ds, DISTFUSE_PERMISSION_LOCAL);
+		return generic_permission(idmap, inode, mask);
+	}
+	if (!df_wants(ds, DISTFUSE_ATTACH_ACCESS))
 		return ds->stock_riop->permission(idmap, inode, mask);
-	df_count_sb(ds, DISTFUSE_PERMISSION_LOCAL);
-	return generic_permission(idmap, inode, mask);
+	if (mask & MAY_NOT_BLOCK)
+		return -ECHILD;
+	di = df_inode_get(ds, inode);
+	if (!di || inode_is_locked(inode))
+		return ds->stock_riop->permission(idmap, inode, mask);
+	entry = df_enter(di, DISTFUSE_SHARED, 0, false);
+	if (IS_ERR(entry))
+		return PTR_ERR(entry);
+	ret = generic_permission(idmap, inode, mask);
+	df_leave(di, entry);
+	return ret;
 }
 
 static int df_dir_permission(df_idmap *idmap, struct inode *inode, int mask)
@@ -255,5 +276,6 @@ void df_make_diop(struct df_sb *ds, const struct inode_operations *stock)
 		ds->diop.tmpfile = df_tmpfile;
 	ds->diop.getattr = df_dir_getattr;
 	ds->diop.permission = df_dir_permission;
+	/* Pairs with the acquire in df_adopt(): the table is whole. */
 	smp_store_release(&ds->stock_diop, stock);
 }

@@ -281,5 +281,6 @@ void df_make_fop(struct df_sb *ds, const struct file_operations *stock)
 	ds->fop.mmap = df_mmap;
 	/* Two leases at a time would need an order; read and write by turns need none. */
 	ds->fop.copy_file_range = NULL;
+	/* Pairs with the acquire in df_adopt(): this table and that of inodes are whole. */
 	smp_store_release(&ds->stock_fop, stock);
 }

@@ -38,6 +38,7 @@ struct df_inode *df_inode_get(struct df_sb *ds, struct inode *inode)
 	old = inode->i_private;
 	if (!old) {
 		hash_add(ds->inodes, &di->hash, di->ino);
+		/* Pairs with the acquire in df_i(). */
 		smp_store_release(&inode->i_private, di);
 	}
 	spin_unlock(&ds->lock);
@@ -97,14 +98,10 @@ void df_inode_evict(struct df_sb *ds, struct inode *inode)
 			df_post_rescue(att, &di->need_post[mode]);
 		df_post_rescue(att, &di->drained_post);
 	}
-	df_inode_free(di);
-	wake_up_all(&ds->evict_wq);
-}
-
-void df_inode_free(struct df_inode *di)
-{
 	WARN_ON_ONCE(!list_empty(&di->files));
-	kfree(di);
+	/* Walkers of paths under RCU may look at it still. */
+	kfree_rcu(di, rcu);
+	wake_up_all(&ds->evict_wq);
 }
 
 /* Points a new inode at our tables. Does not sleep: also called while names are looked up under RCU. */
@@ -113,6 +110,7 @@ void df_adopt(struct df_sb *ds, struct inode *inode)
 	if (S_ISREG(inode->i_mode)) {
 		if (READ_ONCE(inode->i_fop) == &ds->fop)
 			return;
+		/* Pairs with the release in df_make_fop(): the tables are whole. */
 		if (unlikely(!smp_load_acquire(&ds->stock_fop))) {
 			spin_lock(&ds->lock);
 			if (!ds->stock_fop) {
@@ -128,6 +126,7 @@ void df_adopt(struct df_sb *ds, struct inode *inode)
 	} else if (S_ISDIR(inode->i_mode)) {
 		if (READ_ONCE(inode->i_op) == &ds->diop)
 			return;
+		/* Pairs with the release in df_make_diop(). */
 		if (unlikely(!smp_load_acquire(&ds->stock_diop))) {
 			spin_lock(&ds->lock);
 			if (!ds->stock_diop)

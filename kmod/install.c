@@ -19,9 +19,11 @@ bool df_read_entry(const struct distfuse_entry *entry, struct distfuse_entry *co
 	u32 seq;
 
 	for (tries = 0; tries < DF_READ_TRIES; tries++) {
+		/* Pairs with the daemon's release at the end of a change. */
 		seq = smp_load_acquire(&entry->seq);
 		if (!(seq & 1)) {
 			memcpy(copy, entry, sizeof(*copy));
+			/* Pairs with the daemon's fence at the beginning of one. */
 			smp_rmb();
 			if (READ_ONCE(entry->seq) == seq)
 				return true;
@@ -104,7 +106,7 @@ int df_install(struct df_inode *di, struct distfuse_entry *entry, u32 generation
 	if (e.valid & DISTFUSE_ATTR_ALL)
 		df_install_all(di, inode, &e);
 	di->version = e.version;
-	/* Opens the fast path. */
+	/* Opens the fast path: pairs with the acquire in df_enter_fast(). */
 	smp_store_release(&di->generation, generation);
 	return 0;
 }
@@ -122,6 +124,7 @@ void df_unsettle(struct df_inode *di, struct df_settling *s)
 	di->unsettled++;
 	s->generation = di->generation;
 	s->word = entry ? atomic64_read(df_word(entry)) : 0;
+	/* Closes the fast path; those who are on it already came before. */
 	smp_store_release(&di->generation, 0);
 	mutex_unlock(&di->install_lock);
 }
@@ -136,6 +139,7 @@ void df_settle(struct df_inode *di, const struct df_settling *s)
 	/* All the time exclusive: then the inode knows better than the entry, which is of its beginning. */
 	if (!di->unsettled && df_mode(s->word) == DISTFUSE_EXCLUSIVE &&
 	    df_mode(word) == DISTFUSE_EXCLUSIVE && df_generation(word) == df_generation(s->word))
+		/* Pairs with the acquire in df_enter_fast(). */
 		smp_store_release(&di->generation, s->generation);
 	mutex_unlock(&di->install_lock);
 	wake_up_all(&di->wq);

@@ -99,6 +99,7 @@ struct df_sb {
 /* An inode with a lease, or in want of one. Hangs on i_private, which FUSE leaves alone. */
 struct df_inode {
 	struct hlist_node	hash;
+	struct rcu_head		rcu;
 	struct inode		*inode;
 	struct df_sb		*sb;
 	u64			ino;
@@ -144,6 +145,7 @@ int df_sb_interpose(struct super_block *sb, struct df_sb **found);
 /* inode.c */
 static inline struct df_inode *df_i(const struct inode *inode)
 {
+	/* Pairs with the release in df_inode_get(). */
 	return smp_load_acquire(&inode->i_private);
 }
 u64 df_node_id(const struct inode *inode);
@@ -151,7 +153,6 @@ struct df_inode *df_inode_get(struct df_sb *ds, struct inode *inode);
 struct df_inode *df_inode_find(struct df_sb *ds, u64 ino, bool *evicting);
 struct df_inode *df_inode_peek(struct df_sb *ds, u64 ino);
 void df_inode_evict(struct df_sb *ds, struct inode *inode);
-void df_inode_free(struct df_inode *di);
 void df_adopt(struct df_sb *ds, struct inode *inode);
 void df_file_track(struct df_inode *di, struct file *file);
 void df_file_untrack(struct df_inode *di, struct file *file);
@@ -248,6 +249,7 @@ static inline bool df_admits(u64 word, u32 mode)
 static inline struct distfuse_entry *df_enter_fast(struct df_inode *di, u32 mode, u64 set)
 {
 	struct distfuse_entry *entry = READ_ONCE(di->entry);
+	/* Pairs with the release in df_install(): pages and size are those of the grant. */
 	u32 generation = smp_load_acquire(&di->generation);
 	s64 word;
 

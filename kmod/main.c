@@ -29,6 +29,7 @@ static long df_dev_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 	case DISTFUSE_IOC_ATTACH:
 		return df_attach(att, (void __user *)arg);
 	case DISTFUSE_IOC_KICK:
+		/* Pairs with the release in df_attach_sb(). */
 		if (!smp_load_acquire(&att->sb))
 			return -ENODEV;
 		df_count(att, DISTFUSE_KICKS);
@@ -58,8 +59,8 @@ static __poll_t df_dev_poll(struct file *file, struct poll_table_struct *wait)
 	struct df_att *att = file->private_data;
 
 	poll_wait(file, &att->event_wq, wait);
-	/* Set under df_attach_lock; nothing to be had before. */
-	if (!smp_load_acquire(&att->shared))
+	/* Pairs with the release in df_attach_sb(); there is nothing to be had before. */
+	if (!smp_load_acquire(&att->sb) && !READ_ONCE(att->shared))
 		return EPOLLERR;
 	return df_poll_events(att);
 }

@@ -112,6 +112,7 @@ static vm_fault_t df_page_mkwrite(struct vm_fault *vmf)
 /* Our table for mappings; one that is not of the page cache is left alone. */
 const struct vm_operations_struct *df_vmop(struct df_sb *ds, const struct vm_operations_struct *stock)
 {
+	/* Pairs with the release below. */
 	if (unlikely(!smp_load_acquire(&ds->stock_vmop))) {
 		if (!stock->fault || !stock->page_mkwrite)
 			return stock;
@@ -122,6 +123,7 @@ const struct vm_operations_struct *df_vmop(struct df_sb *ds, const struct vm_ope
 			if (stock->map_pages)
 				ds->vmop.map_pages = df_map_pages;
 			ds->vmop.page_mkwrite = df_page_mkwrite;
+			/* Pairs with the acquire above: the table is whole. */
 			smp_store_release(&ds->stock_vmop, stock);
 		}
 		spin_unlock(&ds->lock);

@@ -8,6 +8,7 @@
 
 static u64 df_event_room(struct df_att *att)
 {
+	/* Pairs with the daemon's release: it has read what was there. */
 	u64 used = att->event_head - smp_load_acquire(&att->shared->event_tail);
 
 	return used > att->nr_events ? 0 : att->nr_events - used;
@@ -28,6 +29,7 @@ static bool df_pump(struct df_att *att)
 		if (post->owned)
 			kfree(post);
 	}
+	/* Pairs with the daemon's acquire: the events are whole. */
 	smp_store_release(&att->shared->event_head, att->event_head);
 	if (READ_ONCE(att->shared->event_overflow) != !list_empty(&att->posts)) {
 		WRITE_ONCE(att->shared->event_overflow, !list_empty(&att->posts));
@@ -42,6 +44,7 @@ static bool df_pump(struct df_att *att)
 /* After the head was moved: either we see that the daemon is about to sleep, or it sees the head. */
 static void df_notify(struct df_att *att)
 {
+	/* Pairs with the daemon's fence between its flag and its last look. */
 	smp_mb();
 	if (READ_ONCE(att->shared->event_need_wakeup) && xchg(&att->shared->event_need_wakeup, 0)) {
 		df_count(att, DISTFUSE_WAKEUPS_MADE);
@@ -93,7 +96,7 @@ __poll_t df_poll_events(struct df_att *att)
 {
 	if (READ_ONCE(att->shared->state) == DISTFUSE_STATE_GONE)
 		return EPOLLHUP | EPOLLIN;
-	if (READ_ONCE(att->event_head) != smp_load_acquire(&att->shared->event_tail))
+	if (READ_ONCE(att->event_head) != READ_ONCE(att->shared->event_tail))
 		return EPOLLIN | EPOLLRDNORM;
 	return 0;
 }
@@ -128,14 +131,17 @@ void df_kick(struct df_att *att)
 	mutex_lock(&att->command_lock);
 	WRITE_ONCE(shared->command_need_kick, 0);
 again:
+	/* Pairs with the daemon's release: the commands are whole. */
 	head = smp_load_acquire(&shared->command_head);
 	while (att->command_tail != head && head - att->command_tail <= att->nr_commands) {
 		command = att->commands[att->command_tail & (att->nr_commands - 1)];
+		/* Pairs with the daemon's acquire: the slot is read. */
 		smp_store_release(&shared->command_tail, ++att->command_tail);
 		if (!READ_ONCE(att->dead))
 			df_command(att, &command);
 	}
 	WRITE_ONCE(shared->command_need_kick, 1);
+	/* Pairs with the daemon's fence between its head and its look at the flag. */
 	smp_mb();
 	if (READ_ONCE(shared->command_head) != att->command_tail &&
 	    READ_ONCE(shared->command_head) - att->command_tail <= att->nr_commands) {

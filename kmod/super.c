@@ -159,6 +159,7 @@ int df_sb_interpose(struct super_block *sb, struct df_sb **found)
 	WRITE_ONCE(sb->s_d_op, &ds->dop);
 	if (ds->stock_eop)
 		WRITE_ONCE(sb->s_export_op, &ds->eop);
+	/* Whoever follows the pointer finds a table that is whole. */
 	smp_wmb();
 	WRITE_ONCE(sb->s_op, &ds->sop);
 	df_adopt_existing(ds);

@@ -123,6 +123,7 @@ static int df_settle_in(struct df_inode *di, struct distfuse_entry *entry, bool 
 	u32 generation = df_generation(atomic64_read(df_word(entry)));
 	int ret;
 
+	/* Pairs with the release in df_install(). */
 	if (generation == smp_load_acquire(&di->generation))
 		return 0;
 	if (!nowait) {
@@ -182,6 +183,7 @@ bool df_held(struct df_inode *di, u32 mode, bool may_sleep)
 	u64 word;
 
 	for (;;) {
+		/* Pairs with the release in df_install(). */
 		u32 generation = smp_load_acquire(&di->generation);
 
 		entry = READ_ONCE(di->entry);

@@ -123,6 +123,15 @@ impl Fixture {
         Fixture::new(1, Some(&all()))
     }
 
+    /// One mount whose files can be opened without a lease, for those who want to wait for it later.
+    pub fn plain() -> Result<Fixture> {
+        let options = Options {
+            access: false,
+            ..all()
+        };
+        Fixture::new(1, Some(&options))
+    }
+
     /// Two mounts of the same files.
     pub fn two() -> Result<Fixture> {
         Fixture::new(2, Some(&all()))

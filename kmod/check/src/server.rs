@@ -19,7 +19,7 @@ use fuser::{
 use crate::asking;
 use crate::control::Control;
 
-/// Under leases attributes do not go stale.
+/// Under leases attributes of files do not go stale, and the kernel would ask for them at every write.
 const TTL: Duration = Duration::from_secs(3600);
 const ROOT: INodeNo = INodeNo(1);
 
@@ -136,6 +136,7 @@ impl Filesystem for Server {
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         self.0.block().getattrs.fetch_add(1, SeqCst);
         match self.attr(ino) {
+            Some(attr) if ino == ROOT => reply.attr(&Duration::ZERO, &attr),
             Some(attr) => reply.attr(&TTL, &attr),
             None => reply.error(Errno::ENOENT),
         }

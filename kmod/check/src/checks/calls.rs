@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::atomic::Ordering::SeqCst;
 
 use anyhow::{Result, bail, ensure};
@@ -179,7 +179,7 @@ pub fn sizes() -> Result<()> {
 }
 
 pub fn nowait() -> Result<()> {
-    let fixture = Fixture::one()?;
+    let fixture = Fixture::plain()?;
     let manager = fixture.manager()?;
     manager.automatic.store(false, SeqCst);
     let file = fixture.open(0, "f0")?;
@@ -210,7 +210,7 @@ pub fn nowait() -> Result<()> {
 }
 
 pub fn others() -> Result<()> {
-    let fixture = Fixture::one()?;
+    let fixture = Fixture::plain()?;
     let manager = fixture.manager()?;
     manager.automatic.store(false, SeqCst);
     let file = fixture.open(0, "f0")?;
@@ -243,5 +243,28 @@ pub fn others() -> Result<()> {
         "at the server"
     );
     drop((file, made));
+    fixture.end()
+}
+
+pub fn exec() -> Result<()> {
+    let fixture = Fixture::two()?;
+    let shell = std::fs::read("/usr/bin/dash").or_else(|_| std::fs::read("/bin/sh"))?;
+    let program = fixture.open_with(0, "program", libc::O_CREAT)?;
+    program.set_permissions(std::fs::Permissions::from_mode(0o755))?;
+    for round in 0..6 {
+        let says = format!("round {round}");
+        program.set_len(0)?;
+        if round % 2 == 0 {
+            program.write_all_at(&shell, 0)?;
+        } else {
+            program.write_all_at(format!("#!/bin/sh\necho {says}\n").as_bytes(), 0)?;
+        }
+        let output = std::process::Command::new(fixture.path(1, "program"))
+            .args(["-c", &format!("echo {says}")])
+            .output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        ensure_eq!(text.trim(), says, "what the program says");
+    }
+    drop(program);
     fixture.end()
 }

@@ -32,7 +32,7 @@ fn signal(fixture: &Fixture, name: &str) -> Result<Option<i32>> {
 }
 
 pub fn device() -> Result<()> {
-    let mut fixture = Fixture::one()?;
+    let mut fixture = Fixture::plain()?;
     let file = fixture.open(0, "f0")?;
     read_at(&file, 0, 65536)?;
     let map = Mapping::new(&file, 4096)?;

@@ -70,7 +70,7 @@ pub fn refused() -> Result<()> {
 }
 
 pub fn waits() -> Result<()> {
-    let fixture = Fixture::one()?;
+    let fixture = Fixture::plain()?;
     let manager = fixture.manager()?;
     manager.automatic.store(false, SeqCst);
     let file = fixture.open(0, "f0")?;
@@ -91,7 +91,7 @@ pub fn waits() -> Result<()> {
 }
 
 pub fn killed() -> Result<()> {
-    let fixture = Fixture::one()?;
+    let fixture = Fixture::plain()?;
     fixture.manager()?.automatic.store(false, SeqCst);
     for kind in ["read", "write", "map"] {
         let mut child = Command::new(std::env::current_exe()?)
@@ -108,7 +108,7 @@ pub fn killed() -> Result<()> {
 }
 
 pub fn denied() -> Result<()> {
-    let fixture = Fixture::one()?;
+    let fixture = Fixture::plain()?;
     let manager = fixture.manager()?;
     manager.automatic.store(false, SeqCst);
     let file = fixture.open(0, "f0")?;
@@ -159,7 +159,7 @@ pub fn quiet() -> Result<()> {
 }
 
 pub fn others() -> Result<()> {
-    let attached = Fixture::one()?;
+    let attached = Fixture::plain()?;
     let other = Fixture::new(1, None)?;
     attached.manager()?.automatic.store(false, SeqCst);
     let file = other.open(0, "f0")?;

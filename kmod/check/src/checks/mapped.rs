@@ -12,7 +12,7 @@ use crate::fixture::{Fixture, Task, ino};
 use crate::memory::Mapping;
 
 pub fn gate() -> Result<()> {
-    let fixture = Fixture::one()?;
+    let fixture = Fixture::plain()?;
     let manager = fixture.manager()?;
     let server =
         |at: u64| -> Result<u8> { Ok(fixture.control.read(ino(0), at, 1)?.first().copied().unwrap_or(0)) };

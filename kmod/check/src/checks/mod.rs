@@ -54,6 +54,8 @@ pub const ALL: &[Check] = &[
         "names: permissions and times come with the grant",
         names::attributes,
     ),
+    ("names: another mount's chmod holds", names::chmod),
+    ("calls: exec of what another mount replaces", calls::exec),
     ("end: the device is closed with waiters", ends::device),
     ("end: the daemon is killed with dirty pages", ends::killed),
     ("end: unmounted with dirty pages, device open", ends::unmounted),

@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering::SeqCst;
 
 use anyhow::{Result, ensure};
@@ -46,8 +48,13 @@ pub fn quiet() -> Result<()> {
         walk()?;
     }
     let after = (fixture.control.requests(), manager.events.load(SeqCst));
-    ensure_eq!(after, before, "requests and events of fifty walks");
     let counters = manager.mount(0)?.counters();
+    let getattrs = fixture.control.block().getattrs.load(SeqCst);
+    ensure_eq!(
+        after,
+        before,
+        "requests ({getattrs} GETATTR) and events of fifty walks ({counters:?})"
+    );
     ensure!(
         counters.name_local > 200 && counters.stat_local > 200,
         "{counters:?}"
@@ -99,6 +106,30 @@ pub fn attributes() -> Result<()> {
         ensure_eq!(times(&theirs), times(&mine), "mtime in round {round}");
         let again = fs::metadata(fixture.path(me, "f0"))?;
         ensure_eq!(times(&again), times(&mine), "mtime once more in round {round}");
+    }
+    fixture.end()
+}
+
+pub fn chmod() -> Result<()> {
+    let fixture = Fixture::two()?;
+    for round in 0..10 {
+        let (me, other) = (round % 2, 1 - round % 2);
+        for (mode, allowed) in [(0o600, false), (0o666, true), (0o604, false)] {
+            fs::set_permissions(fixture.path(me, "f0"), fs::Permissions::from_mode(mode))?;
+            let done = Command::new(std::env::current_exe()?)
+                .arg("touch")
+                .arg("read")
+                .arg(fixture.path(other, "f0"))
+                .uid(1000)
+                .gid(1000)
+                .stderr(Stdio::null())
+                .status()?;
+            ensure_eq!(
+                done.success(),
+                allowed,
+                "opened with mode {mode:o} in round {round}"
+            );
+        }
     }
     fixture.end()
 }

@@ -41,7 +41,7 @@ pub fn stamps() -> Result<()> {
                 stamp += 1;
                 let word = (stamp * 2 + mount as u64) % WORDS;
                 let at = word * 4096;
-                if stamp % 3 == 0 {
+                if stamp.is_multiple_of(3) {
                     own_map.word(at as usize).store(stamp, SeqCst);
                 } else {
                     writer.write_all_at(&stamp.to_le_bytes(), at)?;
@@ -59,7 +59,7 @@ pub fn stamps() -> Result<()> {
                 n += 1;
                 let word = n * 7 % WORDS;
                 let least = own.get(word as usize).map_or(0, |cell| cell.load(SeqCst));
-                let found = if n % 2 == 0 {
+                let found = if n.is_multiple_of(2) {
                     let mut data = [0; 8];
                     reader.read_exact_at(&mut data, word * 4096)?;
                     u64::from_le_bytes(data)
@@ -73,7 +73,12 @@ pub fn stamps() -> Result<()> {
             Ok(n)
         }));
     }
-    std::thread::sleep(seconds());
+    let end = Instant::now() + seconds();
+    while Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(300));
+        // As memory pressure does.
+        std::fs::write("/proc/sys/vm/drop_caches", "3")?;
+    }
     stop.store(true, SeqCst);
     let mut rounds = Vec::new();
     for task in tasks {
