@@ -69,7 +69,10 @@ static void df_install_all(struct df_inode *di, struct inode *inode, const struc
 	inode->i_mode = (inode->i_mode & S_IFMT) | mode;
 	inode->i_uid = uid;
 	inode->i_gid = gid;
-	if (e->nlink && inode->i_nlink)
+	/* What has lost its last name does not get one again. */
+	if (!e->nlink && inode->i_nlink)
+		clear_nlink(inode);
+	else if (inode->i_nlink)
 		set_nlink(inode, e->nlink);
 }
 

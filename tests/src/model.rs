@@ -283,6 +283,38 @@ fn tree(path: &Path, depth: usize, out: &mut Vec<String>) -> io::Result<()> {
     Ok(())
 }
 
+/// What the local file system does not know, and so cannot say.
+#[derive(Debug)]
+struct Lacks {
+    zero_range: bool,
+    xattrs: bool,
+}
+
+impl Lacks {
+    fn of(local: &Path) -> anyhow::Result<Self> {
+        let path = local.join("probe");
+        let file = File::create(&path)?;
+        let unknown = |result: io::Result<()>| sys::errno(&result) == libc::EOPNOTSUPP;
+        let lacks = Self {
+            zero_range: unknown(sys::fallocate(&file, libc::FALLOC_FL_ZERO_RANGE, 0, 1)),
+            xattrs: unknown(sys::setxattr(&path, "user.probe", b"x", 0)),
+        };
+        fs::remove_file(path)?;
+        if lacks.zero_range || lacks.xattrs {
+            eprintln!("not compared, as {} lacks it: {lacks:?}", local.display());
+        }
+        Ok(lacks)
+    }
+
+    fn covers(&self, op: &Op) -> bool {
+        match op {
+            Op::Fallocate(_, libc::FALLOC_FL_ZERO_RANGE, ..) => self.zero_range,
+            Op::SetXattr(..) | Op::GetXattr(..) | Op::ListXattr(..) | Op::RemoveXattr(..) => self.xattrs,
+            _ => false,
+        }
+    }
+}
+
 /// Applies `steps` random operations to the folder that `mounts` all show and to `local`.
 ///
 /// # Errors
@@ -296,9 +328,13 @@ pub fn run(mounts: &[PathBuf], local: &Path, steps: usize, seed: u64) -> anyhow:
     let mut theirs = Side::new(vec![local.clone()]);
     let mut rng = StdRng::seed_from_u64(seed);
     let mut log: Vec<String> = Vec::new();
+    let lacks = Lacks::of(&local)?;
     for step in 0..steps {
         let op = draw(&mut rng);
         let way = rng.random_range(0..mounts.len());
+        if lacks.covers(&op) {
+            continue;
+        }
         let (got, want) = (ours.apply(&op, way), theirs.apply(&op, 0));
         log.push(format!("  {step}: mount {way} {op:?} → {want}"));
         ensure!(

@@ -98,7 +98,12 @@ impl Client {
                         self.lent_attr_changed(inode, attr);
                     }
                 }
-                None => state.attr = state.attr.filter(|_| inode_kept(&created, inode.ino)),
+                None if inode_kept(&created, inode.ino) => {}
+                None => {
+                    if let Some(gone) = state.attr.take() {
+                        self.lent_attr_changed(inode, &Attr { nlink: 0, ..gone });
+                    }
+                }
             }
         }
         Ok(created)
