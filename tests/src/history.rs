@@ -14,19 +14,19 @@ use rand::{Rng, SeedableRng};
 use crate::linear::{Event, Model, Names, NamesOp, Records, RecordsOp, Register, RegisterOp, check};
 use crate::sys;
 
-/// Threads on each mount.
-const THREADS: usize = 2;
+/// Threads on each mount, mostly.
+pub const THREADS: usize = 2;
 
-/// Runs `worker` on `THREADS` threads of each mount with a clock that all share; returns what they recorded.
+/// Runs `worker` on so many threads of each mount with a clock that all share; returns what they recorded.
 fn record<Op: Send>(
-    mounts: &[PathBuf],
+    (mounts, threads): (&[PathBuf], usize),
     seed: u64,
     worker: impl Fn(&Path, usize, &mut StdRng, &mut Recorder<Op>) -> anyhow::Result<()> + Sync,
 ) -> anyhow::Result<Vec<Event<Op>>> {
     let clock = Instant::now();
     let worker = &worker;
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..THREADS * mounts.len())
+        let threads: Vec<_> = (0..threads * mounts.len())
             .map(|id| {
                 let mount = &mounts[id % mounts.len()];
                 scope.spawn(move || {
@@ -119,15 +119,22 @@ fn of_register<Op>(
 /// Blocks of `size` bytes with one value each, overwritten and read from everywhere.
 ///
 /// Writers use write-only handles: pages written through a read-write handle opened before the file was
-/// shared may be seen early by readers on the same node (a limit of the stock kernel's page cache).
+/// shared may be seen early by readers on the same node (a limit of the stock kernel's page cache). Where both read and
+/// write the page cache, threads of one node may see each other's blocks torn, as on other file systems of Linux, whose
+/// readers take no lock: then there is to be one thread a mount, or blocks of 8 bytes.
 ///
 /// # Errors
 /// A system call failed, a block was torn, or the history is not linearizable.
-pub fn registers(mounts: &[PathBuf], size: usize, rounds: usize, seed: u64) -> anyhow::Result<()> {
+pub fn registers(
+    (mounts, threads): (&[PathBuf], usize),
+    size: usize,
+    rounds: usize,
+    seed: u64,
+) -> anyhow::Result<()> {
     const BLOCKS: u64 = 3;
     let name = format!("registers-{size}-{seed}");
     fs::write(mounts[0].join(&name), vec![0; size * BLOCKS as usize])?;
-    let history = record(mounts, seed, |mount, id, rng, recorder| {
+    let history = record((mounts, threads), seed, |mount, id, rng, recorder| {
         let path = mount.join(&name);
         let (writer, reader) = (sys::open(&path, libc::O_WRONLY)?, File::open(&path)?);
         for i in 0..rounds as u64 {
@@ -169,7 +176,7 @@ pub fn mapped(mounts: &[PathBuf], rounds: usize, seed: u64) -> anyhow::Result<()
     const SIZE: usize = 8192;
     let name = format!("mapped-{seed}");
     fs::write(mounts[0].join(&name), vec![0; SIZE])?;
-    let history = record(mounts, seed, |mount, id, rng, recorder| {
+    let history = record((mounts, THREADS), seed, |mount, id, rng, recorder| {
         let file = sys::open(&mount.join(&name), libc::O_RDWR)?;
         let map = sys::Map::writable(&file, SIZE)?;
         for i in 0..rounds as u64 {
@@ -220,7 +227,7 @@ pub fn records(mounts: &[PathBuf], pages: bool, cut: bool, rounds: usize, seed: 
         .iter()
         .map(|m| sys::open(&m.join(&name), libc::O_WRONLY))
         .collect::<Result<_, _>>()?;
-    let history = record(mounts, seed, |mount, id, rng, recorder| {
+    let history = record((mounts, THREADS), seed, |mount, id, rng, recorder| {
         let path = mount.join(&name);
         let mut writer = sys::open(&path, libc::O_WRONLY | libc::O_APPEND)?;
         let reader = sys::open(&path, if pages && cut { libc::O_DIRECT } else { 0 })?;
@@ -272,7 +279,7 @@ pub fn names(mounts: &[PathBuf], rounds: usize, seed: u64) -> anyhow::Result<()>
     const NAMES: usize = 3;
     let folder = format!("names-{seed}");
     fs::create_dir(mounts[0].join(&folder))?;
-    let history = record(mounts, seed, |mount, thread, rng, recorder| {
+    let history = record((mounts, THREADS), seed, |mount, thread, rng, recorder| {
         let folder = mount.join(&folder);
         let exclusive = libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY;
         let found = |errno: i32, not: i32| match errno {

@@ -29,10 +29,15 @@ fn all(fabric: Fabric, cache: Cache, mounts: usize) -> anyhow::Result<()> {
     let pages = cache != Cache::Direct;
     // What is read by O_DIRECT comes through the page cache there, too.
     let cut = cache != Cache::Writeback;
+    let threads = if cache == Cache::Writeback {
+        1
+    } else {
+        history::THREADS
+    };
     record(fabric, cache, mounts, move |mounts, seed| {
-        history::registers(mounts, 8, 150, seed)?;
-        history::registers(mounts, 4096, 150, seed)?;
-        history::registers(mounts, 1000, 150, seed)?;
+        history::registers((mounts, history::THREADS), 8, 150, seed)?;
+        history::registers((mounts, threads), 4096, 150, seed)?;
+        history::registers((mounts, threads), 1000, 150, seed)?;
         if cut {
             history::records(mounts, pages, true, 100, seed)?;
         }
