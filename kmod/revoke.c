@@ -197,9 +197,10 @@ static void df_flush_work(struct work_struct *work)
 
 void df_flush_start(struct df_att *att, const struct distfuse_command *command)
 {
-	struct df_flush *flush = kzalloc(sizeof(*flush), GFP_KERNEL | __GFP_NOFAIL);
+	/* On a thread of the daemon: memory that it would have to clean itself must not be waited for. */
+	struct df_flush *flush = kzalloc(sizeof(*flush), GFP_NOIO | __GFP_NOFAIL);
 
-	flush->post = kzalloc(sizeof(*flush->post), GFP_KERNEL | __GFP_NOFAIL);
+	flush->post = kzalloc(sizeof(*flush->post), GFP_NOIO | __GFP_NOFAIL);
 	INIT_LIST_HEAD(&flush->post->link);
 	flush->post->owned = true;
 	flush->command = *command;

@@ -271,6 +271,18 @@ impl Manager {
         self.take_locked(&mut self.histories.lock(), mount, ino, target)
     }
 
+    /// Takes a lease away, and has the contents changed by somebody else before it can be given again.
+    pub fn replace(&self, mount: usize, ino: u64, change: impl FnOnce() -> Result<()>) -> Result<()> {
+        let mut histories = self.histories.lock();
+        self.take_locked(&mut histories, mount, ino, Mode::None)?;
+        change()?;
+        let history = histories.entry(ino).or_default();
+        history.version += 1;
+        history.since = history.version;
+        history.writer = None;
+        Ok(())
+    }
+
     /// Says that somebody else has changed the contents.
     pub fn changed(&self, ino: u64) {
         let mut histories = self.histories.lock();

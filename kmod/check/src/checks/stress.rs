@@ -131,27 +131,21 @@ pub fn word() -> Result<()> {
     least.store(stamp, SeqCst);
     let mut cycles = 0;
     while Instant::now() < end {
-        manager.automatic.store(false, SeqCst);
-        manager.take(0, ino(0), Mode::None)?;
-        let writes = block.writes.load(SeqCst);
-        ensure_eq!(block.written.load(SeqCst), writes, "writes answered");
         stamp += 1;
-        fixture.control.write(ino(0), 0, &stamp.to_le_bytes())?;
-        manager.changed(ino(0));
-        ensure_eq!(block.writes.load(SeqCst), writes, "writes without a lease");
+        manager.replace(0, ino(0), || {
+            let writes = block.writes.load(SeqCst);
+            ensure_eq!(block.written.load(SeqCst), writes, "writes answered");
+            fixture.control.write(ino(0), 0, &stamp.to_le_bytes())?;
+            ensure_eq!(block.writes.load(SeqCst), writes, "writes without a lease");
+            Ok(())
+        })?;
         least.store(stamp, SeqCst);
-        manager.give(
-            0,
-            ino(0),
-            if cycles % 3 == 0 {
-                Mode::Shared
-            } else {
-                Mode::Exclusive
-            },
-        )?;
-        manager.automatic.store(true, SeqCst);
-        // Who asked while nobody listened.
-        manager.give(0, ino(0), Mode::Exclusive)?;
+        let mode = if cycles % 3 == 0 {
+            Mode::Shared
+        } else {
+            Mode::Exclusive
+        };
+        manager.give(0, ino(0), mode)?;
         cycles += 1;
         if cycles % 8 == 0 {
             std::thread::sleep(Duration::from_millis(1));
