@@ -24,7 +24,7 @@ lab:
 	cargo build --release --workspace
 	cargo test --release -p rdma-transport --test conformance --no-run
 	cargo test --release -p system-tests --no-run
-	cargo run --release -q -p lab -- test
+	cargo run --release -q -p lab -- test --limit 900
 
 # Figures, in the same guests: file systems side by side, and the RDMA provider beside perftest.
 lab-bench:

@@ -52,7 +52,7 @@ tests() {
 lab() { # kernel, scenarios
     local name="lab $1" start=$SECONDS log="$logs/lab-$1.log" status=0 counts passed_here failed_here
     echo "== $name: fsd-lab test --kernel $*"
-    timeout 1200 "$target/release/fsd-lab" test --kernel "$@" 2>&1 | tee "$log" || status=1
+    timeout 1800 "$target/release/fsd-lab" test --limit 900 --kernel "$@" 2>&1 | tee "$log" || status=1
     counts=$(tail -1 "$log" | grep -E '^[0-9]+ passed, [0-9]+ failed$' || echo "0 passed, 1 failed")
     read -r passed_here _ failed_here _ <<<"$counts"
     if [ "$status" != 0 ] && [ "$failed_here" = 0 ]; then failed_here=1; fi
@@ -87,8 +87,8 @@ if step build cargo build --release --workspace; then
     tests crates timeout 1500 cargo test --release --workspace --exclude system-tests --no-fail-fast
     # One at a time: each has a cluster of its own, and two cores must do.
     tests system timeout 1800 cargo test --release -p system-tests --no-fail-fast -- --test-threads=1
-    lab 6.12 devices faults kmod mount-rdma conformance counts coherence histories holder-killed launch
-    lab 6.1 devices kmod mount-rdma conformance counts
+    lab 6.12 devices faults kmod extension mount-rdma conformance counts coherence histories holder-killed launch
+    lab 6.1 devices kmod extension mount-rdma conformance counts
     if step "fsx build" fsx_tool; then
         step "fsx direct" fsx_on direct || true
         step "fsx writethrough" fsx_on writethrough || true

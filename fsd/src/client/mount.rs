@@ -259,6 +259,13 @@ impl Mount {
             CacheMode::Auto => best_mode(),
             chosen => chosen,
         };
+        if mode == CacheMode::Writeback {
+            // Memory that this process asks for must not have to wait for pages that it is to write back itself. For
+            // this thread and those it starts.
+            if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+                tracing::warn!("this process cannot be marked as one that writes back pages: {error}");
+            }
+        }
         let front = Arc::new(Front {
             client: OnceLock::new(),
         });
