@@ -122,8 +122,10 @@ impl Extension {
             })?;
         let options = Options {
             entries,
-            // What stat shows is the kernel's own under a lease; names are looked up here.
+            // What stat shows is the kernel's own under a lease; names are looked up here. A way to an open file past
+            // its name leads past the look-up that brings its permissions, too.
             stat: false,
+            access: true,
             ..Options::default()
         };
         Ok(Self {
