@@ -44,6 +44,9 @@ pub struct Args {
     /// Cached reads and stats of a round; of dearer operations there are fewer.
     #[arg(long, default_value_t = 2000)]
     reads: u64,
+    /// Only operations with this in their names.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
     /// Measure the network with ib_read_bw: the device and GID index of the storage node and its address, and those of
     /// the first mount; all of them are devices of this machine.
     #[arg(long, value_name = "DEVICE:GID,ADDRESS,DEVICE:GID")]
@@ -205,6 +208,9 @@ impl Comparison {
     fn measure(&mut self, args: &Args, scale: &Scale, progress: &Progress) -> anyhow::Result<()> {
         for round in 0..args.rounds {
             for (n, measure) in MEASURES.iter().enumerate() {
+                if !measure.name.contains(&args.only) {
+                    continue;
+                }
                 progress.step(format!("round {}: {}", round + 1, measure.name));
                 for (system, figures) in self.systems.iter().zip(&mut self.figures) {
                     check()?;
@@ -334,7 +340,9 @@ impl Comparison {
         let title = format!("Mounted file systems, medians of {rounds} rounds");
         let mut table = Table::new(title, &self.header());
         for (n, measure) in MEASURES.iter().enumerate() {
-            self.row(&mut table, measure, n);
+            if self.figures.iter().any(|f| !f[n].is_empty()) {
+                self.row(&mut table, measure, n);
+            }
         }
         if self.coherence.iter().any(Option::is_some) {
             self.count_row(
@@ -388,7 +396,9 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
         turns: args.reads / 20,
         ..Scale::quick()
     };
-    let steps = args.rounds * MEASURES.len() + systems.len() + 1;
+    let measured = MEASURES.iter().filter(|m| m.name.contains(&args.only)).count();
+    ensure!(measured > 0, "no operation has '{}' in its name", args.only);
+    let steps = args.rounds * measured + systems.len() + 1;
     let progress = Progress::new("mounts", steps as u64);
     let mut all = Comparison {
         figures: vec![vec![Vec::new(); MEASURES.len()]; systems.len()],
