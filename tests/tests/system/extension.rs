@@ -80,7 +80,11 @@ fn every_kind_of_check() -> anyhow::Result<()> {
 fn nothing_is_asked_under_a_held_lease() -> anyhow::Result<()> {
     guard::with_cluster(options(), |cluster| {
         let path = cluster.mount(0).join("f");
-        let file = File::options().read(true).write(true).create(true).open(&path)?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)?;
         file.write_all_at(&[1; 65_536], 0)?;
         // Nothing is written back meanwhile by the kernel's own clock.
         fs::write("/proc/sys/vm/dirty_writeback_centisecs", "0")?;
