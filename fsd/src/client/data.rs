@@ -357,7 +357,7 @@ impl Client {
             let keep = !fills || self.mode == CacheMode::Direct;
             self.read_held(ctx, inode, &mut state, offset, buffer, keep)?;
         }
-        if fills && self.mode == CacheMode::Writethrough {
+        if fills && self.mode != CacheMode::Writeback {
             inode
                 .kernel
                 .pages

@@ -104,7 +104,7 @@ impl Client {
         self.note_dirty(inode.ino);
         self.invalidate_attrs(inode);
         let stale = !flags.cached && inode.kernel.pages.load(Ordering::SeqCst);
-        if flags.cached && self.mode == CacheMode::Writethrough {
+        if flags.cached && self.mode != CacheMode::Writeback {
             inode.kernel.pages.store(true, Ordering::SeqCst);
         } else if stale {
             inode.kernel.invals.fetch_add(1, Ordering::SeqCst);
