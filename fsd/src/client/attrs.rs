@@ -112,6 +112,16 @@ impl Client {
         LEASED_TTL
     }
 
+    /// As [`Client::attr_ttl`], for answers that the kernel takes in whatever it was told meanwhile (SETATTR, LINK; with
+    /// those to GETATTR and LOOKUP it looks whether an invalidation has overtaken them): not at all, for the lease may
+    /// be gone by then.
+    pub fn late_attr_ttl(&self, inode: &Inode, kind: Kind) -> Duration {
+        if self.mode == CacheMode::Writeback && kind == Kind::File {
+            return self.attr_ttl(inode, kind);
+        }
+        Duration::ZERO
+    }
+
     /// Attributes, and how long the kernel may keep them; `answer` runs while the lease is held.
     ///
     /// # Errors
@@ -172,7 +182,7 @@ impl Client {
         self.note_dirty(inode.ino);
         self.invalidate_attrs(inode);
         self.lent_attr_changed(inode, &attr);
-        let done = answer(&attr, self.attr_ttl(inode, attr.kind));
+        let done = answer(&attr, self.late_attr_ttl(inode, attr.kind));
         drop(guard);
         Ok(done)
     }

@@ -275,7 +275,7 @@ impl Client {
             .dir
             .add(name, inode.ino, attr.kind, created.cookie);
         inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
-        let ttl = self.attr_ttl(inode, attr.kind);
+        let ttl = self.late_attr_ttl(inode, attr.kind);
         let done = answer(inode, &attr, ttl);
         drop(guards);
         Ok(done)
