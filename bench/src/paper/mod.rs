@@ -382,15 +382,15 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
         Settings {
             duration: Duration::from_secs_f64(args.seconds.min(0.5)),
             rounds: 1,
-            calls: 4_000,
-            calls_rounds: 3,
+            calls: 2_000,
+            calls_rounds: 9,
         }
     } else {
         Settings {
             duration: Duration::from_secs_f64(args.seconds),
             rounds: args.rounds.max(1),
-            calls: 20_000,
-            calls_rounds: args.rounds.max(1) * 3,
+            calls: 4_000,
+            calls_rounds: args.rounds.max(1) * 9,
         }
     };
     let modes = Modes::start(args, missing.is_none())?;
