@@ -47,7 +47,7 @@ pub struct Args {
     #[arg(long, default_value = "256KiB", value_parser = bytes)]
     file_size: u64,
     /// Of the paper's numbers of files in figure 9, for each node.
-    #[arg(long, default_value_t = 0.002)]
+    #[arg(long, default_value_t = 0.001)]
     count_scale: f64,
     /// Of the paper's sizes of files and of calls in figure 9.
     #[arg(long, default_value_t = 0.125)]
