@@ -52,15 +52,15 @@ static bool df_no_files(struct df_inode *di)
 }
 
 /*
- * Writes all that is dirty and returns when the daemon has answered: fsync of an open file waits for the
- * requests themselves, where the ways through the page cache do not. The last file's release is waited
- * for; then the daemon has all, or gets it before that file's RELEASE.
+ * Writes all that is dirty and returns when the daemon has answered: what close does to an open file waits
+ * for the requests themselves, where the ways through the page cache do not. Not fsync: the daemon must
+ * have the pages, but nobody has asked for them to be durable, and that costs round trips to all servers.
+ * The last file's release is waited for; then the daemon has all, or gets it before that file's RELEASE.
  */
 static int df_write_back(struct df_inode *di, u32 *flags)
 {
 	struct inode *inode = di->inode;
 	struct file *file;
-	errseq_t seen;
 	int ret;
 
 	for (;;) {
@@ -74,11 +74,8 @@ static int df_write_back(struct df_inode *di, u32 *flags)
 		/* One is on its way in or out. */
 		wait_event_timeout(di->wq, df_no_files(di), HZ / 10);
 	}
-	/* The error is the application's to see, at its own fsync or close. */
-	seen = READ_ONCE(file->f_wb_err);
-	ret = vfs_fsync(file, 0);
-	if (ret)
-		WRITE_ONCE(file->f_wb_err, seen);
+	/* As an owner of locks that has none. An error stays the application's to see at its own fsync. */
+	ret = file->f_op->flush(file, (fl_owner_t)di);
 	/* Not later by some other thread: the file would keep the mount busy. */
 	__fput_sync(file);
 	return ret;

@@ -8,6 +8,7 @@ mod fs;
 mod lease;
 mod mounts;
 mod nullfs;
+mod paper;
 mod plot;
 mod procs;
 mod progress;
@@ -49,6 +50,8 @@ enum Command {
     Counts(counts::Args),
     /// The file system beside a null FUSE server and tmpfs.
     Fs(fs::Args),
+    /// The figures of the paper: write-through and write-back of the same code, beside its ratios.
+    Paper(paper::Args),
     /// File systems that are mounted already, beside each other and beside their network.
     Mounts(mounts::Args),
     /// A real tree, a real build, coherence and a table, on a cluster of three mounts.
@@ -84,6 +87,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Lease(args) => lease::run(args, &cli.out),
         Command::Counts(args) => counts::run(args),
         Command::Fs(args) => fs::run(args, cli.pin, &cli.out),
+        Command::Paper(args) => paper::run(args, &cli.out),
         Command::Mounts(args) => mounts::run(args, &cli.out),
         Command::Demo(args) => demo::run(args),
         #[cfg(feature = "stores")]

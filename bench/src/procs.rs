@@ -1,6 +1,7 @@
 //! Servers that the benchmarks start, and that end with them however they end: every one of them watches its
 //! standard input, whose other end closes with this process.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -119,9 +120,9 @@ pub fn status(fsd: &Path, config: &Path) -> Option<serde_json::Value> {
 pub struct ClusterSpec {
     /// Mounts.
     pub mounts: usize,
-    /// `direct` or `writethrough` (or `auto`).
+    /// `direct`, `writethrough`, `writeback` (or `auto`).
     pub cache: String,
-    /// `shm` or `tcp`.
+    /// `shm`, `tcp` or `verbs`.
     pub fabric: String,
     /// Pool of each of the two storage nodes, MiB.
     pub pool_mib: u64,
@@ -218,12 +219,26 @@ impl Cluster {
 
     /// Sum over the mounts of a counter of `fsd status --json`.
     pub fn counter(&self, name: &str) -> Option<u64> {
+        self.counters().and_then(|all| all.get(name).copied())
+    }
+
+    /// All counters of `fsd status --json`, those of the kernel extension too, summed over the mounts.
+    pub fn counters(&self) -> Option<BTreeMap<String, u64>> {
         let report = status(&self.fsd, &self.dir.path().join("state/cluster.toml"))?;
-        let mounts = report.get("mounts")?.as_array()?;
-        mounts
-            .iter()
-            .map(|m| m.get(1)?.get("Ok")?.get(name)?.as_u64())
-            .sum()
+        let mut sums = BTreeMap::new();
+        for mount in report.get("mounts")?.as_array()? {
+            let own = mount.get(1)?.get("Ok")?.as_object()?;
+            let plain = own
+                .iter()
+                .filter_map(|(name, n)| Some((name.clone(), n.as_u64()?)));
+            let kernel = own.get("kernel").and_then(|k| k.as_array()).into_iter().flatten();
+            let kernel =
+                kernel.filter_map(|k| Some((format!("kernel {}", k.get(0)?.as_str()?), k.get(1)?.as_u64()?)));
+            for (name, n) in plain.chain(kernel) {
+                *sums.entry(name).or_default() += n;
+            }
+        }
+        Some(sums)
     }
 }
 

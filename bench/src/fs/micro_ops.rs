@@ -38,36 +38,54 @@ pub fn hot(dir: &Path, name: &str, size: u64) -> anyhow::Result<File> {
     Ok(file)
 }
 
+fn hot_name(size: u64) -> String {
+    if size == HOT {
+        "hot".into()
+    } else {
+        format!("hot{size}")
+    }
+}
+
 pub fn ns_each(start: Instant, n: u64) -> f64 {
     start.elapsed().as_secs_f64() * 1e9 / n as f64
 }
 
 /// A 4 KiB read of what has been read before, ns.
 pub fn cached_read(dir: &Path, s: &Scale) -> anyhow::Result<f64> {
-    let file = hot(dir, "hot", HOT)?;
+    cached_read_within(dir, HOT, s.reads)
+}
+
+/// `reads` of them, round and round in a file of `size` bytes, ns.
+pub fn cached_read_within(dir: &Path, size: u64, reads: u64) -> anyhow::Result<f64> {
+    let file = hot(dir, &hot_name(size), size)?;
     let mut page = vec![0u8; PAGE];
-    for at in (0..HOT).step_by(PAGE) {
+    for at in (0..size).step_by(PAGE) {
         file.read_exact_at(&mut page, at)?;
     }
     let start = Instant::now();
-    for i in 0..s.reads {
-        file.read_exact_at(&mut page, i * PAGE as u64 % HOT)?;
+    for i in 0..reads {
+        file.read_exact_at(&mut page, i * PAGE as u64 % size)?;
     }
-    Ok(ns_each(start, s.reads))
+    Ok(ns_each(start, reads))
 }
 
 /// A 4 KiB overwrite under a lease that is held, ns.
 pub fn write_4k(dir: &Path, s: &Scale) -> anyhow::Result<f64> {
-    let file = hot(dir, "hot", HOT)?;
+    write_4k_within(dir, HOT, s.writes)
+}
+
+/// `writes` of them, round and round in a file of `size` bytes, ns.
+pub fn write_4k_within(dir: &Path, size: u64, writes: u64) -> anyhow::Result<f64> {
+    let file = hot(dir, &hot_name(size), size)?;
     let page = vec![2u8; PAGE];
     for i in 0..64u64 {
-        file.write_all_at(&page, i * PAGE as u64)?;
+        file.write_all_at(&page, i * PAGE as u64 % size)?;
     }
     let start = Instant::now();
-    for i in 0..s.writes {
-        file.write_all_at(&page, i * PAGE as u64 % HOT)?;
+    for i in 0..writes {
+        file.write_all_at(&page, i * PAGE as u64 % size)?;
     }
-    Ok(ns_each(start, s.writes))
+    Ok(ns_each(start, writes))
 }
 
 pub fn mib_per_s(start: Instant, bytes: u64) -> f64 {

@@ -2,8 +2,9 @@
 
 pub mod micro;
 pub mod micro_ops;
-mod pattern;
-mod runner;
+pub mod pattern;
+pub mod runner;
+pub mod stamp;
 mod sweep;
 
 use std::path::{Path, PathBuf};

@@ -166,11 +166,12 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
             let mut speed = vec![Vec::new(); sweep.systems.len()];
             let mut mean = speed.clone();
             let mut p99 = Vec::new();
-            for _ in 0..rounds {
+            for round in 0..rounds {
                 for (n, system) in sweep.systems.iter().enumerate() {
                     check()?;
-                    let outcome = runner::run(*workload, &systems.dirs(*system), duration)
-                        .map_err(|e| e.context(format!("{}, {name}, {}", sweep.title, system.name())))?;
+                    let outcome =
+                        runner::run(*workload, &systems.dirs(*system), duration, round + 1 == rounds)
+                            .map_err(|e| e.context(format!("{}, {name}, {}", sweep.title, system.name())))?;
                     speed[n].push(outcome.mib_per_s);
                     mean[n].push(outcome.latency.mean() / 1e3);
                     if *system == System::FsdWt {

@@ -233,6 +233,18 @@ impl Latch {
             _ => Ok(()),
         }
     }
+
+    /// As [`Self::check`]; it stays untold.
+    ///
+    /// # Errors
+    /// That error.
+    pub fn peek(&self, seen: &AtomicU64) -> Result<(), Errno> {
+        let latch = self.0.lock();
+        match latch.1 {
+            Some(error) if seen.load(Ordering::Acquire) < latch.0 => Err(error),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Where attributes came from that nobody asked for.

@@ -97,6 +97,11 @@ impl Lent {
         self.changed.notify_all();
     }
 
+    /// Is somebody taking it back?
+    pub fn is_taken_back(&self) -> bool {
+        self.state.lock().taking
+    }
+
     /// Waits until nobody is taking it back.
     fn settled(&self) {
         let mut state = self.state.lock();
