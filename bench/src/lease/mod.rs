@@ -43,6 +43,9 @@ pub struct Args {
 pub const ACQUIRE_LIMIT: f64 = 1.3;
 /// Over verbs: a hand-over may take so many half round trips of messages, and an atomic.
 pub const HAND_OVER_HALVES: f64 = 3.0;
+/// After a lease is given back the progress thread looks for more work before it sleeps; this long it is let do so before
+/// the next acquisition, which it would take the processor from where there is only one.
+const SETTLE: Duration = Duration::from_micros(300);
 /// Longest wait for a lease.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -172,6 +175,10 @@ impl Tally {
                 std::thread::yield_now();
             }
             let s2 = manager.stats();
+            let given_back = Instant::now();
+            while given_back.elapsed() < SETTLE {
+                std::thread::yield_now();
+            }
             self.batches[0] += s1.batches - s0.batches;
             self.batches[1] += s2.batches - s1.batches;
             self.messages += s2.messages_sent - s0.messages_sent;
