@@ -26,12 +26,13 @@ lab:
 	cargo test --release -p system-tests --no-run
 	cargo run --release -q -p lab -- test --limit 900
 
-# Figures, in the same guests: file systems side by side, and the RDMA provider beside perftest.
+# Figures, in the same guests: file systems side by side, the RDMA provider beside perftest, the paper's figures.
 lab-bench:
 	@tests/setup.sh lab
 	cargo build --release --workspace
 	cargo run --release -q -p lab -- run --limit 2400 --scenario tests/lab/scenarios/bench-fs.toml
 	cargo run --release -q -p lab -- run --limit 900 --scenario tests/lab/scenarios/bench-rdma.toml
+	cargo run --release -q -p lab -- run --limit 1800 --scenario tests/lab/scenarios/paper.toml
 
 clean:
 	cargo clean

@@ -61,15 +61,20 @@ static int df_write_back(struct df_inode *di, u32 *flags)
 {
 	struct inode *inode = di->inode;
 	struct file *file;
-	int ret;
+	int ret, before = 0;
 
 	for (;;) {
 		file = df_file_any(di);
 		if (file)
 			break;
 		if (df_no_files(di)) {
+			before = write_inode_now(inode, 1);
+			/* Opened meanwhile: whoever did may wait for the lease, and close it only then. */
+			file = df_file_any(di);
+			if (file)
+				break;
 			*flags |= DISTFUSE_FLUSHED_NOFILE;
-			return write_inode_now(inode, 1);
+			return before;
 		}
 		/* One is on its way in or out. */
 		wait_event_timeout(di->wq, df_no_files(di), HZ / 10);
@@ -78,7 +83,7 @@ static int df_write_back(struct df_inode *di, u32 *flags)
 	ret = file->f_op->flush(file, (fl_owner_t)di);
 	/* Not later by some other thread: the file would keep the mount busy. */
 	__fput_sync(file);
-	return ret;
+	return before ?: ret;
 }
 
 static void df_describe(struct inode *inode, struct distfuse_event *event)

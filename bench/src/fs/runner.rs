@@ -19,6 +19,8 @@ use crate::stats::Latency;
 pub struct Outcome {
     /// Sum over the nodes, MiB/s.
     pub mib_per_s: f64,
+    /// The same when the time counts that it takes to make all of it durable afterwards.
+    pub durable_mib_per_s: f64,
     /// Of single operations.
     pub latency: Latency,
 }
@@ -227,6 +229,11 @@ pub fn run(w: Workload, dirs: &[PathBuf], duration: Duration, verified: bool) ->
         (all, start.elapsed())
     });
     let all = all.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
+    let began = Instant::now();
+    for file in nodes.iter().flatten() {
+        file.sync_all()?;
+    }
+    let stored = began.elapsed();
     let mut latency = Latency::new()?;
     for one in all.iter().flatten() {
         latency.merge(&one.latency);
@@ -234,8 +241,12 @@ pub fn run(w: Workload, dirs: &[PathBuf], duration: Duration, verified: bool) ->
     if verified {
         verify(&w, dirs, run_number, &all)?;
     }
-    let mib_per_s = latency.count() as f64 * w.block as f64 / f64::from(1 << 20) / took.as_secs_f64();
-    Ok(Outcome { mib_per_s, latency })
+    let mib = latency.count() as f64 * w.block as f64 / f64::from(1 << 20);
+    Ok(Outcome {
+        mib_per_s: mib / took.as_secs_f64(),
+        durable_mib_per_s: mib / (took + stored).as_secs_f64(),
+        latency,
+    })
 }
 
 #[cfg(test)]

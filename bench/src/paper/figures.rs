@@ -53,13 +53,9 @@ fn blocks(args: &Args) -> Workload {
     }
 }
 
-/// The ends and the middle, if it must be quick.
+/// Every other one, if it must be quick.
 fn some<T: Copy>(args: &Args, all: &[T]) -> Vec<(usize, T)> {
-    let every = if args.quick {
-        all.len().div_ceil(2).max(2) - 1
-    } else {
-        1
-    };
+    let every = if args.quick { 2 } else { 1 };
     all.iter().copied().enumerate().step_by(every).collect()
 }
 

@@ -121,7 +121,7 @@ impl Mix {
             shared,
             nodes,
             threads,
-            files: ((files * count) as usize).max(2 * WIDTH),
+            files: ((files * count) as usize).max(WIDTH),
             pages: whole(mean).max(2),
             call: whole(f64::from(1 << 20)) * PAGE,
             append: whole(f64::from(16 << 10)) * PAGE,
@@ -450,7 +450,7 @@ mod tests {
                 let dir = tempfile::tempdir().unwrap();
                 let dirs = [dir.path().to_owned(), dir.path().to_owned()];
                 let mix = Mix::new(kind, shared, 2, 1, 1e-4, 0.02);
-                assert!(mix.files >= 40 && mix.call >= PAGE && mix.append == PAGE);
+                assert!(mix.files >= WIDTH && mix.call >= PAGE && mix.append == PAGE);
                 fill(&mix, &dirs).unwrap();
                 assert!(run(&mix, &dirs, Duration::from_millis(30)).unwrap() > 0.0);
                 verify(&mix, &dirs).unwrap();

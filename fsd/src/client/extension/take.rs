@@ -171,9 +171,10 @@ impl Client {
             inode.errors.set(Errno(error));
         }
         if flushed.no_file {
-            // What it had written when it was closed comes before the RELEASE.
+            // What it had written when it was closed comes before the RELEASE. Not of a file that only reads: nothing
+            // is written through it, and who has just opened one may wait for this very lease.
             let end = Instant::now() + RELEASE_WAIT;
-            while inode.opens.lock().count > 0 && Instant::now() < end {
+            while inode.opens.lock().writers > 0 && Instant::now() < end {
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
