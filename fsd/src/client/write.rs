@@ -375,6 +375,7 @@ impl Client {
     /// Park (nothing has changed then); I/O errors.
     pub fn truncate(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, size: u64) -> Res<()> {
         let old = self.load_attr(ctx, inode, state)?.size;
+        inode.lent.resize();
         if size < old {
             self.discard(ctx, inode, state, size, u64::MAX, Whole::Free)?;
         }

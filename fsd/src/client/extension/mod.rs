@@ -22,7 +22,7 @@ use std::fs::OpenOptions;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -70,6 +70,8 @@ struct Flushed {
 pub struct Lent {
     state: Mutex<LentState>,
     changed: Condvar,
+    /// How often the size was set here.
+    resized: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -89,6 +91,11 @@ impl Lent {
         if let Some(caches) = state.caches.as_mut().filter(|c| c.1 == from) {
             caches.1 = to;
         }
+    }
+
+    /// The size was set here: what the kernel says of it may be older.
+    pub fn resize(&self) {
+        self.resized.fetch_add(1, Ordering::SeqCst);
     }
 
     /// What is held may be lent again.
@@ -179,7 +186,7 @@ pub fn run(client: &Weak<Client>, ext: &Arc<Extension>) {
             Err(error) => {
                 tracing::error!("the kernel extension: {error}: this mount ends");
                 if let Some(client) = client.upgrade() {
-                    client.doomed.store(true, std::sync::atomic::Ordering::SeqCst);
+                    client.doomed.store(true, Ordering::SeqCst);
                 }
                 break;
             }

@@ -74,6 +74,8 @@ impl Client {
         let writes = table
             .word(inode.ino)
             .is_some_and(|word| word.mode() == distfuse_abi::Mode::Exclusive);
+        // Before anybody is kept out: what sets the size from now on is newer than what the flush will say.
+        let resized = inode.lent.resized.load(Ordering::SeqCst);
         let mut complain = Instant::now() + COMPLAIN;
         let mut seen = ext.answers.lock().seen;
         let mut revoked = table.revoke(inode.ino, target, asked.is_none());
@@ -95,7 +97,10 @@ impl Client {
                 }
                 Revoked::Pending(pending) if pending.needs_flush(target) => {
                     match self.flush_kernel(ext, inode, to, &mut complain) {
-                        Some(flushed) => self.flushed(inode, &flushed, writes),
+                        Some(flushed) => {
+                            let known = (writes && pending.dirty).then_some(resized);
+                            self.flushed(inode, &flushed, known);
+                        }
                         None => return,
                     }
                 }
@@ -160,8 +165,9 @@ impl Client {
         }
     }
 
-    /// The kernel's pages have come. Size and times are what it has, if the exclusive lease was its.
-    fn flushed(&self, inode: &Arc<Inode>, flushed: &Flushed, writes: bool) {
+    /// The kernel's pages have come. Size and times are what it has, if it wrote under the exclusive lease, and unless
+    /// the size was set here since (`resized`).
+    fn flushed(&self, inode: &Arc<Inode>, flushed: &Flushed, resized: Option<u64>) {
         if let Some(error) = flushed.error {
             tracing::error!(
                 "data of {:#x} lost: {}",
@@ -178,10 +184,13 @@ impl Client {
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
-        let Some((size, mtime, ctime)) = flushed.last.filter(|_| writes) else {
+        let (Some((size, mtime, ctime)), Some(resized)) = (flushed.last, resized) else {
             return;
         };
         let mut state = inode.lock_raw();
+        if inode.lent.resized.load(Ordering::SeqCst) != resized {
+            return;
+        }
         let Some(attr) = state.attr.as_mut() else { return };
         if (attr.size, attr.mtime, attr.ctime) != (size, mtime, ctime) {
             (attr.size, attr.mtime, attr.ctime) = (size, mtime, ctime);
