@@ -105,7 +105,10 @@ impl Client {
             return LEASED_TTL;
         }
         inode.kernel.answered.store(self.now(), Ordering::SeqCst);
-        if inode.kernel.revoking.load(Ordering::SeqCst) {
+        // The kernel takes in late how far a write has made the file grow, and for a moment shows that beside attributes
+        // that are newer: so it keeps none while this mount has the file open for writing.
+        let written = kind == Kind::File && inode.opens.try_lock().is_none_or(|o| o.writers > 0);
+        if written || inode.kernel.revoking.load(Ordering::SeqCst) {
             return Duration::ZERO;
         }
         inode.kernel.attrs.store(true, Ordering::SeqCst);

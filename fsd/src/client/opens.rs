@@ -180,6 +180,10 @@ impl Client {
         opens.writer_counted |= writer;
         opens.count += 1;
         opens.writers += u64::from(writer);
+        if writer {
+            // See `attr_ttl`.
+            self.invalidate_attrs(inode);
+        }
         let writers = flags / ONE_WRITER;
         Ok((
             self.opened_elsewhere(&bitmap),
