@@ -10,7 +10,7 @@ use lockmgr::Mode;
 use super::super::Client;
 use super::super::inode::Inode;
 use super::lend::to_kernel_mode;
-use super::{Extension, Flushed, LentState};
+use super::{Extension, Flushed};
 use crate::rpc::Errno;
 
 /// Tasks that asked for a lease have this long to come in before it is taken back: else two mounts that want the
@@ -67,8 +67,7 @@ impl Client {
                 inode.lent.changed.wait(&mut lent);
             }
             lent.taking = true;
-            let LentState { asked, .. } = &mut *lent;
-            asked.take()
+            lent.asked.take()
         };
         let table = ext.attachment.table();
         let writes = table
