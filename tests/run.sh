@@ -20,6 +20,16 @@ report() { # step, passed, failed, seconds
     printf '%-34s %5d passed %3d failed %5d s\n' "$1" "$2" "$3" "$4" >>"$logs/summary"
 }
 
+# Puts into the summary what a log says of failures: which tests and scenarios, and how each begins to say why.
+failures() { # log
+    awk '
+        /(^|: )test .* FAILED$/ || /panicked at / { more = 3 }
+        /^[a-z0-9.-]+ +FAILED in / { more = 5 }
+        /^error/ { more = 2 }
+        more-- > 0 && !seen[$0]++ && ++lines <= 30 { print "    " substr($0, 1, 240) }
+    ' "$1" >>"$logs/summary"
+}
+
 # A step that passes or fails as a whole.
 step() {
     local name=$1 start=$SECONDS
@@ -29,6 +39,7 @@ step() {
         report "$name" 1 0 $((SECONDS - start))
     else
         report "$name" 0 1 $((SECONDS - start))
+        failures "$logs/${name// /-}.log"
         return 1
     fi
 }
@@ -45,6 +56,7 @@ tests() {
     # It did not build, or a test program was killed.
     if [ "$status" != 0 ] && [ "$bad" = 0 ]; then bad=1; fi
     report "$name" "$ok" "$bad" $((SECONDS - start))
+    [ "$bad" = 0 ] || failures "$log"
 }
 
 # Scenarios in guests with RDMA devices; the last line says how many. If the lab cannot run at all, that is a failure:
@@ -57,6 +69,7 @@ lab() { # kernel, scenarios
     read -r passed_here _ failed_here _ <<<"$counts"
     if [ "$status" != 0 ] && [ "$failed_here" = 0 ]; then failed_here=1; fi
     report "$name" "$passed_here" "$failed_here" $((SECONDS - start))
+    [ "$failed_here" = 0 ] || failures "$log"
 }
 
 # fsx is a tool of its own, under a licence of its own: it is run, never linked.
