@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use lockmgr::model::{Options, explore};
 
-const USAGE: &str = "options: --budget N,N,N  --no-keep  --no-keep-word  --no-ask-first  --unmodified  --no-voluntary  --confirm  --leave  \
+const USAGE: &str = "options: --budget N,N,N  --no-keep  --no-keep-word  --no-ask-first  --near N  --unmodified  --no-voluntary  --confirm  --leave  \
                      --losses N  --no-symmetry  --depth-first  --max-states N";
 
 fn options() -> Result<Options, String> {
@@ -30,6 +30,7 @@ fn options() -> Result<Options, String> {
             "--no-keep" => options.keep_shared = false,
             "--no-keep-word" => options.keep_word = false,
             "--no-ask-first" => options.ask_first = false,
+            "--near" => options.near = number(&value()?)? as u8,
             "--unmodified" => options.unmodified = true,
             "--no-voluntary" => options.voluntary = false,
             "--confirm" => options.confirm = true,

@@ -30,4 +30,4 @@ pub use error::LeaseError;
 pub use ids::{Mode, NodeId, NodeSet, RecordId};
 pub use lease::{EnterFn, Guard, LeaseHandle};
 pub use manager::{Directory, LeaseInfo, LeaseManager, LeaseUser, ManagerConfig, Relinquish, Stats};
-pub use record::{OwnerWord, RecordLayout};
+pub use record::{NEAR_NODES, OwnerWord, RecordLayout};

@@ -319,15 +319,18 @@ mod tests {
             mode().prop_map(Body::Want),
             Just(Body::Revoke),
             Just(Body::Done),
-            (0u64..1 << 40, payload()).prop_map(|(version, payload)| Body::GrantS { version, payload }),
-            (0u64..1 << 40, set, queue, payload()).prop_map(|(version, granted, queue, payload)| {
-                Body::GrantX {
-                    version,
-                    granted,
-                    queue,
-                    payload,
+            (0..=OwnerWord::MAX_VERSION, payload())
+                .prop_map(|(version, payload)| Body::GrantS { version, payload }),
+            (0..=OwnerWord::MAX_VERSION, set, queue, payload()).prop_map(
+                |(version, granted, queue, payload)| {
+                    Body::GrantX {
+                        version,
+                        granted,
+                        queue,
+                        payload,
+                    }
                 }
-            }),
+            ),
             Just(Body::Ack),
             Just(Body::Retry),
             Just(Body::Sync),

@@ -1,17 +1,29 @@
 //! The lease record in remote memory.
 //!
 //! ```text
-//! word 0       owner    [incarnation:8 | writer node + 1:16 | data version:40]
+//! word 0       owner    [incarnation:8 | writer node + 1:11 | data version:34 | far:1 | holders, nodes 0 to 9:10]
 //! word 1       flags
-//! words 2..    holders  one bit a node
+//! words 2..    holders  one bit a node, of nodes 10 and up
 //! words ..     opens    one bit a node
 //! ```
+//!
+//! The holder bits of the first nodes are in the owner word: one atomic shows them, and the owner, at once. The others' are
+//! in a map, and *far* says whether that must be looked at.
 
 use crate::LeaseError;
 use crate::ids::{NodeId, NodeSet};
 
+/// Nodes whose holder bit is in the owner word: numbers below this.
+pub const NEAR_NODES: u16 = 10;
+const FAR: u64 = 1 << NEAR_NODES;
+const VERSION_SHIFT: u32 = NEAR_NODES as u32 + 1;
 /// Bits of the data version.
-const VERSION_BITS: u32 = 40;
+const VERSION_BITS: u32 = 34;
+const WRITER_SHIFT: u32 = VERSION_SHIFT + VERSION_BITS;
+const WRITER_MASK: u64 = 0x7ff;
+const INCARNATION_SHIFT: u32 = 56;
+// Every node that a record can have a bit for can own it, and the fields fill the word.
+const _: () = assert!((NodeSet::MAX_NODES as u64) < WRITER_MASK && WRITER_SHIFT + 11 == INCARNATION_SHIFT);
 
 /// Word 0 of a record, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -23,6 +35,10 @@ pub struct OwnerWord {
     pub writer: Option<NodeId>,
     /// Version of the data, moved by every modifying tenure.
     pub version: u64,
+    /// Nodes of [`NEAR_NODES`] and up may hold the record shared: their bits are to be looked at.
+    pub far: bool,
+    /// Nodes below [`NEAR_NODES`] that hold, or may hold, the record shared: bit *n* is node *n*.
+    pub near: u16,
 }
 
 impl OwnerWord {
@@ -32,8 +48,8 @@ impl OwnerWord {
     /// frees the word of a dead owner moves the version on by as much.
     pub const RECOVERY_STEP: u64 = 1 << 16;
 
-    /// The word after the death of everybody who knew the record under this one: nobody writes, and no cache
-    /// has the version.
+    /// The word after the death of everybody who knew the record under this one: nobody reads or writes, and no
+    /// cache has the version.
     #[must_use]
     pub fn freed_after_death(self) -> Self {
         let step = if self.writer.is_some() {
@@ -44,41 +60,67 @@ impl OwnerWord {
         Self::free(self.version.wrapping_add(step))
     }
 
-    /// Nobody writes; the data have this version.
+    /// Nobody reads or writes; the data have this version.
     #[must_use]
     pub const fn free(version: u64) -> Self {
         Self {
             incarnation: 0,
             writer: None,
             version: version & Self::MAX_VERSION,
+            far: false,
+            near: 0,
         }
     }
 
-    /// Written by this node.
+    /// Written by this node, without readers.
     #[must_use]
     pub const fn owned(writer: NodeId, incarnation: u8, version: u64) -> Self {
         Self {
             incarnation,
             writer: Some(writer),
-            version: version & Self::MAX_VERSION,
+            ..Self::free(version)
         }
+    }
+
+    /// With these readers.
+    #[must_use]
+    pub const fn read_by(self, near: u16, far: bool) -> Self {
+        Self { far, near, ..self }
+    }
+
+    /// What only the owner, or who becomes it, may change: all but the near holders.
+    #[must_use]
+    pub const fn owners_part(self) -> Self {
+        Self { near: 0, ..self }
+    }
+
+    /// The near holders.
+    #[must_use]
+    pub fn near_holders(self) -> NodeSet {
+        NodeSet::from_words(&[self.near.into()])
     }
 
     /// As it is in memory.
     #[must_use]
     pub fn encode(self) -> u64 {
-        let writer = self.writer.map_or(0, |n| u64::from(n.0) + 1) & 0xffff;
-        u64::from(self.incarnation) << 56 | writer << VERSION_BITS | self.version & Self::MAX_VERSION
+        let writer = self.writer.map_or(0, |n| u64::from(n.0) + 1) & WRITER_MASK;
+        u64::from(self.incarnation) << INCARNATION_SHIFT
+            | writer << WRITER_SHIFT
+            | (self.version & Self::MAX_VERSION) << VERSION_SHIFT
+            | if self.far { FAR } else { 0 }
+            | u64::from(self.near) & (FAR - 1)
     }
 
     /// From memory; every value means something.
     #[must_use]
     pub fn decode(word: u64) -> Self {
-        let writer = (word >> VERSION_BITS & 0xffff) as u16;
+        let writer = (word >> WRITER_SHIFT & WRITER_MASK) as u16;
         Self {
-            incarnation: (word >> 56) as u8,
+            incarnation: (word >> INCARNATION_SHIFT) as u8,
             writer: writer.checked_sub(1).map(NodeId),
-            version: word & Self::MAX_VERSION,
+            version: word >> VERSION_SHIFT & Self::MAX_VERSION,
+            far: word & FAR != 0,
+            near: (word & (FAR - 1)) as u16,
         }
     }
 }
@@ -94,7 +136,7 @@ impl RecordLayout {
     pub const OWNER: u64 = 0;
     /// Offset of the flags.
     pub const FLAGS: u64 = 8;
-    /// Offset of the holders bitmap.
+    /// Offset of the bitmap of holders from node [`NEAR_NODES`] on.
     pub const HOLDERS: u64 = 16;
 
     /// The layout of records of 64, 128, 256 or 512 bytes.
@@ -137,6 +179,9 @@ impl RecordLayout {
     /// Offset in the record of the word with the node's holder bit, and the bit.
     #[must_use]
     pub const fn holder_bit(self, node: NodeId) -> (u64, u64) {
+        if node.0 < NEAR_NODES {
+            return (Self::OWNER, 1 << node.0);
+        }
         (Self::HOLDERS + node.0 as u64 / 64 * 8, 1 << (node.0 % 64))
     }
 
@@ -165,12 +210,15 @@ mod tests {
         }
 
         #[test]
-        fn owner_fields_round_trip(incarnation: u8, node in 0u16..u16::MAX, version in 0u64..1 << 40) {
-            let word = OwnerWord::owned(NodeId(node), incarnation, version);
+        fn owner_fields_round_trip(
+            incarnation: u8, node in 0..NodeSet::MAX_NODES, version in 0..=OwnerWord::MAX_VERSION, near in 0u16..1 << NEAR_NODES, far: bool,
+        ) {
+            let word = OwnerWord::owned(NodeId(node), incarnation, version).read_by(near, far);
             prop_assert_eq!(OwnerWord::decode(word.encode()), word);
+            prop_assert_eq!(word.encode() - word.owners_part().encode(), u64::from(near));
             let free = OwnerWord::free(version);
             prop_assert_eq!(OwnerWord::decode(free.encode()), free);
-            prop_assert_eq!(free.encode(), version);
+            prop_assert_eq!(OwnerWord::free(0).encode(), 0);
         }
 
         #[test]
@@ -178,7 +226,13 @@ mod tests {
             let layout = RecordLayout::new(size).unwrap();
             prop_assume!(node < layout.max_nodes());
             let (at, bit) = layout.holder_bit(NodeId(node));
-            prop_assert!(at >= 16 && at < layout.opens() && at % 8 == 0 && bit.count_ones() == 1);
+            prop_assert!(at % 8 == 0 && bit.count_ones() == 1);
+            if node < NEAR_NODES {
+                prop_assert_eq!(OwnerWord::decode(bit), OwnerWord::free(0).read_by(1 << node, false));
+                prop_assert_eq!(at, RecordLayout::OWNER);
+            } else {
+                prop_assert!(at >= 16 && at < layout.opens());
+            }
             let (at, _) = layout.open_bit(NodeId(node));
             prop_assert!(at >= layout.opens() && at < layout.record_bytes());
         }

@@ -24,6 +24,26 @@ pub(crate) fn operations(
                 at: base.plus(offset),
                 add: bit.wrapping_neg(),
             },
+            WordOp::Move {
+                from,
+                to,
+                bit: change,
+            } => {
+                let bit = match change {
+                    Some(true) => bit,
+                    Some(false) => bit.wrapping_neg(),
+                    None => 0,
+                };
+                // What overflows does so out of the top of the word.
+                let moved = to
+                    .owners_part()
+                    .encode()
+                    .wrapping_sub(from.owners_part().encode());
+                AsyncOp::Faa {
+                    at: base.plus(RecordLayout::OWNER),
+                    add: moved.wrapping_add(bit),
+                }
+            }
             WordOp::Cas { expect, new } => AsyncOp::Cas {
                 at: base.plus(RecordLayout::OWNER),
                 expect: expect.encode(),
@@ -48,13 +68,23 @@ pub(crate) fn outcome(
     layout: RecordLayout,
     node: NodeId,
 ) -> Result<Outcome, Violation> {
-    let (_, bit) = layout.holder_bit(node);
+    let (offset, bit) = layout.holder_bit(node);
+    let near = offset == RecordLayout::OWNER;
     let mut outcome = Outcome::default();
     let mut results = results.iter();
     for op in ops.iter() {
         match (op, results.next()) {
             (WordOp::SetBit | WordOp::ClearBit, Some(OpResult::Old(old))) => {
                 outcome.bit = Some(old & bit != 0);
+                if near {
+                    outcome.owner = Some(OwnerWord::decode(*old));
+                }
+            }
+            (WordOp::Move { bit: change, .. }, Some(OpResult::Old(old))) => {
+                outcome.owner = Some(OwnerWord::decode(*old));
+                if change.is_some() {
+                    outcome.bit = Some(old & bit != 0);
+                }
             }
             (WordOp::Cas { .. }, Some(OpResult::Old(old))) => outcome.owner = Some(OwnerWord::decode(*old)),
             (WordOp::ReadOwner, Some(OpResult::Words(words))) => {

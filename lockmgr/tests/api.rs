@@ -319,7 +319,7 @@ fn an_owner_that_let_readers_in_writes_again_without_the_storage_node() {
     writer.confirmed(ID, 4);
     assert_eq!(writer.snapshot()[0].state, "rest");
     assert_eq!(writer.held(ID), Some((Mode::Shared, 4)));
-    assert_eq!(p.word(), OwnerWord::free(4));
+    assert_eq!(p.word(), OwnerWord::free(4).read_by(1, false));
     assert_eq!(writer.next_deadline(), None);
 }
 

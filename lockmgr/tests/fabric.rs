@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-use common::{Ghost, layout};
+use common::{Ghost, layout, node_id, node_number};
 use lockmgr::{
     Directory, Guard, LeaseError, LeaseManager, LeaseUser, ManagerConfig, Mode, NodeId, RecordId, Relinquish,
 };
@@ -86,7 +86,7 @@ impl Handler for Side {
         self.accepted.lock().insert(number(conn), Arc::clone(conn));
     }
     fn message(&self, conn: &Arc<dyn Connection>, message: &[u8]) {
-        self.manager().message(NodeId(number(conn)), message).unwrap();
+        self.manager().message(node_id(number(conn)), message).unwrap();
     }
     fn disconnected(&self, conn: &Arc<dyn Connection>, _: &TransportError) {
         let current = self.made.lock().get(&STORE).is_some_and(|c| c.id() == conn.id());
@@ -112,7 +112,7 @@ impl Directory for Side {
         ))
     }
     fn send(&self, to: NodeId, msg: &[u8]) -> Result<(), LeaseError> {
-        self.made.lock()[&to.0].send(msg).unwrap();
+        self.made.lock()[&node_number(to)].send(msg).unwrap();
         Ok(())
     }
 }
@@ -187,7 +187,7 @@ fn run(seed: u64) -> u64 {
         .unwrap();
     let sides: Vec<_> = (0..nodes).map(side).collect();
     for side in &sides {
-        let cfg = ManagerConfig::new(NodeId(side.number), 1, layout());
+        let cfg = ManagerConfig::new(node_id(side.number), 1, layout());
         let manager = LeaseManager::new(cfg, Arc::clone(side) as _, Arc::clone(side) as _).unwrap();
         side.manager.set(manager).ok().unwrap();
         side.key.set(key).unwrap();

@@ -10,7 +10,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Conn, Ghost, Memory, Submit, layout};
+use common::{Conn, Ghost, Memory, Submit, layout, node_id, node_number};
 use lockmgr::{
     Directory, Guard, LeaseError, LeaseManager, LeaseUser, ManagerConfig, Mode, NodeId, RecordId, Relinquish,
 };
@@ -120,7 +120,7 @@ impl Directory for Side {
         self.net
             .lock()
             .channels
-            .entry((self.node, to.0))
+            .entry((self.node, node_number(to)))
             .or_default()
             .push_back(msg.to_vec());
         Ok(())
@@ -172,7 +172,7 @@ impl World {
         let keep_word = Duration::from_secs(if rng.random_bool(0.5) { 1 } else { 0 });
         let nodes = (0..n)
             .map(|node| {
-                let mut cfg = ManagerConfig::new(NodeId(node), node as u8 + 1, layout());
+                let mut cfg = ManagerConfig::new(node_id(node), node as u8 + 1, layout());
                 cfg.min_hold = hold;
                 cfg.keep_shared = keep_shared;
                 cfg.keep_word = keep_word;
@@ -278,7 +278,7 @@ impl World {
                     .unwrap()
                     .pop_front()
                     .unwrap();
-                self.nodes[usize::from(to)].message(NodeId(from), &msg).unwrap();
+                self.nodes[usize::from(to)].message(node_id(from), &msg).unwrap();
             }
             Choice::Task(i) => {
                 let task = self.net.lock().tasks.swap_remove(i);

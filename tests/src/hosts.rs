@@ -64,9 +64,12 @@ impl Hosts {
         // As sshd, it tells where the connection comes from; an unknown host is ssh's status 255.
         let script = format!(
             "#!/bin/sh\nwhile [ \"${{1#-}}\" != \"$1\" ]; do shift; done\ncase $1 in\n{}\n*) echo \"no host $1\" >&2; exit 255 ;;\nesac\nshift\n\
-             export SSH_CONNECTION=\"{} 40000 0.0.0.0 22\"\nexec ip netns exec \"$host\" sh -c \"$*\"\n",
+             export SSH_CONNECTION=\"{} 40000 0.0.0.0 22\"\n\
+             # Hosts do not share a folder for temporary files: Open MPI's daemons would remove each other's.\n\
+             export TMPDIR=\"{}/$host\"; mkdir -p \"$TMPDIR\"\nexec ip netns exec \"$host\" sh -c \"$*\"\n",
             cases.join("\n"),
-            hosts.head()
+            hosts.head(),
+            hosts.dir().display()
         );
         std::fs::write(hosts.ssh(), script)?;
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);

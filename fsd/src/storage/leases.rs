@@ -154,10 +154,11 @@ impl LeaseTable {
         let mut held = Held::default();
         self.for_each(conn, |_, record| {
             let half = 2 + (record.len() - 2) / 2;
-            if lockmgr::OwnerWord::decode(record[0]).writer.is_some() {
+            let word = lockmgr::OwnerWord::decode(record[0]);
+            if word.writer.is_some() {
                 held.exclusive += 1;
             }
-            if record[2..half].iter().any(|&w| w != 0) {
+            if word.near != 0 || record[2..half].iter().any(|&w| w != 0) {
                 held.shared += 1;
             }
             Ok(())

@@ -75,7 +75,7 @@ impl Kind {
 pub struct Attr {
     /// Inode number.
     pub ino: u64,
-    /// Version of the lease record that these attributes belong to (40 bits).
+    /// Version of the lease record that these attributes belong to (`OwnerWord::MAX_VERSION` at most).
     pub version: u64,
     /// Type.
     pub kind: Kind,

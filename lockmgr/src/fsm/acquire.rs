@@ -2,7 +2,7 @@
 
 use super::Fsm;
 use super::batch::{Batch, BatchKind, BatchState, Outcome, WordOp, WordOps};
-use super::types::{Action, Answer, Config, Flaw, Phase, Via, Violation};
+use super::types::{Action, Answer, Config, Flaw, Phase, Readers, Via, Violation};
 use crate::ids::{Mode, NodeId, NodeSet};
 use crate::msg::Body;
 use crate::record::OwnerWord;
@@ -10,12 +10,8 @@ use crate::record::OwnerWord;
 impl Fsm {
     pub(super) fn post(&mut self, kind: BatchKind, ops: WordOps, out: &mut Vec<Action>) {
         debug_assert!(self.batch.is_none(), "one batch at a time");
-        for op in ops.iter() {
-            match op {
-                WordOp::SetBit => self.bit = true,
-                WordOp::ClearBit => self.bit = false,
-                _ => {}
-            }
+        for bit in ops.iter().filter_map(WordOp::bit) {
+            self.bit = bit;
         }
         self.batch = Some(Batch {
             kind,
@@ -53,37 +49,47 @@ impl Fsm {
         self.phase = Phase::Acquiring;
         self.via = None;
         match self.want {
-            Some(Mode::Shared) => self.post_shared(out),
-            Some(Mode::Exclusive) => self.post_exclusive(cfg, self.last_version, out),
+            Some(Mode::Shared) => self.post_shared(cfg, out),
+            Some(Mode::Exclusive) => {
+                let own = if self.bit && cfg.is_near() {
+                    1 << cfg.node.0
+                } else {
+                    0
+                };
+                let expect = OwnerWord::free(self.last_version).read_by(self.seen.near | own, self.seen.far);
+                self.post_exclusive(cfg, expect, out);
+            }
             None => self.phase = Phase::Rest,
         }
     }
 
-    fn post_shared(&mut self, out: &mut Vec<Action>) {
+    fn post_shared(&mut self, cfg: &Config, out: &mut Vec<Action>) {
         self.phase = Phase::Acquiring;
-        self.post(
-            BatchKind::SharedAcquire,
-            WordOps::two(WordOp::SetBit, WordOp::ReadOwner),
-            out,
-        );
+        let ops = if cfg.is_near() {
+            WordOps::one(WordOp::SetBit)
+        } else {
+            WordOps::two(WordOp::SetBit, WordOp::ReadOwner)
+        };
+        self.post(BatchKind::SharedAcquire, ops, out);
     }
 
-    fn post_exclusive(&mut self, cfg: &Config, version: u64, out: &mut Vec<Action>) {
-        let cas = WordOp::Cas {
-            expect: OwnerWord::free(version),
-            new: OwnerWord::owned(cfg.node, cfg.incarnation, version),
+    /// Takes the word if it is as expected, readers included: they are who has to let go.
+    fn post_exclusive(&mut self, cfg: &Config, expect: OwnerWord, out: &mut Vec<Action>) {
+        let new =
+            OwnerWord::owned(cfg.node, cfg.incarnation, expect.version).read_by(expect.near, expect.far);
+        let cas = WordOp::Cas { expect, new };
+        let ops = if expect.far {
+            WordOps::two(cas, WordOp::ReadHolders)
+        } else {
+            WordOps::one(cas)
         };
-        self.post(
-            BatchKind::ExclusiveAcquire,
-            WordOps::two(cas, WordOp::ReadHolders),
-            out,
-        );
+        self.post(BatchKind::ExclusiveAcquire, ops, out);
     }
 
     pub(super) fn batch_done(
         &mut self,
         cfg: &Config,
-        outcome: Outcome,
+        mut outcome: Outcome,
         out: &mut Vec<Action>,
     ) -> Result<(), Violation> {
         match self.batch.take() {
@@ -92,16 +98,16 @@ impl Fsm {
                 self.reconcile(cfg, batch, &outcome, out)
             }
             Some(batch) => {
-                for op in batch.ops.iter() {
-                    let before = match op {
-                        WordOp::SetBit => false,
-                        WordOp::ClearBit => true,
-                        _ => continue,
-                    };
+                for wanted in batch.ops.iter().filter_map(WordOp::bit) {
                     // A carry or borrow out of somebody's bit shows up here, if anywhere.
-                    if outcome.bit.ok_or(Violation::BadOutcome)? != before {
+                    if outcome.bit.ok_or(Violation::BadOutcome)? == wanted {
                         return Err(Violation::BitChanged);
                     }
+                }
+                if let (BatchKind::SharedAcquire, Some((expect, new))) = (batch.kind, batch.ops.cas())
+                    && outcome.owner == Some(expect)
+                {
+                    outcome.owner = Some(new);
                 }
                 self.complete(cfg, batch, outcome, out)
             }
@@ -130,8 +136,8 @@ impl Fsm {
                 Ok(())
             }
             BatchKind::HandOver | BatchKind::Free | BatchKind::FreeKeep => {
-                let (expect, _) = batch.ops.cas().ok_or(Violation::BadOutcome)?;
-                if owner? != expect {
+                let from = batch.ops.moved().ok_or(Violation::BadOutcome)?;
+                if owner?.owners_part() != from {
                     return Err(Violation::ReleaseFailed);
                 }
                 self.released(batch.kind, out);
@@ -146,6 +152,15 @@ impl Fsm {
         owner: OwnerWord,
         out: &mut Vec<Action>,
     ) -> Result<(), Violation> {
+        if owner.writer.is_none() && !owner.far && !cfg.is_near() && !cfg.flaw(Flaw::FarUnsaid) {
+            // Whoever takes the word without this flag would not look at the bit of this node.
+            let cas = WordOp::Cas {
+                expect: owner,
+                new: owner.read_by(owner.near, true),
+            };
+            self.post(BatchKind::SharedAcquire, WordOps::one(cas), out);
+            return Ok(());
+        }
         let via = self.via.take();
         let granter = via.as_ref().map(|v| v.granter);
         let held = match owner.writer {
@@ -174,6 +189,7 @@ impl Fsm {
                 self.want = None;
                 self.phase = Phase::Rest;
                 self.last_version = version;
+                self.seen = Readers::in_word(owner);
                 out.push(Action::Granted {
                     mode: Mode::Shared,
                     version,
@@ -203,12 +219,27 @@ impl Fsm {
     ) -> Result<(), Violation> {
         let mine = found.writer == Some(cfg.node) && found.incarnation == cfg.incarnation;
         if found == expect || mine {
+            let mut readers = if cfg.flaw(Flaw::NearForgotten) {
+                NodeSet::new()
+            } else {
+                found.near_holders()
+            };
+            match holders {
+                Some(far) if found.far => readers.union(&far),
+                // Handed over, and the message with it lost: the swap fails again, but shows the readers.
+                None if found.far => {
+                    self.post_exclusive(cfg, OwnerWord::free(found.version).read_by(found.near, true), out);
+                    return Ok(());
+                }
+                _ => {}
+            }
             self.word_version = found.version;
-            self.own(cfg, holders.ok_or(Violation::BadOutcome)?, found.version, out);
+            self.word_far = found.far;
+            self.own(cfg, readers, found.version, out);
             return Ok(());
         }
         match found.writer {
-            None => self.post_exclusive(cfg, found.version, out),
+            None => self.post_exclusive(cfg, found, out),
             // Recovery: a writer of a dead incarnation is repaired:
             // { clear bit if set; CAS (D,v) → (none,v+1) }, the shared lease given up first.
             Some(to) if self.held.is_some() && !cfg.flaw(Flaw::LoserKeepsShared) => {
@@ -281,7 +312,7 @@ impl Fsm {
                     version,
                     payload,
                 });
-                self.post_shared(out);
+                self.post_shared(cfg, out);
             }
             Answer::Exclusive {
                 version,
@@ -300,6 +331,7 @@ impl Fsm {
                 let own = std::mem::replace(&mut self.queue, queue);
                 self.queue.extend(own);
                 self.word_version = version;
+                self.word_far = cfg.any_far(&granted) && !cfg.flaw(Flaw::FarForgotten);
                 self.payload = payload;
                 let granted = if cfg.flaw(Flaw::GrantedForgotten) {
                     NodeSet::new()

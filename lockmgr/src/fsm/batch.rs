@@ -6,10 +6,20 @@ use crate::record::OwnerWord;
 /// One remote operation on the record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WordOp {
-    /// Fetch-and-add that sets the own holder bit.
+    /// Fetch-and-add that sets the own holder bit. A near one is in the owner word, which is thus seen as well.
     SetBit,
     /// Fetch-and-add that clears the own holder bit.
     ClearBit,
+    /// Fetch-and-add by which the owner changes its part of the owner word, which nobody else changes, and its own holder
+    /// bit if that is near. Unlike a compare-and-swap it does not mind near holders that come and go.
+    Move {
+        /// The owner's part as it is.
+        from: OwnerWord,
+        /// As it is to be.
+        to: OwnerWord,
+        /// The own near holder bit is set, or cleared.
+        bit: Option<bool>,
+    },
     /// Compare-and-swap of the owner word.
     Cas {
         /// Value it must have.
@@ -19,8 +29,20 @@ pub enum WordOp {
     },
     /// Read of the owner word.
     ReadOwner,
-    /// Read of the holders.
+    /// Read of the far holders.
     ReadHolders,
+}
+
+impl WordOp {
+    /// What it makes of the own holder bit.
+    pub(super) fn bit(self) -> Option<bool> {
+        match self {
+            Self::SetBit => Some(true),
+            Self::ClearBit => Some(false),
+            Self::Move { bit, .. } => bit,
+            _ => None,
+        }
+    }
 }
 
 /// The operations of a batch: one or two, in order.
@@ -57,6 +79,14 @@ impl WordOps {
         std::iter::once(self.first).chain(self.second)
     }
 
+    /// What the owner's part of the word is moved from.
+    pub(super) fn moved(&self) -> Option<OwnerWord> {
+        self.iter().find_map(|op| match op {
+            WordOp::Move { from, .. } => Some(from),
+            _ => None,
+        })
+    }
+
     /// The compare-and-swap among them.
     pub(super) fn cas(&self) -> Option<(OwnerWord, OwnerWord)> {
         self.iter().find_map(|op| match op {
@@ -69,9 +99,9 @@ impl WordOps {
 /// What a batch brought.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Outcome {
-    /// The owner word that was read, or found by the compare-and-swap.
+    /// The owner word that was read, or found by an atomic.
     pub owner: Option<OwnerWord>,
-    /// The holders that were read.
+    /// The far holders that were read.
     pub holders: Option<NodeSet>,
     /// The own bit before it was set or cleared.
     pub bit: Option<bool>,
@@ -80,17 +110,17 @@ pub struct Outcome {
 /// What a batch is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BatchKind {
-    /// { set bit; read owner }.
+    /// { set bit, seeing the owner }, or { set bit; read owner } and, where there was no far holder, { CAS far }.
     SharedAcquire,
-    /// { CAS none → me; read holders }.
+    /// { CAS none → me }, and where there may be far holders, { …; read them }.
     ExclusiveAcquire,
     /// { clear bit }.
     ClearBit,
-    /// { clear bit if set; CAS me → next }.
+    /// { clear bit if set, move me → next }, as one operation if the bit is near.
     HandOver,
-    /// { clear bit if set; CAS me → none }.
+    /// { clear bit if set, move me → none }.
     Free,
-    /// { set bit unless set; CAS me → none }.
+    /// { set bit unless set, move me → none }.
     FreeKeep,
 }
 

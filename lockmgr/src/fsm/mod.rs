@@ -26,7 +26,7 @@ pub use types::{Action, Config, Event, Flaw, Phase, Violation};
 
 use crate::ids::{Mode, NodeId, NodeSet};
 use crate::msg::{Body, Payload, Waiter};
-use types::{Answer, Via};
+use types::{Answer, Readers, Via};
 
 /// The state of one record on one node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
@@ -44,6 +44,10 @@ pub struct Fsm {
     last_version: u64,
     /// As owner: the version in the word.
     word_version: u64,
+    /// As owner: what the word says of far holders.
+    word_far: bool,
+    /// Who else was reading when this node got its shared lease.
+    seen: Readers,
     /// As owner, after the flush: the version of the data.
     new_version: u64,
     /// As owner, after the flush: the word must not be freed before the user confirms.
@@ -477,6 +481,7 @@ impl Fsm {
     fn rest(&mut self) {
         self.phase = Phase::Rest;
         self.word_version = 0;
+        self.word_far = false;
         self.new_version = 0;
         self.unconfirmed = false;
         self.payload = None;

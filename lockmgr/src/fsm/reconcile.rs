@@ -40,32 +40,36 @@ impl Fsm {
             self.repost(batch.kind, batch.ops, out);
             return Ok(());
         }
-        let bit = holders.contains(cfg.node);
-        let bit_done = batch.ops.iter().all(|op| match op {
-            WordOp::SetBit => bit,
-            WordOp::ClearBit => !bit,
-            _ => true,
-        });
+        let bit = if cfg.is_near() {
+            owner.near_holders().contains(cfg.node)
+        } else {
+            holders.contains(cfg.node)
+        };
+        let bit_done = batch
+            .ops
+            .iter()
+            .all(|op| op.bit().is_none_or(|wanted| wanted == bit));
         let done = match batch.kind {
+            // A swap of the flag is repeated if need be: what counts is the word as it is now.
             BatchKind::SharedAcquire | BatchKind::ClearBit => bit_done,
             // Unless it names us, the swap has not happened. If the word is still as expected it may
             // succeed now; else it fails, and what was read is what it would have found.
             BatchKind::ExclusiveAcquire => batch.ops.cas().is_some_and(|(expect, _)| owner != expect),
             BatchKind::HandOver | BatchKind::Free | BatchKind::FreeKeep => {
-                let (expect, _) = batch.ops.cas().ok_or(Violation::BadOutcome)?;
-                if owner != expect {
+                let from = batch.ops.moved().ok_or(Violation::BadOutcome)?;
+                if owner.owners_part() != from {
                     if !bit_done {
                         return Err(Violation::ReleaseFailed);
                     }
-                    // Whoever changed the word since, it was after our swap.
+                    // Whoever changed the word since, it was after we moved it.
                     let outcome = Outcome {
-                        owner: Some(expect),
+                        owner: Some(from),
                         ..Outcome::default()
                     };
                     return self.complete(cfg, batch, outcome, out);
                 }
                 if bit_done {
-                    let rest = batch.ops.iter().find(|op| matches!(op, WordOp::Cas { .. }));
+                    let rest = batch.ops.iter().find(|op| matches!(op, WordOp::Move { .. }));
                     let ops = rest.map_or(batch.ops, WordOps::one);
                     self.repost(batch.kind, ops, out);
                     return Ok(());

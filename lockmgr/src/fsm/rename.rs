@@ -2,7 +2,7 @@
 
 use super::Fsm;
 use super::batch::{Batch, WordOp, WordOps};
-use super::types::{Answer, Phase, Via};
+use super::types::{Answer, Phase, Readers, Via};
 use crate::ids::{NodeId, NodeSet};
 use crate::msg::{Body, Waiter};
 use crate::record::OwnerWord;
@@ -18,10 +18,19 @@ impl Rename for NodeSet {
     }
 }
 
+/// A set of near nodes, a bit each.
+impl Rename for u16 {
+    fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
+        let nodes = (0..Self::BITS as Self).filter(|n| self >> n & 1 == 1);
+        nodes.map(|n| 1 << f(NodeId(n)).0).sum()
+    }
+}
+
 impl Rename for OwnerWord {
     fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
         Self {
             writer: self.writer.map(f),
+            near: self.near.rename(f),
             ..*self
         }
     }
@@ -63,6 +72,11 @@ impl Rename for WordOps {
             WordOp::Cas { expect, new } => WordOp::Cas {
                 expect: expect.rename(f),
                 new: new.rename(f),
+            },
+            WordOp::Move { from, to, bit } => WordOp::Move {
+                from: from.rename(f),
+                to: to.rename(f),
+                bit,
             },
             other => other,
         };
@@ -110,6 +124,10 @@ impl Rename for Fsm {
                 (f(*from), answer)
             }),
             last_owner: self.last_owner.map(f),
+            seen: Readers {
+                near: self.seen.near.rename(f),
+                ..self.seen
+            },
             batch: self.batch.map(|b| Batch {
                 ops: b.ops.rename(f),
                 ..b

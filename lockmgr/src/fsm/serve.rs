@@ -2,7 +2,7 @@
 
 use super::Fsm;
 use super::batch::{BatchKind, WordOp, WordOps};
-use super::types::{Action, Config, Flaw, Phase, Violation};
+use super::types::{Action, Config, Flaw, Phase, Readers, Violation};
 use crate::ids::{Mode, NodeSet};
 use crate::msg::{Body, Payload};
 use crate::record::OwnerWord;
@@ -54,7 +54,7 @@ impl Fsm {
                 }
                 self.queue.remove(0);
                 let next = OwnerWord::owned(head.node, head.incarnation, self.new_version);
-                let ops = self.release_ops(cfg, next);
+                let ops = self.release_ops(cfg, next, false);
                 self.phase = Phase::HandingOver { to: head.node };
                 self.post(BatchKind::HandOver, ops, out);
             }
@@ -100,13 +100,13 @@ impl Fsm {
                 });
             }
             Some(_) => {
-                let set = (!self.bit).then_some(WordOp::SetBit);
-                let cas = self.release_cas(cfg, OwnerWord::free(self.new_version));
+                let ops = self.release_ops(cfg, OwnerWord::free(self.new_version), true);
+                self.seen = Readers::of(cfg, &self.granted);
                 self.phase = Phase::Freeing;
-                self.post(BatchKind::FreeKeep, WordOps::with_bit(set, cas), out);
+                self.post(BatchKind::FreeKeep, ops, out);
             }
             None => {
-                let ops = self.release_ops(cfg, OwnerWord::free(self.new_version));
+                let ops = self.release_ops(cfg, OwnerWord::free(self.new_version), false);
                 self.phase = Phase::Freeing;
                 self.post(BatchKind::Free, ops, out);
             }
@@ -135,16 +135,20 @@ impl Fsm {
         self.own(cfg, readers, self.new_version, out);
     }
 
-    /// The own bit must be off when the word moves on: after an upgrade it is still on, and the next
-    /// fetch-and-add would carry into the neighbour's.
-    fn release_ops(&self, cfg: &Config, new: OwnerWord) -> WordOps {
-        let clear = (self.bit && !cfg.flaw(Flaw::BitLeftOn)).then_some(WordOp::ClearBit);
-        WordOps::with_bit(clear, self.release_cas(cfg, new))
-    }
-
-    fn release_cas(&self, cfg: &Config, new: OwnerWord) -> WordOp {
-        let expect = OwnerWord::owned(cfg.node, cfg.incarnation, self.word_version);
-        WordOp::Cas { expect, new }
+    /// Moves the word on. The own bit must be off then, unless a shared lease is kept: after an upgrade it is still on,
+    /// and the next fetch-and-add would carry into the neighbour's.
+    fn release_ops(&self, cfg: &Config, to: OwnerWord, keep: bool) -> WordOps {
+        let change = (self.bit != keep && (keep || !cfg.flaw(Flaw::BitLeftOn))).then_some(keep);
+        let from = OwnerWord::owned(cfg.node, cfg.incarnation, self.word_version).read_by(0, self.word_far);
+        // Since the flush nobody reads but those granted, and perhaps this node.
+        let far = cfg.any_far(&self.granted) || (keep && !cfg.is_near());
+        let to = to.read_by(0, far && !cfg.flaw(Flaw::FarForgotten));
+        if cfg.is_near() {
+            let bit = change;
+            return WordOps::one(WordOp::Move { from, to, bit });
+        }
+        let first = change.map(|on| if on { WordOp::SetBit } else { WordOp::ClearBit });
+        WordOps::with_bit(first, WordOp::Move { from, to, bit: None })
     }
 
     /// The word has moved on.
@@ -205,5 +209,6 @@ impl Fsm {
     fn give_up_shared(&mut self) {
         self.held = None;
         self.used = false;
+        self.seen = Readers::default();
     }
 }

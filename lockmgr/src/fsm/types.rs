@@ -2,6 +2,7 @@
 
 use crate::ids::{Mode, NodeId, NodeSet};
 use crate::msg::{Body, Payload, Waiter};
+use crate::record::{NEAR_NODES, OwnerWord};
 
 use super::batch::{Outcome, WordOps};
 
@@ -18,6 +19,8 @@ pub struct Config {
     pub keep_word: bool,
     /// Ask the last owner known first, before looking at the record.
     pub ask_first: bool,
+    /// Nodes below this have their holder bit in the owner word.
+    pub near_nodes: u16,
     /// Rules to break, one bit each, for tests of the model checker.
     #[cfg(any(test, feature = "flaws"))]
     pub flaws: u32,
@@ -33,9 +36,20 @@ impl Config {
             keep_shared: true,
             keep_word: false,
             ask_first: true,
+            near_nodes: NEAR_NODES,
             #[cfg(any(test, feature = "flaws"))]
             flaws: 0,
         }
+    }
+
+    /// Is the holder bit of this node in the owner word?
+    pub(super) fn is_near(&self) -> bool {
+        self.node.0 < self.near_nodes
+    }
+
+    /// Is any of these nodes one whose holder bit is in the map?
+    pub(super) fn any_far(&self, nodes: &NodeSet) -> bool {
+        nodes.iter().any(|node| node.0 >= self.near_nodes)
     }
 
     #[cfg(any(test, feature = "flaws"))]
@@ -87,6 +101,12 @@ pub enum Flaw {
     KeptWithoutRevoking,
     /// A confirmation counts whatever version it is of.
     AnyConfirmation,
+    /// An exclusive acquisition does not mind the holders in the owner word.
+    NearForgotten,
+    /// A far reader does not say in the word that there is one.
+    FarUnsaid,
+    /// The word is released without saying that far readers were granted.
+    FarForgotten,
 }
 
 /// What happens to a state machine.
@@ -271,6 +291,32 @@ pub enum Violation {
     /// The outcome of a batch lacks a result.
     #[error("a batch returned other results than were asked for")]
     BadOutcome,
+}
+
+/// Who else reads, as far as a node with a shared lease knows: what it expects of the word when it upgrades.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub(super) struct Readers {
+    pub(super) near: u16,
+    pub(super) far: bool,
+}
+
+impl Readers {
+    /// Those of a set.
+    pub(super) fn of(cfg: &Config, nodes: &NodeSet) -> Self {
+        let near = nodes.words().next().unwrap_or(0) & ((1 << cfg.near_nodes) - 1);
+        Self {
+            near: near as u16,
+            far: cfg.any_far(nodes),
+        }
+    }
+
+    /// Those a word names.
+    pub(super) fn in_word(word: OwnerWord) -> Self {
+        Self {
+            near: word.near,
+            far: word.far,
+        }
+    }
 }
 
 /// The grant behind a shared acquisition.

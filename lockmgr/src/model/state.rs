@@ -23,6 +23,8 @@ pub struct Options {
     pub keep_word: bool,
     /// Nodes ask the last owner known before they look at the record.
     pub ask_first: bool,
+    /// How many nodes have their holder bit in the owner word: the first ones.
+    pub near: u8,
     /// Exclusive tenures may end without a modification.
     pub unmodified: bool,
     /// Leases may be released or downgraded with nobody asking.
@@ -50,6 +52,7 @@ impl Default for Options {
             keep_shared: true,
             keep_word: true,
             ask_first: true,
+            near: NODES as u8,
             unmodified: false,
             voluntary: true,
             confirm: false,
@@ -115,7 +118,10 @@ pub(super) struct Node {
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct State {
     pub(super) word: OwnerWord,
+    /// The holder bits of the far nodes.
     pub(super) bits: u8,
+    /// Which nodes are far.
+    pub(super) far: u8,
     /// Memory shows what was last written.
     store_fresh: bool,
     confirmed: u64,
@@ -149,6 +155,7 @@ pub(super) fn config(options: &Options, i: usize) -> Config {
     cfg.keep_shared = options.keep_shared;
     cfg.keep_word = options.keep_word;
     cfg.ask_first = options.ask_first;
+    cfg.near_nodes = options.near.into();
     #[cfg(any(test, feature = "flaws"))]
     {
         cfg.flaws = options.flaws;
@@ -182,6 +189,7 @@ impl State {
         Self {
             word: OwnerWord::free(0),
             bits: 0,
+            far: ((1 << NODES) - 1) & !((1 << options.near) - 1),
             store_fresh: true,
             confirmed: 0,
             losses: options.losses,
@@ -264,14 +272,24 @@ impl State {
             return;
         };
         node.done += 1;
-        let own = 1u8 << i;
         match op {
             WordOp::SetBit | WordOp::ClearBit => {
-                let before = self.bits & own != 0;
-                node.outcome.bit = Some(before);
-                self.bits ^= own;
-                if before == matches!(op, WordOp::SetBit) {
-                    self.fail(Problem::Carry);
+                if self.far >> i & 1 == 0 {
+                    node.outcome.owner = Some(self.word);
+                }
+                self.flip(i, matches!(op, WordOp::SetBit));
+            }
+            WordOp::Move { from, to, bit } => {
+                node.outcome.owner = Some(self.word);
+                if let Some(on) = bit {
+                    self.flip(i, on);
+                }
+                // Added to anything else it makes no sense; the state machine must find out.
+                if self.word.owners_part() == from {
+                    if to.version < from.version {
+                        self.fail(Problem::VersionBack);
+                    }
+                    self.word = to.read_by(self.word.near, to.far);
                 }
             }
             WordOp::Cas { expect, new } => {
@@ -288,6 +306,29 @@ impl State {
             WordOp::ReadHolders => {
                 node.outcome.holders = Some(NodeSet::from_words(&[u64::from(self.bits)]));
             }
+        }
+    }
+
+    /// The holder bit of a node, where it is kept.
+    fn bit(&self, i: usize) -> bool {
+        if self.far >> i & 1 == 1 {
+            self.bits >> i & 1 == 1
+        } else {
+            self.word.near >> i & 1 == 1
+        }
+    }
+
+    /// A fetch-and-add on a holder bit.
+    fn flip(&mut self, i: usize, on: bool) {
+        let before = self.bit(i);
+        self.nodes[i].outcome.bit = Some(before);
+        if self.far >> i & 1 == 1 {
+            self.bits ^= 1 << i;
+        } else {
+            self.word.near ^= 1 << i;
+        }
+        if before == on {
+            self.fail(Problem::Carry);
         }
     }
 
@@ -518,10 +559,12 @@ impl State {
             })
             .collect();
         format!(
-            "{:?} v{} bits {:03b} | {}",
+            "{:?} v{} near {:03b} far {:03b}{} | {}",
             self.word.writer,
             self.word.version,
+            self.word.near,
             self.bits,
+            if self.word.far { "!" } else { "" },
             nodes.join(" | ")
         )
     }
@@ -534,7 +577,7 @@ impl State {
                 return Some(Problem::Stuck);
             }
             let held = node.fsm.held();
-            let bit = self.bits >> i & 1 == 1;
+            let bit = self.bit(i);
             let named = self.word.writer == Some(NodeId(i as u16));
             let bit_right = match held {
                 None => !bit,

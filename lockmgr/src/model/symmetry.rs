@@ -12,7 +12,9 @@ impl State {
         let f = |n: NodeId| NodeId(p[usize::from(n.0)] as u16);
         let mut s = self.clone();
         s.word = self.word.rename(&f);
-        s.bits = (0..NODES).map(|i| (self.bits >> i & 1) << p[i]).sum();
+        let moved = |set: u8| (0..NODES).map(|i| (set >> i & 1) << p[i]).sum();
+        s.bits = moved(self.bits);
+        s.far = moved(self.far);
         for i in 0..NODES {
             let node = &self.nodes[i];
             s.nodes[p[i]] = Node {
@@ -48,7 +50,14 @@ impl State {
         (n.fsm.held(), n.fsm.wanted(), n.fsm.version(), n.fsm.queued()).hash(&mut h);
         std::mem::discriminant(n.fsm.phase()).hash(&mut h);
         n.fsm.batch().map(|b| (b.kind, b.state)).hash(&mut h);
-        (self.bits >> i & 1, self.word.writer == Some(NodeId(i as u16))).hash(&mut h);
+        let named = self.word.writer == Some(NodeId(i as u16));
+        (
+            self.bits >> i & 1,
+            self.word.near >> i & 1,
+            self.far >> i & 1,
+            named,
+        )
+            .hash(&mut h);
         for j in 0..NODES {
             // Sums do not depend on the names of the others.
             h.0 =

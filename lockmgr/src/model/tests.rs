@@ -22,8 +22,15 @@ fn passes(options: &Options) {
     );
 }
 
+/// The flaw is found wherever the holder bits are; what it leads to where they are as `options` say.
 #[track_caller]
 fn finds(flaw: Flaw, options: &Options) -> Problem {
+    finds_as_is(flaw, &Options { near: 0, ..*options });
+    finds_as_is(flaw, options)
+}
+
+#[track_caller]
+fn finds_as_is(flaw: Flaw, options: &Options) -> Problem {
     let report = run(&Options {
         flaws: 1 << flaw as u32,
         ..*options
@@ -42,6 +49,7 @@ const SMALL: Options = Options {
     keep_shared: true,
     keep_word: true,
     ask_first: true,
+    near: 3,
     unmodified: false,
     voluntary: true,
     confirm: false,
@@ -86,6 +94,19 @@ fn upgrades_and_downgrades() {
 }
 
 #[test]
+fn some_or_all_nodes_are_far() {
+    for near in 0..3 {
+        passes(&Options { near, ..SMALL });
+        passes(&Options {
+            budget: [1, 1, 1],
+            near,
+            losses: 1,
+            ..SMALL
+        });
+    }
+}
+
+#[test]
 fn without_keeping_the_word_or_shared() {
     for keep_shared in [true, false] {
         passes(&Options {
@@ -108,18 +129,22 @@ fn two_nodes_three_leases() {
 
 #[test]
 fn symmetry_reduction_hides_nothing() {
-    let all = run(&Options {
-        budget: [1, 1, 1],
-        symmetry: false,
-        ..SMALL
-    });
-    let some = run(&Options {
-        budget: [1, 1, 1],
-        ..SMALL
-    });
-    assert!(all.found.is_none() && some.found.is_none());
-    assert!(some.states * 4 < all.states && some.states * 6 >= all.states);
-    assert_eq!(all.depth, some.depth);
+    // All nodes alike, and one that is not: at most so many states are one.
+    for (near, alike) in [(3, 6), (2, 2)] {
+        let options = Options {
+            budget: [1, 1, 1],
+            near,
+            ..SMALL
+        };
+        let all = run(&Options {
+            symmetry: false,
+            ..options
+        });
+        let some = run(&options);
+        assert!(all.found.is_none() && some.found.is_none());
+        assert!(some.states * alike * 2 < all.states * 3 && some.states * alike >= all.states);
+        assert_eq!(all.depth, some.depth);
+    }
 }
 
 #[test]
@@ -240,6 +265,24 @@ fn finds_confirmation_of_an_earlier_version() {
         ),
         Problem::Unconfirmed
     );
+}
+
+#[test]
+fn finds_holders_overlooked_in_the_word() {
+    assert_eq!(finds_as_is(Flaw::NearForgotten, &SMALL), Problem::MutualExclusion);
+}
+
+#[test]
+fn finds_holders_overlooked_in_the_map() {
+    for (flaw, near) in [
+        (Flaw::FarUnsaid, 0),
+        (Flaw::FarUnsaid, 2),
+        (Flaw::FarForgotten, 0),
+        (Flaw::FarForgotten, 2),
+    ] {
+        let found = finds_as_is(flaw, &Options { near, ..SMALL });
+        assert_eq!(found, Problem::MutualExclusion, "{flaw:?} {near}");
+    }
 }
 
 #[test]
