@@ -23,9 +23,10 @@ report() { # step, passed, failed, seconds
 # Puts into the summary what a log says of failures: which tests and scenarios, and how each begins to say why.
 failures() { # log
     awk '
-        /(^|: )test .* FAILED$/ || /panicked at / { more = 3 }
+        /(^|: )test .* FAILED$/ { more = 1 }
+        /---- .* stdout ----$/ || /panicked at / { more = 4 }
         /^[a-z0-9.-]+ +FAILED in / { more = 5 }
-        /^error/ { more = 2 }
+        /^error/ { more = 1 }
         more-- > 0 && !seen[$0]++ && ++lines <= 30 { print "    " substr($0, 1, 240) }
     ' "$1" >>"$logs/summary"
 }

@@ -18,7 +18,7 @@ use crate::transport::peer;
 /// Medians of one round, µs.
 struct Round {
     atomic: f64,
-    /// An atomic and a read with one doorbell: what the batch of an acquisition is.
+    /// An atomic and a read with one doorbell: the batch of an acquisition beside far holders, or by one.
     pair: f64,
     /// Half a round trip of messages.
     half: f64,

@@ -260,7 +260,7 @@ impl Match {
         self.time(|| self.conn.execute(&mut [Op::Faa { at, add: 1, old: 0 }]))
     }
 
-    /// The median of an atomic and a read with one doorbell, as every batch of a lease has them, µs.
+    /// The median of an atomic and a read with one doorbell, as batches of leases have them where holders are far, µs.
     fn pair(&self) -> anyhow::Result<f64> {
         let at = self.at;
         let mut word = [0; 8];
