@@ -320,7 +320,7 @@ impl Lacks {
 /// # Errors
 /// Something differs; with the seed and the operations before.
 pub fn run(mounts: &[PathBuf], local: &Path, steps: usize, seed: u64) -> anyhow::Result<()> {
-    let folder = format!("model-{seed}");
+    let folder = format!("model-{seed}-{}", rand::random::<u16>());
     fs::create_dir(mounts[0].join(&folder))?;
     let local = local.join(&folder);
     fs::create_dir(&local)?;
@@ -351,7 +351,8 @@ pub fn run(mounts: &[PathBuf], local: &Path, steps: usize, seed: u64) -> anyhow:
         let differs = got.iter().zip(&want).find(|(g, w)| g != w);
         ensure!(
             got == want,
-            "seed {seed}: trees differ on mount {i} at {differs:?}\n{got:#?}\n{want:#?}"
+            "seed {seed}: trees differ on mount {i} at {differs:?}\n{got:#?}\n{want:#?}\nafter:\n{}",
+            log.join("\n")
         );
     }
     Ok(())

@@ -180,11 +180,12 @@ impl Client {
             }
             Self::apply(&mut state, set);
             state.touch();
-            state.attr.unwrap_or(before)
+            let attr = state.attr.unwrap_or(before);
+            self.lent_attr_changed(inode, &attr);
+            attr
         };
         self.note_dirty(inode.ino);
         self.invalidate_attrs(inode);
-        self.lent_attr_changed(inode, &attr);
         let done = answer(&attr, self.late_attr_ttl(inode, attr.kind));
         drop(guard);
         Ok(done)

@@ -111,13 +111,16 @@ impl Client {
             let guard = self.lease(ctx, &inode, Mode::Shared)?;
             let attr = {
                 let mut state = inode.lock(ctx, guard.version())?;
-                self.load_attr(ctx, &inode, &mut state)
+                let attr = self.load_attr(ctx, &inode, &mut state);
+                if let Ok(attr) = &attr {
+                    self.lend_ahead(&inode, Mode::Shared, guard.version(), attr);
+                }
+                attr
             };
             match attr {
                 Ok(attr) => {
                     inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
                     let ttl = self.attr_ttl(&inode, attr.kind);
-                    self.lend_ahead(&inode, Mode::Shared, guard.version(), &attr);
                     let done = answer(&inode, &attr, ttl);
                     drop(guard);
                     return Ok(done);

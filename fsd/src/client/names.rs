@@ -227,10 +227,10 @@ impl Client {
             state.dir.complete = true;
             state.xattrs = Some(std::collections::BTreeMap::new());
             state.target = (new.kind == Kind::Symlink).then(|| new.target.clone());
+            self.lend_ahead(&inode, Mode::Exclusive, own.version(), &attr);
         }
         inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
         let ttl = self.attr_ttl(&inode, attr.kind);
-        self.lend_ahead(&inode, Mode::Exclusive, own.version(), &attr);
         let done = answer(&inode, &attr, ttl);
         drop(own);
         done

@@ -44,7 +44,7 @@ impl Client {
         if before.is_ok_and(|n| n > count) {
             return;
         }
-        self.forget_lent(number);
+        self.forget_lent(&inode);
         let candidates = self.trim.candidates.fetch_add(1, Ordering::Relaxed) + 1;
         // Looking through all of them must be worth it.
         if self.inodes.len() > self.trim.limit

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -265,6 +266,36 @@ fn a_full_pool_is_told_of_at_fsync() -> anyhow::Result<()> {
             std::thread::sleep(Duration::from_millis(100));
         }
         ensure!(fs::read(a.join("after"))? == [b'z'; 1 << 20], "what came after");
+        Ok(())
+    })
+}
+
+/// What the kernel knows of a file it may drop, and learn again while it has been lent the same lease: that must not be as
+/// the file was when it was lent.
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn a_size_survives_the_kernels_inode() -> anyhow::Result<()> {
+    guard::with_cluster(options(), |cluster| {
+        let (first, second) = (cluster.mount(0).join("f"), cluster.mount(1).join("f"));
+        let append = |path: &Path, bytes: usize| {
+            let mut file = File::options().append(true).open(path)?;
+            file.write_all(&vec![7; bytes])
+        };
+        for round in 0..200u64 {
+            fs::write(&first, [1; 10_000])?;
+            append(&second, 20_000)?;
+            // The other one only reads, so a shared lease stays here. In half of the rounds nobody asks.
+            if round % 2 == 0 {
+                ensure!(fs::metadata(&first)?.len() == 30_000, "on the other mount");
+            }
+            // Names, and with them inodes that nobody has open.
+            fs::write("/proc/sys/vm/drop_caches", "2")?;
+            let (size, bytes) = (fs::metadata(&second)?.len(), fs::read(&second)?.len());
+            ensure!(
+                (size, bytes) == (30_000, 30_000),
+                "round {round}: {size}, {bytes} bytes"
+            );
+        }
         Ok(())
     })
 }

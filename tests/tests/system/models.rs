@@ -2,11 +2,21 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context;
 use system_tests::cluster::{Cache, Cluster, Fabric, Options};
 use system_tests::{fsx, guard, model};
 
 fn mounts(cluster: &Cluster) -> Vec<PathBuf> {
     (0..cluster.options().mounts).map(|i| cluster.mount(i)).collect()
+}
+
+/// Sequences to be played again instead of the usual ones: the numbers in `FSD_SEEDS`.
+fn again() -> anyhow::Result<Vec<u64>> {
+    let seeds = std::env::var("FSD_SEEDS").unwrap_or_default();
+    let numbers = seeds
+        .split_whitespace()
+        .map(|s| s.parse().with_context(|| format!("FSD_SEEDS: {s}")));
+    numbers.collect()
 }
 
 fn like_local(fabric: Fabric, cache: Cache, mounts_wanted: usize) -> anyhow::Result<()> {
@@ -21,10 +31,17 @@ fn like_local(fabric: Fabric, cache: Cache, mounts_wanted: usize) -> anyhow::Res
         std::fs::create_dir(&local)?;
         // Fixed seeds, so that a known sequence is never lost, and new ones. Guests are slow.
         let new = if fabric == Fabric::Verbs { 1 } else { 5 };
-        let seeds = (1..=new).chain((0..new).map(|_| rand::random::<u64>()));
-        seeds
-            .into_iter()
-            .try_for_each(|seed| model::run(&mounts(cluster), &local, 500, seed))
+        let seeds = match again()? {
+            seeds if seeds.is_empty() => (1..=new).chain((0..new).map(|_| rand::random::<u64>())).collect(),
+            seeds => seeds,
+        };
+        for (round, &seed) in seeds.iter().enumerate() {
+            let local = local.join(round.to_string());
+            std::fs::create_dir(&local)?;
+            model::run(&mounts(cluster), &local, 500, seed)
+                .with_context(|| format!("FSD_SEEDS={seed} plays it again"))?;
+        }
+        Ok(())
     })
 }
 

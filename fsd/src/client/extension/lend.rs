@@ -133,14 +133,16 @@ impl Client {
         }
     }
 
-    /// Lends what the kernel is about to want, if that costs nothing: `held` of a file whose attributes these are.
+    /// Lends what the kernel is about to want, if that costs nothing: `held` of a file whose attributes these are. With
+    /// the inode locked, so that they are the last ones.
     pub fn lend_ahead(&self, inode: &Inode, held: Mode, version: u64, attr: &Attr) {
         let Some(ext) = self.extension.get().filter(|_| attr.kind == Kind::File) else {
             return;
         };
         let word = ext.attachment.table().word(inode.ino);
         if word.is_some_and(|word| word.mode() >= to_kernel_mode(Some(held))) {
-            return;
+            // The kernel may have dropped its inode and learns of it again: then it starts with what the entry says.
+            return self.lent_attr_changed(inode, attr);
         }
         if let Ok(Lending::Done { wake: true }) = self.lend(ext, inode, held, version, attr, false)
             && word.is_some()
@@ -149,7 +151,8 @@ impl Client {
         }
     }
 
-    /// Attributes have been changed here; the kernel, if it has been lent the inode, gets them with the answer.
+    /// The attributes, which have been changed here: the kernel, if it has been lent the inode, gets them with the answer,
+    /// and from the entry should it begin anew. With the inode locked.
     pub fn lent_attr_changed(&self, inode: &Inode, attr: &Attr) {
         if let Some(ext) = self.extension.get().filter(|_| attr.kind == Kind::File) {
             // What has no entry is not lent.

@@ -183,29 +183,42 @@ impl Client {
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
-        let (Some((size, mtime, ctime)), Some(resized)) = (flushed.last, resized) else {
-            return;
-        };
         let mut state = inode.lock_raw();
-        if inode.lent.resized.load(Ordering::SeqCst) != resized {
-            return;
-        }
+        let last = flushed
+            .last
+            .filter(|_| resized == Some(inode.lent.resized.load(Ordering::SeqCst)));
         let Some(attr) = state.attr.as_mut() else { return };
-        if (attr.size, attr.mtime, attr.ctime) != (size, mtime, ctime) {
-            (attr.size, attr.mtime, attr.ctime) = (size, mtime, ctime);
+        let mut changed = false;
+        if let Some(last) = last.filter(|last| *last != (attr.size, attr.mtime, attr.ctime)) {
+            (attr.size, attr.mtime, attr.ctime) = last;
+            changed = true;
+        }
+        // What the kernel keeps of the lease it may have to begin anew with: the entry is of the beginning.
+        self.lent_attr_changed(inode, attr);
+        if changed {
             state.touch();
             drop(state);
             self.note_dirty(inode.ino);
         }
     }
 
-    /// The kernel has forgotten an inode: its entry can serve another.
-    pub fn forget_lent(&self, ino: u64) {
-        if let Some(ext) = self.extension.get() {
-            let table = ext.attachment.table();
-            if let Revoked::Done { .. } = table.revoke(ino, distfuse_abi::Mode::None, true) {
-                table.evict(ino);
-            }
+    /// The kernel has forgotten an inode: its entry can serve another. If what it wrote is not known to have come, that
+    /// is waited for elsewhere: a revocation once begun must be ended, or nobody is ever lent the inode again.
+    pub fn forget_lent(self: &Arc<Self>, inode: &Arc<Inode>) {
+        let Some(ext) = self.extension.get() else { return };
+        if ext.attachment.table().word(inode.ino).is_none() {
+            return;
         }
+        if self.take_back_at_once(ext, inode, None) {
+            ext.attachment.table().evict(inode.ino);
+            inode.lent.again();
+            return;
+        }
+        let (me, ext, inode) = (Arc::clone(self), Arc::clone(ext), Arc::clone(inode));
+        self.revokers.run(move || {
+            me.take_back(&ext, &inode, None);
+            ext.attachment.table().evict(inode.ino);
+            inode.lent.again();
+        });
     }
 }
