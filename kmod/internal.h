@@ -117,6 +117,7 @@ struct df_inode {
 	int			refusal;
 	wait_queue_head_t	wq;
 
+	struct task_struct	*flusher;	/* who flushes it for the daemon */
 	struct df_att		*cleaned;	/* after its end */
 
 	struct df_post		need_post[3];	/* by mode */

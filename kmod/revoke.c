@@ -119,7 +119,9 @@ static void df_flush_inode(struct df_flush *flush, struct df_inode *di, struct d
 	 */
 	if (word & DISTFUSE_DIRTY) {
 		df_count(flush->att, DISTFUSE_FLUSHES_DIRTY);
+		WRITE_ONCE(di->flusher, current);
 		event->error = df_write_back(di, &event->flags);
+		WRITE_ONCE(di->flusher, NULL);
 	}
 	if (flags & DISTFUSE_FLUSH_DROP) {
 		ret = invalidate_inode_pages2(mapping);

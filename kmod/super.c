@@ -21,6 +21,17 @@ static void df_evict_inode(struct inode *inode)
 	df_inode_evict(ds, inode);
 }
 
+/* Of a flush for the daemon, size and times come with its end: a SETATTR would be a round trip more. */
+static int df_write_inode(struct inode *inode, struct writeback_control *wbc)
+{
+	struct df_sb *ds = df_of_sop(inode->i_sb);
+	struct df_inode *di = df_i(inode);
+
+	if (di && READ_ONCE(di->flusher) == current)
+		return 0;
+	return ds->stock_sop->write_inode(inode, wbc);
+}
+
 /* All inodes, files and names are gone; only walkers of paths under RCU may still look at ours. */
 static void df_put_super(struct super_block *sb)
 {
@@ -143,6 +154,8 @@ int df_sb_interpose(struct super_block *sb, struct df_sb **found)
 	ds->sop = *sb->s_op;
 	ds->sop.evict_inode = df_evict_inode;
 	ds->sop.put_super = df_put_super;
+	if (ds->stock_sop->write_inode)
+		ds->sop.write_inode = df_write_inode;
 	df_make_dop(ds, sb->s_d_op);
 	ds->stock_eop = sb->s_export_op;
 	if (ds->stock_eop) {

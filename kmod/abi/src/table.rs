@@ -164,6 +164,11 @@ impl Table {
         })
     }
 
+    /// Whether somebody has been inside since the grant, or since this was last asked.
+    pub fn used_again(&self, ino: u64) -> bool {
+        self.find(ino).is_some_and(|entry| word::used_again(&entry.word))
+    }
+
     /// After the events that [`Table::revoke`] asked to wait for.
     pub fn finish(&self, ino: u64, target: Mode) -> Revoked {
         self.find(ino).map_or(Revoked::Done { wake: false }, |entry| {

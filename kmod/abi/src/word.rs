@@ -163,6 +163,11 @@ pub fn revoke(word: &AtomicU64, target: Mode, force: bool) -> Revoked {
     }
 }
 
+/// Whether somebody has been inside since the grant, or since this was last asked.
+pub fn used_again(word: &AtomicU64) -> bool {
+    Word(word.fetch_and(!USED, Ordering::Relaxed)).has(USED)
+}
+
 /// Ends a revocation when all have left and everything is flushed.
 pub fn finish(word: &AtomicU64, target: Mode) -> Revoked {
     revoke(word, target, true)

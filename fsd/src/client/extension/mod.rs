@@ -82,6 +82,10 @@ struct LentState {
     caches: Option<(u64, u64)>,
     /// When it was lent to tasks that wait, which must come to use it.
     asked: Option<Instant>,
+    /// When nobody was let in any more, while it is being taken back.
+    closed: Option<Instant>,
+    /// How long taking it back, and giving the mount's lease up, took the last time.
+    took: Duration,
 }
 
 impl Lent {
@@ -100,7 +104,12 @@ impl Lent {
 
     /// What is held may be lent again.
     pub fn again(&self) {
-        self.state.lock().taking = false;
+        let mut state = self.state.lock();
+        state.taking = false;
+        if let Some(closed) = state.closed.take() {
+            state.took = closed.elapsed();
+        }
+        drop(state);
         self.changed.notify_all();
     }
 

@@ -10,16 +10,31 @@ use lockmgr::Mode;
 use super::super::Client;
 use super::super::inode::Inode;
 use super::lend::to_kernel_mode;
-use super::{Extension, Flushed};
+use super::{Extension, Flushed, LentState};
 use crate::rpc::Errno;
 
 /// Tasks that asked for a lease have this long to come in before it is taken back: else two mounts that want the
 /// same file could pass it to and fro without anybody getting anything done.
 const FIRST_USE: Duration = Duration::from_millis(2);
+/// A lease in use is kept so many times as long as taking it back took last: the other node's part of a hand-over takes
+/// about as long, so half of the time goes into work.
+const TENURE: u32 = 2;
+/// But not for longer than this.
+const LONGEST_TENURE: Duration = Duration::from_millis(10);
+/// A lease that nobody has used for such a part of its tenure is not in use.
+const IDLE_PART: u32 = 16;
+const SHORTEST_LOOK: Duration = Duration::from_micros(20);
 /// How often to say that the kernel does not give a lease back.
 const COMPLAIN: Duration = Duration::from_secs(30);
 /// Longest wait for the RELEASE of a file that the kernel has closed.
 const RELEASE_WAIT: Duration = Duration::from_secs(10);
+
+impl LentState {
+    /// How long a lease is left to those who asked for it, while they use it.
+    fn tenure(&self) -> Duration {
+        (self.took * TENURE).min(LONGEST_TENURE)
+    }
+}
 
 impl Client {
     /// Takes back what the kernel was lent, down to `to`, where that takes neither a system call nor a wait. If so,
@@ -30,7 +45,10 @@ impl Client {
         };
         let table = ext.attachment.table();
         let clean = table.word(inode.ino).is_none_or(|word| {
-            let unused = lent.asked.is_some() && !word.has(distfuse_abi::word::USED);
+            let unused = lent.asked.is_some_and(|at| {
+                !word.has(distfuse_abi::word::USED)
+                    || at.elapsed() < lent.tenure().saturating_sub(SHORTEST_LOOK)
+            });
             word.mode() <= to_kernel_mode(to) || (word.clean(to_kernel_mode(to)) && !unused)
         });
         if lent.taking || !clean {
@@ -40,6 +58,7 @@ impl Client {
             Revoked::Done { wake } => {
                 lent.taking = true;
                 lent.asked = None;
+                lent.closed = Some(Instant::now());
                 drop(lent);
                 if wake {
                     // They ask again.
@@ -61,14 +80,18 @@ impl Client {
     /// [`super::Lent::again`].
     pub fn take_back(&self, ext: &Extension, inode: &Arc<Inode>, to: Option<Mode>) {
         let target = to_kernel_mode(to);
-        let asked = {
+        let (asked, tenure) = {
             let mut lent = inode.lent.state.lock();
             while lent.taking {
                 inode.lent.changed.wait(&mut lent);
             }
             lent.taking = true;
-            lent.asked.take()
+            (lent.asked.take(), lent.tenure())
         };
+        if let Some(at) = asked {
+            Self::leave_in_use(ext, inode.ino, at, tenure);
+        }
+        inode.lent.state.lock().closed = Some(Instant::now());
         let table = ext.attachment.table();
         let writes = table
             .word(inode.ino)
@@ -77,7 +100,7 @@ impl Client {
         let resized = inode.lent.resized.load(Ordering::SeqCst);
         let mut complain = Instant::now() + COMPLAIN;
         let mut seen = ext.answers.lock().seen;
-        let mut revoked = table.revoke(inode.ino, target, asked.is_none());
+        let mut revoked = table.revoke(inode.ino, target, true);
         loop {
             match revoked {
                 Revoked::Done { wake } => {
@@ -86,14 +109,8 @@ impl Client {
                     }
                     return;
                 }
-                Revoked::Unused => {
-                    let late = asked.is_none_or(|at| at.elapsed() >= FIRST_USE);
-                    if !late {
-                        std::thread::sleep(FIRST_USE / 20);
-                    }
-                    revoked = table.revoke(inode.ino, target, late);
-                    continue;
-                }
+                // Not if told to take it in any case.
+                Revoked::Unused => {}
                 Revoked::Pending(pending) if pending.needs_flush(target) => {
                     match self.flush_kernel(ext, inode, to, &mut complain) {
                         Some(flushed) => {
@@ -124,6 +141,25 @@ impl Client {
                 return;
             }
             revoked = table.finish(inode.ino, target);
+        }
+    }
+
+    /// Lets the tasks that a lease was lent to have the good of it: until one has come in, and as long after that as they
+    /// use it, for the tenure.
+    fn leave_in_use(ext: &Extension, ino: u64, lent: Instant, tenure: Duration) {
+        let table = ext.attachment.table();
+        while !table.used_again(ino) {
+            if lent.elapsed() >= FIRST_USE {
+                return;
+            }
+            std::thread::sleep(FIRST_USE / 20);
+        }
+        let look = (tenure / IDLE_PART).max(SHORTEST_LOOK);
+        while lent.elapsed() + look < tenure {
+            std::thread::sleep(look);
+            if !table.used_again(ino) {
+                return;
+            }
         }
     }
 
