@@ -151,7 +151,7 @@ impl Client {
         dir: &Inode,
         name: &[u8],
         new: &New,
-        answer: impl FnOnce(&Arc<Inode>, &Attr, Duration) -> Res<T>,
+        answer: impl FnOnce(&Arc<Inode>, &Attr) -> Res<T>,
     ) -> Res<T> {
         // Everything below waits for the metadata server: stop here, before a number is taken.
         ctx.may_wait()?;
@@ -176,7 +176,7 @@ impl Client {
         name: &[u8],
         new: &New,
         number: u64,
-        answer: impl FnOnce(&Arc<Inode>, &Attr, Duration) -> Res<T>,
+        answer: impl FnOnce(&Arc<Inode>, &Attr) -> Res<T>,
     ) -> Res<T> {
         let inode = self.inode(number);
         // Nobody else knows the number yet, so this waits for nobody and may come before the directory.
@@ -230,8 +230,7 @@ impl Client {
             self.lend_ahead(&inode, Mode::Exclusive, own.version(), &attr);
         }
         inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
-        let ttl = self.attr_ttl(&inode, attr.kind);
-        let done = answer(&inode, &attr, ttl);
+        let done = answer(&inode, &attr);
         drop(own);
         done
     }

@@ -3,7 +3,6 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use fuser::{
     FileHandle, FopenFlags, Generation, INodeNo, LockOwner, OpenFlags, ReplyCreate, ReplyEmpty, ReplyLseek,
@@ -62,18 +61,17 @@ pub(super) fn create(
     };
     serve(client, reply, ReplyCreate::error, move |c, ctx, reply| {
         let dir = c.inode(parent);
-        let mut send = |attr: &Attr, ttl: Duration, (fh, cached): (u64, bool)| {
+        let mut send = |attr: &Attr, (fh, cached): (u64, bool)| {
             if let Some(reply) = reply.take() {
                 let generation = Generation(u64::from(ino::generation(attr.ino)));
                 // One time to live serves both here: names must not be kept, so neither are attributes.
-                let _ = ttl;
                 let open = open_flags(c.mode, cached);
                 reply.created(&NAME_TTL, &attr_of(attr), generation, FileHandle(fh), open);
             }
         };
         for _ in 0..ATTEMPTS {
-            let made = c.create(ctx, &dir, &name, &new, |inode, attr, ttl| {
-                send(attr, ttl, c.make_handle(inode, Kind::File, flags)?);
+            let made = c.create(ctx, &dir, &name, &new, |inode, attr| {
+                send(attr, c.make_handle(inode, Kind::File, flags)?);
                 Ok(())
             });
             match made {
@@ -82,14 +80,14 @@ pub(super) fn create(
             }
             // Somebody else was faster: open what is there now.
             let mut found = None;
-            match c.lookup(ctx, &dir, &name, |inode, attr, ttl| {
-                found = Some((Arc::clone(inode), *attr, ttl))
+            match c.lookup(ctx, &dir, &name, |inode, attr, _| {
+                found = Some((Arc::clone(inode), *attr))
             }) {
                 Err(Stop::Errno(Errno(libc::ENOENT))) => continue,
                 other => other?,
             }
-            if let Some((inode, attr, ttl)) = found {
-                send(&attr, ttl, c.open(ctx, &inode, flags, caller)?);
+            if let Some((inode, attr)) = found {
+                send(&attr, c.open(ctx, &inode, flags, caller)?);
                 return Ok(());
             }
         }

@@ -39,8 +39,8 @@ fn make(client: &Arc<Client>, req: &Request, parent: INodeNo, name: &OsStr, mut 
     let (name, parent) = (name.as_bytes().to_vec(), parent.0);
     (new.uid, new.gid) = (req.uid(), req.gid());
     serve(client, reply, ReplyEntry::error, move |c, ctx, reply| {
-        c.create(ctx, &c.inode(parent), &name, &new, |_, attr, ttl| {
-            send_entry(reply, attr, ttl);
+        c.create(ctx, &c.inode(parent), &name, &new, |inode, attr| {
+            send_entry(reply, attr, c.attr_ttl(inode, attr.kind));
             Ok(())
         })
     });
