@@ -14,26 +14,18 @@ pub(crate) fn operations(
     node: NodeId,
 ) -> Vec<AsyncOp> {
     let (offset, bit) = layout.holder_bit(node);
+    let add = |on: bool| if on { bit } else { bit.wrapping_neg() };
     ops.iter()
         .map(|op| match op {
             WordOp::SetBit => AsyncOp::Faa {
                 at: base.plus(offset),
-                add: bit,
+                add: add(true),
             },
             WordOp::ClearBit => AsyncOp::Faa {
                 at: base.plus(offset),
-                add: bit.wrapping_neg(),
+                add: add(false),
             },
-            WordOp::Move {
-                from,
-                to,
-                bit: change,
-            } => {
-                let bit = match change {
-                    Some(true) => bit,
-                    Some(false) => bit.wrapping_neg(),
-                    None => 0,
-                };
+            WordOp::Move { from, to, bit } => {
                 // What overflows does so out of the top of the word.
                 let moved = to
                     .owners_part()
@@ -41,7 +33,7 @@ pub(crate) fn operations(
                     .wrapping_sub(from.owners_part().encode());
                 AsyncOp::Faa {
                     at: base.plus(RecordLayout::OWNER),
-                    add: moved.wrapping_add(bit),
+                    add: moved.wrapping_add(bit.map_or(0, add)),
                 }
             }
             WordOp::Cas { expect, new } => AsyncOp::Cas {
