@@ -215,6 +215,9 @@ fn default_memory_dir() -> PathBuf {
 pub struct MountConfig {
     /// Kernel caching.
     pub cache: CacheMode,
+    /// In mode `writethrough`: files that several mounts have open go through the page cache too, though a stock
+    /// kernel does not keep them coherent. For comparisons with the paper's baseline, which does that.
+    pub cache_shared: bool,
     /// Size of the user-space buffer cache.
     pub buffer_cache: Size,
     /// How much the kernel reads ahead of a program that reads a file from front to back, and asks for at once; zero:
@@ -234,6 +237,7 @@ impl Default for MountConfig {
     fn default() -> Self {
         Self {
             cache: CacheMode::Auto,
+            cache_shared: false,
             buffer_cache: Size(256 << 20),
             read_ahead: Size(1 << 20),
             loops: 2,

@@ -75,6 +75,8 @@ pub struct Client {
     pub node: NodeId,
     /// How the kernel caches ([`CacheMode::Auto`] has been decided).
     pub mode: CacheMode,
+    /// Mode [`CacheMode::Writethrough`] with shared files in the page cache, as the paper's baseline has them.
+    pub cache_shared: bool,
     /// The leases.
     pub leases: Arc<LeaseManager>,
     /// The connections.
@@ -233,9 +235,13 @@ impl Client {
     pub fn status(&self) -> MountStatus {
         let leases = self.leases.snapshot();
         let count = |mode| leases.iter().filter(|l| l.mode == Some(mode)).count() as u64;
+        let mut cache = format!("{:?}", self.mode).to_lowercase();
+        if self.cache_shared {
+            cache += " with shared files";
+        }
         MountStatus {
             node: self.node.0,
-            cache: format!("{:?}", self.mode).to_lowercase(),
+            cache,
             shared: count(Mode::Shared),
             exclusive: count(Mode::Exclusive),
             waiting: leases.iter().map(|l| l.waiting as u64).sum(),

@@ -90,6 +90,8 @@ pub struct MountOptions {
     pub point: PathBuf,
     /// Kernel caching.
     pub cache: CacheMode,
+    /// In mode `writethrough`: shared files through the page cache too.
+    pub cache_shared: bool,
     /// Where other mounts reach this one; `None`: chosen from the configuration.
     pub listen: Option<String>,
     /// Use a directory that is not empty.
@@ -259,6 +261,9 @@ impl Mount {
             CacheMode::Auto => best_mode(),
             chosen => chosen,
         };
+        if options.cache_shared && mode != CacheMode::Writethrough {
+            tracing::warn!("cache_shared changes nothing here: it is for mode writethrough");
+        }
         if mode == CacheMode::Writeback {
             // Memory that this process asks for must not have to wait for pages that it is to write back itself. For
             // this thread and those it starts.
@@ -317,6 +322,7 @@ impl Mount {
         let client = Arc::new(Client {
             node,
             mode,
+            cache_shared: options.cache_shared && mode == CacheMode::Writethrough,
             leases,
             net: Arc::clone(&net),
             inodes: Arc::default(),

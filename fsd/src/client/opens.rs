@@ -65,6 +65,30 @@ impl Handles {
     }
 }
 
+/// Does a handle go through the page cache of a stock kernel? `shared` says that other mounts have the file open,
+/// `written` that one of them has it open for writing.
+///
+/// Such a kernel puts written data into its page cache before the lease is asked for, and drops a new file size that
+/// an invalidation overtakes. So handles for writing go past the page cache unless nobody else has the file, and
+/// handles for reading do where another mount writes.
+///
+/// `cache_shared` keeps them in it nevertheless, except for appends: the kernel would file those under the end of file
+/// that it knows of, and later read them from there.
+fn through_stock_cache(flags: i32, shared: bool, written: bool, cache_shared: bool) -> bool {
+    if flags & libc::O_DIRECT != 0 {
+        return false;
+    }
+    if cache_shared && flags & libc::O_APPEND == 0 {
+        return true;
+    }
+    match flags & libc::O_ACCMODE {
+        libc::O_RDONLY => !written,
+        libc::O_RDWR => !shared,
+        // Uncached writes cost no more, and nothing can be read through this handle.
+        _ => false,
+    }
+}
+
 impl Client {
     fn word(
         &self,
@@ -193,10 +217,6 @@ impl Client {
 
     /// Makes a handle for an inode whose lease is held. Returns its number and whether the kernel may cache.
     ///
-    /// A stock kernel puts written data into its page cache before the lease is asked for, and drops a new
-    /// file size that an invalidation overtakes. So handles for writing go past the page cache unless nobody
-    /// else has the file, and handles for reading do where another mount writes.
-    ///
     /// # Errors
     /// The storage node cannot be reached.
     pub fn make_handle(&self, inode: &Arc<Inode>, kind: Kind, flags: i32) -> Res<(u64, bool)> {
@@ -209,15 +229,7 @@ impl Client {
             cached = match self.mode {
                 // The kernel extension enters the lease for each call, O_DIRECT included.
                 CacheMode::Writeback => true,
-                CacheMode::Writethrough => {
-                    flags & libc::O_DIRECT == 0
-                        && match access {
-                            libc::O_RDONLY => !written,
-                            libc::O_RDWR => !shared,
-                            // Uncached writes cost no more, and nothing can be read through this handle.
-                            _ => false,
-                        }
-                }
+                CacheMode::Writethrough => through_stock_cache(flags, shared, written, self.cache_shared),
                 _ => false,
             };
             if cached {
@@ -330,5 +342,28 @@ impl Client {
                 }
             });
         self.forget_data(inode);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::through_stock_cache;
+    use libc::{O_APPEND, O_DIRECT, O_RDONLY, O_RDWR, O_WRONLY};
+
+    #[test]
+    fn a_file_that_others_write_goes_past_the_page_cache() {
+        let cached = |flags, shared, written| through_stock_cache(flags, shared, written, false);
+        assert!(cached(O_RDONLY, true, false) && !cached(O_RDONLY, true, true));
+        assert!(cached(O_RDWR, false, false) && !cached(O_RDWR, true, false));
+        assert!(!cached(O_WRONLY, false, false));
+        assert!(!cached(O_RDWR | O_DIRECT, false, false));
+    }
+
+    #[test]
+    fn cache_shared_keeps_it_there_but_for_appends() {
+        let cached = |flags| through_stock_cache(flags, true, true, true);
+        assert!([O_RDONLY, O_RDWR, O_WRONLY].into_iter().all(cached));
+        assert!(!cached(O_RDWR | O_APPEND) && !cached(O_WRONLY | O_APPEND));
+        assert!(!cached(O_RDONLY | O_DIRECT));
     }
 }

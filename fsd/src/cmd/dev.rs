@@ -28,6 +28,9 @@ pub struct DevArgs {
     /// Kernel caching.
     #[arg(long, default_value = "auto")]
     pub cache: CacheMode,
+    /// With --cache writethrough, as mount.cache_shared in the configuration: for comparisons, not coherent.
+    #[arg(long)]
+    pub cache_shared: bool,
     /// Pool of each storage node.
     #[arg(long, default_value_t = super::DEV_POOL)]
     pub pool: Size,
@@ -89,6 +92,7 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
         storage,
         mount: MountConfig {
             cache: args.cache,
+            cache_shared: args.cache_shared,
             ..MountConfig::default()
         },
     })

@@ -52,6 +52,9 @@ pub enum Command {
         /// How the kernel may cache (default: as the configuration says).
         #[arg(long)]
         cache: Option<CacheMode>,
+        /// With --cache writethrough, as mount.cache_shared in the configuration: for comparisons, not coherent.
+        #[arg(long)]
+        cache_shared: bool,
         /// Address other mounts reach this one at.
         #[arg(long)]
         listen: Option<String>,
@@ -107,6 +110,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Mount {
             role,
             cache,
+            cache_shared,
             listen,
             allow_nonempty,
             auto_unmount,
@@ -116,6 +120,7 @@ pub fn run(cli: Cli) -> ExitCode {
             let options = crate::client::MountOptions {
                 point,
                 cache,
+                cache_shared: cache_shared || c.mount.cache_shared,
                 listen,
                 allow_nonempty,
                 auto_unmount,

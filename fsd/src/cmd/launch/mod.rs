@@ -60,6 +60,9 @@ pub struct LaunchArgs {
     /// Kernel caching.
     #[arg(long, default_value = "auto")]
     pub cache: CacheMode,
+    /// With --cache writethrough, as mount.cache_shared in the configuration: for comparisons, not coherent.
+    #[arg(long)]
+    pub cache_shared: bool,
     /// Pool of each storage node.
     #[arg(long, default_value_t = super::DEV_POOL)]
     pub pool: Size,
@@ -147,6 +150,7 @@ fn base(args: &LaunchArgs) -> Config {
         verbs: Default::default(),
         mount: MountConfig {
             cache: args.cache,
+            cache_shared: args.cache_shared,
             ..MountConfig::default()
         },
     }
