@@ -122,6 +122,8 @@ pub struct ClusterSpec {
     pub mounts: usize,
     /// `direct`, `writethrough`, `writeback` (or `auto`).
     pub cache: String,
+    /// In mode `writethrough`: shared files in the page cache too, as the paper's baseline has them.
+    pub cache_shared: bool,
     /// `shm`, `tcp` or `verbs`.
     pub fabric: String,
     /// Pool of each of the two storage nodes, MiB.
@@ -161,6 +163,7 @@ impl Cluster {
                 "--pool",
                 &format!("{}MiB", spec.pool_mib),
             ])
+            .args(spec.cache_shared.then_some("--cache-shared"))
             .arg("--dir")
             .arg(dir.path().join("mnt"))
             .arg("--state")

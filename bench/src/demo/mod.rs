@@ -116,6 +116,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let spec = ClusterSpec {
         mounts: 3,
         cache: "auto".into(),
+        cache_shared: false,
         fabric: args.fabric.clone(),
         pool_mib: 768,
     };

@@ -134,6 +134,7 @@ impl Systems {
             let spec = ClusterSpec {
                 mounts,
                 cache: cache.to_owned(),
+                cache_shared: false,
                 fabric: fabric.to_owned(),
                 pool_mib,
             };

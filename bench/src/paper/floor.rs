@@ -3,8 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
+use super::measure::Settings;
+use super::modes::{Mode, Modes};
 use super::published::WRITE_US;
-use super::{Mode, Modes, Settings};
 use crate::fs::micro_ops as ops;
 use crate::nullfs::NullMode;
 use crate::plot::Chart;
@@ -38,7 +39,11 @@ pub fn run(modes: &Modes, settings: &Settings, out: &Path) -> anyhow::Result<()>
         ("null write-through", null[0].path().to_owned(), None),
         ("null write-back", null[1].path().to_owned(), None),
     ];
-    for mode in modes.there() {
+    let there = modes.there();
+    // The baselines differ only in files that others have open too.
+    let through = there.iter().find(|m| **m != Mode::Back);
+    let back = there.iter().find(|m| **m == Mode::Back);
+    for mode in through.into_iter().chain(back).copied() {
         systems.push((mode.name(), modes.dirs(mode)[0].clone(), Some(mode)));
     }
     let title = "Figure 2: us a call, the lease held";
@@ -67,8 +72,8 @@ pub fn run(modes: &Modes, settings: &Settings, out: &Path) -> anyhow::Result<()>
             for (n, (system, dir, mode)) in systems.iter().enumerate() {
                 check()?;
                 // What goes through takes many times as long.
-                let through = name.ends_with("write") && system.contains("through");
-                let calls = if through || *mode == Some(Mode::Through) && name.ends_with("write") {
+                let through = matches!(mode, Some(Mode::Through(_))) || system.contains("through");
+                let calls = if through && name.ends_with("write") {
                     settings.calls / 20
                 } else {
                     settings.calls
@@ -88,7 +93,7 @@ pub fn run(modes: &Modes, settings: &Settings, out: &Path) -> anyhow::Result<()>
         }
         let mut row = vec![name.to_owned()];
         row.extend(medians.iter().map(|us| sig(*us)));
-        let back = (modes.there().len() == 2).then(|| medians[3]);
+        let back = medians.get(3);
         let ratio = back.map(|us| us / medians[1]);
         let dash = || "-".to_owned();
         row.push(ratio.map_or_else(dash, |r| format!("{r:.2}")));
