@@ -32,7 +32,7 @@ lab-bench:
 	cargo build --release --workspace
 	cargo run --release -q -p lab -- run --limit 2400 --scenario tests/lab/scenarios/bench-fs.toml
 	cargo run --release -q -p lab -- run --limit 900 --scenario tests/lab/scenarios/bench-rdma.toml
-	cargo run --release -q -p lab -- run --limit 1800 --scenario tests/lab/scenarios/paper.toml
+	cargo run --release -q -p lab -- run --limit 2700 --scenario tests/lab/scenarios/paper.toml
 
 clean:
 	cargo clean
