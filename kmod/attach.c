@@ -23,6 +23,7 @@ struct df_att *df_att_new(void)
 	refcount_set(&att->refs, 1);
 	INIT_LIST_HEAD(&att->link);
 	spin_lock_init(&att->event_lock);
+	spin_lock_init(&att->call_lock);
 	INIT_LIST_HEAD(&att->posts);
 	init_waitqueue_head(&att->event_wq);
 	mutex_init(&att->command_lock);
@@ -37,6 +38,7 @@ void df_att_put(struct df_att *att)
 	/* Walkers of paths under RCU may look at the table still. */
 	if (att->map)
 		synchronize_rcu();
+	kvfree(att->calls);
 	vfree(att->map);
 	kfree(att);
 }
@@ -53,6 +55,7 @@ static int df_att_map(struct df_att *att, struct distfuse_attach *arg)
 	arg->entries = df_size(arg->entries, DISTFUSE_MIN_ENTRIES, DISTFUSE_MAX_ENTRIES);
 	arg->events = df_size(arg->events, DF_LEAST_RING, DF_MOST_RING);
 	arg->commands = df_size(arg->commands, DF_LEAST_RING, DF_MOST_RING);
+	arg->buffers = min(arg->buffers, (u32)DISTFUSE_MAX_BUFFERS);
 	arg->cpus = nr_cpu_ids;
 	arg->counters_offset = at;
 	at += PAGE_ALIGN(sizeof(u64) * DISTFUSE_COUNTERS_STRIDE * nr_cpu_ids);
@@ -62,6 +65,8 @@ static int df_att_map(struct df_att *att, struct distfuse_attach *arg)
 	at += PAGE_ALIGN(sizeof(struct distfuse_command) * arg->commands);
 	arg->table_offset = at;
 	at += PAGE_ALIGN(sizeof(struct distfuse_entry) * (u64)arg->entries);
+	arg->buffers_offset = at;
+	at += PAGE_ALIGN(DISTFUSE_BUFFER_SIZE * arg->buffers);
 	arg->map_size = at;
 
 	att->map = vmalloc_user(at);
@@ -81,7 +86,7 @@ static int df_att_map(struct df_att *att, struct distfuse_attach *arg)
 	att->shared->abi = DISTFUSE_ABI_VERSION;
 	att->shared->state = DISTFUSE_STATE_ATTACHED;
 	att->shared->command_need_kick = 1;
-	return 0;
+	return df_calls_init(att, att->map + arg->buffers_offset, arg->buffers);
 }
 
 /* FUSE lets a server have one per cent of the dirty memory, and holds it to that before any is short. */
@@ -183,6 +188,7 @@ static void df_att_kill(struct df_att *att)
 			kfree(post);
 	}
 	spin_unlock(&att->event_lock);
+	df_calls_end(att);
 }
 
 static void df_wake_everyone(struct df_sb *ds)

@@ -29,6 +29,8 @@ static const char * const df_names[DISTFUSE_NR_COUNTERS] = {
 	[DISTFUSE_NAME_REMOTE] = "name_remote",
 	[DISTFUSE_PERMISSION_LOCAL] = "permission_local",
 	[DISTFUSE_EVENTS_DELAYED] = "events_delayed",
+	[DISTFUSE_CALLS] = "calls",
+	[DISTFUSE_CALLS_AGAIN] = "calls_again",
 };
 
 static int df_counters_show(struct seq_file *m, void *unused)

@@ -31,6 +31,25 @@ static void df_leave_file(struct file *file, struct distfuse_entry *entry)
 	df_leave(df_i(file_inode(file)), entry);
 }
 
+/* Enters, or has the daemon do it all: then there is no entry, and *ret is what it came to. */
+static struct distfuse_entry *df_enter_or_call(struct kiocb *iocb, struct iov_iter *it, u32 mode, u64 set,
+					       ssize_t *ret)
+{
+	struct df_inode *di = df_i(file_inode(iocb->ki_filp));
+	struct distfuse_entry *entry;
+
+	if (unlikely(!di))
+		return ERR_PTR(-ENOMEM);
+	entry = df_enter_fast(di, mode, set);
+	if (likely(entry)) {
+		df_count_sb(di->sb, DISTFUSE_HITS);
+		return entry;
+	}
+	if (df_call(di, iocb, it, mode, ret))
+		return NULL;
+	return df_enter_slow(di, mode, set, iocb->ki_flags & IOCB_NOWAIT);
+}
+
 static int df_open(struct inode *inode, struct file *file)
 {
 	struct df_sb *ds = df_of_fop(file);
@@ -109,7 +128,9 @@ static ssize_t df_read_iter(struct kiocb *iocb, struct iov_iter *to)
 	/* The page cache is as good as the server under a lease; past it both would have to be kept right. */
 	iocb->ki_flags &= ~IOCB_DIRECT;
 	for (;;) {
-		entry = df_enter_file(file, DISTFUSE_SHARED, 0, iocb->ki_flags & IOCB_NOWAIT);
+		entry = df_enter_or_call(iocb, to, DISTFUSE_SHARED, 0, &ret);
+		if (!entry)
+			return ret > 0 ? done + ret : done ?: ret;
 		if (IS_ERR(entry))
 			return done ?: PTR_ERR(entry);
 		if (user)
@@ -160,8 +181,9 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 	if (user && iov_iter_count(from) > PAGE_SIZE)
 		fault_in_iov_iter_readable(from, min_t(size_t, iov_iter_count(from), DF_BUFFER));
 	for (;;) {
-		entry = df_enter_file(file, DISTFUSE_EXCLUSIVE, DISTFUSE_DIRTY,
-				      iocb->ki_flags & IOCB_NOWAIT);
+		entry = df_enter_or_call(iocb, from, DISTFUSE_EXCLUSIVE, DISTFUSE_DIRTY, &ret);
+		if (!entry)
+			return ret > 0 ? done + ret : done ?: ret;
 		if (IS_ERR(entry))
 			return done ?: PTR_ERR(entry);
 		if (user)

@@ -4,6 +4,7 @@
 
 #define pr_fmt(fmt) "distfuse: " fmt
 
+#include <linux/completion.h>
 #include <linux/fs.h>
 #include <linux/hashtable.h>
 #include <linux/module.h>
@@ -34,6 +35,18 @@ struct df_post {
 	bool			owned;	/* by the list: to be freed */
 };
 
+/* A read or write that the daemon does; its buffer has the same number. Under df_att.call_lock but for post. */
+struct df_call {
+	struct df_post		post;
+	struct completion	done;
+	u64			result;
+	u32			flags;
+	int			error;
+	bool			busy;
+	bool			answered;
+	bool			abandoned;
+};
+
 /*
  * An open file of the device, and what it is mapped as. The memory stays until the mount is gone,
  * also when the daemon is: so I/O needs no reference to use an entry.
@@ -60,6 +73,11 @@ struct df_att {
 
 	struct mutex		command_lock;	/* command_tail */
 	u64			command_tail;
+
+	spinlock_t		call_lock;	/* calls */
+	struct df_call		*calls;
+	void			*buffers;
+	u32			nr_buffers;
 
 	struct work_struct	cleanup;
 	struct dentry		*debugfs;
@@ -166,6 +184,7 @@ struct distfuse_entry *df_enter_slow(struct df_inode *di, u32 mode, u64 set, boo
 struct distfuse_entry *df_try(struct df_inode *di, u32 mode, u64 set);
 int df_wait(struct df_inode *di, u32 mode);
 bool df_held(struct df_inode *di, u32 mode, bool may_sleep);
+bool df_would_admit(struct df_inode *di, u32 mode);
 void df_left_last(struct df_inode *di, u64 word);
 bool df_is_dead(struct df_sb *ds);
 
@@ -184,6 +203,12 @@ void df_post(struct df_att *att, struct df_post *post);
 void df_post_rescue(struct df_att *att, struct df_post *post);
 void df_kick(struct df_att *att);
 __poll_t df_poll_events(struct df_att *att);
+
+/* call.c */
+int df_calls_init(struct df_att *att, void *buffers, u32 count);
+void df_calls_end(struct df_att *att);
+void df_call_answered(struct df_att *att, const struct distfuse_command *command);
+bool df_call(struct df_inode *di, struct kiocb *iocb, struct iov_iter *it, u32 mode, ssize_t *ret);
 
 /* revoke.c */
 extern struct workqueue_struct *df_wq;

@@ -117,6 +117,9 @@ static void df_command(struct df_att *att, const struct distfuse_command *comman
 	case DISTFUSE_COMMAND_FLUSH:
 		df_flush_start(att, command);
 		break;
+	case DISTFUSE_COMMAND_ANSWER:
+		df_call_answered(att, command);
+		break;
 	}
 }
 

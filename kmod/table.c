@@ -36,7 +36,7 @@ struct distfuse_entry *df_entry_of(struct df_inode *di)
 	return entry;
 }
 
-static bool df_would_admit(struct df_inode *di, u32 mode)
+bool df_would_admit(struct df_inode *di, u32 mode)
 {
 	struct distfuse_entry *entry = df_entry_of(di);
 	u64 word;

@@ -32,6 +32,8 @@ pub struct Options {
     pub events: u32,
     /// Of the command ring.
     pub commands: u32,
+    /// For calls, 16 KiB each: so many may be under way. 0: there are none.
+    pub buffers: u32,
     /// The kernel answers stat from the entry.
     pub stat: bool,
     /// The kernel holds names valid under the lease of their directory. Names must have no time to live.
@@ -50,6 +52,7 @@ impl Default for Options {
             entries: 1 << 15,
             events: 4096,
             commands: 4096,
+            buffers: 0,
             stat: true,
             names: false,
             access: false,
@@ -88,6 +91,43 @@ pub enum Event {
         /// Pages are still cached.
         kept: bool,
     },
+    /// A task that found the lease not held, and [`Table::hint_calls`] on, wants something done. Always to be answered by
+    /// [`Command::Answer`]; until then the buffer is the daemon's.
+    Call {
+        /// Its number, and that of its buffer.
+        call: u32,
+        /// On what.
+        ino: u64,
+        /// Offset in the file.
+        offset: u64,
+        /// Bytes.
+        len: u32,
+        /// What.
+        what: Call,
+    },
+}
+
+/// What a task wants done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// Reading, into the buffer.
+    Read,
+    /// Writing, out of the buffer.
+    Write {
+        /// Set-user-id bits are to be cleared.
+        kill_priv: bool,
+    },
+}
+
+/// How a call ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// So many bytes were read or written.
+    Done(u32),
+    /// Nothing was done: the kernel holds the lease, or shall ask for it.
+    Again,
+    /// An errno.
+    Failed(i32),
 }
 
 /// What the kernel is told.
@@ -110,6 +150,13 @@ pub enum Command {
         unmap: bool,
         /// Pages are dropped. Not needed: the next grant's version decides.
         drop: bool,
+    },
+    /// A call is done.
+    Answer {
+        /// Which.
+        call: u32,
+        /// How.
+        answer: Answer,
     },
 }
 
@@ -175,6 +222,7 @@ impl Attachment {
             entries: options.entries,
             events: options.events,
             commands: options.commands,
+            buffers: options.buffers,
             ..Attach::default()
         };
         let end = Instant::now() + PATIENCE;
@@ -224,6 +272,23 @@ impl Attachment {
     /// [`Attachment::try_event`] had none.
     pub fn device(&self) -> BorrowedFd<'_> {
         self.device.as_fd()
+    }
+
+    /// What a call's buffer has, to fill `into`.
+    pub fn read_buffer(&self, call: u32, into: &mut [u8]) {
+        for (part, word) in into.chunks_mut(8).zip(self.map.buffer(call)) {
+            let bytes = word.load(Ordering::Relaxed).to_ne_bytes();
+            part.copy_from_slice(bytes.get(..part.len()).unwrap_or(&[]));
+        }
+    }
+
+    /// Fills a call's buffer.
+    pub fn fill_buffer(&self, call: u32, from: &[u8]) {
+        for (part, word) in from.chunks(8).zip(self.map.buffer(call)) {
+            let mut bytes = [0; 8];
+            bytes.iter_mut().zip(part).for_each(|(to, from)| *to = *from);
+            word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
+        }
     }
 
     fn kick(&self) -> Result<(), Error> {
@@ -351,6 +416,19 @@ fn decode(raw: &layout::Event) -> Option<Event> {
                 Mode::Shared
             },
         },
+        layout::EVENT_CALL => Event::Call {
+            call: raw.cookie,
+            ino,
+            offset: raw.size,
+            len: raw.mode.min(layout::BUFFER_SIZE as u32),
+            what: if raw.flags & layout::CALL_WRITE == 0 {
+                Call::Read
+            } else {
+                Call::Write {
+                    kill_priv: raw.flags & layout::CALL_KILL_PRIV != 0,
+                }
+            },
+        },
         layout::EVENT_DRAINED => Event::Drained { ino },
         layout::EVENT_FLUSHED => Event::Flushed {
             ino,
@@ -394,6 +472,21 @@ fn encode(command: Command) -> layout::Command {
             cookie,
             ..layout::Command::default()
         },
+        Command::Answer { call, answer } => {
+            let (flags, error, result) = match answer {
+                Answer::Done(bytes) => (0, 0, bytes),
+                Answer::Again => (layout::ANSWER_AGAIN, 0, 0),
+                Answer::Failed(error) => (0, error.saturating_neg(), 0),
+            };
+            layout::Command {
+                r#type: layout::COMMAND_ANSWER,
+                flags,
+                ino: 0,
+                cookie: call,
+                error,
+                result: result.into(),
+            }
+        }
     }
 }
 

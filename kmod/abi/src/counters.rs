@@ -75,6 +75,10 @@ counters! {
     permission_local,
     /// Events that found their ring full.
     events_delayed,
+    /// Reads and writes that the daemon was asked to do.
+    calls,
+    /// Those that it left to the kernel.
+    calls_again,
 }
 
 pub(crate) fn read(map: &Map) -> Counters {

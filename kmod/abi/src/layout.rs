@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
 
 /// The version of the interface that this crate speaks.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 /// The device.
 pub const DEVICE: &str = "/dev/distfuse";
 
@@ -11,6 +11,9 @@ pub const DEVICE: &str = "/dev/distfuse";
 pub const ATTR_DATA: u32 = 1;
 /// [`Entry::valid`]: all attributes are right.
 pub const ATTR_ALL: u32 = 2;
+
+/// [`Entry::hints`]: short reads and writes that find the lease not held are calls.
+pub const HINT_CALL: u32 = 1;
 
 /// Entries in a set.
 pub const WAYS: usize = 8;
@@ -27,6 +30,8 @@ pub const EVENT_NEED: u32 = 1;
 pub const EVENT_DRAINED: u32 = 2;
 /// A flush is done.
 pub const EVENT_FLUSHED: u32 = 3;
+/// Something is to be read or written.
+pub const EVENT_CALL: u32 = 4;
 
 /// [`Event::flags`]: the kernel has the inode.
 pub const FLUSHED_INODE: u32 = 1;
@@ -35,15 +40,30 @@ pub const FLUSHED_NOFILE: u32 = 2;
 /// [`Event::flags`]: pages are still cached.
 pub const FLUSHED_KEPT: u32 = 4;
 
+/// [`Event::flags`]: it is to be written.
+pub const CALL_WRITE: u32 = 1;
+/// [`Event::flags`]: set-user-id bits go.
+pub const CALL_KILL_PRIV: u32 = 2;
+
+/// Bytes of a call's buffer.
+pub const BUFFER_SIZE: usize = 16384;
+/// Most buffers.
+pub const MAX_BUFFERS: u32 = 256;
+
 /// Waiters look again.
 pub const COMMAND_WAKE: u32 = 1;
 /// Dirty pages are written.
 pub const COMMAND_FLUSH: u32 = 2;
+/// A call is done.
+pub const COMMAND_ANSWER: u32 = 3;
 
 /// [`Command::flags`]: unmap pages.
 pub const FLUSH_UNMAP: u32 = 1;
 /// [`Command::flags`]: drop them.
 pub const FLUSH_DROP: u32 = 2;
+
+/// [`Command::flags`]: nothing was done.
+pub const ANSWER_AGAIN: u32 = 1;
 
 /// [`Shared::state`]: the mount is there.
 pub const STATE_ATTACHED: u32 = 1;
@@ -91,8 +111,8 @@ pub struct Entry {
     pub gid: AtomicU32,
     /// Nanoseconds of atime.
     pub atime_nsec: AtomicU32,
-    /// 0.
-    pub reserved0: AtomicU32,
+    /// `HINT_…`
+    pub hints: AtomicU32,
     /// Bytes.
     pub size: AtomicU64,
     /// Blocks of 512 bytes.
@@ -117,19 +137,19 @@ pub struct Entry {
 pub struct Event {
     /// `EVENT_…`
     pub r#type: u32,
-    /// `FLUSHED_…`
+    /// `FLUSHED_…`, `CALL_…`
     pub flags: u32,
     /// The inode.
     pub ino: u64,
-    /// What is needed.
+    /// What is needed; of a call: length.
     pub mode: u32,
-    /// That of the command.
+    /// That of the command; of a call: its buffer.
     pub cookie: u32,
     /// Negative errno or 0.
     pub error: i32,
     /// Nanoseconds of mtime.
     pub mtime_nsec: u32,
-    /// Bytes.
+    /// Bytes; of a call: offset in the file.
     pub size: u64,
     /// Seconds.
     pub mtime: i64,
@@ -147,7 +167,7 @@ pub struct Event {
 pub struct Command {
     /// `COMMAND_…`
     pub r#type: u32,
-    /// `FLUSH_…`
+    /// `FLUSH_…`, `ANSWER_…`
     pub flags: u32,
     /// The inode.
     pub ino: u64,
@@ -155,8 +175,8 @@ pub struct Command {
     pub cookie: u32,
     /// Negative errno or 0.
     pub error: i32,
-    /// 0.
-    pub reserved: u64,
+    /// Of a call: bytes.
+    pub result: u64,
 }
 
 /// What is at offset 0.
@@ -218,8 +238,14 @@ pub struct Attach {
     pub commands_offset: u64,
     /// Where.
     pub table_offset: u64,
+    /// Where.
+    pub buffers_offset: u64,
+    /// For calls.
+    pub buffers: u32,
     /// 0.
-    pub reserved: [u64; 4],
+    pub reserved0: u32,
+    /// 0.
+    pub reserved: [u64; 2],
 }
 
 const fn ioc(direction: u64, number: u64, size: usize) -> u64 {

@@ -92,6 +92,7 @@ impl Map {
                 layout.commands.into(),
             )
             && fits(layout.table_offset, size_of::<Entry>(), layout.entries.into())
+            && fits(layout.buffers_offset, layout::BUFFER_SIZE, layout.buffers.into())
             && layout.events.is_power_of_two()
             && layout.commands.is_power_of_two()
             && layout.entries.is_power_of_two()
@@ -180,6 +181,13 @@ impl Map {
 
     pub(crate) fn table(&self) -> &[Entry] {
         self.at(self.layout.table_offset, self.layout.entries as usize)
+    }
+
+    /// A call's buffer; none of that number: empty.
+    pub(crate) fn buffer(&self, number: u32) -> &[AtomicU64] {
+        let words = layout::BUFFER_SIZE / 8;
+        let all = self.at(self.layout.buffers_offset, words * self.layout.buffers as usize);
+        all.chunks(words).nth(number as usize).unwrap_or(&[])
     }
 
     pub(crate) fn events(&self) -> Words<'_, 8> {

@@ -141,6 +141,7 @@ impl Table {
                     .ok_or(Error::Full(ino))?;
                 fresh = true;
                 // Nobody can enter: the mode is none, and the next grant changes the word.
+                entry.hints.store(0, Ordering::Relaxed);
                 entry.ino.store(ino, Ordering::Relaxed);
                 entry
             }
@@ -179,6 +180,14 @@ impl Table {
     /// Calls a revocation off. Whether tasks are to be woken.
     pub fn cancel(&self, ino: u64) -> bool {
         self.find(ino).is_some_and(|entry| word::cancel(&entry.word))
+    }
+
+    /// Whether short reads and writes that find the lease not held are to be calls. Nothing where there is no entry.
+    pub fn hint_calls(&self, ino: u64, on: bool) {
+        if let Some(entry) = self.find(ino) {
+            let hints = if on { layout::HINT_CALL } else { 0 };
+            entry.hints.store(hints, Ordering::Relaxed);
+        }
     }
 
     /// Changes the attributes of an inode whose lease the kernel holds: before the request that changed them

@@ -35,7 +35,7 @@ fn expected() -> Vec<(String, u64)> {
         uid,
         gid,
         atime_nsec,
-        reserved0,
+        hints,
         size,
         blocks,
         mtime,
@@ -69,7 +69,7 @@ fn expected() -> Vec<(String, u64)> {
         ino,
         cookie,
         error,
-        reserved
+        result
     );
     layout_of!(
         Shared,
@@ -100,6 +100,9 @@ fn expected() -> Vec<(String, u64)> {
         events_offset,
         commands_offset,
         table_offset,
+        buffers_offset,
+        buffers,
+        reserved0,
         reserved
     );
     for (name, value) in [
@@ -118,6 +121,7 @@ fn expected() -> Vec<(String, u64)> {
         ("GENERATION_SHIFT", word::GENERATION_SHIFT.into()),
         ("ATTR_DATA", layout::ATTR_DATA.into()),
         ("ATTR_ALL", layout::ATTR_ALL.into()),
+        ("HINT_CALL", layout::HINT_CALL.into()),
         ("WAYS", layout::WAYS as u64),
         ("MIN_ENTRIES", layout::MIN_ENTRIES.into()),
         ("MAX_ENTRIES", layout::MAX_ENTRIES.into()),
@@ -125,6 +129,13 @@ fn expected() -> Vec<(String, u64)> {
         ("EVENT_NEED", layout::EVENT_NEED.into()),
         ("EVENT_DRAINED", layout::EVENT_DRAINED.into()),
         ("EVENT_FLUSHED", layout::EVENT_FLUSHED.into()),
+        ("EVENT_CALL", layout::EVENT_CALL.into()),
+        ("CALL_WRITE", layout::CALL_WRITE.into()),
+        ("CALL_KILL_PRIV", layout::CALL_KILL_PRIV.into()),
+        ("BUFFER_SIZE", layout::BUFFER_SIZE as u64),
+        ("MAX_BUFFERS", layout::MAX_BUFFERS.into()),
+        ("COMMAND_ANSWER", layout::COMMAND_ANSWER.into()),
+        ("ANSWER_AGAIN", layout::ANSWER_AGAIN.into()),
         ("FLUSHED_INODE", layout::FLUSHED_INODE.into()),
         ("FLUSHED_NOFILE", layout::FLUSHED_NOFILE.into()),
         ("FLUSHED_KEPT", layout::FLUSHED_KEPT.into()),

@@ -13,7 +13,7 @@
 #include <linux/ioctl.h>
 
 /* Moves with every change that an older daemon or module would misunderstand. */
-#define DISTFUSE_ABI_VERSION	1
+#define DISTFUSE_ABI_VERSION	2
 
 #define DISTFUSE_DEVICE		"distfuse"
 
@@ -45,6 +45,12 @@
 #define DISTFUSE_ATTR_ALL	0x2	/* all: stat and permission are answered from them */
 
 /*
+ * Nodes take the lease from each other: what is short and finds it not held is a CALL, which costs the
+ * lease once, instead of a NEED, after which what was written has to be flushed, too.
+ */
+#define DISTFUSE_HINT_CALL	0x1
+
+/*
  * Two cache lines. The attributes do not fit beside word and identity into one, and the second is
  * read only when a grant is installed and by stat. Written by the daemon but for the word; everything
  * behind ino is under seq, which is odd while it is changed.
@@ -61,7 +67,7 @@ struct distfuse_entry {
 	__u32	uid;
 	__u32	gid;
 	__u32	atime_nsec;
-	__u32	reserved0;
+	__u32	hints;		/* DISTFUSE_HINT_*; not under seq */
 	__u64	size;
 	__u64	blocks;
 	__s64	mtime;
@@ -88,21 +94,30 @@ static inline __u64 distfuse_set(__u64 ino, __u32 set_bits)
 #define DISTFUSE_EVENT_NEED	1	/* tasks wait for `mode`; always to be answered by a WAKE */
 #define DISTFUSE_EVENT_DRAINED	2	/* the last one inside has left while REVOKING was set */
 #define DISTFUSE_EVENT_FLUSHED	3	/* the FLUSH with this cookie is done */
+#define DISTFUSE_EVENT_CALL	4	/* read or write this; always to be answered by an ANSWER */
 
 /* event.flags of FLUSHED */
 #define DISTFUSE_FLUSHED_INODE	0x1	/* the kernel has the inode: size and times are its */
 #define DISTFUSE_FLUSHED_NOFILE	0x2	/* no open file: wait for RELEASE of every handle, too */
 #define DISTFUSE_FLUSHED_KEPT	0x4	/* pages are still in the page cache */
 
+/* event.flags of CALL */
+#define DISTFUSE_CALL_WRITE	0x1	/* the buffer has the data; else it is to be filled */
+#define DISTFUSE_CALL_KILL_PRIV	0x2	/* the writer may not keep set-user-id bits */
+
+/* A buffer of this size belongs to each CALL, from the event on to the ANSWER the daemon's. */
+#define DISTFUSE_BUFFER_SIZE	16384U
+#define DISTFUSE_MAX_BUFFERS	256
+
 struct distfuse_event {
 	__u32	type;
 	__u32	flags;
 	__u64	ino;
-	__u32	mode;		/* NEED */
-	__u32	cookie;		/* FLUSHED: that of the command */
+	__u32	mode;		/* NEED; CALL: length in bytes */
+	__u32	cookie;		/* FLUSHED: that of the command; CALL: number of its buffer */
 	__s32	error;		/* FLUSHED: negative errno of writing back, or 0 */
 	__u32	mtime_nsec;
-	__u64	size;
+	__u64	size;		/* CALL: offset in the file */
 	__s64	mtime;
 	__s64	ctime;
 	__u32	ctime_nsec;
@@ -112,18 +127,22 @@ struct distfuse_event {
 /* Daemon to kernel. */
 #define DISTFUSE_COMMAND_WAKE	1	/* waiters look again, or fail with `error` */
 #define DISTFUSE_COMMAND_FLUSH	2	/* while REVOKING: wait for the count, then what flags say */
+#define DISTFUSE_COMMAND_ANSWER	3	/* the CALL with this buffer is done, or failed with `error` */
 
 /* command.flags of FLUSH; dirty pages are always written */
 #define DISTFUSE_FLUSH_UNMAP	0x1	/* take pages out of page tables, clear MAPPED */
 #define DISTFUSE_FLUSH_DROP	0x2	/* and out of the page cache */
+
+/* command.flags of ANSWER */
+#define DISTFUSE_ANSWER_AGAIN	0x1	/* nothing was done: the kernel has the lease itself, or is to ask for it */
 
 struct distfuse_command {
 	__u32	type;
 	__u32	flags;
 	__u64	ino;
 	__u32	cookie;
-	__s32	error;		/* WAKE: negative errno, or 0 */
-	__u64	reserved;
+	__s32	error;		/* WAKE, ANSWER: negative errno, or 0 */
+	__u64	result;		/* ANSWER: bytes read or written */
 };
 
 /* Counters of a processor; the sum over all of them counts. */
@@ -150,6 +169,8 @@ enum distfuse_counter {
 	DISTFUSE_NAME_REMOTE,
 	DISTFUSE_PERMISSION_LOCAL,
 	DISTFUSE_EVENTS_DELAYED,	/* found the event ring full */
+	DISTFUSE_CALLS,			/* reads and writes that the daemon was asked to do */
+	DISTFUSE_CALLS_AGAIN,		/* those that it left to the kernel */
 	DISTFUSE_NR_COUNTERS
 };
 
@@ -195,7 +216,10 @@ struct distfuse_attach {
 	__u64	events_offset;
 	__u64	commands_offset;
 	__u64	table_offset;
-	__u64	reserved[4];
+	__u64	buffers_offset;
+	__u32	buffers;		/* in: wanted; out: how many; 0: there are no CALLs */
+	__u32	reserved0;
+	__u64	reserved[2];
 };
 
 /* Stays as it is in every version. */

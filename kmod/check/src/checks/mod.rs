@@ -1,5 +1,6 @@
 //! The checks.
 
+mod asked;
 pub mod bench;
 mod calls;
 mod ends;
@@ -42,6 +43,9 @@ pub const ALL: &[Check] = &[
     ("mmap: reads and writes wait, revocations unmap", mapped::gate),
     ("mmap: written by one mount, read by another", mapped::coherent),
     ("mmap: as a buffer of the same and another file", mapped::buffers),
+    ("asked: the daemon reads and writes", asked::done),
+    ("asked: it leaves it to the kernel, or refuses", asked::again),
+    ("asked: buffers of the killed, and of nobody's", asked::buffers),
     ("calls: splice, sendfile, copy", calls::splice),
     ("calls: O_DIRECT", calls::direct),
     ("calls: append from two mounts", calls::append),

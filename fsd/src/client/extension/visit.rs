@@ -1,0 +1,237 @@
+//! Visits: a call that is done where the lease is, for that costs two messages and taking the lease more.
+//!
+//! Whoever lost a lease remembers to whom, and sends its calls there. The owner does them under its lease, writes to the
+//! storage nodes before it answers (so that its end takes nothing with it that others were told is written), and has the
+//! visitor take the lease where visits would cost more: one that comes alone, reads that nobody writes between, a
+//! kernel that writes at the owner's, a file that grows. A hint that is wrong costs a message.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use distfuse_abi::{Answer, Call, Command};
+use lockmgr::{Mode, NodeId};
+use parking_lot::Mutex;
+
+use super::super::Client;
+use super::super::ctx::{Ctx, Res};
+use super::calls::{Admission, Wanted};
+use super::{Extension, LentState};
+use crate::rpc::{Errno, Responder, RpcError};
+use crate::wire::{Act, MountRequest, Visited};
+
+/// Mounts asked for one call before the lease is.
+const HOPS: u32 = 2;
+/// Visits in a row, with nobody else in between, after which a visitor takes the lease.
+const STAY: u32 = 4;
+/// Reads in a row, of whomever, after which readers take a lease they can share.
+const READS: u32 = 8;
+
+/// Who came for what, under one hold of the exclusive lease.
+#[derive(Debug, Default)]
+pub(super) struct Visitors {
+    last: Option<u16>,
+    in_a_row: u32,
+    reads: u32,
+}
+
+impl Visitors {
+    /// Whether another one had better take the lease.
+    fn are_enough(&self, from: u16, writes: bool) -> bool {
+        (self.last == Some(from) && self.in_a_row >= STAY) || (!writes && self.reads >= READS)
+    }
+
+    fn came(&mut self, from: u16, writes: bool) {
+        self.in_a_row = if self.last == Some(from) { self.in_a_row + 1 } else { 1 };
+        self.last = Some(from);
+        self.reads = if writes { 0 } else { self.reads + 1 };
+    }
+
+    /// A call of this mount's own.
+    pub(super) fn at_home(&mut self, writes: bool) {
+        self.last = None;
+        if writes {
+            self.reads = 0;
+        }
+    }
+}
+
+impl LentState {
+    /// A visitor was served, so the kernel would not have had the lease to itself.
+    fn visited(&mut self, from: u16, writes: bool) {
+        self.rent = 0;
+        self.visitors.came(from, writes);
+    }
+}
+
+/// Calls that another mount was asked to do.
+#[derive(Debug, Default)]
+pub(super) struct Away {
+    next: AtomicU64,
+    calls: Mutex<HashMap<u64, (u32, Instant)>>,
+}
+
+impl Away {
+    fn begin(&self, call: u32) -> u64 {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.calls.lock().insert(number, (call, Instant::now()));
+        number
+    }
+
+    /// False: it has been given up, and its number may be another's.
+    fn end(&self, number: u64) -> bool {
+        self.calls.lock().remove(&number).is_some()
+    }
+
+    fn give_up(&self, after: Duration) -> Vec<u32> {
+        let mut calls = self.calls.lock();
+        let late = calls.extract_if(|_, (_, since)| since.elapsed() > after);
+        late.map(|(_, (call, _))| call).collect()
+    }
+}
+
+impl Client {
+    /// Does what a task wants, here or where the lease is. It sleeps until then.
+    pub(super) fn answer_call(self: &Arc<Self>, ext: &Arc<Extension>, wanted: Wanted) {
+        let inode = self.inode(wanted.ino);
+        let held = self.leases.held(inode.record()).map(|(mode, _)| mode);
+        let here = held == Some(Mode::Exclusive) || held == Some(wanted.mode());
+        match inode.peer().filter(|_| !here) {
+            Some(peer) => self.send(ext, wanted, peer, HOPS),
+            None => self.call_here(ext, wanted),
+        }
+    }
+
+    fn send(self: &Arc<Self>, ext: &Arc<Extension>, wanted: Wanted, peer: u16, hops: u32) {
+        let act = match wanted.what {
+            Call::Read => Act::Read(wanted.len),
+            Call::Write { kill_priv } => Act::Write {
+                data: ext.data_of(&wanted),
+                kill_priv,
+            },
+        };
+        let request = MountRequest::Visit {
+            ino: wanted.ino,
+            offset: wanted.offset,
+            act,
+        };
+        let number = ext.away.begin(wanted.call);
+        let (me, theirs) = (Arc::clone(self), Arc::clone(ext));
+        let asked = self.net.ask_peer(NodeId(peer), &request, move |result| {
+            if theirs.away.end(number) {
+                me.sent(&theirs, wanted, peer, hops, result);
+            }
+        });
+        if asked.is_none() && ext.away.end(number) {
+            self.call_here(ext, wanted);
+        }
+    }
+
+    fn sent(
+        self: &Arc<Self>,
+        ext: &Arc<Extension>,
+        wanted: Wanted,
+        peer: u16,
+        hops: u32,
+        result: Result<Visited, RpcError>,
+    ) {
+        let answer = match (wanted.what, result) {
+            (Call::Read, Ok(Visited::Read(data))) if data.len() <= wanted.len as usize => {
+                ext.attachment.fill_buffer(wanted.call, &data);
+                Answer::Done(data.len() as u32)
+            }
+            (Call::Write { .. }, Ok(Visited::Written)) => Answer::Done(wanted.len),
+            (_, Ok(Visited::Elsewhere(Some(next)))) if hops > 0 && next != peer && next != self.node.0 => {
+                return self.send(ext, wanted, next, hops - 1);
+            }
+            // Whether it was written is not known: to do it again might undo what others have written since.
+            (Call::Write { .. }, Err(error @ (RpcError::Transport(_) | RpcError::Wire(_)))) => {
+                tracing::error!("a write of {:#x} at mount {peer}: {error}", wanted.ino);
+                Answer::Failed(libc::EIO)
+            }
+            (_, Ok(Visited::Failed(Errno(error)))) => Answer::Failed(error),
+            _ => return self.call_here(ext, wanted),
+        };
+        self.counters.sent.fetch_add(1, Ordering::Relaxed);
+        ext.answer(&wanted, answer);
+    }
+
+    /// Ends calls that another mount does not answer, although it can be reached.
+    pub(super) fn give_up_calls(&self, ext: &Extension) {
+        for call in ext.away.give_up(self.lease_wait) {
+            tracing::error!("another mount has not answered a read or write for {:?}", self.lease_wait);
+            ext.tell(Command::Answer {
+                call,
+                answer: Answer::Failed(libc::ETIMEDOUT),
+            });
+        }
+    }
+
+    /// Another mount wants something done under the lease that it thinks is here. Called on a thread that must not wait.
+    pub fn receive(self: &Arc<Self>, from: u16, ino: u64, offset: u64, act: Act, responder: Responder) {
+        let Some(ext) = self.extension.get() else {
+            return responder.reply(&Ok(Visited::Take));
+        };
+        // Writing has to wait for the storage nodes, and must not begin twice.
+        if matches!(act, Act::Read(_))
+            && let Ok(done) = self.visit(&Ctx::on_loop(&ext.nobody_waits), ext, from, ino, offset, &act)
+        {
+            return responder.reply(&Ok(done));
+        }
+        let (me, ext) = (Arc::clone(self), Arc::clone(ext));
+        self.workers.run(move || {
+            let done = me.visit(&Ctx::on_worker(), &ext, from, ino, offset, &act);
+            // Nothing was done: whoever takes the lease is told why by the servers.
+            responder.reply(&Ok(done.unwrap_or(Visited::Take)));
+        });
+    }
+
+    fn visit(
+        &self,
+        ctx: &Ctx<'_>,
+        ext: &Extension,
+        from: u16,
+        ino: u64,
+        offset: u64,
+        act: &Act,
+    ) -> Res<Visited> {
+        let Some(inode) = self.inodes.find(ino) else {
+            return Ok(Visited::Elsewhere(None));
+        };
+        let Some(guard) = self.leases.try_enter(inode.record(), Mode::Exclusive) else {
+            return Ok(Visited::Elsewhere(inode.peer()));
+        };
+        let writes = matches!(act, Act::Write { .. });
+        let Admission::Go(_calling) = self.admit(ext, &inode, distfuse_abi::Mode::Exclusive, writes) else {
+            return Ok(Visited::Take);
+        };
+        if inode.lent.state.lock().visitors.are_enough(from, writes) {
+            return Ok(Visited::Take);
+        }
+        let mut state = inode.lock(ctx, guard.version())?;
+        let size = self.load_attr(ctx, &inode, &mut state)?.size;
+        let done = match act {
+            Act::Read(len) => {
+                let mut data = vec![0; *len as usize];
+                self.read_held(ctx, &inode, &mut state, offset, &mut data, true)?;
+                Visited::Read(data)
+            }
+            Act::Write { data, kill_priv } => {
+                // How long a file is only its owner knows until it says so.
+                if offset.checked_add(data.len() as u64).is_none_or(|end| end > size) {
+                    return Ok(Visited::Take);
+                }
+                self.call_write(ctx, &inode, &mut state, offset, data, *kill_priv)?;
+                match self.flush_pages(ctx, &inode, &mut state) {
+                    Ok(()) => Visited::Written,
+                    // It is written here, and may be seen, and may not last.
+                    Err(stop) => Visited::Failed(Self::errno_of(stop)),
+                }
+            }
+        };
+        inode.lent.state.lock().visited(from, writes);
+        self.counters.visits.fetch_add(1, Ordering::Relaxed);
+        Ok(done)
+    }
+}
