@@ -229,6 +229,12 @@ impl Cluster {
     pub fn counters(&self) -> Option<BTreeMap<String, u64>> {
         let report = status(&self.fsd, &self.dir.path().join("state/cluster.toml"))?;
         let mut sums = BTreeMap::new();
+        // Of the whole machine: other work counts, too.
+        let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+        let switches = stat
+            .lines()
+            .find_map(|l| l.strip_prefix("ctxt ")?.parse::<u64>().ok());
+        sums.insert("context switches".to_owned(), switches.unwrap_or(0));
         for mount in report.get("mounts")?.as_array()? {
             let own = mount.get(1)?.get("Ok")?.as_object()?;
             let plain = own

@@ -133,6 +133,13 @@ impl LeaseMsg {
         out
     }
 
+    /// The record that an encoded message is about; nothing else of it is looked at.
+    #[must_use]
+    pub fn record_of(bytes: &[u8]) -> Option<RecordId> {
+        let record = bytes.get(1..9)?.try_into().ok()?;
+        Some(RecordId(u64::from_le_bytes(record)))
+    }
+
     /// Decodes a message.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, MutexGuard, RwLock};
 
@@ -291,6 +291,8 @@ pub struct Inode {
     pub regained: AtomicBool,
     /// What the kernel has cached.
     pub kernel: KernelCache,
+    /// The mount that was heard of last in the matter of its lease, plus one; 0: none.
+    peer: AtomicU32,
     /// What of its lease is lent to the kernel.
     pub lent: super::extension::Lent,
     /// Open files on this mount.
@@ -327,6 +329,7 @@ impl Inode {
             push: Mutex::default(),
             regained: AtomicBool::new(false),
             kernel: KernelCache::default(),
+            peer: AtomicU32::new(0),
             lent: super::extension::Lent::default(),
             opens: Mutex::default(),
             errors: Latch::default(),
@@ -339,6 +342,17 @@ impl Inode {
     #[must_use]
     pub fn record(&self) -> RecordId {
         ino::record(self.ino)
+    }
+
+    /// Who is likely to have its lease, if this mount has not.
+    #[must_use]
+    pub fn peer(&self) -> Option<u16> {
+        u16::try_from(self.peer.load(Ordering::Relaxed).checked_sub(1)?).ok()
+    }
+
+    /// Another mount was heard of in the matter of its lease.
+    pub fn heard_of(&self, node: u16) {
+        self.peer.store(u32::from(node) + 1, Ordering::Relaxed);
     }
 
     /// Locks the state while holding a lease of `version`; what is cached for another version is dropped.

@@ -146,6 +146,10 @@ pub struct Counters {
     pub revocations: AtomicU64,
     /// Invalidations repeated because a read slipped in.
     pub repeats: AtomicU64,
+    /// Reads and writes done by another mount, which had the lease.
+    pub sent: AtomicU64,
+    /// Reads and writes done for other mounts.
+    pub visits: AtomicU64,
 }
 
 /// The error number of a lease that could not be had.
@@ -253,6 +257,8 @@ impl Client {
             messages: self.net.messages(),
             revocations: self.counters.revocations.load(Ordering::Relaxed),
             repeats: self.counters.repeats.load(Ordering::Relaxed),
+            sent: self.counters.sent.load(Ordering::Relaxed),
+            visits: self.counters.visits.load(Ordering::Relaxed),
             kernel: self.extension.get().map_or_else(Vec::new, |ext| {
                 let counters = ext.counters();
                 counters.iter().map(|(name, n)| (name.to_owned(), n)).collect()

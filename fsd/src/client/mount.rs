@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use lockmgr::msg::LeaseMsg;
 use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
 use rdma_transport::{Connection, Fabric, RemoteAddr};
 
@@ -122,14 +123,18 @@ impl Service for Front {
         }
     }
 
-    fn request(&self, _hello: &Hello, body: &[u8], responder: Responder) {
-        let client = self.client.get().and_then(Weak::upgrade);
-        let answer = match (crate::wire::decode::<MountRequest>(body), client) {
-            (Ok(MountRequest::Status), Some(client)) => Ok(client.status()),
-            (Ok(_), None) => Err(Errno(libc::EAGAIN)),
-            (Err(_), _) => Err(Errno(libc::EPROTO)),
+    fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
+        let refuse = |responder: Responder, errno| responder.reply::<()>(&Err(Errno(errno)));
+        let Some(client) = self.client.get().and_then(Weak::upgrade) else {
+            return refuse(responder, libc::EAGAIN);
         };
-        responder.reply(&answer);
+        match (crate::wire::decode::<MountRequest>(body), hello.role) {
+            (Ok(MountRequest::Status), _) => responder.reply(&Ok(client.status())),
+            (Ok(MountRequest::Visit { ino, offset, act }), Role::Client(Some(node))) => {
+                client.receive(node, ino, offset, act, responder);
+            }
+            _ => refuse(responder, libc::EPROTO),
+        }
     }
 
     fn lease(&self, hello: &Hello, body: &[u8]) {
@@ -138,6 +143,9 @@ impl Service for Front {
         else {
             return;
         };
+        if let Some(inode) = LeaseMsg::record_of(body).and_then(|record| client.inodes.by_record(record)) {
+            inode.heard_of(node);
+        }
         if let Err(error) = client.leases.message(NodeId(node), body) {
             tracing::error!("lease message from mount {node}: {error}");
         }

@@ -72,16 +72,17 @@ impl Handles {
 /// an invalidation overtakes. So handles for writing go past the page cache unless nobody else has the file, and
 /// handles for reading do where another mount writes.
 ///
-/// `cache_shared` keeps them in it nevertheless, except for appends: the kernel would file those under the end of file
-/// that it knows of, and later read them from there.
+/// `cache_shared` keeps them in it nevertheless. Not appends, in either case: the kernel would file those under the end
+/// of file that it knows of, which another mount may have moved since the open, and later read them from there.
 fn through_stock_cache(flags: i32, shared: bool, written: bool, cache_shared: bool) -> bool {
-    if flags & libc::O_DIRECT != 0 {
+    let access = flags & libc::O_ACCMODE;
+    if flags & libc::O_DIRECT != 0 || (flags & libc::O_APPEND != 0 && access != libc::O_RDONLY) {
         return false;
     }
-    if cache_shared && flags & libc::O_APPEND == 0 {
+    if cache_shared {
         return true;
     }
-    match flags & libc::O_ACCMODE {
+    match access {
         libc::O_RDONLY => !written,
         libc::O_RDWR => !shared,
         // Uncached writes cost no more, and nothing can be read through this handle.
@@ -357,6 +358,7 @@ mod tests {
         assert!(cached(O_RDWR, false, false) && !cached(O_RDWR, true, false));
         assert!(!cached(O_WRONLY, false, false));
         assert!(!cached(O_RDWR | O_DIRECT, false, false));
+        assert!(!cached(O_RDWR | O_APPEND, false, false) && cached(O_RDONLY | O_APPEND, false, false));
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub use meta::{
     Created, DirEntry, InoRange, JoinReply, LockKind, LockOwner, LockRange, LockSpec, MetaReply, MetaRequest,
     MetaStatus, NamespaceOp, NodeInfo, PeerState, StatFs, StorageInfo, Touched,
 };
-pub use mount::{MountRequest, MountStatus};
+pub use mount::{Act, MountRequest, MountStatus, Visited};
 pub use storage::{
     Attached, BlockFrame, BlockWant, Frame, PoolSpace, StorageReply, StorageRequest, StorageStatus,
 };
@@ -21,7 +21,7 @@ pub use storage::{
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages; nodes of different versions refuse each other.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// What a node says it is when it connects (authenticated by the transport's handshake).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

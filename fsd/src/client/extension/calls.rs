@@ -74,7 +74,7 @@ impl LentState {
     }
 
     /// One more call of this mount's own. Whether so many have come that the lease is better lent.
-    fn pay_rent(&mut self, writes: bool) -> bool {
+    pub(super) fn pay_rent(&mut self, writes: bool) -> bool {
         self.visitors.at_home(writes);
         self.rent += 1;
         self.rent >= RENT

@@ -1,6 +1,7 @@
 //! Lending what the mount holds.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use distfuse_abi::{Error, Grant};
@@ -24,7 +25,7 @@ pub(super) fn to_kernel_mode(mode: Option<Mode>) -> distfuse_abi::Mode {
 enum Lending {
     /// The kernel has it, or more.
     Done { wake: bool },
-    /// It is being taken back.
+    /// It is being taken back, or something is done here that the kernel must not take part in.
     Taking,
     /// There is no room: this inode's must be taken back first.
     Full { victim: u64 },
@@ -94,16 +95,16 @@ impl Client {
         asked: bool,
     ) -> Res<Lending> {
         let mut lent = inode.lent.state.lock();
-        if lent.taking {
+        if lent.taking || lent.calling > 0 {
             return Ok(Lending::Taking);
         }
         let caches = lent
             .caches
-            .filter(|c| c.1 == version)
-            .unwrap_or((version, version));
+            .filter(|c| c.0 == version)
+            .unwrap_or_else(|| (version, ext.stamp.fetch_add(1, Ordering::Relaxed) + 1));
         let grant = Grant {
-            version,
-            since: caches.0,
+            version: caches.1,
+            since: caches.1,
             attributes: attributes(attr),
         };
         let table = ext.attachment.table();

@@ -12,10 +12,13 @@
 //! | thread `fsd-kernel` ([`run`]) | reads events; lends at once what is at hand, else a worker does |
 //! | workers | get the lease that the kernel asks for, and lend it |
 //! | threads for revocations, or who brought it | take back ([`Client::take_back`]) |
+//! | the same, and workers | do short reads and writes themselves where mounts take a file from each other (`calls`), or have the owner of the lease do them (`visit`) |
 //! | requests | lend what the kernel will want next: a file just made, or looked up |
 
+mod calls;
 mod lend;
 mod take;
+mod visit;
 
 use std::collections::HashMap;
 use std::fs::OpenOptions;
@@ -26,15 +29,20 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use distfuse_abi::{Attachment, Attributes, Command, Counters, Error, Event, Options};
+use distfuse_abi::{Answer, Attachment, Attributes, Command, Counters, Error, Event, Options};
 use parking_lot::{Condvar, Mutex};
 
 use super::Client;
 use super::ctx::Permits;
 use crate::wire::{Attr, Time};
+use calls::Wanted;
+use visit::{Away, Visitors};
 
 /// How long the thread for events sleeps at most, so that it ends with its mount.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// Calls that may be under way; further ones ask for the lease.
+const CALLS: u32 = 64;
 
 /// An attachment to the kernel extension.
 #[derive(Debug)]
@@ -43,6 +51,10 @@ pub struct Extension {
     answers: Mutex<Answers>,
     answered: Condvar,
     cookie: AtomicU32,
+    /// What page caches are known by: the last one.
+    stamp: AtomicU64,
+    /// Calls that another mount was asked to do.
+    away: Away,
     /// For the thread that reads events: it never waits.
     nobody_waits: Permits,
 }
@@ -78,8 +90,14 @@ pub struct Lent {
 struct LentState {
     /// It is being taken back: nothing is lent meanwhile.
     taking: bool,
-    /// The kernel's pages are those of every version from the first to the second.
+    /// The kernel's pages are those of this version of the record, and the kernel knows them by that stamp.
     caches: Option<(u64, u64)>,
+    /// Calls being carried out: nothing is lent meanwhile.
+    calling: usize,
+    /// Calls since the mount got its lease.
+    rent: u32,
+    /// Who else came meanwhile.
+    visitors: Visitors,
     /// When it was lent to tasks that wait, which must come to use it.
     asked: Option<Instant>,
     /// When nobody was let in any more, while it is being taken back.
@@ -92,8 +110,8 @@ impl Lent {
     /// This mount has made version `to` out of version `from`, through the kernel's pages.
     pub fn carry(&self, from: u64, to: u64) {
         let mut state = self.state.lock();
-        if let Some(caches) = state.caches.as_mut().filter(|c| c.1 == from) {
-            caches.1 = to;
+        if let Some(caches) = state.caches.as_mut().filter(|c| c.0 == from) {
+            caches.0 = to;
         }
     }
 
@@ -118,10 +136,10 @@ impl Lent {
         self.state.lock().taking
     }
 
-    /// Waits until nobody is taking it back.
+    /// Waits until nobody is taking it back, and no call is being carried out.
     fn settled(&self) {
         let mut state = self.state.lock();
-        while state.taking {
+        while state.taking || state.calling > 0 {
             self.changed.wait(&mut state);
         }
     }
@@ -143,6 +161,7 @@ impl Extension {
             })?;
         let options = Options {
             entries,
+            buffers: CALLS,
             // What stat shows is the kernel's own under a lease; names are looked up here. A way to an open file past
             // its name leads past the look-up that brings its permissions, too.
             stat: false,
@@ -154,6 +173,8 @@ impl Extension {
             answers: Mutex::default(),
             answered: Condvar::new(),
             cookie: AtomicU32::new(1),
+            stamp: AtomicU64::new(0),
+            away: Away::default(),
             nobody_waits: Permits::new(0, 0),
         })
     }
@@ -187,7 +208,14 @@ impl Extension {
 
 /// Answers the kernel until its mount has ended.
 pub fn run(client: &Weak<Client>, ext: &Arc<Extension>) {
+    let mut looked = Instant::now();
     loop {
+        if looked.elapsed() >= LOOK {
+            looked = Instant::now();
+            if let Some(client) = client.upgrade() {
+                client.give_up_calls(ext);
+            }
+        }
         let event = match ext.attachment.next_event(Some(LOOK)) {
             Ok(Some(event)) => event,
             Ok(None) if client.strong_count() > 0 => continue,
@@ -205,6 +233,28 @@ pub fn run(client: &Weak<Client>, ext: &Arc<Extension>) {
                 Some(client) => client.lend_to_waiters(ext, ino, mode),
                 None => ext.wake(ino, Some(libc::ENOTCONN)),
             },
+            Event::Call {
+                call,
+                ino,
+                offset,
+                len,
+                what,
+            } => {
+                let wanted = Wanted {
+                    call,
+                    ino,
+                    offset,
+                    len,
+                    what,
+                };
+                match client.upgrade() {
+                    Some(client) => client.answer_call(ext, wanted),
+                    None => ext.tell(Command::Answer {
+                        call,
+                        answer: Answer::Failed(libc::ENOTCONN),
+                    }),
+                }
+            }
             Event::Drained { .. } => ext.note(None),
             Event::Flushed {
                 cookie,
@@ -284,10 +334,10 @@ mod tests {
         let lent = Lent::default();
         lent.carry(3, 4);
         assert_eq!(lent.state.lock().caches, None);
-        lent.state.lock().caches = Some((3, 3));
+        lent.state.lock().caches = Some((3, 1));
         lent.carry(3, 4);
         lent.carry(4, 5);
         lent.carry(7, 8);
-        assert_eq!(lent.state.lock().caches, Some((3, 5)));
+        assert_eq!(lent.state.lock().caches, Some((5, 1)));
     }
 }

@@ -59,6 +59,7 @@ impl Client {
                 lent.taking = true;
                 lent.asked = None;
                 lent.closed = Some(Instant::now());
+                Self::lost(ext, inode.ino, &mut lent);
                 drop(lent);
                 if wake {
                     // They ask again.
@@ -91,7 +92,11 @@ impl Client {
         if let Some(at) = asked {
             Self::leave_in_use(ext, inode.ino, at, tenure);
         }
-        inode.lent.state.lock().closed = Some(Instant::now());
+        {
+            let mut lent = inode.lent.state.lock();
+            lent.closed = Some(Instant::now());
+            Self::lost(ext, inode.ino, &mut lent);
+        }
         let table = ext.attachment.table();
         let writes = table
             .word(inode.ino)
@@ -142,6 +147,12 @@ impl Client {
             }
             revoked = table.finish(inode.ino, target);
         }
+    }
+
+    /// The mount is about to give its lease away: for the beginning calls are better.
+    fn lost(ext: &Extension, ino: u64, lent: &mut LentState) {
+        lent.lost();
+        ext.attachment.table().hint_calls(ino, true);
     }
 
     /// Lets the tasks that a lease was lent to have the good of it: until one has come in, and as long after that as they

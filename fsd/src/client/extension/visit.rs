@@ -43,7 +43,11 @@ impl Visitors {
     }
 
     fn came(&mut self, from: u16, writes: bool) {
-        self.in_a_row = if self.last == Some(from) { self.in_a_row + 1 } else { 1 };
+        self.in_a_row = if self.last == Some(from) {
+            self.in_a_row + 1
+        } else {
+            1
+        };
         self.last = Some(from);
         self.reads = if writes { 0 } else { self.reads + 1 };
     }
@@ -160,7 +164,10 @@ impl Client {
     /// Ends calls that another mount does not answer, although it can be reached.
     pub(super) fn give_up_calls(&self, ext: &Extension) {
         for call in ext.away.give_up(self.lease_wait) {
-            tracing::error!("another mount has not answered a read or write for {:?}", self.lease_wait);
+            tracing::error!(
+                "another mount has not answered a read or write for {:?}",
+                self.lease_wait
+            );
             ext.tell(Command::Answer {
                 call,
                 answer: Answer::Failed(libc::ETIMEDOUT),
@@ -233,5 +240,53 @@ impl Client {
         inode.lent.state.lock().visited(from, writes);
         self.counters.visits.fetch_add(1, Ordering::Relaxed);
         Ok(done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_comes_alone_takes_the_lease() {
+        let mut visitors = Visitors::default();
+        for _ in 0..STAY {
+            assert!(!visitors.are_enough(3, true));
+            visitors.came(3, true);
+        }
+        assert!(visitors.are_enough(3, true) && !visitors.are_enough(4, true));
+        visitors.at_home(false);
+        assert!(!visitors.are_enough(3, true));
+    }
+
+    #[test]
+    fn readers_that_nobody_writes_between_take_a_lease_to_share() {
+        let mut visitors = Visitors::default();
+        for from in 0..READS {
+            assert!(!visitors.are_enough(99, false));
+            visitors.came(from as u16, false);
+        }
+        assert!(visitors.are_enough(99, false) && !visitors.are_enough(99, true));
+        visitors.at_home(true);
+        assert!(!visitors.are_enough(99, false));
+    }
+
+    #[test]
+    fn a_call_ends_once() {
+        let away = Away::default();
+        let (first, second) = (away.begin(7), away.begin(7));
+        assert!(away.end(first) && !away.end(first));
+        assert!(away.give_up(Duration::from_secs(60)).is_empty());
+        assert_eq!(away.give_up(Duration::ZERO), [7]);
+        assert!(!away.end(second));
+    }
+
+    #[test]
+    fn a_visitor_keeps_the_lease_from_being_lent() {
+        let mut lent = LentState::default();
+        let paid = |lent: &mut LentState| (0..2).all(|_| !lent.pay_rent(true));
+        assert!(paid(&mut lent));
+        lent.visited(1, true);
+        assert!(paid(&mut lent) && lent.pay_rent(true));
     }
 }

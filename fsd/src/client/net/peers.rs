@@ -6,10 +6,11 @@ use std::sync::{Arc, Weak};
 
 use lockmgr::NodeId;
 use rdma_transport::Connection;
+use serde::de::DeserializeOwned;
 
 use super::{Net, RETRY};
 use crate::rpc::{Errno, RpcError};
-use crate::wire::{self, FrameKind, MetaReply, MetaRequest, PeerState};
+use crate::wire::{self, FrameKind, MetaReply, MetaRequest, MountRequest, PeerState};
 
 #[derive(Default)]
 pub(super) struct Peer {
@@ -41,6 +42,20 @@ impl Net {
                 }
             });
         }
+    }
+
+    /// Asks another mount; `done` gets the answer on some thread. None, and `done` is not called, without a connection.
+    pub fn ask_peer<R: DeserializeOwned + 'static>(
+        &self,
+        to: NodeId,
+        request: &MountRequest,
+        done: impl FnOnce(Result<R, RpcError>) + Send + 'static,
+    ) -> Option<()> {
+        let peers = self.peers.lock();
+        let conn = peers.get(&to)?.conn.as_ref().filter(|c| c.is_alive()).cloned()?;
+        drop(peers);
+        self.calls.call_async(&conn, request, done);
+        Some(())
     }
 
     /// Connects to another mount and sends what waits for it; gives up when it is known to be dead.
