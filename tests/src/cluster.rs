@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 
@@ -126,6 +126,15 @@ impl Default for Options {
             meta_disk_mib: None,
         }
     }
+}
+
+/// The mounts that the metadata server knows, of a cluster's status.
+///
+/// # Errors
+/// The status does not say.
+pub fn nodes(status: &serde_json::Value) -> anyhow::Result<Vec<serde_json::Value>> {
+    let nodes = status["meta"]["Ok"]["nodes"].as_array();
+    Ok(nodes.context("no nodes")?.clone())
 }
 
 /// A file system in memory, of a size of its own; dropping it unmounts it.
@@ -428,6 +437,24 @@ impl Cluster {
         for role in self.roles().into_iter().rev() {
             self.kill(role);
         }
+    }
+
+    /// Kills everything at once, and starts it anew once the mounts of before are known to be dead.
+    ///
+    /// # Errors
+    /// Something does not start, or they are not declared dead.
+    pub fn restart_after_abort(&self) -> anyhow::Result<()> {
+        self.abort();
+        let servers = self.roles().into_iter().filter(|r| !matches!(r, Role::Mount(_)));
+        for role in servers {
+            self.start_role(role)?;
+        }
+        let end = Instant::now() + Duration::from_secs(60);
+        while !nodes(&self.status()?)?.is_empty() {
+            ensure!(Instant::now() < end, "the killed mounts are not declared dead");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        self.start_all()
     }
 
     /// Runs an `fsd` command to its end; its standard output.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role};
+use system_tests::cluster::{self, Cache, Cluster, Fabric, Options, Role};
 use system_tests::coherence::Choice;
 use system_tests::{coherence, guard, sys};
 
@@ -22,19 +22,11 @@ fn options() -> Options {
     }
 }
 
-/// The mounts that the metadata server knows.
-fn nodes(status: &serde_json::Value) -> anyhow::Result<Vec<serde_json::Value>> {
-    Ok(status["meta"]["Ok"]["nodes"]
-        .as_array()
-        .context("no nodes")?
-        .clone())
-}
-
 /// What a mount's kernel has counted.
 fn counted(cluster: &Cluster, mount: usize, name: &str) -> anyhow::Result<u64> {
     let status = cluster.status()?;
     let point = cluster.mount(mount).display().to_string();
-    let all = nodes(&status)?;
+    let all = cluster::nodes(&status)?;
     let node = all
         .iter()
         .find(|n| n["name"].as_str().is_some_and(|name| name.ends_with(&point)))
@@ -204,16 +196,7 @@ fn a_mount_that_is_killed_with_dirty_pages() -> anyhow::Result<()> {
         fs::write("more", b"more")?;
         std::env::set_current_dir("/")?;
         // The other mount cannot leave while leases are a dead one's; a new start of all of them finds the file whole.
-        cluster.abort();
-        for role in [Role::Storage(0), Role::Meta] {
-            cluster.start_role(role)?;
-        }
-        let end = Instant::now() + Duration::from_secs(60);
-        while !nodes(&cluster.status()?)?.is_empty() {
-            ensure!(Instant::now() < end, "the killed mounts are not declared dead");
-            std::thread::sleep(Duration::from_millis(200));
-        }
-        cluster.start_all()?;
+        cluster.restart_after_abort()?;
         for mount in 0..2 {
             ensure!(
                 whole(&fs::read(cluster.mount(mount).join("f"))?),

@@ -7,6 +7,7 @@ mod allocation;
 mod bad_input;
 mod coherence;
 mod extension;
+mod extension_contended;
 mod faults;
 mod histories;
 mod launch;
