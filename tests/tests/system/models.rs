@@ -82,7 +82,9 @@ fn fsx_on(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
     guard::with_cluster_within(limit, options, move |cluster| {
         let (known, new) = if fabric == Fabric::Verbs { (1, 1) } else { (3, 2) };
         let seeds = match again()? {
-            seeds if seeds.is_empty() => (1..=known).chain((0..new).map(|_| rand::random::<u64>())).collect(),
+            seeds if seeds.is_empty() => (1..=known)
+                .chain((0..new).map(|_| rand::random::<u64>()))
+                .collect(),
             seeds => seeds,
         };
         seeds.into_iter().try_for_each(|seed| {
