@@ -4,7 +4,7 @@
 //! ([`guard`]), network namespaces as hosts ([`hosts`]), system calls that `std` lacks ([`sys`]), cross-mount checks ([`coherence`]), a
 //! linearizability checker ([`linear`]) with recorded histories ([`history`]), random operations against a
 //! local directory ([`model`]), random input and output on one file through several paths ([`fsx`]),
-//! and reads and writes in batches ([`async_io`]).
+//! reads and writes in batches ([`async_io`]), and machines that are short of memory ([`pressure`]).
 
 pub mod async_io;
 pub mod cluster;
@@ -15,5 +15,6 @@ pub mod history;
 pub mod hosts;
 pub mod linear;
 pub mod model;
+pub mod pressure;
 pub mod process;
 pub mod sys;

@@ -14,3 +14,4 @@ mod launch;
 mod memory;
 mod models;
 mod posix;
+mod pressure;
