@@ -68,7 +68,7 @@ fn extension_io_uring_beside_another_mount() -> anyhow::Result<()> {
     beside_another_mount("io_uring", 0, io_uring)
 }
 
-/// Here the kernel tries without waiting first, from 6.9 on also on files that do not say they can.
+/// Here the kernel tries without waiting first: FUSE files can be polled, which it takes for that they do not block.
 #[test]
 #[ignore = "needs the kernel extension: make lab"]
 fn extension_io_uring_direct_beside_another_mount() -> anyhow::Result<()> {
