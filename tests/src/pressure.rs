@@ -15,7 +15,7 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// Sets one below /proc/sys.
+    /// Sets one below /proc/sys, or at another path that takes what it shows.
     ///
     /// # Errors
     /// There is none, or it is not ours to set.

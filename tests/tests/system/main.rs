@@ -15,3 +15,4 @@ mod memory;
 mod models;
 mod posix;
 mod pressure;
+mod suspend;

@@ -141,7 +141,7 @@ fn short_of_memory(cluster: &Cluster, ways: &[Way], settings: &[(&str, &str)]) -
     let told = format!(
         "{} MiB on two mounts; of these at most {} MiB in their page caches; pages taken back: {} by the kernel's thread, {} by \
          callers; {} MiB were available at the end",
-        2 * TOTAL >> 20,
+        (2 * TOTAL) >> 20,
         most >> 20,
         after.by_thread - before.by_thread,
         after.by_callers - before.by_callers,
