@@ -71,7 +71,7 @@ fn three_mounts_over_tcp_are_like_a_local_directory() -> anyhow::Result<()> {
 
 fn fsx_on(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
     // `FSD_STEPS` makes runs longer.
-    let usual = if fabric == Fabric::Verbs { 500 } else { 1000 };
+    let usual = if fabric == Fabric::Verbs { 400 } else { 1000 };
     let steps = numbers("FSD_STEPS")?.first().map_or(usual, |n| *n as usize);
     let limit = guard::TEST_LIMIT * (1 + steps / 1000) as u32;
     let options = Options {
