@@ -177,6 +177,9 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 	size_t want;
 
 	iocb->ki_flags &= ~IOCB_DIRECT;
+	/* The kernel takes it for an invalid wish without the other flag; what may wait is done elsewhere then. */
+	if (iocb->ki_flags & IOCB_NOWAIT)
+		return -EAGAIN;
 	/* What is done is done: so that it is done in one, the buffer is made present before. */
 	if (user && iov_iter_count(from) > PAGE_SIZE)
 		fault_in_iov_iter_readable(from, min_t(size_t, iov_iter_count(from), DF_BUFFER));
@@ -198,10 +201,6 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 			break;
 		if (ret < 0 && ret != -EFAULT)
 			break;
-		if (iocb->ki_flags & IOCB_NOWAIT) {
-			ret = -EAGAIN;
-			break;
-		}
 		want = min_t(size_t, iov_iter_count(from), DF_BUFFER);
 		df_count_sb(ds, DISTFUSE_BUFFER_FAULTS);
 		if (fault_in_iov_iter_readable(from, want) == want) {

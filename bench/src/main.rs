@@ -8,6 +8,7 @@ mod fs;
 mod lease;
 mod mounts;
 mod nullfs;
+mod others;
 mod paper;
 mod plot;
 mod procs;
@@ -52,6 +53,8 @@ enum Command {
     Fs(fs::Args),
     /// The figures of the paper: write-through and write-back of the same code, beside its ratios.
     Paper(paper::Args),
+    /// A null FUSE server's calls without the kernel extension, with it, and with another mount attached to it.
+    Others(others::Args),
     /// File systems that are mounted already, beside each other and beside their network.
     Mounts(mounts::Args),
     /// A real tree, a real build, coherence and a table, on a cluster of three mounts.
@@ -88,6 +91,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Counts(args) => counts::run(args),
         Command::Fs(args) => fs::run(args, cli.pin, &cli.out),
         Command::Paper(args) => paper::run(args, &cli.out),
+        Command::Others(args) => others::run(args, &cli.out),
         Command::Mounts(args) => mounts::run(args, &cli.out),
         Command::Demo(args) => demo::run(args),
         #[cfg(feature = "stores")]

@@ -1,7 +1,8 @@
 //! Random input and output on one file through several paths, checked against an image in memory.
 //!
 //! In the manner of the classic fsx, which knows one path only: here every step may go through another
-//! mount than the one before.
+//! mount than the one before. With the kernel extension also through shared mappings that are stored to, and that are
+//! held while other mounts write and cut the file.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -21,6 +22,10 @@ const STEP: usize = 70_000;
 /// Steps told of after a failure.
 const TOLD: usize = 20;
 
+/// What steps there are: those of all modes, and behind them those through mappings that are stored to.
+const PLAIN: usize = 100;
+const MAPPED: usize = 135;
+
 /// Handles of one mount.
 struct Side {
     path: PathBuf,
@@ -28,15 +33,20 @@ struct Side {
     write: File,
     append: File,
     both: File,
+    /// Of as much as the file can ever be: what is behind its end comes and goes under the mapping.
+    held: Option<sys::Map>,
 }
 
 impl Side {
-    fn open(path: PathBuf) -> anyhow::Result<Self> {
+    fn open(path: PathBuf, mapped: bool) -> anyhow::Result<Self> {
+        let both = sys::open(&path, libc::O_RDWR)?;
+        let held = mapped.then(|| sys::Map::writable(&both, MAX)).transpose();
         Ok(Self {
+            held: held.context("mmap")?,
             read: File::open(&path)?,
             write: sys::open(&path, libc::O_WRONLY)?,
             append: sys::open(&path, libc::O_WRONLY | libc::O_APPEND)?,
-            both: sys::open(&path, libc::O_RDWR)?,
+            both,
             path,
         })
     }
@@ -56,24 +66,27 @@ struct Run {
     image: Vec<u8>,
     rng: StdRng,
     log: VecDeque<String>,
+    mapped: bool,
 }
 
-/// Runs `steps` steps on one file seen at all `paths`.
+/// Runs `steps` steps on one file seen at all `paths`; `mapped`: also stores to mappings, which a stock kernel shows others
+/// only after msync, munmap or close.
 ///
 /// # Errors
 /// A system call failed, or something is not as in the image; with the seed and the last steps.
-pub fn run(paths: &[PathBuf], steps: usize, seed: u64) -> anyhow::Result<()> {
+pub fn run(paths: &[PathBuf], steps: usize, seed: u64, mapped: bool) -> anyhow::Result<()> {
     File::create(&paths[0])?;
     let sides = paths
         .iter()
         .cloned()
-        .map(Side::open)
+        .map(|path| Side::open(path, mapped))
         .collect::<anyhow::Result<_>>()?;
     let mut run = Run {
         sides,
         image: Vec::new(),
         rng: StdRng::seed_from_u64(seed),
         log: VecDeque::new(),
+        mapped,
     };
     for step in 0..steps {
         let result = run.step(step).and_then(|()| {
@@ -128,7 +141,7 @@ impl Run {
     fn step(&mut self, step: usize) -> anyhow::Result<()> {
         let at = self.rng.random_range(0..self.sides.len());
         let (start, len) = self.range();
-        let what = self.rng.random_range(0..100);
+        let what = self.rng.random_range(0..if self.mapped { MAPPED } else { PLAIN });
         let size = self.image.len();
         self.tell(format!(
             "  {step}: side {at} kind {what} start {start} length {len} size {size}"
@@ -181,7 +194,15 @@ impl Run {
                 self.image.extend_from_slice(&data);
             }
             96..98 => side.write.sync_all().context("fsync")?,
-            _ => self.sides[at] = Side::open(self.sides[at].path.clone())?,
+            98..PLAIN => self.sides[at] = Side::open(self.sides[at].path.clone(), self.mapped)?,
+            PLAIN..125 => self.store(at, step, start, len)?,
+            _ => {
+                if let Some(held) = &side.held {
+                    let (start, end) = (start.min(size), (start + len).min(size));
+                    let got = held.read(start, end - start);
+                    self.compare("held mapping", start, end - start, &got)?;
+                }
+            }
         }
         self.sizes()
     }
@@ -194,6 +215,29 @@ impl Run {
             let map = sys::Map::new(&self.sides[at].read, size).context("mmap")?;
             self.compare("mapping", start, len, &map.read(start, len))?;
         }
+        Ok(())
+    }
+
+    /// Stores to a mapping that is held, or to one that ends with the step; nothing says when that is to be written.
+    fn store(&mut self, at: usize, step: usize, start: usize, len: usize) -> anyhow::Result<()> {
+        let size = self.image.len();
+        if size == 0 {
+            return Ok(());
+        }
+        let start = start.min(size - 1);
+        let data: Vec<u8> = (start..(start + len).min(size))
+            .map(|i| (i / 11 + step * 19) as u8 | 1)
+            .collect();
+        let fresh = self.rng.random_bool(0.3);
+        let sync = [None, None, Some(libc::MS_ASYNC), Some(libc::MS_SYNC)][self.rng.random_range(0..4)];
+        let side = &self.sides[at];
+        let own = fresh.then(|| sys::Map::writable(&side.both, size)).transpose()?;
+        let map = own.as_ref().or(side.held.as_ref()).context("no mapping")?;
+        map.write(start, &data);
+        if let Some(flags) = sync {
+            map.sync(flags).context("msync")?;
+        }
+        self.image[start..start + data.len()].copy_from_slice(&data);
         Ok(())
     }
 

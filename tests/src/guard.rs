@@ -53,12 +53,32 @@ pub fn with_cluster(
     with(Cluster::start(options)?, body)
 }
 
+/// As [`with_cluster`], with a limit of its own.
+///
+/// # Errors
+/// As [`with_cluster`].
+pub fn with_cluster_within(
+    limit: Duration,
+    options: Options,
+    body: impl FnOnce(&Cluster) -> anyhow::Result<()> + Send + 'static,
+) -> anyhow::Result<()> {
+    run(Cluster::start(options)?, limit, body)
+}
+
 /// As [`with_cluster`], with a cluster that need not run yet.
 ///
 /// # Errors
 /// As [`with_cluster`].
 pub fn with(
     cluster: Cluster,
+    body: impl FnOnce(&Cluster) -> anyhow::Result<()> + Send + 'static,
+) -> anyhow::Result<()> {
+    run(cluster, TEST_LIMIT, body)
+}
+
+fn run(
+    cluster: Cluster,
+    limit: Duration,
     body: impl FnOnce(&Cluster) -> anyhow::Result<()> + Send + 'static,
 ) -> anyhow::Result<()> {
     let cluster = Arc::new(cluster);
@@ -70,7 +90,7 @@ pub fn with(
         1
     };
     let result = within(
-        TEST_LIMIT * patience,
+        limit * patience,
         move || body(&shared),
         || {
             print_stacks(&cluster);

@@ -3,8 +3,10 @@
 //! A library for the tests in `tests/`: clusters of real processes ([`cluster`]), tests with a time limit
 //! ([`guard`]), network namespaces as hosts ([`hosts`]), system calls that `std` lacks ([`sys`]), cross-mount checks ([`coherence`]), a
 //! linearizability checker ([`linear`]) with recorded histories ([`history`]), random operations against a
-//! local directory ([`model`]) and random input and output on one file through several paths ([`fsx`]).
+//! local directory ([`model`]), random input and output on one file through several paths ([`fsx`]),
+//! reads and writes in batches ([`async_io`]), and machines that are short of memory ([`pressure`]).
 
+pub mod async_io;
 pub mod cluster;
 pub mod coherence;
 pub mod fsx;
@@ -13,5 +15,6 @@ pub mod history;
 pub mod hosts;
 pub mod linear;
 pub mod model;
+pub mod pressure;
 pub mod process;
 pub mod sys;

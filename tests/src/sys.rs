@@ -309,6 +309,31 @@ impl Map {
         }
     }
 
+    /// msync(2) of all of it, with the flags as there.
+    ///
+    /// # Errors
+    /// Those of the call.
+    pub fn sync(&self, flags: i32) -> io::Result<()> {
+        // SAFETY: the range is that of the mapping.
+        match unsafe { libc::msync(self.address.cast(), self.len, flags) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// How many of its pages the kernel has in memory.
+    ///
+    /// # Errors
+    /// Those of mincore(2).
+    pub fn resident(&self) -> io::Result<usize> {
+        let mut pages = vec![0u8; self.len.div_ceil(4096)];
+        // SAFETY: there is a byte for each page of the mapping.
+        match unsafe { libc::mincore(self.address.cast(), self.len, pages.as_mut_ptr()) } {
+            0 => Ok(pages.iter().filter(|page| **page & 1 != 0).count()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// The word at an offset that is a multiple of 8.
     #[must_use]
     pub fn word(&self, offset: usize) -> &AtomicU64 {

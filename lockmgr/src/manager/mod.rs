@@ -460,6 +460,14 @@ impl LeaseManager {
         self.gone.lock().remove(node);
     }
 
+    /// Do operations wait here for a lease on this record?
+    #[must_use]
+    pub fn is_awaited(&self, id: RecordId) -> bool {
+        self.table
+            .with(id, |lease| (!lease.record.lock().parked.is_empty()).then_some(()))
+            .is_some()
+    }
+
     /// The lease held on a record, and the version of its data.
     #[must_use]
     pub fn held(&self, id: RecordId) -> Option<(Mode, u64)> {

@@ -1,14 +1,16 @@
 //! The kernel extension under a whole cluster: in guests of the lab.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use system_tests::cluster::{self, Cache, Cluster, Fabric, Options, Role};
 use system_tests::coherence::Choice;
+use system_tests::pressure::Setting;
 use system_tests::{coherence, guard, sys};
 
 fn options() -> Options {
@@ -22,8 +24,8 @@ fn options() -> Options {
     }
 }
 
-/// What a mount's kernel has counted.
-fn counted(cluster: &Cluster, mount: usize, name: &str) -> anyhow::Result<u64> {
+/// All that a mount's kernel has counted.
+fn counters(cluster: &Cluster, mount: usize) -> anyhow::Result<BTreeMap<String, u64>> {
     let status = cluster.status()?;
     let point = cluster.mount(mount).display().to_string();
     let all = cluster::nodes(&status)?;
@@ -37,10 +39,14 @@ fn counted(cluster: &Cluster, mount: usize, name: &str) -> anyhow::Result<u64> {
         .find(|m| m[0] == node["node"])
         .context("no such mount")?;
     let counters = mount[1]["Ok"]["kernel"].as_array().context("no counters")?;
-    counters
-        .iter()
-        .find(|c| c[0] == name)
-        .and_then(|c| c[1].as_u64())
+    let pair = |c: &serde_json::Value| Some((c[0].as_str()?.to_owned(), c[1].as_u64()?));
+    Ok(counters.iter().filter_map(pair).collect())
+}
+
+fn counted(cluster: &Cluster, mount: usize, name: &str) -> anyhow::Result<u64> {
+    let all = counters(cluster, mount)?;
+    all.get(name)
+        .copied()
         .with_context(|| format!("no counter {name}"))
 }
 
@@ -80,7 +86,7 @@ fn nothing_is_asked_under_a_held_lease() -> anyhow::Result<()> {
             .open(&path)?;
         file.write_all_at(&[1; 65_536], 0)?;
         // Nothing is written back meanwhile by the kernel's own clock.
-        fs::write("/proc/sys/vm/dirty_writeback_centisecs", "0")?;
+        let _clock = Setting::set("vm/dirty_writeback_centisecs", "0")?;
         let before = (requests(cluster)?, counted(cluster, 0, "wakeups_made")?);
         let misses = counted(cluster, 0, "misses")?;
         let mut buffer = [0; 4096];
@@ -103,6 +109,69 @@ fn nothing_is_asked_under_a_held_lease() -> anyhow::Result<()> {
             counted(cluster, 0, "hits")? >= 1000,
             "the kernel extension was not used"
         );
+        Ok(())
+    })
+}
+
+/// A lease of clean pages is given back by changing its word alone: no flush, nobody to wait for. Getting it again takes one
+/// wake-up of the daemon and one doorbell at most, for the task that waits.
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn a_clean_lease_goes_and_comes_quietly() -> anyhow::Result<()> {
+    const TURNS: u64 = 200;
+    const FILES: usize = 6;
+    let files = |dir: PathBuf| -> anyhow::Result<Vec<File>> {
+        let open = |i| sys::open(&dir.join(format!("f{i}")), libc::O_RDWR | libc::O_CREAT);
+        Ok((0..FILES).map(open).collect::<Result<_, _>>()?)
+    };
+    guard::with_cluster(options(), move |cluster| {
+        let (readers, writers) = (files(cluster.mount(0))?, files(cluster.mount(1))?);
+        let turn = |file: usize, n: u64| -> anyhow::Result<()> {
+            writers[file].write_all_at(&n.to_le_bytes(), 0)?;
+            let mut data = [0; 8];
+            readers[file].read_exact_at(&mut data, 0)?;
+            ensure!(u64::from_le_bytes(data) == n, "turn {n} of file {file}");
+            Ok(())
+        };
+        let grown = |work: &dyn Fn() -> anyhow::Result<()>| -> anyhow::Result<BTreeMap<String, u64>> {
+            let before = counters(cluster, 0)?;
+            work()?;
+            let mut after = counters(cluster, 0)?;
+            after.retain(|name, n| {
+                *n -= before.get(name).copied().unwrap_or(0);
+                *n > 0
+            });
+            Ok(after)
+        };
+        let of = |counts: &BTreeMap<String, u64>, name: &str| counts.get(name).copied().unwrap_or(0);
+        turn(0, 0)?;
+        let quiet = grown(&|| (1..=TURNS).try_for_each(|n| turn(0, n)))?;
+        eprintln!("{TURNS} turns by one: {quiet:?}");
+        let busy = grown(&|| {
+            std::thread::scope(|scope| {
+                let start = |file| scope.spawn(move || (1..=TURNS).try_for_each(|n| turn(file, n)));
+                let threads: Vec<_> = (0..FILES).map(start).collect();
+                let joined = |t: std::thread::ScopedJoinHandle<'_, anyhow::Result<()>>| {
+                    t.join().unwrap_or_else(|_| anyhow::bail!("panic"))
+                };
+                threads.into_iter().try_for_each(joined)
+            })
+        })?;
+        eprintln!("{TURNS} turns by each of {FILES}: {busy:?}");
+        for (counts, turns) in [(&quiet, TURNS), (&busy, TURNS * FILES as u64)] {
+            ensure!(
+                of(counts, "misses") >= turns,
+                "the lease was not given back: {counts:?}"
+            );
+            ensure!(
+                of(counts, "wakeups_made").max(of(counts, "kicks")) <= of(counts, "misses"),
+                "more than a wake-up or a doorbell for a lease: {counts:?}"
+            );
+            ensure!(
+                of(counts, "flushes") + of(counts, "unmaps") + of(counts, "drains") == 0,
+                "clean leases were not given back by the word alone: {counts:?}"
+            );
+        }
         Ok(())
     })
 }

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod allocation;
+mod async_io;
 mod bad_input;
 mod coherence;
 mod extension;
@@ -14,3 +15,5 @@ mod launch;
 mod memory;
 mod models;
 mod posix;
+mod pressure;
+mod suspend;

@@ -10,13 +10,17 @@ fn mounts(cluster: &Cluster) -> Vec<PathBuf> {
     (0..cluster.options().mounts).map(|i| cluster.mount(i)).collect()
 }
 
+fn numbers(variable: &str) -> anyhow::Result<Vec<u64>> {
+    let text = std::env::var(variable).unwrap_or_default();
+    let numbers = text
+        .split_whitespace()
+        .map(|s| s.parse().with_context(|| format!("{variable}: {s}")));
+    numbers.collect()
+}
+
 /// Sequences to be played again instead of the usual ones: the numbers in `FSD_SEEDS`.
 fn again() -> anyhow::Result<Vec<u64>> {
-    let seeds = std::env::var("FSD_SEEDS").unwrap_or_default();
-    let numbers = seeds
-        .split_whitespace()
-        .map(|s| s.parse().with_context(|| format!("FSD_SEEDS: {s}")));
-    numbers.collect()
+    numbers("FSD_SEEDS")
 }
 
 fn like_local(fabric: Fabric, cache: Cache, mounts_wanted: usize) -> anyhow::Result<()> {
@@ -66,24 +70,32 @@ fn three_mounts_over_tcp_are_like_a_local_directory() -> anyhow::Result<()> {
 }
 
 fn fsx_on(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
-    guard::with_cluster(
-        Options {
-            fabric,
-            cache,
-            ..Options::default()
-        },
-        move |cluster| {
-            let new = if fabric == Fabric::Verbs { 1 } else { 2 };
-            let seeds = (1..=new + 1).chain((0..new).map(|_| rand::random::<u64>()));
-            seeds.into_iter().try_for_each(|seed| {
-                let paths: Vec<_> = mounts(cluster)
-                    .iter()
-                    .map(|m| m.join(format!("fsx-{seed}")))
-                    .collect();
-                fsx::run(&paths, 1000, seed)
-            })
-        },
-    )
+    // `FSD_STEPS` makes runs longer.
+    let usual = if fabric == Fabric::Verbs { 400 } else { 1000 };
+    let steps = numbers("FSD_STEPS")?.first().map_or(usual, |n| *n as usize);
+    let limit = guard::TEST_LIMIT * (1 + steps / 1000) as u32;
+    let options = Options {
+        fabric,
+        cache,
+        ..Options::default()
+    };
+    guard::with_cluster_within(limit, options, move |cluster| {
+        let (known, new) = if fabric == Fabric::Verbs { (1, 1) } else { (3, 2) };
+        let seeds = match again()? {
+            seeds if seeds.is_empty() => (1..=known)
+                .chain((0..new).map(|_| rand::random::<u64>()))
+                .collect(),
+            seeds => seeds,
+        };
+        seeds.into_iter().try_for_each(|seed| {
+            let paths: Vec<_> = mounts(cluster)
+                .iter()
+                .map(|m| m.join(format!("fsx-{seed}")))
+                .collect();
+            fsx::run(&paths, steps, seed, cache == Cache::Writeback)
+                .with_context(|| format!("FSD_SEEDS={seed} plays it again"))
+        })
+    })
 }
 
 #[test]

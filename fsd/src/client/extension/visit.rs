@@ -11,17 +11,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use distfuse_abi::{Answer, Call, Command};
-use lockmgr::{Mode, NodeId};
+use lockmgr::{Guard, Mode, NodeId, OwnerWord, RecordLayout};
 use parking_lot::Mutex;
+use rdma_transport::Op;
 
 use super::super::Client;
 use super::super::ctx::{Ctx, Res};
+use super::super::inode::Inode;
 use super::calls::{Admission, Wanted};
 use super::{Extension, LentState};
 use crate::rpc::{Errno, Responder, RpcError};
 use crate::wire::{Act, MountRequest, Visited};
 
-/// Mounts asked for one call before the lease is.
+/// Other mounts asked, one after the other, before the lease is: two by hearsay, then the one that its record names.
 const HOPS: u32 = 2;
 /// Visits in a row, with nobody else in between, after which a visitor takes the lease.
 const STAY: u32 = 4;
@@ -99,12 +101,21 @@ impl Client {
     /// Does what a task wants, here or where the lease is. It sleeps until then.
     pub(super) fn answer_call(self: &Arc<Self>, ext: &Arc<Extension>, wanted: Wanted) {
         let inode = self.inode(wanted.ino);
-        let held = self.leases.held(inode.record()).map(|(mode, _)| mode);
-        let here = held == Some(Mode::Exclusive) || held == Some(wanted.mode());
+        let here = match wanted.mode() {
+            Mode::Shared => self.holds(&inode),
+            Mode::Exclusive => self
+                .leases
+                .held(inode.record())
+                .is_some_and(|(mode, _)| mode == Mode::Exclusive),
+        };
         match inode.peer().filter(|_| !here) {
             Some(peer) => self.send(ext, wanted, peer, HOPS),
             None => self.call_here(ext, wanted),
         }
+    }
+
+    fn holds(&self, inode: &Inode) -> bool {
+        self.leases.held(inode.record()).is_some()
     }
 
     fn send(self: &Arc<Self>, ext: &Arc<Extension>, wanted: Wanted, peer: u16, hops: u32) {
@@ -146,9 +157,10 @@ impl Client {
                 Answer::Done(data.len() as u32)
             }
             (Call::Write { .. }, Ok(Visited::Written)) => Answer::Done(wanted.len),
-            (_, Ok(Visited::Elsewhere(Some(next)))) if hops > 0 && next != peer && next != self.node.0 => {
+            (_, Ok(Visited::Elsewhere(Some(next)))) if hops > 1 && next != peer && next != self.node.0 => {
                 return self.send(ext, wanted, next, hops - 1);
             }
+            (_, Ok(Visited::Elsewhere(_))) if hops > 0 => return self.look_up(ext, wanted),
             // Whether it was written is not known: to do it again might undo what others have written since.
             (Call::Write { .. }, Err(error @ (RpcError::Transport(_) | RpcError::Wire(_)))) => {
                 tracing::error!("a write of {:#x} at mount {peer}: {error}", wanted.ino);
@@ -157,8 +169,27 @@ impl Client {
             (_, Ok(Visited::Failed(Errno(error)))) => Answer::Failed(error),
             _ => return self.call_here(ext, wanted),
         };
+        self.inode(wanted.ino).heard_of(peer);
         self.counters.sent.fetch_add(1, Ordering::Relaxed);
         ext.answer(&wanted, answer);
+    }
+
+    /// Reads in the lease's record who owns it, and sends the call there.
+    fn look_up(self: &Arc<Self>, ext: &Arc<Extension>, wanted: Wanted) {
+        let (me, ext) = (Arc::clone(self), Arc::clone(ext));
+        self.workers.run(move || match me.owner_of(wanted.ino) {
+            Some(owner) if owner != me.node.0 => me.send(&ext, wanted, owner, 0),
+            _ => me.call_here(&ext, wanted),
+        });
+    }
+
+    fn owner_of(&self, ino: u64) -> Option<u16> {
+        let (conn, record) = self.net.record(crate::ino::record(ino)).ok()?;
+        let mut word = [0; 8];
+        let at = record.plus(RecordLayout::OWNER);
+        conn.execute(&mut [Op::Read { at, into: &mut word }]).ok()?;
+        let owner = OwnerWord::decode(u64::from_ne_bytes(word)).writer?;
+        Some(owner.0)
     }
 
     /// Ends calls that another mount does not answer, although it can be reached.
@@ -194,6 +225,21 @@ impl Client {
         });
     }
 
+    /// Enters under a lease that is here, or on its way to here: a visitor that took it then would only take it away again.
+    fn enter_for_visit(&self, ctx: &Ctx<'_>, inode: &Inode, writes: bool) -> Res<Option<Guard>> {
+        let record = inode.record();
+        // Who shares the lease can read for others, too; for writing somebody has to take it from all who do.
+        let least = if writes { Mode::Exclusive } else { Mode::Shared };
+        let here = [Mode::Exclusive, least];
+        let guard = here
+            .into_iter()
+            .find_map(|mode| self.leases.try_enter(record, mode));
+        if guard.is_some() || !self.leases.is_awaited(record) {
+            return Ok(guard);
+        }
+        self.lease(ctx, inode, least).map(Some)
+    }
+
     fn visit(
         &self,
         ctx: &Ctx<'_>,
@@ -206,10 +252,15 @@ impl Client {
         let Some(inode) = self.inodes.find(ino) else {
             return Ok(Visited::Elsewhere(None));
         };
-        let Some(guard) = self.leases.try_enter(inode.record(), Mode::Exclusive) else {
-            return Ok(Visited::Elsewhere(inode.peer()));
-        };
         let writes = matches!(act, Act::Write { .. });
+        let Some(guard) = self.enter_for_visit(ctx, &inode, writes)? else {
+            let held = self.holds(&inode);
+            return Ok(if held {
+                Visited::Take
+            } else {
+                Visited::Elsewhere(inode.peer())
+            });
+        };
         let Admission::Go(_calling) = self.admit(ext, &inode, distfuse_abi::Mode::Exclusive, writes) else {
             return Ok(Visited::Take);
         };

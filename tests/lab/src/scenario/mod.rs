@@ -17,6 +17,7 @@ const HOLDER_KILLED: &str = include_str!("../../scenarios/holder-killed.toml");
 const LAUNCH: &str = include_str!("../../scenarios/launch.toml");
 const HISTORIES: &str = include_str!("../../scenarios/histories.toml");
 const EXTENSION: &str = include_str!("../../scenarios/extension.toml");
+const STRAIN: &str = include_str!("../../scenarios/strain.toml");
 const COUNTS: &str = include_str!("../../scenarios/counts.toml");
 const COHERENCE: &str = include_str!("../../scenarios/coherence.toml");
 
@@ -112,6 +113,13 @@ pub const ALL: &[Scenario] = &[
         tiers: &[Tier::Single],
         nodes: 4,
         run: |cluster| script(EXTENSION, cluster),
+    },
+    Scenario {
+        name: "strain",
+        about: "the extension short of memory, and under AIO and io_uring (scenarios/strain.toml)",
+        tiers: &[Tier::Single],
+        nodes: 4,
+        run: |cluster| script(STRAIN, cluster),
     },
     Scenario {
         name: "conformance",
