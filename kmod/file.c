@@ -135,7 +135,8 @@ static ssize_t df_read_iter(struct kiocb *iocb, struct iov_iter *to)
 			return done ?: PTR_ERR(entry);
 		if (user)
 			pagefault_disable();
-		ret = ds->stock_fop->read_iter(iocb, to);
+		/* What FUSE does besides, asking whether the size is right, the lease has answered. */
+		ret = generic_file_read_iter(iocb, to);
 		if (user)
 			pagefault_enable();
 		df_leave_file(file, entry);
@@ -227,22 +228,40 @@ static ssize_t df_splice_read(struct file *file, loff_t *pos, struct pipe_inode_
 }
 #endif
 
+/*
+ * Holes and data are the server's to tell, which knows nothing of what it has not got yet; FUSE does not wait for
+ * that. Without a lease, for FUSE locks the inode, and whoever has it locked may wait for one.
+ */
+static loff_t df_seek_data(struct df_sb *ds, struct file *file, loff_t offset, int whence)
+{
+	struct df_inode *di = df_i(file_inode(file));
+	struct distfuse_entry *entry = di ? df_entry_of(di) : NULL;
+	int ret;
+
+	if (entry && atomic64_read(df_word(entry)) & DISTFUSE_DIRTY) {
+		/* As an owner of locks that has none. */
+		ret = ds->stock_fop->flush(file, (fl_owner_t)di);
+		if (ret)
+			return ret;
+	}
+	return ds->stock_fop->llseek(file, offset, whence);
+}
+
 static loff_t df_llseek(struct file *file, loff_t offset, int whence)
 {
 	struct df_sb *ds = df_of_fop(file);
 	struct distfuse_entry *entry;
 	loff_t ret;
 
-	if (whence == SEEK_SET || whence == SEEK_CUR)
+	if (whence == SEEK_DATA || whence == SEEK_HOLE)
+		return df_seek_data(ds, file, offset, whence);
+	if (whence != SEEK_END)
 		return ds->stock_fop->llseek(file, offset, whence);
 	entry = df_enter_file(file, DISTFUSE_SHARED, 0, false);
 	if (IS_ERR(entry))
 		return PTR_ERR(entry);
-	if (whence == SEEK_END)
-		/* FUSE would ask its server, for the size that is known here. */
-		ret = generic_file_llseek(file, offset, whence);
-	else
-		ret = ds->stock_fop->llseek(file, offset, whence);
+	/* FUSE would ask its server, for the size that is known here. */
+	ret = generic_file_llseek(file, offset, whence);
 	df_leave_file(file, entry);
 	return ret;
 }

@@ -322,6 +322,39 @@ fn a_full_pool_is_told_of_at_fsync() -> anyhow::Result<()> {
     })
 }
 
+/// A program that copies only what is not a hole must find what the server has not been given yet.
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn no_holes_where_something_is_not_flushed_yet() -> anyhow::Result<()> {
+    const AT: u64 = 1 << 20;
+    let seek = |file: &File, from: u64, whence| {
+        // SAFETY: an open descriptor; nothing else is passed.
+        let found = unsafe { libc::lseek(std::os::fd::AsRawFd::as_raw_fd(file), from as i64, whence) };
+        u64::try_from(found).map_err(|_| std::io::Error::last_os_error())
+    };
+    guard::with_cluster(options(), move |cluster| {
+        for round in 0..20 {
+            let name = format!("f{round}");
+            let file = File::create(cluster.mount(0).join(&name))?;
+            let reader = File::open(cluster.mount(0).join(&name))?;
+            file.write_all_at(&[1; 65_536], AT)?;
+            let (data, hole) = (
+                seek(&reader, 0, libc::SEEK_DATA)?,
+                seek(&reader, AT, libc::SEEK_HOLE)?,
+            );
+            ensure!(
+                data <= AT && hole >= AT + 65_536,
+                "data at {data}, a hole at {hole}"
+            );
+            file.write_all_at(&[2; 4096], 2 * AT)?;
+            let other = File::open(cluster.mount(1).join(&name))?;
+            let data = seek(&other, AT + 262_144, libc::SEEK_DATA)?;
+            ensure!(data <= 2 * AT, "on the other mount: data at {data}");
+        }
+        Ok(())
+    })
+}
+
 /// What the kernel knows of a file it may drop, and learn again while it has been lent the same lease: that must not be as
 /// the file was when it was lent.
 #[test]
