@@ -74,7 +74,7 @@ static int df_file_getattr(df_idmap *idmap, const struct path *path, struct ksta
 		return -ENOMEM;
 	if (flags & AT_STATX_DONT_SYNC)
 		return ds->stock_riop->getattr(idmap, path, stat, mask, flags);
-	entry = df_enter(di, DISTFUSE_SHARED, 0, false);
+	entry = df_enter(di, DISTFUSE_SHARED, 0);
 	if (IS_ERR(entry))
 		return PTR_ERR(entry);
 	if (!(flags & AT_STATX_FORCE_SYNC) && df_wants(ds, DISTFUSE_ATTACH_STAT) &&
@@ -152,7 +152,7 @@ static int df_file_permission(df_idmap *idmap, struct inode *inode, int mask)
 	di = df_inode_get(ds, inode);
 	if (!di || inode_is_locked(inode))
 		return ds->stock_riop->permission(idmap, inode, mask);
-	entry = df_enter(di, DISTFUSE_SHARED, 0, false);
+	entry = df_enter(di, DISTFUSE_SHARED, 0);
 	if (IS_ERR(entry))
 		return PTR_ERR(entry);
 	ret = generic_permission(idmap, inode, mask);

@@ -17,13 +17,13 @@ static struct df_sb *df_of_fop(const struct file *file)
 }
 
 /* The lease of the file's inode, which was given its private part when it was opened. */
-static struct distfuse_entry *df_enter_file(struct file *file, u32 mode, u64 set, bool nowait)
+static struct distfuse_entry *df_enter_file(struct file *file, u32 mode, u64 set)
 {
 	struct df_inode *di = df_i(file_inode(file));
 
 	if (unlikely(!di))
 		return ERR_PTR(-ENOMEM);
-	return df_enter(di, mode, set, nowait);
+	return df_enter(di, mode, set);
 }
 
 static void df_leave_file(struct file *file, struct distfuse_entry *entry)
@@ -217,7 +217,7 @@ static ssize_t df_splice_read(struct file *file, loff_t *pos, struct pipe_inode_
 			      unsigned int flags)
 {
 	struct df_sb *ds = df_of_fop(file);
-	struct distfuse_entry *entry = df_enter_file(file, DISTFUSE_SHARED, 0, false);
+	struct distfuse_entry *entry = df_enter_file(file, DISTFUSE_SHARED, 0);
 	ssize_t ret;
 
 	if (IS_ERR(entry))
@@ -257,7 +257,7 @@ static loff_t df_llseek(struct file *file, loff_t offset, int whence)
 		return df_seek_data(ds, file, offset, whence);
 	if (whence != SEEK_END)
 		return ds->stock_fop->llseek(file, offset, whence);
-	entry = df_enter_file(file, DISTFUSE_SHARED, 0, false);
+	entry = df_enter_file(file, DISTFUSE_SHARED, 0);
 	if (IS_ERR(entry))
 		return PTR_ERR(entry);
 	/* FUSE would ask its server, for the size that is known here. */
@@ -269,7 +269,7 @@ static loff_t df_llseek(struct file *file, loff_t offset, int whence)
 static long df_fallocate(struct file *file, int mode, loff_t offset, loff_t length)
 {
 	struct df_sb *ds = df_of_fop(file);
-	struct distfuse_entry *entry = df_enter_file(file, DISTFUSE_EXCLUSIVE, DISTFUSE_DIRTY, false);
+	struct distfuse_entry *entry = df_enter_file(file, DISTFUSE_EXCLUSIVE, DISTFUSE_DIRTY);
 	long ret;
 
 	if (IS_ERR(entry))
@@ -287,7 +287,7 @@ static int df_fadvise(struct file *file, loff_t offset, loff_t length, int advic
 
 	if (advice != POSIX_FADV_WILLNEED)
 		return generic_fadvise(file, offset, length, advice);
-	entry = df_enter_file(file, DISTFUSE_SHARED, 0, false);
+	entry = df_enter_file(file, DISTFUSE_SHARED, 0);
 	if (IS_ERR(entry))
 		return PTR_ERR(entry);
 	ret = generic_fadvise(file, offset, length, advice);

@@ -292,7 +292,7 @@ static inline struct distfuse_entry *df_enter_fast(struct df_inode *di, u32 mode
 }
 
 /* An error pointer if the lease cannot be had: -EAGAIN, -EINTR, -ENOTCONN, what the daemon refused with. */
-static inline struct distfuse_entry *df_enter(struct df_inode *di, u32 mode, u64 set, bool nowait)
+static inline struct distfuse_entry *df_enter(struct df_inode *di, u32 mode, u64 set)
 {
 	struct distfuse_entry *entry = df_enter_fast(di, mode, set);
 
@@ -300,7 +300,7 @@ static inline struct distfuse_entry *df_enter(struct df_inode *di, u32 mode, u64
 		df_count_sb(di->sb, DISTFUSE_HITS);
 		return entry;
 	}
-	return df_enter_slow(di, mode, set, nowait);
+	return df_enter_slow(di, mode, set, false);
 }
 
 static inline void df_leave(struct df_inode *di, struct distfuse_entry *entry)

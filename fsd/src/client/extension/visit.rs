@@ -271,7 +271,7 @@ impl Client {
         let size = self.load_attr(ctx, &inode, &mut state)?.size;
         let done = match act {
             Act::Read(len) => {
-                let mut data = vec![0; *len as usize];
+                let mut data = vec![0; (*len as usize).min(distfuse_abi::layout::BUFFER_SIZE)];
                 self.read_held(ctx, &inode, &mut state, offset, &mut data, true)?;
                 Visited::Read(data)
             }
