@@ -93,23 +93,27 @@ pub enum Event {
     },
     /// A task that found the lease not held, and [`Table::hint_calls`] on, wants something done. Always to be answered by
     /// [`Command::Answer`]; until then the buffer is the daemon's.
-    Call {
-        /// Its number, and that of its buffer.
-        call: u32,
-        /// On what.
-        ino: u64,
-        /// Offset in the file.
-        offset: u64,
-        /// Bytes.
-        len: u32,
-        /// What.
-        what: Call,
-    },
+    Call(Call),
 }
 
-/// What a task wants done.
+/// Something that a task wants done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Call {
+pub struct Call {
+    /// Its number, and that of its buffer.
+    pub number: u32,
+    /// On what.
+    pub ino: u64,
+    /// Offset in the file.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u32,
+    /// What.
+    pub act: Act,
+}
+
+/// What a call is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Act {
     /// Reading, into the buffer.
     Read,
     /// Writing, out of the buffer.
@@ -416,19 +420,19 @@ fn decode(raw: &layout::Event) -> Option<Event> {
                 Mode::Shared
             },
         },
-        layout::EVENT_CALL => Event::Call {
-            call: raw.cookie,
+        layout::EVENT_CALL => Event::Call(Call {
+            number: raw.cookie,
             ino,
             offset: raw.size,
             len: raw.mode.min(layout::BUFFER_SIZE as u32),
-            what: if raw.flags & layout::CALL_WRITE == 0 {
-                Call::Read
+            act: if raw.flags & layout::CALL_WRITE == 0 {
+                Act::Read
             } else {
-                Call::Write {
+                Act::Write {
                     kill_priv: raw.flags & layout::CALL_KILL_PRIV != 0,
                 }
             },
-        },
+        }),
         layout::EVENT_DRAINED => Event::Drained { ino },
         layout::EVENT_FLUSHED => Event::Flushed {
             ino,

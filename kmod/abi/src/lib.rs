@@ -20,7 +20,7 @@ mod sys;
 mod table;
 pub mod word;
 
-pub use attachment::{Answer, Attachment, Call, Command, Event, Options, kernel_version};
+pub use attachment::{Act, Answer, Attachment, Call, Command, Event, Options, kernel_version};
 pub use counters::Counters;
 pub use error::Error;
 pub use layout::{ABI_VERSION, DEVICE};

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use distfuse_abi::{Answer, Attachment, Call, Command, Error, Event, Grant, Mode, Revoked, Time};
+use distfuse_abi::{Act, Answer, Attachment, Call, Command, Error, Event, Grant, Mode, Revoked, Time};
 use parking_lot::{Condvar, Mutex};
 
 use crate::control::Control;
@@ -24,21 +24,6 @@ struct History {
     /// The mount that made the versions from `since` on.
     writer: Option<usize>,
     since: u64,
-}
-
-/// A call that waits for its answer.
-#[derive(Debug, Clone, Copy)]
-pub struct Asked {
-    /// Its number.
-    pub call: u32,
-    /// On what.
-    pub ino: u64,
-    /// Where in the file.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u32,
-    /// What.
-    pub what: Call,
 }
 
 /// A flush that is done.
@@ -77,7 +62,7 @@ pub struct Manager {
     /// NEEDs that have come.
     pub needs: AtomicU64,
     /// Calls that have not been answered.
-    pub asked: Mutex<Vec<Asked>>,
+    pub asked: Mutex<Vec<Call>>,
     /// All events that have come.
     pub events: AtomicU64,
     /// Doorbells and wake-ups are the module's to count; these are revocations that took one step.
@@ -166,25 +151,12 @@ impl Manager {
                     self.needs.fetch_add(1, SeqCst);
                     let _ = needs.send((mount, ino, mode));
                 }
-                Event::Call {
-                    call,
-                    ino,
-                    offset,
-                    len,
-                    what,
-                } => {
-                    let asked = Asked {
-                        call,
-                        ino,
-                        offset,
-                        len,
-                        what,
-                    };
-                    self.asked.lock().push(asked);
+                Event::Call(call) => {
+                    self.asked.lock().push(call);
                     if self.automatic.load(SeqCst)
                         && let Err(error) = self.carry_out(mount)
                     {
-                        eprintln!("call on {ino} of mount {mount}: {error:#}");
+                        eprintln!("call on {} of mount {mount}: {error:#}", call.ino);
                     }
                 }
                 Event::Drained { .. } => {
@@ -237,24 +209,24 @@ impl Manager {
     /// Does what a mount's tasks want done, and answers.
     pub fn carry_out(&self, mount: usize) -> Result<()> {
         let asked = std::mem::take(&mut *self.asked.lock());
-        for asked in asked {
+        for call in asked {
             let kernel = self.mount(mount)?;
-            let done = match asked.what {
-                Call::Read => {
-                    let data = self.control.read(asked.ino, asked.offset, asked.len as usize)?;
-                    kernel.fill_buffer(asked.call, &data);
+            let done = match call.act {
+                Act::Read => {
+                    let data = self.control.read(call.ino, call.offset, call.len as usize)?;
+                    kernel.fill_buffer(call.number, &data);
                     data.len()
                 }
-                Call::Write { .. } => {
-                    let mut data = vec![0; asked.len as usize];
-                    kernel.read_buffer(asked.call, &mut data);
-                    self.control.write(asked.ino, asked.offset, &data)?;
-                    self.changed(asked.ino);
+                Act::Write { .. } => {
+                    let mut data = vec![0; call.len as usize];
+                    kernel.read_buffer(call.number, &mut data);
+                    self.control.write(call.ino, call.offset, &data)?;
+                    self.changed(call.ino);
                     data.len()
                 }
             };
             let answer = Answer::Done(u32::try_from(done)?);
-            let call = asked.call;
+            let call = call.number;
             kernel.command(Command::Answer { call, answer })?;
         }
         Ok(())

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use distfuse_abi::{Answer, Call, Command, Revoked};
+use distfuse_abi::{Act, Answer, Call, Command, Revoked};
 use lockmgr::Mode;
 
 use super::super::Client;
@@ -19,28 +19,11 @@ use super::{Extension, LentState};
 
 /// So many calls under one hold of the lease cost as much as the flush of what would have been written instead.
 const RENT: u32 = 3;
-/// What a task in the kernel wants done.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Wanted {
-    /// Its number.
-    pub call: u32,
-    /// On what.
-    pub ino: u64,
-    /// Offset in the file.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u32,
-    /// Read or write.
-    pub what: Call,
-}
-
-impl Wanted {
-    /// The lease it takes.
-    pub(super) fn mode(&self) -> Mode {
-        match self.what {
-            Call::Read => Mode::Shared,
-            Call::Write { .. } => Mode::Exclusive,
-        }
+/// The lease that a call takes.
+pub(super) fn mode_of(call: &Call) -> Mode {
+    match call.act {
+        Act::Read => Mode::Shared,
+        Act::Write { .. } => Mode::Exclusive,
     }
 }
 
@@ -83,15 +66,15 @@ impl LentState {
 
 impl Extension {
     /// What is to be written.
-    pub(super) fn data_of(&self, wanted: &Wanted) -> Vec<u8> {
-        let mut data = vec![0; wanted.len as usize];
-        self.attachment.read_buffer(wanted.call, &mut data);
+    pub(super) fn data_of(&self, call: &Call) -> Vec<u8> {
+        let mut data = vec![0; call.len as usize];
+        self.attachment.read_buffer(call.number, &mut data);
         data
     }
 
-    pub(super) fn answer(&self, wanted: &Wanted, answer: Answer) {
+    pub(super) fn answer(&self, call: &Call, answer: Answer) {
         self.tell(Command::Answer {
-            call: wanted.call,
+            call: call.number,
             answer,
         });
     }
@@ -99,22 +82,22 @@ impl Extension {
 
 impl Client {
     /// Does what a task wants under this mount's own lease. Called on a thread that must not wait.
-    pub(super) fn call_here(self: &Arc<Self>, ext: &Arc<Extension>, wanted: Wanted) {
-        match self.call_now(&Ctx::on_loop(&ext.nobody_waits), ext, &wanted) {
+    pub(super) fn call_here(self: &Arc<Self>, ext: &Arc<Extension>, call: Call) {
+        match self.call_now(&Ctx::on_loop(&ext.nobody_waits), ext, &call) {
             Err(Stop::Park) => {
                 let (me, ext) = (Arc::clone(self), Arc::clone(ext));
                 self.workers.run(move || {
-                    let result = me.call_now(&Ctx::on_worker(), &ext, &wanted);
-                    ext.answer(&wanted, answer_of(result));
+                    let result = me.call_now(&Ctx::on_worker(), &ext, &call);
+                    ext.answer(&call, answer_of(result));
                 });
             }
-            result => ext.answer(&wanted, answer_of(result)),
+            result => ext.answer(&call, answer_of(result)),
         }
     }
 
-    fn call_now(&self, ctx: &Ctx<'_>, ext: &Extension, wanted: &Wanted) -> Res<Answer> {
-        let inode = self.inode(wanted.ino);
-        let mode = wanted.mode();
+    fn call_now(&self, ctx: &Ctx<'_>, ext: &Extension, call: &Call) -> Res<Answer> {
+        let inode = self.inode(call.ino);
+        let mode = mode_of(call);
         let writes = mode == Mode::Exclusive;
         loop {
             let guard = self.lease(ctx, &inode, mode)?;
@@ -129,17 +112,17 @@ impl Client {
                 }
             };
             let mut state = inode.lock(ctx, guard.version())?;
-            let done = match wanted.what {
-                Call::Read => {
-                    let mut data = vec![0; wanted.len as usize];
-                    self.read_held(ctx, &inode, &mut state, wanted.offset, &mut data, true)?;
-                    ext.attachment.fill_buffer(wanted.call, &data);
+            let done = match call.act {
+                Act::Read => {
+                    let mut data = vec![0; call.len as usize];
+                    self.read_held(ctx, &inode, &mut state, call.offset, &mut data, true)?;
+                    ext.attachment.fill_buffer(call.number, &data);
                     data.len() as u32
                 }
-                Call::Write { kill_priv } => {
-                    let data = ext.data_of(wanted);
-                    self.call_write(ctx, &inode, &mut state, wanted.offset, &data, kill_priv)?;
-                    wanted.len
+                Act::Write { kill_priv } => {
+                    let data = ext.data_of(call);
+                    self.call_write(ctx, &inode, &mut state, call.offset, &data, kill_priv)?;
+                    call.len
                 }
             };
             drop(calling);

@@ -35,7 +35,6 @@ use parking_lot::{Condvar, Mutex};
 use super::Client;
 use super::ctx::Permits;
 use crate::wire::{Attr, Time};
-use calls::Wanted;
 use visit::{Away, Visitors};
 
 /// How long the thread for events sleeps at most, so that it ends with its mount.
@@ -233,28 +232,10 @@ pub fn run(client: &Weak<Client>, ext: &Arc<Extension>) {
                 Some(client) => client.lend_to_waiters(ext, ino, mode),
                 None => ext.wake(ino, Some(libc::ENOTCONN)),
             },
-            Event::Call {
-                call,
-                ino,
-                offset,
-                len,
-                what,
-            } => {
-                let wanted = Wanted {
-                    call,
-                    ino,
-                    offset,
-                    len,
-                    what,
-                };
-                match client.upgrade() {
-                    Some(client) => client.answer_call(ext, wanted),
-                    None => ext.tell(Command::Answer {
-                        call,
-                        answer: Answer::Failed(libc::ENOTCONN),
-                    }),
-                }
-            }
+            Event::Call(call) => match client.upgrade() {
+                Some(client) => client.answer_call(ext, call),
+                None => ext.answer(&call, Answer::Failed(libc::ENOTCONN)),
+            },
             Event::Drained { .. } => ext.note(None),
             Event::Flushed {
                 cookie,

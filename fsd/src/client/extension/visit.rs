@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use distfuse_abi::{Answer, Call, Command};
+use distfuse_abi::{Act as Asked, Answer, Call};
 use lockmgr::{Guard, Mode, NodeId, OwnerWord, RecordLayout};
 use parking_lot::Mutex;
 use rdma_transport::Op;
@@ -18,7 +18,7 @@ use rdma_transport::Op;
 use super::super::Client;
 use super::super::ctx::{Ctx, Res};
 use super::super::inode::Inode;
-use super::calls::{Admission, Wanted};
+use super::calls::{Admission, mode_of};
 use super::{Extension, LentState};
 use crate::rpc::{Errno, Responder, RpcError};
 use crate::wire::{Act, MountRequest, Visited};
@@ -75,11 +75,11 @@ impl LentState {
 #[derive(Debug, Default)]
 pub(super) struct Away {
     next: AtomicU64,
-    calls: Mutex<HashMap<u64, (u32, Instant)>>,
+    calls: Mutex<HashMap<u64, (Call, Instant)>>,
 }
 
 impl Away {
-    fn begin(&self, call: u32) -> u64 {
+    fn begin(&self, call: Call) -> u64 {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         self.calls.lock().insert(number, (call, Instant::now()));
         number
@@ -90,7 +90,7 @@ impl Away {
         self.calls.lock().remove(&number).is_some()
     }
 
-    fn give_up(&self, after: Duration) -> Vec<u32> {
+    fn give_up(&self, after: Duration) -> Vec<Call> {
         let mut calls = self.calls.lock();
         let late = calls.extract_if(|_, (_, since)| since.elapsed() > after);
         late.map(|(_, (call, _))| call).collect()
@@ -99,9 +99,9 @@ impl Away {
 
 impl Client {
     /// Does what a task wants, here or where the lease is. It sleeps until then.
-    pub(super) fn answer_call(self: &Arc<Self>, ext: &Arc<Extension>, wanted: Wanted) {
-        let inode = self.inode(wanted.ino);
-        let here = match wanted.mode() {
+    pub(super) fn answer_call(self: &Arc<Self>, ext: &Arc<Extension>, call: Call) {
+        let inode = self.inode(call.ino);
+        let here = match mode_of(&call) {
             Mode::Shared => self.holds(&inode),
             Mode::Exclusive => self
                 .leases
@@ -109,8 +109,8 @@ impl Client {
                 .is_some_and(|(mode, _)| mode == Mode::Exclusive),
         };
         match inode.peer().filter(|_| !here) {
-            Some(peer) => self.send(ext, wanted, peer, HOPS),
-            None => self.call_here(ext, wanted),
+            Some(peer) => self.send(ext, call, peer, HOPS),
+            None => self.call_here(ext, call),
         }
     }
 
@@ -118,68 +118,68 @@ impl Client {
         self.leases.held(inode.record()).is_some()
     }
 
-    fn send(self: &Arc<Self>, ext: &Arc<Extension>, wanted: Wanted, peer: u16, hops: u32) {
-        let act = match wanted.what {
-            Call::Read => Act::Read(wanted.len),
-            Call::Write { kill_priv } => Act::Write {
-                data: ext.data_of(&wanted),
+    fn send(self: &Arc<Self>, ext: &Arc<Extension>, call: Call, peer: u16, hops: u32) {
+        let act = match call.act {
+            Asked::Read => Act::Read(call.len),
+            Asked::Write { kill_priv } => Act::Write {
+                data: ext.data_of(&call),
                 kill_priv,
             },
         };
         let request = MountRequest::Visit {
-            ino: wanted.ino,
-            offset: wanted.offset,
+            ino: call.ino,
+            offset: call.offset,
             act,
         };
-        let number = ext.away.begin(wanted.call);
+        let number = ext.away.begin(call);
         let (me, theirs) = (Arc::clone(self), Arc::clone(ext));
         let asked = self.net.ask_peer(NodeId(peer), &request, move |result| {
             if theirs.away.end(number) {
-                me.sent(&theirs, wanted, peer, hops, result);
+                me.sent(&theirs, call, peer, hops, result);
             }
         });
         if asked.is_none() && ext.away.end(number) {
-            self.call_here(ext, wanted);
+            self.call_here(ext, call);
         }
     }
 
     fn sent(
         self: &Arc<Self>,
         ext: &Arc<Extension>,
-        wanted: Wanted,
+        call: Call,
         peer: u16,
         hops: u32,
         result: Result<Visited, RpcError>,
     ) {
-        let answer = match (wanted.what, result) {
-            (Call::Read, Ok(Visited::Read(data))) if data.len() <= wanted.len as usize => {
-                ext.attachment.fill_buffer(wanted.call, &data);
+        let answer = match (call.act, result) {
+            (Asked::Read, Ok(Visited::Read(data))) if data.len() <= call.len as usize => {
+                ext.attachment.fill_buffer(call.number, &data);
                 Answer::Done(data.len() as u32)
             }
-            (Call::Write { .. }, Ok(Visited::Written)) => Answer::Done(wanted.len),
+            (Asked::Write { .. }, Ok(Visited::Written)) => Answer::Done(call.len),
             (_, Ok(Visited::Elsewhere(Some(next)))) if hops > 1 && next != peer && next != self.node.0 => {
-                return self.send(ext, wanted, next, hops - 1);
+                return self.send(ext, call, next, hops - 1);
             }
-            (_, Ok(Visited::Elsewhere(_))) if hops > 0 => return self.look_up(ext, wanted),
+            (_, Ok(Visited::Elsewhere(_))) if hops > 0 => return self.look_up(ext, call),
             // Whether it was written is not known: to do it again might undo what others have written since.
-            (Call::Write { .. }, Err(error @ (RpcError::Transport(_) | RpcError::Wire(_)))) => {
-                tracing::error!("a write of {:#x} at mount {peer}: {error}", wanted.ino);
+            (Asked::Write { .. }, Err(error @ (RpcError::Transport(_) | RpcError::Wire(_)))) => {
+                tracing::error!("a write of {:#x} at mount {peer}: {error}", call.ino);
                 Answer::Failed(libc::EIO)
             }
             (_, Ok(Visited::Failed(Errno(error)))) => Answer::Failed(error),
-            _ => return self.call_here(ext, wanted),
+            _ => return self.call_here(ext, call),
         };
-        self.inode(wanted.ino).heard_of(peer);
+        self.inode(call.ino).heard_of(peer);
         self.counters.sent.fetch_add(1, Ordering::Relaxed);
-        ext.answer(&wanted, answer);
+        ext.answer(&call, answer);
     }
 
     /// Reads in the lease's record who owns it, and sends the call there.
-    fn look_up(self: &Arc<Self>, ext: &Arc<Extension>, wanted: Wanted) {
+    fn look_up(self: &Arc<Self>, ext: &Arc<Extension>, call: Call) {
         let (me, ext) = (Arc::clone(self), Arc::clone(ext));
-        self.workers.run(move || match me.owner_of(wanted.ino) {
-            Some(owner) if owner != me.node.0 => me.send(&ext, wanted, owner, 0),
-            _ => me.call_here(&ext, wanted),
+        self.workers.run(move || match me.owner_of(call.ino) {
+            Some(owner) if owner != me.node.0 => me.send(&ext, call, owner, 0),
+            _ => me.call_here(&ext, call),
         });
     }
 
@@ -199,10 +199,7 @@ impl Client {
                 "another mount has not answered a read or write for {:?}",
                 self.lease_wait
             );
-            ext.tell(Command::Answer {
-                call,
-                answer: Answer::Failed(libc::ETIMEDOUT),
-            });
+            ext.answer(&call, Answer::Failed(libc::ETIMEDOUT));
         }
     }
 
@@ -325,10 +322,17 @@ mod tests {
     #[test]
     fn a_call_ends_once() {
         let away = Away::default();
-        let (first, second) = (away.begin(7), away.begin(7));
+        let call = Call {
+            number: 7,
+            ino: 1,
+            offset: 0,
+            len: 1,
+            act: Asked::Read,
+        };
+        let (first, second) = (away.begin(call), away.begin(call));
         assert!(away.end(first) && !away.end(first));
         assert!(away.give_up(Duration::from_secs(60)).is_empty());
-        assert_eq!(away.give_up(Duration::ZERO), [7]);
+        assert_eq!(away.give_up(Duration::ZERO), [call]);
         assert!(!away.end(second));
     }
 

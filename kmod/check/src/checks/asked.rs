@@ -7,11 +7,11 @@ use std::process::Command;
 use std::sync::atomic::Ordering::SeqCst;
 
 use anyhow::{Context, Result, ensure};
-use distfuse_abi::{Answer, Call, Command as Order, Mode, Options, layout};
+use distfuse_abi::{Act, Answer, Call, Command as Order, Mode, Options, layout};
 
 use super::{ensure_eq, read_at};
 use crate::fixture::{Fixture, Task, all, ino, until};
-use crate::manager::{Asked, Manager};
+use crate::manager::Manager;
 
 fn options(buffers: u32) -> Options {
     Options {
@@ -32,13 +32,13 @@ fn contended(buffers: u32) -> Result<(Fixture, File)> {
     Ok((fixture, file))
 }
 
-fn next(manager: &Manager) -> Result<Asked> {
+fn next(manager: &Manager) -> Result<Call> {
     until("called", || !manager.asked.lock().is_empty())?;
     manager.asked.lock().pop().context("a call")
 }
 
-fn answer(manager: &Manager, asked: &Asked, answer: Answer) -> Result<()> {
-    let call = asked.call;
+fn answer(manager: &Manager, asked: &Call, answer: Answer) -> Result<()> {
+    let call = asked.number;
     Ok(manager.mount(0)?.command(Order::Answer { call, answer })?)
 }
 
@@ -82,8 +82,8 @@ pub fn again() -> Result<()> {
     let writer = Task::start(move || writer.write_all_at(b"again", 0));
     let asked = next(manager)?;
     ensure_eq!(
-        (asked.what, asked.offset, asked.len),
-        (Call::Write { kill_priv: false }, 0, 5),
+        (asked.act, asked.offset, asked.len),
+        (Act::Write { kill_priv: false }, 0, 5),
         "the call"
     );
     writer.waits("a call that is not answered")?;
@@ -128,13 +128,13 @@ pub fn buffers() -> Result<()> {
     answer(manager, &asked, Answer::Done(1))?;
     // Answers that nobody waits for, or of buffers that there are not, do nothing.
     answer(manager, &asked, Answer::Done(1))?;
-    answer(manager, &Asked { call: 77, ..asked }, Answer::Done(1))?;
+    answer(manager, &Call { number: 77, ..asked }, Answer::Done(1))?;
 
     manager.take(0, ino(0), Mode::None)?;
     let reader = file.try_clone()?;
     let reader = Task::start(move || reader.read_at(&mut [0; 10], 0));
     let asked = next(manager)?;
-    ensure_eq!(asked.what, Call::Read, "the call");
+    ensure_eq!(asked.act, Act::Read, "the call");
     fixture.detach();
     let ended: io::Result<usize> = reader.end("the read")?;
     let error = ended.map_err(|e| e.raw_os_error());
