@@ -43,6 +43,9 @@ const LOOK: Duration = Duration::from_secs(5);
 /// Calls that may be under way; further ones ask for the lease.
 const CALLS: u32 = 64;
 
+/// Visitors that may wait at this mount for a lease; others take it themselves.
+const WAITING_VISITS: usize = 64;
+
 /// An attachment to the kernel extension.
 #[derive(Debug)]
 pub struct Extension {
@@ -56,6 +59,8 @@ pub struct Extension {
     away: Away,
     /// For the thread that reads events: it never waits.
     nobody_waits: Permits,
+    /// Visitors that wait here for a lease: not so many that those are left without a thread whom it depends on.
+    waiting_visits: Permits,
 }
 
 #[derive(Debug, Default)]
@@ -175,6 +180,7 @@ impl Extension {
             stamp: AtomicU64::new(0),
             away: Away::default(),
             nobody_waits: Permits::new(0, 0),
+            waiting_visits: Permits::new(WAITING_VISITS, 0),
         })
     }
 

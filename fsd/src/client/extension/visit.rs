@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use rdma_transport::Op;
 
 use super::super::Client;
-use super::super::ctx::{Ctx, Res};
+use super::super::ctx::{Ctx, Res, Stop};
 use super::super::inode::Inode;
 use super::calls::{Admission, mode_of};
 use super::{Extension, LentState};
@@ -223,7 +223,13 @@ impl Client {
     }
 
     /// Enters under a lease that is here, or on its way to here: a visitor that took it then would only take it away again.
-    fn enter_for_visit(&self, ctx: &Ctx<'_>, inode: &Inode, writes: bool) -> Res<Option<Guard>> {
+    fn enter_for_visit(
+        &self,
+        ctx: &Ctx<'_>,
+        ext: &Extension,
+        inode: &Inode,
+        writes: bool,
+    ) -> Res<Option<Guard>> {
         let record = inode.record();
         // Who shares the lease can read for others, too; for writing somebody has to take it from all who do.
         let least = if writes { Mode::Exclusive } else { Mode::Shared };
@@ -234,7 +240,11 @@ impl Client {
         if guard.is_some() || !self.leases.is_awaited(record) {
             return Ok(guard);
         }
-        self.lease(ctx, inode, least).map(Some)
+        ctx.may_wait()?;
+        match self.lease(&Ctx::on_loop(&ext.waiting_visits), inode, least) {
+            Err(Stop::Park) => Ok(None),
+            entered => entered.map(Some),
+        }
     }
 
     fn visit(
@@ -250,7 +260,7 @@ impl Client {
             return Ok(Visited::Elsewhere(None));
         };
         let writes = matches!(act, Act::Write { .. });
-        let Some(guard) = self.enter_for_visit(ctx, &inode, writes)? else {
+        let Some(guard) = self.enter_for_visit(ctx, ext, &inode, writes)? else {
             let held = self.holds(&inode);
             return Ok(if held {
                 Visited::Take
