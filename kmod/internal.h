@@ -291,7 +291,7 @@ static inline struct distfuse_entry *df_enter_fast(struct df_inode *di, u32 mode
 	return entry;
 }
 
-/* An error pointer if the lease cannot be had: -EAGAIN, -EINTR, -ENOTCONN, what the daemon refused with. */
+/* An error pointer if the lease cannot be had: -EINTR, -ENOTCONN, what the daemon refused with. */
 static inline struct distfuse_entry *df_enter(struct df_inode *di, u32 mode, u64 set)
 {
 	struct distfuse_entry *entry = df_enter_fast(di, mode, set);

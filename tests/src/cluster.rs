@@ -112,6 +112,20 @@ pub struct Options {
     pub meta_disk_mib: Option<u64>,
 }
 
+impl Options {
+    /// Two mounts that write back, for guests that have the kernel extension and RDMA.
+    #[must_use]
+    pub fn extension() -> Self {
+        Self {
+            fabric: Fabric::Verbs,
+            cache: Cache::Writeback,
+            storage: 1,
+            pool_mib: 64,
+            ..Self::default()
+        }
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -437,6 +451,21 @@ impl Cluster {
         for role in self.roles().into_iter().rev() {
             self.kill(role);
         }
+    }
+
+    /// The sum over all mounts of a field of their status, or of a counter of their kernel.
+    ///
+    /// # Errors
+    /// The status is not to be had.
+    pub fn total(&self, name: &str) -> anyhow::Result<u64> {
+        let status = self.status()?;
+        let mounts = status["mounts"].as_array().context("no mounts")?;
+        let of = |mount: &serde_json::Value| {
+            let kernel = mount["kernel"].as_array();
+            let counter = kernel.and_then(|all| all.iter().find(|c| c[0] == name));
+            mount[name].as_u64().or_else(|| counter?[1].as_u64()).unwrap_or(0)
+        };
+        Ok(mounts.iter().map(|m| of(&m[1]["Ok"])).sum())
     }
 
     /// Kills everything at once, and starts it anew once the mounts of before are known to be dead.

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use anyhow::Context;
 use system_tests::async_io::{self, Aio, Engine, Uring};
-use system_tests::cluster::{Cache, Fabric, Options};
+use system_tests::cluster::Options;
 use system_tests::guard;
 
 /// Operations under way at a time.
@@ -16,13 +16,7 @@ fn beside_another_mount(
     flags: i32,
     engine: fn() -> io::Result<Box<dyn Engine + Send>>,
 ) -> anyhow::Result<()> {
-    let options = Options {
-        fabric: Fabric::Verbs,
-        cache: Cache::Writeback,
-        storage: 1,
-        pool_mib: 64,
-        ..Options::default()
-    };
+    let options = Options::extension();
     let mut engine = match engine() {
         Ok(engine) => engine,
         Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {

@@ -8,19 +8,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use system_tests::cluster::{self, Cache, Cluster, Fabric, Options, Role};
+use system_tests::cluster::{self, Cluster, Options, Role};
 use system_tests::coherence::Choice;
 use system_tests::pressure::Setting;
 use system_tests::{coherence, guard, sys};
 
 fn options() -> Options {
     Options {
-        fabric: Fabric::Verbs,
-        cache: Cache::Writeback,
-        storage: 1,
-        pool_mib: 64,
         lease_wait: Duration::from_secs(8),
-        ..Options::default()
+        ..Options::extension()
     }
 }
 
@@ -48,15 +44,6 @@ fn counted(cluster: &Cluster, mount: usize, name: &str) -> anyhow::Result<u64> {
     all.get(name)
         .copied()
         .with_context(|| format!("no counter {name}"))
-}
-
-fn requests(cluster: &Cluster) -> anyhow::Result<u64> {
-    let status = cluster.status()?;
-    let mounts = status["mounts"].as_array().context("no mounts")?;
-    Ok(mounts
-        .iter()
-        .filter_map(|m| m[1]["Ok"]["requests"].as_u64())
-        .sum())
 }
 
 #[test]
@@ -87,7 +74,7 @@ fn nothing_is_asked_under_a_held_lease() -> anyhow::Result<()> {
         file.write_all_at(&[1; 65_536], 0)?;
         // Nothing is written back meanwhile by the kernel's own clock.
         let _clock = Setting::set("vm/dirty_writeback_centisecs", "0")?;
-        let before = (requests(cluster)?, counted(cluster, 0, "wakeups_made")?);
+        let before = (cluster.total("requests")?, counted(cluster, 0, "wakeups_made")?);
         let misses = counted(cluster, 0, "misses")?;
         let mut buffer = [0; 4096];
         for i in 0..500 {
@@ -99,7 +86,7 @@ fn nothing_is_asked_under_a_held_lease() -> anyhow::Result<()> {
         // Asking is done by programs, each of which closes a copy of this file as it starts: a FLUSH, the first one with
         // a WRITE and a SETATTR. That much was asked between the two looks at the requests.
         let own = 3 + 2;
-        let after = (requests(cluster)?, counted(cluster, 0, "wakeups_made")?);
+        let after = (cluster.total("requests")?, counted(cluster, 0, "wakeups_made")?);
         ensure!(
             after.0 <= before.0 + own && after.1 == before.1,
             "requests and wake-ups {before:?}, then {after:?}"

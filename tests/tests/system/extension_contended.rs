@@ -24,18 +24,6 @@ fn options() -> Options {
     }
 }
 
-/// The sum over all mounts of a field of their status, or of a counter of their kernel.
-fn total(cluster: &Cluster, name: &str) -> anyhow::Result<u64> {
-    let status = cluster.status()?;
-    let mounts = status["mounts"].as_array().context("no mounts")?;
-    let of = |mount: &serde_json::Value| {
-        let kernel = mount["kernel"].as_array();
-        let counter = kernel.and_then(|all| all.iter().find(|c| c[0] == name));
-        mount[name].as_u64().or_else(|| counter?[1].as_u64()).unwrap_or(0)
-    };
-    Ok(mounts.iter().map(|m| of(&m[1]["Ok"])).sum())
-}
-
 fn open_all(cluster: &Cluster, name: &str) -> anyhow::Result<Vec<File>> {
     fs::write(cluster.mount(0).join(name), vec![0; PAGE * PAGES as usize])?;
     (0..3)
@@ -86,9 +74,9 @@ fn turns() -> anyhow::Result<()> {
             }
         }
         let (calls, sent, visits) = (
-            total(cluster, "calls")?,
-            total(cluster, "sent")?,
-            total(cluster, "visits")?,
+            cluster.total("calls")?,
+            cluster.total("sent")?,
+            cluster.total("visits")?,
         );
         ensure!(
             calls > 400 && sent > 200 && visits >= sent,
@@ -169,7 +157,7 @@ fn at_once() -> anyhow::Result<()> {
                 "page {page} differs"
             );
         }
-        ensure!(total(cluster, "visits")? > 0, "nobody was visited");
+        ensure!(cluster.total("visits")? > 0, "nobody was visited");
         Ok(())
     })
 }
@@ -185,7 +173,7 @@ fn the_owner_is_killed() -> anyhow::Result<()> {
             write_stamp(&files[turn as usize % 3], 0, turn)?;
         }
         write_stamp(&files[2], 1, 1)?;
-        ensure!(total(cluster, "visits")? > 0, "nobody was visited");
+        ensure!(cluster.total("visits")? > 0, "nobody was visited");
         let stop = AtomicBool::new(false);
         let written: Vec<anyhow::Result<u64>> = std::thread::scope(|scope| {
             let tasks: Vec<_> = (0..2u64)

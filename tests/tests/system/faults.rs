@@ -336,17 +336,7 @@ fn a_killed_client_blocks_the_others_for_a_bounded_time() -> anyhow::Result<()> 
             .context("a listing that is empty")??;
         ensure!(fs::read(b.join("others/f"))? == b"other", "another file");
         fs::write(b.join("others/new"), b"new")?;
-        cluster.abort();
-        for role in [Role::Storage(0), Role::Storage(1), Role::Meta] {
-            cluster.start_role(role)?;
-        }
-        retry("declaring the killed mounts dead", || {
-            let status = cluster.status()?;
-            let nodes = status["meta"]["Ok"]["nodes"].as_array().context("nodes")?;
-            ensure!(nodes.is_empty(), "{nodes:?}");
-            Ok(())
-        })?;
-        cluster.start_all()?;
+        cluster.restart_after_abort()?;
         for dir in [&b, &a] {
             let got = fs::read(dir.join("held"))?;
             ensure!(got == b"fsynced" || got == b"dirty!!", "content {got:?}");

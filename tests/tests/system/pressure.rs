@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
-use system_tests::cluster::{Cache, Cluster, Fabric, Options};
+use system_tests::cluster::{Cluster, Options};
 use system_tests::pressure::{Balloon, Counted, Setting, memory};
 use system_tests::{guard, sys};
 
@@ -162,11 +162,8 @@ fn short_of_memory(cluster: &Cluster, ways: &[Way], settings: &[(&str, &str)]) -
 
 fn with_little_memory(ways: &'static [Way], settings: &'static [(&str, &str)]) -> anyhow::Result<()> {
     let options = Options {
-        fabric: Fabric::Verbs,
-        cache: Cache::Writeback,
-        storage: 1,
         pool_mib: POOL_MIB,
-        ..Options::default()
+        ..Options::extension()
     };
     guard::with_cluster(options, |cluster| short_of_memory(cluster, ways, settings))
 }

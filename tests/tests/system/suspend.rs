@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
-use system_tests::cluster::{Cache, Fabric, Options};
+use system_tests::cluster::Options;
 use system_tests::pressure::Setting;
 use system_tests::{guard, sys};
 
@@ -38,13 +38,7 @@ impl Drop for Test {
 #[test]
 #[ignore = "needs the kernel extension: make lab"]
 fn extension_frozen_and_thawed() -> anyhow::Result<()> {
-    let options = Options {
-        fabric: Fabric::Verbs,
-        cache: Cache::Writeback,
-        storage: 1,
-        pool_mib: 64,
-        ..Options::default()
-    };
+    let options = Options::extension();
     guard::with_cluster(options, |cluster| {
         let open =
             |mount: usize, name| sys::open(&cluster.mount(mount).join(name), libc::O_RDWR | libc::O_CREAT);

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use distfuse_abi::{Act, Answer, Call, Command, Revoked};
+use distfuse_abi::{Act, Answer, Call, Command};
 use lockmgr::Mode;
 
 use super::super::Client;
@@ -19,6 +19,7 @@ use super::{Extension, LentState};
 
 /// So many calls under one hold of the lease cost as much as the flush of what would have been written instead.
 const RENT: u32 = 3;
+
 /// The lease that a call takes.
 pub(super) fn mode_of(call: &Call) -> Mode {
     match call.act {
@@ -167,28 +168,16 @@ impl Client {
         if lent.taking {
             return Admission::Taking;
         }
-        let table = ext.attachment.table();
-        let word = table.word(inode.ino);
+        let word = ext.attachment.table().word(inode.ino);
         if word.is_some_and(|word| word.mode() >= below) {
             return Admission::Kernel;
         }
         if writes && word.is_some_and(|word| word.mode() != distfuse_abi::Mode::None) {
-            let wake = match table.revoke(inode.ino, distfuse_abi::Mode::None, true) {
-                Revoked::Done { wake } => {
-                    lent.asked = None;
-                    wake
-                }
-                // Somebody reads, or has it mapped.
-                _ => {
-                    if table.cancel(inode.ino) {
-                        ext.wake(inode.ino, None);
-                    }
-                    return Admission::Kernel;
-                }
-            };
-            if wake {
-                ext.wake(inode.ino, None);
+            // Else somebody reads, or has it mapped.
+            if !ext.take_if_clean(inode.ino, distfuse_abi::Mode::None) {
+                return Admission::Kernel;
             }
+            lent.asked = None;
         }
         lent.calling += 1;
         Admission::Go(Calling(inode))

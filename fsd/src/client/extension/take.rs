@@ -36,6 +36,22 @@ impl LentState {
     }
 }
 
+impl Extension {
+    /// Takes an inode's entry down to `target`, unless somebody is inside or has left something to be flushed: then it is as
+    /// before. Tasks that wait ask again.
+    pub(super) fn take_if_clean(&self, ino: u64, target: distfuse_abi::Mode) -> bool {
+        let table = self.attachment.table();
+        let (taken, wake) = match table.revoke(ino, target, true) {
+            Revoked::Done { wake } => (true, wake),
+            _ => (false, table.cancel(ino)),
+        };
+        if wake {
+            self.wake(ino, None);
+        }
+        taken
+    }
+}
+
 impl Client {
     /// Takes back what the kernel was lent, down to `to`, where that takes neither a system call nor a wait. If so,
     /// nothing is lent until [`super::Lent::again`].
@@ -54,27 +70,14 @@ impl Client {
         if lent.taking || !clean {
             return false;
         }
-        match table.revoke(inode.ino, to_kernel_mode(to), true) {
-            Revoked::Done { wake } => {
-                lent.taking = true;
-                lent.asked = None;
-                lent.closed = Some(Instant::now());
-                Self::lost(ext, inode.ino, &mut lent);
-                drop(lent);
-                if wake {
-                    // They ask again.
-                    ext.wake(inode.ino, None);
-                }
-                true
-            }
-            // Somebody has come in just now.
-            _ => {
-                if table.cancel(inode.ino) {
-                    ext.wake(inode.ino, None);
-                }
-                false
-            }
+        if !ext.take_if_clean(inode.ino, to_kernel_mode(to)) {
+            return false;
         }
+        lent.taking = true;
+        lent.asked = None;
+        lent.closed = Some(Instant::now());
+        Self::lost(ext, inode.ino, &mut lent);
+        true
     }
 
     /// Takes back what the kernel was lent, down to `to`; waits for that. Nothing is lent until
