@@ -422,6 +422,8 @@ impl Client {
         if from != Mode::Exclusive {
             return Relinquish::default();
         }
+        // What was promised to the kernel it has used, or never will.
+        self.release_reservations(inode, state, 0);
         inode.take_back(state);
         let dirty = std::mem::take(&mut state.attr_dirty) && !state.gone;
         let before = state.version;

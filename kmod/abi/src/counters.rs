@@ -79,6 +79,8 @@ counters! {
     calls,
     /// Those that it left to the kernel.
     calls_again,
+    /// Writes and faults that had to ask for space.
+    space_asked,
 }
 
 pub(crate) fn read(map: &Map) -> Counters {
