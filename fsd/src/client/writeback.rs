@@ -29,6 +29,14 @@ impl Client {
                 self.writeback_sleeps.store(true, Ordering::SeqCst);
                 // Who noted something before seeing that is seen by this second look.
                 dirty = !self.dirty.lock().is_empty();
+                if self
+                    .space
+                    .held()
+                    .iter()
+                    .any(|(node, _)| self.space.idle(*node) > 0)
+                {
+                    idle_since = Some(Instant::now());
+                }
             }
             let event = if dirty || idle_since.is_some() {
                 self.writeback_sleeps.store(false, Ordering::SeqCst);

@@ -10,7 +10,7 @@ use lockmgr::Mode;
 use super::super::Client;
 use super::super::ctx::{Ctx, Res, Stop, fail};
 use super::super::inode::{Inode, State};
-use super::space::range_of;
+use super::range::range_of;
 use super::{Extension, attributes};
 use crate::wire::{Attr, Kind};
 

@@ -18,6 +18,7 @@
 
 mod calls;
 mod lend;
+mod range;
 mod space;
 mod take;
 mod visit;

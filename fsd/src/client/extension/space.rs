@@ -28,84 +28,16 @@ use super::super::pages::PAGE;
 use super::super::space::{CHUNK, frame_size};
 use super::Extension;
 use super::lend::Lending;
+use super::range::{beyond, covered, promised, range_at, range_of};
 use crate::rpc::Errno;
 use crate::storage::BLOCK;
 
-/// So much is promised at most beyond what is asked for, bytes; and so far apart lie the windows of a file with holes.
-const AHEAD: u64 = 64 << 20;
 /// So much is promised at a time; the kernel asks again for the rest.
 const AT_ONCE: u64 = 64 << 20;
 /// A mount that has so much set aside promises what is asked for, and no more.
 const HOARD: u64 = 256 << 20;
-/// Blocks looked at on each side of a place: of files that are longer, and have holes, less is told than is there.
-const LOOK: u64 = 1 << 16;
 /// A mount that has set aside more than such a part of what is left to all gives it back.
 const SHARE: u64 = 4;
-
-/// So much of a block, from its beginning, is there or set aside.
-fn covered(state: &State, block: u64) -> u64 {
-    let frame = state.frames.known.get(&block).map_or(0, |f| f.size);
-    let promised = state.frames.reserved.get(&block).copied().unwrap_or(0);
-    frame.max(promised).into()
-}
-
-/// What can be stored around a place in a file, which is nothing where that place itself cannot.
-pub(super) fn range_at(state: &State, at: u64) -> (u64, u64) {
-    let layout = state.attr.map(|a| a.layout);
-    if layout.is_none() || state.frames.layout != layout {
-        return (0, 0);
-    }
-    let block = at / BLOCK;
-    if at % BLOCK >= covered(state, block) {
-        return (0, 0);
-    }
-    // Files without holes, however long, need no look at each block.
-    let known = &state.frames.known;
-    let whole = match (known.first_key_value(), known.last_key_value()) {
-        (Some((0, first)), Some((&last, _))) if u64::from(first.size) == BLOCK => {
-            (known.len() as u64 == last + 1).then_some(last)
-        }
-        _ => None,
-    };
-    let full = |block: u64| covered(state, block) == BLOCK;
-    let (mut first, mut last) = match whole.filter(|last| block <= *last) {
-        Some(last) => (0, last),
-        None => (block, block),
-    };
-    while first > 0 && block - first < LOOK && full(first - 1) {
-        first -= 1;
-    }
-    let from = last;
-    while last - from < LOOK && full(last) && covered(state, last + 1) > 0 {
-        last += 1;
-    }
-    (first * BLOCK, last * BLOCK + covered(state, last))
-}
-
-/// What an entry says of a file that is lent without anybody's having asked for a place in it.
-pub(super) fn range_of(state: &State) -> (u64, u64) {
-    match range_at(state, 0) {
-        (_, 0) => range_at(state, state.attr.map_or(0, |a| a.size.saturating_sub(1))),
-        range => range,
-    }
-}
-
-/// Blocks (first, end) worth promising beyond those of a write, and of how many of them: what is written to its end is
-/// likely to go on as far as it has come, of what has holes the neighbourhood will be wanted.
-fn beyond(offset: u64, end: u64, size: u64, begin: u64) -> (u64, u64, u64) {
-    if end >= size {
-        if end < BLOCK / 2 {
-            // A small file costs its own size.
-            return (0, 0, 0);
-        }
-        let next = end.div_ceil(BLOCK);
-        let blocks = end.saturating_sub(begin).clamp(BLOCK, AHEAD) / BLOCK;
-        return (next, next + blocks, blocks);
-    }
-    let window = offset / AHEAD * AHEAD;
-    let last = (window + AHEAD).min(size).max(end);
-    (window / BLOCK, last.div_ceil(BLOCK), AHEAD / BLOCK)
-}
 
 impl Client {
     /// A task wants to write and has no space for it. Called on a thread that must not wait.
@@ -176,7 +108,6 @@ impl Client {
         let more = self.worth_promising(state, offset, end);
         if !needed.is_empty() || !more.is_empty() {
             self.fill_bank(ctx, inode, state, &needed, &more)?;
-            self.space.lend(inode.ino);
         }
         for &(block, size) in &needed {
             if self.promise_block(inode, state, block, size) {
@@ -254,6 +185,7 @@ impl Client {
         }
         let had = promised(state, block);
         state.frames.reserved.insert(block, size.max(had) as u32);
+        self.space.lend(inode.ino);
         true
     }
 
@@ -262,12 +194,8 @@ impl Client {
     pub(super) fn promise_first_page(&self, inode: &Inode, state: &mut State) {
         let loaded = state.frames.loaded.contains(&self.storage_of(inode.ino, 0));
         let known = loaded && state.attr.is_some_and(|a| state.frames.layout == Some(a.layout));
-        if known
-            && covered(state, 0) == 0
-            && inode.opens.try_lock().is_some_and(|o| o.writers > 0)
-            && self.promise_block(inode, state, 0, PAGE)
-        {
-            self.space.lend(inode.ino);
+        if known && covered(state, 0) == 0 && inode.opens.try_lock().is_some_and(|o| o.writers > 0) {
+            self.promise_block(inode, state, 0, PAGE);
         }
     }
 
@@ -375,7 +303,7 @@ impl Client {
 
     /// Every now and then: a mount that has much set aside where little is left gives it back to all.
     pub(super) fn share_space(self: &Arc<Self>, ext: &Arc<Extension>) {
-        if self.space.held().iter().all(|(_, bytes)| *bytes == 0) {
+        if ext.recalling.is_locked() || self.space.held().iter().all(|(_, bytes)| *bytes == 0) {
             return;
         }
         let (me, ext) = (Arc::clone(self), Arc::clone(ext));
@@ -404,9 +332,4 @@ impl Client {
         held.into_iter()
             .any(|(node, bytes)| self.pool_space(node).is_ok_and(|s| s.free / SHARE < bytes))
     }
-}
-
-/// What is set aside for a block: a larger frame is made before the one it replaces is free.
-fn promised(state: &State, block: u64) -> u64 {
-    state.frames.reserved.get(&block).copied().unwrap_or(0).into()
 }
