@@ -31,6 +31,7 @@ static const char * const df_names[DISTFUSE_NR_COUNTERS] = {
 	[DISTFUSE_EVENTS_DELAYED] = "events_delayed",
 	[DISTFUSE_CALLS] = "calls",
 	[DISTFUSE_CALLS_AGAIN] = "calls_again",
+	[DISTFUSE_SPINS] = "spins",
 };
 
 static int df_counters_show(struct seq_file *m, void *unused)

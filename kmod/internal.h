@@ -24,6 +24,8 @@
 #define DF_INODE_BITS	12
 /* Of cached pages or names of which nothing is known. */
 #define DF_NO_VERSION	(~0ULL)
+/* So often tasks may look for answers in vain before they only sleep. */
+#define DF_SPIN_CREDIT	16
 
 struct df_sb;
 
@@ -73,6 +75,10 @@ struct df_att {
 
 	struct mutex		command_lock;	/* command_tail */
 	u64			command_tail;
+	atomic_t		lookers;	/* tasks in df_look() */
+	u32			spin_ns;
+	int			spin_credit;	/* a guess: may be torn by who races */
+	u32			spin_skipped;
 
 	spinlock_t		call_lock;	/* calls */
 	struct df_call		*calls;
@@ -202,6 +208,7 @@ bool df_read_entry(const struct distfuse_entry *entry, struct distfuse_entry *co
 void df_post(struct df_att *att, struct df_post *post);
 void df_post_rescue(struct df_att *att, struct df_post *post);
 void df_kick(struct df_att *att);
+bool df_look(struct df_att *att, bool (*done)(void *of), void *of);
 __poll_t df_poll_events(struct df_att *att);
 
 /* call.c */
@@ -289,6 +296,42 @@ static inline struct distfuse_entry *df_enter_fast(struct df_inode *di, u32 mode
 	} while (!atomic64_try_cmpxchg_acquire(df_word(entry), &word,
 					       (word + 1) | DISTFUSE_USED | set));
 	return entry;
+}
+
+/* A lease that was held and installed, to see later whether it still is. */
+struct df_glance {
+	struct distfuse_entry	*entry;
+	u32			generation;
+};
+
+/* Looks at a lease, without entering. */
+static inline bool df_glance(struct df_inode *di, u32 mode, struct df_glance *glance)
+{
+	u64 word;
+
+	glance->entry = READ_ONCE(di->entry);
+	/* Pairs with the release in df_install(): pages and size are those of the grant. */
+	glance->generation = smp_load_acquire(&di->generation);
+	if (unlikely(!glance->entry || !glance->generation))
+		return false;
+	word = atomic64_read_acquire(df_word(glance->entry));
+	if (unlikely(!df_admits(word, mode) || df_generation(word) != glance->generation ||
+		     READ_ONCE(glance->entry->ino) != di->ino))
+		return false;
+	if (unlikely(!(word & DISTFUSE_USED)))
+		atomic64_or(DISTFUSE_USED, df_word(glance->entry));
+	return true;
+}
+
+static inline bool df_glance_holds(struct df_inode *di, u32 mode, const struct df_glance *glance)
+{
+	u64 word;
+
+	/* What was read meanwhile was read before this. */
+	smp_rmb();
+	word = atomic64_read(df_word(glance->entry));
+	return df_admits(word, mode) && df_generation(word) == glance->generation &&
+	       READ_ONCE(di->generation) == glance->generation;
 }
 
 /* An error pointer if the lease cannot be had: -EINTR, -ENOTCONN, what the daemon refused with. */

@@ -408,7 +408,11 @@ impl Mount {
         if mode == CacheMode::Writeback {
             // Before the kernel is answered for the first time, so nobody has a file open. If it fails, the session
             // unmounts as it goes.
-            let ext = Arc::new(Extension::attach(&point, config.mount.lease_table)?);
+            let ext = Arc::new(Extension::attach(
+                &point,
+                config.mount.lease_table,
+                Duration::from_micros(config.spin_us),
+            )?);
             let _ = client.extension.set(Arc::clone(&ext));
             let client = Arc::downgrade(&client);
             // Ends with the mount in the kernel, which may be later than this one.

@@ -79,6 +79,8 @@ counters! {
     calls,
     /// Those that it left to the kernel.
     calls_again,
+    /// Answers that came while the task still looked for them.
+    spins,
 }
 
 pub(crate) fn read(map: &Map) -> Counters {

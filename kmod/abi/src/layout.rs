@@ -49,6 +49,8 @@ pub const CALL_KILL_PRIV: u32 = 2;
 pub const BUFFER_SIZE: usize = 16384;
 /// Most buffers.
 pub const MAX_BUFFERS: u32 = 256;
+/// Longest time to look for an answer, microseconds.
+pub const MAX_SPIN_US: u32 = 1000;
 
 /// Waiters look again.
 pub const COMMAND_WAKE: u32 = 1;
@@ -242,8 +244,8 @@ pub struct Attach {
     pub buffers_offset: u64,
     /// For calls.
     pub buffers: u32,
-    /// 0.
-    pub reserved0: u32,
+    /// Microseconds that a task looks for an answer before it sleeps.
+    pub spin_us: u32,
     /// 0.
     pub reserved: [u64; 2],
 }
