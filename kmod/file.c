@@ -133,7 +133,7 @@ static bool df_read_cached(struct kiocb *iocb, struct iov_iter *to, ssize_t *ret
 	pagefault_enable();
 	iocb->ki_flags = flags;
 	if (likely(*ret >= 0 && (!iov_iter_count(to) || iocb->ki_pos >= i_size_read(inode)) &&
-		   df_glance_holds(di, DISTFUSE_SHARED, &glance))) {
+		   df_glance_holds(di, &glance))) {
 		df_count_sb(di->sb, DISTFUSE_HITS);
 		return true;
 	}

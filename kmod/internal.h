@@ -77,7 +77,7 @@ struct df_att {
 	u64			command_tail;
 	atomic_t		lookers;	/* tasks in df_look() */
 	u32			spin_ns;
-	int			spin_credit;	/* a guess: may be torn by who races */
+	int			spin_credit;	/* a guess: of those who race one counts */
 	u32			spin_skipped;
 
 	spinlock_t		call_lock;	/* calls */
@@ -275,6 +275,12 @@ static inline bool df_admits(u64 word, u32 mode)
 	       (word & DISTFUSE_MODE_MASK) >= ((u64)mode << DISTFUSE_MODE_SHIFT);
 }
 
+/* Whether a word of an inode's entry is that of its installed grant, and lets somebody in. */
+static inline bool df_admits_installed(u64 word, u32 mode, u32 generation)
+{
+	return df_admits(word, mode) && df_generation(word) == generation;
+}
+
 /*
  * Takes part in a lease that is held and installed; NULL if it is not. The word is read before the
  * owner of the entry: an entry that was given to another inode in between has another word.
@@ -290,7 +296,7 @@ static inline struct distfuse_entry *df_enter_fast(struct df_inode *di, u32 mode
 		return NULL;
 	word = atomic64_read_acquire(df_word(entry));
 	do {
-		if (unlikely(!df_admits(word, mode) || df_generation(word) != generation ||
+		if (unlikely(!df_admits_installed(word, mode, generation) ||
 			     READ_ONCE(entry->ino) != di->ino))
 			return NULL;
 	} while (!atomic64_try_cmpxchg_acquire(df_word(entry), &word,
@@ -302,6 +308,7 @@ static inline struct distfuse_entry *df_enter_fast(struct df_inode *di, u32 mode
 struct df_glance {
 	struct distfuse_entry	*entry;
 	u32			generation;
+	u32			mode;
 };
 
 /* Looks at a lease, without entering. */
@@ -309,13 +316,14 @@ static inline bool df_glance(struct df_inode *di, u32 mode, struct df_glance *gl
 {
 	u64 word;
 
+	glance->mode = mode;
 	glance->entry = READ_ONCE(di->entry);
 	/* Pairs with the release in df_install(): pages and size are those of the grant. */
 	glance->generation = smp_load_acquire(&di->generation);
 	if (unlikely(!glance->entry || !glance->generation))
 		return false;
 	word = atomic64_read_acquire(df_word(glance->entry));
-	if (unlikely(!df_admits(word, mode) || df_generation(word) != glance->generation ||
+	if (unlikely(!df_admits_installed(word, mode, glance->generation) ||
 		     READ_ONCE(glance->entry->ino) != di->ino))
 		return false;
 	if (unlikely(!(word & DISTFUSE_USED)))
@@ -323,14 +331,11 @@ static inline bool df_glance(struct df_inode *di, u32 mode, struct df_glance *gl
 	return true;
 }
 
-static inline bool df_glance_holds(struct df_inode *di, u32 mode, const struct df_glance *glance)
+static inline bool df_glance_holds(struct df_inode *di, const struct df_glance *glance)
 {
-	u64 word;
-
 	/* What was read meanwhile was read before this. */
 	smp_rmb();
-	word = atomic64_read(df_word(glance->entry));
-	return df_admits(word, mode) && df_generation(word) == glance->generation &&
+	return df_admits_installed(atomic64_read(df_word(glance->entry)), glance->mode, glance->generation) &&
 	       READ_ONCE(di->generation) == glance->generation;
 }
 
