@@ -35,6 +35,8 @@ pub struct Scenario {
     pub tiers: &'static [Tier],
     /// Nodes that it needs.
     pub nodes: usize,
+    /// The seconds it takes, about, where a soak runs it: checks of DistFUSE, neither of the lab nor for figures.
+    pub soak: Option<u64>,
     /// What it does with a cluster.
     pub run: fn(&Cluster) -> Result<()>,
 }
@@ -46,6 +48,7 @@ pub const ALL: &[Scenario] = &[
         about: "every node has an active RoCE v2 device, every guest FUSE, configfs, shared folders",
         tiers: &[Tier::Single, Tier::Multi],
         nodes: 1,
+        soak: None,
         run: devices::run,
     },
     Scenario {
@@ -53,6 +56,7 @@ pub const ALL: &[Scenario] = &[
         about: "latency and bandwidth between two nodes by the perftest tools, as a table and as CSV",
         tiers: &[Tier::Single, Tier::Multi],
         nodes: 2,
+        soak: None,
         run: perftest::run,
     },
     Scenario {
@@ -60,6 +64,7 @@ pub const ALL: &[Scenario] = &[
         about: "guests killed, rebooted, paused; links cut, parted, slow, lossy; MTU changed",
         tiers: &[Tier::Single, Tier::Multi],
         nodes: 3,
+        soak: None,
         run: faults::run,
     },
     Scenario {
@@ -67,6 +72,7 @@ pub const ALL: &[Scenario] = &[
         about: "a file system between three guests over TCP (scenarios/mount.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
+        soak: Some(50),
         run: |cluster| script(MOUNT, cluster),
     },
     Scenario {
@@ -74,6 +80,7 @@ pub const ALL: &[Scenario] = &[
         about: "the same over RDMA",
         tiers: &[Tier::Multi],
         nodes: 3,
+        soak: Some(50),
         run: |cluster| {
             let rdma = MOUNT.replace("fabric = \"tcp\"", "fabric = \"verbs\"");
             script(&rdma, cluster)
@@ -84,6 +91,7 @@ pub const ALL: &[Scenario] = &[
         about: "a job over ssh: fsd launch runs a cluster over RDMA on three guests (scenarios/launch.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
+        soak: Some(60),
         run: |cluster| script(LAUNCH, cluster),
     },
     Scenario {
@@ -91,6 +99,7 @@ pub const ALL: &[Scenario] = &[
         about: "a mount's guest dies with leases, another's link is cut (scenarios/holder-killed.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
+        soak: Some(80),
         run: |cluster| script(HOLDER_KILLED, cluster),
     },
     Scenario {
@@ -98,6 +107,7 @@ pub const ALL: &[Scenario] = &[
         about: "atomics and leases of three guests on one record, every count exact (scenarios/counts.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
+        soak: Some(60),
         run: |cluster| script(COUNTS, cluster),
     },
     Scenario {
@@ -105,6 +115,7 @@ pub const ALL: &[Scenario] = &[
         about: "the kernel extension alone: kmod-check's tests on two mounts; loading, unloading, refusing to",
         tiers: &[Tier::Single],
         nodes: 1,
+        soak: Some(60),
         run: kmod::run,
     },
     Scenario {
@@ -112,6 +123,7 @@ pub const ALL: &[Scenario] = &[
         about: "a cluster over RDMA with the kernel extension (scenarios/extension.toml)",
         tiers: &[Tier::Single],
         nodes: 4,
+        soak: Some(300),
         run: |cluster| script(EXTENSION, cluster),
     },
     Scenario {
@@ -119,6 +131,7 @@ pub const ALL: &[Scenario] = &[
         about: "the extension short of memory, and under AIO and io_uring (scenarios/strain.toml)",
         tiers: &[Tier::Single],
         nodes: 4,
+        soak: Some(110),
         run: |cluster| script(STRAIN, cluster),
     },
     Scenario {
@@ -126,6 +139,7 @@ pub const ALL: &[Scenario] = &[
         about: "the contract of rdma-transport over verbs (scenarios/conformance.toml)",
         tiers: &[Tier::Single],
         nodes: 4,
+        soak: Some(100),
         run: |cluster| script(CONFORMANCE, cluster),
     },
     Scenario {
@@ -133,6 +147,7 @@ pub const ALL: &[Scenario] = &[
         about: "histories of concurrent operations over RDMA are linearizable (scenarios/histories.toml)",
         tiers: &[Tier::Single],
         nodes: 4,
+        soak: Some(85),
         run: |cluster| script(HISTORIES, cluster),
     },
     Scenario {
@@ -140,6 +155,7 @@ pub const ALL: &[Scenario] = &[
         about: "the cross-mount checks on two mounts over RDMA (scenarios/coherence.toml)",
         tiers: &[Tier::Single],
         nodes: 3,
+        soak: Some(55),
         run: |cluster| script(COHERENCE, cluster),
     },
 ];
