@@ -19,6 +19,7 @@ const HISTORIES: &str = include_str!("../../scenarios/histories.toml");
 const EXTENSION: &str = include_str!("../../scenarios/extension.toml");
 const STRAIN: &str = include_str!("../../scenarios/strain.toml");
 const COUNTS: &str = include_str!("../../scenarios/counts.toml");
+const CLOCKS: &str = include_str!("../../scenarios/clocks.toml");
 const COHERENCE: &str = include_str!("../../scenarios/coherence.toml");
 
 fn script(text: &str, cluster: &Cluster) -> Result<()> {
@@ -72,7 +73,7 @@ pub const ALL: &[Scenario] = &[
         about: "a file system between three guests over TCP (scenarios/mount.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
-        soak: Some(50),
+        soak: Some(15),
         run: |cluster| script(MOUNT, cluster),
     },
     Scenario {
@@ -80,7 +81,7 @@ pub const ALL: &[Scenario] = &[
         about: "the same over RDMA",
         tiers: &[Tier::Multi],
         nodes: 3,
-        soak: Some(50),
+        soak: Some(15),
         run: |cluster| {
             let rdma = MOUNT.replace("fabric = \"tcp\"", "fabric = \"verbs\"");
             script(&rdma, cluster)
@@ -91,7 +92,7 @@ pub const ALL: &[Scenario] = &[
         about: "a job over ssh: fsd launch runs a cluster over RDMA on three guests (scenarios/launch.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
-        soak: Some(60),
+        soak: Some(15),
         run: |cluster| script(LAUNCH, cluster),
     },
     Scenario {
@@ -99,7 +100,7 @@ pub const ALL: &[Scenario] = &[
         about: "a mount's guest dies with leases, another's link is cut (scenarios/holder-killed.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
-        soak: Some(80),
+        soak: Some(30),
         run: |cluster| script(HOLDER_KILLED, cluster),
     },
     Scenario {
@@ -107,8 +108,16 @@ pub const ALL: &[Scenario] = &[
         about: "atomics and leases of three guests on one record, every count exact (scenarios/counts.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
-        soak: Some(60),
+        soak: Some(15),
         run: |cluster| script(COUNTS, cluster),
+    },
+    Scenario {
+        name: "clocks",
+        about: "a mount with a wrong clock is refused, a slow one is not (scenarios/clocks.toml)",
+        tiers: &[Tier::Multi],
+        nodes: 2,
+        soak: Some(60),
+        run: |cluster| script(CLOCKS, cluster),
     },
     Scenario {
         name: "kmod",
@@ -139,7 +148,7 @@ pub const ALL: &[Scenario] = &[
         about: "the contract of rdma-transport over verbs (scenarios/conformance.toml)",
         tiers: &[Tier::Single],
         nodes: 4,
-        soak: Some(100),
+        soak: Some(60),
         run: |cluster| script(CONFORMANCE, cluster),
     },
     Scenario {
@@ -155,7 +164,7 @@ pub const ALL: &[Scenario] = &[
         about: "the cross-mount checks on two mounts over RDMA (scenarios/coherence.toml)",
         tiers: &[Tier::Single],
         nodes: 3,
-        soak: Some(55),
+        soak: Some(45),
         run: |cluster| script(COHERENCE, cluster),
     },
 ];
