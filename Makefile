@@ -1,6 +1,6 @@
 # DistFUSE. The first things to run: `make demo`, `make test`.
 
-.PHONY: all build setup demo test lab lab-bench clean
+.PHONY: all build setup demo test lab lab-programs soak lab-bench clean
 
 all: build
 
@@ -19,12 +19,19 @@ test:
 	@tests/run.sh
 
 # Guests under QEMU with SoftRoCE; tests/lab/README.md has what else the lab can do.
-lab:
+lab: lab-programs
+	cargo run --release -q -p lab -- test --limit 900
+
+# The checks among those scenarios round after round; make soak MINUTES=60.
+MINUTES ?= 60
+soak: lab-programs
+	target/release/fsd-lab soak --minutes $(MINUTES)
+
+lab-programs:
 	@tests/setup.sh lab
 	cargo build --release --workspace
 	cargo test --release -p rdma-transport --test conformance --no-run
 	cargo test --release -p system-tests --no-run
-	cargo run --release -q -p lab -- test --limit 900
 
 # Figures, in the same guests: file systems side by side, the RDMA provider beside perftest, the paper's figures.
 lab-bench:

@@ -84,6 +84,9 @@ static int df_att_map(struct df_att *att, struct distfuse_attach *arg)
 	att->nr_entries = arg->entries;
 	att->set_bits = ilog2(arg->entries / DISTFUSE_WAYS);
 	att->flags = arg->flags;
+	if (num_possible_cpus() > 1)
+		att->spin_ns = min(arg->spin_us, DISTFUSE_MAX_SPIN_US) * NSEC_PER_USEC;
+	att->spin_credit = DF_SPIN_CREDIT;
 	att->shared->abi = DISTFUSE_ABI_VERSION;
 	att->shared->state = DISTFUSE_STATE_ATTACHED;
 	att->shared->command_need_kick = 1;

@@ -121,6 +121,11 @@ int df_calls_init(struct df_att *att, void *buffers, u32 count)
 	return 0;
 }
 
+static bool df_call_done(void *of)
+{
+	return READ_ONCE(((struct df_call *)of)->answered);
+}
+
 /* Has the daemon answer; the call is over if that fails. */
 int df_call_wait(struct df_att *att, struct df_call *call)
 {
@@ -128,6 +133,7 @@ int df_call_wait(struct df_att *att, struct df_call *call)
 	int ret;
 
 	df_post(att, &call->post);
+	df_look(att, df_call_done, call);
 	ret = wait_for_completion_killable(&call->done);
 	if (!ret)
 		return 0;

@@ -31,6 +31,7 @@ static const char * const df_names[DISTFUSE_NR_COUNTERS] = {
 	[DISTFUSE_EVENTS_DELAYED] = "events_delayed",
 	[DISTFUSE_CALLS] = "calls",
 	[DISTFUSE_CALLS_AGAIN] = "calls_again",
+	[DISTFUSE_SPINS] = "spins",
 	[DISTFUSE_SPACE_ASKED] = "space_asked",
 };
 

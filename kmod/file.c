@@ -10,6 +10,8 @@
 /* So often a read begins anew. */
 #define DF_BEGINNINGS	3
 #define DF_PAGES	16
+/* What is longer is worth entering for, which spares it from being read again. */
+#define DF_GLANCE	(64UL << 10)
 
 static struct df_sb *df_of_fop(const struct file *file)
 {
@@ -121,12 +123,45 @@ static bool df_lacks_space(struct kiocb *iocb, struct iov_iter *from, ssize_t re
 }
 
 /*
+ * Reads what is in the page cache without entering, which would have all readers of a file write its word.
+ * If the lease was held and installed before, and still is, then so it was all the while, for the
+ * generation moves with every grant: what was copied is of a time at which it could be read. Nobody
+ * waits for such a reader, so it must wait for nothing. False: nothing is done.
+ */
+static bool df_read_cached(struct kiocb *iocb, struct iov_iter *to, ssize_t *ret)
+{
+	struct inode *inode = file_inode(iocb->ki_filp);
+	struct df_inode *di = df_i(inode);
+	size_t count = iov_iter_count(to);
+	loff_t pos = iocb->ki_pos;
+	struct df_glance glance;
+	int flags = iocb->ki_flags;
+
+	if (unlikely(!di) || !user_backed_iter(to) || count > DF_GLANCE || !df_glance(di, DISTFUSE_SHARED, &glance))
+		return false;
+	iocb->ki_flags |= IOCB_NOIO;
+	pagefault_disable();
+	/* What FUSE does besides, asking whether the size is right, the lease has answered. */
+	*ret = generic_file_read_iter(iocb, to);
+	pagefault_enable();
+	iocb->ki_flags = flags;
+	if (likely(*ret >= 0 && (!iov_iter_count(to) || iocb->ki_pos >= i_size_read(inode)) &&
+		   df_glance_holds(di, &glance))) {
+		df_count_sb(di->sb, DISTFUSE_HITS);
+		return true;
+	}
+	iov_iter_revert(to, count - iov_iter_count(to));
+	iocb->ki_pos = pos;
+	return false;
+}
+
+/*
  * No page fault may be taken inside: a buffer that is a mapping of a leased file would wait for its lease
  * with this one held. So the original runs with faults disabled; where it comes to a page that is not
  * there, the lease is left, the buffer made present, and another round begun. A read begins anew, so
  * that all it returns is of one moment; unless it is very long, or its buffer goes as fast as it comes.
  */
-static ssize_t df_read_iter(struct kiocb *iocb, struct iov_iter *to)
+static ssize_t df_read_entered(struct kiocb *iocb, struct iov_iter *to)
 {
 	struct file *file = iocb->ki_filp;
 	struct df_sb *ds = df_of_fop(file);
@@ -138,8 +173,6 @@ static ssize_t df_read_iter(struct kiocb *iocb, struct iov_iter *to)
 	int again = 0;
 	size_t want;
 
-	/* The page cache is as good as the server under a lease; past it both would have to be kept right. */
-	iocb->ki_flags &= ~IOCB_DIRECT;
 	for (;;) {
 		entry = df_enter_or_call(iocb, to, DISTFUSE_SHARED, 0, &ret);
 		if (!entry)
@@ -148,7 +181,6 @@ static ssize_t df_read_iter(struct kiocb *iocb, struct iov_iter *to)
 			return done ?: PTR_ERR(entry);
 		if (user)
 			pagefault_disable();
-		/* What FUSE does besides, asking whether the size is right, the lease has answered. */
 		ret = generic_file_read_iter(iocb, to);
 		if (user)
 			pagefault_enable();
@@ -179,6 +211,17 @@ static ssize_t df_read_iter(struct kiocb *iocb, struct iov_iter *to)
 		}
 	}
 	return ret > 0 ? done + ret : done ?: ret;
+}
+
+static ssize_t df_read_iter(struct kiocb *iocb, struct iov_iter *to)
+{
+	ssize_t ret;
+
+	/* The page cache is as good as the server under a lease; past it both would have to be kept right. */
+	iocb->ki_flags &= ~IOCB_DIRECT;
+	if (likely(df_read_cached(iocb, to, &ret)))
+		return ret;
+	return df_read_entered(iocb, to);
 }
 
 static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)

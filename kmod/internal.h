@@ -25,6 +25,8 @@
 #define DF_REFUSED_BITS	6
 /* Of cached pages or names of which nothing is known. */
 #define DF_NO_VERSION	(~0ULL)
+/* So often tasks may look for answers in vain before they only sleep. */
+#define DF_SPIN_CREDIT	16
 
 struct df_sb;
 
@@ -85,6 +87,10 @@ struct df_att {
 
 	struct mutex		command_lock;	/* command_tail */
 	u64			command_tail;
+	atomic_t		lookers;	/* tasks in df_look() */
+	u32			spin_ns;
+	int			spin_credit;	/* a guess: of those who race one counts */
+	u32			spin_skipped;
 
 	spinlock_t		call_lock;	/* calls, refused */
 	struct df_call		*calls;
@@ -218,6 +224,7 @@ bool df_read_entry(const struct distfuse_entry *entry, struct distfuse_entry *co
 void df_post(struct df_att *att, struct df_post *post);
 void df_post_rescue(struct df_att *att, struct df_post *post);
 void df_kick(struct df_att *att);
+bool df_look(struct df_att *att, bool (*done)(void *of), void *of);
 __poll_t df_poll_events(struct df_att *att);
 
 /* call.c */
@@ -296,6 +303,12 @@ static inline bool df_admits(u64 word, u32 mode)
 	       (word & DISTFUSE_MODE_MASK) >= ((u64)mode << DISTFUSE_MODE_SHIFT);
 }
 
+/* Whether a word of an inode's entry is that of its installed grant, and lets somebody in. */
+static inline bool df_admits_installed(u64 word, u32 mode, u32 generation)
+{
+	return df_admits(word, mode) && df_generation(word) == generation;
+}
+
 /*
  * Takes part in a lease that is held and installed; NULL if it is not. The word is read before the
  * owner of the entry: an entry that was given to another inode in between has another word.
@@ -311,12 +324,47 @@ static inline struct distfuse_entry *df_enter_fast(struct df_inode *di, u32 mode
 		return NULL;
 	word = atomic64_read_acquire(df_word(entry));
 	do {
-		if (unlikely(!df_admits(word, mode) || df_generation(word) != generation ||
+		if (unlikely(!df_admits_installed(word, mode, generation) ||
 			     READ_ONCE(entry->ino) != di->ino))
 			return NULL;
 	} while (!atomic64_try_cmpxchg_acquire(df_word(entry), &word,
 					       (word + 1) | DISTFUSE_USED | set));
 	return entry;
+}
+
+/* A lease that was held and installed, to see later whether it still is. */
+struct df_glance {
+	struct distfuse_entry	*entry;
+	u32			generation;
+	u32			mode;
+};
+
+/* Looks at a lease, without entering. */
+static inline bool df_glance(struct df_inode *di, u32 mode, struct df_glance *glance)
+{
+	u64 word;
+
+	glance->mode = mode;
+	glance->entry = READ_ONCE(di->entry);
+	/* Pairs with the release in df_install(): pages and size are those of the grant. */
+	glance->generation = smp_load_acquire(&di->generation);
+	if (unlikely(!glance->entry || !glance->generation))
+		return false;
+	word = atomic64_read_acquire(df_word(glance->entry));
+	if (unlikely(!df_admits_installed(word, mode, glance->generation) ||
+		     READ_ONCE(glance->entry->ino) != di->ino))
+		return false;
+	if (unlikely(!(word & DISTFUSE_USED)))
+		atomic64_or(DISTFUSE_USED, df_word(glance->entry));
+	return true;
+}
+
+static inline bool df_glance_holds(struct df_inode *di, const struct df_glance *glance)
+{
+	/* What was read meanwhile was read before this. */
+	smp_rmb();
+	return df_admits_installed(atomic64_read(df_word(glance->entry)), glance->mode, glance->generation) &&
+	       READ_ONCE(di->generation) == glance->generation;
 }
 
 /* An error pointer if the lease cannot be had: -EINTR, -ENOTCONN, what the daemon refused with. */

@@ -201,7 +201,7 @@ static void df_flush_work(struct work_struct *work)
 
 void df_flush_start(struct df_att *att, const struct distfuse_command *command)
 {
-	/* On a thread of the daemon: memory that it would have to clean itself must not be waited for. */
+	/* The daemon, or whoever keeps it from ringing: memory that it would have to clean must not be waited for. */
 	struct df_flush *flush = kzalloc(sizeof(*flush), GFP_NOIO | __GFP_NOFAIL);
 
 	flush->post = kzalloc(sizeof(*flush->post), GFP_NOIO | __GFP_NOFAIL);

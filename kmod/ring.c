@@ -5,6 +5,10 @@
  */
 #include "internal.h"
 #include <linux/poll.h>
+#include <linux/sched/clock.h>
+
+/* Where it does not pay, one in so many looks all the same. */
+#define DF_SPIN_SELDOM	32
 
 static u64 df_event_room(struct df_att *att)
 {
@@ -123,34 +127,47 @@ static void df_command(struct df_att *att, const struct distfuse_command *comman
 	}
 }
 
-/* Carries out what is in the command ring. One at a time; whoever comes meanwhile is served by it. */
-void df_kick(struct df_att *att)
+static bool df_has_commands(struct df_att *att)
 {
-	struct distfuse_shared *shared = att->shared;
-	struct distfuse_command command;
-	bool moved;
-	u64 head;
-
-	mutex_lock(&att->command_lock);
-	WRITE_ONCE(shared->command_need_kick, 0);
-again:
 	/* Pairs with the daemon's release: the commands are whole. */
-	head = smp_load_acquire(&shared->command_head);
-	while (att->command_tail != head && head - att->command_tail <= att->nr_commands) {
+	u64 count = smp_load_acquire(&att->shared->command_head) - READ_ONCE(att->command_tail);
+
+	return count && count <= att->nr_commands;
+}
+
+/* With command_lock held. */
+static void df_read_commands(struct df_att *att)
+{
+	struct distfuse_command command;
+
+	while (df_has_commands(att)) {
 		command = att->commands[att->command_tail & (att->nr_commands - 1)];
+		WRITE_ONCE(att->command_tail, att->command_tail + 1);
 		/* Pairs with the daemon's acquire: the slot is read. */
-		smp_store_release(&shared->command_tail, ++att->command_tail);
+		smp_store_release(&att->shared->command_tail, att->command_tail);
 		if (!READ_ONCE(att->dead))
 			df_command(att, &command);
 	}
-	WRITE_ONCE(shared->command_need_kick, 1);
-	/* Pairs with the daemon's fence between its head and its look at the flag. */
-	smp_mb();
-	if (READ_ONCE(shared->command_head) != att->command_tail &&
-	    READ_ONCE(shared->command_head) - att->command_tail <= att->nr_commands) {
+}
+
+/*
+ * Carries out what is in the command ring. One at a time; whoever comes meanwhile is served by it. The
+ * daemon need not ring while somebody is in df_look(), and the last one to leave that comes here.
+ */
+void df_kick(struct df_att *att)
+{
+	struct distfuse_shared *shared = att->shared;
+	bool moved;
+
+	mutex_lock(&att->command_lock);
+	do {
 		WRITE_ONCE(shared->command_need_kick, 0);
-		goto again;
-	}
+		df_read_commands(att);
+		if (!atomic_read(&att->lookers))
+			WRITE_ONCE(shared->command_need_kick, 1);
+		/* Pairs with the daemon's fence between its head and its look at the flag. */
+		smp_mb();
+	} while (df_has_commands(att));
 	mutex_unlock(&att->command_lock);
 
 	spin_lock(&att->event_lock);
@@ -158,4 +175,49 @@ again:
 	spin_unlock(&att->event_lock);
 	if (moved)
 		df_notify(att);
+}
+
+/* Looking has to pay more often than not; if it does not, it is tried only now and then. */
+static bool df_is_worth_looking(struct df_att *att)
+{
+	if (!att->spin_ns || need_resched())
+		return false;
+	if (READ_ONCE(att->spin_credit) > 0)
+		return true;
+	att->spin_skipped++;
+	return att->spin_skipped % DF_SPIN_SELDOM == 0;
+}
+
+/*
+ * Looks for a while for an answer of the daemon, before the task sleeps. It reads the commands meanwhile,
+ * also those for others: so neither has the daemon to ring, nor is a task to be woken. Whether it came.
+ */
+bool df_look(struct df_att *att, bool (*done)(void *of), void *of)
+{
+	int credit = READ_ONCE(att->spin_credit);
+	bool found = false;
+	u64 end;
+
+	if (!df_is_worth_looking(att))
+		return false;
+	end = local_clock() + att->spin_ns;
+	atomic_inc(&att->lookers);
+	WRITE_ONCE(att->shared->command_need_kick, 0);
+	do {
+		if (df_has_commands(att) && mutex_trylock(&att->command_lock)) {
+			df_read_commands(att);
+			mutex_unlock(&att->command_lock);
+		}
+		found = done(of);
+		cpu_relax();
+	} while (!found && !need_resched() && !READ_ONCE(att->dead) && local_clock() < end);
+	/* Nobody is left: what came meanwhile, and the flag. */
+	if (atomic_dec_and_test(&att->lookers))
+		df_kick(att);
+	if (!found)
+		found = done(of);
+	WRITE_ONCE(att->spin_credit, clamp(credit + (found ? 1 : -1), -DF_SPIN_CREDIT, DF_SPIN_CREDIT));
+	if (found)
+		df_count(att, DISTFUSE_SPINS);
+	return found;
 }

@@ -93,26 +93,42 @@ static void df_ask(struct df_inode *di, u32 mode)
 	df_post(att, post);
 }
 
-/* Sleeps until it is worth trying to enter again. */
+struct df_asked {
+	struct df_inode	*di;
+	u32		mode;
+	u32		refusals;
+};
+
+/* Whether all that was asked for, in this mode or for more, has been answered. */
+static bool df_answered(void *of)
+{
+	const struct df_asked *asked = of;
+
+	return READ_ONCE(asked->di->refusals) != asked->refusals ||
+	       !(READ_ONCE(asked->di->need) & ~((1U << asked->mode) - 1));
+}
+
+/* Waits until it is worth trying to enter again. */
 int df_wait(struct df_inode *di, u32 mode)
 {
-	u32 refusals = READ_ONCE(di->refusals);
-	int ret;
+	struct df_asked asked = { .di = di, .mode = mode, .refusals = READ_ONCE(di->refusals) };
+	struct df_att *att = READ_ONCE(di->sb->att);
 
 	df_ask(di, mode);
-	df_count_sb(di->sb, DISTFUSE_WAITS);
 	/*
-	 * Also when the answer came without the lease, for it may have been granted and revoked before
-	 * this task ran: then `need` is clear, and has to be set again.
+	 * The answer counts, also where the lease is there before: else it would come when nobody looks any
+	 * more, and the daemon would have to ring for it. And also when it came without the lease, for that
+	 * may have been granted and revoked before this task ran: then `need` is clear, and has to be set again.
 	 */
-	ret = wait_event_killable(di->wq, df_is_dead(di->sb) || df_would_admit(di, mode) ||
-				  READ_ONCE(di->refusals) != refusals ||
-				  !(READ_ONCE(di->need) & ~((1U << mode) - 1)));
-	if (ret)
-		return -EINTR;
+	if (!att || !df_look(att, df_answered, &asked)) {
+		df_count_sb(di->sb, DISTFUSE_WAITS);
+		if (wait_event_killable(di->wq, df_is_dead(di->sb) || df_would_admit(di, mode) ||
+					df_answered(&asked)))
+			return -EINTR;
+	}
 	if (df_is_dead(di->sb))
 		return -ENOTCONN;
-	if (READ_ONCE(di->refusals) != refusals && !df_would_admit(di, mode))
+	if (READ_ONCE(di->refusals) != asked.refusals && !df_would_admit(di, mode))
 		return READ_ONCE(di->refusal);
 	return 0;
 }
@@ -180,22 +196,11 @@ struct distfuse_entry *df_enter_slow(struct df_inode *di, u32 mode, u64 set, boo
 bool df_held(struct df_inode *di, u32 mode, bool may_sleep)
 {
 	struct distfuse_entry *entry;
-	u64 word;
+	struct df_glance glance;
 
 	for (;;) {
-		/* Pairs with the release in df_install(). */
-		u32 generation = smp_load_acquire(&di->generation);
-
-		entry = READ_ONCE(di->entry);
-		if (entry && generation) {
-			word = atomic64_read_acquire(df_word(entry));
-			if (df_admits(word, mode) && df_generation(word) == generation &&
-			    READ_ONCE(entry->ino) == di->ino) {
-				if (!(word & DISTFUSE_USED))
-					atomic64_or(DISTFUSE_USED, df_word(entry));
-				return true;
-			}
-		}
+		if (df_glance(di, mode, &glance))
+			return true;
 		if (!may_sleep || df_is_dead(di->sb) || !df_would_admit(di, mode))
 			return false;
 		/* Granted and not installed yet: going in and out again does it. */

@@ -91,7 +91,8 @@ pub struct Config {
     pub key_file: PathBuf,
     /// Fabric.
     pub fabric: FabricChoice,
-    /// Spin time of a progress thread before it sleeps, microseconds.
+    /// Spin time of a progress thread, and of the daemon and the kernel's tasks for each other, before they sleep;
+    /// microseconds.
     #[serde(default = "default_spin")]
     pub spin_us: u64,
     /// Longest wait for an answer of a peer, milliseconds.

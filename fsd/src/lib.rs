@@ -5,6 +5,7 @@
 //! keep the clients' caches coherent are `lockmgr`'s.
 
 pub mod client;
+pub mod clock;
 pub mod cmd;
 pub mod config;
 pub mod endpoint;

@@ -1,12 +1,14 @@
 //! Whole-system tests of DistFUSE.
 //!
 //! A library for the tests in `tests/`: clusters of real processes ([`cluster`]), tests with a time limit
-//! ([`guard`]), network namespaces as hosts ([`hosts`]), system calls that `std` lacks ([`sys`]), cross-mount checks ([`coherence`]), a
+//! ([`guard`]), network namespaces as hosts ([`hosts`]), system calls that `std` lacks ([`sys`]), numbers of
+//! chance that can be had again ([`chance`]), cross-mount checks ([`coherence`]), a
 //! linearizability checker ([`linear`]) with recorded histories ([`history`]), random operations against a
 //! local directory ([`model`]), random input and output on one file through several paths ([`fsx`]),
 //! reads and writes in batches ([`async_io`]), and machines that are short of memory ([`pressure`]).
 
 pub mod async_io;
+pub mod chance;
 pub mod cluster;
 pub mod coherence;
 pub mod fsx;

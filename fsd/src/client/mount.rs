@@ -15,10 +15,11 @@ use rdma_transport::{Connection, Fabric, RemoteAddr};
 use super::extension::{self, Extension};
 use super::fuse::FsdFs;
 use super::mountpoint::{check_point, set_read_ahead, unmount};
-use super::net::{Net, NetConfig, Owner};
+use super::net::{JoinError, Net, NetConfig, Owner};
 use super::revoke::Revoker;
 use super::workers::Workers;
 use super::{Client, Counters};
+use crate::clock::Skew;
 use crate::config::{CacheMode, Config, FabricChoice};
 use crate::endpoint::Endpoint;
 use crate::rpc::{Errno, Responder, RpcError, Service};
@@ -56,9 +57,9 @@ pub enum MountError {
     Join(RpcError),
     /// The clocks differ too much.
     #[error(
-        "the clock of this host differs from the metadata server's by more than two seconds: synchronise the clocks (for example with chrony)"
+        "the clock of this host differs: it is {0} the metadata server's, and two seconds are the most; synchronise the clocks (for example with chrony)"
     )]
-    Clocks,
+    Clocks(Skew),
     /// No node number is free.
     #[error("the cluster has no room for another mount: format it with a larger lease.record_bytes")]
     Full,
@@ -310,9 +311,9 @@ impl Mount {
         };
         let net = Net::new(net_config, endpoint, workers.clone());
         let joined = net.join().map_err(|error| match error {
-            RpcError::Errno(Errno(libc::ETIME)) => MountError::Clocks,
-            RpcError::Errno(Errno(libc::EUSERS)) => MountError::Full,
-            other => MountError::Join(other),
+            JoinError::Clocks(skew) => MountError::Clocks(skew),
+            JoinError::Rpc(RpcError::Errno(Errno(libc::EUSERS))) => MountError::Full,
+            JoinError::Rpc(other) => MountError::Join(other),
         })?;
         let node = NodeId(joined.node);
         let layout = lockmgr::RecordLayout::new(joined.record_bytes)?;
@@ -408,7 +409,11 @@ impl Mount {
         if mode == CacheMode::Writeback {
             // Before the kernel is answered for the first time, so nobody has a file open. If it fails, the session
             // unmounts as it goes.
-            let ext = Arc::new(Extension::attach(&point, config.mount.lease_table)?);
+            let ext = Arc::new(Extension::attach(
+                &point,
+                config.mount.lease_table,
+                Duration::from_micros(config.spin_us),
+            )?);
             let _ = client.extension.set(Arc::clone(&ext));
             let client = Arc::downgrade(&client);
             // Ends with the mount in the kernel, which may be later than this one.

@@ -12,6 +12,7 @@ use super::records::{Member, Txn, decode, encode, key};
 use super::server::{Inner, State};
 use super::sessions::Session;
 use super::{Refusal, no};
+use crate::clock::{Skew, Verdict};
 use crate::ino;
 use crate::rpc::{Errno, Responder};
 use crate::store::prefix_end;
@@ -20,8 +21,6 @@ use crate::wire::{
     NodeInfo, StatFs, StorageInfo, Time,
 };
 
-/// Clocks further apart than this are refused: times of files would run backwards between mounts.
-const MAX_CLOCK_DIFFERENCE_NS: u64 = 2_000_000_000;
 /// Bytes of directory entries in one answer.
 const READDIR_BYTES: usize = 64 << 10;
 /// Most inode numbers handed out at once.
@@ -71,12 +70,13 @@ impl Inner {
 
     fn answer(&self, conn: &Arc<dyn Connection>, request: MetaRequest) -> Answer {
         match request {
+            MetaRequest::Clock => Ok(MetaReply::Clock(Time::now())),
             MetaRequest::Join {
                 again,
                 life,
                 listen,
                 name,
-                now,
+                skew,
                 locks,
             } => self.join(
                 conn,
@@ -87,7 +87,7 @@ impl Inner {
                     name,
                     listen,
                 },
-                now,
+                skew,
                 &locks,
             ),
             MetaRequest::Tables { ids } => {
@@ -214,17 +214,27 @@ impl Inner {
         conn: &Arc<dyn Connection>,
         again: Option<(u16, u8)>,
         mut member: Member,
-        now: Time,
+        skew: Skew,
         locks: &[LockSpec],
     ) -> Answer {
-        let difference = Time::now().0.abs_diff(now.0);
-        if difference > MAX_CLOCK_DIFFERENCE_NS {
-            tracing::warn!(
-                "mount {} refused: its clock is {} ms off; synchronise the clocks",
-                member.name,
-                difference / 1_000_000
-            );
-            return no(libc::ETIME);
+        let name = &member.name;
+        match skew.verdict() {
+            Verdict::Close => {}
+            Verdict::Apart if again.is_none() => {
+                tracing::warn!("mount {name} refused: its clock is {skew} this one; synchronise the clocks");
+                return no(libc::ETIME);
+            }
+            // It holds leases and data that only it can give up: that it cannot is worse than wrong times of files.
+            Verdict::Apart => {
+                tracing::warn!("the clock of mount {name} is {skew} this one: synchronise the clocks");
+            }
+            // It may be right, and all that could be wrong are times of files, by little more than an exchange takes; a
+            // mount that is refused because its host is busy serves nobody.
+            Verdict::Unsure => {
+                tracing::warn!(
+                    "mount {name} answers too slowly to tell whether its clock is right: it is {skew} this one"
+                );
+            }
         }
         let layout = lockmgr::RecordLayout::new(self.superblock.record_bytes)
             .map_err(|_| Refusal::Errno(Errno(libc::EIO)))?;

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::clock::Skew;
+
 use super::{Attr, AttrUpdate, Kind, Time};
 
 /// An inode that the requester holds exclusively, and the version it will have when it lets go of it.
@@ -154,6 +156,8 @@ pub struct LockSpec {
 /// Everything a client or tool asks the metadata server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MetaRequest {
+    /// What the server's clock says; asked before `Join`.
+    Clock,
     /// A mount joins, or comes back after the connection was lost (`node` then says which it is).
     Join {
         /// Node and incarnation it already has.
@@ -164,8 +168,8 @@ pub enum MetaRequest {
         listen: String,
         /// Host and mount point, for humans.
         name: String,
-        /// Its clock.
-        now: Time,
+        /// What it has found out about the clocks.
+        skew: Skew,
         /// File locks it holds (when it comes back).
         locks: Vec<LockSpec>,
     },
@@ -394,6 +398,8 @@ pub struct MetaStatus {
 pub enum MetaReply {
     /// Nothing more to say.
     Done,
+    /// To `Clock`.
+    Clock(Time),
     /// To `Join`.
     Joined(JoinReply),
     /// To `Peer`.

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use crate::counters::{self, Counters};
 use crate::error::Error;
 use crate::layout::{self, ABI_VERSION, Attach};
+use crate::pace::Pace;
 use crate::ring::Ends;
 use crate::sync::Ordering;
 use crate::sys::{self, Map};
@@ -41,6 +42,9 @@ pub struct Options {
     /// The kernel checks permissions of inodes with a lease: only for mounts with `default_permissions` and
     /// `allow_other`.
     pub access: bool,
+    /// So long a side looks for what the other is about to say, before it sleeps: in that time neither makes a system
+    /// call for the other. Tried less where it does not pay.
+    pub spin: Duration,
     /// Per cent of the memory for dirty pages that the mount may take; 0 leaves the stock 1.
     pub max_ratio: u32,
 }
@@ -56,6 +60,7 @@ impl Default for Options {
             stat: true,
             names: false,
             access: false,
+            spin: Duration::ZERO,
             max_ratio: 40,
         }
     }
@@ -203,7 +208,8 @@ pub struct Attachment {
     device: File,
     map: Arc<Map>,
     table: Table,
-    reader: Mutex<()>,
+    spin: Duration,
+    reader: Mutex<Pace>,
     writer: Mutex<()>,
 }
 
@@ -230,6 +236,7 @@ impl Attachment {
             events: options.events,
             commands: options.commands,
             buffers: options.buffers,
+            spin_us: u32::try_from(options.spin.as_micros()).unwrap_or(layout::MAX_SPIN_US),
             ..Attach::default()
         };
         let end = Instant::now() + PATIENCE;
@@ -255,7 +262,8 @@ impl Attachment {
             device,
             table: Table::new(Arc::clone(&map)),
             map,
-            reader: Mutex::new(()),
+            spin: options.spin,
+            reader: Mutex::default(),
             writer: Mutex::new(()),
         })
     }
@@ -354,6 +362,28 @@ impl Attachment {
         }
     }
 
+    /// The next event, if it comes soon: the kernel does not wake anybody for it.
+    fn look(&self) -> Result<Option<Event>, Error> {
+        let mut pace = self.reader.lock();
+        self.events().awake();
+        let first = self.pop()?;
+        if first.is_some() || self.spin.is_zero() || !pace.is_worth_looking() {
+            return Ok(first);
+        }
+        let end = Instant::now() + self.spin;
+        loop {
+            if let Some(event) = self.pop()? {
+                pace.looked(true);
+                return Ok(Some(event));
+            }
+            if Instant::now() >= end {
+                pace.looked(false);
+                return Ok(None);
+            }
+            std::hint::spin_loop();
+        }
+    }
+
     /// The next event; sleeps for it, for ever without a time. Without one after that time: `None`.
     ///
     /// # Errors
@@ -361,6 +391,9 @@ impl Attachment {
     pub fn next_event(&self, timeout: Option<Duration>) -> Result<Option<Event>, Error> {
         let end = timeout.map(|time| Instant::now() + time);
         loop {
+            if let Some(event) = self.look()? {
+                return Ok(Some(event));
+            }
             if let Some(event) = self.try_event()? {
                 return Ok(Some(event));
             }

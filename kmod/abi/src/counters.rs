@@ -79,6 +79,8 @@ counters! {
     calls,
     /// Those that it left to the kernel.
     calls_again,
+    /// Answers that came while the task still looked for them.
+    spins,
     /// Writes and faults that had to ask for space.
     space_asked,
 }

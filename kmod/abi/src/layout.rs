@@ -51,6 +51,8 @@ pub const CALL_SPACE: u32 = 4;
 pub const BUFFER_SIZE: usize = 16384;
 /// Most buffers.
 pub const MAX_BUFFERS: u32 = 256;
+/// Longest time to look for an answer, microseconds.
+pub const MAX_SPIN_US: u32 = 1000;
 /// Calls for space that may be under way; their numbers come after those of the buffers.
 pub const SPACE_CALLS: u32 = 16;
 
@@ -248,8 +250,8 @@ pub struct Attach {
     pub buffers_offset: u64,
     /// For calls.
     pub buffers: u32,
-    /// 0.
-    pub reserved0: u32,
+    /// Microseconds that a task looks for an answer before it sleeps.
+    pub spin_us: u32,
     /// 0.
     pub reserved: [u64; 2],
 }

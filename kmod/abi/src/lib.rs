@@ -14,6 +14,7 @@ mod attachment;
 mod counters;
 mod error;
 pub mod layout;
+mod pace;
 pub mod ring;
 mod sync;
 mod sys;

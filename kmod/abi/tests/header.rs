@@ -103,7 +103,7 @@ fn expected() -> Vec<(String, u64)> {
         table_offset,
         buffers_offset,
         buffers,
-        reserved0,
+        spin_us,
         reserved
     );
     for (name, value) in [
@@ -137,6 +137,7 @@ fn expected() -> Vec<(String, u64)> {
         ("SPACE_CALLS", layout::SPACE_CALLS.into()),
         ("BUFFER_SIZE", layout::BUFFER_SIZE as u64),
         ("MAX_BUFFERS", layout::MAX_BUFFERS.into()),
+        ("MAX_SPIN_US", layout::MAX_SPIN_US.into()),
         ("COMMAND_ANSWER", layout::COMMAND_ANSWER.into()),
         ("ANSWER_AGAIN", layout::ANSWER_AGAIN.into()),
         ("FLUSHED_INODE", layout::FLUSHED_INODE.into()),

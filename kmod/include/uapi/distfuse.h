@@ -114,6 +114,7 @@ static inline __u64 distfuse_set(__u64 ino, __u32 set_bits)
 /* A buffer of this size belongs to each CALL, from the event on to the ANSWER the daemon's. */
 #define DISTFUSE_BUFFER_SIZE	16384U
 #define DISTFUSE_MAX_BUFFERS	256
+#define DISTFUSE_MAX_SPIN_US	1000
 /* CALLs for space have no buffer; their numbers are those behind the buffers'. */
 #define DISTFUSE_SPACE_CALLS	16
 
@@ -179,6 +180,7 @@ enum distfuse_counter {
 	DISTFUSE_EVENTS_DELAYED,	/* found the event ring full */
 	DISTFUSE_CALLS,			/* reads and writes that the daemon was asked to do */
 	DISTFUSE_CALLS_AGAIN,		/* those that it left to the kernel */
+	DISTFUSE_SPINS,			/* answers that came while the task still looked for them */
 	DISTFUSE_SPACE_ASKED,		/* writes and faults that had to ask for space */
 	DISTFUSE_NR_COUNTERS
 };
@@ -202,7 +204,7 @@ struct distfuse_shared {
 	__u64	command_head;		/* daemon: next command to be written */
 	__u64	reserved3[7];
 	__u64	command_tail;		/* kernel: next command to be read */
-	__u32	command_need_kick;	/* kernel: nobody reads; KICK */
+	__u32	command_need_kick;	/* kernel: nobody reads or is about to; KICK */
 	__u32	reserved4[13];
 } __attribute__((aligned(64)));
 
@@ -227,7 +229,7 @@ struct distfuse_attach {
 	__u64	table_offset;
 	__u64	buffers_offset;
 	__u32	buffers;		/* in: wanted; out: how many; 0: there are no CALLs */
-	__u32	reserved0;
+	__u32	spin_us;		/* in: so long a task looks for an answer before it sleeps; 0: not at all */
 	__u64	reserved[2];
 };
 

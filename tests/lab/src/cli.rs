@@ -30,6 +30,8 @@ pub enum Action {
     Shell(Shell),
     /// Run scenarios on kernels and tiers; the last line is "N passed, N failed"
     Test(Test),
+    /// Run checks round after round until the time is used up; fails if any of them failed once
+    Soak(Soak),
     /// List the scenarios and what the cache holds
     List(List),
     /// Download kernels, and nothing else
@@ -76,9 +78,12 @@ pub struct Machine {
     /// Longest time for one boot, in seconds
     #[arg(long, default_value_t = 120)]
     pub boot_limit: u64,
-    /// Longest time for a command or scenario, in seconds
-    #[arg(long, default_value_t = 300)]
-    pub limit: u64,
+    /// Longest time for a command or scenario, in seconds [default: 300; of a soak's scenarios 900]
+    #[arg(long)]
+    pub limit: Option<u64>,
+    /// What tests in guests draw their random numbers from, and a soak its order, too [default: another one each time]
+    #[arg(long)]
+    pub seed: Option<u64>,
     /// Kernel module to have at hand for modprobe; may be repeated
     #[arg(long, value_name = "NAME")]
     pub module: Vec<String>,
@@ -149,6 +154,22 @@ pub struct Test {
     pub scenarios: Vec<String>,
 }
 
+/// `fsd-lab soak`
+#[derive(Debug, Args)]
+pub struct Soak {
+    /// How long
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    pub minutes: u64,
+    /// Debian kernel; may be repeated
+    #[arg(long, default_value = "6.12")]
+    pub kernel: Vec<String>,
+    /// What the clusters are to be.
+    #[command(flatten)]
+    pub machine: Machine,
+    /// Scenarios, or files with some [default: all that check the file system or the kernel extension]
+    pub scenarios: Vec<String>,
+}
+
 /// `fsd-lab list`
 #[derive(Debug, Args)]
 pub struct List {
@@ -214,7 +235,8 @@ impl Machine {
             memory: self.memory,
             boot: self.boot,
             boot_limit: Duration::from_secs(self.boot_limit),
-            limit: Duration::from_secs(self.limit),
+            limit: Duration::from_secs(self.limit.unwrap_or(300)),
+            seed: self.seed,
             extra: Extra {
                 modules: self.module.clone(),
                 files: self.file.clone(),

@@ -25,6 +25,9 @@ const LOG_SPACE: u64 = 100;
 /// Characters of a failed command's output that its error shows.
 const SHOWN: usize = 1200;
 
+/// By which programs in guests know [`Options::seed`]; the tests of the whole system draw their random numbers from it.
+const CHANCE: &str = "FSD_CHANCE";
+
 /// A node of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
@@ -301,6 +304,10 @@ impl Cluster {
     /// What a program on a node is told by its environment.
     fn environment(&self, node: &Node) -> Vec<(String, String)> {
         let all = |part: fn(&Node) -> String| self.nodes().iter().map(part).collect::<Vec<_>>().join(" ");
+        let chance = self
+            .options
+            .seed
+            .map(|seed| (CHANCE.to_owned(), seed.to_string()));
         [
             ("LAB_NODE", node.number.to_string()),
             ("LAB_NODES", self.options.nodes.to_string()),
@@ -313,8 +320,10 @@ impl Cluster {
             ("LAB_IP", node.ip.clone()),
             ("LAB_IPS", all(|node| node.ip.clone())),
         ]
+        .into_iter()
         .map(|(name, value)| (name.to_owned(), value))
-        .into()
+        .chain(chance)
+        .collect()
     }
 
     /// Starts a program on a node; `terminal` gives it one.
@@ -406,8 +415,8 @@ impl Cluster {
         self.guests.iter().flat_map(Guest::notes).collect()
     }
 
-    /// Collects the kernels' logs, switches the guests off and has the last word on `result`: time over, or a
-    /// kernel's complaint, explain other failures.
+    /// Collects the kernels' logs, switches the guests off and has the last word on `result`: a kernel's
+    /// complaint, or time over, explain other failures.
     ///
     /// # Errors
     /// That of `result`, or one that explains it.
@@ -428,6 +437,8 @@ impl Cluster {
                 scope.spawn(|| guest.power_off());
             }
         });
+        // A kernel that complained is more than time that was over: it may be why.
+        complaint?;
         if expired() {
             let what = format!("at the step \"{step}\" (logs: {})", self.logs.display());
             return Err(Error::TimeOut {
@@ -435,12 +446,10 @@ impl Cluster {
                 seconds: self.options.limit.as_secs(),
             });
         }
-        complaint?;
-        result.map_err(|error| {
-            Error::check(format!(
-                "at the step \"{step}\": {error} (logs: {})",
-                self.logs.display()
-            ))
+        result.map_err(|error| Error::Step {
+            step,
+            source: Box::new(error),
+            logs: self.logs.clone(),
         })
     }
 

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use serde::Serialize;
+
 /// Result of the lab's functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -73,6 +75,9 @@ pub enum Error {
         /// The end of what it printed, on lines of its own.
         output: String,
     },
+    /// A test in a guest said of itself that it hung.
+    #[error("{0}")]
+    Hung(String),
     /// A guest's kernel printed a warning or worse.
     #[error("the kernel of {guest} complained: {line} (console: {})", .console.display())]
     Kernel {
@@ -82,6 +87,16 @@ pub enum Error {
         line: String,
         /// Where to look.
         console: PathBuf,
+    },
+    /// A scenario failed at one of its steps.
+    #[error("at the step \"{step}\": {source} (logs: {})", .logs.display())]
+    Step {
+        /// Which step.
+        step: String,
+        /// What failed.
+        source: Box<Error>,
+        /// Where to look.
+        logs: PathBuf,
     },
     /// Another lab uses what this one would.
     #[error("another lab is running this and writes {}: wait for it, or name another folder with --logs", .logs.display())]
@@ -102,7 +117,29 @@ pub enum Error {
     },
 }
 
+/// What kind of failure a run ended with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Trouble {
+    /// Something was not as it should be.
+    Failed,
+    /// A guest's kernel complained.
+    Warning,
+    /// Something did not end.
+    Hang,
+}
+
 impl Error {
+    /// What kind of failure this is.
+    pub fn trouble(&self) -> Trouble {
+        match self {
+            Error::Kernel { .. } => Trouble::Warning,
+            Error::TimeOut { .. } | Error::Hung(_) => Trouble::Hang,
+            Error::Step { source, .. } => source.trouble(),
+            _ => Trouble::Failed,
+        }
+    }
+
     /// Something missing on the host and what to do about it.
     pub fn missing(what: impl Into<String>, advice: impl Into<String>) -> Self {
         Error::Missing {
@@ -138,5 +175,25 @@ impl<T> At<T> for std::result::Result<T, rustix::io::Errno> {
             what: what(),
             source: errno.into(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Error, Trouble};
+
+    #[test]
+    fn a_failed_step_is_of_the_kind_of_what_failed_in_it() {
+        let step = |source| Error::Step {
+            step: "step 1".into(),
+            source: Box::new(source),
+            logs: "/logs".into(),
+        };
+        let late = Error::TimeOut {
+            what: "`sleep 9`".into(),
+            seconds: 1,
+        };
+        assert_eq!(step(late).trouble(), Trouble::Hang);
+        assert_eq!(step(Error::check("no")).trouble(), Trouble::Failed);
     }
 }

@@ -1,29 +1,25 @@
 //! `fsd-lab`: guests with SoftRoCE, and commands and scenarios in them.
 
 use std::io::Write;
-use std::path::Path;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Parser;
-use lab::cli::{Action, Cli, Fetch, KERNELS, List, Machine, Run, Shell, Test};
+use lab::cli::{Action, Cli, Fetch, KERNELS, List, Run, Shell, Test};
 use lab::cluster::Cluster;
 use lab::error::{At, Error, Result};
 use lab::image::packages;
-use lab::options::{Options, Tier};
+use lab::options::Tier;
 use lab::proto::Stream;
-use lab::report::{Outcome, summary};
-use lab::scenario::file::Script;
+use lab::report::summary;
+use lab::run::{Subject, name_of};
 use lab::scenario::{self, Scenario};
-use lab::{process, shell, snapshot};
+use lab::{process, shell, snapshot, soak};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 /// Statuses of our own are those of `timeout` and its like: a command's own are below.
 const FAILED: u8 = 125;
-/// A signal told us to end.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -31,13 +27,14 @@ fn main() -> ExitCode {
         Action::Run(run) => run_one(&run),
         Action::Shell(shell) => open_shell(&shell),
         Action::Test(test) => run_tests(&test),
+        Action::Soak(args) => soak::run(&args).map(|good| ExitCode::from(u8::from(!good))),
         Action::List(list) => print_list(&list),
         Action::Fetch(fetch) => fetch_kernels(&fetch),
         Action::Kmod(kernels) => build_kmod(&kernels),
     });
     shell::restore_terminal();
     // What fails because a signal ended the guests is not worth a message: the signal's thread has the last word.
-    while INTERRUPTED.load(Ordering::SeqCst) {
+    while process::interrupted() {
         std::thread::park();
     }
     done.unwrap_or_else(|error| {
@@ -51,10 +48,10 @@ fn end_on_signals() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).at(|| "watch for signals".into())?;
     std::thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
-            INTERRUPTED.store(true, Ordering::SeqCst);
-            process::end_all();
+            process::interrupt();
             shell::restore_terminal();
             eprintln!("fsd-lab: interrupted; the guests were ended");
+            soak::interrupted();
             std::process::exit(128 + signal);
         }
     });
@@ -65,90 +62,15 @@ fn run_one(run: &Run) -> Result<ExitCode> {
     let Some(name) = &run.scenario else {
         return run_command(run);
     };
-    if let Some(scenario) = scenario::find(name) {
-        let tier = run.tier.unwrap_or(Tier::Single);
-        let outcome = run_scenario(scenario, tier, &run.kernel, &run.machine)?;
-        println!("{}", summary(std::slice::from_ref(&outcome)));
-        return Ok(if outcome.error.is_none() {
-            ExitCode::SUCCESS
-        } else {
-            ExitCode::from(1)
-        });
-    }
-    let path = Path::new(name);
-    if !path.is_file() {
-        let known = scenario::ALL
-            .iter()
-            .map(|scenario| scenario.name)
-            .collect::<Vec<_>>()
-            .join(", ");
-        return Err(Error::check(format!(
-            "there is no scenario {name:?}, nor such a file; known are: {known}"
-        )));
-    }
-    let script = Script::load(path)?;
-    let tier = run.tier.or(script.tier).unwrap_or(Tier::Single);
-    let mut options = run.machine.options(tier, &run.kernel, script.nodes, script.mtu)?;
-    options.extra.modules.extend(script.modules.iter().cloned());
-    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    let outcome = in_cluster(&stem, options, &run.machine, &run.kernel, |cluster| {
-        script.run(cluster)
-    })?;
+    let subject = Subject::find(name)?;
+    let tier = run.tier.unwrap_or_else(|| subject.tier());
+    let outcome = subject.run(tier, &run.kernel, &run.machine)?;
     println!("{}", summary(std::slice::from_ref(&outcome)));
     Ok(if outcome.error.is_none() {
         ExitCode::SUCCESS
     } else {
         ExitCode::from(1)
     })
-}
-
-/// What a run is called, by which its logs are found.
-fn name_of(scenario: &str, tier: Tier, kernel: &str, machine: &Machine) -> String {
-    let file = machine
-        .kernel_deb
-        .as_deref()
-        .and_then(Path::file_stem)
-        .map(|stem| stem.to_string_lossy());
-    format!("{scenario}-{tier}-{}", file.as_deref().unwrap_or(kernel))
-}
-
-fn run_scenario(scenario: &Scenario, tier: Tier, kernel: &str, machine: &Machine) -> Result<Outcome> {
-    let options = machine.options(tier, kernel, None, None)?;
-    if options.nodes < scenario.nodes {
-        return Err(Error::check(format!(
-            "the scenario {} needs {} nodes",
-            scenario.name, scenario.nodes
-        )));
-    }
-    in_cluster(scenario.name, options, machine, kernel, scenario.run)
-}
-
-/// Runs `body` in a cluster of its own; the outcome has its failures.
-fn in_cluster(
-    scenario: &str,
-    options: Options,
-    machine: &Machine,
-    kernel: &str,
-    body: impl FnOnce(&Cluster) -> Result<()>,
-) -> Result<Outcome> {
-    let name = name_of(scenario, options.tier, kernel, machine);
-    let logs = machine.logs()?.join(&name);
-    eprintln!("== {name}");
-    let start = Instant::now();
-    let (mut boot, mut notes) = (Duration::ZERO, Vec::new());
-    let result = Cluster::start(options, &logs).and_then(|cluster| {
-        boot = start.elapsed();
-        let result = body(&cluster);
-        notes = cluster.notes();
-        cluster.finish(result)
-    });
-    // These are not the scenario's failures, and in the second case the folder is not ours to write to.
-    if let Err(error @ (Error::Missing { .. } | Error::Busy { .. })) = result {
-        return Err(error);
-    }
-    let outcome = Outcome::new(&name, &result, start.elapsed(), boot, notes);
-    outcome.save(&logs)?;
-    Ok(outcome)
 }
 
 fn run_command(run: &Run) -> Result<ExitCode> {
@@ -203,7 +125,7 @@ fn open_shell(args: &Shell) -> Result<ExitCode> {
 }
 
 fn run_tests(test: &Test) -> Result<ExitCode> {
-    let mut chosen: Vec<&Scenario> = Vec::new();
+    let mut chosen: Vec<&'static Scenario> = Vec::new();
     for name in &test.scenarios {
         let unknown = || Error::check(format!("there is no scenario {name:?}; see fsd-lab list"));
         chosen.push(scenario::find(name).ok_or_else(unknown)?);
@@ -225,7 +147,7 @@ fn run_tests(test: &Test) -> Result<ExitCode> {
     for kernel in kernels {
         for tier in &tiers {
             for scenario in chosen.iter().filter(|scenario| scenario.tiers.contains(tier)) {
-                let outcome = run_scenario(scenario, *tier, kernel, &test.machine)?;
+                let outcome = Subject::Known(scenario).run(*tier, kernel, &test.machine)?;
                 eprintln!("{}", outcome.line());
                 outcomes.push(outcome);
             }

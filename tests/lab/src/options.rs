@@ -81,6 +81,8 @@ pub struct Options {
     pub boot_limit: Duration,
     /// Longest time from the end of the boots.
     pub limit: Duration,
+    /// What tests in the guests draw their random numbers from, where these are not to be left to chance.
+    pub seed: Option<u64>,
     /// What the image has besides.
     pub extra: Extra,
     /// The folder of this repository's programs.

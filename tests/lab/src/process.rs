@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -154,6 +155,20 @@ pub fn end_all() {
     for child in children {
         end(&child);
     }
+}
+
+/// A signal told us to end.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Ends all children because we were told to end. What fails for that reason finds [`interrupted`] true.
+pub fn interrupt() {
+    INTERRUPTED.store(true, Ordering::SeqCst);
+    end_all();
+}
+
+/// Whether we were told to end: what fails from then on is no failure of what was run.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
 }
 
 /// Runs `job` on a thread that lives as long as this program.

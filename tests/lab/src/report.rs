@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::error::{At, Error, Result};
+use crate::error::{At, Error, Result, Trouble};
 
 /// What came of one run.
 #[derive(Debug, Clone, Serialize)]
@@ -15,6 +15,8 @@ pub struct Outcome {
     pub name: String,
     /// Why it failed, if it did.
     pub error: Option<String>,
+    /// Of what kind that is.
+    pub trouble: Option<Trouble>,
     /// How long it took in all, in seconds.
     pub seconds: f64,
     /// How long of that the cluster took to come up.
@@ -35,6 +37,7 @@ impl Outcome {
         Outcome {
             name: name.to_owned(),
             error: result.as_ref().err().map(Error::to_string),
+            trouble: result.as_ref().err().map(Error::trouble),
             seconds: whole.as_secs_f64(),
             boot_seconds: boot.as_secs_f64(),
             notes,
@@ -59,12 +62,20 @@ impl Outcome {
     /// # Errors
     /// That cannot be written.
     pub fn save(&self, folder: &Path) -> Result<()> {
-        let path = folder.join("result.json");
-        let text = serde_json::to_string_pretty(self)
-            .map_err(|error| Error::check(format!("a result cannot be written as JSON: {error}")))?;
-        fs::create_dir_all(folder).at(|| format!("make the folder {}", folder.display()))?;
-        fs::write(&path, text).at(|| format!("write {}", path.display()))
+        save(self, folder)
     }
+}
+
+/// Writes down what came of something, as `result.json` in the folder of its logs.
+///
+/// # Errors
+/// That cannot be written.
+pub fn save(result: &impl Serialize, folder: &Path) -> Result<()> {
+    let path = folder.join("result.json");
+    let text = serde_json::to_string_pretty(result)
+        .map_err(|error| Error::check(format!("a result cannot be written as JSON: {error}")))?;
+    fs::create_dir_all(folder).at(|| format!("make the folder {}", folder.display()))?;
+    fs::write(&path, text).at(|| format!("write {}", path.display()))
 }
 
 /// All outcomes; the last line counts them.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use system_tests::cluster::{Cache, Fabric, Options};
-use system_tests::{guard, history};
+use system_tests::{chance, guard, history};
 
 fn record(
     fabric: Fabric,
@@ -21,7 +21,9 @@ fn record(
         let mounts: Vec<PathBuf> = (0..mounts).map(|i| cluster.mount(i)).collect();
         // Guests are slow.
         let times = if fabric == Fabric::Verbs { 1 } else { 4 };
-        (0..times).try_for_each(|_| job(&mounts, rand::random()))
+        chance::seeds(times)?
+            .into_iter()
+            .try_for_each(|seed| job(&mounts, seed))
     })
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use system_tests::cluster::{Cache, Cluster, Fabric, Options};
-use system_tests::{fsx, guard, model};
+use system_tests::{chance, fsx, guard, model};
 
 fn mounts(cluster: &Cluster) -> Vec<PathBuf> {
     (0..cluster.options().mounts).map(|i| cluster.mount(i)).collect()
@@ -36,7 +36,7 @@ fn like_local(fabric: Fabric, cache: Cache, mounts_wanted: usize) -> anyhow::Res
         // Fixed seeds, so that a known sequence is never lost, and new ones. Guests are slow.
         let new = if fabric == Fabric::Verbs { 1 } else { 5 };
         let seeds = match again()? {
-            seeds if seeds.is_empty() => (1..=new).chain((0..new).map(|_| rand::random::<u64>())).collect(),
+            seeds if seeds.is_empty() => (1..=new).chain(chance::seeds(new as usize)?).collect(),
             seeds => seeds,
         };
         for (round, &seed) in seeds.iter().enumerate() {
@@ -82,9 +82,7 @@ fn fsx_on(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
     guard::with_cluster_within(limit, options, move |cluster| {
         let (known, new) = if fabric == Fabric::Verbs { (1, 1) } else { (3, 2) };
         let seeds = match again()? {
-            seeds if seeds.is_empty() => (1..=known)
-                .chain((0..new).map(|_| rand::random::<u64>()))
-                .collect(),
+            seeds if seeds.is_empty() => (1..=known).chain(chance::seeds(new)?).collect(),
             seeds => seeds,
         };
         seeds.into_iter().try_for_each(|seed| {

@@ -159,7 +159,7 @@ impl Extension {
     ///
     /// # Errors
     /// The module is not there, of another version, or refuses.
-    pub fn attach(point: &Path, entries: u32) -> Result<Self, Error> {
+    pub fn attach(point: &Path, entries: u32, spin: Duration) -> Result<Self, Error> {
         let root = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
@@ -175,6 +175,7 @@ impl Extension {
             // its name leads past the look-up that brings its permissions, too.
             stat: false,
             access: true,
+            spin,
             ..Options::default()
         };
         Ok(Self {

@@ -1,13 +1,19 @@
 //! The connection to the metadata server.
 
 use std::sync::{Arc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rdma_transport::Connection;
 
-use super::Net;
+use super::{Net, RETRY};
+use crate::clock::{Skew, Verdict};
 use crate::rpc::{Errno, RpcError};
 use crate::wire::{JoinReply, MetaReply, MetaRequest, Time};
+
+/// Most exchanges of a newcomer to find out about the clocks, where the first ones took too long to tell.
+pub(super) const EXCHANGES: usize = 5;
+/// No further one after this: on a link that is slow for good it would tell no more.
+const EXCHANGES_FOR: Duration = Duration::from_secs(8);
 
 impl Net {
     /// Connects to the metadata server, trying until the deadline: it may just be starting again.
@@ -20,10 +26,39 @@ impl Net {
         }
     }
 
+    /// Finds out how far the metadata server's clock is ahead of this host's. A busy host can take longer over an exchange than the
+    /// clocks may be apart, so that is repeated until it tells, at most so many times.
+    pub(super) fn compare_clocks(
+        &self,
+        conn: &Arc<dyn Connection>,
+        exchanges: usize,
+    ) -> Result<Skew, RpcError> {
+        let begun = Instant::now();
+        let mut skew = Skew::UNKNOWN;
+        for exchange in 0..exchanges {
+            if exchange > 0 {
+                std::thread::sleep(RETRY);
+            }
+            // The one that measures first: what happens between the two makes the bounds wider, not wrong.
+            let start = Instant::now();
+            let sent = Time::now();
+            let MetaReply::Clock(theirs) = self.calls.call(conn, &MetaRequest::Clock, self.timeout)? else {
+                return Err(RpcError::Errno(Errno(libc::EPROTO)));
+            };
+            skew = skew.and(Skew::of_exchange(sent, theirs, start.elapsed()));
+            if skew.verdict() != Verdict::Unsure || begun.elapsed() > EXCHANGES_FOR {
+                break;
+            }
+        }
+        tracing::debug!("the clock of this host is {skew} the metadata server's");
+        Ok(skew)
+    }
+
     pub(super) fn join_on(
         &self,
         conn: &Arc<dyn Connection>,
         again: Option<(u16, u8)>,
+        skew: Skew,
     ) -> Result<JoinReply, RpcError> {
         let locks = self.owner().map(|o| o.held_locks()).unwrap_or_default();
         let request = MetaRequest::Join {
@@ -31,7 +66,7 @@ impl Net {
             life: self.life,
             listen: self.fabric.local_addr(),
             name: self.name.clone(),
-            now: Time::now(),
+            skew,
             locks,
         };
         match self.calls.call(conn, &request, self.timeout)? {
@@ -50,7 +85,9 @@ impl Net {
         }
         let joined = self.joined.get().ok_or(RpcError::Errno(Errno(libc::ENOTCONN)))?;
         let conn = self.connect_meta(deadline)?;
-        self.join_on(&conn, Some((joined.node, joined.incarnation)))?;
+        // It is let in whatever that says, and had better not be late for that.
+        let skew = self.compare_clocks(&conn, 1)?;
+        self.join_on(&conn, Some((joined.node, joined.incarnation)), skew)?;
         tracing::info!("connected to the metadata server again");
         *self.meta.write() = Some(Arc::clone(&conn));
         Ok(conn)

@@ -17,6 +17,7 @@ use parking_lot::{Mutex, RwLock};
 use rdma_transport::{Connection, Fabric, TransportError};
 
 use super::workers::Workers;
+use crate::clock::{Skew, Verdict};
 use crate::endpoint::Endpoint;
 use crate::rpc::{Calls, Errno, RpcError};
 use crate::wire::{Hello, JoinReply, LockSpec, MetaRequest, Role};
@@ -45,6 +46,17 @@ pub trait Owner: Send + Sync {
     fn peer_gone(&self, node: NodeId);
     /// Another mount can be reached (again).
     fn peer_back(&self, node: NodeId);
+}
+
+/// Why the cluster does not take a mount.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// The clocks are too far apart.
+    #[error("the clock of this host is {0} the metadata server's")]
+    Clocks(Skew),
+    /// Anything else.
+    #[error(transparent)]
+    Rpc(#[from] RpcError),
 }
 
 /// All connections of a mount.
@@ -118,14 +130,21 @@ impl Net {
     ///
     /// # Errors
     /// Unreachable, wrong key, clocks apart…
-    pub fn join(&self) -> Result<JoinReply, RpcError> {
+    pub fn join(&self) -> Result<JoinReply, JoinError> {
         let conn = self.connect_meta(Instant::now() + self.timeout)?;
+        let skew = self.compare_clocks(&conn, meta::EXCHANGES)?;
+        if skew.verdict() == Verdict::Unsure {
+            tracing::warn!(
+                "the metadata server answers too slowly to tell whether the clock of this host is right: it is {skew} the server's"
+            );
+        }
         let patience = Instant::now() + self.timeout + JOIN_GRACE;
         let reply = loop {
-            match self.join_on(&conn, None) {
+            match self.join_on(&conn, None, skew) {
                 Err(RpcError::Errno(Errno(libc::EAGAIN))) if Instant::now() < patience => {
                     std::thread::sleep(RETRY);
                 }
+                Err(RpcError::Errno(Errno(libc::ETIME))) => return Err(JoinError::Clocks(skew)),
                 other => break other?,
             }
         };

@@ -12,6 +12,9 @@ use crate::error::{At, Error, Result};
 use crate::link::Running;
 use crate::options::Tier;
 
+/// What the tests of the whole system say of one that did not end.
+const HUNG: &str = "HUNG: ";
+
 /// A scenario of a file.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -294,10 +297,16 @@ fn wait(cluster: &Cluster, command: &Command, running: &[(usize, Running)]) -> R
         }
         cluster.write_down(&format!("node {node}: `{}` {}", command.command, done.ending));
         if done.ending.code() != command.status {
-            return Err(Error::check(format!(
+            let what = format!(
                 "`{}` on node {node} {}, not with status {}",
                 command.command, done.ending, command.status
-            )));
+            );
+            let hung = [&done.out, &done.err].iter().any(|text| text.contains(HUNG));
+            return Err(if hung {
+                Error::Hung(what)
+            } else {
+                Error::Check(what)
+            });
         }
     }
     Ok(())

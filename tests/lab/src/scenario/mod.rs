@@ -19,6 +19,7 @@ const HISTORIES: &str = include_str!("../../scenarios/histories.toml");
 const EXTENSION: &str = include_str!("../../scenarios/extension.toml");
 const STRAIN: &str = include_str!("../../scenarios/strain.toml");
 const COUNTS: &str = include_str!("../../scenarios/counts.toml");
+const CLOCKS: &str = include_str!("../../scenarios/clocks.toml");
 const COHERENCE: &str = include_str!("../../scenarios/coherence.toml");
 
 fn script(text: &str, cluster: &Cluster) -> Result<()> {
@@ -35,6 +36,8 @@ pub struct Scenario {
     pub tiers: &'static [Tier],
     /// Nodes that it needs.
     pub nodes: usize,
+    /// The seconds it takes, about, where a soak runs it: checks of DistFUSE, neither of the lab nor for figures.
+    pub soak: Option<u64>,
     /// What it does with a cluster.
     pub run: fn(&Cluster) -> Result<()>,
 }
@@ -46,6 +49,7 @@ pub const ALL: &[Scenario] = &[
         about: "every node has an active RoCE v2 device, every guest FUSE, configfs, shared folders",
         tiers: &[Tier::Single, Tier::Multi],
         nodes: 1,
+        soak: None,
         run: devices::run,
     },
     Scenario {
@@ -53,6 +57,7 @@ pub const ALL: &[Scenario] = &[
         about: "latency and bandwidth between two nodes by the perftest tools, as a table and as CSV",
         tiers: &[Tier::Single, Tier::Multi],
         nodes: 2,
+        soak: None,
         run: perftest::run,
     },
     Scenario {
@@ -60,6 +65,7 @@ pub const ALL: &[Scenario] = &[
         about: "guests killed, rebooted, paused; links cut, parted, slow, lossy; MTU changed",
         tiers: &[Tier::Single, Tier::Multi],
         nodes: 3,
+        soak: None,
         run: faults::run,
     },
     Scenario {
@@ -67,6 +73,7 @@ pub const ALL: &[Scenario] = &[
         about: "a file system between three guests over TCP (scenarios/mount.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
+        soak: Some(15),
         run: |cluster| script(MOUNT, cluster),
     },
     Scenario {
@@ -74,6 +81,7 @@ pub const ALL: &[Scenario] = &[
         about: "the same over RDMA",
         tiers: &[Tier::Multi],
         nodes: 3,
+        soak: Some(15),
         run: |cluster| {
             let rdma = MOUNT.replace("fabric = \"tcp\"", "fabric = \"verbs\"");
             script(&rdma, cluster)
@@ -84,6 +92,7 @@ pub const ALL: &[Scenario] = &[
         about: "a job over ssh: fsd launch runs a cluster over RDMA on three guests (scenarios/launch.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
+        soak: Some(15),
         run: |cluster| script(LAUNCH, cluster),
     },
     Scenario {
@@ -91,6 +100,7 @@ pub const ALL: &[Scenario] = &[
         about: "a mount's guest dies with leases, another's link is cut (scenarios/holder-killed.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
+        soak: Some(30),
         run: |cluster| script(HOLDER_KILLED, cluster),
     },
     Scenario {
@@ -98,13 +108,23 @@ pub const ALL: &[Scenario] = &[
         about: "atomics and leases of three guests on one record, every count exact (scenarios/counts.toml)",
         tiers: &[Tier::Multi],
         nodes: 3,
+        soak: Some(15),
         run: |cluster| script(COUNTS, cluster),
+    },
+    Scenario {
+        name: "clocks",
+        about: "a mount with a wrong clock is refused, a slow one is not (scenarios/clocks.toml)",
+        tiers: &[Tier::Multi],
+        nodes: 2,
+        soak: Some(60),
+        run: |cluster| script(CLOCKS, cluster),
     },
     Scenario {
         name: "kmod",
         about: "the kernel extension alone: kmod-check's tests on two mounts; loading, unloading, refusing to",
         tiers: &[Tier::Single],
         nodes: 1,
+        soak: Some(60),
         run: kmod::run,
     },
     Scenario {
@@ -112,6 +132,7 @@ pub const ALL: &[Scenario] = &[
         about: "a cluster over RDMA with the kernel extension (scenarios/extension.toml)",
         tiers: &[Tier::Single],
         nodes: 4,
+        soak: Some(300),
         run: |cluster| script(EXTENSION, cluster),
     },
     Scenario {
@@ -119,6 +140,7 @@ pub const ALL: &[Scenario] = &[
         about: "the extension short of memory, and under AIO and io_uring (scenarios/strain.toml)",
         tiers: &[Tier::Single],
         nodes: 4,
+        soak: Some(110),
         run: |cluster| script(STRAIN, cluster),
     },
     Scenario {
@@ -126,6 +148,7 @@ pub const ALL: &[Scenario] = &[
         about: "the contract of rdma-transport over verbs (scenarios/conformance.toml)",
         tiers: &[Tier::Single],
         nodes: 4,
+        soak: Some(60),
         run: |cluster| script(CONFORMANCE, cluster),
     },
     Scenario {
@@ -133,6 +156,7 @@ pub const ALL: &[Scenario] = &[
         about: "histories of concurrent operations over RDMA are linearizable (scenarios/histories.toml)",
         tiers: &[Tier::Single],
         nodes: 4,
+        soak: Some(85),
         run: |cluster| script(HISTORIES, cluster),
     },
     Scenario {
@@ -140,6 +164,7 @@ pub const ALL: &[Scenario] = &[
         about: "the cross-mount checks on two mounts over RDMA (scenarios/coherence.toml)",
         tiers: &[Tier::Single],
         nodes: 3,
+        soak: Some(45),
         run: |cluster| script(COHERENCE, cluster),
     },
 ];
