@@ -27,6 +27,7 @@ pub mod extension;
 pub mod fallocate;
 pub mod files;
 pub mod fuse;
+mod handover;
 pub mod inode;
 pub mod locks;
 pub mod mapped;

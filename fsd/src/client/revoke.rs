@@ -25,7 +25,7 @@ use super::inode::{Granted, Inode, Source, State};
 use super::pages::PAGE;
 use crate::rpc::Errno;
 use crate::storage::BLOCK;
-use crate::wire::{Attr, AttrUpdate};
+use crate::wire::Attr;
 
 /// How long the invalidation of a page that a waiting write may keep locked is waited for.
 const EDGE_WAIT: Duration = Duration::from_millis(20);
@@ -231,38 +231,6 @@ impl Client {
         }
     }
 
-    /// How to give up a lease with nothing to write back.
-    fn relinquish_clean(&self, state: &mut State, from: Mode) -> Relinquish {
-        if from != Mode::Exclusive {
-            return Relinquish::default();
-        }
-        let modified = std::mem::take(&mut state.modified);
-        let Some(version) = state.version else {
-            return Relinquish {
-                modified,
-                ..Relinquish::default()
-            };
-        };
-        let next = if modified {
-            (version + 1) & lockmgr::OwnerWord::MAX_VERSION
-        } else {
-            version
-        };
-        state.version = Some(next);
-        let payload = match state.attr.as_mut() {
-            Some(attr) if !state.gone => {
-                attr.version = next;
-                attr.encode()
-            }
-            _ => Vec::new(),
-        };
-        Relinquish {
-            modified,
-            needs_confirm: false,
-            payload,
-        }
-    }
-
     /// Drops the attributes the kernel has of an inode; also after a change under the exclusive lease, before
     /// the lease can be given down: until the kernel has taken in the answer it would show the old ones.
     pub fn invalidate_attrs(&self, inode: &Inode) {
@@ -424,18 +392,8 @@ impl Client {
         }
         // What was promised to the kernel it has used, or never will.
         self.release_reservations(inode, state, 0);
-        inode.take_back(state);
-        let dirty = std::mem::take(&mut state.attr_dirty) && !state.gone;
-        let before = state.version;
-        let mut how = self.relinquish_clean(state, from);
-        if let (Some(before), Some(after)) = (before, state.version) {
-            inode.lent.carry(before, after);
-        }
-        let mut push = inode.push.lock();
-        push.waiting = state.attr.filter(|_| dirty).map(|attr| AttrUpdate::from(&attr));
-        let under_way = push.sent.is_some_and(|u| Some(u.version) == state.version);
-        how.needs_confirm = push.waiting.is_some() || under_way;
-        drop(push);
+        let version = self.leases.held(inode.record()).map(|(_, version)| version);
+        let how = inode.hand_over(state, version);
         self.dirty.lock().remove(&inode.ino);
         how
     }
