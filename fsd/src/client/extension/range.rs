@@ -80,27 +80,10 @@ pub(super) fn beyond(offset: u64, end: u64, size: u64, begin: u64) -> (u64, u64,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{Attr, Frame, Kind, Time};
+    use crate::wire::{Attr, Frame};
 
     fn state(frames: &[(u64, u32)], promised: &[(u64, u32)]) -> State {
-        let attr = Attr {
-            ino: 1,
-            version: 0,
-            kind: Kind::File,
-            mode: 0,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            size: 0,
-            blocks: 0,
-            atime: Time(0),
-            mtime: Time(0),
-            ctime: Time(0),
-            btime: Time(0),
-            has_xattr: false,
-            layout: 0,
-        };
+        let attr = Attr::of_file(1, 0, 0);
         let mut state = State {
             attr: Some(attr),
             ..State::default()
