@@ -24,6 +24,7 @@ struct df_att *df_att_new(void)
 	INIT_LIST_HEAD(&att->link);
 	spin_lock_init(&att->event_lock);
 	spin_lock_init(&att->call_lock);
+	init_waitqueue_head(&att->call_wq);
 	INIT_LIST_HEAD(&att->posts);
 	init_waitqueue_head(&att->event_wq);
 	mutex_init(&att->command_lock);

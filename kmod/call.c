@@ -3,19 +3,22 @@
  * Calls: short reads and writes that the daemon does itself, under its own lease, where nodes take the lease
  * from each other so fast that the kernel would get little out of having it. Nothing is held meanwhile, and
  * the page cache is not touched: the daemon does it while the kernel has no lease on what it changes.
+ *
+ * And asking for space, which goes the same way but has no data (space.c). Its calls are apart from the
+ * others, so that none that is long under way keeps a writer from asking.
  */
 #include "internal.h"
 #include <linux/capability.h>
 #include <linux/uio.h>
 
-static struct df_call *df_call_begin(struct df_att *att)
+static struct df_call *df_call_begin_among(struct df_att *att, u32 first, u32 end)
 {
 	struct df_call *call, *found = NULL;
 
 	spin_lock(&att->call_lock);
 	/* Pairs with df_calls_end(): either we see that it is over, or it sees us. */
 	if (!READ_ONCE(att->dead))
-		for (call = att->calls; call < att->calls + att->nr_buffers; call++)
+		for (call = att->calls + first; call < att->calls + end; call++)
 			if (!call->busy) {
 				found = call;
 				call->busy = true;
@@ -28,11 +31,35 @@ static struct df_call *df_call_begin(struct df_att *att)
 	return found;
 }
 
-static void df_call_end(struct df_att *att, struct df_call *call)
+static struct df_call *df_call_begin(struct df_att *att)
+{
+	return df_call_begin_among(att, 0, att->nr_buffers);
+}
+
+/* Waits for one if all are out. NULL: the daemon is gone; an error pointer: the task is killed. */
+struct df_call *df_call_begin_space(struct df_att *att)
+{
+	struct df_call *call = NULL;
+	int ret = wait_event_killable(att->call_wq,
+				      (call = df_call_begin_among(att, att->nr_buffers, att->nr_calls)) ||
+				      READ_ONCE(att->dead));
+
+	return ret ? ERR_PTR(ret) : call;
+}
+
+/* Somebody may wait for a call for space. */
+static void df_call_freed(struct df_att *att, const struct df_call *call)
+{
+	if (call - att->calls >= att->nr_buffers)
+		wake_up(&att->call_wq);
+}
+
+void df_call_end(struct df_att *att, struct df_call *call)
 {
 	spin_lock(&att->call_lock);
 	call->busy = false;
 	spin_unlock(&att->call_lock);
+	df_call_freed(att, call);
 }
 
 /* With call_lock held. The buffer of a task that was killed meanwhile has stayed the daemon's until now. */
@@ -52,11 +79,17 @@ static void df_call_answer(struct df_call *call, u32 flags, int error, u64 resul
 
 void df_call_answered(struct df_att *att, const struct distfuse_command *command)
 {
-	if (command->cookie >= att->nr_buffers)
+	struct df_call *call = att->calls + command->cookie;
+	bool busy;
+
+	if (command->cookie >= att->nr_calls)
 		return;
 	spin_lock(&att->call_lock);
-	df_call_answer(att->calls + command->cookie, command->flags, command->error, command->result);
+	df_call_answer(call, command->flags, command->error, command->result);
+	busy = call->busy;
 	spin_unlock(&att->call_lock);
+	if (!busy)
+		df_call_freed(att, call);
 }
 
 /* The daemon is gone: nobody answers any more. */
@@ -65,26 +98,26 @@ void df_calls_end(struct df_att *att)
 	u32 i;
 
 	spin_lock(&att->call_lock);
-	for (i = 0; i < att->nr_buffers; i++)
+	for (i = 0; i < att->nr_calls; i++)
 		df_call_answer(att->calls + i, 0, -ENOTCONN, 0);
 	spin_unlock(&att->call_lock);
+	wake_up_all(&att->call_wq);
 }
 
 int df_calls_init(struct df_att *att, void *buffers, u32 count)
 {
-	u32 i;
+	u32 i, all = count + DISTFUSE_SPACE_CALLS;
 
-	if (!count)
-		return 0;
-	att->calls = kvcalloc(count, sizeof(*att->calls), GFP_KERNEL);
+	att->calls = kvcalloc(all, sizeof(*att->calls), GFP_KERNEL);
 	if (!att->calls)
 		return -ENOMEM;
-	for (i = 0; i < count; i++) {
+	for (i = 0; i < all; i++) {
 		INIT_LIST_HEAD(&att->calls[i].post.link);
 		init_completion(&att->calls[i].done);
 	}
 	att->buffers = buffers;
 	att->nr_buffers = count;
+	att->nr_calls = all;
 	return 0;
 }
 
@@ -94,22 +127,25 @@ static bool df_call_done(void *of)
 }
 
 /* Has the daemon answer; the call is over if that fails. */
-static int df_call_wait(struct df_att *att, struct df_call *call)
+int df_call_wait(struct df_att *att, struct df_call *call)
 {
+	bool over;
 	int ret;
 
-	df_count(att, DISTFUSE_CALLS);
 	df_post(att, &call->post);
 	df_look(att, df_call_done, call);
 	ret = wait_for_completion_killable(&call->done);
 	if (!ret)
 		return 0;
 	spin_lock(&att->call_lock);
-	if (call->answered)
+	over = call->answered;
+	if (over)
 		call->busy = false;
 	else
 		call->abandoned = true;
 	spin_unlock(&att->call_lock);
+	if (over)
+		df_call_freed(att, call);
 	return -EINTR;
 }
 
@@ -179,6 +215,7 @@ bool df_call(struct df_inode *di, struct kiocb *iocb, struct iov_iter *it, u32 m
 		if (!capable(CAP_FSETID))
 			event->flags |= DISTFUSE_CALL_KILL_PRIV;
 	}
+	df_count(att, DISTFUSE_CALLS);
 	*ret = df_call_wait(att, call);
 	if (*ret)
 		return true;

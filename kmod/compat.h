@@ -78,6 +78,13 @@ static inline void df_release_fault_lock(struct vm_fault *vmf)
 #endif
 }
 
+/* 6.12: what is written to is a folio. */
+#if DF_KERNEL(6, 12)
+#define df_written	struct folio
+#else
+#define df_written	struct page
+#endif
+
 /* 6.5: splice reads the page cache by itself; before, it goes through read_iter. */
 #define DF_SPLICE_OWN	DF_KERNEL(6, 5)
 

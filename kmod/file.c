@@ -109,6 +109,19 @@ static bool df_make_writeable(const struct iov_iter *to, size_t want)
 	return some;
 }
 
+/* Whether what stopped a write is that space for the rest has to be asked for. */
+static bool df_lacks_space(struct kiocb *iocb, struct iov_iter *from, ssize_t ret)
+{
+	struct distfuse_entry *entry;
+
+	if (ret <= 0)
+		return ret == DF_NO_SPACE;
+	/* Stopped after some of it: a hint will do, for what is covered now goes on without asking. */
+	entry = df_entry_of(df_i(file_inode(iocb->ki_filp)));
+	return entry && !df_space_covers(entry, iocb->ki_pos, min_t(size_t, iov_iter_count(from), PAGE_SIZE -
+								    offset_in_page(iocb->ki_pos)));
+}
+
 /*
  * Reads what is in the page cache without entering, which would have all readers of a file write its word.
  * If the lease was held and installed before, and still is, then so it was all the while, for the
@@ -241,10 +254,18 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 		df_leave_file(file, entry);
 		if (ret > 0)
 			done += ret;
-		if (likely(!user || !iov_iter_count(from)))
+		if (likely(!iov_iter_count(from)) || !ret)
 			break;
-		if (ret < 0 && ret != -EFAULT)
+		if (df_lacks_space(iocb, from, ret)) {
+			ret = df_space_ask(df_i(file_inode(file)), iocb->ki_pos, iov_iter_count(from));
+			if (ret)
+				break;
+			continue;
+		}
+		if (ret < 0 && (!user || ret != -EFAULT))
 			break;
+		if (!user)
+			continue;
 		want = min_t(size_t, iov_iter_count(from), DF_BUFFER);
 		df_count_sb(ds, DISTFUSE_BUFFER_FAULTS);
 		if (fault_in_iov_iter_readable(from, want) == want) {

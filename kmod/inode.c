@@ -115,10 +115,13 @@ void df_adopt(struct df_sb *ds, struct inode *inode)
 			spin_lock(&ds->lock);
 			if (!ds->stock_fop) {
 				df_make_riop(ds, inode->i_op);
+				df_make_aops(ds, inode->i_mapping->a_ops);
 				df_make_fop(ds, inode->i_fop);
 			}
 			spin_unlock(&ds->lock);
 		}
+		if (READ_ONCE(inode->i_mapping->a_ops) == ds->stock_aops)
+			WRITE_ONCE(inode->i_mapping->a_ops, &ds->aops);
 		if (READ_ONCE(inode->i_op) == ds->stock_riop)
 			WRITE_ONCE(inode->i_op, &ds->riop);
 		if (READ_ONCE(inode->i_fop) == ds->stock_fop)

@@ -22,6 +22,7 @@
 #include "compat.h"
 
 #define DF_INODE_BITS	12
+#define DF_REFUSED_BITS	6
 /* Of cached pages or names of which nothing is known. */
 #define DF_NO_VERSION	(~0ULL)
 /* So often tasks may look for answers in vain before they only sleep. */
@@ -37,7 +38,10 @@ struct df_post {
 	bool			owned;	/* by the list: to be freed */
 };
 
-/* A read or write that the daemon does; its buffer has the same number. Under df_att.call_lock but for post. */
+/*
+ * A read or write that the daemon does, whose buffer has the same number; or one for space, without a buffer.
+ * Under df_att.call_lock but for post.
+ */
 struct df_call {
 	struct df_post		post;
 	struct completion	done;
@@ -47,6 +51,14 @@ struct df_call {
 	bool			busy;
 	bool			answered;
 	bool			abandoned;
+};
+
+/* A page fault for which there was no space, to be told of when it is taken again. */
+struct df_refused {
+	struct task_struct	*task;
+	struct inode		*inode;
+	pgoff_t			page;
+	unsigned long		when;
 };
 
 /*
@@ -80,10 +92,12 @@ struct df_att {
 	int			spin_credit;	/* a guess: of those who race one counts */
 	u32			spin_skipped;
 
-	spinlock_t		call_lock;	/* calls */
+	spinlock_t		call_lock;	/* calls, refused */
 	struct df_call		*calls;
 	void			*buffers;
-	u32			nr_buffers;
+	u32			nr_buffers, nr_calls;
+	wait_queue_head_t	call_wq;	/* for a call for space */
+	struct df_refused	refused[1 << DF_REFUSED_BITS];
 
 	struct work_struct	cleanup;
 	struct dentry		*debugfs;
@@ -108,6 +122,7 @@ struct df_sb {
 	struct inode_operations		riop;	/* of regular files */
 	struct inode_operations		diop;	/* of directories */
 	struct file_operations		fop;
+	struct address_space_operations	aops;
 	struct vm_operations_struct	vmop;
 	const struct super_operations		*stock_sop;
 	const struct dentry_operations		*stock_dop;
@@ -115,6 +130,7 @@ struct df_sb {
 	const struct inode_operations		*stock_riop;
 	const struct inode_operations		*stock_diop;
 	const struct file_operations		*stock_fop;
+	const struct address_space_operations	*stock_aops;
 	const struct vm_operations_struct	*stock_vmop;
 
 	DECLARE_HASHTABLE(inodes, DF_INODE_BITS);
@@ -215,7 +231,19 @@ __poll_t df_poll_events(struct df_att *att);
 int df_calls_init(struct df_att *att, void *buffers, u32 count);
 void df_calls_end(struct df_att *att);
 void df_call_answered(struct df_att *att, const struct distfuse_command *command);
+struct df_call *df_call_begin_space(struct df_att *att);
+int df_call_wait(struct df_att *att, struct df_call *call);
+void df_call_end(struct df_att *att, struct df_call *call);
 bool df_call(struct df_inode *di, struct kiocb *iocb, struct iov_iter *it, u32 mode, ssize_t *ret);
+
+/* space.c */
+/* Of write_begin, seen by nobody else: this has to be asked for. The page cache knows no such error. */
+#define DF_NO_SPACE	(-ENOSR)
+bool df_space_covers(const struct distfuse_entry *entry, u64 pos, u64 len);
+int df_space_ask(struct df_inode *di, u64 pos, u64 len);
+bool df_space_for_page(const struct df_inode *di, const struct distfuse_entry *entry, pgoff_t page);
+vm_fault_t df_space_fault(struct vm_fault *vmf, struct df_inode *di);
+void df_make_aops(struct df_sb *ds, const struct address_space_operations *stock);
 
 /* revoke.c */
 extern struct workqueue_struct *df_wq;

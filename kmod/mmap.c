@@ -58,6 +58,10 @@ static vm_fault_t df_fault(struct vm_fault *vmf)
 	if (!entry)
 		return df_fault_wait(vmf, di, mode);
 	df_count_sb(ds, DISTFUSE_HITS);
+	if (write && unlikely(!df_space_for_page(di, entry, vmf->pgoff))) {
+		df_leave(di, entry);
+		return df_space_fault(vmf, di);
+	}
 	ret = ds->stock_vmop->fault(vmf);
 	df_leave(di, entry);
 	return ret;
@@ -82,8 +86,8 @@ static vm_fault_t df_map_pages(struct vm_fault *vmf, pgoff_t start, pgoff_t end)
 }
 
 /*
- * A page that is mapped to be read is to be written. The lock cannot be dropped here: without the lease the
- * page is unmapped, so that the task comes again, through df_fault().
+ * A page that is mapped to be read is to be written. The lock cannot be dropped here: without the lease, or
+ * space, the page is unmapped, so that the task comes again, through df_fault().
  */
 static vm_fault_t df_page_mkwrite(struct vm_fault *vmf)
 {
@@ -97,6 +101,10 @@ static vm_fault_t df_page_mkwrite(struct vm_fault *vmf)
 	if (unlikely(!di || df_is_dead(ds)))
 		return VM_FAULT_SIGBUS;
 	entry = df_enter_fast(di, DISTFUSE_EXCLUSIVE, DISTFUSE_MAPPED | DISTFUSE_DIRTY);
+	if (entry && unlikely(!df_space_for_page(di, entry, vmf->pgoff))) {
+		df_leave(di, entry);
+		entry = NULL;
+	}
 	if (!entry) {
 		unmap_mapping_pages(inode->i_mapping, vmf->pgoff, 1, false);
 		return VM_FAULT_NOPAGE;

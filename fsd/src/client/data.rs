@@ -117,6 +117,7 @@ impl Client {
         let mut by_node: HashMap<u16, Vec<(u64, u32)>> = HashMap::new();
         for &(block, size) in wants {
             if state.frames.known.get(&block).is_none_or(|f| f.size < size) {
+                let size = state.frames.size_of(block, size);
                 by_node
                     .entry(self.storage_of(inode.ino, block))
                     .or_default()
@@ -142,6 +143,7 @@ impl Client {
                 let StorageReply::Allocated(frames) = self.net.ask_storage(node, &request)? else {
                     return fail(libc::EPROTO);
                 };
+                self.space.used(node, reserved);
                 for (&(block, _), frame) in part.iter().zip(frames) {
                     state.take_frame(block, frame);
                 }

@@ -113,7 +113,7 @@ impl Client {
                 let mut state = inode.lock(ctx, guard.version())?;
                 let attr = self.load_attr(ctx, &inode, &mut state);
                 if let Ok(attr) = &attr {
-                    self.lend_ahead(&inode, Mode::Shared, guard.version(), attr);
+                    self.lend_ahead(&inode, Mode::Shared, guard.version(), attr, &state);
                 }
                 attr
             };

@@ -10,7 +10,7 @@ use super::{Client, MAX_FILE_SIZE};
 use crate::ino;
 use crate::storage::BLOCK;
 use crate::storage::alloc::HEADROOM_SLABS;
-use crate::wire::{StorageRequest, Time};
+use crate::wire::Time;
 
 const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE;
@@ -77,11 +77,13 @@ impl Client {
         let result = {
             let mut state = inode.lock(ctx, guard.version())?;
             self.load_attr(ctx, inode, &mut state)?;
+            self.space_changes(inode);
             let result = if mode & PUNCH != 0 {
                 self.discard(ctx, inode, &mut state, offset, end, Whole::Free)
             } else {
                 self.provide(ctx, inode, &mut state, (offset, end), mode & ZERO != 0)
             };
+            self.space_settled(inode, &state);
             if result.is_ok()
                 && let Some(attr) = state.attr.as_mut()
             {
@@ -187,10 +189,9 @@ impl Client {
 
     fn give_room_back(&self, room: &[u64]) {
         for (node, &bytes) in (0..).zip(room) {
-            if bytes > 0
-                && let Err(error) = self.net.ask_storage(node, &StorageRequest::Unreserve { bytes })
-            {
-                tracing::debug!("reservation not given back to storage node {node}: {error}");
+            if bytes > 0 {
+                self.space.used(node, bytes);
+                self.give_space_back(node, bytes);
             }
         }
     }

@@ -67,27 +67,10 @@ mod tests {
     use super::super::inode::{Granted, InodeTable, Source};
     use super::*;
     use crate::client::ctx::Ctx;
-    use crate::wire::{Attr, Kind, Time};
+    use crate::wire::Attr;
 
     fn attr(version: u64, size: u64) -> Attr {
-        Attr {
-            ino: 5,
-            version,
-            kind: Kind::File,
-            mode: 0o644,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            size,
-            blocks: 0,
-            atime: Time(0),
-            mtime: Time(0),
-            ctime: Time(0),
-            btime: Time(0),
-            has_xattr: false,
-            layout: 0,
-        }
+        Attr::of_file(5, version, size)
     }
 
     fn given(how: &Relinquish) -> Option<(u64, u64)> {

@@ -75,6 +75,16 @@ pub struct FrameMap {
     pub reserved: HashMap<u64, u32>,
 }
 
+impl FrameMap {
+    /// The frame for a block that needs `size`: all that was set aside for it, for as much may be needed of it.
+    #[must_use]
+    pub fn size_of(&self, block: u64, size: u32) -> u32 {
+        self.reserved
+            .get(&block)
+            .map_or(size, |&reserved| size.max(reserved))
+    }
+}
+
 /// What is cached, valid for one version of the lease record.
 #[derive(Debug, Default)]
 pub struct State {

@@ -227,7 +227,7 @@ impl Client {
             state.dir.complete = true;
             state.xattrs = Some(std::collections::BTreeMap::new());
             state.target = (new.kind == Kind::Symlink).then(|| new.target.clone());
-            self.lend_ahead(&inode, Mode::Exclusive, own.version(), &attr);
+            self.lend_ahead(&inode, Mode::Exclusive, own.version(), &attr, &state);
         }
         inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
         let done = answer(&inode, &attr);

@@ -237,6 +237,9 @@ impl Client {
                 inode.kernel.cached.fetch_add(1, Ordering::SeqCst);
                 inode.opens.lock().cached_writers += u64::from(writer);
             }
+            if writer {
+                self.space_for_writer(inode);
+            }
         }
         let seen = AtomicU64::new(inode.errors.seen());
         let handle = Handle {
@@ -308,6 +311,15 @@ impl Client {
         let Some(handle) = self.handles.remove(number) else {
             return Ok(());
         };
+        let done = self.count_close(&handle);
+        if handle.writer {
+            self.settle_space(&handle.inode);
+        }
+        done
+    }
+
+    fn count_close(&self, handle: &Handle) -> Res<()> {
+        let inode = &handle.inode;
         let mut opens = inode.opens.lock();
         opens.count = opens.count.saturating_sub(1);
         opens.writers -= u64::from(handle.writer);

@@ -390,6 +390,8 @@ impl Client {
         if from != Mode::Exclusive {
             return Relinquish::default();
         }
+        // What was promised to the kernel it has used, or never will.
+        self.release_reservations(inode, state, 0);
         let version = self.leases.held(inode.record()).map(|(_, version)| version);
         let how = inode.hand_over(state, version);
         self.dirty.lock().remove(&inode.ino);

@@ -1,6 +1,11 @@
 //! Space set aside on the storage nodes, so that a write that has been acknowledged can also be stored.
+//!
+//! A storage node sets bytes aside for the mount as a whole. Here they are in the bank until they are promised to a
+//! block (`FrameMap::reserved`); what was promised and is not needed comes back to the bank, and what lies there unused
+//! goes back to the storage node.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
 
@@ -11,36 +16,114 @@ use crate::storage::alloc::{CLASSES, class_for};
 use crate::wire::{PoolSpace, StorageReply, StorageRequest};
 
 /// Reserved in one request, bytes.
-const CHUNK: u64 = 8 << 20;
+pub const CHUNK: u64 = 8 << 20;
 
-/// What is set aside and not yet promised to a block, by storage node.
+/// So much of a storage node is kept in the bank while the mount is busy.
+const MOST_IDLE: u64 = 4 * CHUNK;
+
+/// What a storage node has set aside for this mount.
 #[derive(Debug, Default)]
-pub struct SpaceBank(Mutex<HashMap<u16, u64>>);
+struct Account {
+    /// In all, as far as is known here.
+    held: u64,
+    /// Not promised to a block.
+    idle: u64,
+}
+
+#[derive(Debug, Default)]
+struct Bank {
+    accounts: HashMap<u16, Account>,
+    /// Inodes whose kernel may write to blocks that something is set aside for.
+    lent: HashSet<u64>,
+}
+
+/// What is set aside, by storage node.
+#[derive(Debug, Default)]
+pub struct SpaceBank(Mutex<Bank>);
 
 impl SpaceBank {
-    fn take(&self, node: u16, bytes: u64) -> bool {
+    /// Promises bytes to a block, if they are there.
+    pub fn take(&self, node: u16, bytes: u64) -> bool {
         let mut bank = self.0.lock();
-        let have = bank.entry(node).or_default();
-        if *have < bytes {
+        let account = bank.accounts.entry(node).or_default();
+        if account.idle < bytes {
             return false;
         }
-        *have -= bytes;
+        account.idle -= bytes;
         true
     }
 
-    /// Gives back what a block needs no more.
+    /// Gives back what a block needs no more: not more than the storage node knows of, which may have restarted since.
     pub fn put(&self, node: u16, bytes: u64) {
-        *self.0.lock().entry(node).or_default() += bytes;
+        let mut bank = self.0.lock();
+        let account = bank.accounts.entry(node).or_default();
+        account.idle = account.idle.saturating_add(bytes).min(account.held);
+    }
+
+    /// What is not promised.
+    #[must_use]
+    pub fn idle(&self, node: u16) -> u64 {
+        self.0.lock().accounts.get(&node).map_or(0, |a| a.idle)
+    }
+
+    /// All that is set aside, promised or not.
+    #[must_use]
+    pub fn held(&self) -> Vec<(u16, u64)> {
+        let bank = self.0.lock();
+        bank.accounts.iter().map(|(&node, a)| (node, a.held)).collect()
+    }
+
+    /// A storage node has set so much more aside.
+    pub fn granted(&self, node: u16, bytes: u64) {
+        self.0.lock().accounts.entry(node).or_default().held += bytes;
+    }
+
+    /// A storage node has made frames out of it, or got it back.
+    pub fn used(&self, node: u16, bytes: u64) {
+        let mut bank = self.0.lock();
+        let account = bank.accounts.entry(node).or_default();
+        account.held = account.held.saturating_sub(bytes);
+        account.idle = account.idle.min(account.held);
     }
 
     /// A storage node has restarted or the connection broke: its reservations are void.
     pub fn forget(&self, node: u16) {
-        self.0.lock().remove(&node);
+        self.0.lock().accounts.remove(&node);
     }
 
-    /// Takes everything out, to be given back.
-    pub fn drain(&self) -> Vec<(u16, u64)> {
-        self.0.lock().drain().filter(|(_, bytes)| *bytes > 0).collect()
+    /// Takes out what there is in it beyond `keep`, to be given back.
+    pub fn drain(&self, keep: u64) -> Vec<(u16, u64)> {
+        let mut bank = self.0.lock();
+        let over = bank.accounts.iter_mut().filter(|(_, a)| a.idle > keep);
+        over.map(|(&node, account)| {
+            let bytes = account.idle - keep;
+            account.idle = keep;
+            account.held = account.held.saturating_sub(bytes);
+            (node, bytes)
+        })
+        .collect()
+    }
+
+    /// Something is set aside for what the kernel may write to an inode.
+    pub fn lend(&self, ino: u64) {
+        self.0.lock().lent.insert(ino);
+    }
+
+    /// No more of an inode's.
+    pub fn unlend(&self, ino: u64) {
+        self.0.lock().lent.remove(&ino);
+    }
+
+    /// Is anything set aside for what the kernel may write to an inode?
+    #[must_use]
+    pub fn is_lent(&self, ino: u64) -> bool {
+        self.0.lock().lent.contains(&ino)
+    }
+
+    /// All such inodes.
+    #[must_use]
+    pub fn all_lent(&self) -> Vec<u64> {
+        self.0.lock().lent.iter().copied().collect()
     }
 }
 
@@ -67,7 +150,7 @@ impl Client {
     }
 
     /// Has a storage node set aside what is `needed` for this mount, or less, or up to what is `wanted`;
-    /// returns how much it was.
+    /// returns how much it was, which is the caller's to put into the bank, or to give back.
     ///
     /// # Errors
     /// It cannot be reached.
@@ -76,7 +159,10 @@ impl Client {
             .net
             .ask_storage(node, &StorageRequest::Reserve { needed, wanted })?
         {
-            StorageReply::Reserved(granted) => Ok(granted),
+            StorageReply::Reserved(granted) => {
+                self.space.granted(node, granted);
+                Ok(granted)
+            }
             _ => fail(libc::EPROTO),
         }
     }
@@ -98,12 +184,60 @@ impl Client {
         fail(libc::ENOSPC)
     }
 
+    /// Tells a storage node that what was set aside, and is in no account any more, is not needed.
+    pub fn give_space_back(&self, node: u16, bytes: u64) {
+        if let Err(error) = self.net.ask_storage(node, &StorageRequest::Unreserve { bytes }) {
+            tracing::debug!("reservation not given back to storage node {node}: {error}");
+        }
+    }
+
     /// Gives back what is set aside and not promised.
     pub fn return_space(&self) {
-        for (node, bytes) in self.space.drain() {
-            if let Err(error) = self.net.ask_storage(node, &StorageRequest::Unreserve { bytes }) {
-                tracing::debug!("reservation not given back to storage node {node}: {error}");
-            }
+        for (node, bytes) in self.space.drain(0) {
+            self.give_space_back(node, bytes);
         }
+    }
+
+    /// The same of what a busy mount has no use for, either.
+    pub fn return_surplus(&self) {
+        for (node, bytes) in self.space.drain(MOST_IDLE) {
+            self.give_space_back(node, bytes);
+        }
+    }
+
+    /// Promises have come back to the bank: unless somebody needs them soon, the storage nodes get them.
+    pub fn note_idle_space(&self) {
+        if self.writeback_sleeps.swap(false, Ordering::SeqCst) {
+            let _ = self.wake_writeback.try_send(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_promised_is_promised_once() {
+        let bank = SpaceBank::default();
+        assert!(!bank.take(1, 1));
+        bank.granted(1, 100);
+        bank.put(1, 100);
+        assert!(bank.take(1, 60) && !bank.take(1, 60) && bank.take(1, 40));
+        bank.used(1, 40);
+        // Of the 60 that are still promised no more comes back than there is.
+        bank.put(1, 100);
+        assert_eq!((bank.idle(1), bank.held()), (60, vec![(1, 60)]));
+        assert_eq!(bank.drain(50), [(1, 10)]);
+        assert_eq!((bank.idle(1), bank.held()), (50, vec![(1, 50)]));
+    }
+
+    #[test]
+    fn promises_of_a_server_that_restarted_are_void() {
+        let bank = SpaceBank::default();
+        bank.granted(1, 100);
+        bank.forget(1);
+        bank.put(1, 100);
+        assert_eq!(bank.idle(1), 0);
     }
 }

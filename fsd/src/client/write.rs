@@ -351,21 +351,30 @@ impl Client {
         let before = state.pages.len();
         state.pages.clear();
         self.count_pages(before, 0);
+        self.space_changes(inode);
         self.release_reservations(inode, state, 0);
     }
 
-    fn release_reservations(&self, inode: &Inode, state: &mut State, from_block: u64) {
-        let gone: Vec<(u64, u32)> = state
-            .frames
-            .reserved
-            .iter()
-            .filter(|(b, _)| **b >= from_block)
-            .map(|(&b, &r)| (b, r))
-            .collect();
-        for (block, bytes) in gone {
-            state.frames.reserved.remove(&block);
-            self.space
-                .put(self.storage_of(inode.ino, block), u64::from(bytes));
+    /// Gives up what is set aside for blocks from `from_block` on, none of which is dirty any more.
+    pub fn release_reservations(&self, inode: &Inode, state: &mut State, from_block: u64) {
+        let reserved = state.frames.reserved.keys();
+        let gone: Vec<u64> = reserved.filter(|b| **b >= from_block).copied().collect();
+        self.release_promises(inode, state, &gone);
+        if from_block == 0 {
+            self.space.unlend(inode.ino);
+        }
+    }
+
+    /// Gives up what is set aside for some blocks.
+    pub fn release_promises(&self, inode: &Inode, state: &mut State, blocks: &[u64]) {
+        for block in blocks {
+            if let Some(bytes) = state.frames.reserved.remove(block) {
+                self.space
+                    .put(self.storage_of(inode.ino, *block), u64::from(bytes));
+            }
+        }
+        if !blocks.is_empty() {
+            self.note_idle_space();
         }
     }
 
@@ -377,7 +386,10 @@ impl Client {
         let old = self.load_attr(ctx, inode, state)?.size;
         inode.lent.resize();
         if size < old {
-            self.discard(ctx, inode, state, size, u64::MAX, Whole::Free)?;
+            self.space_changes(inode);
+            let discarded = self.discard(ctx, inode, state, size, u64::MAX, Whole::Free);
+            self.space_settled(inode, state);
+            discarded?;
         }
         if let Some(attr) = state.attr.as_mut() {
             attr.size = size;

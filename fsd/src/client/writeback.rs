@@ -29,6 +29,14 @@ impl Client {
                 self.writeback_sleeps.store(true, Ordering::SeqCst);
                 // Who noted something before seeing that is seen by this second look.
                 dirty = !self.dirty.lock().is_empty();
+                if self
+                    .space
+                    .held()
+                    .iter()
+                    .any(|(node, _)| self.space.idle(*node) > 0)
+                {
+                    idle_since = Some(Instant::now());
+                }
             }
             let event = if dirty || idle_since.is_some() {
                 self.writeback_sleeps.store(false, Ordering::SeqCst);
@@ -42,9 +50,13 @@ impl Client {
             if dirty {
                 idle_since = Some(Instant::now());
                 self.write_old();
+                self.return_surplus();
             } else if idle_since.is_some_and(|t| t.elapsed() > self.writeback_after) {
                 self.return_space();
                 idle_since = None;
+            } else if idle_since.is_none() {
+                // Woken for something, or for space that came back: that is not needed for a while.
+                idle_since = Some(Instant::now());
             }
             if self.cached_pages.load(Ordering::Relaxed) > self.max_pages {
                 self.shrink();
@@ -145,7 +157,7 @@ impl Client {
                     let want = BlockWant {
                         ino: inode.ino,
                         block,
-                        size,
+                        size: state.frames.size_of(block, size),
                     };
                     by_node
                         .entry(self.storage_of(inode.ino, block))
@@ -163,6 +175,7 @@ impl Client {
             let StorageReply::Allocated(frames) = self.net.ask_storage(node, &request)? else {
                 return super::ctx::fail(libc::EPROTO);
             };
+            self.space.used(node, reserved);
             for ((i, want, _), frame) in wants.iter().zip(frames) {
                 let (inode, guard) = &held[*i];
                 inode.lock(&ctx, guard.version())?.take_frame(want.block, frame);

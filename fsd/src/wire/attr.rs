@@ -167,6 +167,31 @@ impl From<&Attr> for AttrUpdate {
 }
 
 #[cfg(test)]
+impl Attr {
+    /// Those of an ordinary file, for tests.
+    pub(crate) fn of_file(ino: u64, version: u64, size: u64) -> Self {
+        Self {
+            ino,
+            version,
+            kind: Kind::File,
+            mode: 0o644,
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            size,
+            blocks: 0,
+            atime: Time(0),
+            mtime: Time(0),
+            ctime: Time(0),
+            btime: Time(0),
+            has_xattr: false,
+            layout: 0,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

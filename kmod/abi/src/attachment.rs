@@ -96,8 +96,8 @@ pub enum Event {
         /// Pages are still cached.
         kept: bool,
     },
-    /// A task that found the lease not held, and [`Table::hint_calls`] on, wants something done. Always to be answered by
-    /// [`Command::Answer`]; until then the buffer is the daemon's.
+    /// A task that found the lease not held, and [`Table::hint_calls`] on, wants something done; or one that has it wants
+    /// space. Always to be answered by [`Command::Answer`]; until then the buffer is the daemon's.
     Call(Call),
 }
 
@@ -126,12 +126,15 @@ pub enum Act {
         /// Set-user-id bits are to be cleared.
         kill_priv: bool,
     },
+    /// Nothing but to make sure that it can be stored when the kernel writes it: [`Answer::Done`] says how much of it from
+    /// its beginning can, and [`Table::set_space`] has said so before. There is no buffer.
+    Space,
 }
 
 /// How a call ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
-    /// So many bytes were read or written.
+    /// So many bytes were read or written, or can be.
     Done(u32),
     /// Nothing was done: the kernel holds the lease, or shall ask for it.
     Again,
@@ -457,8 +460,13 @@ fn decode(raw: &layout::Event) -> Option<Event> {
             number: raw.cookie,
             ino,
             offset: raw.size,
-            len: raw.mode.min(layout::BUFFER_SIZE as u32),
-            act: if raw.flags & layout::CALL_WRITE == 0 {
+            len: match raw.flags & layout::CALL_SPACE {
+                0 => raw.mode.min(layout::BUFFER_SIZE as u32),
+                _ => raw.mode,
+            },
+            act: if raw.flags & layout::CALL_SPACE != 0 {
+                Act::Space
+            } else if raw.flags & layout::CALL_WRITE == 0 {
                 Act::Read
             } else {
                 Act::Write {

@@ -81,6 +81,8 @@ counters! {
     calls_again,
     /// Answers that came while the task still looked for them.
     spins,
+    /// Writes and faults that had to ask for space.
+    space_asked,
 }
 
 pub(crate) fn read(map: &Map) -> Counters {

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
 
 /// The version of the interface that this crate speaks.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 /// The device.
 pub const DEVICE: &str = "/dev/distfuse";
 
@@ -44,6 +44,8 @@ pub const FLUSHED_KEPT: u32 = 4;
 pub const CALL_WRITE: u32 = 1;
 /// [`Event::flags`]: set-user-id bits go.
 pub const CALL_KILL_PRIV: u32 = 2;
+/// [`Event::flags`]: there shall be space to write it.
+pub const CALL_SPACE: u32 = 4;
 
 /// Bytes of a call's buffer.
 pub const BUFFER_SIZE: usize = 16384;
@@ -51,6 +53,8 @@ pub const BUFFER_SIZE: usize = 16384;
 pub const MAX_BUFFERS: u32 = 256;
 /// Longest time to look for an answer, microseconds.
 pub const MAX_SPIN_US: u32 = 1000;
+/// Calls for space that may be under way; their numbers come after those of the buffers.
+pub const SPACE_CALLS: u32 = 16;
 
 /// Waiters look again.
 pub const COMMAND_WAKE: u32 = 1;
@@ -129,8 +133,10 @@ pub struct Entry {
     pub mtime_nsec: AtomicU32,
     /// Nanoseconds of ctime.
     pub ctime_nsec: AtomicU32,
-    /// 0.
-    pub reserved1: [AtomicU64; 2],
+    /// From here on everything can be stored,
+    pub space_from: AtomicU64,
+    /// up to here.
+    pub space_to: AtomicU64,
 }
 
 /// An event.

@@ -55,6 +55,8 @@ pub struct Grant {
     pub since: u64,
     /// The attributes at this moment. Not looked at when a shared lease becomes an exclusive one.
     pub attributes: Attributes,
+    /// What can be stored of what is written under an exclusive lease: see [`Table::set_space`].
+    pub space: (u64, u64),
 }
 
 /// The lease table shared with the kernel.
@@ -146,12 +148,16 @@ impl Table {
                 entry
             }
         };
-        if Word(entry.word.load(Ordering::Relaxed)).mode() == Mode::None {
+        let held = Word(entry.word.load(Ordering::Relaxed)).mode();
+        if held == Mode::None {
             write(entry, |entry| {
                 entry.version.store(grant.version, Ordering::Relaxed);
                 entry.since.store(grant.since, Ordering::Relaxed);
                 store(entry, &grant.attributes);
+                store_space(entry, grant.space);
             });
+        } else if held < mode {
+            write(entry, |entry| store_space(entry, grant.space));
         }
         let was = word::grant(&entry.word, mode).ok_or(Error::NotNow(ino))?;
         Ok(fresh || was.has(word::WAITERS))
@@ -206,6 +212,17 @@ impl Table {
         Ok(())
     }
 
+    /// Says what of an inode can be stored, from `.0` to before `.1`, of what is written under the exclusive lease: all of
+    /// it is allocated or set aside, and stays so until another range is said, or the lease is revoked. Nothing where
+    /// there is no entry.
+    pub fn set_space(&self, ino: u64, space: (u64, u64)) {
+        let (ways, lock) = self.set(ino);
+        let _guard = lock.lock();
+        if let Some(entry) = ways.iter().find(|entry| entry.ino.load(Ordering::Relaxed) == ino) {
+            write(entry, |entry| store_space(entry, space));
+        }
+    }
+
     /// Frees the entry of an inode that holds nothing, for instance when the kernel has forgotten it. Whether
     /// it is free.
     pub fn evict(&self, ino: u64) -> bool {
@@ -230,6 +247,11 @@ fn write(entry: &Entry, change: impl FnOnce(&Entry)) {
     fence(Ordering::Release);
     change(entry);
     entry.seq.store(seq.wrapping_add(2), Ordering::Release);
+}
+
+fn store_space(entry: &Entry, (from, to): (u64, u64)) {
+    entry.space_from.store(from, Ordering::Relaxed);
+    entry.space_to.store(to, Ordering::Relaxed);
 }
 
 fn store(entry: &Entry, a: &Attributes) {

@@ -43,7 +43,8 @@ fn expected() -> Vec<(String, u64)> {
         atime,
         mtime_nsec,
         ctime_nsec,
-        reserved1
+        space_from,
+        space_to
     );
     layout_of!(
         Event,
@@ -132,6 +133,8 @@ fn expected() -> Vec<(String, u64)> {
         ("EVENT_CALL", layout::EVENT_CALL.into()),
         ("CALL_WRITE", layout::CALL_WRITE.into()),
         ("CALL_KILL_PRIV", layout::CALL_KILL_PRIV.into()),
+        ("CALL_SPACE", layout::CALL_SPACE.into()),
+        ("SPACE_CALLS", layout::SPACE_CALLS.into()),
         ("BUFFER_SIZE", layout::BUFFER_SIZE as u64),
         ("MAX_BUFFERS", layout::MAX_BUFFERS.into()),
         ("MAX_SPIN_US", layout::MAX_SPIN_US.into()),

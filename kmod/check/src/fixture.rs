@@ -53,6 +53,11 @@ impl<T: Send + 'static> Task<T> {
         Ok(())
     }
 
+    /// Whether it has ended.
+    pub fn is_over(&self) -> bool {
+        self.0.is_finished()
+    }
+
     /// Its result.
     pub fn end(self, what: &str) -> Result<T> {
         until(what, || self.0.is_finished())?;

@@ -63,6 +63,8 @@ pub struct Manager {
     pub needs: AtomicU64,
     /// Calls that have not been answered.
     pub asked: Mutex<Vec<Call>>,
+    /// What grants say can be stored: all, unless a check says less.
+    pub space: Mutex<(u64, u64)>,
     /// All events that have come.
     pub events: AtomicU64,
     /// Doorbells and wake-ups are the module's to count; these are revocations that took one step.
@@ -94,6 +96,7 @@ impl Running {
             automatic: AtomicBool::new(true),
             needs: AtomicU64::new(0),
             asked: Mutex::default(),
+            space: Mutex::new((0, u64::MAX)),
             events: AtomicU64::new(0),
             clean: AtomicU64::new(0),
             flushes: AtomicU64::new(0),
@@ -224,6 +227,10 @@ impl Manager {
                     self.changed(call.ino);
                     data.len()
                 }
+                Act::Space => {
+                    kernel.table().set_space(call.ino, (0, u64::MAX));
+                    call.len as usize
+                }
             };
             let answer = Answer::Done(u32::try_from(done)?);
             let call = call.number;
@@ -285,6 +292,7 @@ impl Manager {
             version: history.version,
             since: if own { history.since } else { history.version },
             attributes: self.control.attributes(ino).unwrap_or_default(),
+            space: *self.space.lock(),
         };
         let table = self.mount(mount)?.table();
         loop {

@@ -13,7 +13,7 @@
 #include <linux/ioctl.h>
 
 /* Moves with every change that an older daemon or module would misunderstand. */
-#define DISTFUSE_ABI_VERSION	2
+#define DISTFUSE_ABI_VERSION	3
 
 #define DISTFUSE_DEVICE		"distfuse"
 
@@ -75,7 +75,12 @@ struct distfuse_entry {
 	__s64	atime;
 	__u32	mtime_nsec;
 	__u32	ctime_nsec;
-	__u64	reserved1[2];
+	/*
+	 * Under the exclusive lease: what is written from space_from to before space_to can be stored, for
+	 * all of it is allocated or set aside. Elsewhere the daemon is asked first (DISTFUSE_CALL_SPACE).
+	 */
+	__u64	space_from;
+	__u64	space_to;
 } __attribute__((aligned(64)));
 
 /* An inode's entry is in one of the ways of one set, which follows from the node id. */
@@ -104,11 +109,14 @@ static inline __u64 distfuse_set(__u64 ino, __u32 set_bits)
 /* event.flags of CALL */
 #define DISTFUSE_CALL_WRITE	0x1	/* the buffer has the data; else it is to be filled */
 #define DISTFUSE_CALL_KILL_PRIV	0x2	/* the writer may not keep set-user-id bits */
+#define DISTFUSE_CALL_SPACE	0x4	/* nothing is to be done but to make sure that it can be written */
 
 /* A buffer of this size belongs to each CALL, from the event on to the ANSWER the daemon's. */
 #define DISTFUSE_BUFFER_SIZE	16384U
 #define DISTFUSE_MAX_BUFFERS	256
 #define DISTFUSE_MAX_SPIN_US	1000
+/* CALLs for space have no buffer; their numbers are those behind the buffers'. */
+#define DISTFUSE_SPACE_CALLS	16
 
 struct distfuse_event {
 	__u32	type;
@@ -143,7 +151,7 @@ struct distfuse_command {
 	__u64	ino;
 	__u32	cookie;
 	__s32	error;		/* WAKE, ANSWER: negative errno, or 0 */
-	__u64	result;		/* ANSWER: bytes read or written */
+	__u64	result;		/* ANSWER: bytes read, written, or that there is space for */
 };
 
 /* Counters of a processor; the sum over all of them counts. */
@@ -173,6 +181,7 @@ enum distfuse_counter {
 	DISTFUSE_CALLS,			/* reads and writes that the daemon was asked to do */
 	DISTFUSE_CALLS_AGAIN,		/* those that it left to the kernel */
 	DISTFUSE_SPINS,			/* answers that came while the task still looked for them */
+	DISTFUSE_SPACE_ASKED,		/* writes and faults that had to ask for space */
 	DISTFUSE_NR_COUNTERS
 };
 

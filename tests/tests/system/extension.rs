@@ -39,7 +39,7 @@ fn counters(cluster: &Cluster, mount: usize) -> anyhow::Result<BTreeMap<String, 
     Ok(counters.iter().filter_map(pair).collect())
 }
 
-fn counted(cluster: &Cluster, mount: usize, name: &str) -> anyhow::Result<u64> {
+pub fn counted(cluster: &Cluster, mount: usize, name: &str) -> anyhow::Result<u64> {
     let all = counters(cluster, mount)?;
     all.get(name)
         .copied()
@@ -262,52 +262,6 @@ fn a_mount_that_is_killed_with_dirty_pages() -> anyhow::Result<()> {
                 "not what was fsynced, nor what came after"
             );
         }
-        Ok(())
-    })
-}
-
-/// What the kernel took and the pool has no room for is an error of fsync, and of no other file.
-#[test]
-#[ignore = "needs the kernel extension: make lab"]
-fn a_full_pool_is_told_of_at_fsync() -> anyhow::Result<()> {
-    guard::with_cluster(options(), |cluster| {
-        let (a, b) = (cluster.mount(0), cluster.mount(1));
-        fs::write(a.join("before"), [b'x'; 100_000])?;
-        File::open(a.join("before"))?.sync_all()?;
-        let mut file = File::create(a.join("large"))?;
-        let mut failed = None;
-        for _ in 0..100 {
-            if let Err(error) = file.write_all(&[b'y'; 1 << 20]) {
-                failed = Some(error);
-                break;
-            }
-        }
-        let told = match failed {
-            Some(error) => error,
-            None => file
-                .sync_all()
-                .err()
-                .context("100 MiB in a pool of 64 MiB, and no error")?,
-        };
-        ensure!(told.raw_os_error() == Some(libc::ENOSPC), "told {told}");
-        drop(file);
-        ensure!(
-            fs::read(b.join("before"))? == [b'x'; 100_000],
-            "what was there before"
-        );
-        fs::remove_file(a.join("large"))?;
-        // Space comes back when the last pages of it are gone.
-        let end = Instant::now() + Duration::from_secs(20);
-        loop {
-            let again = fs::write(b.join("after"), [b'z'; 1 << 20]);
-            let again = again.and_then(|()| File::open(b.join("after"))?.sync_all());
-            match again {
-                Ok(()) => break,
-                Err(error) => ensure!(Instant::now() < end, "no space after the removal: {error}"),
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        ensure!(fs::read(a.join("after"))? == [b'z'; 1 << 20], "what came after");
         Ok(())
     })
 }

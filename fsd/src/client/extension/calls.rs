@@ -24,7 +24,7 @@ const RENT: u32 = 3;
 pub(super) fn mode_of(call: &Call) -> Mode {
     match call.act {
         Act::Read => Mode::Shared,
-        Act::Write { .. } => Mode::Exclusive,
+        Act::Write { .. } | Act::Space => Mode::Exclusive,
     }
 }
 
@@ -125,12 +125,14 @@ impl Client {
                     self.call_write(ctx, &inode, &mut state, call.offset, &data, kill_priv)?;
                     call.len
                 }
+                // Goes a way of its own, and never comes here.
+                Act::Space => return Ok(Answer::Again),
             };
             drop(calling);
             let lend = inode.lent.state.lock().pay_rent(writes);
             if let (true, Some(attr)) = (lend, state.attr) {
                 ext.attachment.table().hint_calls(inode.ino, false);
-                self.lend_ahead(&inode, mode, guard.version(), &attr);
+                self.lend_ahead(&inode, mode, guard.version(), &attr, &state);
             }
             return Ok(Answer::Done(done));
         }
@@ -184,6 +186,6 @@ impl Client {
     }
 }
 
-fn answer_of(result: Res<Answer>) -> Answer {
+pub(super) fn answer_of(result: Res<Answer>) -> Answer {
     result.unwrap_or_else(|stop| Answer::Failed(Client::errno_of(stop).0))
 }

@@ -9,7 +9,8 @@ use lockmgr::Mode;
 
 use super::super::Client;
 use super::super::ctx::{Ctx, Res, Stop, fail};
-use super::super::inode::Inode;
+use super::super::inode::{Inode, State};
+use super::range::range_of;
 use super::{Extension, attributes};
 use crate::wire::{Attr, Kind};
 
@@ -22,7 +23,7 @@ pub(super) fn to_kernel_mode(mode: Option<Mode>) -> distfuse_abi::Mode {
 }
 
 /// What became of an attempt.
-enum Lending {
+pub(super) enum Lending {
     /// The kernel has it, or more.
     Done { wake: bool },
     /// It is being taken back, or something is done here that the kernel must not take part in.
@@ -65,7 +66,11 @@ impl Client {
                 let guard = self.lease(ctx, inode, mode)?;
                 let mut state = inode.lock(ctx, guard.version())?;
                 let attr = self.load_attr(ctx, inode, &mut state)?;
-                self.lend(ext, inode, mode, guard.version(), &attr, true)?
+                if mode == Mode::Exclusive {
+                    self.promise_first_page(inode, &mut state);
+                }
+                let about = (&attr, range_of(&state));
+                self.lend(ext, inode, mode, guard.version(), about, true)?
             };
             match lending {
                 Lending::Done { .. } => return Ok(()),
@@ -76,22 +81,22 @@ impl Client {
                 Lending::Full { victim } => {
                     ctx.may_wait()?;
                     if let Some(victim) = self.inodes.find(victim) {
-                        self.take_back(ext, &victim, None);
-                        victim.lent.again();
+                        self.take_space_back(ext, &victim, None);
                     }
                 }
             }
         }
     }
 
-    /// Lends a part of a lease of which a guard is held: `attr` are the attributes under it.
-    fn lend(
+    /// Lends a part of a lease of which a guard is held: `attr` are the attributes under it, and what is written to `space`
+    /// can be stored.
+    pub(super) fn lend(
         &self,
         ext: &Extension,
         inode: &Inode,
         mode: Mode,
         version: u64,
-        attr: &Attr,
+        (attr, space): (&Attr, (u64, u64)),
         asked: bool,
     ) -> Res<Lending> {
         let mut lent = inode.lent.state.lock();
@@ -106,6 +111,7 @@ impl Client {
             version: caches.1,
             since: caches.1,
             attributes: attributes(attr),
+            space,
         };
         let table = ext.attachment.table();
         match table.grant(inode.ino, to_kernel_mode(Some(mode)), &grant) {
@@ -117,7 +123,12 @@ impl Client {
                 Ok(Lending::Done { wake })
             }
             // As much is lent already.
-            Err(Error::NotNow(_)) => Ok(Lending::Done { wake: false }),
+            Err(Error::NotNow(_)) => {
+                if mode == Mode::Exclusive {
+                    table.set_space(inode.ino, space);
+                }
+                Ok(Lending::Done { wake: false })
+            }
             Err(Error::Full(_)) => {
                 // Whoever has neither dirty pages nor anybody inside costs least.
                 let cost = |word: &distfuse_abi::Word| (!word.clean(distfuse_abi::Mode::None), word.count());
@@ -136,7 +147,7 @@ impl Client {
 
     /// Lends what the kernel is about to want, if that costs nothing: `held` of a file whose attributes these are. With
     /// the inode locked, so that they are the last ones.
-    pub fn lend_ahead(&self, inode: &Inode, held: Mode, version: u64, attr: &Attr) {
+    pub fn lend_ahead(&self, inode: &Inode, held: Mode, version: u64, attr: &Attr, state: &State) {
         let Some(ext) = self.extension.get().filter(|_| attr.kind == Kind::File) else {
             return;
         };
@@ -145,7 +156,8 @@ impl Client {
             // The kernel may have dropped its inode and learns of it again: then it starts with what the entry says.
             return self.lent_attr_changed(inode, attr);
         }
-        if let Ok(Lending::Done { wake: true }) = self.lend(ext, inode, held, version, attr, false)
+        if let Ok(Lending::Done { wake: true }) =
+            self.lend(ext, inode, held, version, (attr, range_of(state)), false)
             && word.is_some()
         {
             ext.wake(inode.ino, None);

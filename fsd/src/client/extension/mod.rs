@@ -13,10 +13,13 @@
 //! | workers | get the lease that the kernel asks for, and lend it |
 //! | threads for revocations, or who brought it | take back ([`Client::take_back`]) |
 //! | the same, and workers | do short reads and writes themselves where mounts take a file from each other (`calls`), or have the owner of the lease do them (`visit`) |
+//! | the same, and workers | set space aside before the kernel takes writes in (`space`) |
 //! | requests | lend what the kernel will want next: a file just made, or looked up |
 
 mod calls;
 mod lend;
+mod range;
+mod space;
 mod take;
 mod visit;
 
@@ -61,6 +64,8 @@ pub struct Extension {
     nobody_waits: Permits,
     /// Visitors that wait here for a lease: not so many that those are left without a thread whom it depends on.
     waiting_visits: Permits,
+    /// Held while promises of space are taken back.
+    recalling: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -182,6 +187,7 @@ impl Extension {
             away: Away::default(),
             nobody_waits: Permits::new(0, 0),
             waiting_visits: Permits::new(WAITING_VISITS, 0),
+            recalling: Mutex::default(),
         })
     }
 
@@ -220,6 +226,7 @@ pub fn run(client: &Weak<Client>, ext: &Arc<Extension>) {
             looked = Instant::now();
             if let Some(client) = client.upgrade() {
                 client.give_up_calls(ext);
+                client.share_space(ext);
             }
         }
         let event = match ext.attachment.next_event(Some(LOOK)) {

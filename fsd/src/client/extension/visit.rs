@@ -100,6 +100,9 @@ impl Away {
 impl Client {
     /// Does what a task wants, here or where the lease is. It sleeps until then.
     pub(super) fn answer_call(self: &Arc<Self>, ext: &Arc<Extension>, call: Call) {
+        if call.act == Asked::Space {
+            return self.provide_space(ext, call);
+        }
         let inode = self.inode(call.ino);
         let here = match mode_of(&call) {
             Mode::Shared => self.holds(&inode),
@@ -125,6 +128,7 @@ impl Client {
                 data: ext.data_of(&call),
                 kill_priv,
             },
+            Asked::Space => return self.provide_space(ext, call),
         };
         let request = MountRequest::Visit {
             ino: call.ino,

@@ -8,6 +8,7 @@ mod gate;
 mod mapped;
 mod names;
 mod revoke;
+mod space;
 mod stress;
 
 use std::fs::{File, OpenOptions};
@@ -46,6 +47,10 @@ pub const ALL: &[Check] = &[
     ("asked: the daemon reads and writes", asked::done),
     ("asked: it leaves it to the kernel, or refuses", asked::again),
     ("asked: buffers of the killed, and of nobody's", asked::buffers),
+    ("space: asked for where none is promised", space::range),
+    ("space: a full pool is told of by write", space::full),
+    ("space: a store without it is SIGBUS", space::mapped),
+    ("space: the killed, and more than can ask", space::ends),
     ("calls: splice, sendfile, copy", calls::splice),
     ("calls: O_DIRECT", calls::direct),
     ("calls: append from two mounts", calls::append),
@@ -76,6 +81,12 @@ pub fn touch(kind: &str, path: &Path) -> Result<()> {
         "write" => file.write_all_at(b"!", 0)?,
         "map" => {
             println!("{}", Mapping::new(&file, 4096)?.get(0));
+        }
+        "store" => Mapping::new(&file, 4096)?.set(0, b'!'),
+        "load-store" => {
+            let map = Mapping::new(&file, 4096)?;
+            println!("{}", map.get(0));
+            map.set(0, b'!');
         }
         other => bail!("touch {other}?"),
     }

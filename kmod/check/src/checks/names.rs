@@ -23,6 +23,7 @@ fn grant_root(fixture: &Fixture, version: u64) -> Result<()> {
             nlink: 2,
             ..Attributes::default()
         },
+        ..Grant::default()
     };
     let table = fixture.manager()?.mount(0)?.table();
     table.grant(ROOT, Mode::Shared, &grant)?;
