@@ -7,6 +7,7 @@
 #include <linux/fs.h>
 #include <linux/file.h>
 #include <linux/mm.h>
+#include <linux/pagemap.h>
 #include <linux/stat.h>
 
 #define DF_KERNEL(a, b)	(LINUX_VERSION_CODE >= KERNEL_VERSION(a, b, 0))
@@ -76,6 +77,14 @@ static inline void df_release_fault_lock(struct vm_fault *vmf)
 #else
 	mmap_read_unlock(vmf->vma->vm_mm);
 #endif
+}
+
+/* A page of the page cache, with a reference, or NULL. 6.4: what is not there is an error. */
+static inline struct folio *df_cached_folio(struct address_space *mapping, pgoff_t index)
+{
+	struct folio *folio = __filemap_get_folio(mapping, index, 0, 0);
+
+	return IS_ERR(folio) ? NULL : folio;
 }
 
 /* 6.12: what is written to is a folio. */

@@ -2,6 +2,7 @@
 /* Entrances through open files. */
 #include "internal.h"
 #include <linux/fadvise.h>
+#include <linux/swap.h>
 #include <linux/uaccess.h>
 #include <linux/uio.h>
 
@@ -123,6 +124,42 @@ static bool df_lacks_space(struct kiocb *iocb, struct iov_iter *from, ssize_t re
 }
 
 /*
+ * The usual case of what follows: all that is wanted is in one page that is there. What the page cache's own way
+ * does besides is for the others. No atime: FUSE's inodes have none of their own.
+ */
+static bool df_read_page(struct kiocb *iocb, struct iov_iter *to)
+{
+	struct file *file = iocb->ki_filp;
+	struct address_space *mapping = file->f_mapping;
+	size_t count = iov_iter_count(to), copied = 0;
+	pgoff_t index = iocb->ki_pos >> PAGE_SHIFT;
+	struct folio *folio;
+
+	if (unlikely(offset_in_page(iocb->ki_pos) + count > PAGE_SIZE))
+		return false;
+	folio = df_cached_folio(mapping, index);
+	if (unlikely(!folio))
+		return false;
+	/* The mark is for the page cache's own way, which reads ahead there. The size counts after the page's being valid. */
+	if (likely(folio_test_uptodate(folio) && !folio_test_readahead(folio) &&
+		   iocb->ki_pos + count <= i_size_read(mapping->host))) {
+		if (unlikely(mapping_writably_mapped(mapping)))
+			flush_dcache_folio(folio);
+		if ((file->f_ra.prev_pos - 1) >> PAGE_SHIFT != index)
+			folio_mark_accessed(folio);
+		copied = copy_page_to_iter(folio_file_page(folio, index), offset_in_page(iocb->ki_pos), count, to);
+	}
+	folio_put(folio);
+	if (unlikely(copied != count)) {
+		iov_iter_revert(to, copied);
+		return false;
+	}
+	iocb->ki_pos += count;
+	file->f_ra.prev_pos = iocb->ki_pos;
+	return true;
+}
+
+/*
  * Reads what is in the page cache without entering, which would have all readers of a file write its word.
  * If the lease was held and installed before, and still is, then so it was all the while, for the
  * generation moves with every grant: what was copied is of a time at which it could be read. Nobody
@@ -139,12 +176,16 @@ static bool df_read_cached(struct kiocb *iocb, struct iov_iter *to, ssize_t *ret
 
 	if (unlikely(!di) || !user_backed_iter(to) || count > DF_GLANCE || !df_glance(di, DISTFUSE_SHARED, &glance))
 		return false;
-	iocb->ki_flags |= IOCB_NOIO;
 	pagefault_disable();
-	/* What FUSE does besides, asking whether the size is right, the lease has answered. */
-	*ret = generic_file_read_iter(iocb, to);
+	if (likely(df_read_page(iocb, to))) {
+		*ret = count;
+	} else {
+		iocb->ki_flags |= IOCB_NOIO;
+		/* What FUSE does besides, asking whether the size is right, the lease has answered. */
+		*ret = generic_file_read_iter(iocb, to);
+		iocb->ki_flags = flags;
+	}
 	pagefault_enable();
-	iocb->ki_flags = flags;
 	if (likely(*ret >= 0 && (!iov_iter_count(to) || iocb->ki_pos >= i_size_read(inode)) &&
 		   df_glance_holds(di, &glance))) {
 		df_count_sb(di->sb, DISTFUSE_HITS);
