@@ -129,14 +129,18 @@ static bool df_call_done(void *of)
 /* Has the daemon answer; the call is over if that fails. */
 int df_call_wait(struct df_att *att, struct df_call *call)
 {
-	bool over;
+	u64 since = local_clock();
+	bool found, over;
 	int ret;
 
 	df_post(att, &call->post);
-	df_look(att, df_call_done, call);
+	found = df_look(att, df_call_done, call);
 	ret = wait_for_completion_killable(&call->done);
-	if (!ret)
+	if (!ret) {
+		if (!found)
+			df_slept(att, since);
 		return 0;
+	}
 	spin_lock(&att->call_lock);
 	over = call->answered;
 	if (over)

@@ -12,6 +12,7 @@
 #include <linux/refcount.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
+#include <linux/sched/clock.h>
 #include <linux/spinlock.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
@@ -225,6 +226,7 @@ void df_post(struct df_att *att, struct df_post *post);
 void df_post_rescue(struct df_att *att, struct df_post *post);
 void df_kick(struct df_att *att);
 bool df_look(struct df_att *att, bool (*done)(void *of), void *of);
+void df_slept(struct df_att *att, u64 since);
 __poll_t df_poll_events(struct df_att *att);
 
 /* call.c */

@@ -5,7 +5,6 @@
  */
 #include "internal.h"
 #include <linux/poll.h>
-#include <linux/sched/clock.h>
 
 /* Where it does not pay, one in so many looks all the same. */
 #define DF_SPIN_SELDOM	32
@@ -177,6 +176,19 @@ void df_kick(struct df_att *att)
 		df_notify(att);
 }
 
+static void df_spin_learn(struct df_att *att, int change)
+{
+	WRITE_ONCE(att->spin_credit,
+		   clamp(READ_ONCE(att->spin_credit) + change, -DF_SPIN_CREDIT, DF_SPIN_CREDIT));
+}
+
+/* A task has slept for its answer: had it looked, it would have found one that took no longer than this. */
+void df_slept(struct df_att *att, u64 since)
+{
+	if (local_clock() - since < att->spin_ns)
+		df_spin_learn(att, 1);
+}
+
 /* Looking has to pay more often than not; if it does not, it is tried only now and then. */
 static bool df_is_worth_looking(struct df_att *att)
 {
@@ -194,7 +206,6 @@ static bool df_is_worth_looking(struct df_att *att)
  */
 bool df_look(struct df_att *att, bool (*done)(void *of), void *of)
 {
-	int credit = READ_ONCE(att->spin_credit);
 	bool found = false;
 	u64 end;
 
@@ -216,7 +227,7 @@ bool df_look(struct df_att *att, bool (*done)(void *of), void *of)
 		df_kick(att);
 	if (!found)
 		found = done(of);
-	WRITE_ONCE(att->spin_credit, clamp(credit + (found ? 1 : -1), -DF_SPIN_CREDIT, DF_SPIN_CREDIT));
+	df_spin_learn(att, found ? 1 : -1);
 	if (found)
 		df_count(att, DISTFUSE_SPINS);
 	return found;

@@ -113,6 +113,7 @@ int df_wait(struct df_inode *di, u32 mode)
 {
 	struct df_asked asked = { .di = di, .mode = mode, .refusals = READ_ONCE(di->refusals) };
 	struct df_att *att = READ_ONCE(di->sb->att);
+	u64 since = local_clock();
 
 	df_ask(di, mode);
 	/*
@@ -125,6 +126,8 @@ int df_wait(struct df_inode *di, u32 mode)
 		if (wait_event_killable(di->wq, df_is_dead(di->sb) || df_would_admit(di, mode) ||
 					df_answered(&asked)))
 			return -EINTR;
+		if (att)
+			df_slept(att, since);
 	}
 	if (df_is_dead(di->sb))
 		return -ENOTCONN;

@@ -108,6 +108,8 @@ pub struct Options {
     pub max_inodes: usize,
     /// Entries of the lease table shared with the kernel extension.
     pub lease_table: u32,
+    /// How long is looked for what may come before sleeping for it, microseconds.
+    pub spin_us: u64,
     /// The metadata server's disk has this many MiB only.
     pub meta_disk_mib: Option<u64>,
 }
@@ -137,6 +139,7 @@ impl Default for Options {
             lease_wait: Duration::from_secs(30),
             max_inodes: 100_000,
             lease_table: 1 << 15,
+            spin_us: 20,
             meta_disk_mib: None,
         }
     }
@@ -241,9 +244,10 @@ impl Cluster {
             })
         };
         let mut text = format!(
-            "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\n[lease]\nwait_ms = {}\n\
+            "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\nspin_us = {}\n[lease]\nwait_ms = {}\n\
              [mount]\ncache = \"{}\"\nbuffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\n",
             o.fabric.name(),
+            o.spin_us,
             o.lease_wait.as_millis(),
             o.cache.name(),
             o.max_inodes,

@@ -401,10 +401,14 @@ impl Attachment {
             if left.is_some_and(|left| left.is_zero()) {
                 return Ok(None);
             }
+            let since = Instant::now();
             sys::poll(&self.device, left).map_err(|source| Error::System {
                 what: "wait for the kernel extension",
                 source,
             })?;
+            if since.elapsed() < self.spin {
+                self.reader.lock().slept_shortly();
+            }
         }
     }
 

@@ -31,6 +31,11 @@ impl Pace {
         self.skipped.is_multiple_of(SELDOM)
     }
 
+    /// It was slept instead, and no longer than would have been looked.
+    pub fn slept_shortly(&mut self) {
+        self.looked(true);
+    }
+
     /// How it went.
     pub fn looked(&mut self, found: bool) {
         let credit = self.credit + if found { 1 } else { -1 };
@@ -62,5 +67,16 @@ mod tests {
         // In debt now: it has to pay as often, seldom as it is tried, before it is the rule again.
         assert_eq!(looks(&mut pace, 11 * SELDOM, true), 11);
         assert_eq!(looks(&mut pace, 100, true), 100);
+    }
+
+    #[test]
+    fn short_sleeps_say_that_it_would_pay() {
+        let mut pace = Pace::default();
+        looks(&mut pace, 100 * SELDOM, false);
+        assert!(!pace.is_worth_looking());
+        for _ in 0..=CREDIT {
+            pace.slept_shortly();
+        }
+        assert!(pace.is_worth_looking());
     }
 }

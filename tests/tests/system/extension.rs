@@ -100,6 +100,25 @@ fn nothing_is_asked_under_a_held_lease() -> anyhow::Result<()> {
     })
 }
 
+/// By how much the first mount's counters grow.
+fn grown(
+    cluster: &Cluster,
+    work: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<BTreeMap<String, u64>> {
+    let before = counters(cluster, 0)?;
+    work()?;
+    let mut after = counters(cluster, 0)?;
+    after.retain(|name, n| {
+        *n -= before.get(name).copied().unwrap_or(0);
+        *n > 0
+    });
+    Ok(after)
+}
+
+fn of(counts: &BTreeMap<String, u64>, name: &str) -> u64 {
+    counts.get(name).copied().unwrap_or(0)
+}
+
 /// A lease of clean pages is given back by changing its word alone: no flush, nobody to wait for. Getting it again takes one
 /// wake-up of the daemon and one doorbell at most, for the task that waits.
 #[test]
@@ -123,21 +142,10 @@ fn a_clean_lease_goes_and_comes_quietly() -> anyhow::Result<()> {
             ensure!(data == written, "turn {n} of file {file}");
             Ok(())
         };
-        let grown = |work: &dyn Fn() -> anyhow::Result<()>| -> anyhow::Result<BTreeMap<String, u64>> {
-            let before = counters(cluster, 0)?;
-            work()?;
-            let mut after = counters(cluster, 0)?;
-            after.retain(|name, n| {
-                *n -= before.get(name).copied().unwrap_or(0);
-                *n > 0
-            });
-            Ok(after)
-        };
-        let of = |counts: &BTreeMap<String, u64>, name: &str| counts.get(name).copied().unwrap_or(0);
         turn(0, 0)?;
-        let quiet = grown(&|| (1..=TURNS).try_for_each(|n| turn(0, n)))?;
+        let quiet = grown(cluster, || (1..=TURNS).try_for_each(|n| turn(0, n)))?;
         eprintln!("{TURNS} turns by one: {quiet:?}");
-        let busy = grown(&|| {
+        let busy = grown(cluster, || {
             std::thread::scope(|scope| {
                 let start = |file| scope.spawn(move || (1..=TURNS).try_for_each(|n| turn(file, n)));
                 let threads: Vec<_> = (0..FILES).map(start).collect();
@@ -162,6 +170,54 @@ fn a_clean_lease_goes_and_comes_quietly() -> anyhow::Result<()> {
                 "clean leases were not given back by the word alone: {counts:?}"
             );
         }
+        Ok(())
+    })
+}
+
+/// Where one lease after the other is given back and had again, neither side sleeps, so neither makes a system call for the
+/// other; and the pages stay.
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn leases_that_come_and_go_all_the_time_cost_no_system_call() -> anyhow::Result<()> {
+    const FILES: u64 = 200;
+    const ROUNDS: u64 = 10;
+    let small = Options {
+        mounts: 1,
+        lease_table: 64,
+        // Emulated processors take their time.
+        spin_us: 1000,
+        ..options()
+    };
+    guard::with_cluster(small, |cluster| {
+        let dir = cluster.mount(0);
+        let mut files = Vec::new();
+        for i in 0..FILES {
+            let path = dir.join(format!("f{i}"));
+            fs::write(&path, i.to_le_bytes().repeat(100))?;
+            files.push(File::open(&path)?);
+        }
+        let round = || -> anyhow::Result<()> {
+            (0..).zip(&files).try_for_each(|(i, file): (u64, _)| {
+                let data = sys::read_at(file, 0, 800)?;
+                ensure!(data == i.to_le_bytes().repeat(100), "file {i}");
+                Ok(())
+            })
+        };
+        round()?;
+        let counts = grown(cluster, || (0..ROUNDS).try_for_each(|_| round()))?;
+        eprintln!("{ROUNDS} rounds of {FILES} files: {counts:?}");
+        let misses = of(&counts, "misses");
+        ensure!(
+            misses >= FILES * ROUNDS / 2,
+            "the leases were not given back: {counts:?}"
+        );
+        for call in ["kicks", "wakeups_made"] {
+            ensure!(of(&counts, call) < misses / 2, "{call}: {counts:?}");
+        }
+        ensure!(
+            of(&counts, "flushes") + of(&counts, "drains") + of(&counts, "pages_dropped") == 0,
+            "clean leases were not given back by the word alone: {counts:?}"
+        );
         Ok(())
     })
 }

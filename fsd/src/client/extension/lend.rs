@@ -79,10 +79,17 @@ impl Client {
                     inode.lent.settled();
                 }
                 Lending::Full { victim } => {
-                    ctx.may_wait()?;
-                    if let Some(victim) = self.inodes.find(victim) {
-                        self.take_space_back(ext, &victim, None);
+                    let Some(victim) = self.inodes.find(victim) else {
+                        ctx.may_wait()?;
+                        continue;
+                    };
+                    // Where that takes nothing but a word, the task need not wait for another thread.
+                    if !self.space.is_lent(victim.ino) && self.take_back_at_once(ext, &victim, None) {
+                        victim.lent.again();
+                        continue;
                     }
+                    ctx.may_wait()?;
+                    self.take_space_back(ext, &victim, None);
                 }
             }
         }
