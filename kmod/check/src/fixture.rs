@@ -256,6 +256,8 @@ pub fn all() -> Options {
         names: true,
         access: true,
         entries: 1024,
+        // As the daemon's default.
+        spin: Duration::from_micros(20),
         ..Options::default()
     }
 }

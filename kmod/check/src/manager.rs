@@ -59,6 +59,8 @@ pub struct Manager {
     stop: AtomicBool,
     /// NEEDs are answered by themselves.
     pub automatic: AtomicBool,
+    /// And by the thread that reads them, where nobody has to be waited for.
+    pub direct: AtomicBool,
     /// NEEDs that have come.
     pub needs: AtomicU64,
     /// Calls that have not been answered.
@@ -94,6 +96,7 @@ impl Running {
             cookie: AtomicU32::new(1),
             stop: AtomicBool::new(false),
             automatic: AtomicBool::new(true),
+            direct: AtomicBool::new(false),
             needs: AtomicU64::new(0),
             asked: Mutex::default(),
             space: Mutex::new((0, u64::MAX)),
@@ -152,7 +155,11 @@ impl Manager {
             match event {
                 Event::Need { ino, mode } => {
                     self.needs.fetch_add(1, SeqCst);
-                    let _ = needs.send((mount, ino, mode));
+                    if self.direct.load(SeqCst) {
+                        self.answer_one(mount, ino, mode);
+                    } else {
+                        let _ = needs.send((mount, ino, mode));
+                    }
                 }
                 Event::Call(call) => {
                     self.asked.lock().push(call);
@@ -195,17 +202,20 @@ impl Manager {
             let Ok((mount, ino, mode)) = needs.recv_timeout(Duration::from_millis(100)) else {
                 continue;
             };
-            if !self.automatic.load(SeqCst) {
-                continue;
+            if self.automatic.load(SeqCst) {
+                self.answer_one(mount, ino, mode);
             }
-            if let Err(error) = self.give(mount, ino, mode) {
-                eprintln!("lease {mode:?} on {ino} for mount {mount}: {error:#}");
-                let refusal = Command::Wake {
-                    ino,
-                    error: Some(libc::EIO),
-                };
-                let _ = self.mount(mount).map(|mount| mount.command(refusal));
-            }
+        }
+    }
+
+    fn answer_one(&self, mount: usize, ino: u64, mode: Mode) {
+        if let Err(error) = self.give(mount, ino, mode) {
+            eprintln!("lease {mode:?} on {ino} for mount {mount}: {error:#}");
+            let refusal = Command::Wake {
+                ino,
+                error: Some(libc::EIO),
+            };
+            let _ = self.mount(mount).map(|mount| mount.command(refusal));
         }
     }
 

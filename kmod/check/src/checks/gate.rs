@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use distfuse_abi::{Attachment, Command as Order, Error, Mode, Options, layout};
@@ -154,6 +155,40 @@ pub fn quiet() -> Result<()> {
     ensure_eq!(now.wakeups_made, counters.wakeups_made, "wake-ups");
     ensure_eq!(now.kicks, counters.kicks, "doorbells");
     ensure!(now.hits >= counters.hits + 4000, "hits: {now:?}");
+    drop(file);
+    fixture.end()
+}
+
+/// Where answers come soon, tasks and the manager look for each other and neither sleeps.
+pub fn looks() -> Result<()> {
+    const TURNS: u64 = 300;
+    let options = Options {
+        // Emulated processors take their time.
+        spin: Duration::from_micros(layout::MAX_SPIN_US.into()),
+        ..all()
+    };
+    let fixture = Fixture::new(1, Some(&options))?;
+    let manager = fixture.manager()?;
+    manager.direct.store(true, SeqCst);
+    let file = fixture.open(0, "f0")?;
+    read_at(&file, 0, 4096)?;
+    let turn = || -> Result<()> {
+        ensure!(manager.take(0, ino(0), Mode::None)?.is_none(), "was not clean");
+        ensure_eq!(read_at(&file, 0, 4096)?, vec![b'a'; 4096], "contents");
+        Ok(())
+    };
+    // So long it may take until both have found out that it pays.
+    (0..TURNS).try_for_each(|_| turn())?;
+    let before = manager.mount(0)?.counters();
+    (0..TURNS).try_for_each(|_| turn())?;
+    let now = manager.mount(0)?.counters();
+    ensure_eq!(now.misses - before.misses, TURNS, "misses");
+    ensure!(
+        now.spins - before.spins > TURNS / 2
+            && now.kicks - before.kicks < TURNS / 2
+            && now.wakeups_made - before.wakeups_made < TURNS / 2,
+        "looked in vain: {before:?}, then {now:?}"
+    );
     drop(file);
     fixture.end()
 }

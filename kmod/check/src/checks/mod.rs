@@ -30,6 +30,7 @@ pub const ALL: &[Check] = &[
     ("gate: a waiter can be killed", gate::killed),
     ("gate: the daemon can refuse", gate::denied),
     ("gate: a held lease asks nobody", gate::quiet),
+    ("gate: who looks for an answer need not be woken", gate::looks),
     ("gate: others are left alone", gate::others),
     ("gate: more waiters than the ring has room for", gate::overflow),
     ("gate: more files than the table has room for", gate::eviction),
