@@ -23,6 +23,7 @@ use super::Client;
 use super::ctx::{Ctx, Stop};
 use super::inode::{Granted, Inode, Source, State};
 use super::pages::PAGE;
+use crate::ino;
 use crate::rpc::Errno;
 use crate::storage::BLOCK;
 use crate::wire::Attr;
@@ -63,7 +64,14 @@ impl LeaseUser for Revoker {
     }
 
     fn granted(&self, id: RecordId, mode: Mode, version: u64, payload: Option<&[u8]>) {
-        let Some(inode) = self.inodes.get().and_then(|t| t.by_record(id)) else {
+        let Some(inodes) = self.inodes.get() else { return };
+        let attr = payload.and_then(Attr::decode);
+        // Whoever asked may have given up, and the inode been forgotten: what came with the lease goes on with it all the same.
+        let made = || {
+            attr.filter(|a| ino::record(a.ino) == id)
+                .map(|a| inodes.get(a.ino))
+        };
+        let Some(inode) = inodes.by_record(id).or_else(made) else {
             return;
         };
         if mode == Mode::Exclusive {
@@ -74,7 +82,7 @@ impl LeaseUser for Revoker {
                 client.note_dirty(inode.ino);
             }
         }
-        if let Some(attr) = payload.and_then(Attr::decode).filter(|a| a.ino == inode.ino) {
+        if let Some(attr) = attr.filter(|a| a.ino == inode.ino) {
             // Neither a hand-over nor a shared grant waits for the metadata server to have the attributes.
             let source = match mode {
                 Mode::Exclusive => Source::Handed,
@@ -405,5 +413,26 @@ impl Client {
             Stop::Errno(e) => e,
             Stop::Park => Errno(libc::EAGAIN),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::inode::InodeTable;
+
+    #[test]
+    fn attributes_that_come_with_a_lease_nobody_waits_for_are_kept() {
+        let revoker = Revoker::default();
+        let inodes = Arc::new(InodeTable::default());
+        let _ = revoker.inodes.set(Arc::clone(&inodes));
+        let attr = Attr::of_file(5, 8, 32);
+        let record = ino::record(attr.ino);
+        revoker.granted(record, Mode::Exclusive, 8, Some(&attr.encode()));
+        assert!(inodes.idle(9).is_empty());
+        let inode = inodes.by_record(record).unwrap();
+        let how = inode.hand_over(&mut inode.lock_raw(), Some(8));
+        assert_eq!(Attr::decode(&how.payload), Some(attr));
+        assert!(how.needs_confirm);
     }
 }
