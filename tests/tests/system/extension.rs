@@ -174,11 +174,11 @@ fn a_clean_lease_goes_and_comes_quietly() -> anyhow::Result<()> {
     })
 }
 
-/// Where one lease after the other is given back and had again, neither side sleeps, so neither makes a system call for the
-/// other; and the pages stay.
+/// Where one lease after the other is given back and had again, a task whose answer comes while it looks for it costs no doorbell;
+/// and the pages stay. How many those are is up to the machine: on one that is not busy otherwise, nearly all.
 #[test]
 #[ignore = "needs the kernel extension: make lab"]
-fn leases_that_come_and_go_all_the_time_cost_no_system_call() -> anyhow::Result<()> {
+fn leases_that_come_and_go_all_the_time() -> anyhow::Result<()> {
     const FILES: u64 = 200;
     const ROUNDS: u64 = 10;
     let small = Options {
@@ -211,9 +211,13 @@ fn leases_that_come_and_go_all_the_time_cost_no_system_call() -> anyhow::Result<
             misses >= FILES * ROUNDS / 2,
             "the leases were not given back: {counts:?}"
         );
-        for call in ["kicks", "wakeups_made"] {
-            ensure!(of(&counts, call) < misses / 2, "{call}: {counts:?}");
-        }
+        let slept = of(&counts, "waits");
+        ensure!(of(&counts, "spins") + slept == misses, "what else: {counts:?}");
+        // Some are rung for what no task waits for: what is lent ahead.
+        ensure!(
+            of(&counts, "kicks") <= slept + ROUNDS && of(&counts, "wakeups_made") <= misses,
+            "more doorbells than sleepers: {counts:?}"
+        );
         ensure!(
             of(&counts, "flushes") + of(&counts, "drains") + of(&counts, "pages_dropped") == 0,
             "clean leases were not given back by the word alone: {counts:?}"
