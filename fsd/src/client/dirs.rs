@@ -89,7 +89,9 @@ impl Client {
     pub fn entry(&self, ctx: &Ctx<'_>, dir: &Inode, name: &[u8]) -> Res<Option<(u64, Kind)>> {
         let guard = self.lease(ctx, dir, Mode::Shared)?;
         let mut state = dir.lock(ctx, guard.version())?;
-        self.entry_held(ctx, dir, &mut state, name)
+        let found = self.entry_held(ctx, dir, &mut state, name)?;
+        self.lend_names(ctx, dir, guard.version(), &mut state);
+        Ok(found)
     }
 
     /// Looks a name up; `answer` runs while the lease on what it names is held.

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::dirs::ATTEMPTS;
-use super::inode::Inode;
+use super::inode::{DirCache, Inode};
 use super::{Client, Guards};
 use crate::ino;
 use crate::rpc::Errno;
@@ -84,8 +84,19 @@ impl Client {
         };
         let reply = self.net.meta(&request);
         self.seqs.end(seq);
-        let MetaReply::Changed(created) = reply? else {
-            return fail(libc::EPROTO);
+        let created = match reply {
+            Ok(MetaReply::Changed(created)) => created,
+            failed => {
+                // It may have been done all the same.
+                for inode in held {
+                    let mut state = inode.lock(ctx, guards.version(inode.ino))?;
+                    state.dir = DirCache::default();
+                    if state.attr.is_some_and(|a| a.kind == Kind::Directory) {
+                        self.forget_names(inode);
+                    }
+                }
+                return failed.map_or_else(|error| Err(error.into()), |_| fail(libc::EPROTO));
+            }
         };
         for inode in held {
             self.invalidate_attrs(inode);
@@ -384,7 +395,7 @@ impl Client {
                 "names cached of directory {:#x} were not those of the server",
                 dir.ino
             );
-            dir.lock(ctx, guards.version(dir.ino))?.dir = super::inode::DirCache::default();
+            dir.lock(ctx, guards.version(dir.ino))?.dir = DirCache::default();
         }
         Ok(true)
     }

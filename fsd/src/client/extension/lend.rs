@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use distfuse_abi::{Error, Grant};
+use distfuse_abi::{Error, Grant, Revoked};
 use lockmgr::Mode;
 
 use super::super::Client;
@@ -20,6 +20,14 @@ pub(super) fn to_kernel_mode(mode: Option<Mode>) -> distfuse_abi::Mode {
         Some(Mode::Shared) => distfuse_abi::Mode::Shared,
         Some(Mode::Exclusive) => distfuse_abi::Mode::Exclusive,
     }
+}
+
+/// How long tasks may be inside a directory: they look at its attributes.
+const INSIDE: Duration = Duration::from_micros(50);
+
+/// What the kernel can have a lease on.
+fn is_lent(kind: Kind) -> bool {
+    matches!(kind, Kind::File | Kind::Directory)
 }
 
 /// What became of an attempt.
@@ -152,11 +160,17 @@ impl Client {
         }
     }
 
-    /// Lends what the kernel is about to want, if that costs nothing: `held` of a file whose attributes these are. With
-    /// the inode locked, so that they are the last ones.
+    /// Lends what the kernel is about to want, if that costs nothing: `held` of a file whose attributes these are, or a
+    /// directory, for the names in it. With the inode locked, so that they are the last ones.
     pub fn lend_ahead(&self, inode: &Inode, held: Mode, version: u64, attr: &Attr, state: &State) {
-        let Some(ext) = self.extension.get().filter(|_| attr.kind == Kind::File) else {
+        let Some(ext) = self.extension.get().filter(|_| is_lent(attr.kind)) else {
             return;
+        };
+        // Names are changed by requests, under the mount's own lease: the kernel never needs more than to share it.
+        let held = if attr.kind == Kind::Directory {
+            Mode::Shared
+        } else {
+            held
         };
         let word = ext.attachment.table().word(inode.ino);
         if word.is_some_and(|word| word.mode() >= to_kernel_mode(Some(held))) {
@@ -171,10 +185,38 @@ impl Client {
         }
     }
 
+    /// Lends a directory in which a name has been looked up: the next look-up of it the kernel need not send. Under its lease.
+    pub fn lend_names(&self, ctx: &Ctx<'_>, dir: &Inode, version: u64, state: &mut State) {
+        if self.extension.get().is_none() {
+            return;
+        }
+        // Where that would take a request, some other time.
+        if let Ok(attr) = self.load_attr(ctx, dir, state) {
+            self.lend_ahead(dir, Mode::Shared, version, &attr, state);
+        }
+    }
+
+    /// What names a directory has is not known: what the kernel knows of them goes. Under the mount's lease.
+    pub fn forget_names(&self, dir: &Inode) {
+        let Some(ext) = self.extension.get() else { return };
+        // The next grant is of another version, whatever the record says.
+        dir.lent.state.lock().caches = None;
+        // Besides whoever may be taking it back, too, and waits for the mount's lease meanwhile. Nobody is inside for long.
+        let table = ext.attachment.table();
+        let mut revoked = table.revoke(dir.ino, distfuse_abi::Mode::None, true);
+        while !matches!(revoked, Revoked::Done { .. }) && !ext.attachment.is_gone() {
+            std::thread::sleep(INSIDE);
+            revoked = table.finish(dir.ino, distfuse_abi::Mode::None);
+        }
+        if matches!(revoked, Revoked::Done { wake: true }) {
+            ext.wake(dir.ino, None);
+        }
+    }
+
     /// The attributes, which have been changed here: the kernel, if it has been lent the inode, gets them with the answer,
     /// and from the entry should it begin anew. With the inode locked.
     pub fn lent_attr_changed(&self, inode: &Inode, attr: &Attr) {
-        if let Some(ext) = self.extension.get().filter(|_| attr.kind == Kind::File) {
+        if let Some(ext) = self.extension.get().filter(|_| is_lent(attr.kind)) {
             // What has no entry is not lent.
             let _ = ext
                 .attachment
