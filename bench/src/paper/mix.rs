@@ -11,7 +11,7 @@
 //! | webserver | 160 KB | 10:1 | ten times open and read whole; append to the set's log, which is kept open |
 //! | netsfs | 267 KB | 5:2 | stat, read whole, twice; unlink, create, write whole; stat, list a directory; read whole, three times; overwrite one call's worth within the file |
 //!
-//! R:W counts operations with data. A file that another thread has just unlinked is passed over.
+//! R:W counts operations with data. A file that another thread has just unlinked, or made, is passed over.
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
@@ -220,7 +220,8 @@ impl<'a> Worker<'a> {
     }
 
     fn write_whole(&mut self, path: &Path) -> std::io::Result<()> {
-        let file = File::create(self.dir.join(path))?;
+        let mut options = OpenOptions::new();
+        let file = options.write(true).create_new(true).open(self.dir.join(path))?;
         let len = self.length() * PAGE;
         for at in (0..len).step_by(self.mix.call) {
             let n = self.mix.call.min(len - at);
@@ -280,7 +281,11 @@ impl<'a> Worker<'a> {
                     Err(error) if !is_gone(&error) => return Err(error),
                     _ => {}
                 }
-                self.write_whole(&path)
+                match self.write_whole(&path) {
+                    // Another thread was first. Two that write one file, each from its beginning, leave holes.
+                    Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+                    result => result,
+                }
             }
             Step::Append => self.append(&path),
             Step::Read => self.read_whole(&path),

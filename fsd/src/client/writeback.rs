@@ -12,12 +12,23 @@ use super::Client;
 use super::ctx::{Ctx, Res};
 use super::inode::Inode;
 use crate::rpc::Errno;
-use crate::wire::{AttrUpdate, BlockWant, MetaRequest, StorageReply, StorageRequest};
+use crate::wire::{AttrUpdate, BlockWant, Frame, MetaRequest, StorageReply, StorageRequest};
 
 /// How often old data is looked for while there is any.
 const TICK: Duration = Duration::from_millis(250);
 /// Files written back together. While that lasts their leases cannot be given up.
 const GROUP: usize = 64;
+
+/// A frame to be asked for.
+struct Wanted {
+    /// Which of the files.
+    file: usize,
+    want: BlockWant,
+    /// What the block has now.
+    known: Option<Frame>,
+    /// What is set aside for it.
+    reserved: u32,
+}
 
 impl Client {
     /// Runs until the mount stops. Sleeps for good while nothing is dirty.
@@ -145,14 +156,15 @@ impl Client {
     /// Asks for all the frames that the dirty pages of these files need.
     fn allocate_group(&self, held: &[(Arc<Inode>, Guard)]) -> Res<()> {
         let ctx = Ctx::on_worker();
-        let mut by_node: HashMap<u16, Vec<(usize, BlockWant, u32)>> = HashMap::new();
+        let mut by_node: HashMap<u16, Vec<Wanted>> = HashMap::new();
         for (i, (inode, guard)) in held.iter().enumerate() {
             let state = inode.lock(&ctx, guard.version())?;
             if state.gone || state.pages.dirty() == 0 {
                 continue;
             }
             for (block, size) in super::write::frames_wanted(&state) {
-                if state.frames.known.get(&block).is_none_or(|f| f.size < size) {
+                let known = state.frames.known.get(&block).copied();
+                if known.is_none_or(|f| f.size < size) {
                     let reserved = state.frames.reserved.get(&block).copied().unwrap_or(0);
                     let want = BlockWant {
                         ino: inode.ino,
@@ -162,23 +174,32 @@ impl Client {
                     by_node
                         .entry(self.storage_of(inode.ino, block))
                         .or_default()
-                        .push((i, want, reserved));
+                        .push(Wanted {
+                            file: i,
+                            want,
+                            known,
+                            reserved,
+                        });
                 }
             }
         }
         for (node, wants) in by_node {
-            let reserved = wants.iter().map(|(_, _, r)| u64::from(*r)).sum();
+            let reserved = wants.iter().map(|w| u64::from(w.reserved)).sum();
             let request = StorageRequest::Allocate {
-                wants: wants.iter().map(|(_, w, _)| *w).collect(),
+                wants: wants.iter().map(|w| w.want).collect(),
                 reserved,
             };
             let StorageReply::Allocated(frames) = self.net.ask_storage(node, &request)? else {
                 return super::ctx::fail(libc::EPROTO);
             };
             self.space.used(node, reserved);
-            for ((i, want, _), frame) in wants.iter().zip(frames) {
-                let (inode, guard) = &held[*i];
-                inode.lock(&ctx, guard.version())?.take_frame(want.block, frame);
+            for (wanted, frame) in wants.iter().zip(frames) {
+                let (inode, guard) = &held[wanted.file];
+                let mut state = inode.lock(&ctx, guard.version())?;
+                // Nobody was kept from getting a larger frame meanwhile, or from freeing it: then this one is not the block's.
+                if state.frames.known.get(&wanted.want.block).copied() == wanted.known {
+                    state.take_frame(wanted.want.block, frame);
+                }
             }
         }
         Ok(())
