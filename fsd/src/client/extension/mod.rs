@@ -171,9 +171,10 @@ impl Extension {
         let options = Options {
             entries,
             buffers: CALLS,
-            // What stat shows is the kernel's own under a lease; names are looked up here. A way to an open file past
-            // its name leads past the look-up that brings its permissions, too.
+            // What stat shows is the kernel's own under a lease. Names it has looked up are good while it is lent the directory;
+            // they lead past the look-up that brings a file's permissions, too.
             stat: false,
+            names: true,
             access: true,
             spin,
             ..Options::default()
