@@ -53,6 +53,10 @@ static int df_revalidate_in(struct df_sb *ds, struct inode *parent, DF_REVALIDAT
 	/* Those that create, or that were told ESTALE, want the server's word. */
 	if (epoch && READ_ONCE(dentry->d_time) == epoch &&
 	    !(flags & (LOOKUP_EXCL | LOOKUP_REVAL | LOOKUP_RENAME_TARGET))) {
+		/* What has just come into being under a name that was known not to be there nobody may open as it is. */
+		inode = d_inode_rcu(dentry);
+		if (inode)
+			df_adopt(ds, inode);
 		df_count(att, DISTFUSE_NAME_LOCAL);
 		return 1;
 	}
