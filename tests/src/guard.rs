@@ -103,7 +103,9 @@ fn run(
         ensure!(panicked.is_empty(), "panics in the logs of {panicked:?}");
         Ok(())
     });
-    if result.is_err() {
+    if let Err(e) = &result {
+        // First of all: who sums up a run shows how its report begins.
+        eprintln!("{e:#}");
         eprintln!("{:?}\n{}", cluster.options(), cluster.logs(LOG_LINES));
         cluster.abort();
     }
