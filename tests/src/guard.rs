@@ -103,7 +103,9 @@ fn run(
         ensure!(panicked.is_empty(), "panics in the logs of {panicked:?}");
         Ok(())
     });
-    if result.is_err() {
+    if let Err(e) = &result {
+        // First of all: who sums up a run shows how its report begins.
+        eprintln!("{e:#}");
         eprintln!("{:?}\n{}", cluster.options(), cluster.logs(LOG_LINES));
         cluster.abort();
     }
@@ -128,4 +130,24 @@ fn print_stacks(cluster: &Cluster) {
             }
         }
     }
+}
+
+/// Runs `job` with the numbers from 0 on, on so many threads at once; what came of each.
+///
+/// # Errors
+/// That of one, or it panicked.
+pub fn together<T: Send>(
+    threads: usize,
+    job: impl Fn(usize) -> anyhow::Result<T> + Sync,
+) -> anyhow::Result<Vec<T>> {
+    let job = &job;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|n| scope.spawn(move || job(n))).collect();
+        // All are waited for, whatever came of the first.
+        let ended: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
+        ended
+            .into_iter()
+            .map(|result| result.unwrap_or_else(|_| anyhow::bail!("panic")))
+            .collect()
+    })
 }

@@ -66,6 +66,12 @@ impl SpaceBank {
         self.0.lock().accounts.get(&node).map_or(0, |a| a.idle)
     }
 
+    /// Is anything not promised?
+    #[must_use]
+    pub fn has_idle(&self) -> bool {
+        self.0.lock().accounts.values().any(|a| a.idle > 0)
+    }
+
     /// All that is set aside, promised or not.
     #[must_use]
     pub fn held(&self) -> Vec<(u16, u64)> {
@@ -193,14 +199,16 @@ impl Client {
 
     /// Gives back what is set aside and not promised.
     pub fn return_space(&self) {
-        for (node, bytes) in self.space.drain(0) {
-            self.give_space_back(node, bytes);
-        }
+        self.return_beyond(0);
     }
 
     /// The same of what a busy mount has no use for, either.
     pub fn return_surplus(&self) {
-        for (node, bytes) in self.space.drain(MOST_IDLE) {
+        self.return_beyond(MOST_IDLE);
+    }
+
+    fn return_beyond(&self, keep: u64) {
+        for (node, bytes) in self.space.drain(keep) {
             self.give_space_back(node, bytes);
         }
     }

@@ -40,12 +40,7 @@ impl Client {
                 self.writeback_sleeps.store(true, Ordering::SeqCst);
                 // Who noted something before seeing that is seen by this second look.
                 dirty = !self.dirty.lock().is_empty();
-                if self
-                    .space
-                    .held()
-                    .iter()
-                    .any(|(node, _)| self.space.idle(*node) > 0)
-                {
+                if self.space.has_idle() {
                     idle_since = Some(Instant::now());
                 }
             }

@@ -8,7 +8,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use anyhow::{Context, ensure};
 
 use super::{Pair, pattern, same};
-use crate::sys;
+use crate::{guard, sys};
 
 pub(super) fn overwrite(pair: &Pair, round: usize) -> anyhow::Result<()> {
     let (a, b) = pair.both("f");
@@ -76,23 +76,13 @@ pub(super) fn append_both(pair: &Pair, round: usize) -> anyhow::Result<()> {
     const EACH: usize = 40;
     let (a, b) = pair.both("f");
     File::create(&a)?;
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = [&a, &b]
-            .into_iter()
-            .enumerate()
-            .map(|(side, path)| {
-                scope.spawn(move || -> anyhow::Result<()> {
-                    let mut file = sys::open(path, libc::O_WRONLY | libc::O_APPEND)?;
-                    for i in 0..EACH {
-                        file.write_all(format!("{side} {i:03} {round:07}\n").as_bytes())?;
-                    }
-                    Ok(())
-                })
-            })
-            .collect();
-        threads
-            .into_iter()
-            .try_for_each(|t| t.join().unwrap_or_else(|_| anyhow::bail!("panic")))
+    let paths = [&a, &b];
+    guard::together(paths.len(), |side| {
+        let mut file = sys::open(paths[side], libc::O_WRONLY | libc::O_APPEND)?;
+        for i in 0..EACH {
+            file.write_all(format!("{side} {i:03} {round:07}\n").as_bytes())?;
+        }
+        Ok(())
     })?;
     for path in [&a, &b] {
         let text = fs::read_to_string(path)?;

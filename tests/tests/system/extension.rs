@@ -146,14 +146,7 @@ fn a_clean_lease_goes_and_comes_quietly() -> anyhow::Result<()> {
         let quiet = grown(cluster, || (1..=TURNS).try_for_each(|n| turn(0, n)))?;
         eprintln!("{TURNS} turns by one: {quiet:?}");
         let busy = grown(cluster, || {
-            std::thread::scope(|scope| {
-                let start = |file| scope.spawn(move || (1..=TURNS).try_for_each(|n| turn(file, n)));
-                let threads: Vec<_> = (0..FILES).map(start).collect();
-                let joined = |t: std::thread::ScopedJoinHandle<'_, anyhow::Result<()>>| {
-                    t.join().unwrap_or_else(|_| anyhow::bail!("panic"))
-                };
-                threads.into_iter().try_for_each(joined)
-            })
+            guard::together(FILES, |file| (1..=TURNS).try_for_each(|n| turn(file, n))).map(|_| ())
         })?;
         eprintln!("{TURNS} turns by each of {FILES}: {busy:?}");
         for (counts, turns) in [(&quiet, TURNS), (&busy, TURNS * FILES as u64)] {

@@ -155,22 +155,12 @@ fn two_mounts_fill_the_pool_at_once() -> anyhow::Result<()> {
                 Ok(file)
             })
             .collect::<io::Result<_>>()?;
-        let lens = std::thread::scope(|scope| {
-            let tasks: Vec<_> = (0..4u64)
-                .map(|n| {
-                    scope.spawn(move || -> anyhow::Result<u64> {
-                        let path = cluster.mount(n as usize % 2).join(format!("f{n}"));
-                        let file = create(&path)?;
-                        let len = fill(&file, 20 + n, 0, 10_000 + n * 50_000)?;
-                        settle(file)?;
-                        Ok(len)
-                    })
-                })
-                .collect();
-            let joined = tasks.into_iter().map(|t| t.join());
-            joined
-                .map(|r| r.unwrap_or_else(|_| anyhow::bail!("panic")))
-                .collect::<anyhow::Result<Vec<u64>>>()
+        let lens = guard::together(4, |n| {
+            let file = create(&cluster.mount(n % 2).join(format!("f{n}")))?;
+            let n = n as u64;
+            let len = fill(&file, 20 + n, 0, 10_000 + n * 50_000)?;
+            settle(file)?;
+            Ok(len)
         })?;
         let sum: u64 = lens.iter().sum();
         eprintln!("{lens:?}: {sum} bytes in a pool of {POOL} MiB");
@@ -206,33 +196,20 @@ fn appended_to_until_it_is_full() -> anyhow::Result<()> {
         filler.write_all_at(&content(3, 0, (POOL - 20) * MIB), 0)?;
         settle(filler)?;
         File::create(cluster.mount(0).join("log"))?;
-        let counts = std::thread::scope(|scope| {
-            let tasks: Vec<_> = (0..4u8)
-                .map(|n| {
-                    scope.spawn(move || -> anyhow::Result<usize> {
-                        let path = cluster.mount(n as usize % 2).join("log");
-                        let mut file = File::options().append(true).open(path)?;
-                        for count in 0.. {
-                            match io::Write::write(&mut file, &[n + 1; LINE]) {
-                                Ok(LINE) => {}
-                                // A part of it, and then nothing more.
-                                Ok(_) => {}
-                                Err(error) => {
-                                    ensure!(error.raw_os_error() == Some(libc::ENOSPC), "{error}");
-                                    settle(file)?;
-                                    return Ok(count);
-                                }
-                            }
-                            ensure!(count < 4000, "no end");
-                        }
-                        Ok(0)
-                    })
-                })
-                .collect();
-            let joined = tasks.into_iter().map(|t| t.join());
-            joined
-                .map(|r| r.unwrap_or_else(|_| anyhow::bail!("panic")))
-                .collect::<anyhow::Result<Vec<usize>>>()
+        let counts = guard::together(4, |n| {
+            let mut file = File::options()
+                .append(true)
+                .open(cluster.mount(n % 2).join("log"))?;
+            for count in 0..=4000 {
+                // Perhaps a part of it, and then nothing more.
+                if let Err(error) = io::Write::write(&mut file, &[n as u8 + 1; LINE]) {
+                    ensure!(error.raw_os_error() == Some(libc::ENOSPC), "{error}");
+                    settle(file)?;
+                    return Ok(count);
+                }
+                ensure!(count < 4000, "no end");
+            }
+            Ok(0)
         })?;
         eprintln!("{counts:?} lines");
         let (one, other) = (
@@ -400,13 +377,7 @@ fn truncated_and_punched_while_it_is_written() -> anyhow::Result<()> {
         filler.write_all_at(&content(3, 0, (POOL - 14) * MIB), 0)?;
         settle(filler)?;
         File::create(cluster.mount(0).join("f"))?;
-        std::thread::scope(|scope| {
-            let tasks: Vec<_> = (0..5).map(|n| scope.spawn(move || work(cluster, n))).collect();
-            let joined = |t: std::thread::ScopedJoinHandle<'_, anyhow::Result<()>>| {
-                t.join().unwrap_or_else(|_| anyhow::bail!("panic"))
-            };
-            tasks.into_iter().try_for_each(joined)
-        })?;
+        guard::together(5, |n| work(cluster, n as u64))?;
         ensure!(
             fs::read(cluster.mount(0).join("f"))? == fs::read(cluster.mount(1).join("f"))?,
             "the mounts differ"
