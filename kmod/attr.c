@@ -58,6 +58,18 @@ static bool df_stat_from(struct distfuse_entry *entry, df_idmap *idmap, u32 mask
 }
 
 /*
+ * FUSE shows the mode as its server told it last, and not the inode's: what came with a grant, or under
+ * one that is held, has not reached it. All else it shows is the inode's, where df_install() has put it.
+ */
+static void df_show_mode(struct distfuse_entry *entry, const struct inode *inode, struct kstat *stat)
+{
+	struct distfuse_entry e;
+
+	if (df_read_entry(entry, &e) && (e.valid & DISTFUSE_ATTR_ALL))
+		stat->mode = (inode->i_mode & S_IFMT) | (e.mode & 07777);
+}
+
+/*
  * Of a regular file only under a lease, for FUSE in write-back mode believes its own size and times,
  * whatever the server says.
  */
@@ -83,6 +95,8 @@ static int df_file_getattr(df_idmap *idmap, const struct path *path, struct ksta
 	} else {
 		df_count_sb(ds, DISTFUSE_STAT_REMOTE);
 		ret = ds->stock_riop->getattr(idmap, path, stat, mask, flags);
+		if (!ret)
+			df_show_mode(entry, inode, stat);
 	}
 	df_leave(di, entry);
 	return ret;

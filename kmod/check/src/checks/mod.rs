@@ -65,6 +65,8 @@ pub const ALL: &[Check] = &[
         names::attributes,
     ),
     ("names: another mount's chmod holds", names::chmod),
+    ("names: a mode that no answer brought", names::mode),
+    ("names: made under a name known not to be there", names::born),
     ("calls: exec of what another mount replaces", calls::exec),
     ("end: the device is closed with waiters", ends::device),
     ("end: the daemon is killed with dirty pages", ends::killed),

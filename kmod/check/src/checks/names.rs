@@ -1,16 +1,17 @@
 //! Names, permissions, attributes.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering::SeqCst;
 
-use anyhow::{Result, ensure};
-use distfuse_abi::{Attributes, Grant, Mode};
+use anyhow::{Result, anyhow, ensure};
+use distfuse_abi::{Attributes, Grant, Mode, Options};
 
 use super::ensure_eq;
-use crate::fixture::{Fixture, ino};
+use crate::fixture::{Fixture, all, ino};
 
 const ROOT: u64 = 1;
 
@@ -107,6 +108,60 @@ pub fn attributes() -> Result<()> {
         ensure_eq!(times(&theirs), times(&mine), "mtime in round {round}");
         let again = fs::metadata(fixture.path(me, "f0"))?;
         ensure_eq!(times(&again), times(&mine), "mtime once more in round {round}");
+    }
+    fixture.end()
+}
+
+/// Where stat is left to FUSE, which shows the mode of its server's last answer. Nothing that would bring another goes
+/// before it: it is asked of an open file.
+pub fn mode() -> Result<()> {
+    let mut fixture = Fixture::new(2, None)?;
+    fixture.attach(&Options { stat: false, ..all() })?;
+    let open = [fixture.open(0, "f0")?, fixture.open(1, "f0")?];
+    for round in 0..20u32 {
+        let [me, other] = [&open[(round % 2) as usize], &open[(1 - round % 2) as usize]];
+        let mode = 0o600 | round;
+        me.set_permissions(fs::Permissions::from_mode(mode))?;
+        for (whose, file) in [("its own", me), ("the other mount's", other)] {
+            ensure_eq!(
+                file.metadata()?.mode() & 0o7777,
+                mode,
+                "{whose} mode in round {round}"
+            );
+        }
+    }
+    drop(open);
+    fixture.end()
+}
+
+/// A name that the kernel knew not to be there, made by one thread and opened by another at once.
+pub fn born() -> Result<()> {
+    let fixture = Fixture::one()?;
+    grant_root(&fixture, 1)?;
+    let path = fixture.path(0, "born");
+    let counters = || -> Result<_> { Ok(fixture.manager()?.mount(0)?.counters()) };
+    for round in 0..300 {
+        ensure!(!path.exists(), "there before it is made in round {round}");
+        let file = std::thread::scope(|scope| {
+            let opened = scope.spawn(|| {
+                loop {
+                    match OpenOptions::new().read(true).write(true).open(&path) {
+                        Err(e) if e.kind() == ErrorKind::NotFound => {}
+                        result => break result,
+                    }
+                }
+            });
+            fs::write(&path, b"made")?;
+            Ok::<_, anyhow::Error>(opened.join().map_err(|_| anyhow!("the opener panicked"))??)
+        })?;
+        let before = counters()?;
+        file.write_all_at(b"more", 4)?;
+        let after = counters()?;
+        ensure!(
+            after.hits + after.misses > before.hits + before.misses,
+            "written without a lease in round {round}: {after:?}"
+        );
+        fs::remove_file(&path)?;
     }
     fixture.end()
 }
