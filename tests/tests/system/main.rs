@@ -9,6 +9,7 @@ mod bad_input;
 mod coherence;
 mod extension;
 mod extension_contended;
+mod extension_names;
 mod extension_space;
 mod faults;
 mod histories;
