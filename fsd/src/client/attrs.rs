@@ -98,6 +98,18 @@ impl Client {
         }
     }
 
+    /// As [`Client::load_attr`]; of an inode that was looked up a moment ago, and is gone since, the last ones: that is what
+    /// can be said of it. The kernel walks a path again only once, and names can be replaced faster than that.
+    ///
+    /// # Errors
+    /// Park; `ESTALE` where nothing was known of it.
+    pub fn load_last_attr(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<Attr> {
+        match (self.load_attr(ctx, inode, state), state.last) {
+            (Err(Stop::Errno(Errno(libc::ESTALE))), Some(last)) => Ok(Attr { nlink: 0, ..last }),
+            (result, _) => result,
+        }
+    }
+
     /// How long the kernel may keep attributes that are answered now, under a lease.
     pub fn attr_ttl(&self, inode: &Inode, kind: Kind) -> Duration {
         if self.mode == CacheMode::Writeback && kind == Kind::File {
@@ -138,14 +150,13 @@ impl Client {
         let guard = self.lease(ctx, inode, Mode::Shared)?;
         let (attr, ttl) = {
             let mut state = inode.lock(ctx, guard.version())?;
-            match (self.load_attr(ctx, inode, &mut state), state.last) {
-                (Ok(attr), _) => (attr, self.attr_ttl(inode, attr.kind)),
-                // Looked up a moment ago, and gone since: that is what can be said of it.
-                (Err(Stop::Errno(Errno(libc::ESTALE))), Some(last)) => {
-                    (Attr { nlink: 0, ..last }, Duration::ZERO)
-                }
-                (Err(stop), _) => return Err(stop),
-            }
+            let attr = self.load_last_attr(ctx, inode, &mut state)?;
+            let ttl = if state.gone {
+                Duration::ZERO
+            } else {
+                self.attr_ttl(inode, attr.kind)
+            };
+            (attr, ttl)
         };
         let done = answer(&attr, ttl);
         drop(guard);

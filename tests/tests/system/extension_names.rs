@@ -3,6 +3,7 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, ensure};
 use system_tests::cluster::Options;
@@ -18,9 +19,7 @@ fn number(path: &Path) -> anyhow::Result<Option<u64>> {
     let found = fs::symlink_metadata(path);
     match sys::errno(&found) {
         libc::ENOENT => Ok(None),
-        _ => Ok(Some(
-            found.with_context(|| format!("{}", path.display()))?.ino(),
-        )),
+        _ => Ok(Some(found.with_context(|| format!("{}", path.display()))?.ino())),
     }
 }
 
@@ -35,7 +34,10 @@ fn grow(root: &Path) -> anyhow::Result<()> {
 fn walk(root: &Path) -> anyhow::Result<()> {
     let leaf = root.join("a/b/c");
     for i in 0..FILES {
-        ensure!(number(&leaf.join(format!("f{i}")))?.is_some(), "f{i} is not there");
+        ensure!(
+            number(&leaf.join(format!("f{i}")))?.is_some(),
+            "f{i} is not there"
+        );
     }
     ensure!(
         number(&leaf.join("absent"))?.is_none(),
@@ -103,7 +105,11 @@ fn what_another_mount_does_to_a_path_is_seen() -> anyhow::Result<()> {
                 "a path through a directory that was moved"
             );
             ensure!(number(&here.join("a/d/c/f2"))? == f1, "the way to it now");
-            let stat = || sys::as_user(NOBODY, NOBODY, || sys::errno(&fs::metadata(here.join("a/d/c/f2"))));
+            let stat = || {
+                sys::as_user(NOBODY, NOBODY, || {
+                    sys::errno(&fs::metadata(here.join("a/d/c/f2")))
+                })
+            };
             ensure!(stat()? == 0, "everybody may walk");
             fs::set_permissions(there.join("a/d"), Permissions::from_mode(0o700))?;
             ensure!(
@@ -113,6 +119,71 @@ fn what_another_mount_does_to_a_path_is_seen() -> anyhow::Result<()> {
             fs::set_permissions(there.join("a/d"), Permissions::from_mode(0o755))?;
             ensure!(stat()? == 0, "and opened again");
         }
+        Ok(())
+    })
+}
+
+/// Between the look-up of a name and the look at what it led to another mount may take it away. A handle that does not
+/// open the file stands for the moment in between.
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn what_is_gone_can_be_looked_at() -> anyhow::Result<()> {
+    guard::with_cluster(Options::extension(), |cluster| {
+        let (here, there) = (cluster.mount(0).join("file"), cluster.mount(1).join("file"));
+        for round in 0..8 {
+            fs::write(&there, b"one")?;
+            fs::write(&here, b"three")?;
+            let found = sys::open(&here, libc::O_PATH)?;
+            ensure!(found.metadata()?.len() == 5, "found in round {round}");
+            fs::remove_file(&there)?;
+            let last = found
+                .metadata()
+                .with_context(|| format!("gone in round {round}"))?;
+            ensure!(
+                (last.nlink(), last.len()) == (0, 5),
+                "{} links, {} bytes in round {round}",
+                last.nlink(),
+                last.len()
+            );
+            ensure!(number(&here)?.is_none(), "the name in round {round}");
+        }
+        Ok(())
+    })
+}
+
+/// A name is there all the time, and leads to another file every moment: looking at it never fails.
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn a_name_that_is_replaced_all_the_time_is_always_there() -> anyhow::Result<()> {
+    const TURNS: usize = 40;
+    let options = Options {
+        mounts: 3,
+        ..Options::extension()
+    };
+    guard::with_cluster(options, |cluster| {
+        let name = |mount: usize| cluster.mount(mount).join("name");
+        fs::write(name(0), b"first")?;
+        let replacing = AtomicUsize::new(4);
+        let seen = guard::together(6, |n| {
+            let (mount, path) = (n % 3, name(n % 3));
+            if n >= 4 {
+                let mut looked = 0;
+                while replacing.load(Ordering::SeqCst) > 0 {
+                    looked += 1;
+                    let found = fs::symlink_metadata(&path).with_context(|| format!("look {looked}"))?;
+                    ensure!(found.len() == 5, "{} bytes", found.len());
+                }
+                return Ok(looked);
+            }
+            let done = (0..TURNS).try_for_each(|turn| {
+                let own = cluster.mount(mount).join(format!("own{n}-{turn}"));
+                fs::write(&own, b"other")?;
+                fs::rename(&own, &path)
+            });
+            replacing.fetch_sub(1, Ordering::SeqCst);
+            Ok(done.map(|()| 0)?)
+        })?;
+        eprintln!("looked {seen:?} times");
         Ok(())
     })
 }

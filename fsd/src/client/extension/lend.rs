@@ -73,7 +73,12 @@ impl Client {
             let lending = {
                 let guard = self.lease(ctx, inode, mode)?;
                 let mut state = inode.lock(ctx, guard.version())?;
-                let attr = self.load_attr(ctx, inode, &mut state)?;
+                // Who looks at what is gone is shown the last of it.
+                let attr = if mode == Mode::Shared {
+                    self.load_last_attr(ctx, inode, &mut state)?
+                } else {
+                    self.load_attr(ctx, inode, &mut state)?
+                };
                 if mode == Mode::Exclusive {
                     self.promise_first_page(inode, &mut state);
                 }
