@@ -262,12 +262,24 @@ static int df_atomic_open(struct inode *dir, struct dentry *dentry, struct file 
 			  unsigned int flags, umode_t mode)
 {
 	struct df_sb *ds = df_of_diop(dir);
-	int ret = ds->stock_diop->atomic_open(dir, dentry, file, flags, mode);
+	struct df_inode *di = df_inode_get(ds, dir);
+	u64 before = di ? df_names_epoch(di, true) : 0;
+	struct dentry *result;
+	int ret;
 
+	/*
+	 * What comes into being is the stock driver's until df_opened(). Who walks to the name from here on
+	 * asks the server for it, under the directory's lock, which is held here.
+	 */
+	WRITE_ONCE(dentry->d_time, 0);
+	ret = ds->stock_diop->atomic_open(dir, dentry, file, flags, mode);
 	if (ret)
 		return ret;
 	/* Where it was not opened after all, the file may have no name yet. */
-	df_opened(ds, d_inode(file->f_path.dentry ?: dentry), file);
+	result = file->f_path.dentry ?: dentry;
+	df_opened(ds, d_inode(result), file);
+	if (di)
+		df_names_stamp(di, result, before);
 	return 0;
 }
 
