@@ -59,6 +59,15 @@ pub fn record_index(id: RecordId) -> u64 {
     id.0 & ((1 << 40) - 1)
 }
 
+/// Whether the first of two numbers of one record is of a later generation than the second. Half of the generations count as
+/// later, for they wrap.
+#[must_use]
+pub fn is_later(ino: u64, than: u64) -> bool {
+    const HALF: u32 = 1 << (GENERATION_BITS - 1);
+    let ahead = generation(ino).wrapping_sub(generation(than)) & ((1 << GENERATION_BITS) - 1);
+    (1..HALF).contains(&ahead)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -64,7 +64,8 @@ impl Inode {
 mod tests {
     use std::sync::Arc;
 
-    use super::super::inode::{Granted, InodeTable, Source};
+    use super::super::inode::{Granted, Source};
+    use super::super::inode_table::InodeTable;
     use super::*;
     use crate::client::ctx::Ctx;
     use crate::wire::Attr;

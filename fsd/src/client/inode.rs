@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use parking_lot::{Mutex, MutexGuard, RwLock};
+use parking_lot::{Mutex, MutexGuard};
 
 use lockmgr::RecordId;
 
@@ -291,6 +291,8 @@ pub struct Push {
 pub struct Inode {
     /// Number.
     pub ino: u64,
+    /// Its record serves a later generation: it is gone, whatever was cached of it.
+    pub superseded: AtomicBool,
     /// What is cached of it.
     state: Mutex<State>,
     /// Attributes that came with a grant, with their version; taken over by whoever uses the lease first.
@@ -331,9 +333,12 @@ pub struct Opens {
 }
 
 impl Inode {
-    fn new(ino: u64) -> Self {
+    /// One of which nothing is known.
+    #[must_use]
+    pub fn new(ino: u64) -> Self {
         Self {
             ino,
+            superseded: AtomicBool::new(false),
             state: Mutex::default(),
             granted: Mutex::default(),
             push: Mutex::default(),
@@ -408,6 +413,7 @@ impl Inode {
             state.forget();
             state.version = Some(version);
         }
+        state.gone |= self.superseded.load(Ordering::SeqCst);
         self.take_back(state);
         if let Some(granted) = self.granted.lock().take()
             && granted.attr.version == version
@@ -419,92 +425,6 @@ impl Inode {
             state.attr = Some(granted.attr);
             state.attr_dirty = granted.source == Source::Handed;
         }
-    }
-}
-
-/// Nobody refers to it but the table, and nothing of it is only here. Under the table's lock: a reference
-/// can only be made from another one, or by asking the table.
-fn is_idle(inode: &Arc<Inode>) -> bool {
-    let pushed = {
-        let push = inode.push.lock();
-        push.waiting.is_none() && push.sent.is_none()
-    };
-    Arc::strong_count(inode) == 1
-        && pushed
-        && inode.kernel.lookups.load(Ordering::SeqCst) == 0
-        && inode.granted.lock().is_none_or(|g| g.source != Source::Handed)
-        && inode.try_lock_raw().is_some_and(|s| !s.is_dirty())
-}
-
-/// The inodes this mount knows, by lease record.
-#[derive(Debug, Default)]
-pub struct InodeTable {
-    map: RwLock<HashMap<RecordId, Arc<Inode>>>,
-}
-
-impl InodeTable {
-    /// The inode of a number, made if need be. A number whose record now serves a later generation
-    /// replaces the old one.
-    pub fn get(&self, number: u64) -> Arc<Inode> {
-        let record = ino::record(number);
-        if let Some(inode) = self.map.read().get(&record).filter(|i| i.ino == number) {
-            return Arc::clone(inode);
-        }
-        let mut map = self.map.write();
-        match map.get(&record) {
-            Some(inode) if inode.ino == number => Arc::clone(inode),
-            _ => {
-                let inode = Arc::new(Inode::new(number));
-                map.insert(record, Arc::clone(&inode));
-                inode
-            }
-        }
-    }
-
-    /// The inode of a record, if known.
-    #[must_use]
-    pub fn by_record(&self, record: RecordId) -> Option<Arc<Inode>> {
-        self.map.read().get(&record).cloned()
-    }
-
-    /// The inode of a number, if known.
-    #[must_use]
-    pub fn find(&self, number: u64) -> Option<Arc<Inode>> {
-        self.by_record(ino::record(number)).filter(|i| i.ino == number)
-    }
-
-    /// Up to `most` inodes that nobody refers to but this table.
-    #[must_use]
-    pub fn idle(&self, most: usize) -> Vec<Arc<Inode>> {
-        let map = self.map.read();
-        map.values().filter(|i| is_idle(i)).take(most).cloned().collect()
-    }
-
-    /// Removes an inode if nobody refers to it but this table. Whoever comes later starts with nothing
-    /// cached, so there must be no lease any more.
-    pub fn remove_idle(&self, number: u64) -> Option<Arc<Inode>> {
-        let record = ino::record(number);
-        let mut map = self.map.write();
-        map.get(&record).filter(|i| i.ino == number && is_idle(i))?;
-        map.remove(&record)
-    }
-
-    /// All inodes.
-    #[must_use]
-    pub fn all(&self) -> Vec<Arc<Inode>> {
-        self.map.read().values().cloned().collect()
-    }
-
-    /// How many.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.map.read().len()
-    }
-
-    /// None?
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.map.read().is_empty()
     }
 }
 
@@ -525,24 +445,6 @@ mod tests {
             Some(Some((9, Kind::File, 3)))
         );
         assert_eq!(inode.lock(&ctx, 8).unwrap().dir.lookup(b"a"), None);
-    }
-
-    #[test]
-    fn only_idle_inodes_are_forgotten() {
-        let table = InodeTable::default();
-        for number in 1..=4 {
-            table.get(number);
-        }
-        let held = table.get(1);
-        table.get(2).kernel.lookups.store(1, Ordering::SeqCst);
-        table.get(3).lock_raw().attr_dirty = true;
-        assert_eq!(table.idle(9).iter().map(|i| i.ino).collect::<Vec<_>>(), [4]);
-        for number in 1..=4 {
-            assert_eq!(table.remove_idle(number).is_some(), number == 4);
-        }
-        drop(held);
-        assert!(table.remove_idle(1).is_some());
-        assert_eq!(table.len(), 2);
     }
 
     #[test]

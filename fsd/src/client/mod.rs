@@ -29,6 +29,7 @@ pub mod files;
 pub mod fuse;
 mod handover;
 pub mod inode;
+pub mod inode_table;
 pub mod locks;
 pub mod mapped;
 pub mod mount;
@@ -61,7 +62,8 @@ use crate::ino;
 use crate::rpc::Errno;
 use crate::wire::MountStatus;
 use ctx::{Ctx, Permits, Res, Stop};
-use inode::{Inode, InodeTable};
+use inode::Inode;
+use inode_table::InodeTable;
 use net::Net;
 use workers::Workers;
 

@@ -40,7 +40,7 @@ const FLUSH_ATTEMPTS: u32 = 3;
 #[derive(Default)]
 pub struct Revoker {
     client: OnceLock<Weak<Client>>,
-    inodes: OnceLock<Arc<super::inode::InodeTable>>,
+    inodes: OnceLock<Arc<super::inode_table::InodeTable>>,
 }
 
 impl Revoker {
@@ -67,11 +67,8 @@ impl LeaseUser for Revoker {
         let Some(inodes) = self.inodes.get() else { return };
         let attr = payload.and_then(Attr::decode);
         // Whoever asked may have given up, and the inode been forgotten: what came with the lease goes on with it all the same.
-        let made = || {
-            attr.filter(|a| ino::record(a.ino) == id)
-                .map(|a| inodes.get(a.ino))
-        };
-        let Some(inode) = inodes.by_record(id).or_else(made) else {
+        let told = attr.filter(|a| ino::record(a.ino) == id);
+        let Some(inode) = told.map_or_else(|| inodes.by_record(id), |a| Some(inodes.get(a.ino))) else {
             return;
         };
         if mode == Mode::Exclusive {
@@ -82,7 +79,7 @@ impl LeaseUser for Revoker {
                 client.note_dirty(inode.ino);
             }
         }
-        if let Some(attr) = attr.filter(|a| a.ino == inode.ino) {
+        if let Some(attr) = told {
             // Neither a hand-over nor a shared grant waits for the metadata server to have the attributes.
             let source = match mode {
                 Mode::Exclusive => Source::Handed,
@@ -419,7 +416,7 @@ impl Client {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::inode::InodeTable;
+    use crate::client::inode_table::InodeTable;
 
     #[test]
     fn attributes_that_come_with_a_lease_nobody_waits_for_are_kept() {

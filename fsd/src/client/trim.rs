@@ -33,7 +33,7 @@ impl Trim {
 impl Client {
     /// The kernel gives back `count` references to an inode.
     pub fn forget(self: &Arc<Self>, number: u64, count: u64) {
-        let Some(inode) = self.inodes.find(number) else {
+        let Some(inode) = self.inodes.find_any(number) else {
             return;
         };
         let less = |n: u64| Some(n.saturating_sub(count));
@@ -44,6 +44,7 @@ impl Client {
         if before.is_ok_and(|n| n > count) {
             return;
         }
+        self.inodes.forgotten(&inode);
         self.forget_lent(&inode);
         let candidates = self.trim.candidates.fetch_add(1, Ordering::Relaxed) + 1;
         // Looking through all of them must be worth it.

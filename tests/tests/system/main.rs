@@ -12,6 +12,7 @@ mod extension_contended;
 mod extension_names;
 mod extension_space;
 mod faults;
+mod generations;
 mod histories;
 mod launch;
 mod memory;

@@ -92,10 +92,7 @@ impl Client {
                     inode.lent.settled();
                 }
                 Lending::Full { victim } => {
-                    let Some(victim) = self.inodes.find(victim) else {
-                        ctx.may_wait()?;
-                        continue;
-                    };
+                    let victim = self.inode(victim);
                     // Where that takes nothing but a word, the task need not wait for another thread.
                     if !self.space.is_lent(victim.ino) && self.take_back_at_once(ext, &victim, None) {
                         victim.lent.again();
