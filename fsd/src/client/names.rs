@@ -91,7 +91,12 @@ impl Client {
                 for inode in held {
                     let mut state = inode.lock(ctx, guards.version(inode.ino))?;
                     state.dir = DirCache::default();
-                    if state.attr.is_some_and(|a| a.kind == Kind::Directory) {
+                    // Of what nothing is known nothing was lent.
+                    if state
+                        .attr
+                        .or(state.last)
+                        .is_some_and(|a| a.kind == Kind::Directory)
+                    {
                         self.forget_names(inode);
                     }
                 }

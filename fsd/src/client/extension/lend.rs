@@ -189,7 +189,9 @@ impl Client {
 
     /// Lends a directory in which a name has been looked up: the next look-up of it the kernel need not send. Under its lease.
     pub fn lend_names(&self, ctx: &Ctx<'_>, dir: &Inode, version: u64, state: &mut State) {
-        if self.extension.get().is_none() {
+        let Some(ext) = self.extension.get() else { return };
+        let word = ext.attachment.table().word(dir.ino);
+        if word.is_some_and(|word| word.mode() >= to_kernel_mode(Some(Mode::Shared))) {
             return;
         }
         // Where that would take a request, some other time.

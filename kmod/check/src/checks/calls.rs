@@ -246,6 +246,27 @@ pub fn others() -> Result<()> {
     fixture.end()
 }
 
+/// FUSE has no freezing, and the extension does not pretend to.
+pub fn freeze() -> Result<()> {
+    /// `_IOWR('X', 119, int)`, linux/fs.h.
+    const FIFREEZE: libc::c_ulong = 0xc004_5877;
+    let fixture = Fixture::one()?;
+    let file = fixture.open(0, "f0")?;
+    file.write_all_at(b"dirty", 0)?;
+    let mut level: libc::c_int = 0;
+    // SAFETY: the call is given an int, which lives.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), FIFREEZE, &raw mut level) };
+    let error = std::io::Error::last_os_error();
+    ensure_eq!(
+        (done, error.raw_os_error()),
+        (-1, Some(libc::EOPNOTSUPP)),
+        "freezing"
+    );
+    file.write_all_at(b"goes on", 0)?;
+    drop(file);
+    fixture.end()
+}
+
 pub fn exec() -> Result<()> {
     let fixture = Fixture::two()?;
     let shell = std::fs::read("/usr/bin/dash").or_else(|_| std::fs::read("/bin/sh"))?;

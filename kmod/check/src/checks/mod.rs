@@ -57,6 +57,7 @@ pub const ALL: &[Check] = &[
     ("calls: append from two mounts", calls::append),
     ("calls: truncate, fallocate, seek on two mounts", calls::sizes),
     ("calls: NOWAIT", calls::nowait),
+    ("calls: freezing is refused", calls::freeze),
     ("calls: fadvise, created and unnamed files", calls::others),
     ("names: stat and walks ask nobody", names::quiet),
     ("names: another version asks again", names::version),
