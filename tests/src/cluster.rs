@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -43,8 +44,12 @@ fn lab_ip(n: usize) -> anyhow::Result<String> {
     Ok(all[n % all.len()].to_owned())
 }
 
-fn free_port(ip: &str) -> anyhow::Result<String> {
-    Ok(std::net::TcpListener::bind((ip, 0))?.local_addr()?.to_string())
+/// An address with a free port, which is `held` so that no other role is given it.
+fn free_port(ip: &str, held: &mut Vec<TcpListener>) -> anyhow::Result<String> {
+    let probe = TcpListener::bind((ip, 0))?;
+    let address = probe.local_addr()?.to_string();
+    held.push(probe);
+    Ok(address)
 }
 
 /// How the kernel may cache.
@@ -236,11 +241,12 @@ impl Cluster {
 
     fn settings(&self) -> anyhow::Result<String> {
         let o = &self.options;
-        let address = |name: &str| -> anyhow::Result<String> {
+        let mut held = Vec::new();
+        let mut address = |name: &str| -> anyhow::Result<String> {
             Ok(match o.fabric {
                 Fabric::Shm => self.path(&format!("{name}.sock")).display().to_string(),
-                Fabric::Tcp => free_port("127.0.0.1")?,
-                Fabric::Verbs => free_port(&lab_ip(0)?)?,
+                Fabric::Tcp => free_port("127.0.0.1", &mut held)?,
+                Fabric::Verbs => free_port(&lab_ip(0)?, &mut held)?,
             })
         };
         let mut text = format!(

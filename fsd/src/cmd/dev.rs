@@ -52,13 +52,17 @@ pub struct DevArgs {
 }
 
 fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
-    let address = |name: &str| -> anyhow::Result<String> {
+    // No port is given to two roles, for none is free again before all have one.
+    let mut held = Vec::new();
+    let mut address = |name: &str| -> anyhow::Result<String> {
         Ok(match args.fabric {
             FabricChoice::Shm => state.join(format!("{name}.sock")).to_string_lossy().into_owned(),
             FabricChoice::Tcp | FabricChoice::Verbs => {
                 // Free now; somebody could take it before the child does, and then it says so.
                 let probe = std::net::TcpListener::bind("127.0.0.1:0").context("no free port")?;
-                probe.local_addr()?.to_string()
+                let address = probe.local_addr()?.to_string();
+                held.push(probe);
+                address
             }
         })
     };
