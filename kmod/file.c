@@ -11,6 +11,8 @@
 /* So often a read begins anew. */
 #define DF_BEGINNINGS	3
 #define DF_PAGES	16
+/* And so often a write asks for space before it begins: the lease may go with what was promised under it. */
+#define DF_ASK_AHEAD	3
 /* What is longer is worth entering for, which spares it from being read again. */
 #define DF_GLANCE	(64UL << 10)
 
@@ -121,6 +123,23 @@ static bool df_lacks_space(struct kiocb *iocb, struct iov_iter *from, ssize_t re
 	entry = df_entry_of(df_i(file_inode(iocb->ki_filp)));
 	return entry && !df_space_covers(entry, iocb->ki_pos, min_t(size_t, iov_iter_count(from), PAGE_SIZE -
 								    offset_in_page(iocb->ki_pos)));
+}
+
+/*
+ * Whether space had better be asked for before anything is written: what is stopped half way for it, with the lease
+ * left meanwhile, others see half of. Where an append goes is a guess, which is right unless another task
+ * of this node appends as well.
+ */
+static bool df_lacks_space_ahead(struct kiocb *iocb, struct iov_iter *from, struct distfuse_entry *entry,
+				 loff_t *pos)
+{
+	struct inode *inode = file_inode(iocb->ki_filp);
+	size_t len = min_t(size_t, iov_iter_count(from), DF_BUFFER);
+
+	*pos = iocb->ki_flags & IOCB_APPEND ? i_size_read(inode) : iocb->ki_pos;
+	if (likely(offset_in_page(*pos) + len <= PAGE_SIZE))
+		return false;
+	return *pos <= inode->i_sb->s_maxbytes - (loff_t)len && !df_space_covers(entry, *pos, len);
 }
 
 /*
@@ -273,6 +292,8 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 	struct distfuse_entry *entry;
 	ssize_t ret, done = 0;
 	size_t want;
+	int asked = 0;
+	loff_t pos;
 
 	iocb->ki_flags &= ~IOCB_DIRECT;
 	/* The kernel takes it for an invalid wish without the other flag; what may wait is done elsewhere then. */
@@ -287,6 +308,17 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 			return ret > 0 ? done + ret : done ?: ret;
 		if (IS_ERR(entry))
 			return done ?: PTR_ERR(entry);
+		if (!done && asked < DF_ASK_AHEAD && df_lacks_space_ahead(iocb, from, entry, &pos)) {
+			df_leave_file(file, entry);
+			asked++;
+			ret = df_space_ask(df_i(file_inode(file)), pos, iov_iter_count(from));
+			/* Where there is not enough, as much is written as there is space for. */
+			if (ret == -ENOSPC)
+				asked = DF_ASK_AHEAD;
+			else if (ret)
+				break;
+			continue;
+		}
 		if (user)
 			pagefault_disable();
 		ret = ds->stock_fop->write_iter(iocb, from);

@@ -1,9 +1,11 @@
 //! A full pool with the kernel extension: `write` says so, and what it took is stored, whoever else wants the space.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -382,6 +384,40 @@ fn truncated_and_punched_while_it_is_written() -> anyhow::Result<()> {
             fs::read(cluster.mount(0).join("f"))? == fs::read(cluster.mount(1).join("f"))?,
             "the mounts differ"
         );
+        Ok(())
+    })
+}
+
+/// Space for all of a write is asked for before it begins, and not with half of it there to be seen.
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn a_write_is_seen_whole() -> anyhow::Result<()> {
+    const FILES: usize = 60;
+    const LEN: u64 = 64 * PAGE;
+    guard::with_cluster(options(), |cluster| {
+        for n in 0..FILES {
+            let [here, there] = [0, 1].map(|mount| cluster.mount(mount).join(format!("whole{n}")));
+            let file = create(&here)?;
+            let over = AtomicBool::new(false);
+            let seen = guard::together(2, |who| {
+                let mut seen = BTreeSet::new();
+                if who == 0 {
+                    let written = file.write_at(&content(n as u64, 0, LEN), 0);
+                    over.store(true, Ordering::SeqCst);
+                    ensure!(written? as u64 == LEN, "a short write of file {n}");
+                }
+                loop {
+                    let last = over.load(Ordering::SeqCst);
+                    seen.insert(fs::metadata(&there)?.len());
+                    if last {
+                        return Ok(seen);
+                    }
+                }
+            })?;
+            let parts: Vec<u64> = seen.into_iter().flatten().filter(|len| *len % LEN != 0).collect();
+            ensure!(parts.is_empty(), "of file {n} so much was seen: {parts:?}");
+            verify(&there, n as u64, LEN)?;
+        }
         Ok(())
     })
 }
