@@ -312,11 +312,9 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 			df_leave_file(file, entry);
 			asked++;
 			ret = df_space_ask(df_i(file_inode(file)), pos, iov_iter_count(from));
-			/* Where there is not enough, as much is written as there is space for. */
-			if (ret == -ENOSPC)
+			/* Not enough, or an error: as much is written as there is space for, and asked for the rest. */
+			if (ret && ret < (ssize_t)min_t(size_t, iov_iter_count(from), DF_BUFFER))
 				asked = DF_ASK_AHEAD;
-			else if (ret)
-				break;
 			continue;
 		}
 		if (user)
@@ -331,7 +329,7 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 			break;
 		if (df_lacks_space(iocb, from, ret)) {
 			ret = df_space_ask(df_i(file_inode(file)), iocb->ki_pos, iov_iter_count(from));
-			if (ret)
+			if (ret < 0)
 				break;
 			continue;
 		}

@@ -47,7 +47,8 @@ bool df_space_covers(const struct distfuse_entry *entry, u64 pos, u64 len)
 
 /*
  * Asks for space for at least the beginning of what is to be written; with it comes the lease, if that has gone.
- * 0: it is worth trying again. Nothing may be held: the daemon may have to take leases back for it.
+ * For so many bytes there is some; 0: it is worth trying again. Nothing may be held: the daemon may have to
+ * take leases back for it.
  */
 int df_space_ask(struct df_inode *di, u64 pos, u64 len)
 {
@@ -77,8 +78,8 @@ int df_space_ask(struct df_inode *di, u64 pos, u64 len)
 		return ret;
 	if (call->error)
 		ret = clamp(call->error, -MAX_ERRNO, -1);
-	else if (!(call->flags & DISTFUSE_ANSWER_AGAIN) && !call->result)
-		ret = -ENOSPC;
+	else if (!(call->flags & DISTFUSE_ANSWER_AGAIN))
+		ret = call->result ? min_t(u64, call->result, INT_MAX) : -ENOSPC;
 	df_call_end(att, call);
 	return ret;
 }
@@ -151,7 +152,7 @@ vm_fault_t df_space_fault(struct vm_fault *vmf, struct df_inode *di)
 	if (!att)
 		return VM_FAULT_SIGBUS;
 	if (!(vmf->flags & FAULT_FLAG_ALLOW_RETRY))
-		return df_space_ask(di, pos, PAGE_SIZE) ? VM_FAULT_SIGBUS : VM_FAULT_NOPAGE;
+		return df_space_ask(di, pos, PAGE_SIZE) < 0 ? VM_FAULT_SIGBUS : VM_FAULT_NOPAGE;
 	if (vmf->flags & FAULT_FLAG_RETRY_NOWAIT)
 		return VM_FAULT_RETRY;
 	if ((vmf->flags & FAULT_FLAG_TRIED) && df_fault_refused(att, di, page))
@@ -160,7 +161,7 @@ vm_fault_t df_space_fault(struct vm_fault *vmf, struct df_inode *di)
 	file = get_file(vmf->vma->vm_file);
 	df_release_fault_lock(vmf);
 	ret = df_space_ask(di, pos, PAGE_SIZE);
-	if (ret && ret != -EINTR)
+	if (ret < 0 && ret != -EINTR)
 		df_refuse_fault(att, di, page);
 	fput(file);
 	return VM_FAULT_RETRY;

@@ -75,7 +75,7 @@ pub fn range() -> Result<()> {
     // Before it, across its end, behind it.
     for (at, len, lacks) in [
         (0, 10, 0),
-        (4 * PAGE - 10, 20, 4 * PAGE),
+        (4 * PAGE - 10, 20, 4 * PAGE - 10),
         (9 * PAGE, PAGE, 9 * PAGE),
     ] {
         let before = asked(manager)?;
@@ -115,6 +115,11 @@ pub fn full() -> Result<()> {
     // There is space for the first part of it: a short write.
     let writing = writer(&file, 4 * PAGE, 2 * PAGE + 50)?;
     let call = next(manager)?;
+    ensure_eq!(
+        (call.offset, call.len),
+        (2 * PAGE + 50, 4 * 4096),
+        "asked for ahead"
+    );
     promise(manager, &call, 5 * PAGE)?;
     let call = next(manager)?;
     ensure_eq!(call.offset, 5 * PAGE, "asked for");
