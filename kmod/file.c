@@ -13,8 +13,6 @@
 #define DF_PAGES	16
 /* And so often a write asks for space before it begins: the lease may go with what was promised under it. */
 #define DF_ASK_AHEAD	3
-/* What is longer is worth entering for, which spares it from being read again. */
-#define DF_GLANCE	(64UL << 10)
 
 static struct df_sb *df_of_fop(const struct file *file)
 {
@@ -143,79 +141,6 @@ static bool df_lacks_space_ahead(struct kiocb *iocb, struct iov_iter *from, stru
 }
 
 /*
- * The usual case of what follows: all that is wanted is in one page that is there. What the page cache's own way
- * does besides is for the others. No atime: FUSE's inodes have none of their own.
- */
-static bool df_read_page(struct kiocb *iocb, struct iov_iter *to)
-{
-	struct file *file = iocb->ki_filp;
-	struct address_space *mapping = file->f_mapping;
-	size_t count = iov_iter_count(to), copied = 0;
-	pgoff_t index = iocb->ki_pos >> PAGE_SHIFT;
-	struct folio *folio;
-
-	if (unlikely(offset_in_page(iocb->ki_pos) + count > PAGE_SIZE))
-		return false;
-	folio = df_cached_folio(mapping, index);
-	if (unlikely(!folio))
-		return false;
-	/* The mark is for the page cache's own way, which reads ahead there. The size counts after the page's being valid. */
-	if (likely(folio_test_uptodate(folio) && !folio_test_readahead(folio) &&
-		   iocb->ki_pos + count <= i_size_read(mapping->host))) {
-		if (unlikely(mapping_writably_mapped(mapping)))
-			flush_dcache_folio(folio);
-		if ((file->f_ra.prev_pos - 1) >> PAGE_SHIFT != index)
-			folio_mark_accessed(folio);
-		copied = copy_page_to_iter(folio_file_page(folio, index), offset_in_page(iocb->ki_pos), count, to);
-	}
-	folio_put(folio);
-	if (unlikely(copied != count)) {
-		iov_iter_revert(to, copied);
-		return false;
-	}
-	iocb->ki_pos += count;
-	file->f_ra.prev_pos = iocb->ki_pos;
-	return true;
-}
-
-/*
- * Reads what is in the page cache without entering, which would have all readers of a file write its word.
- * If the lease was held and installed before, and still is, then so it was all the while, for the
- * generation moves with every grant: what was copied is of a time at which it could be read. Nobody
- * waits for such a reader, so it must wait for nothing. False: nothing is done.
- */
-static bool df_read_cached(struct kiocb *iocb, struct iov_iter *to, ssize_t *ret)
-{
-	struct inode *inode = file_inode(iocb->ki_filp);
-	struct df_inode *di = df_i(inode);
-	size_t count = iov_iter_count(to);
-	loff_t pos = iocb->ki_pos;
-	struct df_glance glance;
-	int flags = iocb->ki_flags;
-
-	if (unlikely(!di) || !user_backed_iter(to) || count > DF_GLANCE || !df_glance(di, DISTFUSE_SHARED, &glance))
-		return false;
-	pagefault_disable();
-	if (likely(df_read_page(iocb, to))) {
-		*ret = count;
-	} else {
-		iocb->ki_flags |= IOCB_NOIO;
-		/* What FUSE does besides, asking whether the size is right, the lease has answered. */
-		*ret = generic_file_read_iter(iocb, to);
-		iocb->ki_flags = flags;
-	}
-	pagefault_enable();
-	if (likely(*ret >= 0 && (!iov_iter_count(to) || iocb->ki_pos >= i_size_read(inode)) &&
-		   df_glance_holds(di, &glance))) {
-		df_count_sb(di->sb, DISTFUSE_HITS);
-		return true;
-	}
-	iov_iter_revert(to, count - iov_iter_count(to));
-	iocb->ki_pos = pos;
-	return false;
-}
-
-/*
  * No page fault may be taken inside: a buffer that is a mapping of a leased file would wait for its lease
  * with this one held. So the original runs with faults disabled; where it comes to a page that is not
  * there, the lease is left, the buffer made present, and another round begun. A read begins anew, so
@@ -300,7 +225,7 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 	if (iocb->ki_flags & IOCB_NOWAIT)
 		return -EAGAIN;
 	/* What is done is done: so that it is done in one, the buffer is made present before. */
-	if (user && iov_iter_count(from) > PAGE_SIZE)
+	if (user)
 		fault_in_iov_iter_readable(from, min_t(size_t, iov_iter_count(from), DF_BUFFER));
 	for (;;) {
 		entry = df_enter_or_call(iocb, from, DISTFUSE_EXCLUSIVE, DISTFUSE_DIRTY, &ret);
@@ -308,6 +233,10 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 			return ret > 0 ? done + ret : done ?: ret;
 		if (IS_ERR(entry))
 			return done ?: PTR_ERR(entry);
+		if (df_write_page(iocb, from, &ret)) {
+			df_leave_file(file, entry);
+			return done + ret;
+		}
 		if (!done && asked < DF_ASK_AHEAD && df_lacks_space_ahead(iocb, from, entry, &pos)) {
 			df_leave_file(file, entry);
 			asked++;

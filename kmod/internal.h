@@ -238,6 +238,10 @@ int df_call_wait(struct df_att *att, struct df_call *call);
 void df_call_end(struct df_att *att, struct df_call *call);
 bool df_call(struct df_inode *di, struct kiocb *iocb, struct iov_iter *it, u32 mode, ssize_t *ret);
 
+/* cached.c */
+bool df_read_cached(struct kiocb *iocb, struct iov_iter *to, ssize_t *ret);
+bool df_write_page(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret);
+
 /* space.c */
 /* Of write_begin, seen by nobody else: this has to be asked for. The page cache knows no such error. */
 #define DF_NO_SPACE	(-ENOSR)

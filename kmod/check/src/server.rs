@@ -113,7 +113,11 @@ impl Server {
 impl Filesystem for Server {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         config
-            .add_capabilities(InitFlags::FUSE_WRITEBACK_CACHE | InitFlags::FUSE_ASYNC_READ)
+            .add_capabilities(
+                InitFlags::FUSE_WRITEBACK_CACHE
+                    | InitFlags::FUSE_ASYNC_READ
+                    | InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+            )
             .map_err(|_| std::io::Error::other("no write-back cache"))?;
         let _ = config.set_max_write(1 << 20);
         self.0.block().ready.fetch_add(1, SeqCst);

@@ -8,6 +8,7 @@ mod gate;
 mod mapped;
 mod names;
 mod revoke;
+mod rewritten;
 mod space;
 mod stress;
 
@@ -52,6 +53,7 @@ pub const ALL: &[Check] = &[
     ("space: a full pool is told of by write", space::full),
     ("space: a store without it is SIGBUS", space::mapped),
     ("space: the killed, and more than can ask", space::ends),
+    ("writes: into dirty pages do what FUSE does", rewritten::same),
     ("calls: splice, sendfile, copy", calls::splice),
     ("calls: O_DIRECT", calls::direct),
     ("calls: append from two mounts", calls::append),

@@ -1,0 +1,142 @@
+//! Writes into pages that are dirty already, which go a shorter way than FUSE's: what they do is the same.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use anyhow::{Result, ensure};
+use distfuse_abi::Mode;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use super::{ensure_eq, read_at};
+use crate::fixture::{Fixture, ino, until};
+use crate::memory::Mapping;
+
+const PAGE: usize = 4096;
+
+/// A limit to the length of files that this process writes, while it lasts.
+struct Limit(Rlimit);
+
+impl Limit {
+    fn new(bytes: u64) -> Result<Limit> {
+        // SAFETY: a constant action, not a function.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+        let before = getrlimit(Resource::Fsize);
+        let limit = Rlimit {
+            current: Some(bytes),
+            ..before.clone()
+        };
+        setrlimit(Resource::Fsize, limit)?;
+        Ok(Limit(before))
+    }
+}
+
+impl Drop for Limit {
+    fn drop(&mut self) {
+        // Back to where it was: that is always allowed.
+        let _ = setrlimit(Resource::Fsize, self.0.clone());
+    }
+}
+
+/// Writes, each into the file and into what it has to become.
+struct Twin<'a>(&'a File, Vec<u8>);
+
+impl Twin<'_> {
+    fn write(&mut self, byte: u8, at: usize, len: usize) -> Result<()> {
+        self.0.write_all_at(&vec![byte; len], at as u64)?;
+        if self.1.len() < at + len {
+            self.1.resize(at + len, 0);
+        }
+        self.1.iter_mut().skip(at).take(len).for_each(|b| *b = byte);
+        Ok(())
+    }
+
+    fn truncate(&mut self, len: usize) -> Result<()> {
+        self.0.set_len(len as u64)?;
+        self.1.resize(len, 0);
+        Ok(())
+    }
+
+    fn compare(&self, what: &str) -> Result<()> {
+        ensure_eq!(self.0.metadata()?.len(), self.1.len() as u64, "size {what}");
+        ensure!(read_at(self.0, 0, 1 << 20)? == self.1, "contents {what}");
+        Ok(())
+    }
+}
+
+fn all(fixture: &Fixture) -> Result<()> {
+    let file = fixture.open(0, "f0")?;
+    let whole = read_at(&file, 0, 1 << 20)?;
+    ensure!(whole.len() >= 2 * PAGE, "a file of {} bytes", whole.len());
+    let mut twin = Twin(&file, whole);
+    twin.write(b'b', 0, PAGE)?;
+    let map = Mapping::new(&file, PAGE)?;
+    for (byte, at, len) in [
+        (b'c', 0, 64),
+        (b'd', 100, 1),
+        (b'e', PAGE - 10, 10),
+        (b'f', PAGE - 10, 20),
+        (b'g', 0, PAGE),
+    ] {
+        twin.write(byte, at, len)?;
+        twin.compare("written again")?;
+        ensure_eq!(map.get(at), byte, "what is mapped at {at}");
+    }
+    file.write_all_at(&[], 7)?;
+    drop(map);
+
+    let mtime = |file: &File| file.metadata().map(|m| (m.mtime(), m.mtime_nsec()));
+    let before = mtime(&file)?;
+    until("a write moves mtime", || {
+        file.write_all_at(b"g", 0).is_ok() && mtime(&file).is_ok_and(|now| now > before)
+    })?;
+
+    // The page stays, dirty, and shorter.
+    twin.truncate(50)?;
+    twin.write(b'h', 40, 5)?;
+    twin.compare("after a truncation")?;
+    twin.write(b'i', 45, 10)?;
+    twin.compare("grown")?;
+    twin.truncate(100)?;
+    twin.compare("grown with nothing")?;
+    let appending = fixture.open_with(0, "f0", libc::O_APPEND)?;
+    appending.write_all_at(b"jj", 0)?;
+    twin.1.extend(b"jj");
+    twin.compare("appended")?;
+
+    {
+        let _limit = Limit::new(60)?;
+        ensure_eq!(file.write_at(&[b'k'; 20], 50)?, 10, "written up to the limit");
+        let past = file.write_at(b"k", 60).map_err(|e| e.raw_os_error());
+        ensure_eq!(past, Err(Some(libc::EFBIG)), "past the limit");
+    }
+    twin.write(b'k', 50, 10)?;
+    twin.compare("with a limit")?;
+
+    let durable = fixture.open_with(0, "f0", libc::O_DSYNC)?;
+    durable.write_all_at(b"now", 3)?;
+    ensure_eq!(
+        fixture.control.read(ino(0), 3, 3)?,
+        b"now".to_vec(),
+        "at the server, with O_DSYNC"
+    );
+    Ok(())
+}
+
+pub fn same() -> Result<()> {
+    let stock = Fixture::new(1, None)?;
+    all(&stock)?;
+    stock.end()?;
+    let fixture = Fixture::one()?;
+    all(&fixture)?;
+    let file = fixture.open(0, "f0")?;
+    let mut twin = Twin(&file, read_at(&file, 0, 1 << 20)?);
+    twin.write(b'y', 0, 10)?;
+    twin.write(b'z', 5, 10)?;
+    fixture.manager()?.take(0, ino(0), Mode::None)?;
+    ensure!(
+        fixture.control.read(ino(0), 0, twin.1.len())? == twin.1,
+        "what is given back"
+    );
+    drop(file);
+    fixture.end()
+}
