@@ -175,6 +175,9 @@ impl Client {
         answer: impl FnOnce(&Attr, Duration) -> T,
     ) -> Res<T> {
         let guard = self.lease(ctx, inode, Mode::Exclusive)?;
+        if set.size.is_some() {
+            self.drop_capability(ctx, inode, &guard)?;
+        }
         let attr = {
             let mut state = inode.lock(ctx, guard.version())?;
             let before = self.load_attr(ctx, inode, &mut state)?;

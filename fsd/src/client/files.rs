@@ -5,11 +5,11 @@ use std::sync::atomic::AtomicU64;
 
 use lockmgr::Mode;
 
-use super::Client;
 use super::ctx::{Ctx, Res, fail};
 use super::inode::Inode;
 use super::opens::Handle;
 use super::pages::{PAGE, page_of};
+use super::{Client, Versions};
 use crate::storage::BLOCK;
 use crate::wire::{Kind, MetaRequest, StorageReply, StorageRequest};
 
@@ -147,11 +147,11 @@ impl Client {
         let guards = self.lease_all(ctx, &[(from, Mode::Shared), (to, Mode::Exclusive)])?;
         let mut data = vec![0; len.min(MOST) as usize];
         {
-            let mut state = from.lock(ctx, guards.version(from.ino))?;
+            let mut state = from.lock(ctx, guards.version_of(from.ino))?;
             self.read_held(ctx, from, &mut state, from_offset, &mut data, true)?;
         }
         {
-            let mut state = to.lock(ctx, guards.version(to.ino))?;
+            let mut state = to.lock(ctx, guards.version_of(to.ino))?;
             self.write_held(ctx, to, &mut state, to_offset, &data)?;
         }
         self.note_dirty(to.ino);

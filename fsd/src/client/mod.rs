@@ -277,13 +277,24 @@ impl Client {
     }
 }
 
+/// The versions of the leases that are held for something.
+pub trait Versions {
+    /// That of an inode's lease.
+    fn version_of(&self, number: u64) -> u64;
+}
+
+/// The one lease there is.
+impl Versions for Guard {
+    fn version_of(&self, _number: u64) -> u64 {
+        self.version()
+    }
+}
+
 /// Guards of several leases.
 pub struct Guards(Vec<(u64, Guard)>);
 
-impl Guards {
-    /// The version of an inode's lease.
-    #[must_use]
-    pub fn version(&self, number: u64) -> u64 {
+impl Versions for Guards {
+    fn version_of(&self, number: u64) -> u64 {
         let record = ino::record(number);
         self.0
             .iter()

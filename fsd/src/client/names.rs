@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::dirs::ATTEMPTS;
 use super::inode::{DirCache, Inode};
-use super::{Client, Guards};
+use super::{Client, Guards, Versions};
 use crate::ino;
 use crate::rpc::Errno;
 use crate::wire::{Attr, Created, Kind, MetaReply, MetaRequest, NamespaceOp, Time, Touched};
@@ -64,14 +64,14 @@ impl Client {
         &self,
         ctx: &Ctx<'_>,
         held: &[&Inode],
-        guards: &Guards,
+        guards: &dyn Versions,
         op: NamespaceOp,
     ) -> Res<Created> {
         let touched = held
             .iter()
             .map(|i| Touched {
                 ino: i.ino,
-                version: guards.version(i.ino),
+                version: guards.version_of(i.ino),
             })
             .collect();
         let (seq, acknowledged) = self.seqs.begin();
@@ -89,7 +89,7 @@ impl Client {
             failed => {
                 // It may have been done all the same.
                 for inode in held {
-                    let mut state = inode.lock(ctx, guards.version(inode.ino))?;
+                    let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
                     state.dir = DirCache::default();
                     // Of what nothing is known nothing was lent.
                     if state
@@ -105,7 +105,7 @@ impl Client {
         };
         for inode in held {
             self.invalidate_attrs(inode);
-            let mut state = inode.lock(ctx, guards.version(inode.ino))?;
+            let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
             state.modified = true;
             match created.attrs.iter().find(|a| a.ino == inode.ino) {
                 Some(new) => {
@@ -199,7 +199,7 @@ impl Client {
         let own = self.lease(ctx, &inode, Mode::Exclusive)?;
         let guards = self.lease_all(ctx, &[(dir, Mode::Exclusive)])?;
         let above = {
-            let mut state = dir.lock(ctx, guards.version(dir.ino))?;
+            let mut state = dir.lock(ctx, guards.version_of(dir.ino))?;
             if self.entry_held_cached(&mut state, name)?.is_some() {
                 return fail(libc::EEXIST);
             }
@@ -230,7 +230,7 @@ impl Client {
         let Some(attr) = created.attrs.iter().find(|a| a.ino == number).copied() else {
             return fail(libc::EPROTO);
         };
-        dir.lock(ctx, guards.version(dir.ino))?
+        dir.lock(ctx, guards.version_of(dir.ino))?
             .dir
             .add(name, number, new.kind, created.cookie);
         drop(guards);
@@ -283,10 +283,10 @@ impl Client {
         };
         let created = self.namespace(ctx, &[dir, inode], &guards, op)?;
         let attr = {
-            let mut state = inode.lock(ctx, guards.version(inode.ino))?;
+            let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
             self.load_attr(ctx, inode, &mut state)?
         };
-        dir.lock(ctx, guards.version(dir.ino))?
+        dir.lock(ctx, guards.version_of(dir.ino))?
             .dir
             .add(name, inode.ino, attr.kind, created.cookie);
         inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
@@ -306,7 +306,7 @@ impl Client {
         guards: &Guards,
         expected: Option<u64>,
     ) -> Res<bool> {
-        let mut state = dir.lock(ctx, guards.version(dir.ino))?;
+        let mut state = dir.lock(ctx, guards.version_of(dir.ino))?;
         let found = self.entry_held(ctx, dir, &mut state, name)?.map(|(ino, _)| ino);
         Ok(found == expected)
     }
@@ -356,7 +356,7 @@ impl Client {
                 }
                 return Err(stop);
             }
-            dir.lock(ctx, guards.version(dir.ino))?.dir.remove(name);
+            dir.lock(ctx, guards.version_of(dir.ino))?.dir.remove(name);
             drop(guards);
             if last && !keep {
                 self.forget_data(&victim);
@@ -378,7 +378,7 @@ impl Client {
             return Ok((true, false));
         }
         let attr = {
-            let mut state = victim.lock(ctx, guards.version(victim.ino))?;
+            let mut state = victim.lock(ctx, guards.version_of(victim.ino))?;
             self.load_attr(ctx, victim, &mut state)?
         };
         if attr.nlink > 1 || attr.kind == Kind::Directory {
@@ -400,7 +400,7 @@ impl Client {
                 "names cached of directory {:#x} were not those of the server",
                 dir.ino
             );
-            dir.lock(ctx, guards.version(dir.ino))?.dir = DirCache::default();
+            dir.lock(ctx, guards.version_of(dir.ino))?.dir = DirCache::default();
         }
         Ok(true)
     }
@@ -480,13 +480,13 @@ impl Client {
                 return Ok(()); // two names of one inode
             }
             {
-                let mut state = dir.lock(ctx, guards.version(dir.ino))?;
+                let mut state = dir.lock(ctx, guards.version_of(dir.ino))?;
                 match (exchange, target) {
                     (true, Some((n, k))) => state.dir.add(name, n, k, created.second_cookie),
                     _ => state.dir.remove(name),
                 }
             }
-            to.lock(ctx, guards.version(to.ino))?
+            to.lock(ctx, guards.version_of(to.ino))?
                 .dir
                 .add(to_name, number, kind, created.cookie);
             drop(guards);

@@ -263,6 +263,9 @@ impl Client {
         let truncate = flags & libc::O_TRUNC != 0 && flags & libc::O_ACCMODE != libc::O_RDONLY;
         let mode = if truncate { Mode::Exclusive } else { Mode::Shared };
         let guard = self.lease(ctx, inode, mode)?;
+        if truncate {
+            self.drop_capability(ctx, inode, &guard)?;
+        }
         if !self.local_memory() && !inode.opens.lock().bit {
             ctx.may_wait()?;
         }

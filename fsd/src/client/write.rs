@@ -79,6 +79,10 @@ impl Client {
             ctx.may_wait()?;
         }
         let guard = self.lease_for_write(ctx, inode, offset, data.len(), flags.cached)?;
+        // With the write-back cache the kernel does it when it is written to.
+        if self.mode != CacheMode::Writeback {
+            self.drop_capability(ctx, inode, &guard)?;
+        }
         let at = {
             let mut state = inode.lock(ctx, guard.version())?;
             let at = if flags.append {

@@ -2,12 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use lockmgr::Mode;
+use lockmgr::{Guard, Mode};
 
-use super::Client;
-use super::ctx::{Ctx, Res, fail};
+use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::Inode;
+use super::{Client, Versions};
+use crate::rpc::Errno;
 use crate::wire::{MetaReply, MetaRequest, NamespaceOp};
+
+/// What an executable file may do beyond its caller, capabilities(7).
+const CAPABILITY: &[u8] = b"security.capability";
 
 /// Name spaces that can be stored; POSIX ACLs are not supported and say so.
 fn supported(name: &[u8]) -> bool {
@@ -26,6 +30,17 @@ impl Client {
         look: impl FnOnce(&BTreeMap<Vec<u8>, Vec<u8>>) -> T,
     ) -> Res<T> {
         let guard = self.lease(ctx, inode, Mode::Shared)?;
+        self.xattrs_held(ctx, inode, &guard, look)
+    }
+
+    /// As [`Client::xattrs`], with the lease held.
+    fn xattrs_held<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        guard: &Guard,
+        look: impl FnOnce(&BTreeMap<Vec<u8>, Vec<u8>>) -> T,
+    ) -> Res<T> {
         let changes = {
             let mut state = inode.lock(ctx, guard.version())?;
             if state.xattrs.is_none() && !self.load_attr(ctx, inode, &mut state)?.has_xattr {
@@ -116,12 +131,48 @@ impl Client {
         )
     }
 
+    /// Takes the capabilities of a file away that is about to be written to. The kernel leaves that to the file system
+    /// (FUSE_HANDLE_KILLPRIV_V2): it may have seen that there are none before another mount gave it some.
+    ///
+    /// # Errors
+    /// Park (nothing has changed then); as [`Client::removexattr`].
+    pub fn drop_capability(&self, ctx: &Ctx<'_>, inode: &Inode, exclusive: &Guard) -> Res<()> {
+        let mut state = inode.lock(ctx, exclusive.version())?;
+        if !self.load_attr(ctx, inode, &mut state)?.has_xattr {
+            return Ok(());
+        }
+        drop(state);
+        if !self.xattrs_held(ctx, inode, exclusive, |all| all.contains_key(CAPABILITY))? {
+            return Ok(());
+        }
+        ctx.may_wait()?;
+        let op = NamespaceOp::RemoveXattr {
+            ino: inode.ino,
+            name: CAPABILITY.to_vec(),
+        };
+        match self.change_xattr_held(ctx, inode, exclusive, op) {
+            // Another task of this mount has.
+            Err(Stop::Errno(Errno(libc::ENODATA))) => Ok(()),
+            done => done,
+        }
+    }
+
     fn change_xattr(&self, ctx: &Ctx<'_>, inode: &Inode, op: NamespaceOp) -> Res<()> {
         ctx.may_wait()?;
         let guards = self.lease_all(ctx, &[(inode, Mode::Exclusive)])?;
-        self.namespace(ctx, &[inode], &guards, op)?;
+        self.change_xattr_held(ctx, inode, &guards, op)
+    }
+
+    fn change_xattr_held(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        guards: &dyn Versions,
+        op: NamespaceOp,
+    ) -> Res<()> {
+        self.namespace(ctx, &[inode], guards, op)?;
         // The server has them now; what was cached is asked for again.
-        let mut state = inode.lock(ctx, guards.version(inode.ino))?;
+        let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
         state.xattrs = None;
         state.xattr_changes += 1;
         Ok(())

@@ -11,6 +11,8 @@ pub const DEVICE: &str = "/dev/distfuse";
 pub const ATTR_DATA: u32 = 1;
 /// [`Entry::valid`]: all attributes are right.
 pub const ATTR_ALL: u32 = 2;
+/// [`Entry::valid`]: there are extended attributes.
+pub const ATTR_XATTRS: u32 = 4;
 
 /// [`Entry::hints`]: short reads and writes that find the lease not held are calls.
 pub const HINT_CALL: u32 = 1;

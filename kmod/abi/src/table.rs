@@ -43,6 +43,8 @@ pub struct Attributes {
     pub uid: u32,
     /// Group.
     pub gid: u32,
+    /// It has extended attributes, among which there may be capabilities that a write takes away.
+    pub xattrs: bool,
 }
 
 /// What comes with a lease.
@@ -267,9 +269,10 @@ fn store(entry: &Entry, a: &Attributes) {
     entry.nlink.store(a.nlink, Ordering::Relaxed);
     entry.uid.store(a.uid, Ordering::Relaxed);
     entry.gid.store(a.gid, Ordering::Relaxed);
+    let xattrs = if a.xattrs { layout::ATTR_XATTRS } else { 0 };
     entry
         .valid
-        .store(layout::ATTR_DATA | layout::ATTR_ALL, Ordering::Relaxed);
+        .store(layout::ATTR_DATA | layout::ATTR_ALL | xattrs, Ordering::Relaxed);
 }
 
 #[cfg(test)]

@@ -122,6 +122,7 @@ fn expected() -> Vec<(String, u64)> {
         ("GENERATION_SHIFT", word::GENERATION_SHIFT.into()),
         ("ATTR_DATA", layout::ATTR_DATA.into()),
         ("ATTR_ALL", layout::ATTR_ALL.into()),
+        ("ATTR_XATTRS", layout::ATTR_XATTRS.into()),
         ("HINT_CALL", layout::HINT_CALL.into()),
         ("WAYS", layout::WAYS as u64),
         ("MIN_ENTRIES", layout::MIN_ENTRIES.into()),

@@ -181,6 +181,7 @@ impl Control {
             nlink: 1,
             uid: 0,
             gid: 0,
+            xattrs: false,
         })
     }
 

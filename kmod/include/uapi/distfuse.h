@@ -43,6 +43,7 @@
 /* What of the attributes of an entry is right (entry.valid). */
 #define DISTFUSE_ATTR_DATA	0x1	/* size, mtime, ctime: to be installed with the grant */
 #define DISTFUSE_ATTR_ALL	0x2	/* all: stat and permission are answered from them */
+#define DISTFUSE_ATTR_XATTRS	0x4	/* there are extended attributes: a write asks for capabilities to take away */
 
 /*
  * Nodes take the lease from each other: what is short and finds it not held is a CALL, which costs the

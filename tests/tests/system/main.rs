@@ -19,4 +19,5 @@ mod memory;
 mod models;
 mod posix;
 mod pressure;
+mod privileges;
 mod suspend;

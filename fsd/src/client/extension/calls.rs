@@ -102,6 +102,9 @@ impl Client {
         let writes = mode == Mode::Exclusive;
         loop {
             let guard = self.lease(ctx, &inode, mode)?;
+            if writes {
+                self.drop_capability(ctx, &inode, &guard)?;
+            }
             let calling = match self.admit(ext, &inode, to_kernel_mode(Some(mode)), writes) {
                 Admission::Go(calling) => calling,
                 Admission::Kernel => return Ok(Answer::Again),

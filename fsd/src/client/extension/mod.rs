@@ -300,6 +300,7 @@ fn attributes(attr: &Attr) -> Attributes {
         nlink: attr.nlink,
         uid: attr.uid,
         gid: attr.gid,
+        xattrs: attr.has_xattr,
     }
 }
 

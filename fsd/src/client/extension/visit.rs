@@ -272,6 +272,9 @@ impl Client {
                 Visited::Elsewhere(inode.peer())
             });
         };
+        if writes {
+            self.drop_capability(ctx, &inode, &guard)?;
+        }
         let Admission::Go(_calling) = self.admit(ext, &inode, distfuse_abi::Mode::Exclusive, writes) else {
             return Ok(Visited::Take);
         };

@@ -23,7 +23,7 @@ impl Limit {
         let before = getrlimit(Resource::Fsize);
         let limit = Rlimit {
             current: Some(bytes),
-            ..before.clone()
+            ..before
         };
         setrlimit(Resource::Fsize, limit)?;
         Ok(Limit(before))
@@ -33,7 +33,7 @@ impl Limit {
 impl Drop for Limit {
     fn drop(&mut self) {
         // Back to where it was: that is always allowed.
-        let _ = setrlimit(Resource::Fsize, self.0.clone());
+        let _ = setrlimit(Resource::Fsize, self.0);
     }
 }
 
