@@ -189,6 +189,45 @@ fn verify(w: &Workload, dirs: &[PathBuf], run_number: u64, done: &[Vec<Done>]) -
     Ok(())
 }
 
+/// Opens the files of all nodes, and makes what is not there.
+fn prepare(w: &Workload, dirs: &[PathBuf]) -> anyhow::Result<Vec<Vec<File>>> {
+    let of_node = |node| {
+        let files = open_all(w, node, &dirs[node % dirs.len()])?;
+        fill(w, node, &files)?;
+        Ok(files)
+    };
+    (0..w.nodes).map(of_node).collect()
+}
+
+/// Makes the files anew, so that nothing of what ran before is in what comes: pages that were written here and there, and
+/// dropped, and read again lie all over the memory, which tells in emulation.
+///
+/// # Errors
+/// A file system call fails.
+pub fn renew(w: &Workload, dirs: &[PathBuf]) -> anyhow::Result<()> {
+    clear(w, dirs)?;
+    prepare(w, dirs).map(drop)
+}
+
+/// Removes the files that are there.
+///
+/// # Errors
+/// A file system call fails.
+pub fn clear(w: &Workload, dirs: &[PathBuf]) -> anyhow::Result<()> {
+    for node in 0..w.nodes {
+        for n in 0..w.files {
+            let path = dirs[node % dirs.len()].join(w.file_name(node, n));
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("cannot remove {}", path.display()));
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Runs it; `dirs` is one directory a node, or one for all. Afterwards all contents are read and verified, if wanted.
 ///
 /// # Errors
@@ -200,13 +239,7 @@ pub fn run(w: Workload, dirs: &[PathBuf], duration: Duration, verified: bool) ->
     );
     static RUNS: AtomicU64 = AtomicU64::new(1);
     let run_number = RUNS.fetch_add(1, Ordering::Relaxed);
-    let mut nodes = Vec::new();
-    for node in 0..w.nodes {
-        let dir = &dirs[node % dirs.len()];
-        let files = open_all(&w, node, dir)?;
-        fill(&w, node, &files)?;
-        nodes.push(files);
-    }
+    let nodes = prepare(&w, dirs)?;
     let barrier = Barrier::new(w.nodes * w.threads + 1);
     let (all, took) = std::thread::scope(|scope| {
         let mut threads = Vec::new();

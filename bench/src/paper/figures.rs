@@ -88,7 +88,11 @@ fn mixes(args: &Args) -> Vec<Plan> {
                 args.nodes
             ),
             unit: "MiB/s",
-            points: some(args, &said::READS).into_iter().map(point).collect(),
+            points: some(args, &said::READS)
+                .into_iter()
+                .filter(|(_, reads)| args.reads.contains(reads))
+                .map(point)
+                .collect(),
         }
     };
     vec![plan(true), plan(false)]

@@ -47,10 +47,13 @@ pub fn measure(modes: &Modes, settings: &Settings, work: &Work) -> anyhow::Resul
         .into_iter()
         .map(|m| (m, Samples::default()))
         .collect();
-    if let Work::Loop(mix) = work {
-        for mode in modes.there() {
-            mix::fill(mix, &modes.dirs(mode)).context(mode.name())?;
+    for mode in modes.there() {
+        let dirs = modes.dirs(mode);
+        match work {
+            Work::Blocks(workload) => runner::renew(workload, &dirs[..workload.nodes]),
+            Work::Loop(mix) => mix::fill(mix, &dirs),
         }
+        .context(mode.name())?;
     }
     for round in 0..settings.rounds {
         for mode in modes.turns(round) {
@@ -89,11 +92,13 @@ pub fn measure(modes: &Modes, settings: &Settings, work: &Work) -> anyhow::Resul
             }
         }
     }
-    if let Work::Loop(mix) = work {
-        for mode in modes.there() {
-            mix::verify(mix, &modes.dirs(mode)[..mix.nodes]).context(mode.name())?;
-            mix::clear(mix, &modes.dirs(mode)).context(mode.name())?;
+    for mode in modes.there() {
+        let dirs = modes.dirs(mode);
+        match work {
+            Work::Blocks(workload) => runner::clear(workload, &dirs[..workload.nodes]),
+            Work::Loop(mix) => mix::verify(mix, &dirs[..mix.nodes]).and_then(|()| mix::clear(mix, &dirs)),
         }
+        .context(mode.name())?;
     }
     Ok(all)
 }

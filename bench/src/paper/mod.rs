@@ -46,6 +46,9 @@ pub struct Args {
     /// Nodes to go through in figure 8.
     #[arg(long, value_delimiter = ',', default_values_t = [2, 3, 4])]
     scale_nodes: Vec<usize>,
+    /// Percents of reads to go through in figure 6: some of the paper's.
+    #[arg(long, value_delimiter = ',', default_values_t = published::READS, value_parser = reads)]
+    reads: Vec<u32>,
     /// Threads a node (the paper: 4).
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -110,6 +113,15 @@ fn bytes(text: &str) -> Result<u64, String> {
     };
     let number: u64 = digits.parse().map_err(|e| format!("{e}"))?;
     number.checked_mul(1 << shift).ok_or_else(|| "too large".into())
+}
+
+/// A share of reads of which the paper tells.
+fn reads(text: &str) -> Result<u32, String> {
+    let known = published::READS;
+    text.parse()
+        .ok()
+        .filter(|reads| known.contains(reads))
+        .ok_or_else(|| format!("the paper has {known:?}"))
 }
 
 /// Why there is no write-back here, if so.
