@@ -32,10 +32,27 @@ pub fn hot(dir: &Path, name: &str, size: u64) -> anyhow::Result<File> {
     if file.metadata()?.len() != size {
         let block = vec![1u8; MIB];
         for at in (0..size).step_by(MIB) {
-            file.write_all_at(&block, at)?;
+            let len = block.len().min((size - at) as usize);
+            file.write_all_at(&block[..len], at)?;
         }
     }
     Ok(file)
+}
+
+/// Makes the file of small blocks anew, so that its pages are others: in emulation some take several times as long to copy
+/// as others, for as long as they lie where they do.
+///
+/// # Errors
+/// A file system call fails.
+pub fn renew_hot(dir: &Path, size: u64) -> anyhow::Result<()> {
+    let name = hot_name(size);
+    match std::fs::remove_file(dir.join(&name)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot remove {name}"));
+        }
+        _ => {}
+    }
+    hot(dir, &name, size).map(drop)
 }
 
 fn hot_name(size: u64) -> String {

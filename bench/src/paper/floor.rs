@@ -78,6 +78,7 @@ pub fn run(modes: &Modes, settings: &Settings, out: &Path) -> anyhow::Result<()>
                 } else {
                     settings.calls
                 };
+                ops::renew_hot(dir, HOT)?;
                 let count = || mode.and_then(|m| modes.cluster(m)?.counter("requests"));
                 let before = count();
                 samples[n].push(measure(dir, calls)? / 1e3);
