@@ -74,6 +74,7 @@ impl Client {
         }
         ctx.may_wait()?;
         let guard = self.lease(ctx, inode, Mode::Exclusive)?;
+        self.drop_capability(ctx, inode, &guard)?;
         let result = {
             let mut state = inode.lock(ctx, guard.version())?;
             self.load_attr(ctx, inode, &mut state)?;

@@ -145,6 +145,7 @@ impl Client {
         const MOST: u64 = 8 << 20;
         ctx.may_wait()?;
         let guards = self.lease_all(ctx, &[(from, Mode::Shared), (to, Mode::Exclusive)])?;
+        self.drop_capability(ctx, to, &guards)?;
         let mut data = vec![0; len.min(MOST) as usize];
         {
             let mut state = from.lock(ctx, guards.version_of(from.ino))?;

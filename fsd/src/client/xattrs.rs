@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lockmgr::{Guard, Mode};
+use lockmgr::Mode;
 
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::Inode;
@@ -38,11 +38,11 @@ impl Client {
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        guard: &Guard,
+        guards: &dyn Versions,
         look: impl FnOnce(&BTreeMap<Vec<u8>, Vec<u8>>) -> T,
     ) -> Res<T> {
         let changes = {
-            let mut state = inode.lock(ctx, guard.version())?;
+            let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
             if state.xattrs.is_none() && !self.load_attr(ctx, inode, &mut state)?.has_xattr {
                 state.xattrs = Some(BTreeMap::new());
             }
@@ -58,7 +58,7 @@ impl Client {
         let loaded: BTreeMap<_, _> = pairs.into_iter().collect();
         let found = look(&loaded);
         // Nobody else has changed them under our lease, but another request of this mount may have.
-        let mut state = inode.lock(ctx, guard.version())?;
+        let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
         if state.xattr_changes == changes {
             state.xattrs = Some(loaded);
         }
@@ -136,8 +136,8 @@ impl Client {
     ///
     /// # Errors
     /// Park (nothing has changed then); as [`Client::removexattr`].
-    pub fn drop_capability(&self, ctx: &Ctx<'_>, inode: &Inode, exclusive: &Guard) -> Res<()> {
-        let mut state = inode.lock(ctx, exclusive.version())?;
+    pub fn drop_capability(&self, ctx: &Ctx<'_>, inode: &Inode, exclusive: &dyn Versions) -> Res<()> {
+        let mut state = inode.lock(ctx, exclusive.version_of(inode.ino))?;
         if !self.load_attr(ctx, inode, &mut state)?.has_xattr {
             return Ok(());
         }

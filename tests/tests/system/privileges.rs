@@ -44,6 +44,8 @@ fn go_with(
 
 fn capabilities(cluster: &Cluster) -> anyhow::Result<()> {
     let (a, b) = (cluster.mount(0).join("f"), cluster.mount(1).join("f"));
+    let from = cluster.mount(1).join("from");
+    fs::write(&from, LONG)?;
     fs::write(&a, [b'a'; 8192])?;
     let (mine, other) = (open(&a)?, open(&b)?);
     // The kernel of each mount sees that there are none.
@@ -55,6 +57,11 @@ fn capabilities(cluster: &Cluster) -> anyhow::Result<()> {
     go_with("another", &a, &b, || other.write_all_at(b"b", 3))?;
     go_with("a write of the same mount", &a, &b, || mine.write_all_at(b"a", 4))?;
     go_with("a truncation", &a, &b, || other.set_len(4097))?;
+    go_with("an allocation", &a, &b, || sys::fallocate(&other, 0, 0, 4096))?;
+    go_with("a copy", &a, &b, || {
+        let mut from = File::open(&from)?;
+        std::io::copy(&mut from, &mut &other).map(drop)
+    })?;
     go_with("an opening that truncates", &b, &a, || File::create(&a).map(drop))?;
     // Taken from each other, so that with the extension the writes are calls and visits.
     for n in 0..40 {
