@@ -1,6 +1,6 @@
 # DistFUSE. The first things to run: `make demo`, `make test`.
 
-.PHONY: all build setup demo test lab lab-programs soak lab-bench clean
+.PHONY: all build setup demo test lab lab-programs soak lab-bench checkpatch clean
 
 all: build
 
@@ -40,6 +40,11 @@ lab-bench:
 	cargo run --release -q -p lab -- run --limit 2400 --scenario tests/lab/scenarios/bench-fs.toml
 	cargo run --release -q -p lab -- run --limit 900 --scenario tests/lab/scenarios/bench-rdma.toml
 	cargo run --release -q -p lab -- run --limit 2700 --scenario tests/lab/scenarios/paper.toml
+
+# The kernel's style, by its own script: make checkpatch CHECKPATCH=/path/to/linux/scripts/checkpatch.pl
+checkpatch:
+	@test -f "$(CHECKPATCH)" || { echo "say where the script is: CHECKPATCH=linux/scripts/checkpatch.pl (Debian: in the package linux-source-6.1)" >&2; exit 1; }
+	cd kmod && perl $(abspath $(CHECKPATCH)) -f *.c *.h include/uapi/*.h
 
 clean:
 	cargo clean

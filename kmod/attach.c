@@ -10,8 +10,9 @@
 /* Each keeps its memory until the mount ends. */
 #define DF_MOST_ATTACHMENTS	64
 #define DF_LEAST_RING		16
-#define DF_MOST_RING		(1U << 16)
+#define DF_MOST_RING		65536U
 
+/* Who is attached to what. */
 DEFINE_MUTEX(df_attach_lock);
 
 struct df_att *df_att_new(void)
@@ -56,7 +57,7 @@ static int df_att_map(struct df_att *att, struct distfuse_attach *arg)
 	arg->entries = df_size(arg->entries, DISTFUSE_MIN_ENTRIES, DISTFUSE_MAX_ENTRIES);
 	arg->events = df_size(arg->events, DF_LEAST_RING, DF_MOST_RING);
 	arg->commands = df_size(arg->commands, DF_LEAST_RING, DF_MOST_RING);
-	arg->buffers = min(arg->buffers, (u32)DISTFUSE_MAX_BUFFERS);
+	arg->buffers = min_t(u32, arg->buffers, DISTFUSE_MAX_BUFFERS);
 	arg->cpus = nr_cpu_ids;
 	arg->counters_offset = at;
 	at += PAGE_ALIGN(sizeof(u64) * DISTFUSE_COUNTERS_STRIDE * nr_cpu_ids);
@@ -93,7 +94,10 @@ static int df_att_map(struct df_att *att, struct distfuse_attach *arg)
 	return df_calls_init(att, att->map + arg->buffers_offset, arg->buffers);
 }
 
-/* FUSE lets a server have one per cent of the dirty memory, and holds it to that before any is short. */
+/*
+ * FUSE lets a server have one per cent of the dirty memory, and holds it to that before any is
+ * short.
+ */
 static void df_raise_limits(struct super_block *sb, u32 ratio)
 {
 	if (!ratio || !sb->s_bdi || sb->s_bdi == &noop_backing_dev_info)
@@ -171,8 +175,8 @@ long df_attach(struct df_att *att, struct distfuse_attach __user *user)
 }
 
 /*
- * Closes all gates: the daemon is gone. Called as it exits, perhaps before its FUSE connection is cut, so
- * nothing is waited for here.
+ * Closes all gates: the daemon is gone. Called as it exits, perhaps before its FUSE connection is
+ * cut, so nothing is waited for here.
  */
 static void df_att_kill(struct df_att *att)
 {
@@ -223,7 +227,10 @@ void df_detach(struct df_att *att)
 		/* Before the mount may be attached to again. */
 		smp_store_release(&ds->att, NULL);
 		df_wake_everyone(ds);
-		/* The mount may end while that runs: it holds the attachment, and looks for the mount. */
+		/*
+		 * The mount may end while that runs: it holds the attachment, and looks for the
+		 * mount.
+		 */
 		refcount_inc(&att->refs);
 		if (!queue_work(df_wq, &att->cleanup))
 			df_att_put(att);

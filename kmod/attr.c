@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Attributes: stat and permission checks under a lease, and setattr, which changes the size without one. */
+/*
+ * Attributes: stat and permission checks under a lease, and setattr, which changes the size
+ * without one.
+ */
 #include "internal.h"
 #include <linux/posix_acl.h>
 #include <linux/user_namespace.h>
@@ -21,9 +24,12 @@ static bool df_wants(struct df_sb *ds, u32 flag)
 	return att && (att->flags & flag);
 }
 
-/* Fills in what the daemon keeps in the entry. Size and times of a file are the kernel's, once installed. */
-static bool df_stat_from(struct distfuse_entry *entry, df_idmap *idmap, u32 mask, struct inode *inode,
-			 struct kstat *stat)
+/*
+ * Fills in what the daemon keeps in the entry. Size and times of a file are the kernel's, once
+ * installed.
+ */
+static bool df_stat_from(struct distfuse_entry *entry, df_idmap *idmap, u32 mask,
+			 struct inode *inode, struct kstat *stat)
 {
 	struct distfuse_entry e;
 	kuid_t uid;
@@ -58,10 +64,12 @@ static bool df_stat_from(struct distfuse_entry *entry, df_idmap *idmap, u32 mask
 }
 
 /*
- * FUSE shows the mode as its server told it last, and not the inode's: what came with a grant, or under
- * one that is held, has not reached it. All else it shows is the inode's, where df_install() has put it.
+ * FUSE shows the mode as its server told it last, and not the inode's: what came with a grant, or
+ * under one that is held, has not reached it. All else it shows is the inode's, where
+ * df_install() has put it.
  */
-static void df_show_mode(struct distfuse_entry *entry, const struct inode *inode, struct kstat *stat)
+static void df_show_mode(struct distfuse_entry *entry, const struct inode *inode,
+			 struct kstat *stat)
 {
 	struct distfuse_entry e;
 
@@ -70,8 +78,8 @@ static void df_show_mode(struct distfuse_entry *entry, const struct inode *inode
 }
 
 /*
- * Of a regular file only under a lease, for FUSE in write-back mode believes its own size and times,
- * whatever the server says.
+ * Of a regular file only under a lease, for FUSE in write-back mode believes its own size and
+ * times, whatever the server says.
  */
 static int df_file_getattr(df_idmap *idmap, const struct path *path, struct kstat *stat, u32 mask,
 			   unsigned int flags)
@@ -144,9 +152,10 @@ static bool df_permission_local(struct df_sb *ds, struct inode *inode, int mask)
 }
 
 /*
- * The attributes of a regular file have a long time to live, for else FUSE would ask for them at every
- * write; without a lease they are anybody's guess, so that is waited for. Not with the inode locked, which
- * the callers that set extended attributes have done: they get the stock driver's answer.
+ * The attributes of a regular file have a long time to live, for else FUSE would ask for them at
+ * every write; without a lease they are anybody's guess, so that is waited for. Not with the
+ * inode locked, which the callers that set extended attributes have done: they get the stock
+ * driver's answer.
  */
 static int df_file_permission(df_idmap *idmap, struct inode *inode, int mask)
 {
@@ -185,8 +194,8 @@ static int df_dir_permission(df_idmap *idmap, struct inode *inode, int mask)
 }
 
 /*
- * Comes with the inode locked, where no lease may be waited for: a flush wants the inode's lock to end
- * the lease that is asked for. Without the lease the daemon takes it itself.
+ * Comes with the inode locked, where no lease may be waited for: a flush wants the inode's lock
+ * to end the lease that is asked for. Without the lease the daemon takes it itself.
  */
 static int df_setattr(df_idmap *idmap, struct dentry *dentry, struct iattr *attr)
 {
@@ -268,8 +277,8 @@ static int df_atomic_open(struct inode *dir, struct dentry *dentry, struct file 
 	int ret;
 
 	/*
-	 * What comes into being is the stock driver's until df_opened(). Who walks to the name from here on
-	 * asks the server for it, under the directory's lock, which is held here.
+	 * What comes into being is the stock driver's until df_opened(). Who walks to the name
+	 * from here on asks the server for it, under the directory's lock, which is held here.
 	 */
 	WRITE_ONCE(dentry->d_time, 0);
 	ret = ds->stock_diop->atomic_open(dir, dentry, file, flags, mode);

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Calls: short reads and writes that the daemon does itself, under its own lease, where nodes take the lease
- * from each other so fast that the kernel would get little out of having it. Nothing is held meanwhile, and
- * the page cache is not touched: the daemon does it while the kernel has no lease on what it changes.
+ * Calls: short reads and writes that the daemon does itself, under its own lease, where nodes
+ * take the lease from each other so fast that the kernel would get little out of having it.
+ * Nothing is held meanwhile, and the page cache is not touched: the daemon does it while the
+ * kernel has no lease on what it changes.
  *
- * And asking for space, which goes the same way but has no data (space.c). Its calls are apart from the
- * others, so that none that is long under way keeps a writer from asking.
+ * And asking for space, which goes the same way but has no data (space.c). Its calls are apart
+ * from the others, so that none that is long under way keeps a writer from asking.
  */
 #include "internal.h"
 #include <linux/capability.h>
@@ -41,7 +42,8 @@ struct df_call *df_call_begin_space(struct df_att *att)
 {
 	struct df_call *call = NULL;
 	int ret = wait_event_killable(att->call_wq,
-				      (call = df_call_begin_among(att, att->nr_buffers, att->nr_calls)) ||
+				      (call = df_call_begin_among(att, att->nr_buffers,
+								  att->nr_calls)) ||
 				      READ_ONCE(att->dead));
 
 	return ret ? ERR_PTR(ret) : call;
@@ -62,7 +64,10 @@ void df_call_end(struct df_att *att, struct df_call *call)
 	df_call_freed(att, call);
 }
 
-/* With call_lock held. The buffer of a task that was killed meanwhile has stayed the daemon's until now. */
+/*
+ * With call_lock held. The buffer of a task that was killed meanwhile has stayed the daemon's
+ * until now.
+ */
 static void df_call_answer(struct df_call *call, u32 flags, int error, u64 result)
 {
 	if (!call->busy || call->answered)
@@ -153,7 +158,8 @@ int df_call_wait(struct df_att *att, struct df_call *call)
 	return -EINTR;
 }
 
-static ssize_t df_call_result(struct df_call *call, void *buffer, struct iov_iter *it, size_t len, bool write)
+static ssize_t df_call_result(struct df_call *call, void *buffer, struct iov_iter *it, size_t len,
+			      bool write)
 {
 	size_t n = min_t(u64, call->result, len);
 	size_t copied;
@@ -171,8 +177,8 @@ static ssize_t df_call_result(struct df_call *call, void *buffer, struct iov_ite
 }
 
 /*
- * Whether a read or write was done as a call, and what it came to. What must not wait, or has to know the end of
- * the file or reach storage by itself, is left to the ways through the lease.
+ * Whether a read or write was done as a call, and what it came to. What must not wait, or has to
+ * know the end of the file or reach storage by itself, is left to the ways through the lease.
  */
 bool df_call(struct df_inode *di, struct kiocb *iocb, struct iov_iter *it, u32 mode, ssize_t *ret)
 {

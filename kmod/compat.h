@@ -48,7 +48,8 @@ static inline struct timespec64 df_ctime(const struct inode *inode)
 #endif
 }
 
-static inline void df_set_times(struct inode *inode, struct timespec64 mtime, struct timespec64 ctime)
+static inline void df_set_times(struct inode *inode, struct timespec64 mtime,
+				struct timespec64 ctime)
 {
 #if DF_KERNEL(6, 7)
 	inode_set_mtime_to_ts(inode, mtime);
@@ -96,15 +97,5 @@ static inline struct folio *df_cached_folio(struct address_space *mapping, pgoff
 
 /* 6.5: splice reads the page cache by itself; before, it goes through read_iter. */
 #define DF_SPLICE_OWN	DF_KERNEL(6, 5)
-
-/* 6.14: revalidation is told of the directory and the name. */
-#if DF_KERNEL(6, 14)
-#define DF_REVALIDATE_ARGS \
-	struct inode *dir, const struct qstr *name, struct dentry *dentry, unsigned int flags
-#define DF_REVALIDATE_PASS	dir, name, dentry, flags
-#else
-#define DF_REVALIDATE_ARGS	struct dentry *dentry, unsigned int flags
-#define DF_REVALIDATE_PASS	dentry, flags
-#endif
 
 #endif

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Names. One that was looked up under the directory's lease is stamped, in d_time, with the directory's
- * epoch: a number that no other directory has, and that changes when a grant says the directory has
- * changed. It is valid while the lease is held and the stamp is the directory's.
+ * Names. One that was looked up under the directory's lease is stamped, in d_time, with the
+ * directory's epoch: a number that no other directory has, and that changes when a grant says the
+ * directory has changed. It is valid while the lease is held and the stamp is the directory's.
  */
 #include "internal.h"
 #include <linux/dcache.h>
@@ -21,7 +21,10 @@ u64 df_names_epoch(struct df_inode *dir, bool may_sleep)
 	return READ_ONCE(dir->epoch);
 }
 
-/* If the lease was held, or was the same when it came back, from before the question to its answer. */
+/*
+ * If the lease was held, or was the same when it came back, from before the question to its
+ * answer.
+ */
 void df_names_stamp(struct df_inode *dir, struct dentry *dentry, u64 before)
 {
 	if (before && df_names_epoch(dir, false) == before)
@@ -36,7 +39,8 @@ static int df_d_init(struct dentry *dentry)
 	return ds->stock_dop->d_init ? ds->stock_dop->d_init(dentry) : 0;
 }
 
-static int df_revalidate_in(struct df_sb *ds, struct inode *parent, DF_REVALIDATE_ARGS)
+static int df_revalidate_in(struct df_sb *ds, struct inode *parent, struct dentry *dentry,
+			    unsigned int flags)
 {
 	struct df_att *att = READ_ONCE(ds->att);
 	bool ours = att && (att->flags & DISTFUSE_ATTACH_NAMES);
@@ -53,7 +57,10 @@ static int df_revalidate_in(struct df_sb *ds, struct inode *parent, DF_REVALIDAT
 	/* Those that create, or that were told ESTALE, want the server's word. */
 	if (epoch && READ_ONCE(dentry->d_time) == epoch &&
 	    !(flags & (LOOKUP_EXCL | LOOKUP_REVAL | LOOKUP_RENAME_TARGET))) {
-		/* What has just come into being under a name that was known not to be there nobody may open as it is. */
+		/*
+		 * What has just come into being under a name that was known not to be there
+		 * nobody may open as it is.
+		 */
 		inode = d_inode_rcu(dentry);
 		if (inode)
 			df_adopt(ds, inode);
@@ -63,7 +70,7 @@ static int df_revalidate_in(struct df_sb *ds, struct inode *parent, DF_REVALIDAT
 	/* Time alone makes no name valid: this has the stock driver ask its server. */
 	if (ours)
 		flags |= LOOKUP_REVAL;
-	ret = ds->stock_dop->d_revalidate(DF_REVALIDATE_PASS);
+	ret = ds->stock_dop->d_revalidate(dentry, flags);
 	if (ret <= 0)
 		return ret;
 	if (att)
@@ -76,7 +83,7 @@ static int df_revalidate_in(struct df_sb *ds, struct inode *parent, DF_REVALIDAT
 	return ret;
 }
 
-static int df_d_revalidate(DF_REVALIDATE_ARGS)
+static int df_d_revalidate(struct dentry *dentry, unsigned int flags)
 {
 	struct df_sb *ds = df_of_dop(dentry);
 	struct dentry *parent;
@@ -84,10 +91,10 @@ static int df_d_revalidate(DF_REVALIDATE_ARGS)
 
 	if (flags & LOOKUP_RCU) {
 		parent = READ_ONCE(dentry->d_parent);
-		return df_revalidate_in(ds, d_inode_rcu(parent), DF_REVALIDATE_PASS);
+		return df_revalidate_in(ds, d_inode_rcu(parent), dentry, flags);
 	}
 	parent = dget_parent(dentry);
-	ret = df_revalidate_in(ds, d_inode(parent), DF_REVALIDATE_PASS);
+	ret = df_revalidate_in(ds, d_inode(parent), dentry, flags);
 	dput(parent);
 	return ret;
 }

@@ -2,16 +2,20 @@
 /* Entrances through open files. */
 #include "internal.h"
 #include <linux/fadvise.h>
+#include <linux/sizes.h>
 #include <linux/swap.h>
 #include <linux/uaccess.h>
 #include <linux/uio.h>
 
 /* So much of a buffer is made present at a time; what is longer may be done in parts. */
-#define DF_BUFFER	(1UL << 20)
+#define DF_BUFFER	((size_t)SZ_1M)
 /* So often a read begins anew. */
 #define DF_BEGINNINGS	3
 #define DF_PAGES	16
-/* And so often a write asks for space before it begins: the lease may go with what was promised under it. */
+/*
+ * And so often a write asks for space before it begins: the lease may go with what was promised
+ * under it.
+ */
 #define DF_ASK_AHEAD	3
 
 static struct df_sb *df_of_fop(const struct file *file)
@@ -35,8 +39,8 @@ static void df_leave_file(struct file *file, struct distfuse_entry *entry)
 }
 
 /* Enters, or has the daemon do it all: then there is no entry, and *ret is what it came to. */
-static struct distfuse_entry *df_enter_or_call(struct kiocb *iocb, struct iov_iter *it, u32 mode, u64 set,
-					       ssize_t *ret)
+static struct distfuse_entry *df_enter_or_call(struct kiocb *iocb, struct iov_iter *it, u32 mode,
+					       u64 set, ssize_t *ret)
 {
 	struct df_inode *di = df_i(file_inode(iocb->ki_filp));
 	struct distfuse_entry *entry;
@@ -84,9 +88,9 @@ static int df_release(struct inode *inode, struct file *file)
 }
 
 /*
- * Makes a buffer that is read into present; false if not even its beginning can be. The kernel's own way,
- * fault_in_iov_iter_writeable(), holds the address space locked while it waits on some kernels, which
- * stops all threads of a process that one waits in.
+ * Makes a buffer that is read into present; false if not even its beginning can be. The kernel's
+ * own way, fault_in_iov_iter_writeable(), holds the address space locked while it waits on some
+ * kernels, which stops all threads of a process that one waits in.
  */
 static bool df_make_writeable(const struct iov_iter *to, size_t want)
 {
@@ -113,23 +117,27 @@ static bool df_make_writeable(const struct iov_iter *to, size_t want)
 /* Whether what stopped a write is that space for the rest has to be asked for. */
 static bool df_lacks_space(struct kiocb *iocb, struct iov_iter *from, ssize_t ret)
 {
+	size_t page_left = PAGE_SIZE - offset_in_page(iocb->ki_pos);
 	struct distfuse_entry *entry;
 
 	if (ret <= 0)
 		return ret == DF_NO_SPACE;
-	/* Stopped after some of it: a hint will do, for what is covered now goes on without asking. */
+	/*
+	 * Stopped after some of it: a hint will do, for what is covered now goes on without
+	 * asking.
+	 */
 	entry = df_entry_of(df_i(file_inode(iocb->ki_filp)));
-	return entry && !df_space_covers(entry, iocb->ki_pos, min_t(size_t, iov_iter_count(from), PAGE_SIZE -
-								    offset_in_page(iocb->ki_pos)));
+	return entry && !df_space_covers(entry, iocb->ki_pos,
+					 min_t(size_t, iov_iter_count(from), page_left));
 }
 
 /*
- * Whether space had better be asked for before anything is written: what is stopped half way for it, with the lease
- * left meanwhile, others see half of. Where an append goes is a guess, which is right unless another task
- * of this node appends as well.
+ * Whether space had better be asked for before anything is written: what is stopped half way for
+ * it, with the lease left meanwhile, others see half of. Where an append goes is a guess, which
+ * is right unless another task of this node appends as well.
  */
-static bool df_lacks_space_ahead(struct kiocb *iocb, struct iov_iter *from, struct distfuse_entry *entry,
-				 loff_t *pos)
+static bool df_lacks_space_ahead(struct kiocb *iocb, struct iov_iter *from,
+				 struct distfuse_entry *entry, loff_t *pos)
 {
 	struct inode *inode = file_inode(iocb->ki_filp);
 	size_t len = min_t(size_t, iov_iter_count(from), DF_BUFFER);
@@ -141,10 +149,11 @@ static bool df_lacks_space_ahead(struct kiocb *iocb, struct iov_iter *from, stru
 }
 
 /*
- * No page fault may be taken inside: a buffer that is a mapping of a leased file would wait for its lease
- * with this one held. So the original runs with faults disabled; where it comes to a page that is not
- * there, the lease is left, the buffer made present, and another round begun. A read begins anew, so
- * that all it returns is of one moment; unless it is very long, or its buffer goes as fast as it comes.
+ * No page fault may be taken inside: a buffer that is a mapping of a leased file would wait for
+ * its lease with this one held. So the original runs with faults disabled; where it comes to a
+ * page that is not there, the lease is left, the buffer made present, and another round begun. A
+ * read begins anew, so that all it returns is of one moment; unless it is very long, or its
+ * buffer goes as fast as it comes.
  */
 static ssize_t df_read_entered(struct kiocb *iocb, struct iov_iter *to)
 {
@@ -202,7 +211,10 @@ static ssize_t df_read_iter(struct kiocb *iocb, struct iov_iter *to)
 {
 	ssize_t ret;
 
-	/* The page cache is as good as the server under a lease; past it both would have to be kept right. */
+	/*
+	 * The page cache is as good as the server under a lease; past it both would have to be
+	 * kept right.
+	 */
 	iocb->ki_flags &= ~IOCB_DIRECT;
 	if (likely(df_read_cached(iocb, to, &ret)))
 		return ret;
@@ -221,7 +233,10 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 	loff_t pos;
 
 	iocb->ki_flags &= ~IOCB_DIRECT;
-	/* The kernel takes it for an invalid wish without the other flag; what may wait is done elsewhere then. */
+	/*
+	 * The kernel takes it for an invalid wish without the other flag; what may wait is done
+	 * elsewhere then.
+	 */
 	if (iocb->ki_flags & IOCB_NOWAIT)
 		return -EAGAIN;
 	/* What is done is done: so that it is done in one, the buffer is made present before. */
@@ -237,11 +252,15 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 			df_leave_file(file, entry);
 			return done + ret;
 		}
-		if (!done && asked < DF_ASK_AHEAD && df_lacks_space_ahead(iocb, from, entry, &pos)) {
+		if (!done && asked < DF_ASK_AHEAD &&
+		    df_lacks_space_ahead(iocb, from, entry, &pos)) {
 			df_leave_file(file, entry);
 			asked++;
 			ret = df_space_ask(df_i(file_inode(file)), pos, iov_iter_count(from));
-			/* Not enough, or an error: as much is written as there is space for, and asked for the rest. */
+			/*
+			 * Not enough, or an error: as much is written as there is space for, and
+			 * asked for the rest.
+			 */
 			if (ret && ret < (ssize_t)min_t(size_t, iov_iter_count(from), DF_BUFFER))
 				asked = DF_ASK_AHEAD;
 			continue;
@@ -257,7 +276,8 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 		if (likely(!iov_iter_count(from)) || !ret)
 			break;
 		if (df_lacks_space(iocb, from, ret)) {
-			ret = df_space_ask(df_i(file_inode(file)), iocb->ki_pos, iov_iter_count(from));
+			ret = df_space_ask(df_i(file_inode(file)), iocb->ki_pos,
+					   iov_iter_count(from));
 			if (ret < 0)
 				break;
 			continue;
@@ -277,8 +297,8 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 }
 
 #if DF_SPLICE_OWN
-static ssize_t df_splice_read(struct file *file, loff_t *pos, struct pipe_inode_info *pipe, size_t len,
-			      unsigned int flags)
+static ssize_t df_splice_read(struct file *file, loff_t *pos, struct pipe_inode_info *pipe,
+			      size_t len, unsigned int flags)
 {
 	struct df_sb *ds = df_of_fop(file);
 	struct distfuse_entry *entry = df_enter_file(file, DISTFUSE_SHARED, 0);
@@ -293,8 +313,9 @@ static ssize_t df_splice_read(struct file *file, loff_t *pos, struct pipe_inode_
 #endif
 
 /*
- * Holes and data are the server's to tell, which knows nothing of what it has not got yet; FUSE does not wait for
- * that. Without a lease, for FUSE locks the inode, and whoever has it locked may wait for one.
+ * Holes and data are the server's to tell, which knows nothing of what it has not got yet; FUSE
+ * does not wait for that. Without a lease, for FUSE locks the inode, and whoever has it locked
+ * may wait for one.
  */
 static loff_t df_seek_data(struct df_sb *ds, struct file *file, loff_t offset, int whence)
 {

@@ -3,8 +3,8 @@
 #include "internal.h"
 
 /*
- * FUSE keeps the node id right behind the generic inode; its structure is private. That it is there is
- * checked on the root, whose id is 1, before a mount is attached to.
+ * FUSE keeps the node id right behind the generic inode; its structure is private. That it is
+ * there is checked on the root, whose id is 1, before a mount is attached to.
  */
 u64 df_node_id(const struct inode *inode)
 {
@@ -48,7 +48,10 @@ struct df_inode *df_inode_get(struct df_sb *ds, struct inode *inode)
 	return old;
 }
 
-/* With the lock held; FUSE may have two inodes of one id for a moment, one of them on its way out. */
+/*
+ * With the lock held; FUSE may have two inodes of one id for a moment, one of them on its way
+ * out.
+ */
 struct df_inode *df_inode_peek(struct df_sb *ds, u64 ino)
 {
 	struct df_inode *di;
@@ -104,7 +107,10 @@ void df_inode_evict(struct df_sb *ds, struct inode *inode)
 	wake_up_all(&ds->evict_wq);
 }
 
-/* Points a new inode at our tables. Does not sleep: also called while names are looked up under RCU. */
+/*
+ * Points a new inode at our tables. Does not sleep: also called while names are looked up under
+ * RCU.
+ */
 void df_adopt(struct df_sb *ds, struct inode *inode)
 {
 	if (S_ISREG(inode->i_mode)) {

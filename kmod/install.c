@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * What the first task that enters under a new grant does, before any I/O is done under it: pages of
- * another version are dropped, then size and times are set, for FUSE in write-back mode takes neither
- * from its server.
+ * What the first task that enters under a new grant does, before any I/O is done under it: pages
+ * of another version are dropped, then size and times are set, for FUSE in write-back mode takes
+ * neither from its server.
  */
 #include "internal.h"
 #include <linux/pagemap.h>
@@ -47,7 +47,10 @@ static void df_install_data(struct inode *inode, const struct distfuse_entry *e)
 
 	if (old != size) {
 		i_size_write(inode, size);
-		/* The last page of a file that grows may have been cut and is zero behind its old end. */
+		/*
+		 * The last page of a file that grows may have been cut and is zero behind its old
+		 * end.
+		 */
 		if (size < old)
 			truncate_pagecache(inode, size);
 	}
@@ -94,8 +97,8 @@ int df_install(struct df_inode *di, struct distfuse_entry *entry, u32 generation
 	} else {
 		df_count(att, DISTFUSE_PAGES_DROPPED);
 		/*
-		 * None of the pages is dirty: those were written before the last lease went. Readahead
-		 * of that time may still hold pages locked; it is waited for.
+		 * None of the pages is dirty: those were written before the last lease went.
+		 * Readahead of that time may still hold pages locked; it is waited for.
 		 */
 		unmap_mapping_range(inode->i_mapping, 0, 0, 0);
 		ret = invalidate_inode_pages2(inode->i_mapping);
@@ -118,9 +121,9 @@ int df_install(struct df_inode *di, struct distfuse_entry *entry, u32 generation
 }
 
 /*
- * Around what has FUSE set the size by an answer of its server, truncation, where the lease could not be
- * entered. By the time FUSE does it the lease may have been granted anew, with another size: nobody enters
- * meanwhile, and the grant is installed after it.
+ * Around what has FUSE set the size by an answer of its server, truncation, where the lease could
+ * not be entered. By the time FUSE does it the lease may have been granted anew, with another
+ * size: nobody enters meanwhile, and the grant is installed after it.
  */
 void df_unsettle(struct df_inode *di, struct df_settling *s)
 {
@@ -142,7 +145,10 @@ void df_settle(struct df_inode *di, const struct df_settling *s)
 
 	mutex_lock(&di->install_lock);
 	di->unsettled--;
-	/* All the time exclusive: then the inode knows better than the entry, which is of its beginning. */
+	/*
+	 * All the time exclusive: then the inode knows better than the entry, which is of its
+	 * beginning.
+	 */
 	if (!di->unsettled && df_mode(s->word) == DISTFUSE_EXCLUSIVE &&
 	    df_mode(word) == DISTFUSE_EXCLUSIVE && df_generation(word) == df_generation(s->word))
 		/* Pairs with the acquire in df_enter_fast(). */

@@ -40,8 +40,8 @@ struct df_post {
 };
 
 /*
- * A read or write that the daemon does, whose buffer has the same number; or one for space, without a buffer.
- * Under df_att.call_lock but for post.
+ * A read or write that the daemon does, whose buffer has the same number; or one for space,
+ * without a buffer. Under df_att.call_lock but for post.
  */
 struct df_call {
 	struct df_post		post;
@@ -190,6 +190,7 @@ static inline struct df_inode *df_i(const struct inode *inode)
 	/* Pairs with the release in df_inode_get(). */
 	return smp_load_acquire(&inode->i_private);
 }
+
 u64 df_node_id(const struct inode *inode);
 struct df_inode *df_inode_get(struct df_sb *ds, struct inode *inode);
 struct df_inode *df_inode_find(struct df_sb *ds, u64 ino, bool *evicting);
@@ -216,6 +217,7 @@ struct df_settling {
 	u64	word;
 	u32	generation;
 };
+
 void df_unsettle(struct df_inode *di, struct df_settling *s);
 void df_settle(struct df_inode *di, const struct df_settling *s);
 int df_install(struct df_inode *di, struct distfuse_entry *entry, u32 generation);
@@ -243,7 +245,10 @@ bool df_read_cached(struct kiocb *iocb, struct iov_iter *to, ssize_t *ret);
 bool df_write_page(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret);
 
 /* space.c */
-/* Of write_begin, seen by nobody else: this has to be asked for. The page cache knows no such error. */
+/*
+ * Of write_begin, seen by nobody else: this has to be asked for. The page cache knows no such
+ * error.
+ */
 #define DF_NO_SPACE	(-ENOSR)
 bool df_space_covers(const struct distfuse_entry *entry, u64 pos, u64 len);
 int df_space_ask(struct df_inode *di, u64 pos, u64 len);
@@ -262,7 +267,8 @@ void df_make_fop(struct df_sb *ds, const struct file_operations *stock);
 void df_make_riop(struct df_sb *ds, const struct inode_operations *stock);
 void df_make_diop(struct df_sb *ds, const struct inode_operations *stock);
 void df_make_dop(struct df_sb *ds, const struct dentry_operations *stock);
-const struct vm_operations_struct *df_vmop(struct df_sb *ds, const struct vm_operations_struct *stock);
+const struct vm_operations_struct *df_vmop(struct df_sb *ds,
+					   const struct vm_operations_struct *stock);
 void df_names_stamp(struct df_inode *dir, struct dentry *dentry, u64 before);
 u64 df_names_epoch(struct df_inode *dir, bool may_sleep);
 
@@ -369,7 +375,8 @@ static inline bool df_glance_holds(struct df_inode *di, const struct df_glance *
 {
 	/* What was read meanwhile was read before this. */
 	smp_rmb();
-	return df_admits_installed(atomic64_read(df_word(glance->entry)), glance->mode, glance->generation) &&
+	return df_admits_installed(atomic64_read(df_word(glance->entry)), glance->mode,
+				   glance->generation) &&
 	       READ_ONCE(di->generation) == glance->generation;
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Entrances through mappings. What is in page tables is used without asking, so a revocation takes it
- * out of them; here is where it comes back.
+ * Entrances through mappings. What is in page tables is used without asking, so a revocation
+ * takes it out of them; here is where it comes back.
  */
 #include "internal.h"
 #include <linux/pagemap.h>
@@ -12,8 +12,8 @@ static struct df_sb *df_of_vmop(const struct vm_area_struct *vma)
 }
 
 /*
- * Waits for the lease without the lock that the fault came with, for its holder may be needed to give the
- * lease back; then the fault is taken again.
+ * Waits for the lease without the lock that the fault came with, for its holder may be needed to
+ * give the lease back; then the fault is taken again.
  */
 static vm_fault_t df_fault_wait(struct vm_fault *vmf, struct df_inode *di, u32 mode)
 {
@@ -86,8 +86,8 @@ static vm_fault_t df_map_pages(struct vm_fault *vmf, pgoff_t start, pgoff_t end)
 }
 
 /*
- * A page that is mapped to be read is to be written. The lock cannot be dropped here: without the lease, or
- * space, the page is unmapped, so that the task comes again, through df_fault().
+ * A page that is mapped to be read is to be written. The lock cannot be dropped here: without the
+ * lease, or space, the page is unmapped, so that the task comes again, through df_fault().
  */
 static vm_fault_t df_page_mkwrite(struct vm_fault *vmf)
 {
@@ -118,7 +118,8 @@ static vm_fault_t df_page_mkwrite(struct vm_fault *vmf)
 }
 
 /* Our table for mappings; one that is not of the page cache is left alone. */
-const struct vm_operations_struct *df_vmop(struct df_sb *ds, const struct vm_operations_struct *stock)
+const struct vm_operations_struct *df_vmop(struct df_sb *ds,
+					   const struct vm_operations_struct *stock)
 {
 	/* Pairs with the release below. */
 	if (unlikely(!smp_load_acquire(&ds->stock_vmop))) {

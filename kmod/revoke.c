@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * FLUSH commands, and the end of an attachment. All of it runs on a workqueue: neither a thread that the
- * daemon's answers depend on, nor one that holds anything a request may wait for.
+ * FLUSH commands, and the end of an attachment. All of it runs on a workqueue: neither a thread
+ * that the daemon's answers depend on, nor one that holds anything a request may wait for.
  */
 #include "internal.h"
 #include <linux/pagemap.h>
@@ -52,10 +52,11 @@ static bool df_no_files(struct df_inode *di)
 }
 
 /*
- * Writes all that is dirty and returns when the daemon has answered: what close does to an open file waits
- * for the requests themselves, where the ways through the page cache do not. Not fsync: the daemon must
- * have the pages, but nobody has asked for them to be durable, and that costs round trips to all servers.
- * The last file's release is waited for; then the daemon has all, or gets it before that file's RELEASE.
+ * Writes all that is dirty and returns when the daemon has answered: what close does to an open
+ * file waits for the requests themselves, where the ways through the page cache do not. Not
+ * fsync: the daemon must have the pages, but nobody has asked for them to be durable, and that
+ * costs round trips to all servers. The last file's release is waited for; then the daemon has
+ * all, or gets it before that file's RELEASE.
  */
 static int df_write_back(struct df_inode *di, u32 *flags)
 {
@@ -69,7 +70,10 @@ static int df_write_back(struct df_inode *di, u32 *flags)
 			break;
 		if (df_no_files(di)) {
 			before = write_inode_now(inode, 1);
-			/* Opened meanwhile: whoever did may wait for the lease, and close it only then. */
+			/*
+			 * Opened meanwhile: whoever did may wait for the lease, and close it only
+			 * then.
+			 */
 			file = df_file_any(di);
 			if (file)
 				break;
@@ -79,7 +83,10 @@ static int df_write_back(struct df_inode *di, u32 *flags)
 		/* One is on its way in or out. */
 		wait_event_timeout(di->wq, df_no_files(di), HZ / 10);
 	}
-	/* As an owner of locks that has none. An error stays the application's to see at its own fsync. */
+	/*
+	 * As an owner of locks that has none. An error stays the application's to see at its own
+	 * fsync.
+	 */
 	ret = file->f_op->flush(file, (fl_owner_t)di);
 	/* Not later by some other thread: the file would keep the mount busy. */
 	__fput_sync(file);
@@ -98,7 +105,8 @@ static void df_describe(struct inode *inode, struct distfuse_event *event)
 	event->ctime_nsec = ctime.tv_nsec;
 }
 
-static void df_flush_inode(struct df_flush *flush, struct df_inode *di, struct distfuse_entry *entry)
+static void df_flush_inode(struct df_flush *flush, struct df_inode *di,
+			   struct distfuse_entry *entry)
 {
 	u32 flags = flush->command.flags;
 	struct distfuse_event *event = &flush->post->event;
@@ -114,8 +122,9 @@ static void df_flush_inode(struct df_flush *flush, struct df_inode *di, struct d
 		unmap_mapping_range(mapping, 0, 0, 0);
 	}
 	/*
-	 * Not where nothing can be dirty: writing back takes the inode's lock, which a setattr may hold that
-	 * the daemon answers only when it has got the exclusive lease from elsewhere.
+	 * Not where nothing can be dirty: writing back takes the inode's lock, which a setattr
+	 * may hold that the daemon answers only when it has got the exclusive lease from
+	 * elsewhere.
 	 */
 	if (word & DISTFUSE_DIRTY) {
 		df_count(flush->att, DISTFUSE_FLUSHES_DIRTY);
@@ -201,7 +210,10 @@ static void df_flush_work(struct work_struct *work)
 
 void df_flush_start(struct df_att *att, const struct distfuse_command *command)
 {
-	/* The daemon, or whoever keeps it from ringing: memory that it would have to clean must not be waited for. */
+	/*
+	 * The daemon, or whoever keeps it from ringing: memory that it would have to clean must
+	 * not be waited for.
+	 */
 	struct df_flush *flush = kzalloc(sizeof(*flush), GFP_NOIO | __GFP_NOFAIL);
 
 	flush->post = kzalloc(sizeof(*flush->post), GFP_NOIO | __GFP_NOFAIL);

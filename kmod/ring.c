@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The two rings. Indices are kept here and only shown in the shared page: what the daemon writes there
- * is taken for where it stands, never for where we do.
+ * The two rings. Indices are kept here and only shown in the shared page: what the daemon writes
+ * there is taken for where it stands, never for where we do.
  */
 #include "internal.h"
 #include <linux/poll.h>
@@ -44,7 +44,9 @@ static bool df_pump(struct df_att *att)
 	return att->event_head != head;
 }
 
-/* After the head was moved: either we see that the daemon is about to sleep, or it sees the head. */
+/*
+ * After the head was moved: either we see that the daemon is about to sleep, or it sees the head.
+ */
 static void df_notify(struct df_att *att)
 {
 	/* Pairs with the daemon's fence between its flag and its last look. */
@@ -104,7 +106,10 @@ __poll_t df_poll_events(struct df_att *att)
 	return 0;
 }
 
-/* Nothing here sleeps or ends a mount: it may run on the only thread that answers the mount's requests. */
+/*
+ * Nothing here sleeps or ends a mount: it may run on the only thread that answers the mount's
+ * requests.
+ */
 static void df_command(struct df_att *att, const struct distfuse_command *command)
 {
 	struct df_sb *ds;
@@ -150,8 +155,9 @@ static void df_read_commands(struct df_att *att)
 }
 
 /*
- * Carries out what is in the command ring. One at a time; whoever comes meanwhile is served by it. The
- * daemon need not ring while somebody is in df_look(), and the last one to leave that comes here.
+ * Carries out what is in the command ring. One at a time; whoever comes meanwhile is served by
+ * it. The daemon need not ring while somebody is in df_look(), and the last one to leave that
+ * comes here.
  */
 void df_kick(struct df_att *att)
 {
@@ -182,7 +188,10 @@ static void df_spin_learn(struct df_att *att, int change)
 		   clamp(READ_ONCE(att->spin_credit) + change, -DF_SPIN_CREDIT, DF_SPIN_CREDIT));
 }
 
-/* A task has slept for its answer: had it looked, it would have found one that took no longer than this. */
+/*
+ * A task has slept for its answer: had it looked, it would have found one that took no longer
+ * than this.
+ */
 void df_slept(struct df_att *att, u64 since)
 {
 	if (local_clock() - since < att->spin_ns)
@@ -201,8 +210,9 @@ static bool df_is_worth_looking(struct df_att *att)
 }
 
 /*
- * Looks for a while for an answer of the daemon, before the task sleeps. It reads the commands meanwhile,
- * also those for others: so neither has the daemon to ring, nor is a task to be woken. Whether it came.
+ * Looks for a while for an answer of the daemon, before the task sleeps. It reads the commands
+ * meanwhile, also those for others: so neither has the daemon to ring, nor is a task to be woken.
+ * Whether it came.
  */
 bool df_look(struct df_att *att, bool (*done)(void *of), void *of)
 {

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Space: nothing goes into the page cache that the daemon has not promised to be able to store, so that a full
- * pool is told of by write(2) and not when it is too late. What is promised stands in the entry, and holds as
- * long as the exclusive lease; the rest is asked for with nothing held.
+ * Space: nothing goes into the page cache that the daemon has not promised to be able to store,
+ * so that a full pool is told of by write(2) and not when it is too late. What is promised stands
+ * in the entry, and holds as long as the exclusive lease; the rest is asked for with nothing
+ * held.
  *
- * The look at the entry is taken where a page is about to be written to, and not before: there the inode is
- * locked, so neither the end of the file, which an append does not know earlier, nor what a truncation or
- * a hole takes out of the range can change any more.
+ * The look at the entry is taken where a page is about to be written to, and not before: there
+ * the inode is locked, so neither the end of the file, which an append does not know earlier, nor
+ * what a truncation or a hole takes out of the range can change any more.
  */
 #include "internal.h"
 #include <linux/hash.h>
@@ -46,9 +47,9 @@ bool df_space_covers(const struct distfuse_entry *entry, u64 pos, u64 len)
 }
 
 /*
- * Asks for space for at least the beginning of what is to be written; with it comes the lease, if that has gone.
- * For so many bytes there is some; 0: it is worth trying again. Nothing may be held: the daemon may have to
- * take leases back for it.
+ * Asks for space for at least the beginning of what is to be written; with it comes the lease, if
+ * that has gone. For so many bytes there is some; 0: it is worth trying again. Nothing may be
+ * held: the daemon may have to take leases back for it.
  */
 int df_space_ask(struct df_inode *di, u64 pos, u64 len)
 {
@@ -84,8 +85,8 @@ int df_space_ask(struct df_inode *di, u64 pos, u64 len)
 	return ret;
 }
 
-static int df_write_begin(struct file *file, struct address_space *mapping, loff_t pos, unsigned int len,
-			  df_written **written, void **fsdata)
+static int df_write_begin(struct file *file, struct address_space *mapping, loff_t pos,
+			  unsigned int len, df_written **written, void **fsdata)
 {
 	struct df_sb *ds = df_of_aops(mapping);
 	struct df_inode *di = df_i(mapping->host);
@@ -96,7 +97,10 @@ static int df_write_begin(struct file *file, struct address_space *mapping, loff
 	return ds->stock_aops->write_begin(file, mapping, pos, len, written, fsdata);
 }
 
-/* Whether a page that is mapped may be written to. What lies behind the end of the file FUSE refuses. */
+/*
+ * Whether a page that is mapped may be written to. What lies behind the end of the file FUSE
+ * refuses.
+ */
 bool df_space_for_page(const struct df_inode *di, const struct distfuse_entry *entry, pgoff_t page)
 {
 	u64 pos = (u64)page << PAGE_SHIFT;
@@ -121,7 +125,10 @@ static void df_refuse_fault(struct df_att *att, struct df_inode *di, pgoff_t pag
 	spin_unlock(&att->call_lock);
 }
 
-/* Once only: the next access asks again. Another task's refusal in its place costs one more question. */
+/*
+ * Once only: the next access asks again. Another task's refusal in its place costs one more
+ * question.
+ */
 static bool df_fault_refused(struct df_att *att, struct df_inode *di, pgoff_t page)
 {
 	struct df_refused *refused = df_refused_of(att);
@@ -137,9 +144,9 @@ static bool df_fault_refused(struct df_att *att, struct df_inode *di, pgoff_t pa
 }
 
 /*
- * A page fault to write where there may be no space. As with leases it is waited for without the lock that the
- * fault came with, after which all that can be said is that it is to be taken again; so that it was refused
- * is kept for then.
+ * A page fault to write where there may be no space. As with leases it is waited for without the
+ * lock that the fault came with, after which all that can be said is that it is to be taken
+ * again; so that it was refused is kept for then.
  */
 vm_fault_t df_space_fault(struct vm_fault *vmf, struct df_inode *di)
 {

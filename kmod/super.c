@@ -21,7 +21,10 @@ static void df_evict_inode(struct inode *inode)
 	df_inode_evict(ds, inode);
 }
 
-/* Of a flush for the daemon, size and times come with its end: a SETATTR would be a round trip more. */
+/*
+ * Of a flush for the daemon, size and times come with its end: a SETATTR would be a round trip
+ * more.
+ */
 static int df_write_inode(struct inode *inode, struct writeback_control *wbc)
 {
 	struct df_sb *ds = df_of_sop(inode->i_sb);

@@ -65,8 +65,8 @@ struct distfuse_entry *df_try(struct df_inode *di, u32 mode, u64 set)
 }
 
 /*
- * Tells the daemon, once for all tasks, that the lease is wanted. Together with the look that follows
- * in df_wait() nothing is lost: what is granted after the NEED is followed by a WAKE.
+ * Tells the daemon, once for all tasks, that the lease is wanted. Together with the look that
+ * follows in df_wait() nothing is lost: what is granted after the NEED is followed by a WAKE.
  */
 static void df_ask(struct df_inode *di, u32 mode)
 {
@@ -117,9 +117,10 @@ int df_wait(struct df_inode *di, u32 mode)
 
 	df_ask(di, mode);
 	/*
-	 * The answer counts, also where the lease is there before: else it would come when nobody looks any
-	 * more, and the daemon would have to ring for it. And also when it came without the lease, for that
-	 * may have been granted and revoked before this task ran: then `need` is clear, and has to be set again.
+	 * The answer counts, also where the lease is there before: else it would come when nobody
+	 * looks any more, and the daemon would have to ring for it. And also when it came without
+	 * the lease, for that may have been granted and revoked before this task ran: then `need`
+	 * is clear, and has to be set again.
 	 */
 	if (!att || !df_look(att, df_answered, &asked)) {
 		df_count_sb(di->sb, DISTFUSE_WAITS);
@@ -136,7 +137,9 @@ int df_wait(struct df_inode *di, u32 mode)
 	return 0;
 }
 
-/* Makes the grant that was entered the one that is installed. -EAGAIN if that cannot be done now. */
+/*
+ * Makes the grant that was entered the one that is installed. -EAGAIN if that cannot be done now.
+ */
 static int df_settle_in(struct df_inode *di, struct distfuse_entry *entry, bool nowait)
 {
 	u32 generation = df_generation(atomic64_read(df_word(entry)));
@@ -180,11 +183,12 @@ struct distfuse_entry *df_enter_slow(struct df_inode *di, u32 mode, u64 set, boo
 				return ERR_PTR(ret);
 			ret = wait_event_killable(di->wq, !READ_ONCE(di->unsettled) ||
 						  df_is_dead(di->sb));
-		} else if (nowait) {
-			df_ask(di, mode);
-			df_count_sb(di->sb, DISTFUSE_NOWAITS);
-			return ERR_PTR(-EAGAIN);
 		} else {
+			if (nowait) {
+				df_ask(di, mode);
+				df_count_sb(di->sb, DISTFUSE_NOWAITS);
+				return ERR_PTR(-EAGAIN);
+			}
 			ret = df_wait(di, mode);
 		}
 		if (ret)
@@ -193,8 +197,8 @@ struct distfuse_entry *df_enter_slow(struct df_inode *di, u32 mode, u64 set, boo
 }
 
 /*
- * Whether the lease is held and installed at this moment: enough for what is true of one moment, and
- * costs no write but the first time.
+ * Whether the lease is held and installed at this moment: enough for what is true of one moment,
+ * and costs no write but the first time.
  */
 bool df_held(struct df_inode *di, u32 mode, bool may_sleep)
 {

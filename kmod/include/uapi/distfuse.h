@@ -2,9 +2,9 @@
 /*
  * What the DistFUSE daemon and the kernel extension distfuse share.
  *
- * An open file of /dev/distfuse that has attached to a mount is mapped at offset 0: flags and ring
- * indices, counters, two rings, the lease table. docs/kernel-abi.md has the protocol; kmod/abi is the
- * Rust side and is checked against this header.
+ * An open file of /dev/distfuse that has attached to a mount is mapped at offset 0: flags and
+ * ring indices, counters, two rings, the lease table. docs/kernel-abi.md has the protocol;
+ * kmod/abi is the Rust side and is checked against this header.
  */
 #ifndef _UAPI_LINUX_DISTFUSE_H
 #define _UAPI_LINUX_DISTFUSE_H
@@ -19,8 +19,9 @@
 
 /*
  * The word of an entry. The count is lowest, so that entering and leaving are an addition; the
- * generation is highest and moves with every grant to an inode that held nothing, so that no word ever
- * comes back and a compare-and-swap that was prepared for another tenure, or another inode, fails.
+ * generation is highest and moves with every grant to an inode that held nothing, so that no word
+ * ever comes back and a compare-and-swap that was prepared for another tenure, or another inode,
+ * fails.
  */
 #define DISTFUSE_COUNT_MASK	0x0000000000ffffffULL
 #define DISTFUSE_MODE_SHIFT	24
@@ -43,18 +44,18 @@
 /* What of the attributes of an entry is right (entry.valid). */
 #define DISTFUSE_ATTR_DATA	0x1	/* size, mtime, ctime: to be installed with the grant */
 #define DISTFUSE_ATTR_ALL	0x2	/* all: stat and permission are answered from them */
-#define DISTFUSE_ATTR_XATTRS	0x4	/* there are extended attributes: a write asks for capabilities to take away */
+#define DISTFUSE_ATTR_XATTRS	0x4	/* extended attributes: a write asks for capabilities */
 
 /*
- * Nodes take the lease from each other: what is short and finds it not held is a CALL, which costs the
- * lease once, instead of a NEED, after which what was written has to be flushed, too.
+ * Nodes take the lease from each other: what is short and finds it not held is a CALL, which
+ * costs the lease once, instead of a NEED, after which what was written has to be flushed, too.
  */
 #define DISTFUSE_HINT_CALL	0x1
 
 /*
  * Two cache lines. The attributes do not fit beside word and identity into one, and the second is
- * read only when a grant is installed and by stat. Written by the daemon but for the word; everything
- * behind ino is under seq, which is odd while it is changed.
+ * read only when a grant is installed and by stat. Written by the daemon but for the word;
+ * everything behind ino is under seq, which is odd while it is changed.
  */
 struct distfuse_entry {
 	__u64	word;
@@ -77,8 +78,9 @@ struct distfuse_entry {
 	__u32	mtime_nsec;
 	__u32	ctime_nsec;
 	/*
-	 * Under the exclusive lease: what is written from space_from to before space_to can be stored, for
-	 * all of it is allocated or set aside. Elsewhere the daemon is asked first (DISTFUSE_CALL_SPACE).
+	 * Under the exclusive lease: what is written from space_from to before space_to can be
+	 * stored, for all of it is allocated or set aside. Elsewhere the daemon is asked first
+	 * (DISTFUSE_CALL_SPACE).
 	 */
 	__u64	space_from;
 	__u64	space_to;
@@ -110,7 +112,7 @@ static inline __u64 distfuse_set(__u64 ino, __u32 set_bits)
 /* event.flags of CALL */
 #define DISTFUSE_CALL_WRITE	0x1	/* the buffer has the data; else it is to be filled */
 #define DISTFUSE_CALL_KILL_PRIV	0x2	/* the writer may not keep set-user-id bits */
-#define DISTFUSE_CALL_SPACE	0x4	/* nothing is to be done but to make sure that it can be written */
+#define DISTFUSE_CALL_SPACE	0x4	/* only make sure that it can be written */
 
 /* A buffer of this size belongs to each CALL, from the event on to the ANSWER the daemon's. */
 #define DISTFUSE_BUFFER_SIZE	16384U
@@ -136,15 +138,15 @@ struct distfuse_event {
 
 /* Daemon to kernel. */
 #define DISTFUSE_COMMAND_WAKE	1	/* waiters look again, or fail with `error` */
-#define DISTFUSE_COMMAND_FLUSH	2	/* while REVOKING: wait for the count, then what flags say */
-#define DISTFUSE_COMMAND_ANSWER	3	/* the CALL with this buffer is done, or failed with `error` */
+#define DISTFUSE_COMMAND_FLUSH	2	/* while REVOKING: wait for count, do what flags say */
+#define DISTFUSE_COMMAND_ANSWER	3	/* the CALL is done, or failed with `error` */
 
 /* command.flags of FLUSH; dirty pages are always written */
 #define DISTFUSE_FLUSH_UNMAP	0x1	/* take pages out of page tables, clear MAPPED */
 #define DISTFUSE_FLUSH_DROP	0x2	/* and out of the page cache */
 
 /* command.flags of ANSWER */
-#define DISTFUSE_ANSWER_AGAIN	0x1	/* nothing was done: the kernel has the lease itself, or is to ask for it */
+#define DISTFUSE_ANSWER_AGAIN	0x1	/* nothing is done: the kernel has or wants the lease */
 
 struct distfuse_command {
 	__u32	type;
@@ -212,13 +214,13 @@ struct distfuse_shared {
 /* attach.flags */
 #define DISTFUSE_ATTACH_STAT	0x1	/* answer stat under a lease */
 #define DISTFUSE_ATTACH_NAMES	0x2	/* hold names valid under the directory's lease */
-#define DISTFUSE_ATTACH_ACCESS	0x4	/* the mount has default_permissions: check them here under a lease */
+#define DISTFUSE_ATTACH_ACCESS	0x4	/* default_permissions: check them under a lease */
 
 struct distfuse_attach {
 	__u32	abi;			/* in: the caller's; out: the module's */
 	__s32	root_fd;		/* in: the mount's root, may be O_PATH */
 	__u32	flags;
-	__u32	max_ratio;		/* in: share of dirty memory in per cent, lifts FUSE's 1; 0 leaves it */
+	__u32	max_ratio;		/* in: per cent of dirty memory, 0: as it is */
 	__u32	entries;		/* in: wanted; out: a power of two */
 	__u32	events;			/* the same, of the rings */
 	__u32	commands;
@@ -230,7 +232,7 @@ struct distfuse_attach {
 	__u64	table_offset;
 	__u64	buffers_offset;
 	__u32	buffers;		/* in: wanted; out: how many; 0: there are no CALLs */
-	__u32	spin_us;		/* in: so long a task looks for an answer before it sleeps; 0: not at all */
+	__u32	spin_us;		/* in: a task looks so long before it sleeps */
 	__u64	reserved[2];
 };
 
