@@ -9,8 +9,8 @@ use sha2::{Digest, Sha256};
 
 use crate::cluster::Cluster;
 use crate::error::{At, Error, Result};
-use crate::image::headers;
 use crate::image::packages::{Kernel, entries};
+use crate::image::{dkms, headers};
 use crate::options::Tier;
 use crate::tools;
 
@@ -87,13 +87,18 @@ pub fn build(cache: &Path, kernel: &Kernel, mirror: Option<&str>) -> Result<Path
     Ok(module)
 }
 
-fn make(work: &Path, headers: &Path, files: &[(PathBuf, Vec<u8>)]) -> Result<()> {
+fn write(folder: &Path, files: &[(PathBuf, Vec<u8>)]) -> Result<()> {
     for (name, data) in files {
-        let path = work.join(name);
-        let parent = path.parent().unwrap_or(work);
+        let path = folder.join(name);
+        let parent = path.parent().unwrap_or(folder);
         fs::create_dir_all(parent).at(|| format!("make the folder {}", parent.display()))?;
         fs::write(&path, data).at(|| format!("write {}", path.display()))?;
     }
+    Ok(())
+}
+
+fn make(work: &Path, headers: &Path, files: &[(PathBuf, Vec<u8>)]) -> Result<()> {
+    write(work, files)?;
     eprintln!("building the kernel extension for {}", headers.display());
     // Without what an outer make says of itself: its job server is not ours.
     tools::output(
@@ -106,6 +111,65 @@ fn make(work: &Path, headers: &Path, files: &[(PathBuf, Vec<u8>)]) -> Result<()>
             .env_remove("MAKELEVEL"),
     )
     .map(drop)
+}
+
+/// Builds the module as DKMS does on a user's machine, for a cluster's kernel, and puts it where all guests have it:
+/// `/job/dkms.ko`.
+///
+/// # Errors
+/// DKMS or the kernel's headers cannot be had, it does not build, or cannot be copied.
+pub fn place_by_dkms(cluster: &Cluster) -> Result<()> {
+    let options = cluster.options();
+    let (kernel, mirror) = (options.kernel()?, options.mirror.as_deref());
+    let program = dkms::program(&options.cache, mirror)?;
+    let headers = headers::of(&options.cache, &kernel, mirror)?;
+    let work = options
+        .cache
+        .join("kmod")
+        .join(format!("dkms-{}", std::process::id()));
+    let built = by_dkms(&program, &headers, &kernel.release, &work).and_then(|module| {
+        let there = cluster.job().join("dkms.ko");
+        fs::copy(&module, &there)
+            .map(drop)
+            .at(|| format!("copy {}", module.display()))
+    });
+    let _ = fs::remove_dir_all(&work);
+    built
+}
+
+fn by_dkms(program: &Path, headers: &Path, release: &str, work: &Path) -> Result<PathBuf> {
+    // The version that dkms.conf names has to be this one.
+    let version = env!("CARGO_PKG_VERSION");
+    let (from, tree) = (work.join("src"), work.join("tree"));
+    let mut files = sources(Path::new(SOURCES))?;
+    let conf = Path::new(SOURCES).join("dkms.conf");
+    files.push((
+        "dkms.conf".into(),
+        fs::read(&conf).at(|| format!("read {}", conf.display()))?,
+    ));
+    write(&from.join(format!("distfuse-{version}")), &files)?;
+    fs::create_dir_all(&tree).at(|| format!("make the folder {}", tree.display()))?;
+    for action in ["add", "build"] {
+        tools::output(
+            Command::new(program)
+                .args([action, "-m", "distfuse", "-v", version, "-k", release])
+                .arg("--kernelsourcedir")
+                .arg(headers)
+                .arg("--sourcetree")
+                .arg(&from)
+                .arg("--dkmstree")
+                .arg(&tree)
+                .env_remove("MAKEFLAGS")
+                .env_remove("MAKELEVEL"),
+        )?;
+    }
+    let machine = std::env::consts::ARCH;
+    Ok(tree
+        .join("distfuse")
+        .join(version)
+        .join(release)
+        .join(machine)
+        .join("module/distfuse.ko"))
 }
 
 /// Builds the module for a cluster's kernel and puts it where all guests have it: `/job/distfuse.ko`.

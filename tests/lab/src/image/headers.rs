@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::{At, Error, Result};
-use crate::image::packages::{self, Apt, Kernel, Package, parse_index, unpack};
+use crate::image::packages::{self, Apt, Kernel, fetch};
 use crate::tools;
 
 /// What they take, in MiB.
@@ -48,21 +48,9 @@ pub fn of(cache: &Path, kernel: &Kernel, mirror: Option<&str>) -> Result<PathBuf
     let stanza = stanza.split("\n\n").next().unwrap_or("");
     let mut names = needed(stanza);
     names.push(&name);
-    let mut debs = Vec::new();
-    for name in names {
-        let index = parse_index(&apt.show(&[name])?);
-        let package: &Package = index
-            .first()
-            .ok_or_else(|| Error::missing(format!("the package {name}"), "try again"))?;
-        eprintln!("fetching {} {}", package.name, package.version);
-        debs.push(apt.download(package)?);
-    }
     let parent = cache.join("headers");
     fs::create_dir_all(&parent).at(|| format!("make the folder {}", parent.display()))?;
-    unpack(&debs, &home, |part| relocate(part, &home))?;
-    for deb in debs {
-        fs::remove_file(&deb).at(|| format!("remove {}", deb.display()))?;
-    }
+    fetch(&apt, &names, &home, |part| relocate(part, &home))?;
     if build.is_dir() {
         Ok(build)
     } else {

@@ -1,6 +1,7 @@
 //! What a guest boots: a stock kernel, and an initial file system built here.
 
 pub mod cpio;
+pub mod dkms;
 pub mod headers;
 pub mod modules;
 pub mod packages;

@@ -327,6 +327,29 @@ pub fn kernel_of_file(cache: &Path, deb: &Path) -> Result<Kernel> {
     Kernel::at(&label, &dir)
 }
 
+/// Fetches packages and unpacks them as [`unpack`] does.
+pub(crate) fn fetch(
+    apt: &Apt,
+    names: &[&str],
+    dir: &Path,
+    amend: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    let mut debs = Vec::new();
+    for name in names {
+        let index = parse_index(&apt.show(&[name])?);
+        let package = index
+            .first()
+            .ok_or_else(|| Error::missing(format!("the package {name}"), "try again"))?;
+        eprintln!("fetching {} {}", package.name, package.version);
+        debs.push(apt.download(package)?);
+    }
+    unpack(&debs, dir, amend)?;
+    for deb in debs {
+        fs::remove_file(&deb).at(|| format!("remove {}", deb.display()))?;
+    }
+    Ok(())
+}
+
 /// Unpacks packages into one folder, which appears when it is whole and `amend` has been at it.
 pub(crate) fn unpack(debs: &[PathBuf], dir: &Path, amend: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let part = dir.with_extension(format!("part{}", std::process::id()));

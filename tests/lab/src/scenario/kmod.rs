@@ -47,5 +47,12 @@ pub fn run(cluster: &Cluster) -> Result<()> {
     cluster.run(1, "rmmod distfuse", SHORT)?;
     cluster.step("load and unload");
     cluster.run(1, RELOAD, SHORT)?;
+    cluster.step("as DKMS builds it");
+    kmod::place_by_dkms(cluster)?;
+    cluster.run(
+        1,
+        "insmod /job/dkms.ko && test -c /dev/distfuse && rmmod distfuse",
+        SHORT,
+    )?;
     Ok(())
 }

@@ -121,7 +121,7 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "kmod",
-        about: "the kernel extension alone: kmod-check's tests on two mounts; loading, unloading, refusing to",
+        about: "the kernel extension alone: kmod-check's tests on two mounts; built by DKMS; loading, unloading, refusing to",
         tiers: &[Tier::Single],
         nodes: 1,
         soak: Some(60),
