@@ -101,9 +101,9 @@ bool df_read_cached(struct kiocb *iocb, struct iov_iter *to, ssize_t *ret)
 static bool df_is_plain(const struct kiocb *iocb, const struct inode *inode, size_t count)
 {
 	return count && offset_in_page(iocb->ki_pos) + count <= PAGE_SIZE &&
-	       !(iocb->ki_flags & (IOCB_APPEND | IOCB_DSYNC)) &&
+	       !(iocb->ki_flags & IOCB_APPEND) && !iocb_is_dsync(iocb) &&
 	       /* A mount that writes through leaves times to its server. */
-	       !(inode->i_flags & (S_NOCMTIME | S_SYNC | S_SWAPFILE)) &&
+	       !(inode->i_flags & (S_NOCMTIME | S_SWAPFILE)) &&
 	       /* No privileges that a write takes away, and none to be asked for. */
 	       IS_NOSEC(inode) && !(inode->i_mode & (S_ISUID | S_ISGID)) &&
 	       rlimit(RLIMIT_FSIZE) == RLIM_INFINITY;

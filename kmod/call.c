@@ -194,7 +194,8 @@ bool df_call(struct df_inode *di, struct kiocb *iocb, struct iov_iter *it, u32 m
 	if (!att || !entry || !(READ_ONCE(entry->hints) & DISTFUSE_HINT_CALL))
 		return false;
 	if (!user_backed_iter(it) || iov_iter_count(it) > DISTFUSE_BUFFER_SIZE ||
-	    iocb->ki_flags & (IOCB_NOWAIT | IOCB_APPEND | IOCB_DSYNC) || df_would_admit(di, mode))
+	    iocb->ki_flags & (IOCB_NOWAIT | IOCB_APPEND) || iocb_is_dsync(iocb) ||
+	    df_would_admit(di, mode))
 		return false;
 	if (write) {
 		*ret = generic_write_checks(iocb, it);

@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use distfuse_abi::Mode;
+use rustix::mount::{MountFlags, mount_remount};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{ensure_eq, read_at};
@@ -63,6 +64,11 @@ impl Twin<'_> {
     }
 }
 
+fn remount(fixture: &Fixture, flags: MountFlags) -> Result<()> {
+    let root = fixture.path(0, "");
+    mount_remount(&root, flags, c"").with_context(|| format!("remount {}", root.display()))
+}
+
 fn all(fixture: &Fixture) -> Result<()> {
     let file = fixture.open(0, "f0")?;
     let whole = read_at(&file, 0, 1 << 20)?;
@@ -112,6 +118,18 @@ fn all(fixture: &Fixture) -> Result<()> {
     twin.write(b'k', 50, 10)?;
     twin.compare("with a limit")?;
 
+    remount(fixture, MountFlags::SYNCHRONOUS)?;
+    // Only a mapping makes pages dirty there.
+    let map = Mapping::new(&file, PAGE)?;
+    map.set(0, b'm');
+    file.write_all_at(b"at once", 20)?;
+    ensure_eq!(
+        fixture.control.read(ino(0), 20, 7)?,
+        b"at once".to_vec(),
+        "at the server, of a synchronous mount"
+    );
+    drop(map);
+    remount(fixture, MountFlags::empty())?;
     let durable = fixture.open_with(0, "f0", libc::O_DSYNC)?;
     durable.write_all_at(b"now", 3)?;
     ensure_eq!(
