@@ -3,7 +3,6 @@
 #include "internal.h"
 #include <linux/fadvise.h>
 #include <linux/sizes.h>
-#include <linux/swap.h>
 #include <linux/uaccess.h>
 #include <linux/uio.h>
 

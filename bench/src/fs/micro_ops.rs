@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 
 use super::micro::Scale;
+use super::remove_if_there;
 use crate::progress::check;
 
 pub const PAGE: usize = 4096;
@@ -46,12 +47,7 @@ pub fn hot(dir: &Path, name: &str, size: u64) -> anyhow::Result<File> {
 /// A file system call fails.
 pub fn renew_hot(dir: &Path, size: u64) -> anyhow::Result<()> {
     let name = hot_name(size);
-    match std::fs::remove_file(dir.join(&name)) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("cannot remove {name}"));
-        }
-        _ => {}
-    }
+    remove_if_there(&dir.join(&name))?;
     hot(dir, &name, size).map(drop)
 }
 

@@ -9,11 +9,22 @@ mod sweep;
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clap::ValueEnum;
 
 use crate::nullfs::NullMode;
 use crate::procs::{self, Cluster, ClusterSpec, NullServer};
 use crate::progress::check;
+
+/// Removes a file, or finds that there is none.
+fn remove_if_there(path: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Arguments of `bench fs`.
 #[derive(Debug, clap::Args)]

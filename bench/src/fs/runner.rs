@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, ensure};
 
 use super::pattern::{Accesses, Workload};
+use super::remove_if_there;
 use super::stamp::{PAGE, Stamp, file_id};
 use crate::progress::stopped;
 use crate::stats::Latency;
@@ -190,7 +191,10 @@ fn verify(w: &Workload, dirs: &[PathBuf], run_number: u64, done: &[Vec<Done>]) -
 }
 
 /// Opens the files of all nodes, and makes what is not there.
-fn prepare(w: &Workload, dirs: &[PathBuf]) -> anyhow::Result<Vec<Vec<File>>> {
+///
+/// # Errors
+/// A file system call fails.
+pub fn prepare(w: &Workload, dirs: &[PathBuf]) -> anyhow::Result<Vec<Vec<File>>> {
     let of_node = |node| {
         let files = open_all(w, node, &dirs[node % dirs.len()])?;
         fill(w, node, &files)?;
@@ -199,30 +203,16 @@ fn prepare(w: &Workload, dirs: &[PathBuf]) -> anyhow::Result<Vec<Vec<File>>> {
     (0..w.nodes).map(of_node).collect()
 }
 
-/// Makes the files anew, so that nothing of what ran before is in what comes: pages that were written here and there, and
-/// dropped, and read again lie all over the memory, which tells in emulation.
-///
-/// # Errors
-/// A file system call fails.
-pub fn renew(w: &Workload, dirs: &[PathBuf]) -> anyhow::Result<()> {
-    clear(w, dirs)?;
-    prepare(w, dirs).map(drop)
-}
-
-/// Removes the files that are there.
+/// Removes the files, so that nothing of what ran is in what comes: pages that were written here and there, and dropped, and
+/// read again lie all over the memory, which tells in emulation.
 ///
 /// # Errors
 /// A file system call fails.
 pub fn clear(w: &Workload, dirs: &[PathBuf]) -> anyhow::Result<()> {
     for node in 0..w.nodes {
         for n in 0..w.files {
-            let path = dirs[node % dirs.len()].join(w.file_name(node, n));
-            match std::fs::remove_file(&path) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(error).with_context(|| format!("cannot remove {}", path.display()));
-                }
-                _ => {}
-            }
+            // Those that all nodes share are gone with the first.
+            remove_if_there(&dirs[node % dirs.len()].join(w.file_name(node, n)))?;
         }
     }
     Ok(())

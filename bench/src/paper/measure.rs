@@ -50,7 +50,7 @@ pub fn measure(modes: &Modes, settings: &Settings, work: &Work) -> anyhow::Resul
     for mode in modes.there() {
         let dirs = modes.dirs(mode);
         match work {
-            Work::Blocks(workload) => runner::renew(workload, &dirs[..workload.nodes]),
+            Work::Blocks(workload) => runner::prepare(workload, &dirs[..workload.nodes]).map(drop),
             Work::Loop(mix) => mix::fill(mix, &dirs),
         }
         .context(mode.name())?;
