@@ -29,6 +29,7 @@ struct df_inode *df_inode_get(struct df_sb *ds, struct inode *inode)
 	mutex_init(&di->install_lock);
 	spin_lock_init(&di->lock);
 	INIT_LIST_HEAD(&di->files);
+	INIT_LIST_HEAD(&di->wholes);
 	init_waitqueue_head(&di->wq);
 	for (mode = 0; mode < ARRAY_SIZE(di->need_post); mode++)
 		INIT_LIST_HEAD(&di->need_post[mode].link);
