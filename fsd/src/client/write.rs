@@ -125,6 +125,28 @@ impl Client {
         u32::try_from(data.len()).map_err(|_| Stop::Errno(Errno(libc::EINVAL)))
     }
 
+    /// Pages that the kernel writes back, or that somebody has stored to through a mapping.
+    ///
+    /// Those of a file that is gone, whose last name and last open file are no more, are of no use to anybody. They are
+    /// taken and dropped: the kernel would keep an error in its state of the whole file system, where somebody else's
+    /// `syncfs` finds it.
+    ///
+    /// # Errors
+    /// As [`Client::write`].
+    pub fn write_pages(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        offset: u64,
+        data: &[u8],
+        flags: WriteFlags,
+    ) -> Res<u32> {
+        match self.write(ctx, inode, offset, data, flags) {
+            Err(Stop::Errno(Errno(libc::ESTALE))) if inode.lock_raw().gone => Ok(data.len() as u32),
+            result => result,
+        }
+    }
+
     /// The exclusive lease for a write. While it waits, the kernel may keep the last page locked; see
     /// `revoke` for why that must be known.
     fn lease_for_write(

@@ -59,7 +59,7 @@ pub(super) fn write(
         .held(inode.record())
         .is_some_and(|(m, _)| m == lockmgr::Mode::Exclusive)
     {
-        match client.write(&Ctx::on_loop(&client.permits), &inode, offset, data, how) {
+        match client.write_pages(&Ctx::on_loop(&client.permits), &inode, offset, data, how) {
             Ok(n) => return reply.written(n),
             Err(Stop::Errno(e)) => return reply.error(error_of(e)),
             Err(Stop::Park) => {}
@@ -100,7 +100,7 @@ fn write_mapped(
     let (number, waiting) = inode.mapped.begin(Box::new(move || reply.written(len)));
     let me = Arc::clone(client);
     client.workers.run(move || {
-        if let Err(stop) = me.write(&Ctx::on_worker(), &inode, offset, &data, how) {
+        if let Err(stop) = me.write_pages(&Ctx::on_worker(), &inode, offset, &data, how) {
             inode.errors.set(Client::errno_of(stop));
         }
         waiting.answer();
