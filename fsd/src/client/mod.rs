@@ -23,6 +23,7 @@ pub mod caller;
 pub mod ctx;
 pub mod data;
 pub mod dirs;
+mod edges;
 pub mod extension;
 pub mod fallocate;
 pub mod files;
@@ -90,6 +91,8 @@ pub struct Client {
     pub workers: Workers,
     /// Threads for revocations.
     pub revokers: Workers,
+    /// Threads for invalidations that may meet a page which stays locked.
+    pub invalidators: Workers,
     /// Event loops that may still wait.
     pub permits: Permits,
     /// Longest wait for a lease.

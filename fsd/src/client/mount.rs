@@ -337,6 +337,7 @@ impl Mount {
             inodes: Arc::default(),
             workers,
             revokers: Workers::new("fsd-revoke", 128),
+            invalidators: Workers::new("fsd-inval", 256),
             permits: super::ctx::Permits::new(loops, SPARE_LOOPS),
             lease_wait: Duration::from_millis(config.lease.wait_ms),
             cache_reads: config.fabric != FabricChoice::Shm,
@@ -502,6 +503,7 @@ impl Mount {
         client.net.stop();
         client.workers.close(CLOSE_WAIT);
         client.revokers.close(CLOSE_WAIT);
+        client.invalidators.close(CLOSE_WAIT);
         self.fabric.shutdown();
         let dirty = client.dirty.lock().len();
         if dirty > 0 {

@@ -236,6 +236,15 @@ impl Client {
             if cached {
                 inode.kernel.cached.fetch_add(1, Ordering::SeqCst);
                 inode.opens.lock().cached_writers += u64::from(writer);
+                if writer
+                    && self.mode == CacheMode::Writethrough
+                    && inode.kernel.revoking.load(Ordering::SeqCst)
+                {
+                    // The revocation under way may have looked already whether anybody writes through the page cache.
+                    inode.opens.lock().cached_writers -= 1;
+                    inode.kernel.cached.fetch_sub(1, Ordering::SeqCst);
+                    cached = false;
+                }
             }
             if writer {
                 self.space_for_writer(inode);

@@ -6,9 +6,8 @@
 //! tells the lease manager.
 //!
 //! Three things keep the kernel's invalidation from waiting for a request that itself waits for a lease:
-//! * a write that waits for the exclusive lease keeps at most its last page locked, and only if that page
-//!   is not up to date; that page is invalidated aside, with a bounded wait: a page that stays locked holds
-//!   nothing old;
+//! * a write that waits for the exclusive lease keeps at most one folio locked, and only if that is not up to
+//!   date; its pages are invalidated aside (see `edges`);
 //! * a write of mapped pages is answered at once (see `mapped`);
 //! * reads wait only while no lease is held, and then nothing is invalidated.
 
@@ -28,8 +27,6 @@ use crate::rpc::Errno;
 use crate::storage::BLOCK;
 use crate::wire::Attr;
 
-/// How long the invalidation of a page that a waiting write may keep locked is waited for.
-const EDGE_WAIT: Duration = Duration::from_millis(20);
 /// How long the kernel gets to take in the attributes of an answer before it is told to drop them; only
 /// for files that are open through the page cache.
 const SETTLE: Duration = Duration::from_micros(500);
@@ -194,7 +191,7 @@ impl Client {
     /// Drops the kernel's pages on the thread that brings answers from the fabric, where that cannot wait
     /// for such an answer: reads under way find all they need here and in local memory.
     fn drop_pages_at_once(self: &Arc<Self>, inode: &Arc<Inode>, from: Mode) -> bool {
-        if from != Mode::Shared || !self.local_memory() || !inode.edges.lock().is_empty() {
+        if from != Mode::Shared || !self.local_memory() || !inode.edges.is_empty() {
             return false;
         }
         let all_here = inode
@@ -246,7 +243,7 @@ impl Client {
 
     /// Tells the kernel to drop attributes and, for `offset >= 0`, pages. An inode that the kernel is just
     /// about to learn of from an answer already sent is waited for.
-    fn notify(&self, inode: &Inode, offset: i64, len: i64) {
+    pub fn notify(&self, inode: &Inode, offset: i64, len: i64) {
         let Some(notifier) = self.notifier.get() else {
             return;
         };
@@ -265,29 +262,6 @@ impl Client {
                 }
                 Ok(()) => return,
             }
-        }
-    }
-
-    /// Drops all pages and attributes the kernel has of an inode.
-    fn invalidate_pages(self: &Arc<Self>, inode: &Arc<Inode>) {
-        let mut edges: Vec<u64> = inode.edges.lock().keys().copied().collect();
-        edges.sort_unstable();
-        let mut from = 0u64;
-        for page in &edges {
-            if page * PAGE > from {
-                self.notify(inode, from as i64, (page * PAGE - from) as i64);
-            }
-            from = (page + 1) * PAGE;
-        }
-        self.notify(inode, from as i64, 0);
-        for page in edges {
-            let (me, target) = (Arc::clone(self), Arc::clone(inode));
-            let (tx, rx) = bounded(1);
-            self.revokers.run(move || {
-                me.notify(&target, (page * PAGE) as i64, PAGE as i64);
-                let _ = tx.send(());
-            });
-            let _ = rx.recv_timeout(EDGE_WAIT);
         }
     }
 
