@@ -1,4 +1,4 @@
-//! `contended DIR… [--tasks N] [--steps N] [--rounds N] [--seed N] [--mapped]`: several tasks of each mount at the same files.
+//! `contended DIR… [--tasks N] [--steps N] [--rounds N] [--seed N] [--extension]`: several tasks of each mount at the same files.
 //!
 //! Prints what each round did; exit status 1 where something was lost, torn or stale.
 
@@ -7,14 +7,14 @@ use std::process::ExitCode;
 
 use system_tests::contended::{Plan, prove};
 
-const USAGE: &str = "usage: contended DIR… [--tasks N] [--steps N] [--rounds N] [--seed N] [--mapped]";
+const USAGE: &str = "usage: contended DIR… [--tasks N] [--steps N] [--rounds N] [--seed N] [--extension]";
 
 fn main() -> ExitCode {
     let mut plan = Plan {
         tasks: 3,
         steps: 200,
         seed: rand::random(),
-        mapped: false,
+        extension: false,
     };
     let (mut rounds, mut dirs) = (1, Vec::new());
     let mut args = std::env::args().skip(1);
@@ -25,8 +25,8 @@ fn main() -> ExitCode {
             "--steps" => number().map(|n| plan.steps = n as usize),
             "--rounds" => number().map(|n| rounds = n),
             "--seed" => number().map(|n| plan.seed = n),
-            "--mapped" => {
-                plan.mapped = true;
+            "--extension" => {
+                plan.extension = true;
                 Some(())
             }
             dir if !dir.starts_with('-') => {

@@ -34,8 +34,8 @@ pub struct Plan {
     pub steps: usize,
     /// What is left to chance is drawn from this.
     pub seed: u64,
-    /// Also stores to shared mappings, which take the kernel extension.
-    pub mapped: bool,
+    /// Also what takes the kernel extension: stores to shared mappings, and appends by a flag of the call.
+    pub extension: bool,
 }
 
 /// What came of it.
@@ -89,7 +89,7 @@ pub fn run(dirs: &[PathBuf], plan: &Plan) -> anyhow::Result<Outcome> {
         clock: AtomicU64::new(1),
         stamp: AtomicU64::new(1),
         written: board(&dirs, "written", false)?,
-        mapped: board(&dirs, "mapped", plan.mapped)?,
+        mapped: board(&dirs, "mapped", plan.extension)?,
         logs: dirs.iter().map(|dir| dir.join("log")).collect(),
         appended: (0..dirs.len() * plan.tasks).map(|_| AtomicU32::new(0)).collect(),
     };
@@ -134,7 +134,12 @@ impl World<'_> {
     fn task(&self, task: usize) -> anyhow::Result<()> {
         let mount = task % self.mounts;
         let mut rng = StdRng::seed_from_u64(self.plan.seed ^ (task as u64).wrapping_mul(0x9e37_79b9));
-        let log = sys::open(&self.logs[mount], libc::O_WRONLY | libc::O_APPEND)?;
+        let flags = if self.appends_by_call(task) {
+            0
+        } else {
+            libc::O_APPEND
+        };
+        let log = sys::open(&self.logs[mount], libc::O_WRONLY | flags)?;
         let mut reader = log::Reader::new(self.mounts * self.plan.tasks);
         for _ in 0..self.plan.steps {
             match rng.random_range(0..20) {
@@ -143,11 +148,16 @@ impl World<'_> {
                 7..=12 => self.write(mount, &mut rng)?,
                 13..=15 => self.read(&self.written, mount, &mut rng)?,
                 16 => self.cut(mount, &mut rng)?,
-                _ if self.plan.mapped => self.store(mount, &mut rng)?,
+                _ if self.plan.extension => self.store(mount, &mut rng)?,
                 _ => self.read(&self.written, mount, &mut rng)?,
             }
         }
         Ok(())
+    }
+
+    /// Half of the tasks of each mount.
+    fn appends_by_call(&self, task: usize) -> bool {
+        self.plan.extension && task / self.mounts % 2 == 1
     }
 
     fn append(&self, log: &File, task: usize, rng: &mut StdRng) -> anyhow::Result<()> {
@@ -157,8 +167,13 @@ impl World<'_> {
             _ => rng.random_range(16..600),
         };
         let record = log::record(task as u32, number, len);
-        let mut log = log;
-        let n = std::io::Write::write(&mut log, &record).context("append")?;
+        let n = if self.appends_by_call(task) {
+            sys::append(log, &record)
+        } else {
+            let mut log = log;
+            std::io::Write::write(&mut log, &record)
+        };
+        let n = n.context("append")?;
         ensure!(n == record.len(), "appended {n} of {} bytes", record.len());
         self.appended[task].store(number + 1, Ordering::SeqCst);
         Ok(())
