@@ -14,6 +14,7 @@ use rdma_transport::{Connection, Fabric, RemoteAddr};
 
 use super::extension::{self, Extension};
 use super::fuse::FsdFs;
+use super::inode::DirCache;
 use super::mountpoint::{check_point, set_read_ahead, unmount};
 use super::net::{JoinError, Net, NetConfig, Owner};
 use super::revoke::Revoker;
@@ -179,6 +180,22 @@ impl Owner for Client {
     fn storage_lost(&self, shard: u16) {
         self.space.forget(shard);
         self.leases.storage_lost(u32::from(shard));
+    }
+    fn transaction_lost(&self, request: &MetaRequest, error: Errno) {
+        let inos: Vec<u64> = match request {
+            MetaRequest::Namespace { touched, .. } => touched.iter().map(|t| t.ino).collect(),
+            MetaRequest::Update { updates } => updates.iter().map(|u| u.ino).collect(),
+            _ => Vec::new(),
+        };
+        for inode in inos.into_iter().filter_map(|ino| self.inodes.find(ino)) {
+            tracing::error!(
+                "a change of {:#x} that was acknowledged is lost: {error}",
+                inode.ino
+            );
+            inode.errors.set(Errno(libc::EIO));
+            // What is known of its names came of that change, too.
+            inode.lock_raw().dir = DirCache::default();
+        }
     }
     fn storage_back(&self, shard: u16) {
         self.leases.storage_reconnected(u32::from(shard));

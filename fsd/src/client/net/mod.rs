@@ -3,6 +3,7 @@
 //! A connection that breaks is made again in the background; requests wait for that up to their time
 //! limit and are then repeated (the servers carry repeated transactions out only once).
 
+mod log;
 mod meta;
 mod peers;
 mod storage;
@@ -38,6 +39,8 @@ pub trait Owner: Send + Sync {
     fn held_locks(&self) -> Vec<LockSpec>;
     /// The connection to a storage node broke.
     fn storage_lost(&self, shard: u16);
+    /// A metadata server that has lost a transaction, which it had answered, cannot carry it out again.
+    fn transaction_lost(&self, request: &MetaRequest, error: Errno);
     /// There is a new connection to a storage node.
     fn storage_back(&self, shard: u16);
     /// A storage node came back without its leases: ours on it are worth nothing.
@@ -71,6 +74,7 @@ pub struct Net {
     name: String,
     meta: RwLock<Option<Arc<dyn Connection>>>,
     meta_connecting: Mutex<()>,
+    log: log::Log,
     joined: OnceLock<JoinReply>,
     storage: OnceLock<Vec<StorageLink>>,
     record_bytes: AtomicU64,
@@ -107,6 +111,7 @@ impl Net {
             name: config.name,
             meta: RwLock::new(None),
             meta_connecting: Mutex::new(()),
+            log: log::Log::default(),
             joined: OnceLock::new(),
             storage: OnceLock::new(),
             record_bytes: AtomicU64::new(64),
