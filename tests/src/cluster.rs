@@ -251,14 +251,15 @@ impl Cluster {
         };
         let mut text = format!(
             "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\nspin_us = {}\n[lease]\nwait_ms = {}\n\
-             [mount]\ncache = \"{}\"\nbuffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\n",
+             [mount]\ncache = \"{}\"\nbuffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\nmemory_dir = \"{}\"\n",
             o.fabric.name(),
             o.spin_us,
             o.lease_wait.as_millis(),
             o.cache.name(),
             o.max_inodes,
             o.lease_table,
-            address("meta")?
+            address("meta")?,
+            self.memory.path().display()
         );
         for id in 0..o.storage {
             write!(

@@ -16,6 +16,7 @@ mod faults;
 mod generations;
 mod histories;
 mod launch;
+mod lost_end;
 mod memory;
 mod models;
 mod posix;
