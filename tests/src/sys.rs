@@ -49,6 +49,19 @@ pub fn read_at(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     Ok(data)
 }
 
+/// pwritev2(2) of one buffer, with flags such as `RWF_DSYNC` or `RWF_APPEND`.
+///
+/// # Errors
+/// Those of the call; a short write.
+pub fn write_with(file: &File, offset: u64, data: &[u8], flags: i32) -> io::Result<()> {
+    let flags = rustix::io::ReadWriteFlags::from_bits_retain(flags as u32);
+    let done = rustix::io::pwritev2(file, &[io::IoSlice::new(data)], offset, flags)?;
+    if done == data.len() {
+        return Ok(());
+    }
+    Err(io::Error::new(io::ErrorKind::WriteZero, "a short write"))
+}
+
 /// fallocate(2) with mode bits: 0, or KEEP_SIZE | PUNCH_HOLE, or ZERO_RANGE.
 ///
 /// # Errors

@@ -7,6 +7,7 @@ mod allocation;
 mod async_io;
 mod bad_input;
 mod coherence;
+mod durable;
 mod extension;
 mod extension_contended;
 mod extension_names;

@@ -9,6 +9,7 @@ use super::convert::error_of;
 use super::serve;
 use crate::client::ctx::{Ctx, Stop};
 use crate::client::inode::Inode;
+use crate::client::opens::Handle;
 use crate::client::write::WriteFlags;
 use crate::client::{Client, MAX_FILE_SIZE, buffers};
 
@@ -66,6 +67,31 @@ pub(super) fn write(
         }
     }
     write_mapped(client, inode, offset, data.to_vec(), how, reply);
+}
+
+/// A write that is answered when it is durable: on a worker at once, for it will wait.
+pub(super) fn write_sync(
+    client: &Arc<Client>,
+    handle: Arc<Handle>,
+    offset: u64,
+    data: &[u8],
+    how: WriteFlags,
+    reply: ReplyWrite,
+) {
+    client.counters.requests.fetch_add(1, Ordering::Relaxed);
+    let (me, data) = (Arc::clone(client), data.to_vec());
+    client.workers.run(move || {
+        let ctx = Ctx::on_worker();
+        let written = me.write(&ctx, &handle.inode, offset, &data, how);
+        let durable = written.and_then(|n| {
+            me.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
+            Ok(n)
+        });
+        match durable {
+            Ok(n) => reply.written(n),
+            Err(stop) => reply.error(error_of(Client::errno_of(stop))),
+        }
+    });
 }
 
 fn write_later(
