@@ -110,6 +110,8 @@ pub struct State {
     pub target: Option<Vec<u8>>,
     /// The attributes told last, of any version: what can still be said of an inode that is gone.
     pub last: Option<Attr>,
+    /// Where a directory was found: the directory above, and the name in it.
+    pub place: Option<(u64, Vec<u8>)>,
     /// The attributes came from another mount, which may not have told the metadata server yet.
     pub from_owner: bool,
     /// Gone: last name and last open are no more.
@@ -121,12 +123,14 @@ impl State {
     fn forget(&mut self) {
         let target = self.target.take();
         let last = self.last;
+        let place = self.place.take();
         // Frames have a number of their own; space was set aside for pages that are gone.
         let mut frames = std::mem::take(&mut self.frames);
         frames.reserved.clear();
         *self = Self {
             target,
             last,
+            place,
             frames,
             gone: self.gone,
             ..Self::default()
@@ -307,6 +311,8 @@ pub struct Inode {
     peer: AtomicU32,
     /// What of its lease is lent to the kernel.
     pub lent: super::extension::Lent,
+    /// Whom it was looked up for.
+    pub looked_up: super::pins::LookedUp,
     /// Open files on this mount.
     pub opens: Mutex<Opens>,
     /// Delayed errors.
@@ -330,6 +336,10 @@ pub struct Opens {
     pub writer_counted: bool,
     /// This mount's bit in the record's opens bitmap is set.
     pub bit: bool,
+    /// This mount pins it, at least until then.
+    pub pinned: Option<std::time::Instant>,
+    /// It is being removed: nobody may open it any more.
+    pub removed: bool,
 }
 
 impl Inode {
@@ -346,6 +356,7 @@ impl Inode {
             kernel: KernelCache::default(),
             peer: AtomicU32::new(0),
             lent: super::extension::Lent::default(),
+            looked_up: super::pins::LookedUp::default(),
             opens: Mutex::default(),
             errors: Latch::default(),
             mapped: super::mapped::MappedWrites::default(),

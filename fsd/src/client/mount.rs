@@ -350,6 +350,7 @@ impl Mount {
             new_inos: parking_lot::Mutex::new(VecDeque::new()),
             handles: Default::default(),
             file_locks: Default::default(),
+            pins: Default::default(),
             space: Default::default(),
             seqs: Default::default(),
             writeback_after: Duration::from_millis(config.mount.writeback_ms),

@@ -139,9 +139,9 @@ impl Client {
             || (to.is_none()
                 && !inode.kernel.pages.load(Ordering::SeqCst)
                 && inode.kernel.fills.load(Ordering::SeqCst) == fills);
-        let ready = inode
-            .try_lock_raw()
-            .filter(|s| quiet && self.flushes_at_once(&inode, s, from));
+        let ready = inode.try_lock_raw().filter(|s| {
+            quiet && self.flushes_at_once(&inode, s, from) && (to.is_some() || self.pin_at_once(&inode))
+        });
         let Some(mut state) = ready else {
             self.leases.open_gate(id);
             return false;
@@ -338,6 +338,7 @@ impl Client {
         }
         let how = self.write_back_for_revoke(&inode, from);
         if to.is_none() {
+            self.pin_looked_up(&inode);
             inode.mapped.revoking(false);
             inode.kernel.revoking.store(false, Ordering::SeqCst);
         }

@@ -18,6 +18,7 @@ mod histories;
 mod launch;
 mod memory;
 mod models;
+mod names_held;
 mod posix;
 mod pressure;
 mod privileges;

@@ -80,14 +80,17 @@ pub(super) fn create(
             }
             // Somebody else was faster: open what is there now.
             let mut found = None;
-            match c.lookup(ctx, &dir, &name, |inode, attr, _| {
+            match c.lookup(ctx, &dir, &name, caller.pid, |inode, attr, _| {
                 found = Some((Arc::clone(inode), *attr))
             }) {
                 Err(Stop::Errno(Errno(libc::ENOENT))) => continue,
                 other => other?,
             }
             if let Some((inode, attr)) = found {
-                send(&attr, c.open(ctx, &inode, flags, caller)?);
+                match c.open(ctx, &inode, flags, caller) {
+                    Err(Stop::Errno(Errno(libc::ESTALE))) => continue,
+                    opened => send(&attr, opened?),
+                }
                 return Ok(());
             }
         }

@@ -98,6 +98,7 @@ impl Filesystem for FsdFs {
             | InitFlags::FUSE_EXPLICIT_INVAL_DATA
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP
+            | InitFlags::FUSE_EXPORT_SUPPORT
             | InitFlags::FUSE_DONT_MASK;
         // A kernel without one of these does without.
         let mut wanted = wanted;
@@ -110,8 +111,8 @@ impl Filesystem for FsdFs {
         Ok(())
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        names::lookup(&self.client, parent, name, reply);
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        names::lookup(&self.client, req, parent, name, reply);
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
@@ -178,17 +179,17 @@ impl Filesystem for FsdFs {
         names::symlink(&self.client, req, parent, link_name, target, reply);
     }
 
-    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        names::remove(&self.client, parent, name, false, reply);
+    fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        names::remove(&self.client, req, parent, name, false, reply);
     }
 
-    fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        names::remove(&self.client, parent, name, true, reply);
+    fn rmdir(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        names::remove(&self.client, req, parent, name, true, reply);
     }
 
     fn rename(
         &self,
-        _req: &Request,
+        req: &Request,
         parent: INodeNo,
         name: &OsStr,
         newparent: INodeNo,
@@ -196,7 +197,14 @@ impl Filesystem for FsdFs {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        names::rename(&self.client, (parent, name), (newparent, newname), flags, reply);
+        names::rename(
+            &self.client,
+            req,
+            (parent, name),
+            (newparent, newname),
+            flags,
+            reply,
+        );
     }
 
     fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
