@@ -16,6 +16,7 @@ mod faults;
 mod generations;
 mod histories;
 mod launch;
+mod locks_many;
 mod memory;
 mod models;
 mod names_held;

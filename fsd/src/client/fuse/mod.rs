@@ -365,7 +365,8 @@ impl Filesystem for FsdFs {
     ) {
         match kind_of(typ) {
             Ok(kind) => {
-                let lock = self.client.lock_spec(ino.0, lock_owner.0, pid, start, end, kind);
+                let owner = self.client.lock_owner(lock_owner.0, false);
+                let lock = Client::lock_spec(ino.0, owner, pid, (start, end), kind);
                 locks::getlk(&self.client, lock, reply);
             }
             Err(_) => reply.error(fuser::Errno::EINVAL),
@@ -374,9 +375,9 @@ impl Filesystem for FsdFs {
 
     fn setlk(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         lock_owner: LockOwner,
         start: u64,
         end: u64,
@@ -387,8 +388,10 @@ impl Filesystem for FsdFs {
     ) {
         match kind_of(typ) {
             Ok(kind) => {
-                let lock = self.client.lock_spec(ino.0, lock_owner.0, pid, start, end, kind);
-                locks::setlk(&self.client, lock, sleep, reply);
+                let flock = locks::is_flock(req, fh, lock_owner, (start, end));
+                let owner = self.client.lock_owner(lock_owner.0, flock);
+                let lock = Client::lock_spec(ino.0, owner, pid, (start, end), kind);
+                locks::setlk(&self.client, lock, fh.0, sleep, reply);
             }
             Err(_) => reply.error(fuser::Errno::EINVAL),
         }
