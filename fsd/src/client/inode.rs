@@ -338,6 +338,8 @@ pub struct Opens {
     pub bit: bool,
     /// This mount pins it, at least until then.
     pub pinned: Option<std::time::Instant>,
+    /// When others were seen to have it open for good.
+    pub looked_again: Option<std::time::Instant>,
     /// It is being removed: nobody may open it any more.
     pub removed: bool,
 }

@@ -82,6 +82,8 @@ pub struct Client {
     pub mode: CacheMode,
     /// Mode [`CacheMode::Writethrough`] with shared files in the page cache, as the paper's baseline has them.
     pub cache_shared: bool,
+    /// Shared mappings also of files that other mounts have open ([`crate::config::MountConfig::shared_mappings`]).
+    pub shared_mappings: bool,
     /// The leases.
     pub leases: Arc<LeaseManager>,
     /// The connections.

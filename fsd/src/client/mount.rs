@@ -332,6 +332,7 @@ impl Mount {
             node,
             mode,
             cache_shared: options.cache_shared && mode == CacheMode::Writethrough,
+            shared_mappings: config.mount.shared_mappings,
             leases,
             net: Arc::clone(&net),
             inodes: Arc::default(),

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use lockmgr::{Mode, RecordLayout};
 use parking_lot::Mutex;
@@ -249,6 +250,30 @@ impl Client {
         ))
     }
 
+    /// Others had the file open. The kernel tells a daemon late of the last close: a file that another mount has just written and closed is
+    /// not to be taken for open, or it could not be mapped. Looks for a moment, and not at every open of one that stays open.
+    fn look_again(&self, inode: &Inode, enough: &impl Fn(bool, bool) -> bool) -> Res<(bool, bool)> {
+        const LOOKS: usize = 5;
+        const PAUSE: Duration = Duration::from_micros(200);
+        const NOT_BEFORE: Duration = Duration::from_secs(1);
+        let mut seen = (true, true);
+        let mut opens = inode.opens.lock();
+        if opens.looked_again.is_some_and(|at| at.elapsed() < NOT_BEFORE) {
+            return Ok(seen);
+        }
+        for _ in 0..LOOKS {
+            std::thread::sleep(PAUSE);
+            let (flags, bitmap) = self.change_record(inode, RecordChange::default())?;
+            let written = flags / ONE_WRITER > u64::from(opens.writer_counted);
+            seen = (self.opened_elsewhere(&bitmap), written);
+            if enough(seen.0, seen.1) {
+                return Ok(seen);
+            }
+        }
+        opens.looked_again = Some(Instant::now());
+        Ok(seen)
+    }
+
     /// Makes a handle for an inode whose lease is held. Returns its number and whether the kernel may cache.
     ///
     /// # Errors
@@ -263,7 +288,15 @@ impl Client {
             cached = match self.mode {
                 // The kernel extension enters the lease for each call, O_DIRECT included.
                 CacheMode::Writeback => true,
-                CacheMode::Writethrough => through_stock_cache(flags, shared, written, self.cache_shared),
+                CacheMode::Writethrough => {
+                    let through =
+                        |shared, written| through_stock_cache(flags, shared, written, self.cache_shared);
+                    through(shared, written)
+                        || (through(false, false) && {
+                            let (shared, written) = self.look_again(inode, &through)?;
+                            through(shared, written)
+                        })
+                }
                 _ => false,
             };
             if cached {

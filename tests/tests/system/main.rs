@@ -17,6 +17,7 @@ mod generations;
 mod histories;
 mod launch;
 mod locks_many;
+mod mappings;
 mod memory;
 mod models;
 mod names_held;

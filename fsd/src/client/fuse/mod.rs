@@ -97,13 +97,16 @@ impl Filesystem for FsdFs {
             | InitFlags::FUSE_HANDLE_KILLPRIV_V2
             | InitFlags::FUSE_EXPLICIT_INVAL_DATA
             | InitFlags::FUSE_CACHE_SYMLINKS
-            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP
             | InitFlags::FUSE_EXPORT_SUPPORT
             | InitFlags::FUSE_DONT_MASK;
         // A kernel without one of these does without.
         let mut wanted = wanted;
         if self.client.mode == CacheMode::Writeback {
             wanted |= InitFlags::FUSE_WRITEBACK_CACHE;
+        }
+        if self.client.mode == CacheMode::Writeback || self.client.shared_mappings {
+            // Without it the kernel refuses to map what was opened past the page cache, which is what other mounts have open.
+            wanted |= InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         }
         let _ = config.add_capabilities(wanted & config.capabilities());
         let _ = config.set_max_write(MAX_REQUEST);
