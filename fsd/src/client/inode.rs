@@ -137,6 +137,25 @@ impl State {
         };
     }
 
+    /// What `stat` is told: the storage that dirty data is going to take counts already, for programs take a file without any for
+    /// one that is all hole (`tar -S`).
+    #[must_use]
+    pub fn shown(&self, attr: &Attr) -> Attr {
+        let due = self.frames.reserved.iter().map(|(block, &bytes)| {
+            let has = self.frames.known.get(block).map_or(0, |f| f.size);
+            u64::from(bytes.saturating_sub(has)) / 512
+        });
+        let mut due: u64 = due.sum();
+        if self.pages.dirty() == 0 {
+            // Set aside for what the kernel may yet write, which may be far more than it has.
+            due = due.min(attr.size.div_ceil(4096) * 8);
+        }
+        Attr {
+            blocks: attr.blocks + due,
+            ..*attr
+        }
+    }
+
     /// Something has been changed under the exclusive lease.
     pub fn touch(&mut self) {
         self.modified = true;
@@ -444,6 +463,27 @@ impl Inode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn dirty_data_counts_as_storage_once() {
+        let mut state = State {
+            attr: Some(Attr::of_file(5, 1, 5000)),
+            ..State::default()
+        };
+        state.pages.insert(0, vec![1; 4096].into(), true);
+        state.frames.reserved.insert(0, 16_384);
+        let blocks = |state: &State| state.attr.map(|a| state.shown(&a).blocks);
+        assert_eq!(blocks(&state), Some(32));
+        let frame = Frame {
+            offset: 0,
+            size: 16_384,
+        };
+        state.take_frame(0, frame);
+        assert_eq!(blocks(&state), Some(32));
+        // A block that grows.
+        state.frames.reserved.insert(0, 65_536);
+        assert_eq!(blocks(&state), Some(128));
+    }
 
     #[test]
     fn another_version_drops_what_is_cached() {

@@ -331,6 +331,8 @@ impl Client {
             return Ok(());
         }
         ctx.may_wait()?;
+        let blocks = |state: &State| state.attr.map(|attr| state.shown(&attr).blocks);
+        let before = blocks(state);
         let wants = frames_wanted(state);
         let (first, last) = (wants[0].0, wants[wants.len() - 1].0);
         self.load_frames(ctx, inode, state, first, last)?;
@@ -339,6 +341,9 @@ impl Client {
         let parts = pages.map(|(page, p)| (page * PAGE / BLOCK, page * PAGE % BLOCK, &p.data[..]));
         self.write_frames(ctx, inode, state, parts)?;
         state.pages.mark_clean();
+        if blocks(state) != before {
+            self.invalidate_attrs(inode);
+        }
         if !self.cache_reads {
             // The storage node's memory is as near as our own: keeping a copy gains nothing.
             self.drop_clean(state);

@@ -25,3 +25,4 @@ mod posix;
 mod pressure;
 mod privileges;
 mod suspend;
+mod tools;
