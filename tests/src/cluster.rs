@@ -254,12 +254,16 @@ impl Cluster {
         };
         let mut text = format!(
             "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\nspin_us = {}\n[lease]\nwait_ms = {}\n\
-             [mount]\ncache = \"{}\"\nshared_mappings = {}\nbuffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\n",
+             [mount]\ncache = \"{}\"\n{}buffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\n",
             o.fabric.name(),
             o.spin_us,
             o.lease_wait.as_millis(),
             o.cache.name(),
-            o.shared_mappings,
+            if o.shared_mappings {
+                "shared_mappings = true\n"
+            } else {
+                ""
+            },
             o.max_inodes,
             o.lease_table,
             address("meta")?
