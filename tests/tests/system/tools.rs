@@ -49,3 +49,68 @@ fn data_takes_storage_from_the_first_moment() -> anyhow::Result<()> {
         Ok(())
     })
 }
+
+/// Everyday work on two mounts, as far as the programs are there.
+const WORK: &str = r#"
+set -e
+a=$FSD_DIR/0 b=$FSD_DIR/1
+export HOME=$a GIT_CONFIG_NOSYSTEM=1
+if command -v git > /dev/null; then
+    git init -q $a/repo; cd $a/repo; git config user.email a@b; git config user.name n
+    for i in 1 2 3; do echo $i > f$i; done
+    git add .; git commit -qm one; git checkout -q -b other; echo x >> f1; git commit -qam two; git gc -q
+    cd $b/repo; git status --short; git clone -q . $b/clone; git fsck > /dev/null 2>&1
+fi
+if command -v cc > /dev/null; then
+    echo 'int main(void) { return 0; }' > $a/m.c; cc -g -o $b/m $a/m.c; $b/m; $a/m
+fi
+mkdir -p $a/repo $a/out; echo 1 > $a/repo/one
+tar -C $a -cf $b/all.tar repo; tar -C $a/out -xf $a/all.tar
+python3 - $a <<'P'
+import select, sqlite3, sys
+name = sys.argv[1] + "/text"
+open(name, "w").write("x" * 100)
+assert len(open(name).read()) == 100
+db = sqlite3.connect(sys.argv[1] + "/db")
+db.execute("create table t(a)"); db.execute("insert into t values(1)"); db.commit()
+poll = select.poll(); poll.register(open(name), select.POLLIN); poll.poll(0)
+P
+( timeout -s KILL 0.2 flock $b/all.tar sleep 1 & flock $a/all.tar sleep 0.5; wait ) > /dev/null 2>&1 || true
+df $a > /dev/null; ls -laR $a > /dev/null; rm -rf $b/out
+"#;
+
+/// Nobody says anything where nothing is wrong, but the command itself.
+#[test]
+fn ordinary_programs_run_without_a_word() -> anyhow::Result<()> {
+    for cache in ["writethrough", "direct"] {
+        let run = |more: &[&str]| {
+            std::process::Command::new("timeout")
+                .arg("60")
+                .arg(system_tests::process::fsd_binary()?)
+                .args(["dev", "--cache", cache, "--storage", "1", "--pool", "128MiB"])
+                .args(more)
+                .output()
+                .context("fsd dev")
+        };
+        let out = run(&["--", "sh", "-c", WORK])?;
+        let told = format!(
+            "{}{}",
+            String::from_utf8_lossy(&out.stdout),
+            String::from_utf8_lossy(&out.stderr)
+        );
+        ensure!(
+            out.status.success() && told.is_empty(),
+            "{cache}: {}\n{told}",
+            out.status
+        );
+        // Asked for it, they do speak, without colours where no terminal is.
+        let out = run(&["--verbose", "--", "true"])?;
+        let told = String::from_utf8_lossy(&out.stderr);
+        ensure!(
+            told.contains("mounts over shm") && told.contains(" INFO "),
+            "{told}"
+        );
+        ensure!(!told.contains('\u{1b}'), "colours: {told}");
+    }
+    Ok(())
+}
