@@ -222,6 +222,9 @@ pub struct MountConfig {
     /// In mode `writethrough`: files that several mounts have open go through the page cache too, though a stock
     /// kernel does not keep them coherent. For comparisons with the paper's baseline, which does that.
     pub cache_shared: bool,
+    /// On a stock kernel: shared mappings also of files that other mounts have open, which then see stores late, or lose
+    /// them to each other. Else such a file cannot be mapped shared, nor any file in mode `direct`: mmap says ENODEV.
+    pub shared_mappings: bool,
     /// Size of the user-space buffer cache.
     pub buffer_cache: Size,
     /// How much the kernel reads ahead of a program that reads a file from front to back, and asks for at once; zero:
@@ -242,6 +245,7 @@ impl Default for MountConfig {
         Self {
             cache: CacheMode::Auto,
             cache_shared: false,
+            shared_mappings: false,
             buffer_cache: Size(256 << 20),
             read_ahead: Size(1 << 20),
             loops: 2,

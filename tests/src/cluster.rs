@@ -115,6 +115,8 @@ pub struct Options {
     pub lease_table: u32,
     /// How long is looked for what may come before sleeping for it, microseconds.
     pub spin_us: u64,
+    /// Shared mappings on a stock kernel also of files that other mounts have open.
+    pub shared_mappings: bool,
     /// The metadata server's disk has this many MiB only.
     pub meta_disk_mib: Option<u64>,
 }
@@ -145,6 +147,7 @@ impl Default for Options {
             max_inodes: 100_000,
             lease_table: 1 << 15,
             spin_us: 20,
+            shared_mappings: false,
             meta_disk_mib: None,
         }
     }
@@ -251,11 +254,16 @@ impl Cluster {
         };
         let mut text = format!(
             "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\nspin_us = {}\n[lease]\nwait_ms = {}\n\
-             [mount]\ncache = \"{}\"\nbuffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\nmemory_dir = \"{}\"\n",
+             [mount]\ncache = \"{}\"\n{}buffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\nmemory_dir = \"{}\"\n",
             o.fabric.name(),
             o.spin_us,
             o.lease_wait.as_millis(),
             o.cache.name(),
+            if o.shared_mappings {
+                "shared_mappings = true\n"
+            } else {
+                ""
+            },
             o.max_inodes,
             o.lease_table,
             address("meta")?,

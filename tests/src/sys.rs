@@ -49,6 +49,19 @@ pub fn read_at(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     Ok(data)
 }
 
+/// pwritev2(2) of one buffer, with flags such as `RWF_DSYNC` or `RWF_APPEND`.
+///
+/// # Errors
+/// Those of the call; a short write.
+pub fn write_with(file: &File, offset: u64, data: &[u8], flags: i32) -> io::Result<()> {
+    let flags = rustix::io::ReadWriteFlags::from_bits_retain(flags as u32);
+    let done = rustix::io::pwritev2(file, &[io::IoSlice::new(data)], offset, flags)?;
+    if done == data.len() {
+        return Ok(());
+    }
+    Err(io::Error::new(io::ErrorKind::WriteZero, "a short write"))
+}
+
 /// fallocate(2) with mode bits: 0, or KEEP_SIZE | PUNCH_HOLE, or ZERO_RANGE.
 ///
 /// # Errors
@@ -223,6 +236,42 @@ pub fn locked(file: &File, start: i64, len: i64) -> io::Result<bool> {
     // SAFETY: the descriptor is open and `spec` outlives the call.
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &mut spec) } {
         0 => Ok(i32::from(spec.l_type) != libc::F_UNLCK),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn write_lock(start: i64, len: i64) -> libc::flock {
+    // SAFETY: plain numbers, for which zero is a value.
+    let mut spec: libc::flock = unsafe { std::mem::zeroed() };
+    spec.l_type = libc::F_WRLCK as libc::c_short;
+    spec.l_whence = libc::SEEK_SET as libc::c_short;
+    (spec.l_start, spec.l_len) = (start, len);
+    spec
+}
+
+/// F_OFD_SETLK: a lock of the open file description.
+///
+/// # Errors
+/// Those of fcntl(2), EAGAIN if somebody else has it.
+pub fn ofd_lock(file: &File, kind: i32, start: i64, len: i64) -> io::Result<()> {
+    let mut spec = write_lock(start, len);
+    spec.l_type = kind as libc::c_short;
+    // SAFETY: the descriptor is open and the structure is initialised.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &spec) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// F_GETLK: the process that is in the way of a write lock.
+///
+/// # Errors
+/// Those of fcntl(2).
+pub fn lock_holder(file: &File, start: i64, len: i64) -> io::Result<Option<i32>> {
+    let mut spec = write_lock(start, len);
+    // SAFETY: the descriptor is open and the structure is initialised.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &mut spec) } {
+        0 => Ok((i32::from(spec.l_type) != libc::F_UNLCK).then_some(spec.l_pid)),
         _ => Err(io::Error::last_os_error()),
     }
 }

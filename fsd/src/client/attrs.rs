@@ -95,8 +95,9 @@ impl Client {
             return fail(libc::ESTALE);
         }
         if let Some(attr) = state.attr {
-            state.last = Some(attr);
-            return Ok(attr);
+            let shown = state.shown(&attr);
+            state.last = Some(shown);
+            return Ok(shown);
         }
         ctx.may_wait()?;
         match self.net.meta(&MetaRequest::GetAttr { ino: inode.ino }) {
@@ -221,7 +222,7 @@ impl Client {
             state.touch();
             let attr = state.attr.unwrap_or(before);
             self.lent_attr_changed(inode, &attr);
-            attr
+            state.shown(&attr)
         };
         self.note_dirty(inode.ino);
         self.invalidate_attrs(inode);

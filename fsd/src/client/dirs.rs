@@ -1,10 +1,13 @@
 //! Looking names up and listing directories.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use fuser::INodeNo;
 use lockmgr::Mode;
 
 use super::Client;
@@ -17,6 +20,9 @@ use crate::wire::{Attr, Kind, MetaReply, MetaRequest};
 /// Attempts at an operation whose names change under it, before it fails.
 pub const ATTEMPTS: usize = 1000;
 
+/// How often a name is looked at again that is just being removed.
+const REMOVAL_POLL: Duration = Duration::from_micros(200);
+
 /// Cookie of `.`.
 pub const COOKIE_DOT: u64 = 1;
 /// Cookie of `..`.
@@ -26,7 +32,7 @@ impl Client {
     /// What a name is, in a directory whose lease is held and whose state is locked.
     ///
     /// # Errors
-    /// Park; `ENOTDIR`, `ESTALE` for a directory that is gone (see [`Client::load_attr`]).
+    /// Park; `ENOTDIR`, `ENOENT` for a directory that is gone: it was empty.
     pub fn entry_held(
         &self,
         ctx: &Ctx<'_>,
@@ -38,7 +44,8 @@ impl Client {
             return fail(libc::ENAMETOOLONG);
         }
         if state.gone {
-            return fail(libc::ESTALE);
+            self.tell_gone(dir, state);
+            return fail(libc::ENOENT);
         }
         if let Some(known) = state.dir.lookup(name) {
             return Ok(known.map(|(ino, kind, _)| (ino, kind)));
@@ -53,7 +60,8 @@ impl Client {
             Ok(_) => return fail(libc::EPROTO),
             Err(RpcError::Errno(Errno(libc::ENOENT))) => {
                 state.gone = true;
-                return fail(libc::ESTALE);
+                self.tell_gone(dir, state);
+                return fail(libc::ENOENT);
             }
             Err(error) => return Err(error.into()),
         };
@@ -68,6 +76,19 @@ impl Client {
                 None
             }
         })
+    }
+
+    /// Another mount has removed a directory: has the kernel know, so that getcwd(2) says so, too. Aside, for it takes the inode lock
+    /// that the request may hold on whose behalf this was found out.
+    pub fn tell_gone(&self, dir: &Inode, state: &mut State) {
+        let (Some((above, name)), Some(notifier)) = (state.place.take(), self.notifier.get().cloned()) else {
+            return;
+        };
+        let gone = dir.ino;
+        self.revokers.run(move || {
+            // It is refused where the name is another directory's by now, or none: then the kernel knows.
+            let _ = notifier.delete(INodeNo(above), INodeNo(gone), OsStr::from_bytes(&name));
+        });
     }
 
     /// Attributes that came along with something else: taken over if their version is that of the lease.
@@ -94,7 +115,7 @@ impl Client {
         Ok(found)
     }
 
-    /// Looks a name up; `answer` runs while the lease on what it names is held.
+    /// Looks a name up for a thread; `answer` runs while the lease on what it names is held.
     ///
     /// # Errors
     /// Park; `ENOENT`…
@@ -103,9 +124,12 @@ impl Client {
         ctx: &Ctx<'_>,
         dir: &Inode,
         name: &[u8],
+        thread: u32,
         answer: impl FnOnce(&Arc<Inode>, &Attr, Duration) -> T,
     ) -> Res<T> {
-        for _ in 0..ATTEMPTS {
+        let began = Instant::now();
+        let mut attempts = 0;
+        while attempts < ATTEMPTS {
             let Some((number, _)) = self.entry(ctx, dir, name)? else {
                 return fail(libc::ENOENT);
             };
@@ -115,12 +139,29 @@ impl Client {
                 let mut state = inode.lock(ctx, guard.version())?;
                 let attr = self.load_attr(ctx, &inode, &mut state);
                 if let Ok(attr) = &attr {
+                    if attr.kind == Kind::Directory {
+                        state.place = Some((dir.ino, name.to_vec()));
+                    }
+                    if attr.kind == Kind::Symlink {
+                        // Asked for next, when the link may be gone already.
+                        self.target_held(ctx, &inode, &mut state)?;
+                    }
                     self.lend_ahead(&inode, Mode::Shared, guard.version(), attr, &state);
                 }
                 attr
             };
             match attr {
                 Ok(attr) => {
+                    if attr.kind == Kind::File && !self.note_look_up(&inode, thread) {
+                        // Another request of this mount is just taking the name away.
+                        drop(guard);
+                        if began.elapsed() > self.lease_wait {
+                            break;
+                        }
+                        ctx.may_wait()?;
+                        std::thread::sleep(REMOVAL_POLL);
+                        continue;
+                    }
                     inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
                     let ttl = self.attr_ttl(&inode, attr.kind);
                     let done = answer(&inode, &attr, ttl);
@@ -128,11 +169,53 @@ impl Client {
                     return Ok(done);
                 }
                 // The name got another inode meanwhile, or none: look again.
-                Err(Stop::Errno(Errno(libc::ESTALE))) => {}
+                Err(Stop::Errno(Errno(libc::ESTALE))) => attempts += 1,
                 Err(stop) => return Err(stop),
             }
         }
         fail(libc::ESTALE)
+    }
+
+    /// What open_by_handle_at(2) needs: an inode by its number (`.`), or the directory that a directory was found in (`..`).
+    ///
+    /// # Errors
+    /// Park; `ESTALE` for an inode that is gone, or of which that is not known.
+    pub fn lookup_by_number<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        number: u64,
+        name: &[u8],
+        thread: u32,
+        answer: impl FnOnce(&Arc<Inode>, &Attr, Duration) -> T,
+    ) -> Res<T> {
+        ctx.may_wait()?;
+        let number = match name {
+            b"." => number,
+            _ => {
+                let inode = self.inodes.find(number);
+                let place = inode.and_then(|i| i.lock_raw().place.clone());
+                place.map_or_else(|| fail(libc::ESTALE), |(above, _)| Ok(above))?
+            }
+        };
+        // Whoever has a handle made the number up, perhaps: there need not be such a record.
+        match self.net.meta(&MetaRequest::GetAttr { ino: number }) {
+            Err(RpcError::Errno(Errno(libc::ENOENT))) => return fail(libc::ESTALE),
+            found => found?,
+        };
+        let inode = self.inode(number);
+        let guard = self.lease(ctx, &inode, Mode::Shared)?;
+        let attr = {
+            let mut state = inode.lock(ctx, guard.version())?;
+            self.load_attr(ctx, &inode, &mut state)?
+        };
+        if attr.kind == Kind::File && !self.note_look_up(&inode, thread) {
+            return fail(libc::ESTALE);
+        }
+        inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
+        let ttl = self.attr_ttl(&inode, attr.kind);
+        let done = answer(&inode, &attr, ttl);
+        drop(guard);
+        Ok(done)
     }
 
     /// The listing of a directory as it is now.
@@ -186,10 +269,15 @@ impl Client {
     pub fn readlink(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<Vec<u8>> {
         let guard = self.lease(ctx, inode, Mode::Shared)?;
         let mut state = inode.lock(ctx, guard.version())?;
+        self.target_held(ctx, inode, &mut state)
+    }
+
+    /// As [`Client::readlink`], with the lease held and the state locked.
+    fn target_held(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<Vec<u8>> {
         if let Some(target) = &state.target {
             return Ok(target.clone());
         }
-        if self.load_attr(ctx, inode, &mut state)?.kind != Kind::Symlink {
+        if self.load_attr(ctx, inode, state)?.kind != Kind::Symlink {
             return fail(libc::EINVAL);
         }
         ctx.may_wait()?;

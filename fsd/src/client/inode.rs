@@ -110,6 +110,8 @@ pub struct State {
     pub target: Option<Vec<u8>>,
     /// The attributes told last, of any version: what can still be said of an inode that is gone.
     pub last: Option<Attr>,
+    /// Where a directory was found: the directory above, and the name in it.
+    pub place: Option<(u64, Vec<u8>)>,
     /// The attributes came from another mount, which may not have told the metadata server yet.
     pub from_owner: bool,
     /// Gone: last name and last open are no more.
@@ -121,16 +123,37 @@ impl State {
     fn forget(&mut self) {
         let target = self.target.take();
         let last = self.last;
+        let place = self.place.take();
         // Frames have a number of their own; space was set aside for pages that are gone.
         let mut frames = std::mem::take(&mut self.frames);
         frames.reserved.clear();
         *self = Self {
             target,
             last,
+            place,
             frames,
             gone: self.gone,
             ..Self::default()
         };
+    }
+
+    /// What `stat` is told: the storage that dirty data is going to take counts already, for programs take a file without any for
+    /// one that is all hole (`tar -S`).
+    #[must_use]
+    pub fn shown(&self, attr: &Attr) -> Attr {
+        let due = self.frames.reserved.iter().map(|(block, &bytes)| {
+            let has = self.frames.known.get(block).map_or(0, |f| f.size);
+            u64::from(bytes.saturating_sub(has)) / 512
+        });
+        let mut due: u64 = due.sum();
+        if self.pages.dirty() == 0 {
+            // Set aside for what the kernel may yet write, which may be far more than it has.
+            due = due.min(attr.size.div_ceil(4096) * 8);
+        }
+        Attr {
+            blocks: attr.blocks + due,
+            ..*attr
+        }
     }
 
     /// Something has been changed under the exclusive lease.
@@ -307,6 +330,8 @@ pub struct Inode {
     peer: AtomicU32,
     /// What of its lease is lent to the kernel.
     pub lent: super::extension::Lent,
+    /// Whom it was looked up for.
+    pub looked_up: super::pins::LookedUp,
     /// Open files on this mount.
     pub opens: Mutex<Opens>,
     /// Delayed errors.
@@ -330,6 +355,12 @@ pub struct Opens {
     pub writer_counted: bool,
     /// This mount's bit in the record's opens bitmap is set.
     pub bit: bool,
+    /// This mount pins it, at least until then.
+    pub pinned: Option<std::time::Instant>,
+    /// When others were seen to have it open for good.
+    pub looked_again: Option<std::time::Instant>,
+    /// It is being removed: nobody may open it any more.
+    pub removed: bool,
 }
 
 impl Inode {
@@ -346,6 +377,7 @@ impl Inode {
             kernel: KernelCache::default(),
             peer: AtomicU32::new(0),
             lent: super::extension::Lent::default(),
+            looked_up: super::pins::LookedUp::default(),
             opens: Mutex::default(),
             errors: Latch::default(),
             mapped: super::mapped::MappedWrites::default(),
@@ -431,6 +463,27 @@ impl Inode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn dirty_data_counts_as_storage_once() {
+        let mut state = State {
+            attr: Some(Attr::of_file(5, 1, 5000)),
+            ..State::default()
+        };
+        state.pages.insert(0, vec![1; 4096].into(), true);
+        state.frames.reserved.insert(0, 16_384);
+        let blocks = |state: &State| state.attr.map(|a| state.shown(&a).blocks);
+        assert_eq!(blocks(&state), Some(32));
+        let frame = Frame {
+            offset: 0,
+            size: 16_384,
+        };
+        state.take_frame(0, frame);
+        assert_eq!(blocks(&state), Some(32));
+        // A block that grows.
+        state.frames.reserved.insert(0, 65_536);
+        assert_eq!(blocks(&state), Some(128));
+    }
 
     #[test]
     fn another_version_drops_what_is_cached() {

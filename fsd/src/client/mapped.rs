@@ -9,8 +9,10 @@ use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::rpc::Errno;
+
 /// A reply that either the writer or a revocation gives.
-pub type Answer = Box<dyn FnOnce() + Send>;
+pub type Answer = Box<dyn FnOnce(Result<(), Errno>) + Send>;
 
 /// A write that waits for its lease.
 #[derive(Clone)]
@@ -23,12 +25,14 @@ impl std::fmt::Debug for Waiting {
 }
 
 impl Waiting {
-    /// Answers it, if nobody has.
-    pub fn answer(&self) {
+    /// Answers it. False: somebody has before.
+    pub fn answer(&self, result: Result<(), Errno>) -> bool {
         let answer = self.0.lock().take();
+        let first = answer.is_some();
         if let Some(answer) = answer {
-            answer();
+            answer(result);
         }
+        first
     }
 }
 
@@ -57,7 +61,7 @@ impl MappedWrites {
         let now = state.revoking;
         drop(state);
         if now {
-            waiting.answer();
+            waiting.answer(Ok(()));
         }
         (number, waiting)
     }
@@ -79,7 +83,7 @@ impl MappedWrites {
         };
         drop(state);
         for w in waiting {
-            w.answer();
+            w.answer(Ok(()));
         }
     }
 

@@ -8,6 +8,7 @@
 //! | `ctx`, `workers` | who may wait where |
 //! | `net` | connections to the servers and the other mounts |
 //! | `inode`, `pages`, `mapped` | what is cached |
+//! | `pins` | what was looked up stays alive for a moment |
 //! | `attrs`, `data`, `write`, `space`, `opens`, `files`, `fallocate`, `dirs`, `names`, `xattrs`, `locks` | the operations |
 //! | `extension` | what of the leases is lent to the kernel extension |
 //! | `revoke`, `push` | giving leases up, telling the metadata server |
@@ -39,6 +40,7 @@ pub mod names;
 pub mod net;
 pub mod opens;
 pub mod pages;
+pub mod pins;
 pub mod push;
 pub mod revoke;
 pub mod space;
@@ -81,6 +83,8 @@ pub struct Client {
     pub mode: CacheMode,
     /// Mode [`CacheMode::Writethrough`] with shared files in the page cache, as the paper's baseline has them.
     pub cache_shared: bool,
+    /// Shared mappings also of files that other mounts have open ([`crate::config::MountConfig::shared_mappings`]).
+    pub shared_mappings: bool,
     /// The leases.
     pub leases: Arc<LeaseManager>,
     /// The connections.
@@ -119,6 +123,8 @@ pub struct Client {
     pub handles: opens::Handles,
     /// File locks held by processes of this mount.
     pub file_locks: locks::LocalLocks,
+    /// Inodes kept for who looked them up.
+    pub pins: pins::Pins,
     /// Space set aside on the storage nodes.
     pub space: space::SpaceBank,
     /// Numbers of transactions.

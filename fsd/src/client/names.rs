@@ -200,6 +200,9 @@ impl Client {
         let guards = self.lease_all(ctx, &[(dir, Mode::Exclusive)])?;
         let above = {
             let mut state = dir.lock(ctx, guards.version_of(dir.ino))?;
+            if state.gone {
+                self.tell_gone(dir, &mut state);
+            }
             if self.entry_held_cached(&mut state, name)?.is_some() {
                 return fail(libc::EEXIST);
             }
@@ -254,7 +257,7 @@ impl Client {
     /// What is known of a name without asking anybody.
     fn entry_held_cached(&self, state: &mut super::inode::State, name: &[u8]) -> Res<Option<u64>> {
         if state.gone {
-            return fail(libc::ESTALE);
+            return fail(libc::ENOENT);
         }
         if name.len() > crate::meta::names::NAME_MAX {
             return fail(libc::ENAMETOOLONG);
@@ -311,11 +314,11 @@ impl Client {
         Ok(found == expected)
     }
 
-    /// Removes a name (`directory`: of an empty directory).
+    /// Removes a name for a thread (`directory`: of an empty directory).
     ///
     /// # Errors
     /// Park; `ENOENT`, `EISDIR`, `ENOTDIR`, `ENOTEMPTY`…
-    pub fn remove(&self, ctx: &Ctx<'_>, dir: &Inode, name: &[u8], directory: bool) -> Res<()> {
+    pub fn remove(&self, ctx: &Ctx<'_>, dir: &Inode, name: &[u8], directory: bool, thread: u32) -> Res<()> {
         ctx.may_wait()?;
         for _ in 0..ATTEMPTS {
             let Some((number, kind)) = self.entry(ctx, dir, name)? else {
@@ -331,7 +334,7 @@ impl Client {
             if !self.hold_name(ctx, dir, name, &guards, Some(number))? {
                 continue;
             }
-            let (last, keep) = self.about_to_unlink(ctx, &victim, &guards, directory)?;
+            let (last, keep) = self.about_to_unlink(ctx, &victim, &guards, directory, thread)?;
             let op = if directory {
                 NamespaceOp::Rmdir {
                     parent: dir.ino,
@@ -370,9 +373,10 @@ impl Client {
     fn about_to_unlink(
         &self,
         ctx: &Ctx<'_>,
-        victim: &Inode,
+        victim: &Arc<Inode>,
         guards: &Guards,
         directory: bool,
+        thread: u32,
     ) -> Res<(bool, bool)> {
         if directory {
             return Ok((true, false));
@@ -387,7 +391,7 @@ impl Client {
         if attr.kind != Kind::File {
             return Ok((true, false));
         }
-        Ok((true, self.mark_unlinked(ctx, victim)?))
+        Ok((true, self.mark_unlinked(ctx, victim, thread)?))
     }
 
     /// The server knows better what the names are: forget what is cached, and try again.
@@ -415,6 +419,7 @@ impl Client {
         (dir, name): (&Inode, &[u8]),
         (to, to_name): (&Inode, &[u8]),
         flags: u32,
+        thread: u32,
     ) -> Res<()> {
         ctx.may_wait()?;
         if flags & !(libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE) != 0 {
@@ -445,7 +450,8 @@ impl Client {
                 && other.ino != moved.ino
                 && flags & libc::RENAME_NOREPLACE == 0
             {
-                (last, keep) = self.about_to_unlink(ctx, other, &guards, other_kind == Kind::Directory)?;
+                (last, keep) =
+                    self.about_to_unlink(ctx, other, &guards, other_kind == Kind::Directory, thread)?;
             }
             let op = NamespaceOp::Rename {
                 parent: dir.ino,

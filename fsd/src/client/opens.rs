@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use lockmgr::{Mode, RecordLayout};
 use parking_lot::Mutex;
@@ -11,8 +12,9 @@ use rdma_transport::Op;
 use super::Client;
 use super::attrs::SUID_SGID;
 use super::caller::Caller;
-use super::ctx::{Ctx, Res, Stop};
+use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::Inode;
+use super::pins::{ONE_PIN, pinned};
 use crate::config::CacheMode;
 use crate::rpc::Errno;
 use crate::wire::{Kind, MetaRequest, Time};
@@ -21,6 +23,17 @@ use crate::wire::{Kind, MetaRequest, Time};
 pub const FLAG_UNLINKED: u64 = 1;
 /// In word 1 of a lease record: unit of the number of mounts that have the file open for writing.
 pub const ONE_WRITER: u64 = 1 << 32;
+
+/// What changes in the words of a lease record that say who has the file open, each by one or not at all.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RecordChange {
+    /// This mount's bit in the opens bitmap.
+    pub open: i8,
+    /// The number of mounts that have it open for writing.
+    pub writers: i8,
+    /// The number of mounts that pin it.
+    pub pins: i8,
+}
 
 /// An open file or directory.
 #[derive(Debug)]
@@ -103,29 +116,33 @@ impl Client {
         Ok((conn, at.plus(offset)))
     }
 
-    /// Reads the flags word and the opens bitmap, after changing this mount's bit by `change` and the
-    /// number of writing mounts by `writer`.
-    fn opens(&self, inode: &Inode, change: i8, writer: i8) -> Res<(u64, Vec<u64>)> {
+    /// Makes a change, then reads the flags word and the opens bitmap.
+    ///
+    /// # Errors
+    /// The storage node cannot be reached.
+    pub fn change_record(&self, inode: &Inode, change: RecordChange) -> Res<(u64, Vec<u64>)> {
         let add = |unit: u64, n: i8| if n < 0 { unit.wrapping_neg() } else { unit };
         let layout = self.layout;
         let (conn, record) = self.word(inode, 0)?;
         let (offset, bit) = layout.open_bit(self.node);
         let words = layout.map_words() as usize;
         let (mut flags, mut bitmap) = ([0u8; 8], vec![0u8; words * 8]);
-        let mut ops = Vec::with_capacity(4);
-        if change != 0 {
+        let mut ops = Vec::with_capacity(5);
+        if change.open != 0 {
             ops.push(Op::Faa {
                 at: record.plus(offset),
-                add: add(bit, change),
+                add: add(bit, change.open),
                 old: 0,
             });
         }
-        if writer != 0 {
-            ops.push(Op::Faa {
-                at: record.plus(RecordLayout::FLAGS),
-                add: add(ONE_WRITER, writer),
-                old: 0,
-            });
+        for (unit, n) in [(ONE_WRITER, change.writers), (ONE_PIN, change.pins)] {
+            if n != 0 {
+                ops.push(Op::Faa {
+                    at: record.plus(RecordLayout::FLAGS),
+                    add: add(unit, n),
+                    old: 0,
+                });
+            }
         }
         ops.push(Op::Read {
             at: record.plus(RecordLayout::FLAGS),
@@ -175,16 +192,24 @@ impl Client {
         set.iter().any(|n| n != self.node)
     }
 
-    /// Sets the unlinked flag of an inode about to lose its last name, and tells whether it is open
-    /// anywhere. The flag comes first: a last closer either sees it or is seen.
+    /// Sets the unlinked flag of an inode about to lose its last name to a request of `thread`, and tells whether it is in use: open
+    /// anywhere, or looked up a moment ago. The flag comes first: a last closer either sees it or is seen. If it is not in use,
+    /// nobody can open it any more.
     ///
     /// # Errors
     /// The storage node cannot be reached.
-    pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<bool> {
+    pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
         ctx.may_wait()?;
         self.set_flag(inode, FLAG_UNLINKED, true)?;
-        let (_, bitmap) = self.opens(inode, 0, 0)?;
-        Ok(inode.opens.lock().count > 0 || bitmap.iter().any(|&w| w != 0))
+        let mut opens = inode.opens.lock();
+        if inode.looked_up.is_fresh(Some(thread)) {
+            self.pin_held(inode, &mut opens)?;
+            return Ok(true);
+        }
+        let (flags, bitmap) = self.change_record(inode, RecordChange::default())?;
+        let used = opens.count > 0 || pinned(flags) || bitmap.iter().any(|&w| w != 0);
+        opens.removed = !used;
+        Ok(used)
     }
 
     /// Takes the unlinked flag back (the unlink failed, or the record serves a new inode).
@@ -192,6 +217,7 @@ impl Client {
     /// # Errors
     /// The storage node cannot be reached.
     pub fn clear_unlinked(&self, inode: &Inode) -> Res<()> {
+        inode.opens.lock().removed = false;
         self.set_flag(inode, FLAG_UNLINKED, false)
     }
 
@@ -199,8 +225,16 @@ impl Client {
     /// whether for writing.
     fn count_open(&self, inode: &Inode, writer: bool) -> Res<(bool, bool)> {
         let mut opens = inode.opens.lock();
+        if opens.removed {
+            return fail(libc::ESTALE);
+        }
         let first_writer = writer && !opens.writer_counted;
-        let (flags, bitmap) = self.opens(inode, i8::from(!opens.bit), i8::from(first_writer))?;
+        let change = RecordChange {
+            open: i8::from(!opens.bit),
+            writers: i8::from(first_writer),
+            pins: 0,
+        };
+        let (flags, bitmap) = self.change_record(inode, change)?;
         opens.bit = true;
         opens.writer_counted |= writer;
         opens.count += 1;
@@ -214,6 +248,30 @@ impl Client {
             self.opened_elsewhere(&bitmap),
             writers > u64::from(opens.writer_counted),
         ))
+    }
+
+    /// Others had the file open. The kernel tells a daemon late of the last close: a file that another mount has just written and closed is
+    /// not to be taken for open, or it could not be mapped. Looks for a moment, and not at every open of one that stays open.
+    fn look_again(&self, inode: &Inode, enough: &impl Fn(bool, bool) -> bool) -> Res<(bool, bool)> {
+        const LOOKS: usize = 5;
+        const PAUSE: Duration = Duration::from_micros(200);
+        const NOT_BEFORE: Duration = Duration::from_secs(1);
+        let mut seen = (true, true);
+        let mut opens = inode.opens.lock();
+        if opens.looked_again.is_some_and(|at| at.elapsed() < NOT_BEFORE) {
+            return Ok(seen);
+        }
+        for _ in 0..LOOKS {
+            std::thread::sleep(PAUSE);
+            let (flags, bitmap) = self.change_record(inode, RecordChange::default())?;
+            let written = flags / ONE_WRITER > u64::from(opens.writer_counted);
+            seen = (self.opened_elsewhere(&bitmap), written);
+            if enough(seen.0, seen.1) {
+                return Ok(seen);
+            }
+        }
+        opens.looked_again = Some(Instant::now());
+        Ok(seen)
     }
 
     /// Makes a handle for an inode whose lease is held. Returns its number and whether the kernel may cache.
@@ -230,7 +288,15 @@ impl Client {
             cached = match self.mode {
                 // The kernel extension enters the lease for each call, O_DIRECT included.
                 CacheMode::Writeback => true,
-                CacheMode::Writethrough => through_stock_cache(flags, shared, written, self.cache_shared),
+                CacheMode::Writethrough => {
+                    let through =
+                        |shared, written| through_stock_cache(flags, shared, written, self.cache_shared);
+                    through(shared, written)
+                        || (through(false, false) && {
+                            let (shared, written) = self.look_again(inode, &through)?;
+                            through(shared, written)
+                        })
+                }
                 _ => false,
             };
             if cached {
@@ -344,21 +410,27 @@ impl Client {
         if !last && !last_writer {
             return Ok(());
         }
-        let (flags, bitmap) = self.opens(inode, -i8::from(last), -i8::from(last_writer))?;
+        let change = RecordChange {
+            open: -i8::from(last),
+            writers: -i8::from(last_writer),
+            pins: 0,
+        };
+        let (flags, bitmap) = self.change_record(inode, change)?;
         opens.writer_counted &= !last_writer;
         if !last {
             return Ok(());
         }
         opens.bit = false;
-        drop(opens);
-        if flags & FLAG_UNLINKED != 0 && bitmap.iter().all(|&w| w == 0) {
+        if flags & FLAG_UNLINKED != 0 && !pinned(flags) && bitmap.iter().all(|&w| w == 0) {
+            opens.removed = true;
+            drop(opens);
             self.reap(inode);
         }
         Ok(())
     }
 
     /// The last close of a file without a name.
-    fn reap(&self, inode: &Arc<Inode>) {
+    pub(super) fn reap(&self, inode: &Arc<Inode>) {
         let gone = Arc::clone(inode);
         self.net
             .meta_async(MetaRequest::Reap { ino: inode.ino }, move |result| {

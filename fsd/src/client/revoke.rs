@@ -136,9 +136,9 @@ impl Client {
             || (to.is_none()
                 && !inode.kernel.pages.load(Ordering::SeqCst)
                 && inode.kernel.fills.load(Ordering::SeqCst) == fills);
-        let ready = inode
-            .try_lock_raw()
-            .filter(|s| quiet && self.flushes_at_once(&inode, s, from));
+        let ready = inode.try_lock_raw().filter(|s| {
+            quiet && self.flushes_at_once(&inode, s, from) && (to.is_some() || self.pin_at_once(&inode))
+        });
         let Some(mut state) = ready else {
             self.leases.open_gate(id);
             return false;
@@ -198,8 +198,9 @@ impl Client {
             .try_lock_raw()
             .is_some_and(|s| s.is_mapped(self.net.storage_count()));
         let connected = (0..self.net.storage_count()).all(|n| self.net.storage_now(n).is_some());
-        // Whoever opens or closes the file just now holds `opens`, perhaps waiting for the fabric.
-        let writers = inode.opens.try_lock().is_none_or(|o| o.cached_writers > 0);
+        // Whoever opens or closes the file just now holds `opens`, perhaps waiting for the fabric. Who has it open for writing may have it
+        // mapped, through the page cache or not: dropping a page that is dirty there waits for its WRITE, which waits for a lease.
+        let writers = inode.opens.try_lock().is_none_or(|o| o.writers > 0);
         if !all_here || !connected || writers {
             return false;
         }
@@ -312,6 +313,7 @@ impl Client {
         }
         let how = self.write_back_for_revoke(&inode, from);
         if to.is_none() {
+            self.pin_looked_up(&inode);
             inode.mapped.revoking(false);
             inode.kernel.revoking.store(false, Ordering::SeqCst);
         }

@@ -215,6 +215,11 @@ impl Client {
 
     /// Promises have come back to the bank: unless somebody needs them soon, the storage nodes get them.
     pub fn note_idle_space(&self) {
+        self.wake_writer();
+    }
+
+    /// There is something to be done in a while.
+    pub fn wake_writer(&self) {
         if self.writeback_sleeps.swap(false, Ordering::SeqCst) {
             let _ = self.wake_writeback.try_send(());
         }

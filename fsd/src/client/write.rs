@@ -40,6 +40,9 @@ pub struct WriteFlags {
     pub kill_suid: bool,
     /// The kernel has put the data into its page cache.
     pub cached: bool,
+    /// Answered only when data and attributes are durable: O_SYNC, O_DSYNC, or pwritev2(2) with the like, past the page cache
+    /// (through it the kernel sends an FSYNC of its own).
+    pub sync: bool,
 }
 
 /// What becomes of the frames of blocks that lie wholly in a range to be discarded.
@@ -347,6 +350,8 @@ impl Client {
             return Ok(());
         }
         ctx.may_wait()?;
+        let blocks = |state: &State| state.attr.map(|attr| state.shown(&attr).blocks);
+        let before = blocks(state);
         let wants = frames_wanted(state);
         let (first, last) = (wants[0].0, wants[wants.len() - 1].0);
         self.load_frames(ctx, inode, state, first, last)?;
@@ -355,6 +360,9 @@ impl Client {
         let parts = pages.map(|(page, p)| (page * PAGE / BLOCK, page * PAGE % BLOCK, &p.data[..]));
         self.write_frames(ctx, inode, state, parts)?;
         state.pages.mark_clean();
+        if blocks(state) != before {
+            self.invalidate_attrs(inode);
+        }
         if !self.cache_reads {
             // The storage node's memory is as near as our own: keeping a copy gains nothing.
             self.drop_clean(state);

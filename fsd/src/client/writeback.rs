@@ -35,15 +35,17 @@ impl Client {
         let mut idle_since = None;
         loop {
             let mut dirty = !self.dirty.lock().is_empty();
-            if !dirty && idle_since.is_none() {
+            let mut pinned = !self.pins.is_empty();
+            if !dirty && !pinned && idle_since.is_none() {
                 self.writeback_sleeps.store(true, Ordering::SeqCst);
                 // Who noted something before seeing that is seen by this second look.
                 dirty = !self.dirty.lock().is_empty();
+                pinned = !self.pins.is_empty();
                 if self.space.has_idle() {
                     idle_since = Some(Instant::now());
                 }
             }
-            let event = if dirty || idle_since.is_some() {
+            let event = if dirty || pinned || idle_since.is_some() {
                 self.writeback_sleeps.store(false, Ordering::SeqCst);
                 wake.recv_timeout(TICK)
             } else {
@@ -52,6 +54,7 @@ impl Client {
             if matches!(event, Err(RecvTimeoutError::Disconnected)) || self.stopping.load(Ordering::Acquire) {
                 return;
             }
+            self.drop_pins(false);
             if dirty {
                 idle_since = Some(Instant::now());
                 self.write_old();
@@ -205,6 +208,7 @@ impl Client {
 
     /// Writes everything back; for leaving.
     pub fn write_all(&self) {
+        self.drop_pins(true);
         let all: Vec<u64> = self.dirty.lock().keys().copied().collect();
         for part in all.chunks(GROUP) {
             self.write_group(part);

@@ -170,7 +170,11 @@ impl Client {
         guards: &dyn Versions,
         op: NamespaceOp,
     ) -> Res<()> {
-        self.namespace(ctx, &[inode], guards, op)?;
+        match self.namespace(ctx, &[inode], guards, op) {
+            // The inode is gone: its name may have got another one, which the kernel finds out.
+            Err(Stop::Errno(Errno(libc::ENOENT))) => return fail(libc::ESTALE),
+            changed => changed?,
+        };
         // The server has them now; what was cached is asked for again.
         let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
         state.xattrs = None;

@@ -14,6 +14,9 @@ use anyhow::{Context, bail};
 /// How long a child may take to be ready, or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Where a user says what is to be logged.
+const RUST_LOG: &str = "RUST_LOG";
+
 struct Member {
     what: String,
     child: Child,
@@ -24,6 +27,7 @@ struct Member {
 pub struct Children {
     members: Vec<Member>,
     config: PathBuf,
+    quiet: bool,
     notify_dir: tempfile::TempDir,
 }
 
@@ -55,8 +59,16 @@ impl Children {
         Ok(Self {
             members: Vec::new(),
             config,
+            quiet: false,
             notify_dir: tempfile::tempdir().context("temporary directory")?,
         })
+    }
+
+    /// They say only what is wrong, unless the user has asked for more (`RUST_LOG`).
+    #[must_use]
+    pub fn quiet(mut self, quiet: bool) -> Self {
+        self.quiet = quiet;
+        self
     }
 
     /// Starts a role, called `what` in messages, and waits until it is ready; `point` is where it mounts.
@@ -67,7 +79,11 @@ impl Children {
         let path = self.notify_dir.path().join("ready");
         let socket = std::os::unix::net::UnixDatagram::bind(&path).context("readiness socket")?;
         let exe = std::env::current_exe().context("the path of fsd")?;
-        let child = Command::new(exe)
+        let mut command = Command::new(exe);
+        if self.quiet && std::env::var_os(RUST_LOG).is_none() {
+            command.env(RUST_LOG, super::QUIET_LOG);
+        }
+        let child = command
             .args(args)
             .arg("--config")
             .arg(&self.config)

@@ -46,6 +46,9 @@ pub struct DevArgs {
     /// How long a progress thread spins before it sleeps, microseconds.
     #[arg(long)]
     pub spin_us: Option<u64>,
+    /// With a command: say where the mounts are, and what the servers and mounts log.
+    #[arg(long)]
+    pub verbose: bool,
     /// Run this with `FSD_DIR` set, then take everything down and exit with its status.
     #[arg(last = true)]
     pub command: Vec<String>,
@@ -153,7 +156,8 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
             crate::storage::label::format(&s.dir, &config.cluster, s.id, &uuid)?;
         }
     }
-    let mut cluster = Children::new(file.clone())?;
+    let quiet = !args.command.is_empty() && !args.verbose;
+    let mut cluster = Children::new(file.clone())?.quiet(quiet);
     for id in 0..args.storage {
         let id = id.to_string();
         cluster.spawn(
@@ -166,17 +170,16 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
     for (i, point) in points.iter().enumerate() {
         cluster.spawn(&format!("mount {i}"), &["mount", "--auto-unmount"], Some(point))?;
     }
-    eprintln!(
-        "fsd dev: {} mounts over {} at {}",
-        args.mounts,
-        super::fabric_name(args.fabric),
-        points
-            .iter()
-            .map(|p| p.display().to_string())
-            .collect::<Vec<_>>()
-            .join(", ")
-    );
-    eprintln!("fsd dev: ask it with  fsd status --config {}", file.display());
+    if !quiet {
+        let points: Vec<String> = points.iter().map(|p| p.display().to_string()).collect();
+        eprintln!(
+            "fsd dev: {} mounts over {} at {}",
+            args.mounts,
+            super::fabric_name(args.fabric),
+            points.join(", ")
+        );
+        eprintln!("fsd dev: ask it with  fsd status --config {}", file.display());
+    }
     let code = if args.command.is_empty() {
         eprintln!("fsd dev: Ctrl-C ends it");
         until_signal(&mut cluster, &mut signals)?

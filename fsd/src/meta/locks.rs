@@ -31,6 +31,18 @@ struct Held {
     kind: LockKind,
 }
 
+impl Held {
+    fn spec(&self, ino: u64) -> LockSpec {
+        LockSpec {
+            ino,
+            owner: self.owner,
+            pid: self.pid,
+            range: self.range,
+            kind: Some(self.kind),
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct File {
     held: Vec<Held>,
@@ -43,6 +55,11 @@ pub struct LockTable {
     files: HashMap<u64, File>,
 }
 
+/// Can two owners be in each other's way? `flock` and `fcntl` locks cannot.
+fn strangers(a: LockOwner, b: LockOwner) -> bool {
+    a != b && a.flock == b.flock
+}
+
 fn overlap(a: LockRange, b: LockRange) -> bool {
     a.start <= b.end && b.start <= a.end
 }
@@ -50,7 +67,7 @@ fn overlap(a: LockRange, b: LockRange) -> bool {
 impl File {
     fn conflict(&self, lock: &LockSpec, kind: LockKind) -> Option<&Held> {
         self.held.iter().find(|h| {
-            h.owner != lock.owner
+            strangers(h.owner, lock.owner)
                 && overlap(h.range, lock.range)
                 && (kind == LockKind::Write || h.kind == LockKind::Write)
         })
@@ -116,7 +133,7 @@ impl File {
                 self.conflict(&lock, kind).is_none()
                     // Not past an earlier waiter that wants the same bytes: writers would starve.
                     && !self.waiting.iter().take(i).any(|(_, w)| {
-                        w.owner != lock.owner
+                        strangers(w.owner, lock.owner)
                             && overlap(w.range, lock.range)
                             && (w.kind == Some(LockKind::Write) || kind == LockKind::Write)
                     })
@@ -138,13 +155,10 @@ impl LockTable {
     #[must_use]
     pub fn test(&self, lock: &LockSpec) -> Option<LockSpec> {
         let kind = lock.kind?;
-        self.files.get(&lock.ino)?.conflict(lock, kind).map(|h| LockSpec {
-            ino: lock.ino,
-            owner: h.owner,
-            pid: h.pid,
-            range: h.range,
-            kind: Some(h.kind),
-        })
+        self.files
+            .get(&lock.ino)?
+            .conflict(lock, kind)
+            .map(|h| h.spec(lock.ino))
     }
 
     /// Sets, clears or waits for a lock. The tickets are those of waiters that were served thereby.
@@ -157,7 +171,8 @@ impl LockTable {
                 return (Outcome::Conflict, Vec::new());
             };
             file.waiting.push_back((ticket, *lock));
-            if self.waits_for_itself(lock.owner) {
+            // For flock(2) nobody looks after that.
+            if !lock.owner.flock && self.waits_for_itself(lock.owner) {
                 self.cancel_ticket(lock.ino, ticket);
                 return (Outcome::Deadlock, Vec::new());
             }
@@ -167,6 +182,43 @@ impl LockTable {
         let served = file.serve();
         self.tidy(lock.ino);
         (Outcome::Done, served)
+    }
+
+    /// Notes what has become of an owner's locks elsewhere, whoever else seems to be in the way.
+    pub fn record(&mut self, lock: &LockSpec) {
+        self.files.entry(lock.ino).or_default().apply(lock);
+        self.tidy(lock.ino);
+    }
+
+    /// All locks that are held.
+    #[must_use]
+    pub fn held(&self) -> Vec<LockSpec> {
+        let files = self.files.iter();
+        files
+            .flat_map(|(&ino, file)| file.held.iter().map(move |h| h.spec(ino)))
+            .collect()
+    }
+
+    /// Does an owner hold anything on a file?
+    #[must_use]
+    pub fn holds(&self, ino: u64, owner: LockOwner) -> bool {
+        self.files
+            .get(&ino)
+            .is_some_and(|f| f.held.iter().any(|h| h.owner == owner))
+    }
+
+    /// Drops the waiting requests of a mount: it has come on a new connection, and asks again.
+    pub fn forget_waiters(&mut self, node: u16) -> Vec<Ticket> {
+        let inos: Vec<u64> = self.files.keys().copied().collect();
+        let mut served = Vec::new();
+        for ino in inos {
+            if let Some(file) = self.files.get_mut(&ino) {
+                file.waiting.retain(|(_, l)| l.owner.node != node);
+                served.extend(file.serve());
+            }
+            self.tidy(ino);
+        }
+        served
     }
 
     /// Owners that `owner` waits for, directly.
@@ -179,7 +231,7 @@ impl LockTable {
                     file.held
                         .iter()
                         .filter(|h| {
-                            h.owner != owner
+                            strangers(h.owner, owner)
                                 && overlap(h.range, lock.range)
                                 && (kind == LockKind::Write || h.kind == LockKind::Write)
                         })
@@ -285,6 +337,7 @@ mod tests {
             owner: LockOwner {
                 node: owner as u16,
                 owner,
+                flock: false,
             },
             pid: 1,
             range: LockRange { start, end },
@@ -331,6 +384,48 @@ mod tests {
         assert_eq!(t.set(&on(2, 1, 0, 0, W), Some(1)).0, Outcome::Waiting);
         assert_eq!(t.set(&on(1, 2, 0, 0, W), Some(2)).0, Outcome::Deadlock);
         assert_eq!(t.release(2, lock(2, 0, 0, None).owner), vec![1]);
+    }
+
+    fn flock(owner: u64, kind: Option<LockKind>) -> LockSpec {
+        let mut lock = lock(owner, 0, i64::MAX as u64, kind);
+        lock.owner.flock = true;
+        lock
+    }
+
+    #[test]
+    fn flock_and_fcntl_locks_do_not_meet() {
+        let mut t = LockTable::default();
+        assert_eq!(t.set(&flock(1, W), None).0, Outcome::Done);
+        assert_eq!(t.set(&lock(2, 0, 9, W), None).0, Outcome::Done);
+        assert_eq!(t.set(&lock(1, 10, 19, W), None).0, Outcome::Done);
+        assert_eq!(t.set(&flock(2, R), Some(1)).0, Outcome::Waiting);
+        // One waits for the other in both spaces: nobody looks after that.
+        assert_eq!(t.set(&lock(1, 0, 0, R), Some(2)).0, Outcome::Waiting);
+        assert_eq!(t.release(7, flock(1, None).owner), vec![1]);
+        assert!(t.holds(7, lock(1, 0, 0, None).owner));
+    }
+
+    #[test]
+    fn what_is_held_is_told_once() {
+        let mut t = LockTable::default();
+        for i in 0..5000 {
+            t.record(&lock(1, i % 7 * 10, i % 7 * 10 + 5, W));
+            t.record(&lock(1, i % 7 * 10, i % 7 * 10 + 5, None));
+        }
+        assert!(t.held().is_empty() && t.files.is_empty());
+        t.record(&lock(1, 0, 9, W));
+        t.record(&lock(2, 5, 9, R));
+        assert_eq!(t.held().len(), 2);
+    }
+
+    #[test]
+    fn who_asks_again_waits_once() {
+        let mut t = LockTable::default();
+        t.set(&lock(1, 0, 9, W), None);
+        t.set(&lock(2, 0, 9, W), Some(5));
+        t.set(&lock(3, 0, 9, R), Some(6));
+        assert!(t.forget_waiters(2).is_empty());
+        assert_eq!(t.release(7, lock(1, 0, 0, None).owner), vec![6]);
     }
 
     #[test]

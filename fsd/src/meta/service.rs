@@ -313,9 +313,12 @@ impl Inner {
                 dead: false,
             },
         );
+        let served = state.locks.forget_waiters(node);
         for lock in locks {
             state.locks.set(lock, None);
         }
+        drop(state);
+        self.answer_locks(&served, &Ok(MetaReply::Done));
         Ok(MetaReply::Joined(JoinReply {
             node,
             incarnation,

@@ -119,6 +119,8 @@ pub struct LockOwner {
     pub node: u16,
     /// The kernel's owner number on it.
     pub owner: u64,
+    /// Of an `flock` lock. Those and `fcntl` locks do not meet, as on other file systems of Linux.
+    pub flock: bool,
 }
 
 /// Kind of lock.

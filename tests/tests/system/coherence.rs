@@ -9,6 +9,8 @@ fn check(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
     let options = Options {
         fabric,
         cache,
+        // Past the page cache nothing can be mapped without it.
+        shared_mappings: cache == Cache::Direct,
         ..Options::default()
     };
     guard::with_cluster(options, |cluster| {

@@ -77,6 +77,8 @@ fn fsx_on(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
     let options = Options {
         fabric,
         cache,
+        // It maps what its other mounts have open.
+        shared_mappings: true,
         ..Options::default()
     };
     guard::with_cluster_within(limit, options, move |cluster| {

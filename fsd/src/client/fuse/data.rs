@@ -9,6 +9,7 @@ use super::convert::error_of;
 use super::serve;
 use crate::client::ctx::{Ctx, Stop};
 use crate::client::inode::Inode;
+use crate::client::opens::Handle;
 use crate::client::write::WriteFlags;
 use crate::client::{Client, MAX_FILE_SIZE, buffers};
 
@@ -54,18 +55,32 @@ pub(super) fn write(
             Err(Stop::Park) => write_later(client, inode, offset, data.to_vec(), how, reply),
         };
     }
-    if client
-        .leases
-        .held(inode.record())
-        .is_some_and(|(m, _)| m == lockmgr::Mode::Exclusive)
-    {
-        match client.write_pages(&Ctx::on_loop(&client.permits), &inode, offset, data, how) {
-            Ok(n) => return reply.written(n),
-            Err(Stop::Errno(e)) => return reply.error(error_of(e)),
-            Err(Stop::Park) => {}
+    write_mapped(client, inode, offset, data, how, reply);
+}
+
+/// A write that is answered when it is durable: on a worker at once, for it will wait.
+pub(super) fn write_sync(
+    client: &Arc<Client>,
+    handle: Arc<Handle>,
+    offset: u64,
+    data: &[u8],
+    how: WriteFlags,
+    reply: ReplyWrite,
+) {
+    client.counters.requests.fetch_add(1, Ordering::Relaxed);
+    let (me, data) = (Arc::clone(client), data.to_vec());
+    client.workers.run(move || {
+        let ctx = Ctx::on_worker();
+        let written = me.write(&ctx, &handle.inode, offset, &data, how);
+        let durable = written.and_then(|n| {
+            me.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
+            Ok(n)
+        });
+        match durable {
+            Ok(n) => reply.written(n),
+            Err(stop) => reply.error(error_of(Client::errno_of(stop))),
         }
-    }
-    write_mapped(client, inode, offset, data.to_vec(), how, reply);
+    });
 }
 
 fn write_later(
@@ -86,25 +101,41 @@ fn write_later(
     );
 }
 
-/// A write of mapped pages without the exclusive lease: answered when applied, or when a revocation
-/// cannot wait for that.
+/// A write of mapped pages: answered when applied, or when a revocation cannot wait for that. So it is known to revocations before it
+/// waits for anything.
 fn write_mapped(
     client: &Arc<Client>,
     inode: Arc<Inode>,
     offset: u64,
-    data: Vec<u8>,
+    data: &[u8],
     how: WriteFlags,
     reply: ReplyWrite,
 ) {
     let len = data.len() as u32;
-    let (number, waiting) = inode.mapped.begin(Box::new(move || reply.written(len)));
-    let me = Arc::clone(client);
-    client.workers.run(move || {
-        if let Err(stop) = me.write_pages(&Ctx::on_worker(), &inode, offset, &data, how) {
-            inode.errors.set(Client::errno_of(stop));
+    let (number, waiting) = inode.mapped.begin(Box::new(move |result| match result {
+        Ok(()) => reply.written(len),
+        Err(error) => reply.error(error_of(error)),
+    }));
+    let finish = move |inode: &Inode, result: Result<u32, Stop>| {
+        let result = result.map(drop).map_err(Client::errno_of);
+        if !waiting.answer(result)
+            && let Err(error) = result
+        {
+            inode.errors.set(error);
         }
-        waiting.answer();
         inode.mapped.end(number);
+    };
+    let held = client.leases.held(inode.record());
+    if held.is_some_and(|(mode, _)| mode == lockmgr::Mode::Exclusive) {
+        match client.write_pages(&Ctx::on_loop(&client.permits), &inode, offset, data, how) {
+            Err(Stop::Park) => {}
+            result => return finish(&inode, result),
+        }
+    }
+    let (me, data) = (Arc::clone(client), data.to_vec());
+    client.workers.run(move || {
+        let result = me.write_pages(&Ctx::on_worker(), &inode, offset, &data, how);
+        finish(&inode, result);
     });
 }
 

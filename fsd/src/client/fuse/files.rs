@@ -80,14 +80,17 @@ pub(super) fn create(
             }
             // Somebody else was faster: open what is there now.
             let mut found = None;
-            match c.lookup(ctx, &dir, &name, |inode, attr, _| {
+            match c.lookup(ctx, &dir, &name, caller.pid, |inode, attr, _| {
                 found = Some((Arc::clone(inode), *attr))
             }) {
                 Err(Stop::Errno(Errno(libc::ENOENT))) => continue,
                 other => other?,
             }
             if let Some((inode, attr)) = found {
-                send(&attr, c.open(ctx, &inode, flags, caller)?);
+                match c.open(ctx, &inode, flags, caller) {
+                    Err(Stop::Errno(Errno(libc::ESTALE))) => continue,
+                    opened => send(&attr, opened?),
+                }
                 return Ok(());
             }
         }
@@ -99,7 +102,7 @@ pub(super) fn flush(client: &Arc<Client>, fh: FileHandle, lock_owner: LockOwner,
     let handle = client.handles.get(fh.0);
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
         if let Some(handle) = &handle {
-            c.release_locks(ctx, handle.inode.ino, lock_owner.0)?;
+            c.release_locks(ctx, handle.inode.ino, c.lock_owner(lock_owner.0, false))?;
             c.flush(ctx, handle)?;
         }
         done(reply);
@@ -116,8 +119,9 @@ pub(super) fn release(
 ) {
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
         if let Some(owner) = lock_owner {
-            c.release_locks(ctx, ino.0, owner.0)?;
+            c.release_locks(ctx, ino.0, c.lock_owner(owner.0, true))?;
         }
+        c.release_locks_through(ctx, ino.0, fh.0)?;
         c.release(ctx, fh.0)?;
         done(reply);
         Ok(())

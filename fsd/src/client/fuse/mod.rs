@@ -19,10 +19,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty,
-    ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
-    WriteFlags,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, INodeNo, InitFlags, IoctlFlags,
+    KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek,
+    ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::attrs::SetAttr;
@@ -97,12 +97,16 @@ impl Filesystem for FsdFs {
             | InitFlags::FUSE_HANDLE_KILLPRIV_V2
             | InitFlags::FUSE_EXPLICIT_INVAL_DATA
             | InitFlags::FUSE_CACHE_SYMLINKS
-            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP
+            | InitFlags::FUSE_EXPORT_SUPPORT
             | InitFlags::FUSE_DONT_MASK;
         // A kernel without one of these does without.
         let mut wanted = wanted;
         if self.client.mode == CacheMode::Writeback {
             wanted |= InitFlags::FUSE_WRITEBACK_CACHE;
+        }
+        if self.client.mode == CacheMode::Writeback || self.client.shared_mappings {
+            // Without it the kernel refuses to map what was opened past the page cache, which is what other mounts have open.
+            wanted |= InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         }
         let _ = config.add_capabilities(wanted & config.capabilities());
         let _ = config.set_max_write(MAX_REQUEST);
@@ -110,8 +114,8 @@ impl Filesystem for FsdFs {
         Ok(())
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        names::lookup(&self.client, parent, name, reply);
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        names::lookup(&self.client, req, parent, name, reply);
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
@@ -178,17 +182,17 @@ impl Filesystem for FsdFs {
         names::symlink(&self.client, req, parent, link_name, target, reply);
     }
 
-    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        names::remove(&self.client, parent, name, false, reply);
+    fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        names::remove(&self.client, req, parent, name, false, reply);
     }
 
-    fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        names::remove(&self.client, parent, name, true, reply);
+    fn rmdir(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        names::remove(&self.client, req, parent, name, true, reply);
     }
 
     fn rename(
         &self,
-        _req: &Request,
+        req: &Request,
         parent: INodeNo,
         name: &OsStr,
         newparent: INodeNo,
@@ -196,7 +200,14 @@ impl Filesystem for FsdFs {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        names::rename(&self.client, (parent, name), (newparent, newname), flags, reply);
+        names::rename(
+            &self.client,
+            req,
+            (parent, name),
+            (newparent, newname),
+            flags,
+            reply,
+        );
     }
 
     fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
@@ -251,12 +262,18 @@ impl Filesystem for FsdFs {
     ) {
         let mapped = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let handle = self.client.handles.get(fh.0);
+        let cached = mapped || handle.as_ref().is_some_and(|h| h.cached);
         let how = write::WriteFlags {
             append: flags.0 & libc::O_APPEND != 0 && !mapped,
             kill_suid: write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID),
-            cached: mapped || handle.is_some_and(|h| h.cached),
+            cached,
+            // The flags of this call: those of the file, and what RWF_DSYNC and RWF_SYNC add.
+            sync: !cached && flags.0 & libc::O_DSYNC != 0,
         };
-        data::write(&self.client, ino, offset, data, how, mapped, reply);
+        match handle {
+            Some(handle) if how.sync => data::write_sync(&self.client, handle, offset, data, how, reply),
+            _ => data::write(&self.client, ino, offset, data, how, mapped, reply),
+        }
     }
 
     fn flush(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, lock_owner: LockOwner, reply: ReplyEmpty) {
@@ -351,7 +368,8 @@ impl Filesystem for FsdFs {
     ) {
         match kind_of(typ) {
             Ok(kind) => {
-                let lock = self.client.lock_spec(ino.0, lock_owner.0, pid, start, end, kind);
+                let owner = self.client.lock_owner(lock_owner.0, false);
+                let lock = Client::lock_spec(ino.0, owner, pid, (start, end), kind);
                 locks::getlk(&self.client, lock, reply);
             }
             Err(_) => reply.error(fuser::Errno::EINVAL),
@@ -360,9 +378,9 @@ impl Filesystem for FsdFs {
 
     fn setlk(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         lock_owner: LockOwner,
         start: u64,
         end: u64,
@@ -373,11 +391,42 @@ impl Filesystem for FsdFs {
     ) {
         match kind_of(typ) {
             Ok(kind) => {
-                let lock = self.client.lock_spec(ino.0, lock_owner.0, pid, start, end, kind);
-                locks::setlk(&self.client, lock, sleep, reply);
+                let flock = locks::is_flock(req, fh, lock_owner, (start, end));
+                let owner = self.client.lock_owner(lock_owner.0, flock);
+                let lock = Client::lock_spec(ino.0, owner, pid, (start, end), kind);
+                locks::setlk(&self.client, lock, fh.0, sleep, reply);
             }
             Err(_) => reply.error(fuser::Errno::EINVAL),
         }
+    }
+
+    /// Nothing here is a device. Programs ask every file whether it is a terminal.
+    fn ioctl(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(fuser::Errno::ENOTTY);
+    }
+
+    /// Files are always ready: the kernel does not ask again.
+    fn poll(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _ph: PollNotifier,
+        _events: PollEvents,
+        _flags: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        reply.error(fuser::Errno::ENOSYS);
     }
 
     fn fallocate(

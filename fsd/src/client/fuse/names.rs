@@ -26,10 +26,17 @@ fn send_entry(reply: &mut Option<ReplyEntry>, attr: &Attr, ttl: Duration) {
     }
 }
 
-pub(super) fn lookup(client: &Arc<Client>, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+pub(super) fn lookup(client: &Arc<Client>, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    let thread = req.pid();
     let (name, parent) = (name.as_bytes().to_vec(), parent.0);
     serve(client, reply, ReplyEntry::error, move |c, ctx, reply| {
-        c.lookup(ctx, &c.inode(parent), &name, |_, attr, ttl| {
+        if matches!(&name[..], b"." | b"..") {
+            // The kernel has forgotten an inode that somebody has a handle of.
+            return c.lookup_by_number(ctx, parent, &name, thread, |_, attr, ttl| {
+                send_entry(reply, attr, ttl)
+            });
+        }
+        c.lookup(ctx, &c.inode(parent), &name, thread, |_, attr, ttl| {
             send_entry(reply, attr, ttl)
         })
     });
@@ -110,14 +117,16 @@ pub(super) fn symlink(
 
 pub(super) fn remove(
     client: &Arc<Client>,
+    req: &Request,
     parent: INodeNo,
     name: &OsStr,
     directory: bool,
     reply: ReplyEmpty,
 ) {
+    let thread = req.pid();
     let (name, parent) = (name.as_bytes().to_vec(), parent.0);
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.remove(ctx, &c.inode(parent), &name, directory)?;
+        c.remove(ctx, &c.inode(parent), &name, directory, thread)?;
         done(reply);
         Ok(())
     });
@@ -125,15 +134,17 @@ pub(super) fn remove(
 
 pub(super) fn rename(
     client: &Arc<Client>,
+    req: &Request,
     (parent, name): (INodeNo, &OsStr),
     (newparent, newname): (INodeNo, &OsStr),
     flags: RenameFlags,
     reply: ReplyEmpty,
 ) {
+    let thread = req.pid();
     let (name, newname) = (name.as_bytes().to_vec(), newname.as_bytes().to_vec());
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
         let (from, to) = (c.inode(parent.0), c.inode(newparent.0));
-        c.rename(ctx, (&from, &name), (&to, &newname), flags.bits())?;
+        c.rename(ctx, (&from, &name), (&to, &newname), flags.bits(), thread)?;
         done(reply);
         Ok(())
     });

@@ -160,6 +160,12 @@ impl Net {
         }
     }
 
+    /// Is there a connection to the metadata server, as far as is known?
+    #[must_use]
+    pub fn has_meta(&self) -> bool {
+        self.meta.read().as_ref().is_some_and(|c| c.is_alive())
+    }
+
     /// A request whose answer may take for ever (waiting for a file lock).
     ///
     /// # Errors
