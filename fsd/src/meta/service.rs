@@ -317,6 +317,7 @@ impl Inner {
         for lock in locks {
             state.locks.set(lock, None);
         }
+        let awaited = state.window.as_ref().is_some_and(|w| w.awaits(node));
         drop(state);
         self.answer_locks(&served, &Ok(MetaReply::Done));
         Ok(MetaReply::Joined(JoinReply {
@@ -326,7 +327,7 @@ impl Inner {
             record_bytes: self.superblock.record_bytes,
             storage: self.storage_infos(),
             executed: self.order.executed(),
-            awaited: state.window.as_ref().is_some_and(|w| w.awaits(node)),
+            awaited,
         }))
     }
 
