@@ -32,6 +32,7 @@ pub mod fuse;
 mod handover;
 pub mod inode;
 pub mod inode_table;
+pub mod kernel_mount;
 pub mod locks;
 pub mod mapped;
 pub mod mount;
@@ -141,6 +142,8 @@ pub struct Client {
     pub writeback_sleeps: AtomicBool,
     /// The mount is leaving.
     pub stopping: AtomicBool,
+    /// The mount is about to stop: what cannot be stored by now never will be.
+    pub leaving: AtomicBool,
     /// The leases are lost; nothing is served any more.
     pub doomed: AtomicBool,
     /// When the mount began.

@@ -13,7 +13,7 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::bounded;
 use lockmgr::{LeaseUser, Mode, RecordId, Relinquish};
@@ -30,8 +30,12 @@ use crate::wire::Attr;
 /// How long the kernel gets to take in the attributes of an answer before it is told to drop them; only
 /// for files that are open through the page cache.
 const SETTLE: Duration = Duration::from_micros(500);
-/// Attempts to write back before data is given up (each waits for lost connections itself).
-const FLUSH_ATTEMPTS: u32 = 3;
+/// Pause between attempts to write back (each waits for lost connections itself).
+const RETRY: Duration = Duration::from_millis(50);
+/// How often to say that data cannot be stored.
+const COMPLAIN: Duration = Duration::from_secs(30);
+/// Attempts of a mount that ends before data is given up.
+const LAST_ATTEMPTS: u32 = 3;
 
 /// The lease manager's user: hands revocations to threads that never serve requests.
 #[derive(Default)]
@@ -350,18 +354,26 @@ impl Client {
             return Relinquish::default();
         }
         let ctx = Ctx::on_worker();
+        let mut said: Option<Instant> = None;
         for attempt in 1.. {
-            match self.flush_pages(&ctx, inode, &mut state) {
+            let error = match self.flush_pages(&ctx, inode, &mut state) {
                 Ok(()) => break,
-                Err(Stop::Errno(error)) if attempt >= FLUSH_ATTEMPTS => {
-                    // Told at fsync and close; keeping the data would keep everybody else waiting.
-                    tracing::error!("data of {:#x} lost: {error}", inode.ino);
-                    inode.errors.set(error);
-                    self.abandon_pages(inode, &mut state);
-                    break;
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+                Err(stop) => Self::errno_of(stop),
+            };
+            if self.leaving.load(Ordering::SeqCst) && attempt >= LAST_ATTEMPTS {
+                // Told at fsync and close.
+                tracing::error!("data of {:#x} lost: {error}", inode.ino);
+                inode.errors.set(error);
+                self.abandon_pages(inode, &mut state);
+                break;
             }
+            // It was acknowledged, and this mount has the only copy: whoever wants the file waits, and is told by its own
+            // wait for the lease.
+            if said.is_none_or(|at| at.elapsed() > COMPLAIN) {
+                said = Some(Instant::now());
+                tracing::warn!("data of {:#x} cannot be stored, and is kept: {error}", inode.ino);
+            }
+            std::thread::sleep(RETRY);
         }
         self.relinquish_flushed(inode, &mut state, from)
     }

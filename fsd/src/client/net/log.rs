@@ -83,17 +83,14 @@ impl Net {
         let last = parts.pop().unwrap_or_default();
         for entries in parts {
             let request = MetaRequest::Replay { entries, last: false };
-            self.calls.call::<_, MetaReply>(conn, &request, self.timeout)?;
+            self.calls.call::<_, MetaReply>(conn, &request, self.timeout())?;
         }
         let request = MetaRequest::Replay {
             entries: last,
             last: true,
         };
         // The others have to come, too, or to be given up.
-        let MetaReply::Replayed(failed) =
-            self.calls
-                .call(conn, &request, self.timeout + super::JOIN_GRACE)?
-        else {
+        let MetaReply::Replayed(failed) = self.calls.call(conn, &request, self.patience())? else {
             return Err(RpcError::Errno(Errno(libc::EPROTO)));
         };
         for (place, error) in failed {

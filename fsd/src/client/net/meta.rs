@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rdma_transport::Connection;
 
-use super::{JOIN_GRACE, Net, RETRY};
+use super::{Net, RETRY};
 use crate::clock::{Skew, Verdict};
 use crate::rpc::{Errno, RpcError};
 use crate::wire::{JoinReply, MetaReply, MetaRequest, Time};
@@ -43,7 +43,7 @@ impl Net {
             // The one that measures first: what happens between the two makes the bounds wider, not wrong.
             let start = Instant::now();
             let sent = Time::now();
-            let MetaReply::Clock(theirs) = self.calls.call(conn, &MetaRequest::Clock, self.timeout)? else {
+            let MetaReply::Clock(theirs) = self.calls.call(conn, &MetaRequest::Clock, self.timeout())? else {
                 return Err(RpcError::Errno(Errno(libc::EPROTO)));
             };
             skew = skew.and(Skew::of_exchange(sent, theirs, start.elapsed()));
@@ -70,7 +70,7 @@ impl Net {
             skew,
             locks,
         };
-        match self.calls.call(conn, &request, self.timeout)? {
+        match self.calls.call(conn, &request, self.timeout())? {
             MetaReply::Joined(reply) => Ok(reply),
             _ => Err(RpcError::Errno(Errno(libc::EPROTO))),
         }
@@ -100,8 +100,7 @@ impl Net {
     /// # Errors
     /// Its refusal, or no answer within the time limit.
     pub fn meta(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
-        // One that has restarted may wait for other mounts before it answers.
-        let patience = self.timeout + JOIN_GRACE;
+        let patience = self.patience();
         let deadline = Instant::now() + patience;
         loop {
             let conn = self.meta_conn(deadline)?;
@@ -175,7 +174,7 @@ impl Net {
         request: &MetaRequest,
         done: impl FnOnce(Result<MetaReply, RpcError>) + Send + 'static,
     ) -> Result<(), RpcError> {
-        let conn = self.meta_conn(Instant::now() + self.timeout)?;
+        let conn = self.meta_conn(Instant::now() + self.timeout())?;
         self.calls.call_async(&conn, request, done);
         Ok(())
     }

@@ -30,6 +30,9 @@ pub use storage::StorageSession;
 /// Pause between attempts to reach a server again.
 const RETRY: Duration = Duration::from_millis(50);
 
+/// Longest wait for an answer of a mount that leaves with nothing left to lose.
+const HURRY: Duration = Duration::from_secs(1);
+
 /// How much longer than for an answer a mount waits for those of a former life to come back or be given up.
 const JOIN_GRACE: Duration = Duration::from_secs(15);
 
@@ -70,6 +73,8 @@ pub struct Net {
     cluster: String,
     meta_addr: String,
     timeout: Duration,
+    /// Nobody is waited for who is not there.
+    hurried: AtomicBool,
     life: u64,
     name: String,
     meta: RwLock<Option<Arc<dyn Connection>>>,
@@ -107,6 +112,7 @@ impl Net {
             cluster: config.cluster,
             meta_addr: config.meta_addr,
             timeout: config.timeout,
+            hurried: AtomicBool::new(false),
             life: endpoint.life,
             name: config.name,
             meta: RwLock::new(None),
@@ -136,14 +142,14 @@ impl Net {
     /// # Errors
     /// Unreachable, wrong key, clocks apart…
     pub fn join(&self) -> Result<JoinReply, JoinError> {
-        let conn = self.connect_meta(Instant::now() + self.timeout)?;
+        let conn = self.connect_meta(Instant::now() + self.timeout())?;
         let skew = self.compare_clocks(&conn, meta::EXCHANGES)?;
         if skew.verdict() == Verdict::Unsure {
             tracing::warn!(
                 "the metadata server answers too slowly to tell whether the clock of this host is right: it is {skew} the server's"
             );
         }
-        let patience = Instant::now() + self.timeout + JOIN_GRACE;
+        let patience = Instant::now() + self.timeout() + JOIN_GRACE;
         let reply = loop {
             match self.join_on(&conn, None, skew) {
                 Err(RpcError::Errno(Errno(libc::EAGAIN))) if Instant::now() < patience => {
@@ -210,7 +216,7 @@ impl Net {
             self.workers.run(move || {
                 while let Some(net) = me.upgrade() {
                     if net.stopping.load(Ordering::Acquire)
-                        || net.meta_conn(Instant::now() + net.timeout).is_ok()
+                        || net.meta_conn(Instant::now() + net.timeout()).is_ok()
                     {
                         return;
                     }
@@ -252,6 +258,29 @@ impl Net {
         if let (Some(node), Some(owner)) = (peer, self.owner()) {
             owner.peer_gone(node);
         }
+    }
+
+    /// Longest wait for an answer.
+    pub(super) fn timeout(&self) -> Duration {
+        if self.hurried.load(Ordering::Acquire) {
+            HURRY.min(self.timeout)
+        } else {
+            self.timeout
+        }
+    }
+
+    /// Longest wait for the metadata server: one that has restarted may wait for other mounts before it answers.
+    pub(super) fn patience(&self) -> Duration {
+        if self.hurried.load(Ordering::Acquire) {
+            self.timeout()
+        } else {
+            self.timeout + JOIN_GRACE
+        }
+    }
+
+    /// The mount leaves and has nothing left to lose.
+    pub fn hurry(&self) {
+        self.hurried.store(true, Ordering::Release);
     }
 
     /// No more attempts to reach anybody again.
