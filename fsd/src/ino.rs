@@ -1,32 +1,50 @@
-//! Inode numbers: `[shard:8 | generation:20 | index:36]`.
+//! Inode numbers: `[0 | generation:19 | shard:8 | index:36]`.
 //!
 //! The lease record of an inode is found from the number alone: the shard names the storage node, the index
 //! the record in its table. The generation makes a number unique although record indices are used again.
+//!
+//! The generation comes first so that numbers stay below 2^53 while it is below [`WORN`]: programs that keep numbers as
+//! floating point (JavaScript) take larger ones for each other. A record that has been used so often is given out again
+//! only when there are no others.
 
 use lockmgr::RecordId;
 
 const INDEX_BITS: u32 = 36;
-const GENERATION_BITS: u32 = 20;
+const SHARD_BITS: u32 = 8;
+const GENERATION_BITS: u32 = 19;
 /// Largest record index of a shard.
 pub const MAX_INDEX: u64 = (1 << INDEX_BITS) - 1;
-/// Most storage nodes (shard 127 keeps the number positive as a signed one).
+/// Most storage nodes.
 pub const MAX_SHARDS: u16 = 127;
+/// The first generation whose numbers need more than 53 bits.
+pub const WORN: u32 = 1 << (53 - INDEX_BITS - SHARD_BITS);
 
 /// The root directory's inode number, the one FUSE prescribes: shard 0, generation 0, index 1.
 pub const ROOT: u64 = 1;
 
-/// Composes an inode number; the generation wraps at 2^20.
+/// Composes an inode number; the generation wraps.
 #[must_use]
 pub fn compose(shard: u16, generation: u32, index: u64) -> u64 {
-    (u64::from(shard & 0xff) << (INDEX_BITS + GENERATION_BITS))
-        | ((u64::from(generation) & ((1 << GENERATION_BITS) - 1)) << INDEX_BITS)
+    (u64::from(wrapped(generation)) << (INDEX_BITS + SHARD_BITS))
+        | (u64::from(shard & 0xff) << INDEX_BITS)
         | (index & MAX_INDEX)
+}
+
+/// A generation as numbers have it.
+fn wrapped(generation: u32) -> u32 {
+    generation & ((1 << GENERATION_BITS) - 1)
+}
+
+/// The generation of the next inode of the same record.
+#[must_use]
+pub fn next_generation(ino: u64) -> u32 {
+    wrapped(generation(ino) + 1)
 }
 
 /// Storage node that holds the lease record.
 #[must_use]
 pub fn shard(ino: u64) -> u16 {
-    (ino >> (INDEX_BITS + GENERATION_BITS)) as u16 & 0xff
+    (ino >> INDEX_BITS) as u16 & 0xff
 }
 
 /// Index of the lease record within its shard.
@@ -38,7 +56,7 @@ pub fn index(ino: u64) -> u64 {
 /// Generation of the number.
 #[must_use]
 pub fn generation(ino: u64) -> u32 {
-    (ino >> INDEX_BITS) as u32 & ((1 << GENERATION_BITS) - 1)
+    wrapped((ino >> (INDEX_BITS + SHARD_BITS)) as u32)
 }
 
 /// The lease record of an inode.
@@ -64,7 +82,7 @@ pub fn record_index(id: RecordId) -> u64 {
 #[must_use]
 pub fn is_later(ino: u64, than: u64) -> bool {
     const HALF: u32 = 1 << (GENERATION_BITS - 1);
-    let ahead = generation(ino).wrapping_sub(generation(than)) & ((1 << GENERATION_BITS) - 1);
+    let ahead = wrapped(generation(ino).wrapping_sub(generation(than)));
     (1..HALF).contains(&ahead)
 }
 
@@ -79,11 +97,20 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn parts_come_back(s in 0u16..127, g in 0u32..(1 << 20), i in 1u64..=MAX_INDEX) {
+        fn numbers_of_records_that_are_not_worn_are_exact_as_floating_point(s in 0u16..127, g in 0..WORN, i in 1u64..=MAX_INDEX) {
+            let ino = compose(s, g, i);
+            assert_eq!(ino as f64 as u64, ino);
+            assert!(ino < 1 << 53 && compose(s, WORN, i) >= 1 << 53);
+        }
+
+        #[test]
+        fn parts_come_back(s in 0u16..127, g in 0u32..(1 << GENERATION_BITS), i in 1u64..=MAX_INDEX) {
             let ino = compose(s, g, i);
             assert_eq!((shard(ino), generation(ino), index(ino)), (s, g, i));
             assert_eq!(record_shard(record(ino)), s);
             assert_eq!(record_index(record(ino)), i);
+            assert!(i64::try_from(ino).is_ok());
+            assert!(is_later(compose(s, next_generation(ino), i), ino));
         }
     }
 }

@@ -109,6 +109,8 @@ pub struct Options {
     pub pool_mib: u64,
     /// Longest wait for a lease.
     pub lease_wait: Duration,
+    /// Longest wait for an answer.
+    pub timeout: Duration,
     /// Inodes a mount keeps that the kernel has forgotten.
     pub max_inodes: usize,
     /// Entries of the lease table shared with the kernel extension.
@@ -144,6 +146,7 @@ impl Default for Options {
             storage: 2,
             pool_mib: 128,
             lease_wait: Duration::from_secs(30),
+            timeout: Duration::from_secs(10),
             max_inodes: 100_000,
             lease_table: 1 << 15,
             spin_us: 20,
@@ -253,10 +256,11 @@ impl Cluster {
             })
         };
         let mut text = format!(
-            "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\nspin_us = {}\n[lease]\nwait_ms = {}\n\
+            "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\nspin_us = {}\ntimeout_ms = {}\n[lease]\nwait_ms = {}\n\
              [mount]\ncache = \"{}\"\n{}buffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\nmemory_dir = \"{}\"\n",
             o.fabric.name(),
             o.spin_us,
+            o.timeout.as_millis(),
             o.lease_wait.as_millis(),
             o.cache.name(),
             if o.shared_mappings {

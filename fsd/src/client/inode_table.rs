@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn what_the_kernel_has_not_forgotten_is_known_until_then() {
         let table = InodeTable::default();
-        let [old, new] = [ino::compose(0, (1 << 20) - 1, 7), ino::compose(0, 0, 7)];
+        let [old, new] = [ino::compose(0, u32::MAX, 7), ino::compose(0, 0, 7)];
         let before = table.get(old);
         before.kernel.lookups.store(1, Ordering::SeqCst);
         let current = table.get(new);

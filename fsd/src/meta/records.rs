@@ -10,6 +10,7 @@
 //! | `F` ino | gone; its blocks are still to be freed on the storage nodes |
 //! | `N` shard | next record index |
 //! | `U` shard index | record index free for use again, with its next generation |
+//! | `W` shard index | the same of one that is worn: used only when there is no other |
 //! | `V` node ino | number reserved by a mount |
 //! | `C` node | mount |
 //! | `L` node seq | answer of a transaction, for exactly-once |
@@ -22,6 +23,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{Refusal, no};
+use crate::ino;
 use crate::store::{Batch, Store, StoreError};
 use crate::wire::{Attr, Kind, Time};
 
@@ -45,7 +47,7 @@ pub struct Superblock {
 }
 
 /// Layout version of this build.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// A stored inode.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,6 +139,11 @@ pub mod key {
     #[must_use]
     pub fn reusable(shard: u16, index: u64) -> Vec<u8> {
         tagged(b'U', u64::from(shard), &index.to_be_bytes())
+    }
+    /// Record index of which larger numbers would be made.
+    #[must_use]
+    pub fn worn(shard: u16, index: u64) -> Vec<u8> {
+        tagged(b'W', u64::from(shard), &index.to_be_bytes())
     }
     /// Reserved inode number.
     #[must_use]
@@ -247,6 +254,17 @@ impl<'a> Txn<'a> {
         Ok(self
             .store
             .scan(prefix, &crate::store::prefix_end(prefix), limit)?)
+    }
+
+    /// The record of an inode that is no more can be used again.
+    pub fn recycle(&mut self, ino: u64) {
+        let (shard, index, next) = (ino::shard(ino), ino::index(ino), ino::next_generation(ino));
+        let key = if next < ino::WORN {
+            key::reusable(shard, index)
+        } else {
+            key::worn(shard, index)
+        };
+        self.put(key, encode(&next));
     }
 
     /// An inode.

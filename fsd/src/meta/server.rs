@@ -461,8 +461,7 @@ impl Inner {
         }
         let mut txn = Txn::new(self.store.as_ref());
         txn.delete(key::freed(ino));
-        let next = ino::generation(ino).wrapping_add(1);
-        txn.put(key::reusable(ino::shard(ino), ino::index(ino)), encode(&next));
+        txn.recycle(ino);
         match txn.commit() {
             Ok(()) => true,
             Err(error) => {

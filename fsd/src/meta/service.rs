@@ -340,11 +340,7 @@ impl Inner {
         let reserved = txn.scan_stored(&key::reserved(node, 0)[..9], usize::MAX)?;
         let unused = reserved.len();
         for (k, _) in reserved {
-            let number = key::second(&k);
-            txn.put(
-                key::reusable(ino::shard(number), ino::index(number)),
-                encode(&ino::generation(number).wrapping_add(1)),
-            );
+            txn.recycle(key::second(&k));
             txn.delete(k);
         }
         for (k, _) in txn.scan_stored(&key::answer(node, 0)[..9], usize::MAX)? {
@@ -376,7 +372,11 @@ impl Inner {
         let mut inos = Vec::with_capacity(count as usize);
         for step in 0..shards {
             let shard = (state.next_shard + step) % shards;
-            let used = txn.scan_stored(&key::reusable(shard, 0)[..9], per_shard)?;
+            let mut used = txn.scan_stored(&key::reusable(shard, 0)[..9], per_shard)?;
+            let left = (ino::MAX_INDEX + 1).saturating_sub(state.next_index[usize::from(shard)]) as usize;
+            if used.len() + left < per_shard {
+                used.extend(txn.scan_stored(&key::worn(shard, 0)[..9], per_shard - used.len() - left)?);
+            }
             for (k, v) in used.iter().take(count as usize - inos.len()) {
                 inos.push(ino::compose(shard, decode(v)?, key::second(k)));
                 txn.delete(k.clone());

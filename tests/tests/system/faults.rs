@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail, ensure};
 use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role};
 use system_tests::{guard, sys};
+
+/// Bytes of a file's blocks, which lie on the storage nodes in turn.
+const BLOCK: usize = 256 << 10;
 
 /// Longest time that work may stand still after a server is back.
 const RECOVERY: Duration = Duration::from_secs(20);
@@ -212,6 +215,12 @@ fn a_storage_node_that_lost_its_leases_causes_no_stale_results() -> anyhow::Resu
                 let status = cluster.wait(mount, Duration::from_secs(30))?;
                 ensure!(!status.success(), "{mount:?} ended as if all were well");
             }
+            // Until somebody unmounts it nobody goes on in the directory below without knowing.
+            for point in [&a, &b] {
+                let seen = sys::errno(&fs::read_dir(point));
+                ensure!(seen == libc::ENOTCONN, "{}: {seen}", point.display());
+                system_tests::cluster::detach(point);
+            }
             cluster.start_role(Role::Mount(0))?;
             cluster.start_role(Role::Mount(1))?;
             for i in 0..10 {
@@ -240,6 +249,55 @@ fn a_storage_node_that_lost_its_leases_causes_no_stale_results() -> anyhow::Resu
             Ok(())
         },
     )
+}
+
+/// Data that was acknowledged and is in one mount only, while its storage node is away and somebody wants it: for longer than
+/// the mount tries at a time.
+#[test]
+fn acknowledged_data_waits_for_its_storage_node() -> anyhow::Result<()> {
+    let options = Options {
+        fabric: Fabric::Tcp,
+        storage: 2,
+        timeout: Duration::from_millis(300),
+        lease_wait: Duration::from_secs(60),
+        ..Options::default()
+    };
+    guard::with_cluster(options, |cluster| {
+        // A file whose lease record is on node 0, and its second block on node 1.
+        let (name, file) = (0..8)
+            .map(|i| {
+                let name = format!("f{i}");
+                let file = File::options()
+                    .read(true)
+                    .write(true)
+                    .create_new(true)
+                    .open(cluster.mount(0).join(&name))?;
+                Ok((name, file))
+            })
+            .collect::<std::io::Result<Vec<_>>>()?
+            .into_iter()
+            .find(|(_, file)| file.metadata().is_ok_and(|m| m.ino() >> 36 & 0xff == 0))
+            .context("no file of node 0")?;
+        file.write_all_at(&[b'o'; 2 * BLOCK], 0)?;
+        file.sync_all()?;
+        cluster.kill(Role::Storage(1));
+        // It overwrites what is stored, so nothing has to be asked for.
+        file.write_all_at(&[b'n'; 4096], BLOCK as u64)?;
+        let there = cluster.mount(1).join(name);
+        let reader = std::thread::spawn(move || fs::read(there));
+        // So often the mount used to try before it threw the data away.
+        std::thread::sleep(Duration::from_secs(4));
+        cluster.start_role(Role::Storage(1))?;
+        let seen = reader.join().map_err(|_| anyhow!("panic"))??;
+        let (old, new) = ([b'o'; 4096], [b'n'; 4096]);
+        ensure!(
+            seen.len() == 2 * BLOCK && seen[BLOCK..][..4096] == new && seen[BLOCK + 4096..][..4096] == old,
+            "read by the other mount: {:?}…",
+            &seen[BLOCK..][..8]
+        );
+        // Nothing was lost, and nobody is told that something was.
+        file.sync_all().context("fsync")
+    })
 }
 
 #[test]

@@ -22,6 +22,7 @@ mod lost_end;
 mod mappings;
 mod memory;
 mod models;
+mod mounting;
 mod names_held;
 mod posix;
 mod pressure;
