@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use rdma_transport::Op;
 
 use super::Client;
-use super::attrs::SUID_SGID;
+use super::attrs::kill_suid_for;
 use super::caller::Caller;
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::Inode;
@@ -343,9 +343,7 @@ impl Client {
                 if let Some(attr) = state.attr.as_mut() {
                     attr.mtime = Time::now();
                     attr.ctime = attr.mtime;
-                    if attr.mode & SUID_SGID != 0 && !caller.keeps_suid() {
-                        super::attrs::kill_suid(attr);
-                    }
+                    kill_suid_for(attr, caller);
                 }
                 state.touch();
                 if let Some(attr) = &state.attr {
