@@ -330,6 +330,8 @@ pub struct Inode {
     peer: AtomicU32,
     /// What of its lease is lent to the kernel.
     pub lent: super::extension::Lent,
+    /// When its lease was last waited for in vain, nanoseconds since the mount began; 0: it was had since.
+    pub lease_failed: AtomicU64,
     /// Whom it was looked up for.
     pub looked_up: super::pins::LookedUp,
     /// Open files on this mount.
@@ -377,6 +379,7 @@ impl Inode {
             kernel: KernelCache::default(),
             peer: AtomicU32::new(0),
             lent: super::extension::Lent::default(),
+            lease_failed: AtomicU64::new(0),
             looked_up: super::pins::LookedUp::default(),
             opens: Mutex::default(),
             errors: Latch::default(),
