@@ -349,8 +349,8 @@ pub struct Inode {
 pub struct Opens {
     /// How many.
     pub count: u64,
-    /// Of those, for writing through the page cache.
-    pub cached_writers: u64,
+    /// Of those, for writing in a way that may leave dirty pages, or locked ones, in the kernel: through its page cache, or mapped.
+    pub page_writers: u64,
     /// For writing, of any kind.
     pub writers: u64,
     /// This mount is counted among those that have the file open for writing.

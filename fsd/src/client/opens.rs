@@ -46,6 +46,8 @@ pub struct Handle {
     pub cached: bool,
     /// It is open for writing.
     pub writer: bool,
+    /// It counts among [`super::inode::Opens::page_writers`].
+    page_writer: bool,
     /// Delayed errors it has been told of.
     pub seen: AtomicU64,
     /// Listing of a directory, taken when reading began.
@@ -282,7 +284,7 @@ impl Client {
         let is_file = kind == Kind::File;
         let access = flags & libc::O_ACCMODE;
         let writer = is_file && access != libc::O_RDONLY;
-        let mut cached = false;
+        let (mut cached, mut page_writer) = (false, false);
         if is_file {
             let (shared, written) = self.count_open(inode, writer)?;
             cached = match self.mode {
@@ -301,8 +303,9 @@ impl Client {
             };
             if cached {
                 inode.kernel.cached.fetch_add(1, Ordering::SeqCst);
-                inode.opens.lock().cached_writers += u64::from(writer);
             }
+            page_writer = writer && (cached || (access == libc::O_RDWR && self.shared_mappings));
+            inode.opens.lock().page_writers += u64::from(page_writer);
             if writer {
                 self.space_for_writer(inode);
             }
@@ -313,6 +316,7 @@ impl Client {
             flags,
             cached,
             writer,
+            page_writer,
             seen,
             listing: Mutex::default(),
             is_file,
@@ -392,8 +396,8 @@ impl Client {
         opens.writers -= u64::from(handle.writer);
         if handle.cached {
             inode.kernel.cached.fetch_sub(1, Ordering::SeqCst);
-            opens.cached_writers -= u64::from(handle.writer);
         }
+        opens.page_writers -= u64::from(handle.page_writer);
         let last_writer = opens.writer_counted && opens.writers == 0;
         let last = opens.bit && opens.count == 0;
         if !last && !last_writer {
