@@ -203,6 +203,15 @@ impl Client {
     pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
         ctx.may_wait()?;
         self.set_flag(inode, FLAG_UNLINKED, true)?;
+        let used = self.is_used(inode, thread);
+        if used.is_err() {
+            // The name stays; with the flag the next last close would take the file for one without.
+            self.clear_unlinked(inode)?;
+        }
+        used
+    }
+
+    fn is_used(&self, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
         let mut opens = inode.opens.lock();
         if inode.looked_up.is_fresh(Some(thread)) {
             self.pin_held(inode, &mut opens)?;
