@@ -223,12 +223,27 @@ impl Responder {
     }
 }
 
+/// How the sentence begins with which a node refuses connections that it is going to take soon: who is refused so tries again.
+const NOT_YET: &str = "not yet: ";
+
+/// The refusal of a node that is not ready.
+#[must_use]
+pub fn not_yet(why: &str) -> String {
+    format!("{NOT_YET}{why}")
+}
+
+/// Is it worth trying again?
+#[must_use]
+pub fn is_not_yet(refusal: &str) -> bool {
+    refusal.starts_with(NOT_YET)
+}
+
 /// What a role does with what arrives. Called on the progress thread: must not block on the fabric.
 pub trait Service: Send + Sync {
     /// May this peer connect?
     ///
     /// # Errors
-    /// A sentence for the peer.
+    /// A sentence for the peer; [`not_yet`] for one that shall come again.
     fn admit(&self, hello: &Hello) -> Result<(), String>;
     /// A request.
     fn request(&self, hello: &Hello, body: &[u8], responder: Responder);

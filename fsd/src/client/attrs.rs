@@ -84,6 +84,13 @@ pub fn kill_suid(attr: &mut Attr) {
     }
 }
 
+/// The same after a change by this caller, who may be privileged.
+pub fn kill_suid_for(attr: &mut Attr, caller: Caller) {
+    if attr.mode & SUID_SGID != 0 && !caller.keeps_suid() {
+        kill_suid(attr);
+    }
+}
+
 impl Client {
     /// Makes the attributes valid in a locked state, and returns them.
     ///
@@ -246,9 +253,7 @@ impl Client {
         }
         if set.size.is_some() {
             attr.mtime = now;
-            if attr.mode & SUID_SGID != 0 && !set.caller.keeps_suid() {
-                kill_suid(attr);
-            }
+            kill_suid_for(attr, set.caller);
         }
         if let Some(time) = set.atime {
             attr.atime = time.get();

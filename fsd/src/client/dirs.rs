@@ -152,7 +152,7 @@ impl Client {
             };
             match attr {
                 Ok(attr) => {
-                    if attr.kind == Kind::File && !self.note_look_up(&inode, thread) {
+                    if attr.kind == Kind::File && !self.note_look_up(ctx, &inode, thread)? {
                         // Another request of this mount is just taking the name away.
                         drop(guard);
                         if began.elapsed() > self.lease_wait {
@@ -208,7 +208,7 @@ impl Client {
             let mut state = inode.lock(ctx, guard.version())?;
             self.load_attr(ctx, &inode, &mut state)?
         };
-        if attr.kind == Kind::File && !self.note_look_up(&inode, thread) {
+        if attr.kind == Kind::File && !self.note_look_up(ctx, &inode, thread)? {
             return fail(libc::ESTALE);
         }
         inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);

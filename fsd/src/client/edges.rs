@@ -119,7 +119,7 @@ impl Client {
         if inode
             .opens
             .try_lock()
-            .is_some_and(|opens| opens.cached_writers == 0)
+            .is_some_and(|opens| opens.page_writers == 0)
         {
             return self.notify(inode, 0, 0);
         }

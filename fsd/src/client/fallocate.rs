@@ -2,6 +2,8 @@
 
 use lockmgr::Mode;
 
+use super::attrs::kill_suid_for;
+use super::caller::Caller;
 use super::ctx::{Ctx, Res, fail};
 use super::inode::{Inode, State};
 use super::space::frame_size;
@@ -58,11 +60,18 @@ fn add_to_runs(runs: &mut Vec<(u64, u64)>, block: u64) {
 }
 
 impl Client {
-    /// `fallocate`.
+    /// `fallocate`; it clears set-user-id bits as a write does, depending on the caller.
     ///
     /// # Errors
     /// Park; `EOPNOTSUPP`, `EFBIG`, `ENOSPC` (nothing has changed then).
-    pub fn fallocate(&self, ctx: &Ctx<'_>, inode: &Inode, offset: u64, len: u64, mode: i32) -> Res<()> {
+    pub fn fallocate(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        (offset, len): (u64, u64),
+        mode: i32,
+        caller: Caller,
+    ) -> Res<()> {
         if len == 0 {
             return fail(libc::EINVAL);
         }
@@ -93,6 +102,7 @@ impl Client {
                 }
                 attr.mtime = Time::now();
                 attr.ctime = attr.mtime;
+                kill_suid_for(attr, caller);
                 state.touch();
             }
             if let Some(attr) = &state.attr {

@@ -5,6 +5,8 @@ use std::sync::atomic::AtomicU64;
 
 use lockmgr::Mode;
 
+use super::attrs::kill_suid_for;
+use super::caller::Caller;
 use super::ctx::{Ctx, Res, fail};
 use super::inode::Inode;
 use super::opens::Handle;
@@ -141,6 +143,7 @@ impl Client {
         (from, from_offset): (&Inode, u64),
         (to, to_offset): (&Inode, u64),
         len: u64,
+        caller: Caller,
     ) -> Res<u32> {
         const MOST: u64 = 8 << 20;
         ctx.may_wait()?;
@@ -154,6 +157,9 @@ impl Client {
         {
             let mut state = to.lock(ctx, guards.version_of(to.ino))?;
             self.write_held(ctx, to, &mut state, to_offset, &data)?;
+            if let Some(attr) = state.attr.as_mut() {
+                kill_suid_for(attr, caller);
+            }
         }
         self.note_dirty(to.ino);
         self.invalidate_attrs(to);

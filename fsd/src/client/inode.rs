@@ -330,6 +330,8 @@ pub struct Inode {
     peer: AtomicU32,
     /// What of its lease is lent to the kernel.
     pub lent: super::extension::Lent,
+    /// When its lease was last waited for in vain, nanoseconds since the mount began; 0: it was had since.
+    pub lease_failed: AtomicU64,
     /// Whom it was looked up for.
     pub looked_up: super::pins::LookedUp,
     /// Open files on this mount.
@@ -347,8 +349,8 @@ pub struct Inode {
 pub struct Opens {
     /// How many.
     pub count: u64,
-    /// Of those, for writing through the page cache.
-    pub cached_writers: u64,
+    /// Of those, for writing in a way that may leave dirty pages, or locked ones, in the kernel: through its page cache, or mapped.
+    pub page_writers: u64,
     /// For writing, of any kind.
     pub writers: u64,
     /// This mount is counted among those that have the file open for writing.
@@ -377,6 +379,7 @@ impl Inode {
             kernel: KernelCache::default(),
             peer: AtomicU32::new(0),
             lent: super::extension::Lent::default(),
+            lease_failed: AtomicU64::new(0),
             looked_up: super::pins::LookedUp::default(),
             opens: Mutex::default(),
             errors: Latch::default(),

@@ -208,9 +208,27 @@ impl Client {
         if !self.net.knows_record(record) {
             self.net.find_record(record)?;
         }
-        self.leases
-            .enter(record, mode, self.lease_wait)
-            .map_err(|e| Stop::Errno(lease_errno(&e)))
+        let failed = &inode.lease_failed;
+        let entered = self.leases.enter(record, mode, self.patience(failed));
+        match &entered {
+            Ok(_) => failed.store(0, Ordering::Relaxed),
+            Err(LeaseError::Timeout { .. } | LeaseError::Unreachable { .. }) => {
+                failed.store(self.now().max(1), Ordering::Relaxed);
+            }
+            Err(_) => {}
+        }
+        entered.map_err(|e| Stop::Errno(lease_errno(&e)))
+    }
+
+    /// How long to wait for a lease; `failed`: when that was last in vain. The kernel sends changes of one directory one after the other: who
+    /// comes when one has just given up has waited beside it, behind the kernel's lock, and waits only a little more.
+    fn patience(&self, failed: &AtomicU64) -> Duration {
+        const JUST_NOW: Duration = Duration::from_secs(1);
+        let at = failed.load(Ordering::Relaxed);
+        if at > 0 && self.now().saturating_sub(at) < JUST_NOW.as_nanos() as u64 {
+            return self.lease_wait / 30;
+        }
+        self.lease_wait
     }
 
     /// Enters under several leases, in the order that all mounts keep (so that none waits for another in

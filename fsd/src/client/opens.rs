@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use rdma_transport::Op;
 
 use super::Client;
-use super::attrs::SUID_SGID;
+use super::attrs::kill_suid_for;
 use super::caller::Caller;
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::Inode;
@@ -46,6 +46,8 @@ pub struct Handle {
     pub cached: bool,
     /// It is open for writing.
     pub writer: bool,
+    /// It counts among [`super::inode::Opens::page_writers`].
+    page_writer: bool,
     /// Delayed errors it has been told of.
     pub seen: AtomicU64,
     /// Listing of a directory, taken when reading began.
@@ -201,6 +203,15 @@ impl Client {
     pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
         ctx.may_wait()?;
         self.set_flag(inode, FLAG_UNLINKED, true)?;
+        let used = self.is_used(inode, thread);
+        if used.is_err() {
+            // The name stays; with the flag the next last close would take the file for one without.
+            self.clear_unlinked(inode)?;
+        }
+        used
+    }
+
+    fn is_used(&self, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
         let mut opens = inode.opens.lock();
         if inode.looked_up.is_fresh(Some(thread)) {
             self.pin_held(inode, &mut opens)?;
@@ -282,7 +293,7 @@ impl Client {
         let is_file = kind == Kind::File;
         let access = flags & libc::O_ACCMODE;
         let writer = is_file && access != libc::O_RDONLY;
-        let mut cached = false;
+        let (mut cached, mut page_writer) = (false, false);
         if is_file {
             let (shared, written) = self.count_open(inode, writer)?;
             cached = match self.mode {
@@ -301,15 +312,18 @@ impl Client {
             };
             if cached {
                 inode.kernel.cached.fetch_add(1, Ordering::SeqCst);
-                inode.opens.lock().cached_writers += u64::from(writer);
-                if writer
-                    && self.mode == CacheMode::Writethrough
-                    && inode.kernel.revoking.load(Ordering::SeqCst)
-                {
-                    // The revocation under way may have looked already whether anybody writes through the page cache.
-                    inode.opens.lock().cached_writers -= 1;
+            }
+            page_writer = writer && (cached || (access == libc::O_RDWR && self.shared_mappings));
+            inode.opens.lock().page_writers += u64::from(page_writer);
+            if page_writer
+                && self.mode == CacheMode::Writethrough
+                && inode.kernel.revoking.load(Ordering::SeqCst)
+            {
+                // The revocation under way may have looked already whether anybody writes through the page cache.
+                inode.opens.lock().page_writers -= 1;
+                page_writer = false;
+                if std::mem::take(&mut cached) {
                     inode.kernel.cached.fetch_sub(1, Ordering::SeqCst);
-                    cached = false;
                 }
             }
             if writer {
@@ -322,6 +336,7 @@ impl Client {
             flags,
             cached,
             writer,
+            page_writer,
             seen,
             listing: Mutex::default(),
             is_file,
@@ -352,9 +367,7 @@ impl Client {
                 if let Some(attr) = state.attr.as_mut() {
                     attr.mtime = Time::now();
                     attr.ctime = attr.mtime;
-                    if attr.mode & SUID_SGID != 0 && !caller.keeps_suid() {
-                        super::attrs::kill_suid(attr);
-                    }
+                    kill_suid_for(attr, caller);
                 }
                 state.touch();
                 if let Some(attr) = &state.attr {
@@ -403,8 +416,8 @@ impl Client {
         opens.writers -= u64::from(handle.writer);
         if handle.cached {
             inode.kernel.cached.fetch_sub(1, Ordering::SeqCst);
-            opens.cached_writers -= u64::from(handle.writer);
         }
+        opens.page_writers -= u64::from(handle.page_writer);
         let last_writer = opens.writer_counted && opens.writers == 0;
         let last = opens.bit && opens.count == 0;
         if !last && !last_writer {

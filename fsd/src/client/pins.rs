@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::Client;
-use super::ctx::Res;
+use super::ctx::{Ctx, Res};
 use super::inode::{Inode, Opens};
 use super::opens::{FLAG_UNLINKED, RecordChange};
 
@@ -83,12 +83,21 @@ impl Pins {
 
 impl Client {
     /// Notes a look-up that is about to be answered. False: the inode is just losing its last name, with nobody in need of it.
-    pub fn note_look_up(&self, inode: &Inode, thread: u32) -> bool {
-        let opens = inode.opens.lock();
+    ///
+    /// # Errors
+    /// Park: somebody opens or closes the file just now, which may wait for the fabric.
+    pub fn note_look_up(&self, ctx: &Ctx<'_>, inode: &Inode, thread: u32) -> Res<bool> {
+        let opens = match inode.opens.try_lock() {
+            Some(opens) => opens,
+            None => {
+                ctx.may_wait()?;
+                inode.opens.lock()
+            }
+        };
         if !opens.removed {
             inode.looked_up.note(thread);
         }
-        !opens.removed
+        Ok(!opens.removed)
     }
 
     /// Pins an inode whose opens are locked, or has its pin last longer. The caller holds a lease on it, or is just giving one up.

@@ -204,7 +204,7 @@ impl Client {
         let connected = (0..self.net.storage_count()).all(|n| self.net.storage_now(n).is_some());
         // Whoever opens or closes the file just now holds `opens`, perhaps waiting for the fabric. Who has it open for writing may have it
         // mapped, through the page cache or not: dropping a page that is dirty there waits for its WRITE, which waits for a lease.
-        let writers = inode.opens.try_lock().is_none_or(|o| o.writers > 0);
+        let writers = inode.opens.try_lock().is_none_or(|o| o.page_writers > 0);
         if !all_here || !connected || writers {
             return false;
         }

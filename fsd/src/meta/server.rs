@@ -238,7 +238,7 @@ impl Service for Front {
         self.0
             .get()
             .map(|_| ())
-            .ok_or_else(|| "the metadata server is still starting".into())
+            .ok_or_else(|| crate::rpc::not_yet("the metadata server is still starting"))
     }
     fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
         if let Some(inner) = self.0.get() {

@@ -98,7 +98,7 @@ impl Service for Front {
     fn admit(&self, hello: &Hello) -> Result<(), String> {
         match hello.role {
             Role::Storage(_) | Role::Client(_) | Role::Tool | Role::Meta if self.inner.get().is_none() => {
-                Err("the storage node is still starting".into())
+                Err(crate::rpc::not_yet("the storage node is still starting"))
             }
             _ => Ok(()),
         }

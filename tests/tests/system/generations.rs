@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use system_tests::cluster::{Cache, Options};
@@ -27,6 +28,12 @@ fn asked_for_again(options: Options) -> anyhow::Result<()> {
             let handle = sys::open(&here.join(&name), libc::O_PATH)?;
             gone.push((place(handle.metadata()?.ino()), handle));
             fs::remove_file(there.join(&name))?;
+        }
+        // They were looked up a moment ago, and are kept a moment for that.
+        let end = Instant::now() + Duration::from_secs(20);
+        while cluster.status()?["meta"]["Ok"]["orphans"] != 0 {
+            ensure!(Instant::now() < end, "files that were removed stay");
+            std::thread::sleep(Duration::from_millis(50));
         }
         let mut made: Vec<(String, File)> = Vec::new();
         let mut asked = Vec::new();

@@ -204,3 +204,62 @@ fn two_dirty_mappings_make_nobody_wait() -> anyhow::Result<()> {
 fn two_dirty_mappings_make_nobody_wait_direct() -> anyhow::Result<()> {
     allowed(Cache::Direct, two_dirty_mappings)
 }
+
+/// Its index is a shared writable mapping: two mounts cannot have it, and what is confirmed is there.
+#[test]
+fn sqlite_in_wal_mode_is_right_or_refused() -> anyhow::Result<()> {
+    const COMMITS: &str = "
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)
+db.execute('pragma journal_mode=wal')
+for _ in range(30):
+    db.execute('begin immediate')
+    n = db.execute('select n from t').fetchone()[0]
+    db.execute('update t set n = ?', (n + 1,))
+    db.execute('commit')
+    print(flush=True)
+";
+    const MAKE: &str = "
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute('pragma journal_mode=wal'); db.execute('create table t(n)'); db.execute('insert into t values(0)')
+";
+    const LOOK: &str = "
+import sqlite3, sys
+print(sqlite3.connect(sys.argv[1]).execute('select n from t').fetchone()[0])
+";
+    let options = Options {
+        cache: Cache::Writethrough,
+        ..Options::default()
+    };
+    check(options, move |a, b| {
+        let python = |code: &str, path: &Path| {
+            let out = std::process::Command::new("python3")
+                .args(["-c", code])
+                .arg(path)
+                .output();
+            out.context("python3")
+        };
+        ensure!(python(MAKE, &a.join("db"))?.status.success(), "no database");
+        let run = |dir: &Path| -> anyhow::Result<(bool, usize)> {
+            let out = python(COMMITS, &dir.join("db"))?;
+            let confirmed = out.stdout.iter().filter(|c| **c == b'\n').count();
+            Ok((out.status.success(), confirmed))
+        };
+        let together = guard::together(2, |n| run([a, b][n]))?;
+        let mut all: usize = together.iter().map(|(_, confirmed)| confirmed).sum();
+        // Once the other is gone it works; the kernel tells of its last close late.
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            let (whole, confirmed) = run(b)?;
+            all += confirmed;
+            if whole {
+                break;
+            }
+            ensure!(Instant::now() < end, "refused alone");
+        }
+        let there = String::from_utf8(python(LOOK, &a.join("db"))?.stdout)?;
+        ensure!(there.trim() == all.to_string(), "{all} confirmed, {there} there");
+        Ok(())
+    })
+}

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use system_tests::cluster::{Cache, Fabric, Options};
+use system_tests::cluster::{Cache, Fabric, Options, Role};
 use system_tests::guard;
 use system_tests::sys::{self, errno};
 
@@ -198,5 +198,40 @@ fn a_link_that_is_replaced_leads_somewhere() -> anyhow::Result<()> {
             Ok(())
         })
         .map(drop)
+    })
+}
+
+/// The kernel sends changes of one directory one after the other; when nobody can have its lease, they nevertheless end together.
+#[test]
+fn who_waits_for_a_directory_in_vain_waits_beside_the_others() -> anyhow::Result<()> {
+    const WAIT: Duration = Duration::from_secs(3);
+    let options = Options {
+        storage: 1,
+        lease_wait: WAIT,
+        ..Options::default()
+    };
+    guard::with_cluster(options, |cluster| {
+        fs::create_dir(cluster.mount(0).join("d"))?;
+        fs::write(cluster.mount(1).join("d/f"), b"")?;
+        let pid = cluster.pid(Role::Mount(1)).context("no mount")? as i32;
+        let signal = |signal| {
+            let pid = rustix::process::Pid::from_raw(pid).context("pid")?;
+            Ok::<_, anyhow::Error>(rustix::process::kill_process(pid, signal)?)
+        };
+        signal(rustix::process::Signal::STOP)?;
+        let began = Instant::now();
+        let ended = guard::together(5, |n| {
+            let made = fs::create_dir(cluster.mount(0).join(format!("d/{n}")));
+            Ok((errno(&made), began.elapsed()))
+        });
+        signal(rustix::process::Signal::CONT)?;
+        let ended = ended?;
+        ensure!(
+            ended
+                .iter()
+                .all(|(e, after)| *e == libc::ETIMEDOUT && *after < 2 * WAIT),
+            "{ended:?}"
+        );
+        Ok(fs::create_dir(cluster.mount(0).join("d/more"))?)
     })
 }

@@ -280,6 +280,28 @@ fn set_id_bits_are_cleared() -> anyhow::Result<()> {
         mode(&a, 0o6777)?;
         sys::as_user(1000, 1000, || sys::truncate(&b, 0))??;
         ensure!(bits(&a)? == 0o777, "bits after a truncation: {:o}", bits(&a)?);
+        let (keep, punch) = (libc::FALLOC_FL_KEEP_SIZE, libc::FALLOC_FL_PUNCH_HOLE);
+        for how in [0, keep, keep | punch] {
+            mode(&a, 0o6777)?;
+            sys::as_user(1000, 1000, || {
+                sys::open(&b, libc::O_WRONLY).and_then(|f| sys::fallocate(&f, how, 0, 8192))
+            })??;
+            ensure!(bits(&a)? == 0o777, "bits after fallocate {how}: {:o}", bits(&a)?);
+        }
+        fs::write(b.with_file_name("source"), b"source")?;
+        mode(&a, 0o6777)?;
+        sys::as_user(1000, 1000, || {
+            let source = File::open(b.with_file_name("source"))?;
+            sys::copy_range(&source, 0, &sys::open(&b, libc::O_WRONLY)?, 0, 6)
+        })??;
+        ensure!(bits(&a)? == 0o777, "bits after a copy: {:o}", bits(&a)?);
+        mode(&a, 0o6777)?;
+        sys::fallocate(&sys::open(&b, libc::O_WRONLY)?, 0, 0, 8192)?;
+        ensure!(
+            bits(&a)? == 0o6777,
+            "bits after root's fallocate: {:o}",
+            bits(&a)?
+        );
         // Even root's change of owner does.
         mode(&a, 0o6777)?;
         chown(&b, Some(1000), Some(1000))?;
@@ -430,6 +452,13 @@ fn statfs_is_sane() -> anyhow::Result<()> {
             all.f_bfree <= all.f_blocks && all.f_bavail <= all.f_bfree,
             "free {} of {}",
             all.f_bfree,
+            all.f_blocks
+        );
+        let most = u64::from(u32::MAX);
+        ensure!(
+            all.f_files <= most && all.f_blocks <= most,
+            "not for 32-bit programs: {} inodes, {} blocks",
+            all.f_files,
             all.f_blocks
         );
         ensure!(all.f_namemax == 255, "longest name {}", all.f_namemax);

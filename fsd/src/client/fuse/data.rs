@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use fuser::{INodeNo, ReplyData, ReplyWrite};
+use fuser::{INodeNo, ReplyData, ReplyWrite, Request};
 
-use super::convert::error_of;
+use super::convert::{caller_of, error_of};
 use super::serve;
 use crate::client::ctx::{Ctx, Stop};
 use crate::client::inode::Inode;
@@ -141,6 +141,7 @@ fn write_mapped(
 
 pub(super) fn copy_file_range(
     client: &Arc<Client>,
+    req: &Request,
     (ino_in, offset_in): (INodeNo, u64),
     (ino_out, offset_out): (INodeNo, u64),
     len: u64,
@@ -149,9 +150,10 @@ pub(super) fn copy_file_range(
     if offset_out.saturating_add(len) > MAX_FILE_SIZE {
         return reply.error(fuser::Errno::EFBIG);
     }
+    let caller = caller_of(req);
     serve(client, reply, ReplyWrite::error, move |c, ctx, reply| {
         let (from, to) = (c.inode(ino_in.0), c.inode(ino_out.0));
-        let n = c.copy_range(ctx, (&from, offset_in), (&to, offset_out), len)?;
+        let n = c.copy_range(ctx, (&from, offset_in), (&to, offset_out), len, caller)?;
         if let Some(reply) = reply.take() {
             reply.written(n);
         }

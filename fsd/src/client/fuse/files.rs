@@ -139,14 +139,16 @@ pub(super) fn fsync(client: &Arc<Client>, ino: INodeNo, fh: FileHandle, reply: R
 
 pub(super) fn fallocate(
     client: &Arc<Client>,
+    req: &Request,
     ino: INodeNo,
     offset: u64,
     length: u64,
     mode: i32,
     reply: ReplyEmpty,
 ) {
+    let caller = caller_of(req);
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.fallocate(ctx, &c.inode(ino.0), offset, length, mode)?;
+        c.fallocate(ctx, &c.inode(ino.0), (offset, length), mode, caller)?;
         done(reply);
         Ok(())
     });

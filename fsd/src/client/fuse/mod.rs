@@ -431,7 +431,7 @@ impl Filesystem for FsdFs {
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -439,7 +439,7 @@ impl Filesystem for FsdFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        files::fallocate(&self.client, ino, offset, length, mode, reply);
+        files::fallocate(&self.client, req, ino, offset, length, mode, reply);
     }
 
     fn lseek(
@@ -456,7 +456,7 @@ impl Filesystem for FsdFs {
 
     fn copy_file_range(
         &self,
-        _req: &Request,
+        req: &Request,
         ino_in: INodeNo,
         _fh_in: FileHandle,
         offset_in: u64,
@@ -469,6 +469,7 @@ impl Filesystem for FsdFs {
     ) {
         data::copy_file_range(
             &self.client,
+            req,
             (ino_in, offset_in),
             (ino_out, offset_out),
             len,

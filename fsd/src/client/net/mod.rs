@@ -195,7 +195,7 @@ impl Net {
             TransportError::Unreachable { .. }
             | TransportError::Disconnected { .. }
             | TransportError::Timeout { .. } => true,
-            TransportError::Refused { reason, .. } => reason.contains("still starting"),
+            TransportError::Refused { reason, .. } => crate::rpc::is_not_yet(reason),
             _ => false,
         };
         if !passing || Instant::now() + RETRY > deadline || self.stopping.load(Ordering::Acquire) {
