@@ -9,6 +9,7 @@ pub mod records;
 pub mod server;
 mod service;
 pub mod sessions;
+pub mod stores;
 pub mod xattrs;
 
 pub use server::MetaServer;

@@ -101,6 +101,11 @@ pub mod key {
     pub fn superblock() -> Vec<u8> {
         vec![b'S']
     }
+    /// The storage nodes' stores.
+    #[must_use]
+    pub fn stores() -> Vec<u8> {
+        vec![b'T']
+    }
     /// Inode.
     #[must_use]
     pub fn inode(ino: u64) -> Vec<u8> {

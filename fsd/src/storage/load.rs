@@ -226,7 +226,7 @@ fn load(parts: &Parts, pool: &Pool, index: &mut Index) -> Result<(), StorageErro
     }
     if lost > 0 {
         tracing::error!(
-            "{lost} blocks cannot be read from {} and are I/O errors until they are freed, or can be read at a later start",
+            "{lost} blocks cannot be read from {} and are I/O errors until they can be, or are freed",
             parts.disk_path.display()
         );
     }

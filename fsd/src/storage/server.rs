@@ -258,7 +258,7 @@ fn open_blocks(config: &Config, section: &StorageConfig) -> Result<(Label, Block
         #[cfg(test)]
         flaw: None,
     })?;
-    let free = Size(blocks.pool.mem.file_system_free()?);
+    let free = Size(blocks.pool.mem.file_system_free()? >> 20 << 20);
     tracing::info!(
         "storage node {id}: {}; the pool takes up to {} of {} ({}), which has {free} left",
         if blocks.pool.inherited {

@@ -20,4 +20,5 @@ mod models;
 mod posix;
 mod pressure;
 mod privileges;
+mod storage;
 mod suspend;
