@@ -56,6 +56,11 @@ fn file_of(prefix: &Path, segment: u32) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// Can an inode need a segment, if so many were ever needed?
+fn is_near(segment: u32, needed: u32) -> bool {
+    segment < needed.saturating_add(AHEAD)
+}
+
 /// Writes the number of a new table.
 fn write_id(label: &Path, id: u64) -> Result<(), StorageError> {
     let _ = std::fs::remove_file(label);
@@ -143,7 +148,7 @@ impl LeaseTable {
             return Ok(*key);
         }
         let needed = self.needed().map_err(|e| errno(&e))?;
-        if segment >= needed.saturating_add(AHEAD) {
+        if !is_near(segment, needed) {
             tracing::warn!(
                 "segment {segment} of the lease table is asked for, but no inode can need it: refused"
             );
@@ -259,5 +264,35 @@ impl LeaseTable {
             let _ = std::fs::remove_file(self.file(segment as u32));
         }
         let _ = std::fs::remove_file(label_of(&self.prefix));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::crash_disk::FakeStore;
+
+    #[test]
+    fn one_request_makes_few_segments() {
+        assert!(is_near(0, 0) && is_near(AHEAD - 1, 0) && !is_near(AHEAD, 0));
+        assert!(is_near(50, 50) && !is_near(1 << 20, 50) && !is_near(u32::MAX, 50));
+    }
+
+    #[test]
+    fn what_was_needed_once_is_known_when_memory_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let store: Arc<dyn Store> = Arc::new(FakeStore::default());
+        let open =
+            |keep| LeaseTable::open(dir.path().join("x.leases"), 64, Arc::clone(&store), keep).unwrap();
+        let table = open(true);
+        assert_eq!(table.needed().unwrap(), 0);
+        let mut batch = Batch::default();
+        batch.put(NEEDED.to_vec(), 70u32.to_le_bytes().to_vec());
+        store.apply(batch).unwrap();
+        assert_eq!((open(true).id, open(true).needed().unwrap()), (table.id, 70));
+        // What another boot of the machine left has no meaning.
+        std::fs::write(dir.path().join("x.leases.0"), b"old").unwrap();
+        assert_ne!(open(false).id, table.id);
+        assert!(!dir.path().join("x.leases.0").exists());
     }
 }
