@@ -202,11 +202,20 @@ pub struct StorageConfig {
     pub listen: String,
     /// Directory of its index and backing file.
     pub dir: PathBuf,
-    /// Size of its pool, e.g. "1GiB" (fixed at format).
+    /// Size of its pool, e.g. "1GiB"; it can be made larger later, not smaller.
     pub pool: Size,
     /// Directory of a memory file system for the registered pool.
     #[serde(default = "default_memory_dir")]
     pub memory_dir: PathBuf,
+    /// So much of the backing file is checked each second; zero: not at all.
+    #[serde(default = "default_scrub")]
+    pub scrub: Size,
+}
+
+/// Rate of the check of a backing file where the configuration says nothing, bytes a second.
+#[must_use]
+pub fn default_scrub() -> Size {
+    Size(8 << 20)
 }
 
 fn default_memory_dir() -> PathBuf {

@@ -48,6 +48,12 @@ impl Batch {
         self.ops.push((key, None));
     }
 
+    /// What it sets and removes (no value), in order.
+    #[cfg(test)]
+    pub(crate) fn ops(&self) -> &[(Vec<u8>, Option<Vec<u8>>)] {
+        &self.ops
+    }
+
     /// Nothing in it?
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -54,15 +54,33 @@ impl SharedMem {
     /// (`/dev/shm/x`) it is memory and nothing else. With `reserve`, all of it is allocated now: a full
     /// file system is then an error here instead of a SIGBUS later.
     ///
+    /// The file is its owner's alone, and one that somebody else made, or a link, is refused: in a folder that
+    /// everybody may write to, others could have put it there to read what is written to it.
+    ///
     /// # Errors
     /// [`TransportError::Invalid`] for length 0, [`TransportError::Os`] where the system refuses.
     pub fn open_file(path: &Path, len: usize, reserve: bool) -> Result<Self, TransportError> {
         let name = path.display().to_string();
         let os = |what: String, e: rustix::io::Errno| TransportError::os(what, &e.into());
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
-        let fd = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)
-            .map_err(|e| os(format!("open memory file {name}"), e))?;
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let private = Mode::RUSR | Mode::WUSR;
+        let fd = match rustix::fs::open(path, flags, Mode::empty()) {
+            Err(rustix::io::Errno::NOENT) => {
+                rustix::fs::open(path, flags | OFlags::CREATE | OFlags::EXCL, private)
+            }
+            other => other,
+        }
+        .map_err(|e| os(format!("open memory file {name}"), e))?;
         let stat = rustix::fs::fstat(&fd).map_err(|e| os(format!("examine memory file {name}"), e))?;
+        let regular = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file();
+        if !regular || stat.st_uid != rustix::process::geteuid().as_raw() {
+            return Err(TransportError::Invalid(format!(
+                "memory file {name} is not a file of the user who runs this: remove it"
+            )));
+        }
+        if stat.st_mode & 0o777 != 0o600 {
+            rustix::fs::fchmod(&fd, private).map_err(|e| os(format!("protect memory file {name}"), e))?;
+        }
         if u64::try_from(stat.st_size).unwrap_or(0) < len as u64 {
             rustix::fs::ftruncate(&fd, len as u64)
                 .map_err(|e| os(format!("extend memory file {name} to {len} bytes"), e))?;
@@ -72,6 +90,48 @@ impl SharedMem {
                 .map_err(|e| os(format!("reserve {len} bytes for memory file {name}"), e))?;
         }
         Self::map(fd, len, name)
+    }
+
+    /// Allocates part of the memory of a named file: what is touched there from now on cannot meet a full memory
+    /// file system, which would be a SIGBUS.
+    ///
+    /// # Errors
+    /// [`TransportError::Os`] where the memory file system is full, [`TransportError::Invalid`] outside of the memory.
+    pub fn reserve(&self, off: usize, len: usize) -> Result<(), TransportError> {
+        self.at(off, len)?;
+        rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), off as u64, len as u64).map_err(|e| {
+            TransportError::os(
+                format!("reserve {len} bytes for memory file {}", self.name),
+                &e.into(),
+            )
+        })
+    }
+
+    /// Gives part of the memory back to the system; it is zero when it is touched again. Not for memory that a device
+    /// has pinned: the device would go on with the pages that were there.
+    ///
+    /// # Errors
+    /// [`TransportError::Os`] where the system refuses, [`TransportError::Invalid`] outside of the memory.
+    pub fn give_back(&self, off: usize, len: usize) -> Result<(), TransportError> {
+        self.at(off, len)?;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.fd, flags, off as u64, len as u64).map_err(|e| {
+            TransportError::os(
+                format!("give {len} bytes of memory file {} back", self.name),
+                &e.into(),
+            )
+        })
+    }
+
+    /// What the memory file system has left, bytes.
+    ///
+    /// # Errors
+    /// [`TransportError::Os`] where the system cannot say.
+    pub fn file_system_free(&self) -> Result<u64, TransportError> {
+        let stat = rustix::fs::fstatvfs(&self.fd).map_err(|e| {
+            TransportError::os(format!("examine the file system of {}", self.name), &e.into())
+        })?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
     /// Maps what a peer has passed, after checking that it is as long as the peer says.

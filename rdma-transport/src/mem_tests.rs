@@ -64,6 +64,46 @@ fn named_memory_survives_and_grows() {
 }
 
 #[test]
+fn a_memory_file_is_its_owners_alone() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pool");
+    std::fs::write(&path, b"left by an older release").unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+    SharedMem::open_file(&path, 4096, false).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    assert!(SharedMem::open_file(&link, 4096, false).is_err());
+    assert!(SharedMem::open_file(dir.path(), 4096, false).is_err());
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(&path, Some(65534), None).unwrap();
+        let error = SharedMem::open_file(&path, 4096, false).unwrap_err().to_string();
+        assert!(error.contains("remove it"), "{error}");
+    }
+}
+
+#[test]
+fn memory_is_reserved_and_given_back_in_parts() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = dir.path().join("pool");
+    let used = || std::fs::metadata(&path).unwrap().blocks() * 512;
+    let mem = SharedMem::open_file(&path, 1 << 20, false).unwrap();
+    assert_eq!(used(), 0);
+    mem.reserve(256 << 10, 256 << 10).unwrap();
+    assert_eq!(used(), 256 << 10);
+    mem.write_at(300 << 10, b"data").unwrap();
+    mem.give_back(256 << 10, 256 << 10).unwrap();
+    assert_eq!(used(), 0);
+    let mut back = [1; 4];
+    mem.read_at(300 << 10, &mut back).unwrap();
+    assert_eq!(back, [0; 4]);
+    assert!(mem.reserve(1 << 20, 1).is_err() && mem.give_back(1 << 20, 1).is_err());
+    assert!(mem.file_system_free().unwrap() > 0);
+}
+
+#[test]
 fn what_cannot_be_had_is_an_error() {
     let path = std::path::Path::new("/dev/shm").join(format!("distfuse-test-{}", std::process::id()));
     let error = SharedMem::open_file(&path, 1 << 46, true)

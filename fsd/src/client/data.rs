@@ -91,6 +91,8 @@ impl Client {
                     .frames
                     .known
                     .extend(blocks.iter().map(|b| (b.block, b.frame)));
+                let lost = blocks.iter().filter(|b| b.lost).map(|b| b.block);
+                state.frames.lost.extend(lost);
                 match blocks.last() {
                     Some(end) if blocks.len() == LOOKUP_COUNT as usize => from = end.block + 1,
                     _ => break,
@@ -258,6 +260,9 @@ impl Client {
         }
         let last = (offset + out.len() as u64 - 1) / BLOCK;
         self.load_frames(ctx, inode, state, offset / BLOCK, last)?;
+        if state.frames.any_lost(offset / BLOCK, last) {
+            return fail(libc::EIO);
+        }
         let mut reads = Transfers::default();
         let mut rest = out;
         for s in stretches(offset, rest.len()).collect::<Vec<_>>() {

@@ -1,6 +1,6 @@
 //! A mount's idea of an inode: what it has cached of it, and for which version of the lease it holds.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -69,6 +69,8 @@ pub struct FrameMap {
     pub layout: Option<u64>,
     /// Blocks with frames.
     pub known: BTreeMap<u64, Frame>,
+    /// Blocks among them whose contents their storage node cannot read.
+    pub lost: BTreeSet<u64>,
     /// Storage nodes whose part is complete.
     pub loaded: HashSet<u16>,
     /// Space set aside for dirty blocks without (large enough) frames, bytes.
@@ -82,6 +84,12 @@ impl FrameMap {
         self.reserved
             .get(&block)
             .map_or(size, |&reserved| size.max(reserved))
+    }
+
+    /// Is there a block among `first ..= last` whose contents are lost? It can neither be read nor written in part.
+    #[must_use]
+    pub fn any_lost(&self, first: u64, last: u64) -> bool {
+        self.lost.range(first..=last).next().is_some()
     }
 }
 
@@ -175,6 +183,7 @@ impl State {
 
     /// A block has lost its frame.
     pub fn drop_frame(&mut self, block: u64) {
+        self.frames.lost.remove(&block);
         let old = self.frames.known.remove(&block).map_or(0, |f| f.size);
         if let Some(attr) = self.attr.as_mut() {
             attr.blocks = attr.blocks.saturating_sub(u64::from(old) / 512);
@@ -194,6 +203,7 @@ impl State {
         let layout = self.attr.map(|a| a.layout);
         if self.frames.layout != layout || layout.is_none() {
             self.frames.known.clear();
+            self.frames.lost.clear();
             self.frames.loaded.clear();
             self.frames.layout = layout;
         }

@@ -205,6 +205,12 @@ impl Client {
             .filter(|&e| e <= MAX_FILE_SIZE);
         let Some(end) = end else { return fail(libc::EFBIG) };
         let attr = self.load_attr(ctx, inode, state)?;
+        let (first, last) = (offset / BLOCK, (end - 1) / BLOCK);
+        self.load_frames(ctx, inode, state, first, last)?;
+        if state.frames.any_lost(first, last) {
+            // What is left of the block would read as zeros.
+            return fail(libc::EIO);
+        }
         let aligned = offset.is_multiple_of(PAGE) && (end.is_multiple_of(PAGE) || end >= attr.size);
         if aligned && data.len() >= DIRECT_MIN {
             self.write_through(ctx, inode, state, offset, data)?;

@@ -12,6 +12,7 @@ use super::children::{Children, code_of, signal, wait_for};
 use crate::config::{
     CacheMode, Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, Size, StorageConfig,
 };
+use crate::storage::label::Label;
 
 /// Arguments of `fsd dev`.
 #[derive(Debug, clap::Args)]
@@ -77,6 +78,7 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
                 dir: state.join(format!("storage{id}")),
                 pool: args.pool,
                 memory_dir: "/dev/shm".into(),
+                scrub: crate::config::default_scrub(),
             })
         })
         .collect::<anyhow::Result<_>>()?;
@@ -153,7 +155,7 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
         let uuid = format!("{:032x}", rand::random::<u128>());
         crate::meta::server::format(&config, &uuid)?;
         for s in &config.storage {
-            crate::storage::label::format(&s.dir, &config.cluster, s.id, &uuid)?;
+            crate::storage::label::format(&s.dir, &Label::new(&config, s))?;
         }
     }
     let quiet = !args.command.is_empty() && !args.verbose;

@@ -9,6 +9,7 @@ use anyhow::Context;
 use rand::Rng;
 
 use crate::config::Config;
+use crate::storage::label::Label;
 
 /// Arguments of `fsd format`.
 #[derive(Debug, clap::Args)]
@@ -74,7 +75,7 @@ pub fn run(args: &FormatArgs) -> anyhow::Result<ExitCode> {
         .iter()
         .filter(|s| !args.meta && args.storage.is_none_or(|id| id == s.id))
     {
-        crate::storage::label::format(&section.dir, &config.cluster, section.id, &uuid)?;
+        crate::storage::label::format(&section.dir, &Label::new(&config, section))?;
         println!(
             "storage node {} made in {} ({})",
             section.id,

@@ -1,5 +1,6 @@
 //! The command line.
 
+pub mod check;
 pub mod children;
 pub mod dev;
 pub mod format;
@@ -73,6 +74,8 @@ pub enum Command {
     },
     /// Make the stores of all roles that are configured for this host (or one role).
     Format(format::FormatArgs),
+    /// Examine the stores of storage nodes that are stopped: every block against its checksum.
+    Check(check::CheckArgs),
     /// Make a cluster key.
     Keygen {
         /// File to write (mode 0600); - prints the key.
@@ -134,6 +137,7 @@ pub fn run(cli: Cli) -> ExitCode {
             role::mount(&c, key, &options)
         }),
         Command::Format(args) => format::run(&args),
+        Command::Check(args) => check::run(&args),
         Command::Keygen { file } => format::keygen(&file).map(|()| ExitCode::SUCCESS),
         Command::Status { config, json } => status::run(&config, json),
     };

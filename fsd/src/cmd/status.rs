@@ -129,7 +129,7 @@ pub fn collect(config: &Config) -> anyhow::Result<Report> {
         .map(|n| (n.node, asker.ask(&n.listen, &MountRequest::Status)))
         .collect();
     let healthy = meta.is_ok()
-        && storage.iter().all(|(_, s)| s.is_ok())
+        && storage.iter().all(|(_, s)| s.as_ref().is_ok_and(|s| s.lost == 0))
         && mounts.iter().all(|(_, m)| m.is_ok())
         && nodes.iter().all(|n| n.state == PeerState::Up);
     Ok(Report {
@@ -162,15 +162,29 @@ fn print(report: &Report) {
     }
     for (id, status) in &report.storage {
         match status {
-            Ok(s) => println!(
-                "storage node {id:<3} up    {} of {} free, {} reserved, {} not yet stored; leases: {} exclusive, {} shared",
-                mib(s.free),
-                mib(s.total),
-                mib(s.reserved),
-                mib(s.dirty),
-                s.exclusive,
-                s.shared
-            ),
+            Ok(s) => {
+                println!(
+                    "storage node {id:<3} up    {} of {} free, {} reserved, {} not yet stored; leases: {} exclusive, {} shared",
+                    mib(s.free),
+                    mib(s.total),
+                    mib(s.reserved),
+                    mib(s.dirty),
+                    s.exclusive,
+                    s.shared
+                );
+                if s.lost > 0 {
+                    println!(
+                        "                       {} blocks CANNOT BE READ from its disk",
+                        s.lost
+                    );
+                }
+                if s.damaged > 0 {
+                    println!(
+                        "                       {} copies on its disk were damaged, and made anew from memory: look at the disk",
+                        s.damaged
+                    );
+                }
+            }
             Err(error) => println!("storage node {id:<3} DOWN  {error}"),
         }
     }

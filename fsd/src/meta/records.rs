@@ -14,6 +14,7 @@
 //! | `V` node ino | number reserved by a mount |
 //! | `C` node | mount |
 //! | `L` node seq | answer of a transaction, for exactly-once |
+//! | `T` | the storage nodes' stores |
 //! | `E` | place of the last transaction in the order of all |
 //! | `Z` | the server stopped in order, and nothing has been carried out since |
 
@@ -104,6 +105,11 @@ pub mod key {
     #[must_use]
     pub fn superblock() -> Vec<u8> {
         vec![b'S']
+    }
+    /// The storage nodes' stores.
+    #[must_use]
+    pub fn stores() -> Vec<u8> {
+        vec![b'T']
     }
     /// Inode.
     #[must_use]

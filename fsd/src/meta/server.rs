@@ -64,7 +64,7 @@ pub(super) struct Inner {
     /// One request after the other, whichever thread brings it.
     pub(super) serial: Mutex<()>,
     pub(super) freed: Sender<u64>,
-    calls: Arc<Calls>,
+    pub(super) calls: Arc<Calls>,
     fabric: OnceLock<Arc<dyn Fabric>>,
     storage: Mutex<HashMap<u16, Arc<dyn Connection>>>,
     stopping: AtomicBool,
@@ -434,6 +434,7 @@ impl Inner {
         let gone = || rdma_transport::TransportError::Shutdown;
         let section = self.config.storage.iter().find(|s| s.id == id).ok_or_else(gone)?;
         let conn = self.fabric.get().ok_or_else(gone)?.connect(&section.listen)?;
+        self.check_store(id, &section.listen, &conn)?;
         self.storage.lock().insert(id, Arc::clone(&conn));
         Ok(conn)
     }

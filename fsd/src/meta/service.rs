@@ -116,7 +116,8 @@ impl Inner {
                 skew,
                 &locks,
             ),
-            MetaRequest::Tables { ids } => {
+            MetaRequest::Tables { ids, stores } => {
+                self.check_stores(&stores)?;
                 self.check_tables(&ids)?;
                 Ok(MetaReply::Done)
             }
@@ -234,12 +235,15 @@ impl Inner {
     }
 
     fn storage_infos(&self) -> Vec<StorageInfo> {
+        // Where they cannot be read nothing can, and whoever asks for more is told.
+        let stores = self.known_stores().unwrap_or_default();
         self.config
             .storage
             .iter()
             .map(|s| StorageInfo {
                 id: s.id,
                 listen: s.listen.clone(),
+                store: stores.get(usize::from(s.id)).cloned(),
             })
             .collect()
     }

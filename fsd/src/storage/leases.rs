@@ -3,16 +3,25 @@
 //! After a segment is registered its words are touched through the fabric only, by this node as well
 //! (atomics of a network card are not atomic with those of a processor).
 
-use std::path::PathBuf;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use rdma_transport::{Access, Connection, Fabric, Op, RegionKey, RemoteAddr, mem::SharedMem};
 
-use super::StorageError;
+use super::{StorageError, errno};
+use crate::rpc::Errno;
+use crate::store::{Batch, Store};
 
-/// Records in a segment (4 MiB at 64 bytes a record; memory is used only where touched).
+/// Records in a segment (4 MiB at 64 bytes a record).
 pub const SEGMENT_RECORDS: u32 = 1 << 16;
+/// Inode numbers are given out one after the other, so nobody needs a segment that lies further than this beyond those
+/// that were needed before.
+const AHEAD: u32 = 16;
+/// Key in the store of the number of segments that were ever needed.
+const NEEDED: &[u8] = b"s";
 
 /// A segment's memory and the key it is registered under.
 type Segment = (Arc<SharedMem>, RegionKey);
@@ -24,6 +33,8 @@ pub struct LeaseTable {
     prefix: PathBuf,
     record_bytes: u32,
     segments: Mutex<Vec<Segment>>,
+    /// Knows how many segments were ever needed: the memory may have been lost since.
+    store: Arc<dyn Store>,
 }
 
 /// How many records are held, for `fsd status`.
@@ -35,32 +46,65 @@ pub struct Held {
     pub shared: u64,
 }
 
+fn label_of(prefix: &Path) -> PathBuf {
+    prefix.with_extension("leases-id")
+}
+
+fn file_of(prefix: &Path, segment: u32) -> PathBuf {
+    let mut name = prefix.to_owned().into_os_string();
+    name.push(format!(".{segment}"));
+    PathBuf::from(name)
+}
+
+/// Can an inode need a segment, if so many were ever needed?
+fn is_near(segment: u32, needed: u32) -> bool {
+    segment < needed.saturating_add(AHEAD)
+}
+
+/// Writes the number of a new table.
+fn write_id(label: &Path, id: u64) -> Result<(), StorageError> {
+    let _ = std::fs::remove_file(label);
+    std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(label)
+        .and_then(|mut f| writeln!(f, "{id}"))
+        .map_err(|error| StorageError::Io {
+            what: "cannot write",
+            path: label.to_owned(),
+            error,
+        })
+}
+
 impl LeaseTable {
-    /// A table whose segments are files `PREFIX.N` (they outlive the process, as leases must).
+    /// A table whose segments are files `PREFIX.N` (they outlive the process, as leases must). `keep`: what an earlier life
+    /// left there is of this boot of the machine.
     ///
     /// # Errors
     /// The memory file system refuses.
-    pub fn open(prefix: PathBuf, record_bytes: u32) -> Result<Self, StorageError> {
-        let label = prefix.with_extension("leases-id");
-        let known = std::fs::read_to_string(&label)
-            .ok()
-            .and_then(|t| t.trim().parse().ok());
-        let id = match known {
+    pub fn open(
+        prefix: PathBuf,
+        record_bytes: u32,
+        store: Arc<dyn Store>,
+        keep: bool,
+    ) -> Result<Self, StorageError> {
+        let label = label_of(&prefix);
+        let text = std::fs::read_to_string(&label).ok().filter(|_| keep);
+        let id = match text.and_then(|t| t.trim().parse().ok()) {
             Some(id) => id,
             None => {
+                // Segments without their number are nobody's.
+                for segment in (0..).take_while(|&n| file_of(&prefix, n).exists()) {
+                    let path = file_of(&prefix, segment);
+                    std::fs::remove_file(&path).map_err(|error| StorageError::Io {
+                        what: "cannot remove",
+                        path,
+                        error,
+                    })?;
+                }
                 let id = rand::random();
-                std::fs::write(
-                    &label,
-                    format!(
-                        "{id}
-"
-                    ),
-                )
-                .map_err(|error| StorageError::Io {
-                    what: "cannot write",
-                    path: label.clone(),
-                    error,
-                })?;
+                write_id(&label, id)?;
                 id
             }
         };
@@ -69,13 +113,12 @@ impl LeaseTable {
             prefix,
             record_bytes,
             segments: Mutex::default(),
+            store,
         })
     }
 
     fn file(&self, segment: u32) -> PathBuf {
-        let mut name = self.prefix.clone().into_os_string();
-        name.push(format!(".{segment}"));
-        PathBuf::from(name)
+        file_of(&self.prefix, segment)
     }
 
     fn segment_bytes(&self) -> u64 {
@@ -89,7 +132,7 @@ impl LeaseTable {
     pub fn adopt(&self, fabric: &dyn Fabric) -> Result<u32, StorageError> {
         let mut found = 0;
         while self.file(found).exists() {
-            self.key(fabric, found)?;
+            self.open_up_to(fabric, found)?;
             found += 1;
         }
         Ok(found)
@@ -99,13 +142,42 @@ impl LeaseTable {
     /// `adopt` finds all).
     ///
     /// # Errors
-    /// Mapping or registering failed (memory full).
-    pub fn key(&self, fabric: &dyn Fabric, segment: u32) -> Result<RegionKey, StorageError> {
+    /// `EINVAL` for one that no inode can need yet; `ENOSPC` where the memory is full; the store's.
+    pub fn key(&self, fabric: &dyn Fabric, segment: u32) -> Result<RegionKey, Errno> {
+        if let Some((_, key)) = self.segments.lock().get(segment as usize) {
+            return Ok(*key);
+        }
+        let needed = self.needed().map_err(|e| errno(&e))?;
+        if !is_near(segment, needed) {
+            tracing::warn!(
+                "segment {segment} of the lease table is asked for, but no inode can need it: refused"
+            );
+            return Err(Errno(libc::EINVAL));
+        }
+        if segment >= needed {
+            let mut batch = Batch::default();
+            batch.put(NEEDED.to_vec(), (segment + 1).to_le_bytes().to_vec());
+            self.store.apply(batch).map_err(|e| errno(&e.into()))?;
+        }
+        self.open_up_to(fabric, segment).map_err(|error| {
+            tracing::error!("the lease table cannot grow: {error}");
+            Errno(libc::ENOSPC)
+        })
+    }
+
+    /// Number of segments that were ever needed.
+    fn needed(&self) -> Result<u32, StorageError> {
+        let stored = self.store.get(NEEDED)?;
+        let stored = stored.and_then(|v| Some(u32::from_le_bytes(v.try_into().ok()?)));
+        Ok(stored.unwrap_or(0).max(self.segments.lock().len() as u32))
+    }
+
+    fn open_up_to(&self, fabric: &dyn Fabric, segment: u32) -> Result<RegionKey, StorageError> {
         let mut segments = self.segments.lock();
         let wanted = segment as usize;
         while segments.len() <= wanted {
             let path = self.file(segments.len() as u32);
-            let mem = Arc::new(SharedMem::open_file(&path, self.segment_bytes() as usize, false)?);
+            let mem = Arc::new(SharedMem::open_file(&path, self.segment_bytes() as usize, true)?);
             let key = fabric.register(&mem, Access::ALL)?;
             segments.push((mem, key));
         }
@@ -191,6 +263,36 @@ impl LeaseTable {
             // A file that is gone already is as good.
             let _ = std::fs::remove_file(self.file(segment as u32));
         }
-        let _ = std::fs::remove_file(self.prefix.with_extension("leases-id"));
+        let _ = std::fs::remove_file(label_of(&self.prefix));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::crash_disk::FakeStore;
+
+    #[test]
+    fn one_request_makes_few_segments() {
+        assert!(is_near(0, 0) && is_near(AHEAD - 1, 0) && !is_near(AHEAD, 0));
+        assert!(is_near(50, 50) && !is_near(1 << 20, 50) && !is_near(u32::MAX, 50));
+    }
+
+    #[test]
+    fn what_was_needed_once_is_known_when_memory_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let store: Arc<dyn Store> = Arc::new(FakeStore::default());
+        let open =
+            |keep| LeaseTable::open(dir.path().join("x.leases"), 64, Arc::clone(&store), keep).unwrap();
+        let table = open(true);
+        assert_eq!(table.needed().unwrap(), 0);
+        let mut batch = Batch::default();
+        batch.put(NEEDED.to_vec(), 70u32.to_le_bytes().to_vec());
+        store.apply(batch).unwrap();
+        assert_eq!((open(true).id, open(true).needed().unwrap()), (table.id, 70));
+        // What another boot of the machine left has no meaning.
+        std::fs::write(dir.path().join("x.leases.0"), b"old").unwrap();
+        assert_ne!(open(false).id, table.id);
+        assert!(!dir.path().join("x.leases.0").exists());
     }
 }

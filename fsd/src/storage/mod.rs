@@ -4,18 +4,28 @@
 //! makes durable, and answers where blocks are.
 
 pub mod alloc;
+pub mod blocks;
+pub mod check;
+#[cfg(test)]
+mod crash_disk;
+#[cfg(test)]
+mod crash_tests;
+pub mod disk;
 mod flush;
 pub mod index;
 pub mod label;
 pub mod leases;
+pub mod load;
 pub mod pool;
 mod requests;
+mod scrub;
 pub mod server;
 
 pub use server::StorageNode;
 
 use std::path::PathBuf;
 
+use crate::rpc::Errno;
 use crate::store::StoreError;
 
 /// Bytes of a file block: the unit of striping and the largest frame.
@@ -45,7 +55,20 @@ pub enum StorageError {
         /// The system's answer.
         error: std::io::Error,
     },
+    /// The index says what cannot be.
+    #[error("the index is damaged: {0}; nothing has been changed, fsd check tells more")]
+    Damaged(String),
     /// The fabric refused.
     #[error(transparent)]
     Transport(#[from] rdma_transport::TransportError),
+}
+
+/// The error number of a storage error.
+fn errno(error: &StorageError) -> Errno {
+    tracing::error!("{error}");
+    match error {
+        StorageError::Store(StoreError::Full { .. }) => Errno(libc::ENOSPC),
+        StorageError::Io { error, .. } => Errno(error.raw_os_error().unwrap_or(libc::EIO)),
+        _ => Errno(libc::EIO),
+    }
 }

@@ -1,108 +1,136 @@
-//! The pool: registered memory, its backing file, and what of it has changed since it was stored.
+//! The pool: registered memory, and what of it has changed since it was stored.
+//!
+//! Its files are in a memory file system and outlive the process, not the machine. What is in them counts only beside
+//! a *marker*, which is made when everything has been loaded: a process that dies while it loads leaves none.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use rdma_transport::TransportError;
 use rdma_transport::mem::SharedMem;
 
 use super::{BLOCK, StorageError};
-use crate::wire::Frame;
 
-/// Memory, backing file and dirty counters of a storage node.
+/// Memory and dirty counters of a storage node.
 pub struct Pool {
     /// The registered memory.
     pub mem: Arc<SharedMem>,
     /// One counter for each slab, incremented by clients after they wrote to it.
     pub dirty: Arc<SharedMem>,
-    backing: File,
-    backing_path: PathBuf,
-    memory_path: PathBuf,
-    dirty_path: PathBuf,
+    path: PathBuf,
+    marker: Marker,
     /// Memory left by an earlier life of this node was found and kept.
     pub inherited: bool,
+    /// Nothing says that what is left in memory was of an earlier boot of the machine.
+    pub same_boot: bool,
 }
 
-impl Pool {
-    /// Opens pool and backing file. `memory` is the path of the pool's file in a memory file system; one
-    /// of the right size there is what an earlier life of this node left, and is kept.
-    ///
-    /// # Errors
-    /// Not enough memory or disk, with the paths.
-    pub fn open(memory: &Path, backing_path: &Path, bytes: u64) -> Result<Self, StorageError> {
-        let dirty_path = memory.with_extension("dirty");
-        let inherited = std::fs::metadata(memory).is_ok_and(|m| m.len() == bytes) && dirty_path.exists();
-        if !inherited {
-            // A leftover of another size is of no use to anyone.
-            let _ = std::fs::remove_file(memory);
-            let _ = std::fs::remove_file(&dirty_path);
+/// What memory belongs to: another store, another boot of the machine, or a larger pool make it worthless.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Marker {
+    store: String,
+    boot: String,
+    bytes: u64,
+}
+
+impl Marker {
+    fn now(store: &str, bytes: u64) -> Self {
+        // Where the system has no such number, memory cannot outlive a boot unnoticed either: it is then a memory
+        // file system, as it should be.
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        Self {
+            store: store.to_owned(),
+            boot: boot.trim().to_owned(),
+            bytes,
         }
-        let backing = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(backing_path)
-            .and_then(|f| f.set_len(bytes).map(|()| f))
-            .map_err(|error| StorageError::Io {
-                what: "cannot open the backing file",
-                path: backing_path.to_owned(),
-                error,
-            })?;
-        let mem = Arc::new(SharedMem::open_file(memory, bytes as usize, !inherited)?);
-        let dirty = Arc::new(SharedMem::open_file(
-            &dirty_path,
-            (bytes / BLOCK * 8).max(4096) as usize,
-            false,
-        )?);
-        Ok(Self {
-            mem,
-            dirty,
-            backing,
-            backing_path: backing_path.to_owned(),
-            memory_path: memory.to_owned(),
-            dirty_path,
-            inherited,
+    }
+
+    fn read(path: &Path) -> Option<Self> {
+        let text = std::fs::read_to_string(path).ok()?;
+        let mut lines = text.lines();
+        Some(Self {
+            store: lines.next()?.to_owned(),
+            boot: lines.next()?.to_owned(),
+            bytes: lines.next()?.parse().ok()?,
         })
     }
 
-    fn io(&self, what: &'static str) -> impl FnOnce(std::io::Error) -> StorageError {
-        let path = self.backing_path.clone();
-        move |error| StorageError::Io { what, path, error }
+    /// Is memory with this marker what a node left that had the same store, and a pool of at most our size?
+    fn fits(&self, ours: &Self) -> bool {
+        self.store == ours.store && self.boot == ours.boot && self.bytes <= ours.bytes
     }
+}
 
-    /// Reads a frame from the backing file into memory.
+fn dirty_path(pool: &Path) -> PathBuf {
+    pool.with_extension("dirty")
+}
+
+fn marker_path(pool: &Path) -> PathBuf {
+    pool.with_extension("loaded")
+}
+
+impl Pool {
+    /// Opens the memory of a pool: what an earlier life of this node left, or new. `path` is that of its file in a memory
+    /// file system, `store` the number of the node's store.
     ///
     /// # Errors
-    /// Reading failed.
-    pub fn load(&self, frame: Frame) -> Result<(), StorageError> {
-        let mut bytes = vec![0; frame.size as usize];
-        self.backing
-            .read_exact_at(&mut bytes, frame.offset)
-            .map_err(self.io("cannot read"))?;
-        Ok(self.mem.write_at(frame.offset as usize, &bytes)?)
+    /// The memory file system refuses, or is full.
+    pub fn open(path: &Path, store: &str, bytes: u64) -> Result<Self, StorageError> {
+        let marker = Marker::now(store, bytes);
+        let found = Marker::read(&marker_path(path));
+        let same_boot = found.as_ref().is_none_or(|found| found.boot == marker.boot);
+        let old = found.filter(|old| old.fits(&marker));
+        let there = |old: &Marker| std::fs::metadata(path).is_ok_and(|m| m.len() >= old.bytes);
+        let inherited = old.as_ref().is_some_and(there) && dirty_path(path).exists();
+        if !inherited {
+            remove(path)?;
+        }
+        let mem = Arc::new(SharedMem::open_file(path, bytes as usize, false)?);
+        let counters = (bytes / BLOCK * 8).max(4096) as usize;
+        let dirty = Arc::new(SharedMem::open_file(&dirty_path(path), counters, true)?);
+        Ok(Self {
+            mem,
+            dirty,
+            path: path.to_owned(),
+            marker,
+            inherited,
+            same_boot,
+        })
     }
 
-    /// Writes a frame from memory to the backing file (durable only after [`Pool::sync`]).
+    /// Everything is loaded: from now on the memory counts.
     ///
     /// # Errors
-    /// Writing failed, for example because the disk is full.
-    pub fn store(&self, frame: Frame, scratch: &mut Vec<u8>) -> Result<(), StorageError> {
-        scratch.resize(frame.size as usize, 0);
-        self.mem.read_at(frame.offset as usize, scratch)?;
-        self.backing
-            .write_all_at(scratch, frame.offset)
-            .map_err(self.io("cannot write"))
+    /// The memory file system refuses.
+    pub fn loaded(&self) -> Result<(), StorageError> {
+        let Marker { store, boot, bytes } = &self.marker;
+        let path = marker_path(&self.path);
+        let new = self.path.with_extension("loaded.new");
+        let _ = std::fs::remove_file(&new);
+        std::fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&new)
+            .and_then(|mut f| write!(f, "{store}\n{boot}\n{bytes}\n"))
+            .and_then(|()| std::fs::rename(&new, &path))
+            .map_err(|error| StorageError::Io {
+                what: "cannot write",
+                path,
+                error,
+            })
     }
 
-    /// Makes everything stored so far durable.
+    /// Has the system allocate the slab that holds `offset`.
     ///
     /// # Errors
-    /// The disk failed.
-    pub fn sync(&self) -> Result<(), StorageError> {
-        self.backing.sync_data().map_err(self.io("cannot sync"))
+    /// The memory file system is full.
+    pub fn back(&self, offset: u64) -> Result<(), TransportError> {
+        self.mem
+            .reserve((offset / BLOCK * BLOCK) as usize, BLOCK as usize)
     }
 
     /// The counter of the slab that holds `offset`.
@@ -116,8 +144,61 @@ impl Pool {
 
     /// Removes the memory files: everything is stored and the node leaves.
     pub fn remove_memory(&self) {
-        // Files that are gone already are as good.
-        let _ = std::fs::remove_file(&self.memory_path);
-        let _ = std::fs::remove_file(&self.dirty_path);
+        if let Err(error) = remove(&self.path) {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+/// Removes the files of a pool, the marker first: whenever that is interrupted, the rest is worth nothing.
+fn remove(path: &Path) -> Result<(), StorageError> {
+    for path in [marker_path(path), path.to_owned(), dirty_path(path)] {
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(StorageError::Io {
+                    what: "cannot remove",
+                    path,
+                    error,
+                });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_counts_only_with_its_marker() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.pool");
+        let open = |store: &str, blocks: u64| Pool::open(&path, store, blocks * BLOCK).unwrap();
+        let word = |pool: &Pool| pool.mem.word(64).unwrap().load(Ordering::Relaxed);
+        let pool = open("a", 32);
+        assert!(!pool.inherited);
+        pool.mem.word(64).unwrap().store(7, Ordering::Relaxed);
+        // Not loaded to the end.
+        let pool = open("a", 32);
+        assert!(!pool.inherited && word(&pool) == 0);
+        pool.mem.word(64).unwrap().store(7, Ordering::Relaxed);
+        pool.loaded().unwrap();
+        let pool = open("a", 32);
+        assert!(pool.inherited && word(&pool) == 7);
+        // A pool may be made larger, with what is in it.
+        let pool = open("a", 40);
+        assert!(pool.inherited && word(&pool) == 7);
+        pool.loaded().unwrap();
+        // Another store's memory is nobody's.
+        let pool = open("b", 40);
+        assert!(!pool.inherited && word(&pool) == 0);
+        pool.loaded().unwrap();
+        // Nor is that of another boot.
+        let marker = std::fs::read_to_string(marker_path(&path)).unwrap();
+        let boot = marker.lines().nth(1).unwrap();
+        std::fs::write(marker_path(&path), marker.replace(boot, "other")).unwrap();
+        assert!(!open("b", 40).inherited);
     }
 }

@@ -5,14 +5,11 @@ use std::sync::atomic::Ordering;
 
 use rdma_transport::ConnId;
 
-use super::StorageError;
-use super::alloc::{CLASSES, class_for};
-use super::flush::errno;
-use super::index::Entry;
+use super::errno;
 use super::leases::SEGMENT_RECORDS;
 use super::server::{Inner, Work};
 use crate::rpc::{Errno, Responder};
-use crate::wire::{Attached, BlockWant, Frame, Hello, Role, StorageReply, StorageRequest};
+use crate::wire::{Attached, Hello, Role, StorageReply, StorageRequest};
 
 impl Inner {
     pub(super) fn request(self: &Arc<Self>, hello: &Hello, body: &[u8], responder: Responder) {
@@ -48,129 +45,39 @@ impl Inner {
         match request {
             StorageRequest::Attach => Ok(StorageReply::Attached(Attached {
                 pool_key: self.pool_key.0,
-                pool_len: self.pool.mem.len() as u64,
+                pool_len: self.blocks.pool.mem.len() as u64,
                 dirty_key: self.dirty_key.0,
                 segment_records: SEGMENT_RECORDS,
                 table: self.leases.id,
+                store: self.uuid.clone(),
             })),
             StorageRequest::LeaseSegment { segment } => {
                 let fabric = self.fabric.lock().clone().ok_or(Errno(libc::ESHUTDOWN))?;
-                if u64::from(segment) * u64::from(SEGMENT_RECORDS) > crate::ino::MAX_INDEX {
-                    return Err(Errno(libc::EINVAL));
-                }
-                let key = self.leases.key(fabric.as_ref(), segment).map_err(|e| errno(&e))?;
+                let key = self.leases.key(fabric.as_ref(), segment)?;
                 Ok(StorageReply::Segment(key.0))
             }
             StorageRequest::Reserve { needed, wanted } => {
-                let mut space = self.space.lock();
-                let granted = space.alloc.reserve(needed, wanted);
-                *space.reserved.entry(conn).or_default() += granted;
-                Ok(StorageReply::Reserved(granted))
+                Ok(StorageReply::Reserved(self.blocks.reserve(conn, needed, wanted)))
             }
             StorageRequest::Unreserve { bytes } => {
-                self.space.lock().use_reservation(conn, bytes);
+                self.blocks.space.lock().use_reservation(conn, bytes);
                 Ok(StorageReply::Done)
             }
-            StorageRequest::Allocate { wants, reserved } => self.allocate(conn, &wants, reserved),
-            StorageRequest::Lookup { ino, first, count } => Ok(StorageReply::Blocks(
-                self.space
-                    .lock()
-                    .index
-                    .lookup(ino, first, count.min(4096) as usize),
-            )),
-            StorageRequest::Free { ino, first, last } => {
-                let frames = self
-                    .space
-                    .lock()
-                    .index
-                    .remove(ino, first, last)
-                    .map_err(|e| errno(&e.into()))?;
-                let bytes = frames.iter().map(|f| u64::from(f.size)).sum();
-                for frame in frames {
-                    self.release(frame);
-                }
-                Ok(StorageReply::Freed(bytes))
+            StorageRequest::Allocate { wants, reserved } => self
+                .blocks
+                .allocate(conn, &wants, reserved)
+                .map(StorageReply::Allocated),
+            StorageRequest::Lookup { ino, first, count } => {
+                Ok(StorageReply::Blocks(self.blocks.lookup(ino, first, count)))
             }
-            StorageRequest::Space => Ok(StorageReply::Space(self.space.lock().figures())),
+            StorageRequest::Free { ino, first, last } => {
+                let freed = self.blocks.free(ino, first, last);
+                freed.map(StorageReply::Freed).map_err(|e| errno(&e))
+            }
+            StorageRequest::Space => Ok(StorageReply::Space(self.blocks.figures())),
             StorageRequest::Flush { .. } | StorageRequest::ResetLeases | StorageRequest::Status => {
                 Err(Errno(libc::EINVAL))
             }
         }
-    }
-
-    /// Hands a frame to the cleaner, which zeroes it before it can be used again.
-    fn release(&self, frame: Frame) {
-        self.cleaning.fetch_add(1, Ordering::AcqRel);
-        if self.clean.send(frame).is_err() {
-            self.cleaning.fetch_sub(1, Ordering::AcqRel);
-        }
-    }
-
-    fn allocate(&self, conn: ConnId, wants: &[BlockWant], reserved: u64) -> Result<StorageReply, Errno> {
-        let mut space = self.space.lock();
-        let has = |w: &BlockWant| {
-            let entry = space.index.get(w.ino, w.block);
-            entry.is_some_and(|e| e.frame.size >= w.size)
-        };
-        if !wants.iter().all(has) {
-            space.index.room().map_err(|e| errno(&e.into()))?;
-        }
-        let reserved = space.use_reservation(conn, reserved);
-        let mut covered = reserved;
-        let mut frames = Vec::with_capacity(wants.len());
-        let mut fresh: Vec<(u64, u64, Entry)> = Vec::new();
-        let mut replaced: Vec<(Frame, Frame)> = Vec::new();
-        for want in wants {
-            let old = space.index.get(want.ino, want.block).map(|e| e.frame);
-            if let Some(frame) = old.filter(|f| f.size >= want.size) {
-                frames.push(frame);
-                continue;
-            }
-            let taken = class_for(want.size).and_then(|class| {
-                let size = u64::from(CLASSES[class]);
-                let (is_covered, rest) = (covered >= size, covered.saturating_sub(size));
-                covered = rest;
-                space.alloc.allocate(class, is_covered).map(|offset| Frame {
-                    offset,
-                    size: CLASSES[class],
-                })
-            });
-            let Some(frame) = taken else {
-                for (_, _, entry) in &fresh {
-                    space.give_back(entry.frame);
-                }
-                // What was reserved stays so.
-                space.alloc.restore(reserved);
-                *space.reserved.entry(conn).or_default() += reserved;
-                return Err(Errno(libc::ENOSPC));
-            };
-            if let Some(old) = old {
-                replaced.push((old, frame));
-            }
-            fresh.push((want.ino, want.block, Entry { frame, stored: false }));
-            frames.push(frame);
-        }
-        let moved = replaced.iter().try_for_each(|(old, new)| {
-            self.pool
-                .mem
-                .copy_within(old.offset as usize, new.offset as usize, old.size as usize)
-        });
-        let noted = match moved {
-            Ok(()) if fresh.is_empty() => Ok(()),
-            Ok(()) => space.index.set(&fresh).map_err(StorageError::from),
-            Err(error) => Err(error.into()),
-        };
-        drop(space);
-        if let Err(error) = noted {
-            for (_, _, entry) in fresh {
-                // Something may have been copied into it.
-                self.release(entry.frame);
-            }
-            return Err(errno(&error));
-        }
-        for (old, _) in replaced {
-            self.release(old);
-        }
-        Ok(StorageReply::Allocated(frames))
     }
 }

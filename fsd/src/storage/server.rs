@@ -1,6 +1,7 @@
 //! The storage node's daemon: start, stop, background flushing, cleaning of freed frames.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -8,53 +9,23 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use parking_lot::Mutex;
-use rdma_transport::{Access, ConnId, Connection, Fabric, RegionKey};
+use rdma_transport::{Access, Connection, Fabric, RegionKey};
 
-use super::alloc::{Allocator, class_for};
-use super::flush::errno;
-use super::index::Index;
-use super::label::read_label;
+use super::blocks::{Blocks, STOCK};
+use super::disk::FileDisk;
+use super::flush::bytes_of;
+use super::label::{self, Label};
 use super::leases::LeaseTable;
-use super::pool::Pool;
-use super::{BLOCK, StorageError};
-use crate::config::Config;
+use super::load::Parts;
+use super::{BLOCK, StorageError, errno};
+use crate::config::{Config, FabricChoice, Size, StorageConfig};
 use crate::endpoint::Endpoint;
 use crate::rpc::{Errno, Responder, Service};
 use crate::store::{FjallStore, Store};
-use crate::wire::{Frame, Hello, PoolSpace, Role, StorageReply};
+use crate::wire::{Hello, PoolSpace, Role, StorageReply, StorageStatus};
 
-pub(super) struct Space {
-    pub(super) alloc: Allocator,
-    pub(super) index: Index,
-    /// Reservations by connection, returned when it ends.
-    pub(super) reserved: HashMap<ConnId, u64>,
-    /// Value of each slab's dirty counter when all of the slab was last stored.
-    pub(super) stored: HashMap<u64, u64>,
-}
-
-impl Space {
-    /// Uses up to `bytes` of a connection's reservation; returns how much it was.
-    pub(super) fn use_reservation(&mut self, conn: ConnId, bytes: u64) -> u64 {
-        let have = self.reserved.entry(conn).or_default();
-        let used = bytes.min(*have);
-        *have -= used;
-        self.alloc.unreserve(used);
-        used
-    }
-
-    pub(super) fn figures(&self) -> PoolSpace {
-        PoolSpace {
-            total: self.alloc.bytes(),
-            free: self.alloc.free_bytes().saturating_sub(self.alloc.reserved()),
-        }
-    }
-
-    pub(super) fn give_back(&mut self, frame: Frame) {
-        if let Some(class) = class_for(frame.size) {
-            self.alloc.free(frame.offset, class);
-        }
-    }
-}
+/// How often the background flusher looks for unstored data.
+const FLUSH_EVERY: Duration = Duration::from_secs(2);
 
 pub(super) enum Work {
     Flush(Vec<u64>, Responder),
@@ -64,17 +35,15 @@ pub(super) enum Work {
 
 pub(super) struct Inner {
     pub(super) id: u16,
-    pub(super) pool: Pool,
+    /// Names the store.
+    pub(super) uuid: String,
+    pub(super) blocks: Blocks,
     pub(super) leases: LeaseTable,
-    pub(super) space: Mutex<Space>,
-    pub(super) store: Arc<dyn Store>,
     pub(super) pool_key: RegionKey,
     pub(super) dirty_key: RegionKey,
     pub(super) fabric: Mutex<Option<Arc<dyn Fabric>>>,
     pub(super) own: Mutex<Option<Arc<dyn Connection>>>,
     pub(super) work: Sender<Work>,
-    pub(super) clean: Sender<Frame>,
-    pub(super) cleaning: AtomicU64,
     pub(super) requests: AtomicU64,
     pub(super) connections: AtomicU64,
     lives: Mutex<HashSet<u64>>,
@@ -86,7 +55,8 @@ pub struct StorageNode {
     inner: Arc<Inner>,
     fabric: Arc<dyn Fabric>,
     threads: Vec<JoinHandle<()>>,
-    stop: Sender<()>,
+    /// One for each thread that sleeps.
+    stop: [Sender<()>; 2],
 }
 
 /// The role's service before the regions are registered (the fabric must exist first).
@@ -120,11 +90,7 @@ impl Service for Front {
 
     fn disconnected(&self, conn: &Arc<dyn Connection>, hello: Option<&Hello>) {
         if let Some(inner) = self.inner.get() {
-            let mut space = inner.space.lock();
-            if let Some(bytes) = space.reserved.remove(&conn.id()) {
-                space.alloc.unreserve(bytes);
-            }
-            drop(space);
+            inner.blocks.disconnected(conn.id());
             if let Some(hello) = hello {
                 inner.lives.lock().remove(&hello.life);
                 inner.connections.fetch_sub(1, Ordering::Relaxed);
@@ -147,28 +113,7 @@ impl StorageNode {
                 path: config.key_file.clone(),
                 detail: format!("the configuration has no storage node {id}"),
             })?;
-        let label = read_label(&section.dir, &config.cluster, id)?;
-        let store: Arc<dyn Store> = Arc::new(FjallStore::open(&section.dir.join("index"))?);
-        let memory = section.memory_dir.join(format!("distfuse-{label}-{id}.pool"));
-        let bytes = section.pool.0 / BLOCK * BLOCK;
-        let pool = Pool::open(&memory, &section.dir.join("pool.data"), bytes)?;
-        let mut alloc = Allocator::new(bytes);
-        let inherited = pool.inherited;
-        let index = Index::load(Arc::clone(&store), |ino, block, entry| {
-            let whole = inherited || entry.stored;
-            let class = class_for(entry.frame.size);
-            let good = whole && class.is_some_and(|c| alloc.occupy(entry.frame.offset, c));
-            if whole && !good {
-                tracing::error!("block {block} of inode {ino:#x} has an impossible frame and is dropped");
-            }
-            good
-        })?;
-        if !inherited {
-            for (_, _, entry) in index.all() {
-                pool.load(entry.frame)?;
-            }
-        }
-
+        let (label, blocks) = open_blocks(config, section)?;
         let front = Arc::new(Front {
             inner: std::sync::OnceLock::new(),
         });
@@ -176,40 +121,27 @@ impl StorageNode {
         let listen = section.listen.clone();
         let fabric = Endpoint::open(config, Role::Storage(id), listen, key, service)?.fabric;
         let leases = LeaseTable::open(
-            section.memory_dir.join(format!("distfuse-{label}-{id}.leases")),
+            memory_file(section, &label, "leases"),
             config.lease.record_bytes,
+            Arc::clone(&blocks.store),
+            blocks.same_boot(),
         )?;
         leases.adopt(fabric.as_ref())?;
-        let pool_key = fabric.register(&pool.mem, Access::ALL)?;
-        let dirty_key = fabric.register(&pool.dirty, Access::ALL)?;
+        let pool_key = fabric.register(&blocks.pool.mem, Access::ALL)?;
+        let dirty_key = fabric.register(&blocks.pool.dirty, Access::ALL)?;
         let (work, work_in) = unbounded();
-        let (clean, clean_in) = unbounded();
-        let (stop, stop_in) = unbounded();
-        if !inherited {
-            // Frames that were not stored may have left bytes of an earlier life in the backing file; new
-            // memory is zero, so nothing has to be cleaned.
-            tracing::info!("storage node {id}: contents loaded from the backing file");
-        } else {
-            clean_unused(&pool, &index);
-        }
+        let (stop_flush, flush_in) = unbounded();
+        let (stop_scrub, scrub_in) = unbounded();
         let inner = Arc::new(Inner {
             id,
-            pool,
+            uuid: label.uuid,
+            blocks,
             leases,
-            space: Mutex::new(Space {
-                alloc,
-                index,
-                reserved: HashMap::new(),
-                stored: HashMap::new(),
-            }),
-            store,
             pool_key,
             dirty_key,
             fabric: Mutex::new(Some(Arc::clone(&fabric))),
             own: Mutex::new(None),
             work,
-            clean,
-            cleaning: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             lives: Mutex::default(),
@@ -226,18 +158,22 @@ impl StorageNode {
             })?,
             spawn("storage-clean", {
                 let i = Arc::clone(&inner);
-                move || i.clean_loop(&clean_in)
+                move || i.clean_loop()
             })?,
             spawn("storage-flush", {
                 let i = Arc::clone(&inner);
-                move || i.flush_loop(&stop_in)
+                move || i.flush_loop(&flush_in)
+            })?,
+            spawn("storage-scrub", {
+                let (i, rate) = (Arc::clone(&inner), section.scrub.0);
+                move || i.blocks.scrub_loop(rate, &scrub_in)
             })?,
         ];
         Ok(Self {
             inner,
             fabric,
             threads,
-            stop,
+            stop: [stop_flush, stop_scrub],
         })
     }
 
@@ -254,42 +190,94 @@ impl StorageNode {
     /// Storing failed; the memory is then kept, so that nothing is lost.
     pub fn stop(mut self, forget: bool) -> Result<(), StorageError> {
         self.inner.stopping.store(true, Ordering::Release);
-        let _ = self.stop.send(());
-        let mut result = self.inner.flush_all();
+        for stop in &self.stop {
+            let _ = stop.send(());
+        }
+        let mut result = self.inner.blocks.flush_all();
         self.fabric.shutdown();
         self.inner.own.lock().take();
         self.inner.fabric.lock().take();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        result = result.and_then(|()| self.inner.flush_all());
+        result = result.and_then(|()| self.inner.blocks.flush_all());
         if forget && result.is_ok() {
-            self.inner.pool.remove_memory();
+            self.inner.blocks.pool.remove_memory();
             self.inner.leases.remove_files();
         }
         result
     }
 }
 
-/// After the death of the process, frames it had freed but not yet cleaned may hold old bytes.
-fn clean_unused(pool: &Pool, index: &Index) {
-    let mut used: Vec<(u64, u64)> = index
-        .all()
-        .map(|(_, _, e)| (e.frame.offset, e.frame.offset + u64::from(e.frame.size)))
-        .collect();
-    used.sort_unstable();
-    let mut from = 0;
-    for (start, end) in used
-        .into_iter()
-        .chain([(pool.mem.len() as u64, pool.mem.len() as u64)])
-    {
-        if start > from
-            && let Err(error) = pool.mem.zero(from as usize, (start - from) as usize)
-        {
-            tracing::error!("cannot clean the pool: {error}");
-        }
-        from = from.max(end);
+/// A file of a node in its memory file system. The store's number in the name is random, so nobody can make the file
+/// beforehand.
+fn memory_file(section: &StorageConfig, label: &Label, kind: &str) -> PathBuf {
+    section
+        .memory_dir
+        .join(format!("distfuse-{}-{}.{kind}", label.uuid, section.id))
+}
+
+/// Checks the label against the configuration, and opens what the directory has.
+fn open_blocks(config: &Config, section: &StorageConfig) -> Result<(Label, Blocks), StorageError> {
+    let (id, dir) = (section.id, &section.dir);
+    let bytes = section.pool.0 / BLOCK * BLOCK;
+    let mut label = Label::check(dir, &config.cluster, id, bytes, config.lease.record_bytes)?;
+    label::make_private(dir)?;
+    let disk_path = dir.join(label::BACKING);
+    if !disk_path.exists() {
+        return Err(StorageError::Format {
+            path: disk_path,
+            detail: "the backing file is missing: put it back where it was".into(),
+        });
     }
+    let store: Arc<dyn Store> = Arc::new(FjallStore::open(&dir.join(label::INDEX))?);
+    let disk = FileDisk::open(&disk_path).map_err(|error| StorageError::Io {
+        what: "cannot open the backing file",
+        path: disk_path.clone(),
+        error,
+    })?;
+    if label.pool < bytes {
+        // Before anything is in the part that is new.
+        tracing::info!(
+            "storage node {id}: the pool grows from {} to {}",
+            Size(label.pool),
+            Size(bytes)
+        );
+        label.pool = bytes;
+        label.write(dir)?;
+    }
+    let pinned = config.fabric == FabricChoice::Verbs;
+    let blocks = Blocks::open(Parts {
+        memory: memory_file(section, &label, "pool"),
+        uuid: label.uuid.clone(),
+        bytes,
+        disk: Arc::new(disk),
+        disk_path,
+        store,
+        pinned,
+        #[cfg(test)]
+        flaw: None,
+    })?;
+    let free = Size(blocks.pool.mem.file_system_free()? >> 20 << 20);
+    tracing::info!(
+        "storage node {id}: {}; the pool takes up to {} of {} ({}), which has {free} left",
+        if blocks.pool.inherited {
+            "contents found in memory"
+        } else {
+            "contents loaded from the backing file"
+        },
+        Size(bytes),
+        section.memory_dir.display(),
+        if pinned { "all of it now" } else { "as data come" }
+    );
+    let rest = blocks.space.lock().alloc.cold_bytes();
+    if rest > free.0 {
+        tracing::warn!(
+            "storage node {id}: {} has less room than the pool may need: beyond that, writing fails with \"no space left\"",
+            section.memory_dir.display()
+        );
+    }
+    Ok((label, blocks))
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StorageError> {
@@ -304,20 +292,72 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 }
 
 impl Inner {
-    fn clean_loop(&self, frames: &Receiver<Frame>) {
+    fn clean_loop(&self) {
         while !self.stopping.load(Ordering::Acquire) {
-            let frame = match frames.recv_timeout(Duration::from_secs(1)) {
-                Ok(frame) => frame,
-                Err(RecvTimeoutError::Timeout) => continue,
+            match self.blocks.clean.1.recv_timeout(Duration::from_millis(100)) {
+                Ok(frame) => self.blocks.clean(frame),
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Err(error) = self.blocks.stock_up(STOCK) {
+                        tracing::debug!("{error}");
+                    }
+                }
                 Err(RecvTimeoutError::Disconnected) => return,
-            };
-            if let Err(error) = self.pool.mem.zero(frame.offset as usize, frame.size as usize) {
-                tracing::error!("a freed frame cannot be cleaned and is not used again: {error}");
-            } else {
-                self.space.lock().give_back(frame);
             }
-            self.cleaning.fetch_sub(1, Ordering::AcqRel);
         }
+    }
+
+    /// Bounds how long data that nobody fsyncs stays in memory only.
+    fn flush_loop(&self, stop: &Receiver<()>) {
+        let mut seen = self.blocks.dirty_sum();
+        let mut pending = true;
+        while let Err(RecvTimeoutError::Timeout) = stop.recv_timeout(FLUSH_EVERY) {
+            let now = self.blocks.dirty_sum();
+            let moved = now != seen;
+            seen = now;
+            if moved || pending || self.blocks.is_unsettled() {
+                pending = false;
+                if let Err(error) = self.blocks.flush_all() {
+                    pending = true;
+                    tracing::error!("background flush: {error}");
+                }
+            }
+            self.blocks.give_surplus_back();
+        }
+    }
+
+    fn reset_leases(&self) -> Result<StorageReply, StorageError> {
+        let own = self.own.lock().clone();
+        if let Some(own) = own {
+            let cleared = self.leases.reset(own.as_ref())?;
+            tracing::info!("storage node {}: {cleared} lease records reset", self.id);
+        }
+        Ok(StorageReply::Done)
+    }
+
+    fn status(&self) -> Result<StorageStatus, StorageError> {
+        let own = self.own.lock().clone();
+        let held = own
+            .map(|own| self.leases.held(own.as_ref()))
+            .transpose()?
+            .unwrap_or_default();
+        let dirty = bytes_of(&self.blocks.unstored());
+        let PoolSpace { total, free } = self.blocks.figures();
+        let space = self.blocks.space.lock();
+        Ok(StorageStatus {
+            id: self.id,
+            total,
+            free,
+            reserved: space.alloc.reserved(),
+            frames: space.alloc.frames(),
+            exclusive: held.exclusive,
+            shared: held.shared,
+            dirty,
+            lost: space.lost(),
+            damaged: self.blocks.faults.damaged.load(Ordering::Relaxed),
+            checked: self.blocks.faults.scrubbed.load(Ordering::Relaxed),
+            requests: self.requests.load(Ordering::Relaxed),
+            connections: self.connections.load(Ordering::Relaxed),
+        })
     }
 
     fn work_loop(&self, work: &Receiver<Work>) {
@@ -345,6 +385,7 @@ impl Inner {
             }
             if !flushes.is_empty() {
                 let result = self
+                    .blocks
                     .flush(&inos)
                     .map(|()| StorageReply::Done)
                     .map_err(|e| errno(&e));

@@ -189,6 +189,8 @@ pub enum MetaRequest {
     Tables {
         /// Their numbers.
         ids: Vec<u64>,
+        /// The stores it has found at the addresses of the storage nodes.
+        stores: Vec<String>,
     },
     /// A mount leaves; it holds no lease any more. Reserved inode numbers it has not used go back.
     Leave,
@@ -303,6 +305,8 @@ pub struct StorageInfo {
     pub id: u16,
     /// Its address.
     pub listen: String,
+    /// Its store, if that is known: no other one at its address will do.
+    pub store: Option<String>,
 }
 
 /// What a mount learns when it joins.

@@ -29,6 +29,8 @@ pub struct BlockFrame {
     pub block: u64,
     /// Where it is.
     pub frame: Frame,
+    /// The storage node cannot read what was stored of it: to be answered with EIO, until it is freed.
+    pub lost: bool,
 }
 
 /// Everything a storage node is asked.
@@ -92,7 +94,7 @@ pub enum StorageRequest {
 }
 
 /// What a mount learns when it attaches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
     /// Region of the pool.
     pub pool_key: u64,
@@ -105,6 +107,8 @@ pub struct Attached {
     pub segment_records: u32,
     /// Names this life of the lease table: another number means that all leases have been lost.
     pub table: u64,
+    /// Names the node's store: another one at its address has none of its blocks.
+    pub store: String,
 }
 
 /// How full a storage node is.
@@ -135,6 +139,12 @@ pub struct StorageStatus {
     pub shared: u64,
     /// Bytes not yet written to the backing file.
     pub dirty: u64,
+    /// Blocks whose contents cannot be read.
+    pub lost: u64,
+    /// Copies on disk found damaged since start, and made anew from memory.
+    pub damaged: u64,
+    /// Bytes checked on disk since start.
+    pub checked: u64,
     /// Requests answered since start.
     pub requests: u64,
     /// Connections.

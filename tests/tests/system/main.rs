@@ -27,5 +27,6 @@ mod names_held;
 mod posix;
 mod pressure;
 mod privileges;
+mod storage;
 mod suspend;
 mod tools;

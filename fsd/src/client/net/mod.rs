@@ -165,16 +165,18 @@ impl Net {
         let links = reply
             .storage
             .iter()
-            .map(|s| StorageLink::new(s.id, s.listen.clone()))
+            .map(|s| StorageLink::new(s.id, s.listen.clone(), s.store.clone()))
             .collect();
         let _ = self.storage.set(links);
         let _ = self.joined.set(reply.clone());
         *self.meta.write() = Some(conn);
-        let mut ids = Vec::with_capacity(reply.storage.len());
+        let (mut ids, mut stores) = (Vec::new(), Vec::new());
         for storage in &reply.storage {
-            ids.push(self.storage(storage.id)?.attached.table);
+            let session = self.storage(storage.id)?;
+            ids.push(session.attached.table);
+            stores.push(session.attached.store.clone());
         }
-        self.meta(&MetaRequest::Tables { ids })?;
+        self.meta(&MetaRequest::Tables { ids, stores })?;
         Ok(reply)
     }
 

@@ -1,16 +1,17 @@
 //! The connections to the storage nodes, and where their regions are.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use lockmgr::{LeaseError, RecordId};
 use parking_lot::{Mutex, RwLock};
-use rdma_transport::{Connection, RegionKey, RemoteAddr};
+use rdma_transport::{Connection, RegionKey, RemoteAddr, TransportError};
 
 use super::Net;
 use crate::ino;
+use crate::meta::stores::other_store;
 use crate::rpc::{Errno, RpcError};
 use crate::wire::{Attached, StorageReply, StorageRequest};
 
@@ -46,15 +47,18 @@ impl StorageSession {
 pub(super) struct StorageLink {
     pub(super) id: u16,
     addr: String,
+    /// Number of its store: another one has none of the cluster's blocks.
+    store: OnceLock<String>,
     pub(super) session: RwLock<Option<Arc<StorageSession>>>,
     connecting: Mutex<()>,
 }
 
 impl StorageLink {
-    pub(super) fn new(id: u16, addr: String) -> Self {
+    pub(super) fn new(id: u16, addr: String, store: Option<String>) -> Self {
         Self {
             id,
             addr,
+            store: store.map_or_else(OnceLock::new, OnceLock::from),
             session: RwLock::new(None),
             connecting: Mutex::new(()),
         }
@@ -131,6 +135,13 @@ impl Net {
         else {
             return Err(RpcError::Errno(Errno(libc::EPROTO)));
         };
+        let expected = link.store.get_or_init(|| attached.store.clone());
+        if *expected != attached.store {
+            let what = other_store(link.id, &link.addr, &attached.store, expected);
+            tracing::error!("{what}");
+            conn.close();
+            return Err(TransportError::Invalid(what).into());
+        }
         // The lease segments in use before must be known at once: messages about their records do not wait.
         let known: Vec<u32> = link
             .session

@@ -17,6 +17,7 @@ use crate::cmd::children::{Children, code_of, follow_us, signal, wait_for};
 use crate::config::Config;
 use crate::endpoint::Endpoint;
 use crate::rpc::{Responder, RpcError, Service};
+use crate::storage::label::Label;
 use crate::wire::{Hello, Role};
 
 const POLL: Duration = Duration::from_millis(20);
@@ -219,7 +220,7 @@ fn take_part(member: &Member<'_>, ip: IpAddr, session: &mut Session) -> anyhow::
         let section = config.storage.iter().find(|s| s.id == id);
         let section = section.with_context(|| format!("the plan has no storage node {id}"))?;
         if !section.dir.exists() {
-            crate::storage::label::format(&section.dir, &config.cluster, id, &plan.uuid)?;
+            crate::storage::label::format(&section.dir, &Label::new(&config, section))?;
         }
         let id = id.to_string();
         children.spawn(

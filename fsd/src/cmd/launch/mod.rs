@@ -175,6 +175,7 @@ fn cluster(args: &LaunchArgs, roles: &Roles) -> Config {
         dir: PathBuf::new(),
         pool: args.pool,
         memory_dir: "/dev/shm".into(),
+        scrub: crate::config::default_scrub(),
     });
     Config {
         cluster: "launch".into(),

@@ -1,0 +1,97 @@
+//! The background check of what is on disk.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, RecvTimeoutError};
+
+use super::StorageError;
+use super::blocks::Blocks;
+use super::index::{Entry, Place};
+use super::load::read_stored;
+
+/// Pause between two steps.
+const STEP: Duration = Duration::from_secs(1);
+
+/// Where the scrub is: what is left of this pass.
+#[derive(Debug, Default)]
+pub struct Scrub {
+    left: Vec<Place>,
+}
+
+impl Blocks {
+    /// Checks so many bytes of the backing file (at least one block), going round.
+    ///
+    /// # Errors
+    /// The store's. A damaged copy is none: it is made anew from memory, which still has the block.
+    pub fn scrub(&self, state: &mut Scrub, bytes: u64) -> Result<(), StorageError> {
+        if state.left.is_empty() {
+            let mut all: Vec<(u64, Place)> = {
+                let space = self.space.lock();
+                let stored = |(place, e): (Place, Entry)| Some((e.stored?.extent.offset, place));
+                space.index.all().filter_map(stored).collect()
+            };
+            all.sort_unstable_by(|a, b| b.cmp(a));
+            state.left = all.into_iter().map(|(_, place)| place).collect();
+        }
+        let (mut done, mut buffer) = (0, Vec::new());
+        while done < bytes {
+            let Some(place) = state.left.pop() else { break };
+            done += self.scrub_block(place, &mut buffer)?;
+        }
+        self.faults.scrubbed.fetch_add(done, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn scrub_block(&self, place: Place, buffer: &mut Vec<u8>) -> Result<u64, StorageError> {
+        let entry = self.space.lock().index.get(place.0, place.1);
+        let Some((entry, stored)) = entry.and_then(|e| Some((e, e.stored?))) else {
+            return Ok(0);
+        };
+        self.disk
+            .uncache(stored.extent.offset, u64::from(stored.extent.size));
+        let read = read_stored(self.disk.as_ref(), stored, buffer);
+        let mut space = self.space.lock();
+        // Stored anew meanwhile, or freed: then the extent may be another's.
+        let now = space.index.get(place.0, place.1);
+        if now.is_none_or(|now| now.id != entry.id || now.stored != Some(stored)) {
+            return Ok(0);
+        }
+        match read {
+            Ok(()) if entry.lost => {
+                // Nobody uses its frame, and under the lock nobody can free it.
+                self.pool.mem.write_at(entry.frame.offset as usize, buffer)?;
+                let lost = false;
+                space.index.set(&[(place, Entry { lost, ..entry })])?;
+                tracing::info!("block {} of inode {:#x} can be read again", place.1, place.0);
+            }
+            Err(why) if !entry.lost => {
+                space.index.note(place, |e| e.rewrite = true);
+                self.restore.store(true, Ordering::Release);
+                self.faults.damaged.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(
+                    "the disk has lost block {} of inode {:#x} ({} bytes at {} of {}): {why}; memory still has it, and it is stored anew",
+                    place.1,
+                    place.0,
+                    stored.extent.size,
+                    stored.extent.offset,
+                    self.disk_path.display()
+                );
+            }
+            _ => {}
+        }
+        Ok(u64::from(stored.extent.size))
+    }
+
+    /// Checks the backing file at a rate of bytes a second, until told to stop.
+    pub(super) fn scrub_loop(&self, rate: u64, stop: &Receiver<()>) {
+        let mut state = Scrub::default();
+        while matches!(stop.recv_timeout(STEP), Err(RecvTimeoutError::Timeout)) {
+            if rate > 0
+                && let Err(error) = self.scrub(&mut state, rate)
+            {
+                tracing::error!("checking the backing file: {error}");
+            }
+        }
+    }
+}
