@@ -25,6 +25,20 @@ static bool df_wants(struct df_sb *ds, u32 flag)
 }
 
 /*
+ * The blocks of a file, which programs take for one without data if it has none: what is dirty in
+ * the page cache will have some, and the server does not know of it. Of a page that is in the
+ * cache it is not looked whether it is dirty.
+ */
+static u64 df_blocks(const struct distfuse_entry *e, const struct inode *inode, u64 size)
+{
+	u64 cached = (u64)READ_ONCE(inode->i_mapping->nrpages) << (PAGE_SHIFT - 9);
+
+	if (!(e->word & DISTFUSE_DIRTY))
+		return e->blocks;
+	return max(e->blocks, min(cached, DIV_ROUND_UP_ULL(size, 512)));
+}
+
+/*
  * Fills in what the daemon keeps in the entry. Size and times of a file are the kernel's, once
  * installed.
  */
@@ -50,9 +64,7 @@ static bool df_stat_from(struct distfuse_entry *entry, df_idmap *idmap, u32 mask
 	stat->atime.tv_nsec = min(e.atime_nsec, 999999999U);
 	stat->blocks = e.blocks;
 	if (S_ISREG(inode->i_mode) && (e.valid & DISTFUSE_ATTR_DATA)) {
-		/* Programs take a file without blocks for one without data. */
-		if (e.word & DISTFUSE_DIRTY)
-			stat->blocks = max_t(u64, e.blocks, DIV_ROUND_UP_ULL(stat->size, 512));
+		stat->blocks = df_blocks(&e, inode, stat->size);
 	} else {
 		stat->size = e.size;
 		stat->mtime.tv_sec = e.mtime;
@@ -65,16 +77,18 @@ static bool df_stat_from(struct distfuse_entry *entry, df_idmap *idmap, u32 mask
 
 /*
  * FUSE shows the mode as its server told it last, and not the inode's: what came with a grant, or
- * under one that is held, has not reached it. All else it shows is the inode's, where
- * df_install() has put it.
+ * under one that is held, has not reached it. Blocks it shows as they were told, too. All else it
+ * shows is the inode's, where df_install() has put it.
  */
-static void df_show_mode(struct distfuse_entry *entry, const struct inode *inode,
-			 struct kstat *stat)
+static void df_show_entry(struct distfuse_entry *entry, const struct inode *inode,
+			  struct kstat *stat)
 {
 	struct distfuse_entry e;
 
-	if (df_read_entry(entry, &e) && (e.valid & DISTFUSE_ATTR_ALL))
-		stat->mode = (inode->i_mode & S_IFMT) | (e.mode & 07777);
+	if (!df_read_entry(entry, &e) || !(e.valid & DISTFUSE_ATTR_ALL))
+		return;
+	stat->mode = (inode->i_mode & S_IFMT) | (e.mode & 07777);
+	stat->blocks = df_blocks(&e, inode, stat->size);
 }
 
 /*
@@ -104,7 +118,7 @@ static int df_file_getattr(df_idmap *idmap, const struct path *path, struct ksta
 		df_count_sb(ds, DISTFUSE_STAT_REMOTE);
 		ret = ds->stock_riop->getattr(idmap, path, stat, mask, flags);
 		if (!ret)
-			df_show_mode(entry, inode, stat);
+			df_show_entry(entry, inode, stat);
 	}
 	df_leave(di, entry);
 	return ret;

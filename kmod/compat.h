@@ -60,6 +60,15 @@ static inline void df_set_times(struct inode *inode, struct timespec64 mtime,
 #endif
 }
 
+static inline void df_set_atime(struct inode *inode, struct timespec64 atime)
+{
+#if DF_KERNEL(6, 7)
+	inode_set_atime_to_ts(inode, atime);
+#else
+	inode->i_atime = atime;
+#endif
+}
+
 /* A reference to a file in a list whose lock is held, unless its last one has gone. */
 static inline struct file *df_get_live_file(struct file **slot)
 {

@@ -11,10 +11,7 @@
 /* So often a read begins anew. */
 #define DF_BEGINNINGS	3
 #define DF_PAGES	16
-/*
- * And so often a write asks for space before it begins: the lease may go with what was promised
- * under it.
- */
+/* And so often a write asks for space before it is tried: where an append goes is a guess then. */
 #define DF_ASK_AHEAD	3
 
 static struct df_sb *df_of_fop(const struct file *file)
@@ -220,6 +217,18 @@ static ssize_t df_read_iter(struct kiocb *iocb, struct iov_iter *to)
 	return df_read_entered(iocb, to);
 }
 
+/* So much of a write is done as one, if there is space for it. */
+size_t df_in_one(const struct iov_iter *from)
+{
+	return min_t(size_t, iov_iter_count(from), DF_BUFFER);
+}
+
+/* Whether it was answered that there is space for some of a write and for no more. */
+static bool df_is_short(ssize_t space, const struct iov_iter *from)
+{
+	return space > 0 && space < (ssize_t)df_in_one(from);
+}
+
 static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 {
 	struct file *file = iocb->ki_filp;
@@ -227,7 +236,8 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 	bool user = user_backed_iter(from);
 	struct distfuse_entry *entry;
 	ssize_t ret, done = 0;
-	size_t want;
+	struct df_whole whole;
+	bool in_parts = false;
 	int asked = 0;
 	loff_t pos;
 
@@ -240,7 +250,7 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 		return -EAGAIN;
 	/* What is done is done: so that it is done in one, the buffer is made present before. */
 	if (user)
-		fault_in_iov_iter_readable(from, min_t(size_t, iov_iter_count(from), DF_BUFFER));
+		fault_in_iov_iter_readable(from, df_in_one(from));
 	for (;;) {
 		entry = df_enter_or_call(iocb, from, DISTFUSE_EXCLUSIVE, DISTFUSE_DIRTY, &ret);
 		if (!entry)
@@ -251,7 +261,7 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 			df_leave_file(file, entry);
 			return done + ret;
 		}
-		if (!done && asked < DF_ASK_AHEAD &&
+		if (!done && !in_parts && asked < DF_ASK_AHEAD &&
 		    df_lacks_space_ahead(iocb, from, entry, &pos)) {
 			df_leave_file(file, entry);
 			asked++;
@@ -260,15 +270,16 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 			 * Not enough, or an error: as much is written as there is space for, and
 			 * asked for the rest.
 			 */
-			if (ret && ret < (ssize_t)min_t(size_t, iov_iter_count(from), DF_BUFFER))
-				asked = DF_ASK_AHEAD;
+			in_parts = ret < 0 || df_is_short(ret, from);
 			continue;
 		}
+		df_whole_begin(df_i(file_inode(file)), &whole, in_parts ? NULL : from);
 		if (user)
 			pagefault_disable();
 		ret = ds->stock_fop->write_iter(iocb, from);
 		if (user)
 			pagefault_enable();
+		df_whole_end(df_i(file_inode(file)), &whole);
 		df_leave_file(file, entry);
 		if (ret > 0)
 			done += ret;
@@ -279,15 +290,15 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 					   iov_iter_count(from));
 			if (ret < 0)
 				break;
+			in_parts = in_parts || df_is_short(ret, from);
 			continue;
 		}
 		if (ret < 0 && (!user || ret != -EFAULT))
 			break;
 		if (!user)
 			continue;
-		want = min_t(size_t, iov_iter_count(from), DF_BUFFER);
 		df_count_sb(ds, DISTFUSE_BUFFER_FAULTS);
-		if (fault_in_iov_iter_readable(from, want) == want) {
+		if (fault_in_iov_iter_readable(from, df_in_one(from)) == df_in_one(from)) {
 			ret = -EFAULT;
 			break;
 		}

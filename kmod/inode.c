@@ -29,6 +29,7 @@ struct df_inode *df_inode_get(struct df_sb *ds, struct inode *inode)
 	mutex_init(&di->install_lock);
 	spin_lock_init(&di->lock);
 	INIT_LIST_HEAD(&di->files);
+	INIT_LIST_HEAD(&di->wholes);
 	init_waitqueue_head(&di->wq);
 	for (mode = 0; mode < ARRAY_SIZE(di->need_post); mode++)
 		INIT_LIST_HEAD(&di->need_post[mode].link);
@@ -157,11 +158,10 @@ void df_file_track(struct df_inode *di, struct file *file)
 	spin_unlock(&di->lock);
 }
 
-/* After the stock release: who waits for the list to be empty waits for what that sends. */
+/* After the stock release: who waits for one to be gone waits for what that sends. */
 void df_file_untrack(struct df_inode *di, struct file *file)
 {
 	struct df_file *entry, *found = NULL;
-	bool last;
 
 	spin_lock(&di->lock);
 	list_for_each_entry(entry, &di->files, link) {
@@ -171,11 +171,9 @@ void df_file_untrack(struct df_inode *di, struct file *file)
 			break;
 		}
 	}
-	last = list_empty(&di->files);
 	spin_unlock(&di->lock);
 	kfree(found);
-	if (last)
-		wake_up_all(&di->wq);
+	wake_up_all(&di->wq);
 }
 
 /* An open file of the inode, with a reference. */

@@ -60,6 +60,7 @@ static void df_install_data(struct inode *inode, const struct distfuse_entry *e)
 static void df_install_all(struct df_inode *di, struct inode *inode, const struct distfuse_entry *e)
 {
 	struct df_att *att = READ_ONCE(di->sb->att);
+	struct timespec64 atime = { .tv_sec = e->atime, .tv_nsec = min(e->atime_nsec, 999999999U) };
 	umode_t mode = e->mode & 07777;
 	kuid_t uid = make_kuid(inode->i_sb->s_user_ns, e->uid);
 	kgid_t gid = make_kgid(inode->i_sb->s_user_ns, e->gid);
@@ -72,6 +73,8 @@ static void df_install_all(struct df_inode *di, struct inode *inode, const struc
 	inode->i_mode = (inode->i_mode & S_IFMT) | mode;
 	inode->i_uid = uid;
 	inode->i_gid = gid;
+	df_set_atime(inode, atime);
+	inode->i_blocks = e->blocks;
 	/* What has lost its last name does not get one again. */
 	if (!e->nlink && inode->i_nlink)
 		clear_nlink(inode);

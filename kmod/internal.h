@@ -151,8 +151,9 @@ struct df_inode {
 	u64			version;	/* of pages or names */
 	u64			epoch;		/* directories: what valid names are stamped with */
 
-	spinlock_t		lock;		/* files, need, refusal */
+	spinlock_t		lock;		/* files, wholes, need, refusal */
 	struct list_head	files;
+	struct list_head	wholes;		/* writes under way of more than a page */
 	u32			need;		/* modes asked for, not answered yet */
 	u32			refusals;
 	int			refusal;
@@ -163,6 +164,17 @@ struct df_inode {
 
 	struct df_post		need_post[3];	/* by mode */
 	struct df_post		drained_post;
+};
+
+/*
+ * A write that may need more than one page, on the stack of its task. write_begin is told of one
+ * page, and is the first to know for certain where an append goes: from here it learns how long
+ * the whole is.
+ */
+struct df_whole {
+	struct list_head	link;
+	struct task_struct	*task;
+	const struct iov_iter	*from;		/* NULL: there is space for it, or it is done in parts */
 };
 
 /* An open file of such an inode: what is needed to flush it. */
@@ -252,6 +264,10 @@ bool df_write_page(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret);
 #define DF_NO_SPACE	(-ENOSR)
 bool df_space_covers(const struct distfuse_entry *entry, u64 pos, u64 len);
 int df_space_ask(struct df_inode *di, u64 pos, u64 len);
+void df_whole_begin(struct df_inode *di, struct df_whole *whole,
+		    const struct iov_iter *from);
+size_t df_in_one(const struct iov_iter *from);
+void df_whole_end(struct df_inode *di, struct df_whole *whole);
 bool df_space_for_page(const struct df_inode *di, const struct distfuse_entry *entry, pgoff_t page);
 vm_fault_t df_space_fault(struct vm_fault *vmf, struct df_inode *di);
 void df_make_aops(struct df_sb *ds, const struct address_space_operations *stock);

@@ -64,24 +64,16 @@ static int df_write_back(struct df_inode *di, u32 *flags)
 	struct file *file;
 	int ret, before = 0;
 
-	for (;;) {
+	/* One that is neither to be had nor gone is being released, and says when it is. */
+	wait_event(di->wq, (file = df_file_any(di)) || df_no_files(di));
+	if (!file) {
+		before = write_inode_now(inode, 1);
+		/* Opened meanwhile: whoever did may wait for the lease, and close it only then. */
 		file = df_file_any(di);
-		if (file)
-			break;
-		if (df_no_files(di)) {
-			before = write_inode_now(inode, 1);
-			/*
-			 * Opened meanwhile: whoever did may wait for the lease, and close it only
-			 * then.
-			 */
-			file = df_file_any(di);
-			if (file)
-				break;
+		if (!file) {
 			*flags |= DISTFUSE_FLUSHED_NOFILE;
 			return before;
 		}
-		/* One is on its way in or out. */
-		wait_event_timeout(di->wq, df_no_files(di), HZ / 10);
 	}
 	/*
 	 * As an owner of locks that has none. An error stays the application's to see at its own
@@ -157,12 +149,7 @@ static void df_flush_entry(struct df_flush *flush, struct df_sb *ds)
 		flush->post->event.error = -ENOENT;
 		return;
 	}
-	for (;;) {
-		di = df_inode_find(ds, ino, &evicting);
-		if (di || !evicting)
-			break;
-		wait_event_timeout(ds->evict_wq, !evicting, HZ / 50);
-	}
+	wait_event(ds->evict_wq, (di = df_inode_find(ds, ino, &evicting)) || !evicting);
 	if (di) {
 		df_flush_inode(flush, di, entry);
 		iput(di->inode);

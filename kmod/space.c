@@ -85,6 +85,54 @@ int df_space_ask(struct df_inode *di, u64 pos, u64 len)
 	return ret;
 }
 
+void df_whole_begin(struct df_inode *di, struct df_whole *whole, const struct iov_iter *from)
+{
+	whole->task = current;
+	whole->from = from;
+	spin_lock(&di->lock);
+	list_add(&whole->link, &di->wholes);
+	spin_unlock(&di->lock);
+}
+
+void df_whole_end(struct df_inode *di, struct df_whole *whole)
+{
+	spin_lock(&di->lock);
+	list_del(&whole->link);
+	spin_unlock(&di->lock);
+}
+
+/*
+ * Whether there is space for a page that is about to be written, and at the first page of a write
+ * for all of it: one that stopped behind its first page to ask for space would leave the lease and
+ * the inode's lock half done. Others would see half of it, and an append would go on at the end
+ * that another one has made meanwhile.
+ */
+static bool df_covered(struct df_inode *di, const struct distfuse_entry *entry, loff_t pos,
+		       size_t len)
+{
+	struct df_whole *whole;
+	bool covered;
+
+	/* This task has put its own there, and sees it without the lock. */
+	if (list_empty(&di->wholes))
+		return df_space_covers(entry, pos, len);
+	spin_lock(&di->lock);
+	list_for_each_entry(whole, &di->wholes, link)
+		if (whole->task == current)
+			break;
+	if (list_entry_is_head(whole, &di->wholes, link)) {
+		covered = df_space_covers(entry, pos, len);
+	} else {
+		if (whole->from)
+			len = max(len, df_in_one(whole->from));
+		covered = df_space_covers(entry, pos, len);
+		if (covered)
+			whole->from = NULL;
+	}
+	spin_unlock(&di->lock);
+	return covered;
+}
+
 static int df_write_begin(struct file *file, struct address_space *mapping, loff_t pos,
 			  unsigned int len, df_written **written, void **fsdata)
 {
@@ -92,7 +140,7 @@ static int df_write_begin(struct file *file, struct address_space *mapping, loff
 	struct df_inode *di = df_i(mapping->host);
 	struct distfuse_entry *entry = di ? READ_ONCE(di->entry) : NULL;
 
-	if (unlikely(!entry || !df_space_covers(entry, pos, len)))
+	if (unlikely(!entry || !df_covered(di, entry, pos, len)))
 		return DF_NO_SPACE;
 	return ds->stock_aops->write_begin(file, mapping, pos, len, written, fsdata);
 }

@@ -187,6 +187,9 @@ pub struct MetaConfig {
     pub listen: String,
     /// Directory of its store.
     pub dir: PathBuf,
+    /// Directory of a memory file system, in which it notes how far it has got: that outlives the process, not the host.
+    #[serde(default = "default_memory_dir")]
+    pub memory_dir: PathBuf,
 }
 
 /// One storage node.

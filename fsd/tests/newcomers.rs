@@ -128,6 +128,8 @@ impl Service for Slow {
                 epoch: 0,
                 record_bytes: 64,
                 storage: Vec::new(),
+                executed: 0,
+                awaited: false,
             })),
             _ => Ok(MetaReply::Done),
         };

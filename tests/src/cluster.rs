@@ -254,7 +254,7 @@ impl Cluster {
         };
         let mut text = format!(
             "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\nspin_us = {}\n[lease]\nwait_ms = {}\n\
-             [mount]\ncache = \"{}\"\n{}buffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\n",
+             [mount]\ncache = \"{}\"\n{}buffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\nmemory_dir = \"{}\"\n",
             o.fabric.name(),
             o.spin_us,
             o.lease_wait.as_millis(),
@@ -266,7 +266,8 @@ impl Cluster {
             },
             o.max_inodes,
             o.lease_table,
-            address("meta")?
+            address("meta")?,
+            self.memory.path().display()
         );
         for id in 0..o.storage {
             write!(

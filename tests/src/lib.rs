@@ -11,6 +11,7 @@ pub mod async_io;
 pub mod chance;
 pub mod cluster;
 pub mod coherence;
+pub mod contended;
 pub mod fsx;
 pub mod guard;
 pub mod history;

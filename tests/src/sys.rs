@@ -288,6 +288,20 @@ pub fn flock(file: &File, operation: i32) -> io::Result<()> {
     }
 }
 
+/// Writes at the end of a file, wherever that is, as pwritev2(2) does with `RWF_APPEND`.
+///
+/// # Errors
+/// Those of the call.
+pub fn append(file: &File, data: &[u8]) -> io::Result<usize> {
+    let part = libc::iovec {
+        iov_base: data.as_ptr().cast_mut().cast(),
+        iov_len: data.len(),
+    };
+    // SAFETY: one part, which is only read and as long as it says.
+    let n = unsafe { libc::pwritev2(file.as_raw_fd(), &raw const part, 1, 0, libc::RWF_APPEND) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
 /// A shared mapping of a file.
 #[derive(Debug)]
 pub struct Map {

@@ -23,6 +23,22 @@ pub enum SetTime {
     At(Time),
 }
 
+impl SetAttr {
+    /// Only the times of what was written: what the kernel itself sends for an inode whose times it keeps, besides
+    /// applications.
+    fn tells_times(&self) -> bool {
+        let Self {
+            mode,
+            uid,
+            gid,
+            size,
+            atime,
+            ..
+        } = self;
+        mode.is_none() && uid.is_none() && gid.is_none() && size.is_none() && atime.is_none()
+    }
+}
+
 impl SetTime {
     fn get(self) -> Time {
         match self {
@@ -188,6 +204,15 @@ impl Client {
         }
         let attr = {
             let mut state = inode.lock(ctx, guard.version())?;
+            // In write-back mode the kernel tells the times it has kept when it comes to it, perhaps after the last name
+            // and the last open file have gone: an error would stay in its state of the whole file system, where
+            // somebody else's `syncfs` finds it.
+            if self.mode == CacheMode::Writeback && set.tells_times() {
+                let last = self.load_last_attr(ctx, inode, &mut state)?;
+                if state.gone {
+                    return Ok(answer(&last, Duration::ZERO));
+                }
+            }
             let before = self.load_attr(ctx, inode, &mut state)?;
             if let Some(size) = set.size {
                 match before.kind {

@@ -340,8 +340,8 @@ pub struct Inode {
     pub errors: Latch,
     /// Writes of mapped pages that wait for the exclusive lease.
     pub mapped: super::mapped::MappedWrites,
-    /// Pages partly covered by writes that wait for the exclusive lease.
-    pub edges: Mutex<HashMap<u64, usize>>,
+    /// Pages that the kernel may keep locked for writes that wait for the exclusive lease.
+    pub edges: super::edges::Edges,
 }
 
 /// Open files of an inode on this mount.
@@ -384,7 +384,7 @@ impl Inode {
             opens: Mutex::default(),
             errors: Latch::default(),
             mapped: super::mapped::MappedWrites::default(),
-            edges: Mutex::default(),
+            edges: super::edges::Edges::default(),
         }
     }
 

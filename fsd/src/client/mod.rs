@@ -24,6 +24,7 @@ pub mod caller;
 pub mod ctx;
 pub mod data;
 pub mod dirs;
+mod edges;
 pub mod extension;
 pub mod fallocate;
 pub mod files;
@@ -31,6 +32,7 @@ pub mod fuse;
 mod handover;
 pub mod inode;
 pub mod inode_table;
+pub mod kernel_mount;
 pub mod locks;
 pub mod mapped;
 pub mod mount;
@@ -94,6 +96,8 @@ pub struct Client {
     pub workers: Workers,
     /// Threads for revocations.
     pub revokers: Workers,
+    /// Threads for invalidations that may meet a page which stays locked.
+    pub invalidators: Workers,
     /// Event loops that may still wait.
     pub permits: Permits,
     /// Longest wait for a lease.
@@ -138,6 +142,8 @@ pub struct Client {
     pub writeback_sleeps: AtomicBool,
     /// The mount is leaving.
     pub stopping: AtomicBool,
+    /// The mount is about to stop: what cannot be stored by now never will be.
+    pub leaving: AtomicBool,
     /// The leases are lost; nothing is served any more.
     pub doomed: AtomicBool,
     /// When the mount began.

@@ -11,10 +11,13 @@ use std::time::Duration;
 use lockmgr::msg::LeaseMsg;
 use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
 use rdma_transport::{Connection, Fabric, RemoteAddr};
+use rustix::mount::MountFlags;
 
 use super::extension::{self, Extension};
 use super::fuse::FsdFs;
-use super::mountpoint::{check_point, set_read_ahead, unmount};
+use super::inode::DirCache;
+use super::kernel_mount::{self, Mounted};
+use super::mountpoint::{check_point, set_read_ahead};
 use super::net::{JoinError, Net, NetConfig, Owner};
 use super::revoke::Revoker;
 use super::workers::Workers;
@@ -69,6 +72,12 @@ pub enum MountError {
     /// The leases cannot be set up.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    /// Options that are not known.
+    #[error("{detail}")]
+    Options {
+        /// Which.
+        detail: String,
+    },
     /// The kernel refused the mount.
     #[error("the kernel refuses to mount on {path}: {error}")]
     Kernel {
@@ -96,6 +105,8 @@ pub struct MountOptions {
     pub cache_shared: bool,
     /// Where other mounts reach this one; `None`: chosen from the configuration.
     pub listen: Option<String>,
+    /// As mount(8) has them, separated by commas.
+    pub options: Vec<String>,
     /// Use a directory that is not empty.
     pub allow_nonempty: bool,
     /// Have fusermount3 unmount when this process dies, however it dies.
@@ -109,6 +120,7 @@ pub struct Mount {
     session: Option<fuser::BackgroundSession>,
     threads: Vec<JoinHandle<()>>,
     point: PathBuf,
+    mounted: Option<Mounted>,
 }
 
 /// Connects the router to the client, which is made later.
@@ -179,6 +191,22 @@ impl Owner for Client {
     fn storage_lost(&self, shard: u16) {
         self.space.forget(shard);
         self.leases.storage_lost(u32::from(shard));
+    }
+    fn transaction_lost(&self, request: &MetaRequest, error: Errno) {
+        let inos: Vec<u64> = match request {
+            MetaRequest::Namespace { touched, .. } => touched.iter().map(|t| t.ino).collect(),
+            MetaRequest::Update { updates } => updates.iter().map(|u| u.ino).collect(),
+            _ => Vec::new(),
+        };
+        for inode in inos.into_iter().filter_map(|ino| self.inodes.find(ino)) {
+            tracing::error!(
+                "a change of {:#x} that was acknowledged is lost: {error}",
+                inode.ino
+            );
+            inode.errors.set(Errno(libc::EIO));
+            // What is known of its names came of that change, too.
+            inode.lock_raw().dir = DirCache::default();
+        }
     }
     fn storage_back(&self, shard: u16) {
         self.leases.storage_reconnected(u32::from(shard));
@@ -259,12 +287,71 @@ fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle
         .map_err(MountError::Thread)
 }
 
+/// Mounts in the kernel, and shakes hands with it.
+fn open_session(
+    config: &Config,
+    options: &MountOptions,
+    loops: usize,
+    client: &Arc<Client>,
+    (point, flags): (&Path, MountFlags),
+) -> Result<(fuser::Session<FsdFs>, Option<Mounted>), MountError> {
+    let refused = |error| MountError::Kernel {
+        path: point.to_owned(),
+        error,
+    };
+    let root = rustix::process::geteuid().is_root();
+    let mut fuse = fuser::Config::default();
+    fuse.n_threads = Some(loops);
+    fuse.clone_fd = true;
+    fuse.acl = if root {
+        fuser::SessionACL::All
+    } else {
+        fuser::SessionACL::Owner
+    };
+    let files = FsdFs::new(Arc::clone(client));
+    let session = if root && !options.auto_unmount {
+        let device = kernel_mount::mount(point, &config.cluster, flags).map_err(refused)?;
+        let mounted = Mounted::at(point);
+        fuser::Session::from_fd(files, device.into(), fuse.acl, fuse)
+            .inspect_err(|_| mounted.iter().for_each(Mounted::unmount))
+    } else {
+        fuse.mount_options = vec![
+            fuser::MountOption::FSName(config.cluster.clone()),
+            fuser::MountOption::Subtype("distfuse".into()),
+            fuser::MountOption::DefaultPermissions,
+        ];
+        let words = kernel_mount::words_of(flags);
+        fuse.mount_options.extend(
+            words
+                .iter()
+                .map(|word| fuser::MountOption::CUSTOM((*word).into())),
+        );
+        if root {
+            for (word, option) in [
+                ("nosuid", fuser::MountOption::Suid),
+                ("nodev", fuser::MountOption::Dev),
+            ] {
+                if !words.contains(&word) {
+                    fuse.mount_options.push(option);
+                }
+            }
+        }
+        if options.auto_unmount {
+            fuse.mount_options.push(fuser::MountOption::AutoUnmount);
+        }
+        fuser::Session::new(files, point, &fuse)
+    };
+    Ok((session.map_err(refused)?, Mounted::at(point)))
+}
+
 impl Mount {
     /// Joins the cluster and mounts.
     ///
     /// # Errors
     /// [`MountError`]; nothing is left behind.
     pub fn start(config: &Config, key: Vec<u8>, options: &MountOptions) -> Result<Self, MountError> {
+        let flags =
+            kernel_mount::flags_of(&options.options).map_err(|detail| MountError::Options { detail })?;
         let point = check_point(&options.point, options.allow_nonempty)?;
         let mode = match options.cache {
             CacheMode::Auto => best_mode(),
@@ -286,7 +373,7 @@ impl Mount {
         let listen = options.listen.clone().unwrap_or_else(|| own_listen(config));
         let service = Arc::clone(&front) as Arc<dyn Service>;
         let endpoint = Endpoint::open(config, Role::Client(None), listen, key, service)?;
-        let started = Self::start_on(config, options, mode, point, &endpoint, &front);
+        let started = Self::start_on(config, options, mode, (point, flags), &endpoint, &front);
         if started.is_err() {
             endpoint.fabric.shutdown();
         }
@@ -297,7 +384,7 @@ impl Mount {
         config: &Config,
         options: &MountOptions,
         mode: CacheMode,
-        point: PathBuf,
+        (point, flags): (PathBuf, MountFlags),
         endpoint: &Endpoint,
         front: &Arc<Front>,
     ) -> Result<Self, MountError> {
@@ -338,6 +425,7 @@ impl Mount {
             inodes: Arc::default(),
             workers,
             revokers: Workers::new("fsd-revoke", 128),
+            invalidators: Workers::new("fsd-inval", 256),
             permits: super::ctx::Permits::new(loops, SPARE_LOOPS),
             lease_wait: Duration::from_millis(config.lease.wait_ms),
             cache_reads: config.fabric != FabricChoice::Shm,
@@ -360,6 +448,7 @@ impl Mount {
             wake_writeback,
             writeback_sleeps: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
             began: std::time::Instant::now(),
             doomed: AtomicBool::new(false),
         });
@@ -373,49 +462,20 @@ impl Mount {
         let leases = Arc::clone(&client.leases);
         threads.push(thread("fsd-leases", move || leases.run_timers())?);
 
-        let mut fuse_config = fuser::Config::default();
-        fuse_config.mount_options = vec![
-            fuser::MountOption::FSName(config.cluster.clone()),
-            fuser::MountOption::Subtype("distfuse".into()),
-            fuser::MountOption::DefaultPermissions,
-            fuser::MountOption::Dev,
-            fuser::MountOption::Suid,
-            fuser::MountOption::NoAtime,
-        ];
-        let root = rustix::process::geteuid().is_root();
-        fuse_config.acl = if root {
-            fuser::SessionACL::All
-        } else {
-            fuser::SessionACL::Owner
-        };
-        if !root {
-            fuse_config
-                .mount_options
-                .retain(|o| !matches!(o, fuser::MountOption::Dev | fuser::MountOption::Suid));
+        let (session, mounted) = open_session(config, options, loops, &client, (&point, flags))?;
+        if let Some(mounted) = &mounted {
+            // The kernel has answered the handshake, which would take it back.
+            set_read_ahead(mounted, config.mount.read_ahead.0);
         }
-        if options.auto_unmount {
-            fuse_config.mount_options.push(fuser::MountOption::AutoUnmount);
-        }
-        fuse_config.n_threads = Some(loops);
-        fuse_config.clone_fd = true;
-        let session =
-            fuser::Session::new(FsdFs::new(Arc::clone(&client)), &point, &fuse_config).map_err(|error| {
-                MountError::Kernel {
-                    path: point.clone(),
-                    error,
-                }
-            })?;
-        // The kernel has answered the handshake, which would take it back.
-        set_read_ahead(&point, config.mount.read_ahead.0);
         let _ = client.notifier.set(session.notifier());
         if mode == CacheMode::Writeback {
-            // Before the kernel is answered for the first time, so nobody has a file open. If it fails, the session
-            // unmounts as it goes.
-            let ext = Arc::new(Extension::attach(
+            // Before the kernel is answered for the first time, so nobody has a file open.
+            let ext = Extension::attach(
                 &point,
                 config.mount.lease_table,
                 Duration::from_micros(config.spin_us),
-            )?);
+            );
+            let ext = Arc::new(ext.inspect_err(|_| mounted.iter().for_each(Mounted::unmount))?);
             let _ = client.extension.set(Arc::clone(&ext));
             let client = Arc::downgrade(&client);
             // Ends with the mount in the kernel, which may be later than this one.
@@ -429,6 +489,7 @@ impl Mount {
             session: Some(session),
             threads,
             point,
+            mounted,
         })
     }
 
@@ -456,10 +517,27 @@ impl Mount {
         self.client.doomed.load(Ordering::SeqCst)
     }
 
-    /// Unmounts, writes everything back, gives up all leases and leaves.
+    /// Unmounts, writes everything back, gives up all leases and leaves. One that has lost its leases stays where it is and
+    /// answers nothing any more, until somebody unmounts it: programs would go on in the directory below, and not know.
     pub fn stop(mut self) {
+        if self.is_doomed() {
+            tracing::error!(
+                "{} answers with errors from now on: end what uses it, unmount it (umount {}), and mount again",
+                self.point.display(),
+                self.point.display()
+            );
+            // Nothing that is cached can be trusted, nor written without a lease. The connection to the kernel ends with
+            // the process.
+            if let Some(session) = self.session.take() {
+                std::mem::forget(session);
+            }
+            self.client.net.stop();
+            return self.fabric.shutdown();
+        }
         if let Some(session) = self.session.take() {
-            unmount(&self.point);
+            if !session.guard.is_finished() {
+                self.mounted.iter().for_each(Mounted::unmount);
+            }
             // Where files are still open, the kernel keeps the connection until they are closed, or this
             // process ends.
             let deadline = std::time::Instant::now() + OPEN_WAIT;
@@ -475,12 +553,12 @@ impl Mount {
             }
         }
         let client = &self.client;
-        if self.is_doomed() {
-            // Nothing that is cached can be trusted, nor written without a lease.
-            client.net.stop();
-            return self.fabric.shutdown();
-        }
+        client.leaving.store(true, Ordering::SeqCst);
         client.write_all();
+        if client.dirty.lock().is_empty() {
+            // Nothing is lost any more, whoever is not there.
+            client.net.hurry();
+        }
         client.return_space();
         let (tx, rx) = crossbeam::channel::bounded(1);
         client.leases.leave(Box::new(move || {
@@ -504,6 +582,7 @@ impl Mount {
         client.net.stop();
         client.workers.close(CLOSE_WAIT);
         client.revokers.close(CLOSE_WAIT);
+        client.invalidators.close(CLOSE_WAIT);
         self.fabric.shutdown();
         let dirty = client.dirty.lock().len();
         if dirty > 0 {

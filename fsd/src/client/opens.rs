@@ -315,6 +315,15 @@ impl Client {
             }
             page_writer = writer && (cached || (access == libc::O_RDWR && self.shared_mappings));
             inode.opens.lock().page_writers += u64::from(page_writer);
+            if cached
+                && writer
+                && self.mode == CacheMode::Writethrough
+                && inode.kernel.revoking.load(Ordering::SeqCst)
+            {
+                // The revocation under way may have looked already whether anybody writes through the page cache.
+                inode.kernel.cached.fetch_sub(1, Ordering::SeqCst);
+                cached = false;
+            }
             if writer {
                 self.space_for_writer(inode);
             }

@@ -6,15 +6,14 @@
 //! tells the lease manager.
 //!
 //! Three things keep the kernel's invalidation from waiting for a request that itself waits for a lease:
-//! * a write that waits for the exclusive lease keeps at most its last page locked, and only if that page
-//!   is not up to date; that page is invalidated aside, with a bounded wait: a page that stays locked holds
-//!   nothing old;
+//! * a write that waits for the exclusive lease keeps at most one folio locked, and only if that is not up to
+//!   date; its pages are invalidated aside (see `edges`);
 //! * a write of mapped pages is answered at once (see `mapped`);
 //! * reads wait only while no lease is held, and then nothing is invalidated.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::bounded;
 use lockmgr::{LeaseUser, Mode, RecordId, Relinquish};
@@ -28,13 +27,15 @@ use crate::rpc::Errno;
 use crate::storage::BLOCK;
 use crate::wire::Attr;
 
-/// How long the invalidation of a page that a waiting write may keep locked is waited for.
-const EDGE_WAIT: Duration = Duration::from_millis(20);
 /// How long the kernel gets to take in the attributes of an answer before it is told to drop them; only
 /// for files that are open through the page cache.
 const SETTLE: Duration = Duration::from_micros(500);
-/// Attempts to write back before data is given up (each waits for lost connections itself).
-const FLUSH_ATTEMPTS: u32 = 3;
+/// Pause between attempts to write back (each waits for lost connections itself).
+const RETRY: Duration = Duration::from_millis(50);
+/// How often to say that data cannot be stored.
+const COMPLAIN: Duration = Duration::from_secs(30);
+/// Attempts of a mount that ends before data is given up.
+const LAST_ATTEMPTS: u32 = 3;
 
 /// The lease manager's user: hands revocations to threads that never serve requests.
 #[derive(Default)]
@@ -194,7 +195,7 @@ impl Client {
     /// Drops the kernel's pages on the thread that brings answers from the fabric, where that cannot wait
     /// for such an answer: reads under way find all they need here and in local memory.
     fn drop_pages_at_once(self: &Arc<Self>, inode: &Arc<Inode>, from: Mode) -> bool {
-        if from != Mode::Shared || !self.local_memory() || !inode.edges.lock().is_empty() {
+        if from != Mode::Shared || !self.local_memory() || !inode.edges.is_empty() {
             return false;
         }
         let all_here = inode
@@ -247,7 +248,7 @@ impl Client {
 
     /// Tells the kernel to drop attributes and, for `offset >= 0`, pages. An inode that the kernel is just
     /// about to learn of from an answer already sent is waited for.
-    fn notify(&self, inode: &Inode, offset: i64, len: i64) {
+    pub fn notify(&self, inode: &Inode, offset: i64, len: i64) {
         let Some(notifier) = self.notifier.get() else {
             return;
         };
@@ -266,29 +267,6 @@ impl Client {
                 }
                 Ok(()) => return,
             }
-        }
-    }
-
-    /// Drops all pages and attributes the kernel has of an inode.
-    fn invalidate_pages(self: &Arc<Self>, inode: &Arc<Inode>) {
-        let mut edges: Vec<u64> = inode.edges.lock().keys().copied().collect();
-        edges.sort_unstable();
-        let mut from = 0u64;
-        for page in &edges {
-            if page * PAGE > from {
-                self.notify(inode, from as i64, (page * PAGE - from) as i64);
-            }
-            from = (page + 1) * PAGE;
-        }
-        self.notify(inode, from as i64, 0);
-        for page in edges {
-            let (me, target) = (Arc::clone(self), Arc::clone(inode));
-            let (tx, rx) = bounded(1);
-            self.revokers.run(move || {
-                me.notify(&target, (page * PAGE) as i64, PAGE as i64);
-                let _ = tx.send(());
-            });
-            let _ = rx.recv_timeout(EDGE_WAIT);
         }
     }
 
@@ -376,18 +354,26 @@ impl Client {
             return Relinquish::default();
         }
         let ctx = Ctx::on_worker();
+        let mut said: Option<Instant> = None;
         for attempt in 1.. {
-            match self.flush_pages(&ctx, inode, &mut state) {
+            let error = match self.flush_pages(&ctx, inode, &mut state) {
                 Ok(()) => break,
-                Err(Stop::Errno(error)) if attempt >= FLUSH_ATTEMPTS => {
-                    // Told at fsync and close; keeping the data would keep everybody else waiting.
-                    tracing::error!("data of {:#x} lost: {error}", inode.ino);
-                    inode.errors.set(error);
-                    self.abandon_pages(inode, &mut state);
-                    break;
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+                Err(stop) => Self::errno_of(stop),
+            };
+            if self.leaving.load(Ordering::SeqCst) && attempt >= LAST_ATTEMPTS {
+                // Told at fsync and close.
+                tracing::error!("data of {:#x} lost: {error}", inode.ino);
+                inode.errors.set(error);
+                self.abandon_pages(inode, &mut state);
+                break;
             }
+            // It was acknowledged, and this mount has the only copy: whoever wants the file waits, and is told by its own
+            // wait for the lease.
+            if said.is_none_or(|at| at.elapsed() > COMPLAIN) {
+                said = Some(Instant::now());
+                tracing::warn!("data of {:#x} cannot be stored, and is kept: {error}", inode.ino);
+            }
+            std::thread::sleep(RETRY);
         }
         self.relinquish_flushed(inode, &mut state, from)
     }

@@ -16,13 +16,16 @@ use crate::rpc::Errno;
 use crate::storage::BLOCK;
 use crate::wire::{StorageReply, StorageRequest, Time};
 
-/// The page that the kernel keeps locked during a write through its page cache: the last one, if it is not
-/// covered as a whole (and was not up to date).
-fn edge_of(offset: u64, len: u64) -> Option<u64> {
+/// The pages (first, last) that the kernel may keep locked during a write through its page cache: one folio, if the write
+/// does not cover it and it was not up to date. That is the last page of a write that begins at the beginning of a page. One
+/// that begins elsewhere is sent folio by folio, and since Linux 6.17 a folio may be as large as the write.
+fn edge_of(offset: u64, len: u64) -> Option<(u64, u64)> {
     let end = offset.checked_add(len).filter(|_| len > 0)?;
     let last = page_of(end - 1);
-    let whole = end.is_multiple_of(PAGE) && offset <= last * PAGE;
-    (!whole).then_some(last)
+    if !offset.is_multiple_of(PAGE) {
+        return Some((page_of(offset), last));
+    }
+    (!end.is_multiple_of(PAGE)).then_some((last, last))
 }
 
 /// Aligned writes of at least this length go straight to the storage nodes.
@@ -128,8 +131,30 @@ impl Client {
         u32::try_from(data.len()).map_err(|_| Stop::Errno(Errno(libc::EINVAL)))
     }
 
-    /// The exclusive lease for a write. While it waits, the kernel may keep the last page locked; see
-    /// `revoke` for why that must be known.
+    /// Pages that the kernel writes back, or that somebody has stored to through a mapping.
+    ///
+    /// Those of a file that is gone, whose last name and last open file are no more, are of no use to anybody. They are
+    /// taken and dropped: the kernel would keep an error in its state of the whole file system, where somebody else's
+    /// `syncfs` finds it.
+    ///
+    /// # Errors
+    /// As [`Client::write`].
+    pub fn write_pages(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        offset: u64,
+        data: &[u8],
+        flags: WriteFlags,
+    ) -> Res<u32> {
+        match self.write(ctx, inode, offset, data, flags) {
+            Err(Stop::Errno(Errno(libc::ESTALE))) if inode.lock_raw().gone => Ok(data.len() as u32),
+            result => result,
+        }
+    }
+
+    /// The exclusive lease for a write. While it waits, the kernel may keep pages locked ([`edge_of`]); see `revoke` for
+    /// why that must be known.
     fn lease_for_write(
         &self,
         ctx: &Ctx<'_>,
@@ -143,18 +168,12 @@ impl Client {
         }
         ctx.may_wait()?;
         let edge = cached.then(|| edge_of(offset, len as u64)).flatten();
-        if let Some(page) = edge {
-            *inode.edges.lock().entry(page).or_default() += 1;
+        if let Some(pages) = edge {
+            inode.edges.begin(pages);
         }
         let guard = self.lease(ctx, inode, Mode::Exclusive);
-        if let Some(page) = edge {
-            let mut edges = inode.edges.lock();
-            if let Some(count) = edges.get_mut(&page) {
-                *count -= 1;
-                if *count == 0 {
-                    edges.remove(&page);
-                }
-            }
+        if let Some(pages) = edge {
+            inode.edges.end(pages);
         }
         guard
     }
@@ -498,12 +517,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_page_kept_locked_is_the_last_if_partly_covered() {
+    fn what_is_kept_locked_is_the_last_page_or_an_unaligned_write() {
         assert_eq!(edge_of(0, PAGE), None);
-        assert_eq!(edge_of(100, 2 * PAGE - 100), None);
-        assert_eq!(edge_of(PAGE, 10), Some(1));
-        assert_eq!(edge_of(PAGE + 10, PAGE - 10), Some(1));
-        assert_eq!(edge_of(0, 2 * PAGE + 1), Some(2));
+        assert_eq!(edge_of(PAGE, 10), Some((1, 1)));
+        assert_eq!(edge_of(0, 2 * PAGE + 1), Some((2, 2)));
         assert_eq!(edge_of(5, 0), None);
+        // A large folio may hold all of these.
+        assert_eq!(edge_of(PAGE + 10, PAGE - 10), Some((1, 1)));
+        assert_eq!(edge_of(100, 2 * PAGE - 100), Some((0, 1)));
+        assert_eq!(edge_of(100, 2 * PAGE), Some((0, 2)));
     }
 }

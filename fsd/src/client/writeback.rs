@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 use lockmgr::{Guard, Mode};
+use parking_lot::MutexGuard;
 
 use super::Client;
 use super::ctx::{Ctx, Res};
-use super::inode::Inode;
+use super::inode::{Inode, State};
 use crate::rpc::Errno;
-use crate::wire::{AttrUpdate, BlockWant, Frame, MetaRequest, StorageReply, StorageRequest};
+use crate::wire::{AttrUpdate, BlockWant, MetaRequest, StorageReply, StorageRequest};
 
 /// How often old data is looked for while there is any.
 const TICK: Duration = Duration::from_millis(250);
@@ -24,8 +25,6 @@ struct Wanted {
     /// Which of the files.
     file: usize,
     want: BlockWant,
-    /// What the block has now.
-    known: Option<Frame>,
     /// What is set aside for it.
     reserved: u32,
 }
@@ -144,42 +143,48 @@ impl Client {
         }
     }
 
-    /// What failed is tried again later: what is wrong will not have passed at once.
+    /// What failed is tried again later: what is wrong will not have passed at once. Nothing is lost, so no file is told.
     fn put_off(&self, inode: &Inode, error: Errno) {
         tracing::warn!("write-back of {:#x}: {error}; it is tried again", inode.ino);
-        inode.errors.set(error);
         self.dirty.lock().insert(inode.ino, Instant::now());
     }
 
     /// Asks for all the frames that the dirty pages of these files need.
+    ///
+    /// Their states stay locked until the frames have come: a block that gets a larger frame loses the one that is known
+    /// here, and whoever read or wrote that one meanwhile would read zeros, or another file's data, or lose what it wrote. A
+    /// file whose state is not free at once asks for itself later, so nobody waits here with other states locked.
     fn allocate_group(&self, held: &[(Arc<Inode>, Guard)]) -> Res<()> {
-        let ctx = Ctx::on_worker();
+        let mut states: HashMap<usize, MutexGuard<'_, State>> = HashMap::new();
         let mut by_node: HashMap<u16, Vec<Wanted>> = HashMap::new();
         for (i, (inode, guard)) in held.iter().enumerate() {
-            let state = inode.lock(&ctx, guard.version())?;
+            let Some(mut state) = inode.try_lock_raw() else {
+                continue;
+            };
+            inode.sync(&mut state, guard.version());
             if state.gone || state.pages.dirty() == 0 {
                 continue;
             }
+            state.check_layout();
             for (block, size) in super::write::frames_wanted(&state) {
-                let known = state.frames.known.get(&block).copied();
-                if known.is_none_or(|f| f.size < size) {
+                let node = self.storage_of(inode.ino, block);
+                // What a block has where that was never asked is found out when the file is written back by itself.
+                let loaded = state.frames.loaded.contains(&node);
+                if loaded && state.frames.known.get(&block).is_none_or(|f| f.size < size) {
                     let reserved = state.frames.reserved.get(&block).copied().unwrap_or(0);
                     let want = BlockWant {
                         ino: inode.ino,
                         block,
                         size: state.frames.size_of(block, size),
                     };
-                    by_node
-                        .entry(self.storage_of(inode.ino, block))
-                        .or_default()
-                        .push(Wanted {
-                            file: i,
-                            want,
-                            known,
-                            reserved,
-                        });
+                    by_node.entry(node).or_default().push(Wanted {
+                        file: i,
+                        want,
+                        reserved,
+                    });
                 }
             }
+            states.insert(i, state);
         }
         for (node, wants) in by_node {
             let reserved = wants.iter().map(|w| u64::from(w.reserved)).sum();
@@ -192,10 +197,7 @@ impl Client {
             };
             self.space.used(node, reserved);
             for (wanted, frame) in wants.iter().zip(frames) {
-                let (inode, guard) = &held[wanted.file];
-                let mut state = inode.lock(&ctx, guard.version())?;
-                // Nobody was kept from getting a larger frame meanwhile, or from freeing it: then this one is not the block's.
-                if state.frames.known.get(&wanted.want.block).copied() == wanted.known {
+                if let Some(state) = states.get_mut(&wanted.file) {
                     state.take_frame(wanted.want.block, frame);
                 }
             }

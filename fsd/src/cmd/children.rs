@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
+use crate::client::kernel_mount::Mounted;
+
 /// How long a child may take to be ready, or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -20,7 +22,8 @@ const RUST_LOG: &str = "RUST_LOG";
 struct Member {
     what: String,
     child: Child,
-    point: Option<PathBuf>,
+    /// What it has mounted.
+    mounted: Option<Mounted>,
 }
 
 /// The roles that run here, in the order they were started in; dropping them takes all down.
@@ -98,9 +101,12 @@ impl Children {
         self.members.push(Member {
             what: what.to_owned(),
             child,
-            point: point.map(Path::to_owned),
+            mounted: None,
         });
         let ready = self.wait_ready(&socket, what);
+        if let Some(member) = self.members.last_mut() {
+            member.mounted = point.filter(|_| ready.is_ok()).and_then(Mounted::at);
+        }
         let _ = std::fs::remove_file(&path);
         ready
     }
@@ -151,9 +157,7 @@ impl Children {
                 signal(&member.child, rustix::process::Signal::TERM);
                 clean &= wait_for(&mut member.child, PATIENCE);
             }
-            if let Some(point) = &member.point {
-                crate::client::mountpoint::unmount(point);
-            }
+            member.mounted.iter().for_each(Mounted::unmount);
             let _ = member.child.wait();
         }
         clean

@@ -95,6 +95,7 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
         meta: MetaConfig {
             listen: address("meta")?,
             dir: state.join("meta"),
+            memory_dir: "/dev/shm".into(),
         },
         storage,
         mount: MountConfig {

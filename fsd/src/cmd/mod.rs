@@ -59,6 +59,9 @@ pub enum Command {
         /// Address other mounts reach this one at.
         #[arg(long)]
         listen: Option<String>,
+        /// Options as mount(8) has them: ro, suid, dev, noexec, atime… (default: nosuid,nodev).
+        #[arg(short = 'o', value_name = "OPTIONS")]
+        options: Vec<String>,
         /// Mount over a directory that is not empty.
         #[arg(long)]
         allow_nonempty: bool,
@@ -113,12 +116,14 @@ pub fn run(cli: Cli) -> ExitCode {
             cache,
             cache_shared,
             listen,
+            options,
             allow_nonempty,
             auto_unmount,
             point,
         } => load(&role).and_then(|(c, key)| {
             let cache = cache.unwrap_or(c.mount.cache);
             let options = crate::client::MountOptions {
+                options,
                 point,
                 cache,
                 cache_shared: cache_shared || c.mount.cache_shared,

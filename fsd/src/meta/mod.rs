@@ -5,10 +5,13 @@
 
 pub mod locks;
 pub mod names;
+mod order;
 pub mod records;
+mod recovery;
 pub mod server;
 mod service;
 pub mod sessions;
+mod window;
 pub mod xattrs;
 
 pub use server::MetaServer;

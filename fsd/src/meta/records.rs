@@ -13,6 +13,8 @@
 //! | `V` node ino | number reserved by a mount |
 //! | `C` node | mount |
 //! | `L` node seq | answer of a transaction, for exactly-once |
+//! | `E` | place of the last transaction in the order of all |
+//! | `Z` | the server stopped in order, and nothing has been carried out since |
 
 use std::collections::HashMap;
 
@@ -150,6 +152,16 @@ pub mod key {
     #[must_use]
     pub fn answer(node: u16, seq: u64) -> Vec<u8> {
         tagged(b'L', u64::from(node), &seq.to_be_bytes())
+    }
+    /// Place of the last transaction.
+    #[must_use]
+    pub fn executed() -> Vec<u8> {
+        vec![b'E']
+    }
+    /// The server stopped in order.
+    #[must_use]
+    pub fn stopped() -> Vec<u8> {
+        vec![b'Z']
     }
     /// The number after the tag.
     #[must_use]

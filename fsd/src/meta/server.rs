@@ -13,18 +13,23 @@ use rdma_transport::{Connection, Fabric};
 
 use super::locks::{LockTable, Ticket};
 use super::names::{Change, Effects};
+use super::order::Order;
 use super::records::{LAYOUT, Member, Superblock, Txn, decode, encode, key, new_root};
 use super::sessions::{Session, Sessions};
+use super::window::Window;
 use super::{MetaError, Refusal};
 use crate::config::Config;
 use crate::endpoint::Endpoint;
 use crate::ino;
 use crate::rpc::{Calls, Responder, RpcError, Service};
 use crate::store::{FjallStore, Store, prefix_end};
-use crate::wire::{Hello, Role, StorageReply, StorageRequest, Time};
+use crate::wire::{Hello, MetaReply, Role, StorageReply, StorageRequest, Time};
 
 /// How often membership and freed inodes are looked after while there is something to do.
 const TICK: Duration = Duration::from_secs(1);
+
+/// Transactions that nobody asks to be durable are so after this long, as with local file systems.
+const SYNC_AFTER: Duration = Duration::from_secs(5);
 
 /// What changes while the server runs, besides the store.
 pub(super) struct State {
@@ -39,7 +44,12 @@ pub(super) struct State {
     pub(super) orphans: u64,
     pub(super) early_reaps: Vec<u64>,
     pub(super) tables: Vec<u64>,
+    /// Open while the mounts of the last life tell what may be missing.
+    pub(super) window: Option<Window>,
 }
+
+/// An answer that is given when everything so far is durable.
+pub(super) type OnceDurable = (Responder, MetaReply);
 
 /// The server behind its fabric endpoint.
 pub(super) struct Inner {
@@ -49,7 +59,10 @@ pub(super) struct Inner {
     pub(super) store: Arc<dyn Store>,
     pub(super) state: Mutex<State>,
     pub(super) requests: AtomicU64,
-    pub(super) sync: Sender<Responder>,
+    pub(super) sync: Sender<OnceDurable>,
+    pub(super) order: Order,
+    /// One request after the other, whichever thread brings it.
+    pub(super) serial: Mutex<()>,
     pub(super) freed: Sender<u64>,
     calls: Arc<Calls>,
     fabric: OnceLock<Arc<dyn Fabric>>,
@@ -213,6 +226,7 @@ fn load_state(store: &dyn Store, superblock: &Superblock) -> Result<State, MetaE
         orphans: count(store, b'O')?,
         early_reaps: Vec::new(),
         tables: superblock.tables.clone(),
+        window: None,
     })
 }
 
@@ -254,7 +268,16 @@ impl MetaServer {
         }
         let store: Arc<dyn Store> = Arc::new(FjallStore::open(dir)?);
         let superblock = read_superblock(store.as_ref(), config, dir)?;
-        let state = load_state(store.as_ref(), &superblock)?;
+        let mut state = load_state(store.as_ref(), &superblock)?;
+        let (order, lost) = Order::open(Arc::clone(&store), &config.meta.memory_dir, &superblock.uuid)?;
+        if lost {
+            state.window = Window::open(state.sessions.nodes.keys().copied());
+        }
+        if state.window.is_some() {
+            tracing::warn!(
+                "the last life of this server did not end in order, and its host has forgotten it: the mounts are asked for what may be missing"
+            );
+        }
         let front = Arc::new(Front(OnceLock::new()));
         let service = Arc::clone(&front) as Arc<dyn Service>;
         let listen = config.meta.listen.clone();
@@ -271,6 +294,8 @@ impl MetaServer {
             state: Mutex::new(state),
             requests: AtomicU64::new(0),
             sync,
+            order,
+            serial: Mutex::default(),
             freed,
             calls,
             fabric: OnceLock::new(),
@@ -323,25 +348,45 @@ impl MetaServer {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        Ok(self.inner.store.sync()?)
+        Ok(self.inner.order.stop()?)
     }
 }
 
 impl Inner {
-    /// Group commit: one sync answers everybody who asked before it began.
-    fn sync_loop(&self, requests: &Receiver<Responder>) {
+    /// Group commit: one sync answers everybody who asked before it began. And one every now and then while anything
+    /// happens, so that what the mounts have to keep is bounded.
+    fn sync_loop(&self, requests: &Receiver<OnceDurable>) {
+        let mut pending: Option<Instant> = None;
         while !self.stopping.load(Ordering::Acquire) {
             let first = match requests.recv_timeout(TICK) {
                 Ok(first) => first,
-                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Timeout) => {
+                    if self.order.executed() == self.order.durable() {
+                        pending = None;
+                    } else if pending.get_or_insert_with(Instant::now).elapsed() >= SYNC_AFTER {
+                        pending = None;
+                        if let Err(error) = self.order.sync() {
+                            tracing::error!("{error}");
+                        }
+                    }
+                    continue;
+                }
                 Err(RecvTimeoutError::Disconnected) => return,
             };
-            let waiting: Vec<Responder> = std::iter::once(first).chain(requests.try_iter()).collect();
-            let result = self.store.sync().map(|()| crate::wire::MetaReply::Done);
-            let result = result.map_err(|e| Refusal::Store(e).errno());
-            for responder in waiting {
-                responder.reply(&result);
+            let waiting: Vec<OnceDurable> = std::iter::once(first).chain(requests.try_iter()).collect();
+            let result = self.order.sync().map_err(|e| Refusal::Store(e).errno());
+            for (responder, reply) in waiting {
+                responder.reply(&result.map(|()| self.ordered(0, reply)));
             }
+        }
+    }
+
+    /// An answer with its place in the order of all.
+    pub(super) fn ordered(&self, order: u64, reply: MetaReply) -> MetaReply {
+        MetaReply::Ordered {
+            order,
+            durable: self.order.durable(),
+            reply: Box::new(reply),
         }
     }
 
@@ -354,15 +399,25 @@ impl Inner {
                 default(TICK) => {}
             }
             backlog.extend(freed.try_iter());
-            backlog.retain(|&ino| !self.free_blocks(ino));
+            // A crash that undid the removal would bring back the names of files whose blocks are gone.
+            if !backlog.is_empty() {
+                match self.order.sync() {
+                    Ok(()) => backlog.retain(|&ino| !self.free_blocks(ino)),
+                    Err(error) => tracing::error!("{error}"),
+                }
+            }
             let dead = self.state.lock().sessions.bury(Instant::now());
             for node in dead {
                 tracing::warn!(
                     "mount {node} is dead: it did not come back; files it had leased stay blocked until it is recovered"
                 );
                 let served = self.state.lock().locks.release_node(node);
-                self.answer_locks(&served, &Ok(crate::wire::MetaReply::Done));
+                self.answer_locks(&served, &Ok(MetaReply::Done));
+                if let Some(window) = &mut self.state.lock().window {
+                    window.give_up(node);
+                }
             }
+            self.end_window();
             if self.state.lock().sessions.only_dead()
                 && let Err(error) = self.recover_all()
             {

@@ -11,14 +11,15 @@ use super::names::{self, Change};
 use super::records::{Member, Txn, decode, encode, key};
 use super::server::{Inner, State};
 use super::sessions::Session;
+use super::window::Window;
 use super::{Refusal, no};
 use crate::clock::{Skew, Verdict};
 use crate::ino;
 use crate::rpc::{Errno, Responder};
-use crate::store::prefix_end;
+use crate::store::{StoreError, prefix_end};
 use crate::wire::{
-    Attr, Created, DirEntry, Hello, InoRange, JoinReply, LockSpec, MetaReply, MetaRequest, MetaStatus,
-    NodeInfo, StatFs, StorageInfo, Time,
+    Attr, AttrUpdate, Created, DirEntry, Hello, InoRange, JoinReply, LockSpec, MetaReply, MetaRequest,
+    MetaStatus, NodeInfo, StatFs, StorageInfo, Time,
 };
 
 /// Bytes of directory entries in one answer.
@@ -38,10 +39,27 @@ impl Inner {
                 return responder.reply::<MetaReply>(&Err(Errno(libc::EPROTO)));
             }
         };
+        if !Window::admits(&request)
+            && let Some(window) = &mut self.state.lock().window
+        {
+            return window.park((request, responder));
+        }
+        self.serve(request, responder);
+    }
+
+    /// Answers a request, whether or not a window is open.
+    pub(super) fn serve(&self, request: MetaRequest, responder: Responder) {
+        if let MetaRequest::Replay { entries, last } = request {
+            return self.replay(entries, last, responder);
+        }
+        let _serial = self.serial.lock();
         match request {
-            MetaRequest::Sync => {
-                if let Err(refused) = self.sync.send(responder) {
-                    refused.0.reply::<MetaReply>(&Err(Errno(libc::ESHUTDOWN)));
+            MetaRequest::Sync => self.once_durable(responder, MetaReply::Done),
+            MetaRequest::ReserveInodes { count } => {
+                match self.reserve(responder.conn(), count.min(MAX_RESERVE)) {
+                    // A number that was used, and whose being given out was lost, would be given out again.
+                    Ok(numbers) => self.once_durable(responder, numbers),
+                    Err(refusal) => responder.reply::<MetaReply>(&Err(refusal.errno())),
                 }
             }
             MetaRequest::SetLock { lock, wait } => self.set_lock(&lock, wait, responder),
@@ -65,6 +83,14 @@ impl Inner {
                     .map_err(|refusal| refusal.errno());
                 responder.reply(&answer);
             }
+        }
+    }
+
+    /// Answers when everything so far is durable.
+    fn once_durable(&self, responder: Responder, reply: MetaReply) {
+        if let Err(refused) = self.sync.send((responder, reply)) {
+            let (responder, _) = refused.0;
+            responder.reply::<MetaReply>(&Err(Errno(libc::ESHUTDOWN)));
         }
     }
 
@@ -119,7 +145,6 @@ impl Inner {
                     state: session.state(),
                 })
             }
-            MetaRequest::ReserveInodes { count } => self.reserve(conn, count.min(MAX_RESERVE)),
             MetaRequest::Lookup { parent, name } => {
                 let txn = self.txn();
                 match txn.dirent(parent, &name)? {
@@ -151,16 +176,24 @@ impl Inner {
                 now,
                 touched,
                 op,
-            } => self.namespace(conn, seq, acknowledged, now, &touched, &op),
-            MetaRequest::Update { updates } => {
-                let mut txn = self.txn();
-                for update in &updates {
-                    names::update(&mut txn, self.era(), update)?;
-                }
-                txn.commit()?;
-                Ok(MetaReply::Done)
+            } => {
+                let mut state = self.state.lock();
+                let node = state
+                    .sessions
+                    .by_conn(conn.id())
+                    .map_or_else(|| no(libc::ENOTCONN), Ok)?;
+                let (created, order) =
+                    self.namespace(&mut state, node, (seq, acknowledged), now, &touched, &op, None)?;
+                Ok(self.ordered(order, MetaReply::Changed(created)))
             }
-            MetaRequest::Reap { ino } => self.reap(ino),
+            MetaRequest::Update { updates } => {
+                let order = self.update(&updates, None)?;
+                Ok(self.ordered(order, MetaReply::Done))
+            }
+            MetaRequest::Reap { ino } => {
+                let order = self.reap(ino, None)?;
+                Ok(self.ordered(order, MetaReply::Done))
+            }
             MetaRequest::GetLock { lock } => Ok(MetaReply::Lock(self.state.lock().locks.test(&lock))),
             MetaRequest::StatFs => {
                 let inodes = self.state.lock().inodes;
@@ -175,6 +208,8 @@ impl Inner {
                 record_bytes: self.superblock.record_bytes,
             }),
             MetaRequest::Sync
+            | MetaRequest::ReserveInodes { .. }
+            | MetaRequest::Replay { .. }
             | MetaRequest::SetLock { .. }
             | MetaRequest::CancelLock { .. }
             | MetaRequest::ReleaseLocks { .. } => no(libc::EINVAL),
@@ -249,7 +284,7 @@ impl Inner {
             }
             // Mounts of a former life may come back, or hold leases that are released when they do not: until
             // that is known nobody new can be served.
-            None if state.sessions.nobody_up() => return no(libc::EAGAIN),
+            None if state.sessions.nobody_up() || state.window.is_some() => return no(libc::EAGAIN),
             None => state
                 .sessions
                 .free_number(layout.max_nodes())
@@ -259,6 +294,10 @@ impl Inner {
         let mut txn = self.txn();
         txn.put(key::member(node), encode(&member));
         txn.commit()?;
+        if again.is_none() {
+            // A server that has lost its end must know whom to ask for it.
+            self.order.sync()?;
+        }
         tracing::info!(
             "mount {node} ({}) {}",
             member.name,
@@ -278,6 +317,7 @@ impl Inner {
         for lock in locks {
             state.locks.set(lock, None);
         }
+        let awaited = state.window.as_ref().is_some_and(|w| w.awaits(node));
         drop(state);
         self.answer_locks(&served, &Ok(MetaReply::Done));
         Ok(MetaReply::Joined(JoinReply {
@@ -286,6 +326,8 @@ impl Inner {
             epoch: 0,
             record_bytes: self.superblock.record_bytes,
             storage: self.storage_infos(),
+            executed: self.order.executed(),
+            awaited,
         }))
     }
 
@@ -391,30 +433,36 @@ impl Inner {
         Ok(MetaReply::Entries(entries, !full))
     }
 
-    fn namespace(
+    /// Applies a transaction, at the place it had before if it is carried out `again`; the place it has.
+    fn commit(&self, txn: Txn<'_>, again: Option<u64>) -> Result<u64, StoreError> {
+        match again {
+            Some(place) => self.order.commit_again(txn, place).map(|()| place),
+            None => self.order.commit(txn),
+        }
+    }
+
+    /// Carries out a change of the namespace, unless it has been; its answer, and its place in the order.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn namespace(
         &self,
-        conn: &Arc<dyn Connection>,
-        seq: u64,
-        acknowledged: u64,
+        state: &mut State,
+        node: u16,
+        (seq, acknowledged): (u64, u64),
         now: Time,
         touched: &[crate::wire::Touched],
         op: &crate::wire::NamespaceOp,
-    ) -> Answer {
-        let mut state = self.state.lock();
-        let node = state
-            .sessions
-            .by_conn(conn.id())
-            .map_or_else(|| no(libc::ENOTCONN), Ok)?;
+        again: Option<u64>,
+    ) -> Result<(Created, u64), Refusal> {
         if let Some(bytes) = state.answers.get(&node).and_then(|a| a.get(&seq)) {
-            return decode::<Result<Created, Errno>>(bytes)?
-                .map(MetaReply::Changed)
-                .map_err(Refusal::Errno);
+            let answer = decode::<Result<Created, Errno>>(bytes)?.map_err(Refusal::Errno)?;
+            // Which place it had is not known any more; that of the last one keeps it long enough.
+            return Ok((answer, self.order.executed()));
         }
         use crate::wire::NamespaceOp::{Create, Link, SetXattr};
         if matches!(op, Create { .. } | Link { .. } | SetXattr { .. }) {
             self.store.room()?;
         }
-        let op = &self.adjust(&mut state, op);
+        let op = &self.adjust(state, op);
         let result = Change::new(self.txn(), node, now, self.era(), touched).run(op);
         let (mut txn, created, effects) = result?;
         let bytes = encode(&Ok::<&Created, Errno>(&created));
@@ -426,12 +474,24 @@ impl Inner {
             txn.delete(key::answer(node, *s));
         }
         answers.insert(seq, bytes);
-        if let Err(error) = txn.commit() {
-            state.answers.entry(node).or_default().remove(&seq);
-            return Err(error.into());
+        let place = match self.commit(txn, again) {
+            Ok(place) => place,
+            Err(error) => {
+                state.answers.entry(node).or_default().remove(&seq);
+                return Err(error.into());
+            }
+        };
+        self.settle(state, &effects);
+        Ok((created, place))
+    }
+
+    /// Takes attributes in; the place of that in the order.
+    pub(super) fn update(&self, updates: &[AttrUpdate], again: Option<u64>) -> Result<u64, Refusal> {
+        let mut txn = self.txn();
+        for update in updates {
+            names::update(&mut txn, self.era(), update)?;
         }
-        self.settle(&mut state, &effects);
-        Ok(MetaReply::Changed(created))
+        Ok(self.commit(txn, again)?)
     }
 
     /// A reap that overtook the unlink it belongs to: nobody has the inode open any more.
@@ -451,21 +511,23 @@ impl Inner {
         op
     }
 
-    fn reap(&self, ino: u64) -> Answer {
+    /// Removes an orphan; the place of that in the order.
+    pub(super) fn reap(&self, ino: u64, again: Option<u64>) -> Result<u64, Refusal> {
         let mut state = self.state.lock();
         let change = Change::new(self.txn(), 0, Time::now(), self.era(), &[]);
         match change.reap(ino)? {
             Some((txn, effects)) => {
-                txn.commit()?;
+                let place = self.commit(txn, again)?;
                 self.settle(&mut state, &effects);
+                Ok(place)
             }
             None => {
                 if self.txn().inode(ino).is_ok() && !state.early_reaps.contains(&ino) {
                     state.early_reaps.push(ino);
                 }
+                Ok(0)
             }
         }
-        Ok(MetaReply::Done)
     }
 
     fn set_lock(&self, lock: &LockSpec, wait: bool, responder: Responder) {

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Skew;
+use crate::rpc::Errno;
 
 use super::{Attr, AttrUpdate, Kind, Time};
 
@@ -155,6 +156,15 @@ pub struct LockSpec {
     pub kind: Option<LockKind>,
 }
 
+/// A transaction that a mount keeps until a crash of the metadata server's host can no longer undo it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Logged {
+    /// Its place in the order in which the server carried everything out.
+    pub order: u64,
+    /// What was asked.
+    pub request: MetaRequest,
+}
+
 /// Everything a client or tool asks the metadata server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MetaRequest {
@@ -241,6 +251,14 @@ pub enum MetaRequest {
     },
     /// Everything answered so far is to survive a crash of the machine.
     Sync,
+    /// A mount that has come back tells what it was answered and the restarted server's store may not have. The last part is
+    /// answered when everybody's has been carried out again.
+    Replay {
+        /// In order.
+        entries: Vec<Logged>,
+        /// No more parts follow.
+        last: bool,
+    },
     /// The last close of an orphan.
     Reap {
         /// Inode.
@@ -300,6 +318,10 @@ pub struct JoinReply {
     pub record_bytes: u32,
     /// The storage nodes.
     pub storage: Vec<StorageInfo>,
+    /// The last transaction that the server's store has.
+    pub executed: u64,
+    /// The server has restarted, may have lost transactions, and waits for this mount's `Replay`.
+    pub awaited: bool,
 }
 
 /// An inode number a mount may use for a new file.
@@ -400,6 +422,17 @@ pub struct MetaStatus {
 pub enum MetaReply {
     /// Nothing more to say.
     Done,
+    /// To what changes the store, and to `Sync`.
+    Ordered {
+        /// Place of this transaction in the order of all; 0 if it need not be kept.
+        order: u64,
+        /// Up to here a crash of the server's host undoes nothing.
+        durable: u64,
+        /// The answer itself.
+        reply: Box<Self>,
+    },
+    /// To the last part of `Replay`: the transactions that could not be carried out again, by their place, and why.
+    Replayed(Vec<(u64, Errno)>),
     /// To `Clock`.
     Clock(Time),
     /// To `Join`.

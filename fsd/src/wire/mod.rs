@@ -10,8 +10,8 @@ mod storage;
 
 pub use attr::{Attr, AttrUpdate, Kind, Time};
 pub use meta::{
-    Created, DirEntry, InoRange, JoinReply, LockKind, LockOwner, LockRange, LockSpec, MetaReply, MetaRequest,
-    MetaStatus, NamespaceOp, NodeInfo, PeerState, StatFs, StorageInfo, Touched,
+    Created, DirEntry, InoRange, JoinReply, LockKind, LockOwner, LockRange, LockSpec, Logged, MetaReply,
+    MetaRequest, MetaStatus, NamespaceOp, NodeInfo, PeerState, StatFs, StorageInfo, Touched,
 };
 pub use mount::{Act, MountRequest, MountStatus, Visited};
 pub use storage::{
@@ -167,6 +167,12 @@ pub fn numbered<T: Serialize>(kind: FrameKind, number: u64, value: &T) -> Result
     frame.push(kind as u8);
     frame.extend_from_slice(&number.to_le_bytes());
     postcard::to_extend(value, frame).map_err(|e| WireError(e.to_string()))
+}
+
+/// Length of a value's encoding, bytes.
+#[must_use]
+pub fn encoded_len<T: Serialize>(value: &T) -> usize {
+    postcard::experimental::serialized_size(value).unwrap_or(0)
 }
 
 /// Builds a frame without a number around raw bytes.

@@ -2,6 +2,7 @@
 //!
 //! Each check does something through one directory and looks through another; both lead to one file system.
 
+mod attributes;
 mod content;
 mod locks;
 mod names;
@@ -48,6 +49,7 @@ const KINDS: &[(&str, Check, usize)] = &[
     ("size", content::size, 1),
     ("times", content::times, 1),
     ("mode and owner", content::mode_owner, 1),
+    ("each attribute", attributes::each, 10),
     ("xattrs", content::xattrs, 1),
     ("mmap, fresh", content::map_fresh, 1),
     ("mmap, held", content::map_held, 1),

@@ -127,14 +127,14 @@ fn write_mapped(
     };
     let held = client.leases.held(inode.record());
     if held.is_some_and(|(mode, _)| mode == lockmgr::Mode::Exclusive) {
-        match client.write(&Ctx::on_loop(&client.permits), &inode, offset, data, how) {
+        match client.write_pages(&Ctx::on_loop(&client.permits), &inode, offset, data, how) {
             Err(Stop::Park) => {}
             result => return finish(&inode, result),
         }
     }
     let (me, data) = (Arc::clone(client), data.to_vec());
     client.workers.run(move || {
-        let result = me.write(&Ctx::on_worker(), &inode, offset, &data, how);
+        let result = me.write_pages(&Ctx::on_worker(), &inode, offset, &data, how);
         finish(&inode, result);
     });
 }

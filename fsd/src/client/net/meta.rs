@@ -1,5 +1,6 @@
 //! The connection to the metadata server.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -42,7 +43,7 @@ impl Net {
             // The one that measures first: what happens between the two makes the bounds wider, not wrong.
             let start = Instant::now();
             let sent = Time::now();
-            let MetaReply::Clock(theirs) = self.calls.call(conn, &MetaRequest::Clock, self.timeout)? else {
+            let MetaReply::Clock(theirs) = self.calls.call(conn, &MetaRequest::Clock, self.timeout())? else {
                 return Err(RpcError::Errno(Errno(libc::EPROTO)));
             };
             skew = skew.and(Skew::of_exchange(sent, theirs, start.elapsed()));
@@ -69,7 +70,7 @@ impl Net {
             skew,
             locks,
         };
-        match self.calls.call(conn, &request, self.timeout)? {
+        match self.calls.call(conn, &request, self.timeout())? {
             MetaReply::Joined(reply) => Ok(reply),
             _ => Err(RpcError::Errno(Errno(libc::EPROTO))),
         }
@@ -87,7 +88,8 @@ impl Net {
         let conn = self.connect_meta(deadline)?;
         // It is let in whatever that says, and had better not be late for that.
         let skew = self.compare_clocks(&conn, 1)?;
-        self.join_on(&conn, Some((joined.node, joined.incarnation)), skew)?;
+        let back = self.join_on(&conn, Some((joined.node, joined.incarnation)), skew)?;
+        self.tell_again(&conn, &back)?;
         tracing::info!("connected to the metadata server again");
         *self.meta.write() = Some(Arc::clone(&conn));
         Ok(conn)
@@ -98,18 +100,35 @@ impl Net {
     /// # Errors
     /// Its refusal, or no answer within the time limit.
     pub fn meta(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
-        let deadline = Instant::now() + self.timeout;
+        let patience = self.patience();
+        let deadline = Instant::now() + patience;
         loop {
             let conn = self.meta_conn(deadline)?;
-            match self.calls.call(&conn, request, self.timeout) {
+            match self.calls.call(&conn, request, patience) {
                 Err(RpcError::Transport(error)) => self.pause(deadline, error)?,
+                other => return other.map(|reply| self.taken(request, reply)),
+            }
+        }
+    }
+
+    /// As [`Net::meta`], for what must not get lost: it is asked again until the server answers or the mount stops.
+    ///
+    /// # Errors
+    /// Its refusal; the mount stops.
+    pub fn meta_hard(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
+        loop {
+            match self.meta(request) {
+                Err(error) if error.is_transport() && !self.stopping.load(Ordering::Acquire) => {
+                    tracing::warn!("the metadata server cannot be reached, and is asked again: {error}");
+                    std::thread::sleep(RETRY);
+                }
                 other => return other,
             }
         }
     }
 
     /// Sends a request to the metadata server; `done` gets the answer on some thread. A connection that
-    /// breaks meanwhile makes it a background request.
+    /// breaks meanwhile makes it a background request, which waits for the server as long as the mount lives.
     pub fn meta_async(
         &self,
         request: MetaRequest,
@@ -120,7 +139,7 @@ impl Net {
         let later = move |request: MetaRequest, done: Box<dyn FnOnce(Result<MetaReply, RpcError>) + Send>| {
             workers.run(move || {
                 if let Some(net) = me.upgrade() {
-                    done(net.meta(&request));
+                    done(net.meta_hard(&request));
                 }
             });
         };
@@ -129,10 +148,12 @@ impl Net {
             None => later(request, done),
             Some(conn) => {
                 let again = request.clone();
+                let net = Weak::clone(&self.me);
                 self.calls
-                    .call_async(&conn, &request, move |result| match result {
-                        Err(RpcError::Transport(_)) => later(again, done),
-                        other => done(other),
+                    .call_async(&conn, &request, move |result| match (result, net.upgrade()) {
+                        (Err(RpcError::Transport(_)), _) => later(again, done),
+                        (Ok(reply), Some(net)) => done(Ok(net.taken(&again, reply))),
+                        (other, _) => done(other),
                     });
             }
         }
@@ -153,7 +174,7 @@ impl Net {
         request: &MetaRequest,
         done: impl FnOnce(Result<MetaReply, RpcError>) + Send + 'static,
     ) -> Result<(), RpcError> {
-        let conn = self.meta_conn(Instant::now() + self.timeout)?;
+        let conn = self.meta_conn(Instant::now() + self.timeout())?;
         self.calls.call_async(&conn, request, done);
         Ok(())
     }

@@ -3,6 +3,7 @@
 //! A connection that breaks is made again in the background; requests wait for that up to their time
 //! limit and are then repeated (the servers carry repeated transactions out only once).
 
+mod log;
 mod meta;
 mod peers;
 mod storage;
@@ -29,6 +30,9 @@ pub use storage::StorageSession;
 /// Pause between attempts to reach a server again.
 const RETRY: Duration = Duration::from_millis(50);
 
+/// Longest wait for an answer of a mount that leaves with nothing left to lose.
+const HURRY: Duration = Duration::from_secs(1);
+
 /// How much longer than for an answer a mount waits for those of a former life to come back or be given up.
 const JOIN_GRACE: Duration = Duration::from_secs(15);
 
@@ -38,6 +42,8 @@ pub trait Owner: Send + Sync {
     fn held_locks(&self) -> Vec<LockSpec>;
     /// The connection to a storage node broke.
     fn storage_lost(&self, shard: u16);
+    /// A metadata server that has lost a transaction, which it had answered, cannot carry it out again.
+    fn transaction_lost(&self, request: &MetaRequest, error: Errno);
     /// There is a new connection to a storage node.
     fn storage_back(&self, shard: u16);
     /// A storage node came back without its leases: ours on it are worth nothing.
@@ -67,10 +73,13 @@ pub struct Net {
     cluster: String,
     meta_addr: String,
     timeout: Duration,
+    /// Nobody is waited for who is not there.
+    hurried: AtomicBool,
     life: u64,
     name: String,
     meta: RwLock<Option<Arc<dyn Connection>>>,
     meta_connecting: Mutex<()>,
+    log: log::Log,
     joined: OnceLock<JoinReply>,
     storage: OnceLock<Vec<StorageLink>>,
     record_bytes: AtomicU64,
@@ -103,10 +112,12 @@ impl Net {
             cluster: config.cluster,
             meta_addr: config.meta_addr,
             timeout: config.timeout,
+            hurried: AtomicBool::new(false),
             life: endpoint.life,
             name: config.name,
             meta: RwLock::new(None),
             meta_connecting: Mutex::new(()),
+            log: log::Log::default(),
             joined: OnceLock::new(),
             storage: OnceLock::new(),
             record_bytes: AtomicU64::new(64),
@@ -131,14 +142,14 @@ impl Net {
     /// # Errors
     /// Unreachable, wrong key, clocks apart…
     pub fn join(&self) -> Result<JoinReply, JoinError> {
-        let conn = self.connect_meta(Instant::now() + self.timeout)?;
+        let conn = self.connect_meta(Instant::now() + self.timeout())?;
         let skew = self.compare_clocks(&conn, meta::EXCHANGES)?;
         if skew.verdict() == Verdict::Unsure {
             tracing::warn!(
                 "the metadata server answers too slowly to tell whether the clock of this host is right: it is {skew} the server's"
             );
         }
-        let patience = Instant::now() + self.timeout + JOIN_GRACE;
+        let patience = Instant::now() + self.timeout() + JOIN_GRACE;
         let reply = loop {
             match self.join_on(&conn, None, skew) {
                 Err(RpcError::Errno(Errno(libc::EAGAIN))) if Instant::now() < patience => {
@@ -205,7 +216,7 @@ impl Net {
             self.workers.run(move || {
                 while let Some(net) = me.upgrade() {
                     if net.stopping.load(Ordering::Acquire)
-                        || net.meta_conn(Instant::now() + net.timeout).is_ok()
+                        || net.meta_conn(Instant::now() + net.timeout()).is_ok()
                     {
                         return;
                     }
@@ -247,6 +258,29 @@ impl Net {
         if let (Some(node), Some(owner)) = (peer, self.owner()) {
             owner.peer_gone(node);
         }
+    }
+
+    /// Longest wait for an answer.
+    pub(super) fn timeout(&self) -> Duration {
+        if self.hurried.load(Ordering::Acquire) {
+            HURRY.min(self.timeout)
+        } else {
+            self.timeout
+        }
+    }
+
+    /// Longest wait for the metadata server: one that has restarted may wait for other mounts before it answers.
+    pub(super) fn patience(&self) -> Duration {
+        if self.hurried.load(Ordering::Acquire) {
+            self.timeout()
+        } else {
+            self.timeout + JOIN_GRACE
+        }
+    }
+
+    /// The mount leaves and has nothing left to lose.
+    pub fn hurry(&self) {
+        self.hurried.store(true, Ordering::Release);
     }
 
     /// No more attempts to reach anybody again.

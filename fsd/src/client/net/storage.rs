@@ -99,7 +99,7 @@ impl Net {
         if let Some(session) = self.storage_now(id) {
             return Ok(session);
         }
-        let deadline = Instant::now() + self.timeout;
+        let deadline = Instant::now() + self.timeout();
         let again = link.session.read().is_some();
         loop {
             match self.attach(link) {
@@ -127,7 +127,7 @@ impl Net {
     fn attach(&self, link: &StorageLink) -> Result<StorageSession, RpcError> {
         let conn = self.fabric.connect(&link.addr)?;
         let StorageReply::Attached(attached) =
-            self.calls.call(&conn, &StorageRequest::Attach, self.timeout)?
+            self.calls.call(&conn, &StorageRequest::Attach, self.timeout())?
         else {
             return Err(RpcError::Errno(Errno(libc::EPROTO)));
         };
@@ -153,7 +153,7 @@ impl Net {
         match self.calls.call(
             &session.conn,
             &StorageRequest::LeaseSegment { segment },
-            self.timeout,
+            self.timeout(),
         )? {
             StorageReply::Segment(key) => {
                 session.segments.write().insert(segment, RegionKey(key));
@@ -168,10 +168,10 @@ impl Net {
     /// # Errors
     /// Its refusal, or no answer within the time limit.
     pub fn ask_storage(&self, id: u16, request: &StorageRequest) -> Result<StorageReply, RpcError> {
-        let deadline = Instant::now() + self.timeout;
+        let deadline = Instant::now() + self.timeout();
         loop {
             let session = self.storage(id)?;
-            match self.calls.call(&session.conn, request, self.timeout) {
+            match self.calls.call(&session.conn, request, self.timeout()) {
                 Err(RpcError::Transport(error)) => self.pause(deadline, error)?,
                 other => return other,
             }
@@ -200,7 +200,7 @@ impl Net {
     /// # Errors
     /// Its storage node cannot be reached or refuses.
     pub fn find_record(&self, record: RecordId) -> Result<(), RpcError> {
-        let deadline = Instant::now() + self.timeout;
+        let deadline = Instant::now() + self.timeout();
         loop {
             let session = self.storage(ino::record_shard(record))?;
             if self.place(&session, record).is_some() {

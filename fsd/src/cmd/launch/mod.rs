@@ -145,6 +145,7 @@ fn base(args: &LaunchArgs) -> Config {
         meta: MetaConfig {
             listen: String::new(),
             dir: nowhere,
+            memory_dir: "/dev/shm".into(),
         },
         storage: Vec::new(),
         verbs: Default::default(),

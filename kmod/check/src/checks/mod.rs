@@ -51,6 +51,7 @@ pub const ALL: &[Check] = &[
     ("asked: buffers of the killed, and of nobody's", asked::buffers),
     ("space: asked for where none is promised", space::range),
     ("space: a full pool is told of by write", space::full),
+    ("space: an append is put down as a whole", space::whole),
     ("space: a store without it is SIGBUS", space::mapped),
     ("space: the killed, and more than can ask", space::ends),
     ("writes: into dirty pages do what FUSE does", rewritten::same),

@@ -150,6 +150,47 @@ pub fn full() -> Result<()> {
     fixture.end()
 }
 
+/// Another task of the mount appends whenever one that appends has asked for space ahead, so where that goes is guessed wrong
+/// each time, until it is tried: then it is asked for all of it, and not for what lies behind the page that there is space for.
+pub fn whole() -> Result<()> {
+    let (fixture, file) = lent((0, 65536))?;
+    let manager = fixture.manager()?;
+    let appending = fixture.open_with(0, "f0", libc::O_APPEND)?;
+    let other = fixture.open_with(0, "f0", libc::O_APPEND)?;
+    let mut end = 65536;
+    let writing = writer(&appending, 2 * PAGE, 0)?;
+    let mut last = next(manager)?;
+    for guess in 1..=3 {
+        ensure_eq!((last.offset, last.len), (end, 2 * PAGE as u32), "guess {guess}");
+        // As much as was asked for, of which the other one takes some.
+        manager.mount(0)?.table().set_space(ino(0), (0, end + 2 * PAGE));
+        other.write_all_at(&[b'o'; 100], 0)?;
+        end += 100;
+        answer(manager, &last, Answer::Done(2 * PAGE as u32))?;
+        last = next(manager)?;
+    }
+    ensure_eq!(
+        (last.offset, last.len),
+        (end, 2 * PAGE as u32),
+        "asked for at last"
+    );
+    // Nothing of it is there: who appends meanwhile does so behind what is whole.
+    other.write_all_at(&[b'o'; 100], 0)?;
+    end += 100;
+    promise(manager, &last, end + 8 * PAGE)?;
+    ensure_eq!(writing.end("the append")?, Ok(2 * PAGE as usize), "written");
+    let tail = read_at(&file, 65536, (end + 2 * PAGE - 65536) as usize)?;
+    let (others, whole) = tail.split_at((end - 65536) as usize);
+    ensure!(others.iter().all(|&b| b == b'o'), "the others' appends");
+    ensure!(
+        whole.len() == 2 * PAGE as usize && whole.iter().all(|&b| b == b'w'),
+        "the append is torn"
+    );
+    drop((file, appending, other));
+    manager.automatic.store(true, SeqCst);
+    fixture.end()
+}
+
 fn touch(fixture: &Fixture, kind: &str) -> Result<Child> {
     let mut command = Command::new(std::env::current_exe()?);
     Ok(command

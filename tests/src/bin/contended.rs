@@ -1,0 +1,63 @@
+//! `contended DIR… [--tasks N] [--steps N] [--rounds N] [--seed N] [--extension]`: several tasks of each mount at the same files.
+//!
+//! Prints what each round did; exit status 1 where something was lost, torn or stale.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use system_tests::contended::{Plan, prove};
+
+const USAGE: &str = "usage: contended DIR… [--tasks N] [--steps N] [--rounds N] [--seed N] [--extension]";
+
+fn main() -> ExitCode {
+    let mut plan = Plan {
+        tasks: 3,
+        steps: 200,
+        seed: rand::random(),
+        extension: false,
+    };
+    let (mut rounds, mut dirs) = (1, Vec::new());
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        let mut number = || args.next().and_then(|n| n.parse::<u64>().ok());
+        let known = match arg.as_str() {
+            "--tasks" => number().map(|n| plan.tasks = n as usize),
+            "--steps" => number().map(|n| plan.steps = n as usize),
+            "--rounds" => number().map(|n| rounds = n),
+            "--seed" => number().map(|n| plan.seed = n),
+            "--extension" => {
+                plan.extension = true;
+                Some(())
+            }
+            dir if !dir.starts_with('-') => {
+                dirs.push(PathBuf::from(dir));
+                Some(())
+            }
+            _ => None,
+        };
+        if known.is_none() {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    }
+    let dirs: Vec<&Path> = dirs.iter().map(PathBuf::as_path).collect();
+    let mut failed = 0;
+    for round in 0..rounds {
+        match prove(&dirs, &plan) {
+            Ok(done) => println!(
+                "round {round}: {} records, {} writes, {} places read: right",
+                done.appended, done.writes, done.reads
+            ),
+            Err(error) => {
+                failed += 1;
+                println!("round {round}: {error:#}");
+            }
+        }
+        plan.seed = plan.seed.wrapping_add(1);
+    }
+    if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
