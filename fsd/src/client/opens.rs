@@ -315,16 +315,14 @@ impl Client {
             }
             page_writer = writer && (cached || (access == libc::O_RDWR && self.shared_mappings));
             inode.opens.lock().page_writers += u64::from(page_writer);
-            if page_writer
+            if cached
+                && writer
                 && self.mode == CacheMode::Writethrough
                 && inode.kernel.revoking.load(Ordering::SeqCst)
             {
                 // The revocation under way may have looked already whether anybody writes through the page cache.
-                inode.opens.lock().page_writers -= 1;
-                page_writer = false;
-                if std::mem::take(&mut cached) {
-                    inode.kernel.cached.fetch_sub(1, Ordering::SeqCst);
-                }
+                inode.kernel.cached.fetch_sub(1, Ordering::SeqCst);
+                cached = false;
             }
             if writer {
                 self.space_for_writer(inode);
