@@ -264,10 +264,10 @@ fn memory_is_taken_as_data_come_and_given_back() -> anyhow::Result<()> {
             for entry in fs::read_dir(cluster.memory())? {
                 blocks += entry?.metadata()?.blocks();
             }
-            Ok(blocks * 512 >> 20)
+            Ok((blocks * 512) >> 20)
         };
         let disk = || -> anyhow::Result<u64> {
-            Ok(fs::metadata(cluster.path("storage0/pool.data"))?.blocks() * 512 >> 20)
+            Ok((fs::metadata(cluster.path("storage0/pool.data"))?.blocks() * 512) >> 20)
         };
         ensure!(used()? < 64, "{} MiB at start", used()?);
         let path = cluster.mount(0).join("big");
