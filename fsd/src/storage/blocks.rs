@@ -35,7 +35,7 @@ const CLEANER: Duration = Duration::from_millis(200);
 /// Free slabs of the pool that are kept backed, so that nobody waits while the system zeroes memory …
 pub(super) const STOCK: usize = if cfg!(test) { 2 } else { 64 };
 /// … and of the backing file, so that what is stored goes to blocks that the disk has already.
-const DISK_STOCK: usize = if cfg!(test) { 2 } else { 128 };
+const DISK_STOCK: usize = if cfg!(test) { 0 } else { 128 };
 /// Slabs given back at once.
 const SURPLUS: usize = 1024;
 
