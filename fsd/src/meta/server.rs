@@ -94,10 +94,14 @@ fn load<T>(result: Result<T, Refusal>) -> Result<T, MetaError> {
 /// It is formatted already, or the disk refuses.
 pub fn format(config: &Config, uuid: &str) -> Result<(), MetaError> {
     let dir = &config.meta.dir;
-    std::fs::create_dir_all(dir).map_err(|error| MetaError::Io {
-        what: format!("cannot make {}", dir.display()),
-        error,
-    })?;
+    // Its owner's alone, whatever the umask.
+    let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    std::fs::create_dir_all(dir)
+        .and_then(|()| std::fs::set_permissions(dir, private))
+        .map_err(|error| MetaError::Io {
+            what: format!("cannot make {}", dir.display()),
+            error,
+        })?;
     let store = FjallStore::open(dir)?;
     if store.get(&key::superblock())?.is_some() {
         return Err(MetaError::Format {

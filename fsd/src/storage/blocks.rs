@@ -33,9 +33,9 @@ const GROW: u32 = 64;
 /// Longest wait for the cleaner to finish the frame it has in hand.
 const CLEANER: Duration = Duration::from_millis(200);
 /// Free slabs of the pool that are kept backed, so that nobody waits while the system zeroes memory …
-pub(super) const STOCK: usize = 64;
+pub(super) const STOCK: usize = if cfg!(test) { 2 } else { 64 };
 /// … and of the backing file, so that what is stored goes to blocks that the disk has already.
-const DISK_STOCK: usize = 128;
+const DISK_STOCK: usize = if cfg!(test) { 0 } else { 128 };
 /// Slabs given back at once.
 const SURPLUS: usize = 1024;
 
@@ -454,6 +454,8 @@ impl Blocks {
     /// Gives back what has not been needed for a while: memory, and blocks of the disk.
     pub(super) fn give_surplus_back(&self) {
         if !self.pinned {
+            // Whoever finds nothing free meanwhile waits, as for what is being cleaned.
+            self.cleaning.fetch_add(1, Ordering::AcqRel);
             self.cool(
                 "memory stays allocated",
                 STOCK,
@@ -463,6 +465,7 @@ impl Blocks {
                     back.map_err(|e| e.to_string())
                 },
             );
+            self.cleaning.fetch_sub(1, Ordering::AcqRel);
         }
         self.cool(
             "the backing file keeps its blocks",
@@ -482,8 +485,6 @@ impl Blocks {
         which: impl Fn(&mut Space) -> &mut Allocator,
         give_back: impl Fn(u64) -> Result<(), String>,
     ) {
-        // Whoever finds nothing free meanwhile waits, as for what is being cleaned.
-        self.cleaning.fetch_add(1, Ordering::AcqRel);
         let surplus = which(&mut self.space.lock()).surplus(stock, SURPLUS);
         for offset in surplus {
             let result = give_back(offset);
@@ -492,6 +493,5 @@ impl Blocks {
             }
             which(&mut self.space.lock()).cooled(offset, result.is_err());
         }
-        self.cleaning.fetch_sub(1, Ordering::AcqRel);
     }
 }
