@@ -63,6 +63,13 @@ impl Skew {
         if both.least <= both.most { both } else { later }
     }
 
+    /// How far the server's clock is ahead, as well as it is known, nanoseconds; 0 where it may be nothing, or is known too badly.
+    #[must_use]
+    pub fn estimate(self) -> i64 {
+        let known = self.verdict() == Verdict::Close && (self.least > 0 || self.most < 0);
+        if known { self.least.midpoint(self.most) } else { 0 }
+    }
+
     /// Whether the clocks are close enough.
     #[must_use]
     pub fn verdict(self) -> Verdict {
@@ -105,6 +112,18 @@ mod tests {
     use crate::wire::Time;
 
     const MS: i64 = 1_000_000;
+
+    #[test]
+    fn what_is_missing_is_added() {
+        // 700 ms ahead, as an exchange of 10 ms tells.
+        let known = exchange(700, 6, 4);
+        assert!((known.estimate() - 700 * MS).abs() <= 5 * MS);
+        assert!((exchange(-700, 5, 5).estimate() + 700 * MS).abs() <= 5 * MS);
+        // Perhaps nothing, and by more than would be let in.
+        assert_eq!(exchange(3, 10, 10).estimate(), 0);
+        assert_eq!(exchange(5000, 1, 1).estimate(), 0);
+        assert_eq!(Skew::UNKNOWN.estimate(), 0);
+    }
 
     /// An exchange with a server whose clock is ahead by this, in milliseconds: the way there, and the way back.
     fn exchange(ahead: i64, there: i64, back: i64) -> Skew {

@@ -40,9 +40,9 @@ impl SetAttr {
 }
 
 impl SetTime {
-    fn get(self) -> Time {
+    fn get(self, now: Time) -> Time {
         match self {
-            Self::Now => Time::now(),
+            Self::Now => now,
             Self::At(time) => time,
         }
     }
@@ -225,7 +225,7 @@ impl Client {
                 }
                 self.truncate(ctx, inode, &mut state, size)?;
             }
-            Self::apply(&mut state, set);
+            Self::apply(&mut state, set, self.net.now());
             state.touch();
             let attr = state.attr.unwrap_or(before);
             self.lent_attr_changed(inode, &attr);
@@ -238,9 +238,8 @@ impl Client {
         Ok(done)
     }
 
-    fn apply(state: &mut MutexGuard<'_, State>, set: &SetAttr) {
+    fn apply(state: &mut MutexGuard<'_, State>, set: &SetAttr, now: Time) {
         let Some(attr) = state.attr.as_mut() else { return };
-        let now = Time::now();
         if let Some(mode) = set.mode {
             attr.mode = mode as u16 & 0o7777;
         }
@@ -256,10 +255,10 @@ impl Client {
             kill_suid_for(attr, set.caller);
         }
         if let Some(time) = set.atime {
-            attr.atime = time.get();
+            attr.atime = time.get(now);
         }
         if let Some(time) = set.mtime {
-            attr.mtime = time.get();
+            attr.mtime = time.get(now);
         }
         // In write-back mode the kernel's clock counts, for it shows its own time already.
         attr.ctime = set.ctime.unwrap_or(now);

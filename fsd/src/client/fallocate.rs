@@ -12,7 +12,6 @@ use super::{Client, MAX_FILE_SIZE};
 use crate::ino;
 use crate::storage::BLOCK;
 use crate::storage::alloc::HEADROOM_SLABS;
-use crate::wire::Time;
 
 const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE;
@@ -100,7 +99,7 @@ impl Client {
                 if mode & KEEP == 0 {
                     attr.size = attr.size.max(end);
                 }
-                attr.mtime = Time::now();
+                attr.mtime = self.net.now();
                 attr.ctime = attr.mtime;
                 kill_suid_for(attr, caller);
                 state.touch();

@@ -14,7 +14,7 @@ use super::inode::{DirCache, Inode};
 use super::{Client, Guards, Versions};
 use crate::ino;
 use crate::rpc::Errno;
-use crate::wire::{Attr, Created, Kind, MetaReply, MetaRequest, NamespaceOp, Time, Touched};
+use crate::wire::{Attr, Created, Kind, MetaReply, MetaRequest, NamespaceOp, Touched};
 
 /// Inode numbers fetched at once, and the number left at which more are fetched.
 const NUMBERS: u32 = 128;
@@ -78,7 +78,7 @@ impl Client {
         let request = MetaRequest::Namespace {
             seq,
             acknowledged,
-            now: Time::now(),
+            now: self.net.now(),
             touched,
             op,
         };

@@ -17,7 +17,7 @@ use super::inode::Inode;
 use super::pins::{ONE_PIN, pinned};
 use crate::config::CacheMode;
 use crate::rpc::Errno;
-use crate::wire::{Kind, MetaRequest, Time};
+use crate::wire::{Kind, MetaRequest};
 
 /// In word 1 of a lease record: the inode has no name left, or is about to lose its last.
 pub const FLAG_UNLINKED: u64 = 1;
@@ -363,7 +363,7 @@ impl Client {
             if truncate && attr.kind == Kind::File {
                 self.truncate(ctx, inode, &mut state, 0)?;
                 if let Some(attr) = state.attr.as_mut() {
-                    attr.mtime = Time::now();
+                    attr.mtime = self.net.now();
                     attr.ctime = attr.mtime;
                     kill_suid_for(attr, caller);
                 }

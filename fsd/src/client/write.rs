@@ -14,7 +14,7 @@ use super::{Client, MAX_FILE_SIZE};
 use crate::config::CacheMode;
 use crate::rpc::Errno;
 use crate::storage::BLOCK;
-use crate::wire::{StorageReply, StorageRequest, Time};
+use crate::wire::{StorageReply, StorageRequest};
 
 /// The pages (first, last) that the kernel may keep locked during a write through its page cache: one folio, if the write
 /// does not cover it and it was not up to date. That is the last page of a write that begins at the beginning of a page. One
@@ -219,7 +219,7 @@ impl Client {
         }
         if let Some(attr) = state.attr.as_mut() {
             attr.size = attr.size.max(end);
-            attr.mtime = Time::now();
+            attr.mtime = self.net.now();
             attr.ctime = attr.mtime;
         }
         state.touch();

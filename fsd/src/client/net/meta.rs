@@ -52,6 +52,7 @@ impl Net {
             }
         }
         tracing::debug!("the clock of this host is {skew} the metadata server's");
+        self.clock.set(skew);
         Ok(skew)
     }
 

@@ -3,6 +3,7 @@
 //! A connection that breaks is made again in the background; requests wait for that up to their time
 //! limit and are then repeated (the servers carry repeated transactions out only once).
 
+mod clock;
 mod log;
 mod meta;
 mod peers;
@@ -80,6 +81,7 @@ pub struct Net {
     meta: RwLock<Option<Arc<dyn Connection>>>,
     meta_connecting: Mutex<()>,
     log: log::Log,
+    clock: clock::Clock,
     joined: OnceLock<JoinReply>,
     storage: OnceLock<Vec<StorageLink>>,
     record_bytes: AtomicU64,
@@ -118,6 +120,7 @@ impl Net {
             meta: RwLock::new(None),
             meta_connecting: Mutex::new(()),
             log: log::Log::default(),
+            clock: clock::Clock::default(),
             joined: OnceLock::new(),
             storage: OnceLock::new(),
             record_bytes: AtomicU64::new(64),
