@@ -11,7 +11,7 @@ use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::{Inode, State};
 use super::pages::{PAGE, page_of};
 use crate::config::CacheMode;
-use crate::rpc::Errno;
+use crate::rpc::{Errno, RpcError};
 use crate::storage::BLOCK;
 use crate::wire::{BlockWant, Frame, StorageReply, StorageRequest};
 
@@ -142,7 +142,13 @@ impl Client {
                     })
                     .collect();
                 let request = StorageRequest::Allocate { wants, reserved };
-                let StorageReply::Allocated(frames) = self.net.ask_storage(node, &request)? else {
+                let reply = match self.net.ask_storage(node, &request) {
+                    Err(RpcError::Errno(Errno(libc::ENOSPC))) if self.wait_for_frees() => {
+                        self.net.ask_storage(node, &request)
+                    }
+                    reply => reply,
+                };
+                let StorageReply::Allocated(frames) = reply? else {
                     return fail(libc::EPROTO);
                 };
                 self.space.used(node, reserved);

@@ -13,7 +13,7 @@ use super::Client;
 use super::ctx::{Ctx, Res, fail};
 use crate::storage::BLOCK;
 use crate::storage::alloc::{CLASSES, class_for};
-use crate::wire::{PoolSpace, StorageReply, StorageRequest};
+use crate::wire::{MetaRequest, PoolSpace, StorageReply, StorageRequest};
 
 /// Reserved in one request, bytes.
 pub const CHUNK: u64 = 8 << 20;
@@ -161,6 +161,14 @@ impl Client {
     /// # Errors
     /// It cannot be reached.
     pub fn ask_for_space(&self, node: u16, needed: u64, wanted: u64) -> Res<u64> {
+        let granted = self.ask_once(node, needed, wanted)?;
+        if granted >= needed || !self.wait_for_frees() {
+            return Ok(granted);
+        }
+        Ok(granted + self.ask_once(node, needed - granted, 0)?)
+    }
+
+    fn ask_once(&self, node: u16, needed: u64, wanted: u64) -> Res<u64> {
         match self
             .net
             .ask_storage(node, &StorageRequest::Reserve { needed, wanted })?
@@ -171,6 +179,12 @@ impl Client {
             }
             _ => fail(libc::EPROTO),
         }
+    }
+
+    /// A pool is full: waits until the blocks of files that have been removed are free, which happens after the removal has
+    /// been answered. False: that is not to be had, and asking again is in vain.
+    pub fn wait_for_frees(&self) -> bool {
+        self.net.meta(&MetaRequest::Settle).is_ok()
     }
 
     /// Sets `bytes` aside on a storage node.

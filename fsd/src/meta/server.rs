@@ -51,6 +51,14 @@ pub(super) struct State {
 /// An answer that is given when everything so far is durable.
 pub(super) type OnceDurable = (Responder, MetaReply);
 
+/// What the thread for housekeeping is told.
+pub(super) enum House {
+    /// An inode is gone, and its blocks are to be freed.
+    Freed(u64),
+    /// Somebody waits for what has been told so far.
+    Settle(Responder),
+}
+
 /// The server behind its fabric endpoint.
 pub(super) struct Inner {
     pub(super) config: Config,
@@ -63,7 +71,7 @@ pub(super) struct Inner {
     pub(super) order: Order,
     /// One request after the other, whichever thread brings it.
     pub(super) serial: Mutex<()>,
-    pub(super) freed: Sender<u64>,
+    pub(super) freed: Sender<House>,
     pub(super) calls: Arc<Calls>,
     fabric: OnceLock<Arc<dyn Fabric>>,
     storage: Mutex<HashMap<u16, Arc<dyn Connection>>>,
@@ -309,7 +317,7 @@ impl MetaServer {
         // Nobody else sets it.
         let _ = inner.fabric.set(Arc::clone(&fabric));
         for (k, _) in inner.store.scan(b"F", b"G", usize::MAX)? {
-            let _ = inner.freed.send(key::number(&k));
+            let _ = inner.freed.send(House::Freed(key::number(&k)));
         }
         let _ = front.0.set(Arc::clone(&inner));
         let thread = |name: &str, body: Box<dyn FnOnce() + Send>| {
@@ -394,21 +402,32 @@ impl Inner {
         }
     }
 
-    fn house_loop(&self, freed: &Receiver<u64>, stop: &Receiver<()>) {
+    fn house_loop(&self, told: &Receiver<House>, stop: &Receiver<()>) {
         let mut backlog: Vec<u64> = Vec::new();
         loop {
+            let mut news: Vec<House> = Vec::new();
             crossbeam::channel::select! {
                 recv(stop) -> _ => return,
-                recv(freed) -> ino => backlog.extend(ino),
+                recv(told) -> first => news.extend(first),
                 default(TICK) => {}
             }
-            backlog.extend(freed.try_iter());
+            news.extend(told.try_iter());
+            let mut waiting = Vec::new();
+            for one in news {
+                match one {
+                    House::Freed(ino) => backlog.push(ino),
+                    House::Settle(responder) => waiting.push(responder),
+                }
+            }
             // A crash that undid the removal would bring back the names of files whose blocks are gone.
             if !backlog.is_empty() {
                 match self.order.sync() {
                     Ok(()) => backlog.retain(|&ino| !self.free_blocks(ino)),
                     Err(error) => tracing::error!("{error}"),
                 }
+            }
+            for responder in waiting {
+                responder.reply(&Ok(MetaReply::Done));
             }
             let dead = self.state.lock().sessions.bury(Instant::now());
             for node in dead {
@@ -537,7 +556,7 @@ impl Inner {
         state.inodes = state.inodes.saturating_add_signed(effects.inodes);
         state.orphans = state.orphans.saturating_add_signed(effects.orphans);
         for &ino in &effects.freed {
-            let _ = self.freed.send(ino);
+            let _ = self.freed.send(House::Freed(ino));
         }
     }
 }

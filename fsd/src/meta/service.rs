@@ -9,7 +9,7 @@ use rdma_transport::Connection;
 use super::locks::{Outcome, Ticket};
 use super::names::{self, Change};
 use super::records::{Member, Txn, decode, encode, key};
-use super::server::{Inner, State};
+use super::server::{House, Inner, State};
 use super::sessions::Session;
 use super::window::Window;
 use super::{Refusal, no};
@@ -55,6 +55,10 @@ impl Inner {
         let _serial = self.serial.lock();
         match request {
             MetaRequest::Sync => self.once_durable(responder, MetaReply::Done),
+            MetaRequest::Settle => {
+                // A server that stops closes the connection.
+                let _ = self.freed.send(House::Settle(responder));
+            }
             MetaRequest::ReserveInodes { count } => {
                 match self.reserve(responder.conn(), count.min(MAX_RESERVE)) {
                     // A number that was used, and whose being given out was lost, would be given out again.
@@ -209,6 +213,7 @@ impl Inner {
                 record_bytes: self.superblock.record_bytes,
             }),
             MetaRequest::Sync
+            | MetaRequest::Settle
             | MetaRequest::ReserveInodes { .. }
             | MetaRequest::Replay { .. }
             | MetaRequest::SetLock { .. }

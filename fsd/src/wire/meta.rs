@@ -261,6 +261,8 @@ pub enum MetaRequest {
         /// No more parts follow.
         last: bool,
     },
+    /// Answered when the blocks of all files removed so far have been freed, or cannot be for now.
+    Settle,
     /// The last close of an orphan.
     Reap {
         /// Inode.

@@ -200,3 +200,29 @@ fn what_does_not_fit_changes_nothing() -> anyhow::Result<()> {
         Ok(())
     })
 }
+
+/// `df` shows the space of a file as soon as it has been removed, so it can be had.
+#[test]
+fn what_was_removed_makes_room_at_once() -> anyhow::Result<()> {
+    let options = Options {
+        pool_mib: 64,
+        storage: 1,
+        ..Options::default()
+    };
+    guard::with_cluster(options, |cluster| {
+        for round in 0..6 {
+            // By turns on both mounts, and by what asks for frames and what asks for space.
+            let path = cluster.mount(round % 2).join("big");
+            let file = File::create(&path)?;
+            let done = if round % 3 == 0 {
+                file.write_all_at(&vec![1; 48 << 20], 0)
+            } else {
+                sys::fallocate(&file, 0, 0, 48 << 20)
+            };
+            done.with_context(|| format!("round {round}"))?;
+            drop(file);
+            fs::remove_file(cluster.mount((round + 1) % 2).join("big"))?;
+        }
+        Ok(())
+    })
+}
