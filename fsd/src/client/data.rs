@@ -142,11 +142,12 @@ impl Client {
                     })
                     .collect();
                 let request = StorageRequest::Allocate { wants, reserved };
-                let reply = match self.net.ask_storage(node, &request) {
-                    Err(RpcError::Errno(Errno(libc::ENOSPC))) if self.wait_for_frees() => {
-                        self.net.ask_storage(node, &request)
+                let mut waits = 0;
+                let reply = loop {
+                    match self.net.ask_storage(node, &request) {
+                        Err(RpcError::Errno(Errno(libc::ENOSPC))) if self.wait_for_frees(&mut waits) => {}
+                        reply => break reply,
                     }
-                    reply => reply,
                 };
                 let StorageReply::Allocated(frames) = reply? else {
                     return fail(libc::EPROTO);

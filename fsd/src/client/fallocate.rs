@@ -174,8 +174,11 @@ impl Client {
         let lacks = self.lacking(inode, state, range);
         // Asked first: a reservation would take what is left from others, if only until it is given back.
         for (node, &bytes) in (0..).zip(&lacks) {
-            if bytes > 0 && bytes > self.pool_space(node)?.free {
-                return fail(libc::ENOSPC);
+            let mut waits = 0;
+            while bytes > 0 && bytes > self.pool_space(node)?.free {
+                if !self.wait_for_frees(&mut waits) {
+                    return fail(libc::ENOSPC);
+                }
             }
         }
         let mut room = Vec::with_capacity(lacks.len());

@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -13,13 +14,18 @@ use super::Client;
 use super::ctx::{Ctx, Res, fail};
 use crate::storage::BLOCK;
 use crate::storage::alloc::{CLASSES, class_for};
-use crate::wire::{MetaRequest, PoolSpace, StorageReply, StorageRequest};
+use crate::wire::{MetaReply, MetaRequest, PoolSpace, StorageReply, StorageRequest};
 
 /// Reserved in one request, bytes.
 pub const CHUNK: u64 = 8 << 20;
 
 /// So much of a storage node is kept in the bank while the mount is busy.
 const MOST_IDLE: u64 = 4 * CHUNK;
+
+/// Before a full pool is told of, files that have lost their names are waited for so often, and so long at a time: in all a
+/// little longer than a mount keeps what it was looked up a moment ago (`pins`).
+const CLOSE_WAITS: u32 = 50;
+const CLOSE_WAIT: Duration = Duration::from_millis(50);
 
 /// What a storage node has set aside for this mount.
 #[derive(Debug, Default)]
@@ -161,11 +167,12 @@ impl Client {
     /// # Errors
     /// It cannot be reached.
     pub fn ask_for_space(&self, node: u16, needed: u64, wanted: u64) -> Res<u64> {
-        let granted = self.ask_once(node, needed, wanted)?;
-        if granted >= needed || !self.wait_for_frees() {
-            return Ok(granted);
+        let mut granted = self.ask_once(node, needed, wanted)?;
+        let mut waits = 0;
+        while granted < needed && self.wait_for_frees(&mut waits) {
+            granted += self.ask_once(node, needed - granted, 0)?;
         }
-        Ok(granted + self.ask_once(node, needed - granted, 0)?)
+        Ok(granted)
     }
 
     fn ask_once(&self, node: u16, needed: u64, wanted: u64) -> Res<u64> {
@@ -182,9 +189,23 @@ impl Client {
     }
 
     /// A pool is full: waits until the blocks of files that have been removed are free, which happens after the removal has
-    /// been answered. False: that is not to be had, and asking again is in vain.
-    pub fn wait_for_frees(&self) -> bool {
-        self.net.meta(&MetaRequest::Settle).is_ok()
+    /// been answered; and, for a while, for files that have lost their name and are open: the kernel tells of a close when it
+    /// has returned, and a mount keeps what was looked up a moment ago. False: asking again is in vain.
+    pub fn wait_for_frees(&self, waits: &mut u32) -> bool {
+        if *waits >= CLOSE_WAITS {
+            return false;
+        }
+        if *waits > 0 {
+            std::thread::sleep(CLOSE_WAIT);
+        }
+        match self.net.meta(&MetaRequest::Settle) {
+            Ok(MetaReply::Settled { orphans }) => {
+                // Once more behind the last of them, and then no more.
+                *waits = if orphans > 0 { *waits + 1 } else { CLOSE_WAITS };
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Sets `bytes` aside on a storage node.

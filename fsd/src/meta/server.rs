@@ -426,8 +426,9 @@ impl Inner {
                     Err(error) => tracing::error!("{error}"),
                 }
             }
+            let orphans = self.state.lock().orphans;
             for responder in waiting {
-                responder.reply(&Ok(MetaReply::Done));
+                responder.reply(&Ok(MetaReply::Settled { orphans }));
             }
             let dead = self.state.lock().sessions.bury(Instant::now());
             for node in dead {

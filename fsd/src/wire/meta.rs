@@ -439,6 +439,11 @@ pub enum MetaReply {
     },
     /// To the last part of `Replay`: the transactions that could not be carried out again, by their place, and why.
     Replayed(Vec<(u64, Errno)>),
+    /// To `Settle`.
+    Settled {
+        /// Files that have lost their last name, and are open.
+        orphans: u64,
+    },
     /// To `Clock`.
     Clock(Time),
     /// To `Join`.
