@@ -2,12 +2,14 @@
 //!
 //! Prints what each round did; exit status 1 where something was lost, torn or stale.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use system_tests::contended::{Plan, prove};
 
-const USAGE: &str = "usage: contended DIR… [--tasks N] [--steps N] [--rounds N] [--seed N] [--extension]";
+const USAGE: &str =
+    "usage: contended DIR… [--tasks N] [--steps N] [--rounds N] [--seed N] [--extension] [--sync]";
 
 fn main() -> ExitCode {
     let mut plan = Plan {
@@ -16,7 +18,7 @@ fn main() -> ExitCode {
         seed: rand::random(),
         extension: false,
     };
-    let (mut rounds, mut dirs) = (1, Vec::new());
+    let (mut rounds, mut dirs, mut sync) = (1, Vec::new(), false);
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut number = || args.next().and_then(|n| n.parse::<u64>().ok());
@@ -29,6 +31,10 @@ fn main() -> ExitCode {
                 plan.extension = true;
                 Some(())
             }
+            "--sync" => {
+                sync = true;
+                Some(())
+            }
             dir if !dir.starts_with('-') => {
                 dirs.push(PathBuf::from(dir));
                 Some(())
@@ -39,6 +45,15 @@ fn main() -> ExitCode {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
         }
+    }
+    if sync {
+        for dir in &dirs {
+            if let Err(error) = File::open(dir).and_then(|dir| Ok(rustix::fs::syncfs(dir)?)) {
+                println!("{}: {error}", dir.display());
+                return ExitCode::FAILURE;
+            }
+        }
+        return ExitCode::SUCCESS;
     }
     let dirs: Vec<&Path> = dirs.iter().map(PathBuf::as_path).collect();
     let mut failed = 0;

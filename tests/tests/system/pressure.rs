@@ -98,19 +98,16 @@ fn resident(files: &[File]) -> anyhow::Result<usize> {
     Ok(pages * PAGE)
 }
 
-/// A guest's disk is its memory, and a storage node that gets none can answer nobody: its backing file is made whole.
+/// A guest's disk is its memory, and a storage node that gets none can answer nobody: its backing file is made whole, with the
+/// room that it takes while blocks are stored anew.
 fn keep_backing_file(cluster: &Cluster) -> anyhow::Result<()> {
-    let length = POOL_MIB << 20;
-    let mut found = 0;
-    for entry in fs::read_dir(cluster.path("storage0"))? {
-        let path = entry?.path();
-        if path.metadata()?.len() == length {
-            found += 1;
-            sys::fallocate(&sys::open(&path, libc::O_RDWR)?, 0, 0, length)?;
-        }
-    }
-    ensure!(found == 1, "{found} backing files");
-    Ok(())
+    let backing = sys::open(&cluster.path("storage0/pool.data"), libc::O_RDWR)?;
+    Ok(sys::fallocate(
+        &backing,
+        libc::FALLOC_FL_KEEP_SIZE,
+        0,
+        2 * (POOL_MIB << 20),
+    )?)
 }
 
 fn short_of_memory(cluster: &Cluster, ways: &[Way], settings: &[(&str, &str)]) -> anyhow::Result<()> {

@@ -17,6 +17,7 @@ const HOLDER_KILLED: &str = include_str!("../../scenarios/holder-killed.toml");
 const LAUNCH: &str = include_str!("../../scenarios/launch.toml");
 const HISTORIES: &str = include_str!("../../scenarios/histories.toml");
 const EXTENSION: &str = include_str!("../../scenarios/extension.toml");
+const CONTENDED: &str = include_str!("../../scenarios/contended.toml");
 const STRAIN: &str = include_str!("../../scenarios/strain.toml");
 const COUNTS: &str = include_str!("../../scenarios/counts.toml");
 const CLOCKS: &str = include_str!("../../scenarios/clocks.toml");
@@ -134,6 +135,14 @@ pub const ALL: &[Scenario] = &[
         nodes: 4,
         soak: Some(300),
         run: |cluster| script(EXTENSION, cluster),
+    },
+    Scenario {
+        name: "contended",
+        about: "several tasks of each mount at the same files, with the extension (scenarios/contended.toml)",
+        tiers: &[Tier::Single],
+        nodes: 4,
+        soak: Some(120),
+        run: |cluster| script(CONTENDED, cluster),
     },
     Scenario {
         name: "strain",
