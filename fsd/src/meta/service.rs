@@ -463,9 +463,7 @@ impl Inner {
         again: Option<u64>,
     ) -> Result<(Created, u64), Refusal> {
         if let Some(bytes) = state.answers.get(&node).and_then(|a| a.get(&seq)) {
-            let answer = decode::<Result<Created, Errno>>(bytes)?.map_err(Refusal::Errno)?;
-            // Which place it had is not known any more; that of the last one keeps it long enough.
-            return Ok((answer, self.order.executed()));
+            return decode::<(Created, u64)>(bytes);
         }
         use crate::wire::NamespaceOp::{Create, Link, SetXattr};
         if matches!(op, Create { .. } | Link { .. } | SetXattr { .. }) {
@@ -474,7 +472,8 @@ impl Inner {
         let op = &self.adjust(state, op);
         let result = Change::new(self.txn(), node, now, self.era(), touched).run(op);
         let (mut txn, created, effects) = result?;
-        let bytes = encode(&Ok::<&Created, Errno>(&created));
+        // The place it is about to get: requests come one after the other.
+        let bytes = encode(&(&created, again.unwrap_or(self.order.executed() + 1)));
         txn.put(key::answer(node, seq), bytes.clone());
         let answers = state.answers.entry(node).or_default();
         let old: Vec<u64> = answers.range(..acknowledged).map(|(&s, _)| s).collect();
