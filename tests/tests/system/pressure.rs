@@ -1,6 +1,6 @@
 //! The kernel extension on a machine that has less memory than the mounts would keep in it.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
