@@ -404,6 +404,7 @@ impl Inner {
 
     fn house_loop(&self, told: &Receiver<House>, stop: &Receiver<()>) {
         let mut backlog: Vec<u64> = Vec::new();
+        let mut freed_at = Instant::now();
         loop {
             let mut news: Vec<House> = Vec::new();
             crossbeam::channel::select! {
@@ -420,7 +421,10 @@ impl Inner {
                 }
             }
             // A crash that undid the removal would bring back the names of files whose blocks are gone.
-            if !backlog.is_empty() {
+            // Not for each of many that are removed one after the other: a sync keeps everybody waiting for a while.
+            let due = !waiting.is_empty() || freed_at.elapsed() >= TICK;
+            if !backlog.is_empty() && due {
+                freed_at = Instant::now();
                 match self.order.sync() {
                     Ok(()) => backlog.retain(|&ino| !self.free_blocks(ino)),
                     Err(error) => tracing::error!("{error}"),
@@ -518,7 +522,7 @@ impl Inner {
         }
         let nodes: Vec<u16> = state.sessions.nodes.keys().copied().collect();
         for node in nodes {
-            load(self.forget(&mut state, node))?;
+            load(self.forget(&mut state, node, false))?;
         }
         tracing::info!("every mount was dead: all leases have been reset");
         Ok(())
