@@ -595,6 +595,7 @@ impl Inner {
             nodes,
             inodes: state.inodes,
             orphans: state.orphans,
+            freeing: self.freeing.load(Ordering::Relaxed),
             requests: self.requests.load(Ordering::Relaxed),
             epoch: 0,
         }
