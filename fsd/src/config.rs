@@ -210,6 +210,15 @@ pub struct StorageConfig {
     /// So much of the backing file is checked each second; zero: not at all.
     #[serde(default = "default_scrub")]
     pub scrub: Size,
+    /// A pass of that check begins so many seconds after the one before has ended.
+    #[serde(default = "default_scrub_pause")]
+    pub scrub_pause_s: u64,
+}
+
+/// Pause between two passes where the configuration says nothing, seconds: a disk that is idle stays so for most of the time.
+#[must_use]
+pub fn default_scrub_pause() -> u64 {
+    3600
 }
 
 /// Rate of the check of a backing file where the configuration says nothing, bytes a second.
