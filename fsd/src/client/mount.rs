@@ -1,5 +1,6 @@
 //! Starting and stopping a mount.
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -435,7 +436,7 @@ impl Mount {
             attr_push: Default::default(),
             cached_pages: AtomicUsize::new(0),
             max_pages: (config.mount.buffer_cache.0 / super::pages::PAGE) as usize,
-            new_inos: Arc::default(),
+            new_inos: parking_lot::Mutex::new(VecDeque::new()),
             handles: Default::default(),
             file_locks: Default::default(),
             pins: Default::default(),

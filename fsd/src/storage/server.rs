@@ -166,8 +166,7 @@ impl StorageNode {
             })?,
             spawn("storage-scrub", {
                 let (i, rate) = (Arc::clone(&inner), section.scrub.0);
-                let pause = Duration::from_secs(section.scrub_pause_s);
-                move || i.blocks.scrub_loop(rate, pause, &scrub_in)
+                move || i.blocks.scrub_loop(rate, &scrub_in)
             })?,
         ];
         Ok(Self {

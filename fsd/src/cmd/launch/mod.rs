@@ -176,7 +176,6 @@ fn cluster(args: &LaunchArgs, roles: &Roles) -> Config {
         pool: args.pool,
         memory_dir: "/dev/shm".into(),
         scrub: crate::config::default_scrub(),
-        scrub_pause_s: crate::config::default_scrub_pause(),
     });
     Config {
         cluster: "launch".into(),
