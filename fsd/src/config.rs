@@ -210,6 +210,15 @@ pub struct StorageConfig {
     /// So much of the backing file is checked each second; zero: not at all.
     #[serde(default = "default_scrub")]
     pub scrub: Size,
+    /// A pass of that check begins so many seconds after the one before has ended.
+    #[serde(default = "default_scrub_pause")]
+    pub scrub_pause_s: u64,
+}
+
+/// Pause between two passes where the configuration says nothing, seconds: a disk that is idle stays so for most of the time.
+#[must_use]
+pub fn default_scrub_pause() -> u64 {
+    3600
 }
 
 /// Rate of the check of a backing file where the configuration says nothing, bytes a second.
@@ -330,7 +339,18 @@ pub fn read_key(path: &Path) -> Result<Vec<u8>, ConfigError> {
         path: path.to_owned(),
         error,
     };
-    let meta = fs::metadata(path).map_err(read)?;
+    let meta = match fs::metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(ConfigError::Value {
+                path: path.to_owned(),
+                detail: format!(
+                    "there is no cluster key: make one with fsd keygen {}, and copy it to every host",
+                    path.display()
+                ),
+            });
+        }
+        meta => meta.map_err(read)?,
+    };
     let mode = meta.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         return Err(ConfigError::KeyExposed {
@@ -362,6 +382,10 @@ pub fn read_key(path: &Path) -> Result<Vec<u8>, ConfigError> {
     }
     Ok(key)
 }
+
+/// Shortest and longest wait for an answer or a lease, milliseconds: what is shorter ends before a busy host has answered.
+const MIN_WAIT_MS: u64 = 50;
+const MAX_WAIT_MS: u64 = 3_600_000;
 
 /// Smallest pool of a storage node, bytes.
 pub const MIN_POOL: u64 = 8 << 20;
@@ -453,6 +477,27 @@ impl Config {
                 self.lease.record_bytes
             ));
         }
+        if self.fabric != FabricChoice::Shm {
+            let has_port = |address: &str| {
+                let port = address
+                    .rsplit_once(':')
+                    .and_then(|(_, port)| port.parse::<u16>().ok());
+                port.is_some_and(|port| port > 0)
+            };
+            if let Some(address) = addresses.iter().find(|address| !has_port(address)) {
+                return Err(format!("the address {address} has no port: write host:port"));
+            }
+        }
+        for (name, value) in [
+            ("timeout_ms", self.timeout_ms),
+            ("lease.wait_ms", self.lease.wait_ms),
+        ] {
+            if !(MIN_WAIT_MS..=MAX_WAIT_MS).contains(&value) {
+                return Err(format!(
+                    "{name} = {value}: it must be between {MIN_WAIT_MS} and {MAX_WAIT_MS} milliseconds"
+                ));
+            }
+        }
         if self.mount.loops == 0 || self.mount.loops > 64 {
             return Err("mount.loops must be between 1 and 64".into());
         }
@@ -521,6 +566,30 @@ mod tests {
     fn a_small_pool_is_refused() {
         let error = load(&GOOD.replace("64MiB", "1MiB")).unwrap_err().to_string();
         assert!(error.contains("too small") && error.contains("8MiB"), "{error}");
+    }
+
+    #[test]
+    fn nonsense_is_refused_by_name() {
+        let tcp = GOOD
+            .replace("shm", "tcp")
+            .replace("/tmp/m.sock", "10.0.0.1:7000")
+            .replace("/tmp/s0.sock", "10.0.0.1:7100");
+        load(&tcp).unwrap();
+        for (from, to, told) in [
+            ("10.0.0.1:7100", "10.0.0.1", "10.0.0.1 has no port"),
+            ("10.0.0.1:7000", "10.0.0.1:0", "10.0.0.1:0 has no port"),
+            ("fabric", "timeout_ms = 0\nfabric", "timeout_ms = 0"),
+            ("fabric", "lease = { wait_ms = 1 }\nfabric", "lease.wait_ms = 1"),
+        ] {
+            let error = load(&tcp.replacen(from, to, 1)).unwrap_err().to_string();
+            assert!(error.contains(told), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_key_that_is_not_there_is_to_be_made() {
+        let error = read_key(Path::new("/nowhere/key")).unwrap_err().to_string();
+        assert!(error.contains("fsd keygen /nowhere/key"), "{error}");
     }
 
     #[test]

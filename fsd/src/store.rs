@@ -23,6 +23,22 @@ pub enum StoreError {
         /// What it said.
         detail: String,
     },
+    /// Another process has it open.
+    #[error("the store in {path} is in use: the role whose store it is runs already on this host")]
+    InUse {
+        /// Directory of the store.
+        path: PathBuf,
+    },
+    /// It cannot be opened as it is.
+    #[error(
+        "the store in {path} is damaged ({detail}): put back a copy of the directory, or look at the disk (dmesg); a new one (fsd format) has none of the files"
+    )]
+    Damaged {
+        /// Directory of the store.
+        path: PathBuf,
+        /// What the engine says.
+        detail: String,
+    },
     /// The disk is full.
     #[error("the disk that holds {path} is full: free some space there")]
     Full {
@@ -200,7 +216,14 @@ impl FjallStore {
 
 impl Engine {
     fn open(path: &Path) -> Result<Self, StoreError> {
-        let fail = |e: fjall::Error| engine_error(path, &e);
+        let fail = |e: fjall::Error| match (&e, engine_error(path, &e)) {
+            (fjall::Error::Locked, _) => StoreError::InUse {
+                path: path.to_owned(),
+            },
+            // Also a system's error: what is too short, or not there, is the engine's file.
+            (_, StoreError::Engine { path, detail }) => StoreError::Damaged { path, detail },
+            (_, other) => other,
+        };
         let db = Database::builder(path)
             .manual_journal_persist(false)
             .open()
@@ -315,6 +338,19 @@ mod tests {
         assert_eq!(store.get(b"a1").unwrap(), None);
         let all = store.scan(b"a", &prefix_end(b"a"), 10).unwrap();
         assert_eq!(all, vec![(b"a2".to_vec(), b"y".to_vec())]);
+    }
+
+    #[test]
+    fn what_cannot_be_opened_says_why() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FjallStore::open(dir.path()).unwrap();
+        let again = FjallStore::open(dir.path()).err().unwrap();
+        assert!(matches!(again, StoreError::InUse { .. }), "{again}");
+        drop(store);
+        std::fs::write(dir.path().join("version"), b"x").unwrap();
+        let damaged = FjallStore::open(dir.path()).err().unwrap();
+        assert!(matches!(damaged, StoreError::Damaged { .. }), "{damaged}");
+        assert!(damaged.to_string().contains(&*dir.path().to_string_lossy()));
     }
 
     #[test]

@@ -276,7 +276,7 @@ impl Cluster {
         for id in 0..o.storage {
             write!(
                 text,
-                "[[storage]]\nid = {id}\nlisten = \"{}\"\ndir = \"storage{id}\"\npool = \"{}MiB\"\nmemory_dir = \"{}\"\n",
+                "[[storage]]\nid = {id}\nlisten = \"{}\"\ndir = \"storage{id}\"\npool = \"{}MiB\"\nmemory_dir = \"{}\"\nscrub_pause_s = 0\n",
                 address(&format!("storage{id}"))?,
                 o.pool_mib,
                 self.memory.path().display()

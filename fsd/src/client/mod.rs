@@ -53,7 +53,7 @@ pub mod xattrs;
 
 pub use mount::{Mount, MountError, MountOptions};
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -119,7 +119,7 @@ pub struct Client {
     /// Most pages in the buffer caches.
     pub max_pages: usize,
     /// Numbers for new inodes, whose leases this mount holds exclusively already.
-    pub new_inos: Mutex<VecDeque<u64>>,
+    pub new_inos: Arc<names::Numbers>,
     /// Open files and directories.
     pub handles: opens::Handles,
     /// File locks held by processes of this mount.

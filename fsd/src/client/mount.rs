@@ -1,6 +1,5 @@
 //! Starting and stopping a mount.
 
-use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -436,7 +435,7 @@ impl Mount {
             attr_push: Default::default(),
             cached_pages: AtomicUsize::new(0),
             max_pages: (config.mount.buffer_cache.0 / super::pages::PAGE) as usize,
-            new_inos: parking_lot::Mutex::new(VecDeque::new()),
+            new_inos: Arc::default(),
             handles: Default::default(),
             file_locks: Default::default(),
             pins: Default::default(),

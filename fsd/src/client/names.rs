@@ -1,8 +1,8 @@
 //! Changing the namespace: create, link, unlink, rmdir, rename.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use lockmgr::Mode;
@@ -16,9 +16,18 @@ use crate::ino;
 use crate::rpc::Errno;
 use crate::wire::{Attr, Created, Kind, MetaReply, MetaRequest, NamespaceOp, Touched};
 
-/// Inode numbers fetched at once, and the number left at which more are fetched.
-const NUMBERS: u32 = 128;
-const LOW: usize = 48;
+/// Inode numbers fetched at once, and the number left at which more are fetched. The server makes durable that it has given
+/// them out, which takes as long as its disk does; so that is not waited for.
+const NUMBERS: u32 = 512;
+const LOW: usize = 256;
+
+/// Inode numbers for new files.
+#[derive(Debug, Default)]
+pub struct Numbers {
+    free: Mutex<VecDeque<u64>>,
+    /// More are on their way.
+    fetching: AtomicBool,
+}
 
 /// Numbers of transactions, and which are still unanswered.
 #[derive(Debug, Default)]
@@ -127,34 +136,32 @@ impl Client {
 
     /// A number for a new inode.
     fn new_number(&self, ctx: &Ctx<'_>) -> Res<u64> {
+        use MetaRequest::ReserveInodes;
         loop {
             let (number, left) = {
-                let mut numbers = self.new_inos.lock();
-                (numbers.pop_front(), numbers.len())
+                let mut free = self.new_inos.free.lock();
+                (free.pop_front(), free.len())
             };
-            match number {
-                Some(number) if left >= LOW => return Ok(number),
-                // Fetching more is cheap against what it saves; done by whoever comes across it.
-                Some(number) => {
-                    if ctx.may_wait().is_ok() {
-                        self.fetch_numbers()?;
-                    }
-                    return Ok(number);
-                }
-                None => {
-                    ctx.may_wait()?;
-                    self.fetch_numbers()?;
-                }
+            if left < LOW && number.is_some() && !self.new_inos.fetching.swap(true, Ordering::AcqRel) {
+                let numbers = Arc::clone(&self.new_inos);
+                self.net
+                    .meta_async(ReserveInodes { count: NUMBERS }, move |answer| {
+                        // Who comes to the end of those that are left asks himself, and is told what is wrong.
+                        if let Ok(MetaReply::Inodes(range)) = answer {
+                            numbers.free.lock().extend(range.inos);
+                        }
+                        numbers.fetching.store(false, Ordering::Release);
+                    });
             }
+            if let Some(number) = number {
+                return Ok(number);
+            }
+            ctx.may_wait()?;
+            let MetaReply::Inodes(range) = self.net.meta(&ReserveInodes { count: NUMBERS })? else {
+                return fail(libc::EPROTO);
+            };
+            self.new_inos.free.lock().extend(range.inos);
         }
-    }
-
-    fn fetch_numbers(&self) -> Res<()> {
-        let MetaReply::Inodes(range) = self.net.meta(&MetaRequest::ReserveInodes { count: NUMBERS })? else {
-            return fail(libc::EPROTO);
-        };
-        self.new_inos.lock().extend(range.inos);
-        Ok(())
     }
 
     /// Makes a new inode under a name; `answer` runs while its lease is held.
@@ -180,7 +187,7 @@ impl Client {
             )))
         ) {
             // Refused before anything was made of it.
-            self.new_inos.lock().push_back(number);
+            self.new_inos.free.lock().push_back(number);
         }
         made
     }

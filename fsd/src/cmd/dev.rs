@@ -79,6 +79,7 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
                 pool: args.pool,
                 memory_dir: "/dev/shm".into(),
                 scrub: crate::config::default_scrub(),
+                scrub_pause_s: crate::config::default_scrub_pause(),
             })
         })
         .collect::<anyhow::Result<_>>()?;

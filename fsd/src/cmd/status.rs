@@ -155,8 +155,8 @@ fn print(report: &Report) {
     );
     match &report.meta {
         Ok(m) => println!(
-            "metadata server  up    {} inodes, {} orphans, {} requests",
-            m.inodes, m.orphans, m.requests
+            "metadata server  up    {} inodes, {} orphans, {} being freed, {} requests",
+            m.inodes, m.orphans, m.freeing, m.requests
         ),
         Err(error) => println!("metadata server  DOWN  {error}"),
     }

@@ -14,8 +14,11 @@ impl Inner {
             return responder.reply::<MetaReply>(&Err(Errno(libc::ENOTCONN)));
         };
         let mut state = self.state.lock();
-        if let Some(window) = state.window.as_mut().filter(|w| w.awaits(node)) {
-            window.take(node, entries);
+        if let Some(window) = state.window.as_mut() {
+            // One that has told everything, and has come back since, tells nothing new.
+            if window.awaits(node) {
+                window.take(node, entries);
+            }
             if last {
                 window.complete(node, responder);
                 drop(state);

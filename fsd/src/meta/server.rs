@@ -72,6 +72,8 @@ pub(super) struct Inner {
     /// One request after the other, whichever thread brings it.
     pub(super) serial: Mutex<()>,
     pub(super) freed: Sender<House>,
+    /// Inodes told to be freed, and not freed yet.
+    pub(super) freeing: AtomicU64,
     pub(super) calls: Arc<Calls>,
     fabric: OnceLock<Arc<dyn Fabric>>,
     storage: Mutex<HashMap<u16, Arc<dyn Connection>>>,
@@ -309,6 +311,7 @@ impl MetaServer {
             order,
             serial: Mutex::default(),
             freed,
+            freeing: AtomicU64::new(0),
             calls,
             fabric: OnceLock::new(),
             storage: Mutex::default(),
@@ -317,7 +320,7 @@ impl MetaServer {
         // Nobody else sets it.
         let _ = inner.fabric.set(Arc::clone(&fabric));
         for (k, _) in inner.store.scan(b"F", b"G", usize::MAX)? {
-            let _ = inner.freed.send(House::Freed(key::number(&k)));
+            inner.free_later(key::number(&k));
         }
         let _ = front.0.set(Arc::clone(&inner));
         let thread = |name: &str, body: Box<dyn FnOnce() + Send>| {
@@ -404,6 +407,7 @@ impl Inner {
 
     fn house_loop(&self, told: &Receiver<House>, stop: &Receiver<()>) {
         let mut backlog: Vec<u64> = Vec::new();
+        let mut freed_at = Instant::now();
         loop {
             let mut news: Vec<House> = Vec::new();
             crossbeam::channel::select! {
@@ -420,7 +424,10 @@ impl Inner {
                 }
             }
             // A crash that undid the removal would bring back the names of files whose blocks are gone.
-            if !backlog.is_empty() {
+            // Not for each of many that are removed one after the other: a sync keeps everybody waiting for a while.
+            let due = !waiting.is_empty() || freed_at.elapsed() >= TICK;
+            if !backlog.is_empty() && due {
+                freed_at = Instant::now();
                 match self.order.sync() {
                     Ok(()) => backlog.retain(|&ino| !self.free_blocks(ino)),
                     Err(error) => tracing::error!("{error}"),
@@ -469,6 +476,11 @@ impl Inner {
             .call(&conn, request, Duration::from_millis(self.config.timeout_ms))
     }
 
+    fn free_later(&self, ino: u64) {
+        self.freeing.fetch_add(1, Ordering::Relaxed);
+        let _ = self.freed.send(House::Freed(ino));
+    }
+
     /// Frees an inode's blocks everywhere, then lets its record be used again. False: try again later.
     fn free_blocks(&self, ino: u64) -> bool {
         for section in &self.config.storage {
@@ -488,7 +500,10 @@ impl Inner {
         txn.delete(key::freed(ino));
         txn.recycle(ino);
         match txn.commit() {
-            Ok(()) => true,
+            Ok(()) => {
+                self.freeing.fetch_sub(1, Ordering::Relaxed);
+                true
+            }
             Err(error) => {
                 tracing::error!("{error}");
                 false
@@ -518,7 +533,7 @@ impl Inner {
         }
         let nodes: Vec<u16> = state.sessions.nodes.keys().copied().collect();
         for node in nodes {
-            load(self.forget(&mut state, node))?;
+            load(self.forget(&mut state, node, false))?;
         }
         tracing::info!("every mount was dead: all leases have been reset");
         Ok(())
@@ -557,7 +572,7 @@ impl Inner {
         state.inodes = state.inodes.saturating_add_signed(effects.inodes);
         state.orphans = state.orphans.saturating_add_signed(effects.orphans);
         for &ino in &effects.freed {
-            let _ = self.freed.send(House::Freed(ino));
+            self.free_later(ino);
         }
     }
 }

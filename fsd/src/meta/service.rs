@@ -131,7 +131,7 @@ impl Inner {
                     .sessions
                     .by_conn(conn.id())
                     .map_or_else(|| no(libc::ENOTCONN), Ok)?;
-                self.forget(&mut state, node)?;
+                self.forget(&mut state, node, true)?;
                 let served = state.locks.release_node(node);
                 drop(state);
                 self.answer_locks(&served, &Ok(MetaReply::Done));
@@ -341,7 +341,8 @@ impl Inner {
     }
 
     /// A mount is no more: its number, reservations and answers go.
-    pub(super) fn forget(&self, state: &mut State, node: u16) -> Result<(), Refusal> {
+    /// Numbers that one which `left` in order has not used nobody has heard of; of one that died that is not certain.
+    pub(super) fn forget(&self, state: &mut State, node: u16, left: bool) -> Result<(), Refusal> {
         let Some(session) = state.sessions.nodes.remove(&node) else {
             return Ok(());
         };
@@ -349,7 +350,13 @@ impl Inner {
         let reserved = txn.scan_stored(&key::reserved(node, 0)[..9], usize::MAX)?;
         let unused = reserved.len();
         for (k, _) in reserved {
-            txn.recycle(key::second(&k));
+            let ino = key::second(&k);
+            if left && ino::generation(ino) < ino::WORN {
+                let unused = key::reusable(ino::shard(ino), ino::index(ino));
+                txn.put(unused, encode(&ino::generation(ino)));
+            } else {
+                txn.recycle(ino);
+            }
             txn.delete(k);
         }
         for (k, _) in txn.scan_stored(&key::answer(node, 0)[..9], usize::MAX)? {
@@ -588,6 +595,7 @@ impl Inner {
             nodes,
             inodes: state.inodes,
             orphans: state.orphans,
+            freeing: self.freeing.load(Ordering::Relaxed),
             requests: self.requests.load(Ordering::Relaxed),
             epoch: 0,
         }

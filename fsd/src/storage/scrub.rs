@@ -1,7 +1,7 @@
 //! The background check of what is on disk.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 
@@ -83,14 +83,22 @@ impl Blocks {
         Ok(u64::from(stored.extent.size))
     }
 
-    /// Checks the backing file at a rate of bytes a second, until told to stop.
-    pub(super) fn scrub_loop(&self, rate: u64, stop: &Receiver<()>) {
+    /// Checks the backing file at a rate of bytes a second, until told to stop. A pass begins so long after the one before; but at
+    /// once where blocks are lost, for they may be readable again.
+    pub(super) fn scrub_loop(&self, rate: u64, pause: Duration, stop: &Receiver<()>) {
         let mut state = Scrub::default();
+        // When the last pass ended that left no block lost.
+        let mut ended: Option<Instant> = None;
         while matches!(stop.recv_timeout(STEP), Err(RecvTimeoutError::Timeout)) {
-            if rate > 0
-                && let Err(error) = self.scrub(&mut state, rate)
-            {
+            if rate == 0 || (state.left.is_empty() && ended.is_some_and(|at| at.elapsed() < pause)) {
+                continue;
+            }
+            if let Err(error) = self.scrub(&mut state, rate) {
                 tracing::error!("checking the backing file: {error}");
+            }
+            if state.left.is_empty() {
+                let lost = self.space.lock().index.all().any(|(_, entry)| entry.lost);
+                ended = (!lost).then(Instant::now);
             }
         }
     }

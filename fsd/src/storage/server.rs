@@ -166,7 +166,8 @@ impl StorageNode {
             })?,
             spawn("storage-scrub", {
                 let (i, rate) = (Arc::clone(&inner), section.scrub.0);
-                move || i.blocks.scrub_loop(rate, &scrub_in)
+                let pause = Duration::from_secs(section.scrub_pause_s);
+                move || i.blocks.scrub_loop(rate, pause, &scrub_in)
             })?,
         ];
         Ok(Self {

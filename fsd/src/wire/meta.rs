@@ -417,6 +417,8 @@ pub struct MetaStatus {
     pub inodes: u64,
     /// Unlinked inodes that are still open.
     pub orphans: u64,
+    /// Removed inodes whose blocks are still to be freed.
+    pub freeing: u64,
     /// Requests answered since start.
     pub requests: u64,
     /// Epoch.

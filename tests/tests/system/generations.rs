@@ -29,9 +29,10 @@ fn asked_for_again(options: Options) -> anyhow::Result<()> {
             gone.push((place(handle.metadata()?.ino()), handle));
             fs::remove_file(there.join(&name))?;
         }
-        // They were looked up a moment ago, and are kept a moment for that.
+        // They were looked up a moment ago, and are kept a moment for that; then their records are free when their blocks are.
         let end = Instant::now() + Duration::from_secs(20);
-        while cluster.status()?["meta"]["Ok"]["orphans"] != 0 {
+        let left = |what: &str| -> anyhow::Result<bool> { Ok(cluster.status()?["meta"]["Ok"][what] != 0) };
+        while left("orphans")? || left("freeing")? {
             ensure!(Instant::now() < end, "files that were removed stay");
             std::thread::sleep(Duration::from_millis(50));
         }

@@ -176,6 +176,7 @@ fn cluster(args: &LaunchArgs, roles: &Roles) -> Config {
         pool: args.pool,
         memory_dir: "/dev/shm".into(),
         scrub: crate::config::default_scrub(),
+        scrub_pause_s: crate::config::default_scrub_pause(),
     });
     Config {
         cluster: "launch".into(),
