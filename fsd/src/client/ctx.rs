@@ -39,6 +39,12 @@ pub fn fail<T>(number: i32) -> Res<T> {
     Err(Stop::Errno(Errno(number)))
 }
 
+/// There is no space for it.
+#[must_use]
+pub fn is_full<T>(result: &Res<T>) -> bool {
+    matches!(result, Err(Stop::Errno(Errno(libc::ENOSPC))))
+}
+
 /// Counts the event loops that may still wait.
 #[derive(Debug)]
 pub struct Permits(AtomicUsize);

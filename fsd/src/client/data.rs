@@ -11,7 +11,7 @@ use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::{Inode, State};
 use super::pages::{PAGE, page_of};
 use crate::config::CacheMode;
-use crate::rpc::{Errno, RpcError};
+use crate::rpc::Errno;
 use crate::storage::BLOCK;
 use crate::wire::{BlockWant, Frame, StorageReply, StorageRequest};
 
@@ -142,14 +142,7 @@ impl Client {
                     })
                     .collect();
                 let request = StorageRequest::Allocate { wants, reserved };
-                let mut waits = 0;
-                let reply = loop {
-                    match self.net.ask_storage(node, &request) {
-                        Err(RpcError::Errno(Errno(libc::ENOSPC))) if self.wait_for_frees(&mut waits) => {}
-                        reply => break reply,
-                    }
-                };
-                let StorageReply::Allocated(frames) = reply? else {
+                let StorageReply::Allocated(frames) = self.net.ask_storage(node, &request)? else {
                     return fail(libc::EPROTO);
                 };
                 self.space.used(node, reserved);

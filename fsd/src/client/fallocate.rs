@@ -4,7 +4,7 @@ use lockmgr::Mode;
 
 use super::attrs::kill_suid_for;
 use super::caller::Caller;
-use super::ctx::{Ctx, Res, fail};
+use super::ctx::{Ctx, Res, fail, is_full};
 use super::inode::{Inode, State};
 use super::space::frame_size;
 use super::write::Whole;
@@ -81,6 +81,19 @@ impl Client {
             return fail(libc::EOPNOTSUPP);
         }
         ctx.may_wait()?;
+        self.with_frees(ctx, is_full, || {
+            self.fallocate_at_once(ctx, inode, (offset, end), mode, caller)
+        })
+    }
+
+    fn fallocate_at_once(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        (offset, end): (u64, u64),
+        mode: i32,
+        caller: Caller,
+    ) -> Res<()> {
         let guard = self.lease(ctx, inode, Mode::Exclusive)?;
         self.drop_capability(ctx, inode, &guard)?;
         let result = {
@@ -174,11 +187,8 @@ impl Client {
         let lacks = self.lacking(inode, state, range);
         // Asked first: a reservation would take what is left from others, if only until it is given back.
         for (node, &bytes) in (0..).zip(&lacks) {
-            let mut waits = 0;
-            while bytes > 0 && bytes > self.pool_space(node)?.free {
-                if !self.wait_for_frees(&mut waits) {
-                    return fail(libc::ENOSPC);
-                }
+            if bytes > 0 && bytes > self.pool_space(node)?.free {
+                return fail(libc::ENOSPC);
             }
         }
         let mut room = Vec::with_capacity(lacks.len());

@@ -128,6 +128,8 @@ pub struct Client {
     pub pins: pins::Pins,
     /// Space set aside on the storage nodes.
     pub space: space::SpaceBank,
+    /// When files without names were last waited for in vain, in a full pool.
+    pub closes_awaited: space::ClosesAwaited,
     /// Numbers of transactions.
     pub seqs: names::Sequence,
     /// Longest time data stays only here.

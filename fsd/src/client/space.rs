@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -26,6 +26,9 @@ const MOST_IDLE: u64 = 4 * CHUNK;
 /// little longer than a mount keeps what it was looked up a moment ago (`pins`).
 const CLOSE_WAITS: u32 = 50;
 const CLOSE_WAIT: Duration = Duration::from_millis(50);
+/// After that was in vain they are not waited for again for so long: who has such a file open may keep it for days, and every
+/// write to a full file system would wait.
+const CLOSE_PAUSE: Duration = Duration::from_secs(10);
 
 /// What a storage node has set aside for this mount.
 #[derive(Debug, Default)]
@@ -46,6 +49,28 @@ struct Bank {
 /// What is set aside, by storage node.
 #[derive(Debug, Default)]
 pub struct SpaceBank(Mutex<Bank>);
+
+/// When files that have lost their names were waited for in vain.
+#[derive(Debug, Default)]
+pub struct ClosesAwaited(Mutex<Option<Instant>>);
+
+impl ClosesAwaited {
+    fn in_vain(&self) {
+        *self.0.lock() = Some(Instant::now());
+    }
+
+    fn lately_in_vain(&self) -> bool {
+        self.0.lock().is_some_and(|at| at.elapsed() < CLOSE_PAUSE)
+    }
+}
+
+/// Waits for space in one operation.
+#[derive(Debug, Default)]
+struct Waits {
+    done: u32,
+    /// Nothing more is about to come back: one more attempt, and no wait.
+    last: bool,
+}
 
 impl SpaceBank {
     /// Promises bytes to a block, if they are there.
@@ -167,15 +192,6 @@ impl Client {
     /// # Errors
     /// It cannot be reached.
     pub fn ask_for_space(&self, node: u16, needed: u64, wanted: u64) -> Res<u64> {
-        let mut granted = self.ask_once(node, needed, wanted)?;
-        let mut waits = 0;
-        while granted < needed && self.wait_for_frees(&mut waits) {
-            granted += self.ask_once(node, needed - granted, 0)?;
-        }
-        Ok(granted)
-    }
-
-    fn ask_once(&self, node: u16, needed: u64, wanted: u64) -> Res<u64> {
         match self
             .net
             .ask_storage(node, &StorageRequest::Reserve { needed, wanted })?
@@ -188,24 +204,49 @@ impl Client {
         }
     }
 
-    /// A pool is full: waits until the blocks of files that have been removed are free, which happens after the removal has
-    /// been answered; and, for a while, for files that have lost their name and are open: the kernel tells of a close when it
-    /// has returned, and a mount keeps what was looked up a moment ago. False: asking again is in vain.
-    pub fn wait_for_frees(&self, waits: &mut u32) -> bool {
-        if *waits >= CLOSE_WAITS {
+    /// Does what needs space. Where that `lacks` some, it is done again when the blocks of files that have been removed are
+    /// free, which happens after the removal has been answered; and, for a while, as files are closed that have lost their
+    /// names: the kernel tells of a close when it has returned, and a mount keeps what was looked up a moment ago. Nothing may be
+    /// held meanwhile, no lease and no inode: others may need it, to write what is there or to give some up.
+    ///
+    /// # Errors
+    /// Those of `act`; park.
+    pub fn with_frees<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        lacks: impl Fn(&Res<T>) -> bool,
+        mut act: impl FnMut() -> Res<T>,
+    ) -> Res<T> {
+        let mut waits = Waits::default();
+        loop {
+            let result = act();
+            if !lacks(&result) {
+                return result;
+            }
+            ctx.may_wait()?;
+            if !self.wait_for_frees(&mut waits) {
+                return result;
+            }
+        }
+    }
+
+    /// False: asking again is in vain.
+    fn wait_for_frees(&self, waits: &mut Waits) -> bool {
+        if waits.last {
             return false;
         }
-        if *waits > 0 {
+        if waits.done > 0 {
             std::thread::sleep(CLOSE_WAIT);
         }
-        match self.net.meta(&MetaRequest::Settle) {
-            Ok(MetaReply::Settled { orphans }) => {
-                // Once more behind the last of them, and then no more.
-                *waits = if orphans > 0 { *waits + 1 } else { CLOSE_WAITS };
-                true
-            }
-            _ => false,
+        waits.done += 1;
+        let Ok(MetaReply::Settled { orphans }) = self.net.meta(&MetaRequest::Settle) else {
+            return false;
+        };
+        if orphans > 0 && waits.done >= CLOSE_WAITS {
+            self.closes_awaited.in_vain();
         }
+        waits.last = orphans == 0 || self.closes_awaited.lately_in_vain();
+        true
     }
 
     /// Sets `bytes` aside on a storage node.

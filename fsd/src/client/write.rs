@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use lockmgr::{Guard, Mode};
 
-use super::ctx::{Ctx, Res, Stop, fail};
+use super::ctx::{Ctx, Res, Stop, fail, is_full};
 use super::data::{PoolOp, Transfers, frames_in, stretches};
 use super::inode::{Inode, State};
 use super::pages::{PAGE, page_of};
@@ -73,6 +73,19 @@ impl Client {
     /// # Errors
     /// Park; `EFBIG`, `ENOSPC`, I/O errors.
     pub fn write(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        offset: u64,
+        data: &[u8],
+        flags: WriteFlags,
+    ) -> Res<u32> {
+        self.with_frees(ctx, is_full, || {
+            self.write_at_once(ctx, inode, offset, data, flags)
+        })
+    }
+
+    fn write_at_once(
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,

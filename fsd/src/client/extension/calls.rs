@@ -11,11 +11,12 @@ use distfuse_abi::{Act, Answer, Call, Command};
 use lockmgr::Mode;
 
 use super::super::Client;
-use super::super::ctx::{Ctx, Res, Stop};
+use super::super::ctx::{Ctx, Res, Stop, is_full};
 use super::super::inode::{Inode, State};
 use super::lend::to_kernel_mode;
 use super::visit::Visitors;
 use super::{Extension, LentState};
+use crate::rpc::Errno;
 
 /// So many calls under one hold of the lease cost as much as the flush of what would have been written instead.
 const RENT: u32 = 3;
@@ -85,10 +86,11 @@ impl Client {
     /// Does what a task wants under this mount's own lease. Called on a thread that must not wait.
     pub(super) fn call_here(self: &Arc<Self>, ext: &Arc<Extension>, call: Call) {
         match self.call_now(&Ctx::on_loop(&ext.nobody_waits), ext, &call) {
-            Err(Stop::Park) => {
+            Err(Stop::Park | Stop::Errno(Errno(libc::ENOSPC))) => {
                 let (me, ext) = (Arc::clone(self), Arc::clone(ext));
                 self.workers.run(move || {
-                    let result = me.call_now(&Ctx::on_worker(), &ext, &call);
+                    let ctx = Ctx::on_worker();
+                    let result = me.with_frees(&ctx, is_full, || me.call_now(&ctx, &ext, &call));
                     ext.answer(&call, answer_of(result));
                 });
             }

@@ -117,7 +117,7 @@ impl Client {
         asked: bool,
     ) -> Res<Lending> {
         let mut lent = inode.lent.state.lock();
-        if lent.taking || lent.calling > 0 {
+        if (lent.taking && lent.arranging == 0) || lent.calling > 0 {
             return Ok(Lending::Taking);
         }
         let caches = lent

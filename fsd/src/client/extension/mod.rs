@@ -103,6 +103,8 @@ struct LentState {
     caches: Option<(u64, u64)>,
     /// Calls being carried out: nothing is lent meanwhile.
     calling: usize,
+    /// Tasks that space is being arranged for, under the mount's lease: it is not taken back before they have been lent it.
+    arranging: usize,
     /// Calls since the mount got its lease.
     rent: u32,
     /// Who else came meanwhile.
@@ -145,11 +147,36 @@ impl Lent {
         self.state.lock().taking
     }
 
+    /// Space is about to be arranged for a task, and the lease lent with it, unless somebody is taking that back: whoever begins to
+    /// do so meanwhile waits for this. That costs nothing, for the mount's lease is entered besides; without it two mounts
+    /// could take a file from each other for ever, each while it asks for space.
+    fn arrange(&self) -> Option<Arranging<'_>> {
+        let mut state = self.state.lock();
+        if state.taking {
+            return None;
+        }
+        state.arranging += 1;
+        Some(Arranging(self))
+    }
+
     /// Waits until nobody is taking it back, and no call is being carried out.
     fn settled(&self) {
         let mut state = self.state.lock();
         while state.taking || state.calling > 0 {
             self.changed.wait(&mut state);
+        }
+    }
+}
+
+/// Space is being arranged for a task.
+struct Arranging<'a>(&'a Lent);
+
+impl Drop for Arranging<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        state.arranging -= 1;
+        if state.arranging == 0 {
+            self.0.changed.notify_all();
         }
     }
 }

@@ -21,7 +21,7 @@ use lockmgr::Mode;
 
 use super::super::Client;
 use super::super::MAX_FILE_SIZE;
-use super::super::ctx::{Ctx, Res, Stop, fail};
+use super::super::ctx::{Ctx, Res, Stop, fail, is_full};
 use super::super::data::stretches;
 use super::super::inode::{Inode, State};
 use super::super::pages::PAGE;
@@ -47,7 +47,12 @@ impl Client {
                 let (me, ext) = (Arc::clone(self), Arc::clone(ext));
                 self.workers.run(move || {
                     let ctx = Ctx::on_worker();
-                    let mut result = me.space_now(&ctx, &ext, &call);
+                    let wanted = u64::from(call.len).min(AT_ONCE);
+                    let lacks = |result: &Res<Answer>| match result {
+                        Ok(Answer::Done(covered)) => u64::from(*covered) < wanted,
+                        result => is_full(result),
+                    };
+                    let mut result = me.with_frees(&ctx, lacks, || me.space_now(&ctx, &ext, &call));
                     if result == fail(libc::ENOSPC) && me.recall_space(&ext, Some(call.ino)) {
                         result = me.space_now(&ctx, &ext, &call);
                     }
@@ -64,7 +69,7 @@ impl Client {
         let inode = self.inode(call.ino);
         loop {
             let guard = self.lease(ctx, &inode, Mode::Exclusive)?;
-            if !inode.lent.is_taken_back() {
+            if let Some(_arranging) = inode.lent.arrange() {
                 let mut state = inode.lock(ctx, guard.version())?;
                 let attr = self.load_attr(ctx, &inode, &mut state)?;
                 let covered = self.promise(ctx, &inode, &mut state, call.offset, u64::from(call.len))?;

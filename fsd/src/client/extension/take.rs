@@ -67,7 +67,7 @@ impl Client {
             });
             word.mode() <= to_kernel_mode(to) || (word.clean(to_kernel_mode(to)) && !unused)
         });
-        if lent.taking || !clean {
+        if lent.taking || lent.arranging > 0 || !clean {
             return false;
         }
         if !ext.take_if_clean(inode.ino, to_kernel_mode(to)) {
@@ -90,6 +90,9 @@ impl Client {
                 inode.lent.changed.wait(&mut lent);
             }
             lent.taking = true;
+            while lent.arranging > 0 {
+                inode.lent.changed.wait(&mut lent);
+            }
             (lent.asked.take(), lent.tenure())
         };
         if let Some(at) = asked {
