@@ -82,7 +82,8 @@ fsx_on() { # cache mode
     # The mount's folder comes in the environment of the command that fsd dev runs.
     # shellcheck disable=SC2016
     timeout 300 "$FSD_BIN" dev --mounts 1 --pool 128MiB --cache "$1" -- \
-        sh -c 'timeout 240 "$0" -N 4000 -S 7 -P "$1" "$FSD_DIR/0/fsx"' "$target/tools/bin/fsx" "$logs"
+        sh -c 'timeout 240 "$0" -f "$2" -N 4000 -S 7 -P "$1" "$FSD_DIR/0/fsx"' "$target/tools/bin/fsx" "$logs" \
+        "tests/fsx/$1.toml"
 }
 
 finish() {
