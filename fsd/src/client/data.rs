@@ -311,6 +311,7 @@ impl Client {
             }
         }
         state.pages.overlay(offset, out);
+        inode.mapped.overlay(offset, out);
         Ok(())
     }
 

@@ -99,6 +99,7 @@ impl Client {
         let result = {
             let mut state = inode.lock(ctx, guard.version())?;
             self.load_attr(ctx, inode, &mut state)?;
+            self.take_mapped(ctx, inode, &mut state)?;
             self.space_changes(inode);
             let result = if mode & PUNCH != 0 {
                 self.discard(ctx, inode, &mut state, offset, end, Whole::Free)

@@ -156,6 +156,7 @@ impl Client {
         }
         {
             let mut state = to.lock(ctx, guards.version_of(to.ino))?;
+            self.take_mapped(ctx, to, &mut state)?;
             self.write_held(ctx, to, &mut state, to_offset, &data)?;
             if let Some(attr) = state.attr.as_mut() {
                 kill_suid_for(attr, caller);

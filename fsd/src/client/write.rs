@@ -109,19 +109,8 @@ impl Client {
             } else {
                 offset
             };
-            let times = state.attr.map(|a| (a.mtime, a.ctime));
-            self.write_held(ctx, inode, &mut state, at, data)?;
-            if let (CacheMode::Writeback, true, Some((mtime, ctime)), Some(attr)) =
-                (self.mode, flags.cached, times, state.attr.as_mut())
-            {
-                // Written back, not written now: the kernel tells the times of that itself.
-                (attr.mtime, attr.ctime) = (mtime, ctime);
-            }
-            if flags.kill_suid
-                && let Some(attr) = state.attr.as_mut()
-            {
-                super::attrs::kill_suid(attr);
-            }
+            self.take_mapped(ctx, inode, &mut state)?;
+            self.write_told(ctx, inode, &mut state, at, data, flags)?;
             at
         };
         self.note_dirty(inode.ino);
@@ -142,6 +131,35 @@ impl Client {
             inode.kernel.invals.fetch_sub(1, Ordering::SeqCst);
         }
         u32::try_from(data.len()).map_err(|_| Stop::Errno(Errno(libc::EINVAL)))
+    }
+
+    /// Writes what the kernel has told, under the exclusive lease.
+    ///
+    /// # Errors
+    /// As [`Client::write`].
+    pub fn write_told(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut State,
+        at: u64,
+        data: &[u8],
+        flags: WriteFlags,
+    ) -> Res<()> {
+        let times = state.attr.map(|a| (a.mtime, a.ctime));
+        self.write_held(ctx, inode, state, at, data)?;
+        if let (CacheMode::Writeback, true, Some((mtime, ctime)), Some(attr)) =
+            (self.mode, flags.cached, times, state.attr.as_mut())
+        {
+            // Written back, not written now: the kernel tells the times of that itself.
+            (attr.mtime, attr.ctime) = (mtime, ctime);
+        }
+        if flags.kill_suid
+            && let Some(attr) = state.attr.as_mut()
+        {
+            super::attrs::kill_suid(attr);
+        }
+        Ok(())
     }
 
     /// Pages that the kernel writes back, or that somebody has stored to through a mapping.
@@ -168,7 +186,10 @@ impl Client {
 
     /// The exclusive lease for a write. While it waits, the kernel may keep pages locked ([`edge_of`]); see `revoke` for
     /// why that must be known.
-    fn lease_for_write(
+    ///
+    /// # Errors
+    /// Park; the lease is not to be had.
+    pub fn lease_for_write(
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
@@ -433,6 +454,7 @@ impl Client {
     /// # Errors
     /// Park (nothing has changed then); I/O errors.
     pub fn truncate(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, size: u64) -> Res<()> {
+        self.take_mapped(ctx, inode, state)?;
         let old = self.load_attr(ctx, inode, state)?.size;
         inode.lent.resize();
         if size < old {

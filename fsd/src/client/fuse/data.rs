@@ -7,11 +7,13 @@ use fuser::{INodeNo, ReplyData, ReplyWrite, Request};
 
 use super::convert::{caller_of, error_of};
 use super::serve;
-use crate::client::ctx::{Ctx, Stop};
+use crate::client::ctx::{Ctx, Permits, Stop};
 use crate::client::inode::Inode;
+use crate::client::mapped::Queued;
 use crate::client::opens::Handle;
 use crate::client::write::WriteFlags;
 use crate::client::{Client, MAX_FILE_SIZE, buffers};
+use crate::config::CacheMode;
 
 /// `fills`: the kernel puts what it gets into its page cache.
 pub(super) fn read(
@@ -112,31 +114,36 @@ fn write_mapped(
     reply: ReplyWrite,
 ) {
     let len = data.len() as u32;
-    let (number, waiting) = inode.mapped.begin(Box::new(move |result| match result {
+    let (number, at_once) = inode.mapped.begin(Box::new(move |result| match result {
         Ok(()) => reply.written(len),
         Err(error) => reply.error(error_of(error)),
     }));
-    let finish = move |inode: &Inode, result: Result<u32, Stop>| {
-        let result = result.map(drop).map_err(Client::errno_of);
-        if !waiting.answer(result)
-            && let Err(error) = result
-        {
-            inode.errors.set(error);
-        }
-        inode.mapped.end(number);
-    };
-    let held = client.leases.held(inode.record());
-    if held.is_some_and(|(mode, _)| mode == lockmgr::Mode::Exclusive) {
-        match client.write_pages(&Ctx::on_loop(&client.permits), &inode, offset, data, how) {
+    if at_once && client.may_write_at_once(&inode) {
+        // Not to wait for anything: a revocation may wait for this. The kernel extension writes back before the lease is
+        // given up, so there it does not.
+        let never = Permits::new(0, 0);
+        let permits = if client.mode == CacheMode::Writeback {
+            &client.permits
+        } else {
+            &never
+        };
+        match client.write_pages(&Ctx::on_loop(permits), &inode, offset, data, how) {
             Err(Stop::Park) => {}
-            result => return finish(&inode, result),
+            result => {
+                let result = result.map(drop).map_err(Client::errno_of);
+                if let Some(error) = inode.mapped.end(number, result) {
+                    inode.errors.set(error);
+                }
+                return;
+            }
         }
     }
-    let (me, data) = (Arc::clone(client), data.to_vec());
-    client.workers.run(move || {
-        let result = me.write_pages(&Ctx::on_worker(), &inode, offset, &data, how);
-        finish(&inode, result);
-    });
+    let data = data.to_vec();
+    inode.mapped.enqueue(number, Queued { offset, data, how });
+    let me = Arc::clone(client);
+    client
+        .workers
+        .run(move || me.bring_mapped(&Ctx::on_worker(), &inode, number));
 }
 
 pub(super) fn copy_file_range(
