@@ -295,7 +295,9 @@ mod tests {
         let (tx, rx) = channel();
         let answer = |n: u8| -> Answer {
             let tx = tx.clone();
-            Box::new(move |result| drop(tx.send((n, result))))
+            Box::new(move |result| {
+                let _ = tx.send((n, result));
+            })
         };
         let (zero, _) = mapped.begin(answer(0));
         let (one, _) = mapped.begin(answer(1));
