@@ -102,15 +102,14 @@ impl Client {
             return fail(libc::ESTALE);
         }
         if let Some(attr) = state.attr {
-            let shown = state.shown(&attr);
-            state.last = Some(shown);
-            return Ok(shown);
+            state.last = None;
+            return Ok(state.shown(&attr));
         }
         ctx.may_wait()?;
         match self.net.meta(&MetaRequest::GetAttr { ino: inode.ino }) {
             Ok(MetaReply::Attr(attr)) => {
                 state.attr = Some(attr);
-                state.last = Some(attr);
+                state.last = None;
                 Ok(attr)
             }
             Ok(_) => fail(libc::EPROTO),
@@ -128,7 +127,11 @@ impl Client {
     /// # Errors
     /// Park; `ESTALE` where nothing was known of it.
     pub fn load_last_attr(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<Attr> {
-        match (self.load_attr(ctx, inode, state), state.last) {
+        let last = match &state.last {
+            Some(last) => Some(**last),
+            None => state.attr.map(|attr| state.shown(&attr)),
+        };
+        match (self.load_attr(ctx, inode, state), last) {
             (Err(Stop::Errno(Errno(libc::ESTALE))), Some(last)) => Ok(Attr { nlink: 0, ..last }),
             (result, _) => result,
         }

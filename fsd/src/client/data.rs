@@ -311,7 +311,9 @@ impl Client {
             }
         }
         state.pages.overlay(offset, out);
-        inode.mapped.overlay(offset, out);
+        if let Some(mapped) = inode.mapped.get() {
+            mapped.overlay(offset, out);
+        }
         Ok(())
     }
 

@@ -96,10 +96,10 @@ impl Client {
         let inode = self.inode(attr.ino);
         let mut slot = inode.granted.lock();
         if slot.is_none() {
-            *slot = Some(Granted {
+            *slot = Some(Box::new(Granted {
                 attr,
                 source: Source::Server,
-            });
+            }));
         }
     }
 

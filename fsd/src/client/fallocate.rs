@@ -245,7 +245,7 @@ impl Client {
             }
             if let Err(stop) = self.allocate(inode, state, &wants) {
                 for (block, own, more) in before {
-                    if state.frames.reserved.remove(&block).is_some() {
+                    if state.frames.unreserve(block).is_some() {
                         room[usize::from(self.storage_of(inode.ino, block))] += more;
                         state.frames.reserved.extend(own.map(|bytes| (block, bytes)));
                     }

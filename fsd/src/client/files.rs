@@ -34,7 +34,9 @@ impl Client {
     /// I/O errors, also delayed ones this handle has not been told yet.
     pub fn fsync(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, seen: Option<&AtomicU64>) -> Res<()> {
         ctx.may_wait()?;
-        inode.mapped.drain();
+        if let Some(mapped) = inode.mapped.get() {
+            mapped.drain();
+        }
         self.write_back(ctx, inode, true)?;
         let nodes: Vec<u16> = (0..self.net.storage_count()).collect();
         if inode.lock_raw().attr.is_none_or(|a| a.kind == Kind::File) {
@@ -59,9 +61,9 @@ impl Client {
     /// # Errors
     /// A delayed error.
     pub fn flush(&self, ctx: &Ctx<'_>, handle: &Handle) -> Res<()> {
-        if !handle.inode.mapped.is_empty() {
+        if let Some(mapped) = handle.inode.mapped.get().filter(|m| !m.is_empty()) {
             ctx.may_wait()?;
-            handle.inode.mapped.drain();
+            mapped.drain();
         }
         if self.extension.get().is_some() && handle.inode.lent.is_taken_back() {
             // Perhaps not the application, but the kernel extension on its way to give a lease back. It must not be

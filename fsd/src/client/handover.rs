@@ -21,11 +21,13 @@ impl Inode {
         let before = state.version;
         let mut how = Self::to_give(state);
         if let (Some(before), Some(after)) = (before, state.version) {
-            self.lent.carry(before, after);
+            if let Some(lent) = self.lent.get() {
+                lent.carry(before, after);
+            }
         }
         let mut push = self.push.lock();
-        push.waiting = state.attr.filter(|_| dirty).map(|attr| AttrUpdate::from(&attr));
-        let under_way = push.sent.is_some_and(|u| Some(u.version) == state.version);
+        push.waiting = state.attr.filter(|_| dirty).map(|attr| Box::new(AttrUpdate::from(&attr)));
+        let under_way = push.sent.as_ref().is_some_and(|u| Some(u.version) == state.version);
         how.needs_confirm = push.waiting.is_some() || under_way;
         how
     }
@@ -101,10 +103,10 @@ mod tests {
     #[test]
     fn a_lease_that_nobody_looked_under_goes_on_as_it_came() {
         let inode = known();
-        *inode.granted.lock() = Some(Granted {
+        *inode.granted.lock() = Some(Box::new(Granted {
             attr: attr(8, 32),
             source: Source::Handed,
-        });
+        }));
         let how = inode.hand_over(&mut inode.lock_raw(), Some(8));
         assert_eq!(given(&how), Some((8, 32)));
         // Whoever it came from need not have told the metadata server.

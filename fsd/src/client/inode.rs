@@ -9,6 +9,7 @@ use parking_lot::{Mutex, MutexGuard};
 use lockmgr::RecordId;
 
 use super::ctx::{Ctx, Res};
+use super::lazy::Lazy;
 use super::pages::Pages;
 use crate::ino;
 use crate::rpc::Errno;
@@ -72,9 +73,9 @@ pub struct FrameMap {
     /// Blocks among them whose contents their storage node cannot read.
     pub lost: BTreeSet<u64>,
     /// Storage nodes whose part is complete.
-    pub loaded: HashSet<u16>,
+    pub loaded: BTreeSet<u16>,
     /// Space set aside for dirty blocks without (large enough) frames, bytes.
-    pub reserved: HashMap<u64, u32>,
+    pub reserved: BTreeMap<u64, u32>,
 }
 
 impl FrameMap {
@@ -84,6 +85,16 @@ impl FrameMap {
         self.reserved
             .get(&block)
             .map_or(size, |&reserved| size.max(reserved))
+    }
+
+    /// Takes out what is set aside for a block.
+    pub fn unreserve(&mut self, block: u64) -> Option<u32> {
+        let bytes = self.reserved.remove(&block);
+        if self.reserved.is_empty() {
+            // An empty tree keeps a node, in each of a hundred thousand inodes.
+            self.reserved = BTreeMap::new();
+        }
+        bytes
     }
 
     /// Is there a block among `first ..= last` whose contents are lost? It can neither be read nor written in part.
@@ -109,15 +120,15 @@ pub struct State {
     /// Where the data is.
     pub frames: FrameMap,
     /// Names in a directory.
-    pub dir: DirCache,
+    pub dir: Lazy<DirCache>,
     /// Extended attributes.
     pub xattrs: Option<BTreeMap<Vec<u8>, Vec<u8>>>,
     /// Counts changes of the extended attributes: what was asked for before one is not kept.
     pub xattr_changes: u64,
     /// Target of a symbolic link (never changes).
     pub target: Option<Vec<u8>>,
-    /// The attributes told last, of any version: what can still be said of an inode that is gone.
-    pub last: Option<Attr>,
+    /// The last attributes known, where those of this version are not: what can still be said of an inode that is gone.
+    pub last: Option<Box<Attr>>,
     /// Where a directory was found: the directory above, and the name in it.
     pub place: Option<(u64, Vec<u8>)>,
     /// The attributes came from another mount, which may not have told the metadata server yet.
@@ -130,7 +141,10 @@ impl State {
     /// Forgets everything that depends on the version.
     fn forget(&mut self) {
         let target = self.target.take();
-        let last = self.last;
+        let last = match self.attr {
+            Some(attr) => Some(Box::new(self.shown(&attr))),
+            None => self.last.take(),
+        };
         let place = self.place.take();
         // Frames have a number of their own; space was set aside for pages that are gone.
         let mut frames = std::mem::take(&mut self.frames);
@@ -172,7 +186,7 @@ impl State {
 
     /// A block has got a frame, whose space was perhaps set aside before.
     pub fn take_frame(&mut self, block: u64, frame: Frame) {
-        self.frames.reserved.remove(&block);
+        self.frames.unreserve(block);
         let old = self.frames.known.insert(block, frame).map_or(0, |f| f.size);
         if let Some(attr) = self.attr.as_mut() {
             attr.blocks += u64::from(frame.size.saturating_sub(old)) / 512;
@@ -314,9 +328,9 @@ pub struct Granted {
 #[derive(Debug, Default)]
 pub struct Push {
     /// Not sent: the record is still this mount's, which may well change them again.
-    pub waiting: Option<AttrUpdate>,
+    pub waiting: Option<Box<AttrUpdate>>,
     /// Sent, not answered.
-    pub sent: Option<AttrUpdate>,
+    pub sent: Option<Box<AttrUpdate>>,
 }
 
 /// An inode.
@@ -329,7 +343,7 @@ pub struct Inode {
     /// What is cached of it.
     state: Mutex<State>,
     /// Attributes that came with a grant, with their version; taken over by whoever uses the lease first.
-    pub granted: Mutex<Option<Granted>>,
+    pub granted: Mutex<Option<Box<Granted>>>,
     /// Attributes the metadata server does not have yet.
     pub push: Mutex<Push>,
     /// The exclusive lease was granted: attributes that wait to be pushed are this tenure's again.
@@ -339,7 +353,7 @@ pub struct Inode {
     /// The mount that was heard of last in the matter of its lease, plus one; 0: none.
     peer: AtomicU32,
     /// What of its lease is lent to the kernel.
-    pub lent: super::extension::Lent,
+    pub lent: Lazy<super::extension::Lent>,
     /// When its lease was last waited for in vain, nanoseconds since the mount began; 0: it was had since.
     pub lease_failed: AtomicU64,
     /// Whom it was looked up for.
@@ -349,9 +363,9 @@ pub struct Inode {
     /// Delayed errors.
     pub errors: Latch,
     /// Writes of mapped pages that wait for the exclusive lease.
-    pub mapped: super::mapped::MappedWrites,
+    pub mapped: Lazy<super::mapped::MappedWrites>,
     /// Pages that the kernel may keep locked for writes that wait for the exclusive lease.
-    pub edges: super::edges::Edges,
+    pub edges: Lazy<super::edges::Edges>,
 }
 
 /// Open files of an inode on this mount.
@@ -388,13 +402,13 @@ impl Inode {
             regained: AtomicBool::new(false),
             kernel: KernelCache::default(),
             peer: AtomicU32::new(0),
-            lent: super::extension::Lent::default(),
+            lent: Lazy::default(),
             lease_failed: AtomicU64::new(0),
             looked_up: super::pins::LookedUp::default(),
             opens: Mutex::default(),
             errors: Latch::default(),
-            mapped: super::mapped::MappedWrites::default(),
-            edges: super::edges::Edges::default(),
+            mapped: Lazy::default(),
+            edges: Lazy::default(),
         }
     }
 

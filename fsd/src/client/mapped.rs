@@ -193,7 +193,7 @@ impl Client {
     /// # Errors
     /// Park. Other errors are told to who waits for the write, or kept for the open files.
     pub fn take_mapped(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<()> {
-        while let Some((number, write)) = inode.mapped.front() {
+        while let Some((number, write)) = inode.mapped.get().and_then(MappedWrites::front) {
             let result = match self.apply_mapped(ctx, inode, state, &write) {
                 Err(Stop::Park) => return Err(Stop::Park),
                 // Of use to nobody any more: see `write_pages`.

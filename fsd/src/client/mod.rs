@@ -34,6 +34,7 @@ pub mod inode;
 pub mod inode_table;
 pub mod kernel_mount;
 pub mod locks;
+pub mod lazy;
 pub mod mapped;
 pub mod mount;
 pub mod mountpoint;

@@ -14,7 +14,7 @@ use rustix::mount::MountFlags;
 
 use super::extension::{self, Extension};
 use super::fuse::FsdFs;
-use super::inode::DirCache;
+use super::lazy::Lazy;
 use super::kernel_mount::{self, Mounted};
 use super::mountpoint::{check_point, set_read_ahead};
 use super::net::{JoinError, Net, NetConfig, Owner};
@@ -204,7 +204,7 @@ impl Owner for Client {
             );
             inode.errors.set(Errno(libc::EIO));
             // What is known of its names came of that change, too.
-            inode.lock_raw().dir = DirCache::default();
+            inode.lock_raw().dir = Lazy::default();
         }
     }
     fn storage_back(&self, shard: u16) {

@@ -10,7 +10,8 @@ use parking_lot::Mutex;
 
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::dirs::ATTEMPTS;
-use super::inode::{DirCache, Inode};
+use super::inode::Inode;
+use super::lazy::Lazy;
 use super::{Client, Guards, Versions};
 use crate::ino;
 use crate::rpc::Errno;
@@ -99,11 +100,11 @@ impl Client {
                 // It may have been done all the same.
                 for inode in held {
                     let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
-                    state.dir = DirCache::default();
+                    state.dir = Lazy::default();
                     // Of what nothing is known nothing was lent.
                     if state
                         .attr
-                        .or(state.last)
+                        .or(state.last.as_deref().copied())
                         .is_some_and(|a| a.kind == Kind::Directory)
                     {
                         self.forget_names(inode);
@@ -411,7 +412,7 @@ impl Client {
                 "names cached of directory {:#x} were not those of the server",
                 dir.ino
             );
-            dir.lock(ctx, guards.version_of(dir.ino))?.dir = DirCache::default();
+            dir.lock(ctx, guards.version_of(dir.ino))?.dir = Lazy::default();
         }
         Ok(true)
     }

@@ -119,10 +119,15 @@ impl Client {
         Ok(())
     }
 
-    /// The lease is about to be given up altogether: pins an inode that was looked up a moment ago.
+    /// The lease is about to be given up altogether: pins an inode that was looked up a moment ago. Not one that has been removed: its
+    /// record may serve another by the time the pin is dropped.
     pub fn pin_looked_up(&self, inode: &Arc<Inode>) {
-        if inode.looked_up.is_fresh(None)
-            && let Err(stop) = self.pin_held(inode, &mut inode.opens.lock())
+        if !inode.looked_up.is_fresh(None) {
+            return;
+        }
+        let mut opens = inode.opens.lock();
+        if !opens.removed
+            && let Err(stop) = self.pin_held(inode, &mut opens)
         {
             tracing::debug!(
                 "inode {:#x} is not kept for who looked it up: {stop:?}",
@@ -139,6 +144,9 @@ impl Client {
         let Some(mut opens) = inode.opens.try_lock() else {
             return false;
         };
+        if opens.removed {
+            return true;
+        }
         if opens.pinned.is_some() {
             opens.pinned = Some(Instant::now() + KEEP);
             return true;

@@ -16,8 +16,8 @@ impl Client {
         let update = {
             let mut push = inode.push.lock();
             let Some(update) = push.waiting.take() else { return };
-            push.sent = Some(update);
-            update
+            push.sent = Some(update.clone());
+            *update
         };
         let (me, inode) = (Arc::downgrade(self), Arc::clone(inode));
         self.net.meta_async(
@@ -31,7 +31,7 @@ impl Client {
                 }
                 {
                     let mut push = inode.push.lock();
-                    push.sent = push.sent.filter(|u| u.version != update.version);
+                    push.sent.take_if(|u| u.version == update.version);
                 }
                 if let Some(client) = Weak::upgrade(&me) {
                     client.leases.confirmed(inode.record(), update.version);
@@ -47,7 +47,10 @@ impl Client {
         };
         let (waiting, sent) = {
             let push = inode.push.lock();
-            (push.waiting.map(|u| u.version), push.sent.map(|u| u.version))
+            (
+                push.waiting.as_ref().map(|u| u.version),
+                push.sent.as_ref().map(|u| u.version),
+            )
         };
         if waiting == Some(version) {
             self.push_attrs(&inode);
@@ -61,7 +64,7 @@ impl Client {
         let _order = self.attr_push.lock();
         let update = {
             let push = inode.push.lock();
-            push.waiting.or(push.sent)
+            push.waiting.as_deref().or(push.sent.as_deref()).copied()
         };
         if let Some(update) = update {
             self.net.meta(&MetaRequest::Update {
@@ -69,7 +72,7 @@ impl Client {
             })?;
             {
                 let mut push = inode.push.lock();
-                push.waiting = push.waiting.filter(|u| u.version != update.version);
+                push.waiting.take_if(|u| u.version == update.version);
             }
             self.leases.confirmed(inode.record(), update.version);
         }

@@ -86,10 +86,10 @@ impl LeaseUser for Revoker {
                 Mode::Exclusive => Source::Handed,
                 Mode::Shared => Source::Owner,
             };
-            *inode.granted.lock() = Some(Granted {
+            *inode.granted.lock() = Some(Box::new(Granted {
                 attr: Attr { version, ..attr },
                 source,
-            });
+            }));
         }
     }
 
@@ -125,7 +125,7 @@ impl Client {
             return true;
         };
         if to.is_none() {
-            if !inode.mapped.is_empty() || !self.unsettled(&inode).is_zero() {
+            if inode.mapped.get().is_some_and(|m| !m.is_empty()) || !self.unsettled(&inode).is_zero() {
                 return false;
             }
             if inode.kernel.pages.load(Ordering::SeqCst) && !self.drop_pages_at_once(&inode, from) {
@@ -195,7 +195,7 @@ impl Client {
     /// Drops the kernel's pages on the thread that brings answers from the fabric, where that cannot wait
     /// for such an answer: reads under way find all they need here and in local memory.
     fn drop_pages_at_once(self: &Arc<Self>, inode: &Arc<Inode>, from: Mode) -> bool {
-        if from != Mode::Shared || !self.local_memory() || !inode.edges.is_empty() {
+        if from != Mode::Shared || !self.local_memory() || inode.edges.get().is_some_and(|e| !e.is_empty()) {
             return false;
         }
         let all_here = inode
@@ -322,7 +322,9 @@ impl Client {
             inode.kernel.revoking.store(false, Ordering::SeqCst);
         }
         self.relinquish_and_push(&inode, how, to);
-        inode.lent.again();
+        if let Some(lent) = inode.lent.get() {
+            lent.again();
+        }
     }
 
     /// Gives the lease down. The metadata server is told of attributes at once if another mount may take the

@@ -439,7 +439,7 @@ impl Client {
     /// Gives up what is set aside for some blocks.
     pub fn release_promises(&self, inode: &Inode, state: &mut State, blocks: &[u64]) {
         for block in blocks {
-            if let Some(bytes) = state.frames.reserved.remove(block) {
+            if let Some(bytes) = state.frames.unreserve(*block) {
                 self.space
                     .put(self.storage_of(inode.ino, *block), u64::from(bytes));
             }
@@ -456,7 +456,9 @@ impl Client {
     pub fn truncate(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, size: u64) -> Res<()> {
         self.take_mapped(ctx, inode, state)?;
         let old = self.load_attr(ctx, inode, state)?.size;
-        inode.lent.resize();
+        if self.extension.get().is_some() {
+            inode.lent.resize();
+        }
         if size < old {
             self.space_changes(inode);
             let discarded = self.discard(ctx, inode, state, size, u64::MAX, Whole::Free);
