@@ -231,7 +231,7 @@ mod tests {
     #[test]
     fn a_lease_is_small() {
         let (lease, fsm) = (size_of::<LeaseHandle>(), size_of::<Fsm>());
-        assert!(lease <= 1024, "{lease} bytes, {fsm} of them state machine");
+        assert!(lease <= 640, "{lease} bytes, {fsm} of them state machine");
         println!("{lease} bytes, {fsm} of them state machine");
     }
 }

@@ -87,10 +87,9 @@ impl Client {
                 let StorageReply::Blocks(blocks) = self.net.ask_storage(node, &request)? else {
                     return fail(libc::EPROTO);
                 };
-                state
-                    .frames
-                    .known
-                    .extend(blocks.iter().map(|b| (b.block, b.frame)));
+                for block in &blocks {
+                    state.frames.learn(block.block, block.frame);
+                }
                 let lost = blocks.iter().filter(|b| b.lost).map(|b| b.block);
                 state.frames.lost.extend(lost);
                 match blocks.last() {
@@ -118,7 +117,7 @@ impl Client {
     pub fn allocate(&self, inode: &Inode, state: &mut State, wants: &[(u64, u32)]) -> Res<()> {
         let mut by_node: HashMap<u16, Vec<(u64, u32)>> = HashMap::new();
         for &(block, size) in wants {
-            if state.frames.known.get(&block).is_none_or(|f| f.size < size) {
+            if state.frames.known().get(&block).is_none_or(|f| f.size < size) {
                 let size = state.frames.size_of(block, size);
                 by_node
                     .entry(self.storage_of(inode.ino, block))
@@ -268,13 +267,13 @@ impl Client {
         for s in stretches(offset, rest.len()).collect::<Vec<_>>() {
             let (part, tail) = rest.split_at_mut(s.len);
             rest = tail;
-            let stored = match state.frames.known.get(&s.block) {
+            let stored = match state.frames.known().get(&s.block) {
                 Some(frame) => u64::from(frame.size).saturating_sub(s.at).min(s.len as u64) as usize,
                 None => 0,
             };
             let (data, hole) = part.split_at_mut(stored);
             hole.fill(0);
-            if let Some(frame) = state.frames.known.get(&s.block).filter(|_| stored > 0) {
+            if let Some(frame) = state.frames.known().get(&s.block).filter(|_| stored > 0) {
                 let node = self.storage_of(inode.ino, s.block);
                 let offset = frame.offset + s.at;
                 reads.add(node, PoolOp::Read { offset, into: data });
@@ -417,7 +416,7 @@ impl<'a> Transfers<'a> {
 pub fn frames_in(state: &State, first: u64, last: u64) -> Vec<(u64, Frame)> {
     state
         .frames
-        .known
+        .known()
         .range(first..=last)
         .map(|(&b, &f)| (b, f))
         .collect()

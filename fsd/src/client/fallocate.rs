@@ -167,7 +167,7 @@ impl Client {
             // Only the first block of a file may do with less than a whole one.
             has(0, BLOCK - u64::from(range.size(0)));
         }
-        for (&block, frame) in state.frames.known.range(range.first..=range.last) {
+        for (&block, frame) in state.frames.known().range(range.first..=range.last) {
             if frame.size >= range.size(block) {
                 has(block, u64::from(range.size(block)));
             }
@@ -175,7 +175,7 @@ impl Client {
         let set_aside = state.frames.reserved.iter();
         for (&block, &bytes) in set_aside.filter(|(b, _)| (range.first..=range.last).contains(b)) {
             let size = range.size(block);
-            if state.frames.known.get(&block).is_none_or(|f| f.size < size) {
+            if state.frames.known().get(&block).is_none_or(|f| f.size < size) {
                 has(block, u64::from(bytes.min(size)));
             }
         }
@@ -228,12 +228,12 @@ impl Client {
             let to = range.last.min(from + STEP - 1);
             let wants: Vec<(u64, u32)> = (from..=to)
                 .map(|block| (block, range.size(block)))
-                .filter(|(block, size)| state.frames.known.get(block).is_none_or(|f| f.size < *size))
+                .filter(|(block, size)| state.frames.known().get(block).is_none_or(|f| f.size < *size))
                 .collect();
             let mut before = Vec::with_capacity(wants.len());
             for &(block, size) in &wants {
                 let own = state.frames.reserved.get(&block).copied();
-                if own.is_none() && !state.frames.known.contains_key(&block) {
+                if own.is_none() && !state.frames.known().contains_key(&block) {
                     add_to_runs(&mut fresh, block);
                 }
                 let have = own.unwrap_or(0);

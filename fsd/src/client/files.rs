@@ -89,7 +89,7 @@ impl Client {
         let covered = |at: u64| -> Option<u64> {
             let frame_end = state
                 .frames
-                .known
+                .known()
                 .get(&(at / BLOCK))
                 .map(|f| at / BLOCK * BLOCK + u64::from(f.size))
                 .filter(|&end| end > at);
@@ -117,7 +117,7 @@ impl Client {
                 }
                 let frame = state
                     .frames
-                    .known
+                    .known()
                     .range(from / BLOCK + 1..)
                     .next()
                     .map(|(&b, _)| b * BLOCK);

@@ -20,14 +20,18 @@ impl Inode {
         let dirty = std::mem::take(&mut state.attr_dirty) && !state.gone;
         let before = state.version;
         let mut how = Self::to_give(state);
-        if let (Some(before), Some(after)) = (before, state.version) {
-            if let Some(lent) = self.lent.get() {
-                lent.carry(before, after);
-            }
+        if let (Some(before), Some(after), Some(lent)) = (before, state.version, self.lent.get()) {
+            lent.carry(before, after);
         }
         let mut push = self.push.lock();
-        push.waiting = state.attr.filter(|_| dirty).map(|attr| Box::new(AttrUpdate::from(&attr)));
-        let under_way = push.sent.as_ref().is_some_and(|u| Some(u.version) == state.version);
+        push.waiting = state
+            .attr
+            .filter(|_| dirty)
+            .map(|attr| Box::new(AttrUpdate::from(&attr)));
+        let under_way = push
+            .sent
+            .as_ref()
+            .is_some_and(|u| Some(u.version) == state.version);
         how.needs_confirm = push.waiting.is_some() || under_way;
         how
     }
@@ -111,7 +115,7 @@ mod tests {
         assert_eq!(given(&how), Some((8, 32)));
         // Whoever it came from need not have told the metadata server.
         assert!(how.needs_confirm && !how.modified);
-        assert_eq!(inode.push.lock().waiting.map(|u| u.size), Some(32));
+        assert_eq!(inode.push.lock().waiting.as_ref().map(|u| u.size), Some(32));
     }
 
     #[test]

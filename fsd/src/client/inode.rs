@@ -11,6 +11,7 @@ use lockmgr::RecordId;
 use super::ctx::{Ctx, Res};
 use super::lazy::Lazy;
 use super::pages::Pages;
+use super::space::least_frame;
 use crate::ino;
 use crate::rpc::Errno;
 use crate::wire::{Attr, AttrUpdate, Frame, Kind};
@@ -63,13 +64,19 @@ impl DirCache {
     }
 }
 
+fn is_short(frame: &Frame) -> bool {
+    u64::from(frame.size) < crate::storage::BLOCK
+}
+
 /// Where the blocks of a file are, as far as known.
 #[derive(Debug, Default)]
 pub struct FrameMap {
     /// Layout number of the file that this belongs to.
     pub layout: Option<u64>,
     /// Blocks with frames.
-    pub known: BTreeMap<u64, Frame>,
+    known: BTreeMap<u64, Frame>,
+    /// How many of them are smaller than a block.
+    short: usize,
     /// Blocks among them whose contents their storage node cannot read.
     pub lost: BTreeSet<u64>,
     /// Storage nodes whose part is complete.
@@ -85,6 +92,50 @@ impl FrameMap {
         self.reserved
             .get(&block)
             .map_or(size, |&reserved| size.max(reserved))
+    }
+
+    /// Blocks with frames.
+    #[must_use]
+    pub fn known(&self) -> &BTreeMap<u64, Frame> {
+        &self.known
+    }
+
+    /// A block has this frame. Returns the size of the one that it had.
+    pub fn learn(&mut self, block: u64, frame: Frame) -> u32 {
+        self.short += usize::from(is_short(&frame));
+        let old = self.known.insert(block, frame);
+        self.forgotten(old)
+    }
+
+    /// A block has no frame. Returns the size of the one that it had.
+    fn unlearn(&mut self, block: u64) -> u32 {
+        let old = self.known.remove(&block);
+        self.forgotten(old)
+    }
+
+    fn forgotten(&mut self, old: Option<Frame>) -> u32 {
+        self.short -= usize::from(old.as_ref().is_some_and(is_short));
+        old.map_or(0, |frame| frame.size)
+    }
+
+    /// The last block, if all up to it have whole frames.
+    #[must_use]
+    pub fn whole_up_to(&self) -> Option<u64> {
+        let (&last, _) = self.known.last_key_value()?;
+        (self.short == 0 && self.known.len() as u64 == last + 1).then_some(last)
+    }
+
+    /// The frame for a block whose data ends `end` bytes into it. What follows on a whole block is being written in order, and likely
+    /// to come to a whole one; what stands in a hole by itself is not.
+    #[must_use]
+    pub fn size_for(&self, block: u64, end: u64) -> u32 {
+        let whole = crate::storage::BLOCK as u32;
+        let before = block.checked_sub(1);
+        let follows = before.is_some_and(|before| {
+            self.known.get(&before).is_some_and(|f| f.size == whole)
+                || self.reserved.get(&before) == Some(&whole)
+        });
+        if follows { whole } else { least_frame(end) }
     }
 
     /// Takes out what is set aside for a block.
@@ -164,7 +215,7 @@ impl State {
     #[must_use]
     pub fn shown(&self, attr: &Attr) -> Attr {
         let due = self.frames.reserved.iter().map(|(block, &bytes)| {
-            let has = self.frames.known.get(block).map_or(0, |f| f.size);
+            let has = self.frames.known().get(block).map_or(0, |f| f.size);
             u64::from(bytes.saturating_sub(has)) / 512
         });
         let mut due: u64 = due.sum();
@@ -187,7 +238,7 @@ impl State {
     /// A block has got a frame, whose space was perhaps set aside before.
     pub fn take_frame(&mut self, block: u64, frame: Frame) {
         self.frames.unreserve(block);
-        let old = self.frames.known.insert(block, frame).map_or(0, |f| f.size);
+        let old = self.frames.learn(block, frame);
         if let Some(attr) = self.attr.as_mut() {
             attr.blocks += u64::from(frame.size.saturating_sub(old)) / 512;
         }
@@ -198,7 +249,7 @@ impl State {
     /// A block has lost its frame.
     pub fn drop_frame(&mut self, block: u64) {
         self.frames.lost.remove(&block);
-        let old = self.frames.known.remove(&block).map_or(0, |f| f.size);
+        let old = self.frames.unlearn(block);
         if let Some(attr) = self.attr.as_mut() {
             attr.blocks = attr.blocks.saturating_sub(u64::from(old) / 512);
         }
@@ -217,6 +268,7 @@ impl State {
         let layout = self.attr.map(|a| a.layout);
         if self.frames.layout != layout || layout.is_none() {
             self.frames.known.clear();
+            self.frames.short = 0;
             self.frames.lost.clear();
             self.frames.loaded.clear();
             self.frames.layout = layout;
@@ -490,6 +542,33 @@ impl Inode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_inode_is_small() {
+        assert!(size_of::<Inode>() <= 720, "{} bytes", size_of::<Inode>());
+    }
+
+    #[test]
+    fn what_is_written_in_order_gets_whole_frames_and_what_stands_in_a_hole_small_ones() {
+        let whole = crate::storage::BLOCK as u32;
+        let frame = |size| Frame { offset: 0, size };
+        let mut frames = FrameMap::default();
+        assert_eq!((frames.size_for(0, 100), frames.size_for(7, 4096)), (4096, 4096));
+        assert_eq!(
+            (frames.size_for(7, 5000), frames.size_for(7, 200_000)),
+            (16_384, whole)
+        );
+        frames.learn(0, frame(4096));
+        assert_eq!((frames.size_for(1, 100), frames.whole_up_to()), (4096, None));
+        frames.learn(0, frame(whole));
+        assert_eq!((frames.size_for(1, 100), frames.whole_up_to()), (whole, Some(0)));
+        frames.reserved.insert(1, whole);
+        assert_eq!((frames.size_for(2, 100), frames.size_for(3, 100)), (whole, 4096));
+        frames.learn(1, frame(4096));
+        assert_eq!(frames.whole_up_to(), None);
+        frames.unlearn(1);
+        assert_eq!(frames.whole_up_to(), Some(0));
+    }
 
     #[test]
     fn dirty_data_counts_as_storage_once() {

@@ -21,7 +21,11 @@ fn is_idle(inode: &Arc<Inode>) -> bool {
     Arc::strong_count(inode) == 1
         && pushed
         && inode.kernel.lookups.load(Ordering::SeqCst) == 0
-        && inode.granted.lock().as_ref().is_none_or(|g| g.source != Source::Handed)
+        && inode
+            .granted
+            .lock()
+            .as_ref()
+            .is_none_or(|g| g.source != Source::Handed)
         && inode.try_lock_raw().is_some_and(|s| !s.is_dirty())
 }
 

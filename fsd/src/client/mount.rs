@@ -14,8 +14,8 @@ use rustix::mount::MountFlags;
 
 use super::extension::{self, Extension};
 use super::fuse::FsdFs;
-use super::lazy::Lazy;
 use super::kernel_mount::{self, Mounted};
+use super::lazy::Lazy;
 use super::mountpoint::{check_point, set_read_ahead};
 use super::net::{JoinError, Net, NetConfig, Owner};
 use super::revoke::Revoker;

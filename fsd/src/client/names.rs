@@ -251,7 +251,9 @@ impl Client {
             state.modified = true;
             state.check_layout();
             state.frames.loaded.extend(0..self.net.storage_count());
-            state.dir.complete = true;
+            if new.kind == Kind::Directory {
+                state.dir.complete = true;
+            }
             state.xattrs = Some(std::collections::BTreeMap::new());
             state.target = (new.kind == Kind::Symlink).then(|| new.target.clone());
             self.lend_ahead(&inode, Mode::Exclusive, own.version(), &attr, &state);

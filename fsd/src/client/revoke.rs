@@ -226,8 +226,8 @@ impl Client {
             && state.pages.dirty() <= 16
             && state.pages.dirty_pages().all(|(page, _)| {
                 let block = page * PAGE / BLOCK;
-                let needed = super::space::frame_size(block, page * PAGE % BLOCK + PAGE);
-                state.frames.known.get(&block).is_some_and(|f| f.size >= needed)
+                let needed = state.frames.size_for(block, page * PAGE % BLOCK + PAGE);
+                state.frames.known().get(&block).is_some_and(|f| f.size >= needed)
                     && self.net.storage_now(self.storage_of(inode.ino, block)).is_some()
             })
     }

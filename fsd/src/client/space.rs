@@ -168,7 +168,13 @@ impl SpaceBank {
 /// whole: such a file is likely to grow on.
 #[must_use]
 pub fn frame_size(block: u64, end: u64) -> u32 {
-    if block > 0 || end >= BLOCK / 2 {
+    if block > 0 { BLOCK as u32 } else { least_frame(end) }
+}
+
+/// The smallest frame for data that ends `end` bytes into its block. From half a block on it is a whole one, which saves moving it.
+#[must_use]
+pub fn least_frame(end: u64) -> u32 {
+    if end >= BLOCK / 2 {
         return BLOCK as u32;
     }
     class_for(end as u32).map_or(BLOCK as u32, |c| CLASSES[c])

@@ -9,7 +9,6 @@ use super::ctx::{Ctx, Res, Stop, fail, is_full};
 use super::data::{PoolOp, Transfers, frames_in, stretches};
 use super::inode::{Inode, State};
 use super::pages::{PAGE, page_of};
-use super::space::frame_size;
 use super::{Client, MAX_FILE_SIZE};
 use crate::config::CacheMode;
 use crate::rpc::Errno;
@@ -63,7 +62,7 @@ pub fn frames_wanted(state: &State) -> Vec<(u64, u32)> {
         *end = (*end).max(page * PAGE % BLOCK + PAGE);
     }
     ends.into_iter()
-        .map(|(block, end)| (block, frame_size(block, end)))
+        .map(|(block, end)| (block, state.frames.size_for(block, end)))
         .collect()
 }
 
@@ -272,8 +271,16 @@ impl Client {
         self.load_frames(ctx, inode, state, cut[0].block, cut[cut.len() - 1].block)?;
         let wants: Vec<(u64, u32)> = cut
             .iter()
-            .map(|s| (s.block, frame_size(s.block, s.at + s.len as u64)))
-            .filter(|(block, size)| state.frames.known.get(block).is_none_or(|f| f.size < *size))
+            .map(|s| {
+                // What follows on the first is written in order.
+                let size = if s.block > cut[0].block {
+                    BLOCK as u32
+                } else {
+                    state.frames.size_for(s.block, s.at + s.len as u64)
+                };
+                (s.block, size)
+            })
+            .filter(|(block, size)| state.frames.known().get(block).is_none_or(|f| f.size < *size))
             .collect();
         if !wants.is_empty() {
             ctx.may_wait()?;
@@ -300,7 +307,7 @@ impl Client {
     ) -> Res<()> {
         let mut writes = Transfers::default();
         for (block, at, from) in parts {
-            let Some(frame) = state.frames.known.get(&block) else {
+            let Some(frame) = state.frames.known().get(&block) else {
                 return fail(libc::EIO);
             };
             let offset = frame.offset + at;
@@ -364,9 +371,9 @@ impl Client {
 
     /// Makes sure that a block with data up to `end` (offset in it) can be stored later.
     fn secure_space(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, block: u64, end: u64) -> Res<()> {
-        let size = frame_size(block, end);
+        let size = state.frames.size_for(block, end);
         let reserved = state.frames.reserved.get(&block).copied().unwrap_or(0);
-        if state.frames.known.get(&block).is_some_and(|f| f.size >= size) || reserved >= size {
+        if state.frames.known().get(&block).is_some_and(|f| f.size >= size) || reserved >= size {
             return Ok(());
         }
         let node = self.storage_of(inode.ino, block);

@@ -170,7 +170,7 @@ impl Client {
                 let node = self.storage_of(inode.ino, block);
                 // What a block has where that was never asked is found out when the file is written back by itself.
                 let loaded = state.frames.loaded.contains(&node);
-                if loaded && state.frames.known.get(&block).is_none_or(|f| f.size < size) {
+                if loaded && state.frames.known().get(&block).is_none_or(|f| f.size < size) {
                     let reserved = state.frames.reserved.get(&block).copied().unwrap_or(0);
                     let want = BlockWant {
                         ino: inode.ino,

@@ -1,6 +1,6 @@
 //! Applies events, executes actions.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -132,6 +132,8 @@ impl LeaseManager {
             record = lease.record.lock();
         }
         record.busy = false;
+        // Room for a few events, in each of a hundred thousand records.
+        record.inbox = VecDeque::new();
         record.evicted = record.is_forgettable();
         let (evicted, hint) = (record.evicted, record.hint());
         drop(record);

@@ -15,7 +15,7 @@ pub(super) fn promised(state: &State, block: u64) -> u64 {
 
 /// So much of a block, from its beginning, is there or set aside.
 pub(super) fn covered(state: &State, block: u64) -> u64 {
-    let frame = state.frames.known.get(&block).map_or(0, |f| f.size);
+    let frame = state.frames.known().get(&block).map_or(0, |f| f.size);
     promised(state, block).max(frame.into())
 }
 
@@ -30,15 +30,8 @@ pub(super) fn range_at(state: &State, at: u64) -> (u64, u64) {
         return (0, 0);
     }
     // Files without holes, however long, need no look at each block.
-    let known = &state.frames.known;
-    let whole = match (known.first_key_value(), known.last_key_value()) {
-        (Some((0, first)), Some((&last, _))) if u64::from(first.size) == BLOCK => {
-            (known.len() as u64 == last + 1).then_some(last)
-        }
-        _ => None,
-    };
     let full = |block: u64| covered(state, block) == BLOCK;
-    let (mut first, mut last) = match whole.filter(|last| block <= *last) {
+    let (mut first, mut last) = match state.frames.whole_up_to().filter(|last| block <= *last) {
         Some(last) => (0, last),
         None => (block, block),
     };
@@ -90,7 +83,9 @@ mod tests {
         };
         state.frames.layout = Some(attr.layout);
         let frame = |&(block, size)| (block, Frame { offset: 0, size });
-        state.frames.known.extend(frames.iter().map(frame));
+        for (block, frame) in frames.iter().map(frame) {
+            state.frames.learn(block, frame);
+        }
         state.frames.reserved.extend(promised.iter().copied());
         state
     }
