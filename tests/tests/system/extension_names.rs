@@ -1,9 +1,12 @@
 //! Names under leases: the kernel walks paths by itself, and another mount's changes to them are seen at once.
 
 use std::fs::{self, Permissions};
+use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use system_tests::cluster::Options;
@@ -184,6 +187,55 @@ fn a_name_that_is_replaced_all_the_time_is_always_there() -> anyhow::Result<()> 
             Ok(done.map(|()| 0)?)
         })?;
         eprintln!("looked {seen:?} times");
+        Ok(())
+    })
+}
+
+/// The kernel has a file locked while its name is removed, and a flush of its dirty pages wants that lock. A mount that kept the
+/// directory's lease while it waited for the file's would wait for the other one, whose removal waits for the directory.
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn two_mounts_remove_what_they_have_just_written() -> anyhow::Result<()> {
+    const ROUNDS: usize = 8;
+    const REMOVED: usize = 12;
+    let wait = Duration::from_secs(20);
+    let options = Options {
+        lease_wait: wait,
+        ..Options::extension()
+    };
+    guard::with_cluster(options, move |cluster| {
+        let barrier = Barrier::new(2);
+        let done = guard::together(2, |n| {
+            let mut removed = 0;
+            for round in 0..ROUNDS {
+                let path = |i: usize| cluster.mount(n).join(format!("f{i}"));
+                // A close would write them back.
+                let mut open = Vec::new();
+                for i in (0..REMOVED).filter(|i| (round + i) % 2 == n) {
+                    let mut file = fs::File::create(path(i))?;
+                    file.write_all(&[b'x'; 20_000])?;
+                    open.push(file);
+                }
+                barrier.wait();
+                for i in 0..REMOVED {
+                    let begun = Instant::now();
+                    match fs::remove_file(path(i)) {
+                        Ok(()) => removed += 1,
+                        Err(error) => {
+                            ensure!(
+                                error.kind() == std::io::ErrorKind::NotFound,
+                                "round {round}: {error}"
+                            );
+                        }
+                    }
+                    let took = begun.elapsed();
+                    ensure!(took < wait / 4, "round {round}: {took:?}");
+                }
+                barrier.wait();
+            }
+            Ok(removed)
+        })?;
+        ensure!(done.iter().sum::<usize>() == ROUNDS * REMOVED, "{done:?} removed");
         Ok(())
     })
 }
