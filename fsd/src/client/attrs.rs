@@ -65,6 +65,8 @@ pub struct SetAttr {
     pub mtime: Option<SetTime>,
     /// Of the change itself, where the kernel decides.
     pub ctime: Option<Time>,
+    /// It is no change: an access.
+    pub keep_ctime: bool,
     /// Who wants that: set-user-id bits may survive a truncation.
     pub caller: Caller,
 }
@@ -264,6 +266,8 @@ impl Client {
             attr.mtime = time.get(now);
         }
         // In write-back mode the kernel's clock counts, for it shows its own time already.
-        attr.ctime = set.ctime.unwrap_or(now);
+        if !set.keep_ctime {
+            attr.ctime = set.ctime.unwrap_or(now);
+        }
     }
 }

@@ -70,6 +70,7 @@ impl Client {
             // the only one to be told; an application that closes is told, and nobody after it can be.
             return Ok(handle.inode.errors.peek(&handle.seen)?);
         }
+        self.file_accessed(ctx, handle)?;
         Ok(handle.inode.errors.check(&handle.seen)?)
     }
 

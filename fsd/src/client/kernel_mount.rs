@@ -31,6 +31,7 @@ const OPTIONS: &[(&str, MountFlags, bool)] = &[
     ("nodiratime", MountFlags::NODIRATIME, true),
     ("diratime", MountFlags::NODIRATIME, false),
     ("relatime", MountFlags::RELATIME, true),
+    ("norelatime", MountFlags::RELATIME, false),
 ];
 
 /// The flags for options as mount(8) has them, separated by commas, the later ones winning. Without any, set-user-id programs
@@ -47,6 +48,9 @@ pub fn flags_of(options: &[String]) -> Result<MountFlags, String> {
             return Err(format!("-o {word} is not known; there are {}", known.join(", ")));
         };
         flags.set(*flag, *set);
+        if *word == *"relatime" {
+            flags.remove(MountFlags::NOATIME);
+        }
     }
     Ok(flags)
 }

@@ -18,6 +18,7 @@
 //! Order of locks: lease → inode state → space bank → connections. Nothing waits for a lease while it
 //! holds an inode's state.
 
+pub mod atime;
 pub mod attrs;
 mod buffers;
 pub mod caller;
@@ -129,6 +130,8 @@ pub struct Client {
     pub pins: pins::Pins,
     /// Space set aside on the storage nodes.
     pub space: space::SpaceBank,
+    /// Of what access times are kept.
+    pub access_times: atime::AccessTimes,
     /// When files without names were last waited for in vain, in a full pool.
     pub closes_awaited: space::ClosesAwaited,
     /// Numbers of transactions.

@@ -440,6 +440,7 @@ impl Mount {
             file_locks: Default::default(),
             pins: Default::default(),
             space: Default::default(),
+            access_times: super::atime::AccessTimes::of(flags),
             closes_awaited: Default::default(),
             seqs: Default::default(),
             writeback_after: Duration::from_millis(config.mount.writeback_ms),

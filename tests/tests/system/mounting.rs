@@ -1,6 +1,7 @@
 //! Mounting and unmounting: nobody ends what is another's, and what is mounted says what it is.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -176,5 +177,47 @@ fn what_is_mounted_says_what_it_is() -> anyhow::Result<()> {
         let text = String::from_utf8_lossy(&told.stderr).into_owned();
         ensure!(!told.status.success() && text.contains("nonsense"), "{text}");
         Ok(())
+    })
+}
+
+/// As on other file systems: the first read after a change counts, the next ones do not; and without the option none does.
+#[test]
+fn access_times_are_kept_where_the_options_say_so() -> anyhow::Result<()> {
+    guard::with_cluster(options(), |cluster| {
+        let point = cluster.path("relatime");
+        fs::create_dir(&point)?;
+        let _extra = Extra::start(cluster, &point, &["-o", "relatime"])?;
+        let (plain, kept) = (cluster.mount(0), &point);
+        let times = |path: PathBuf| -> anyhow::Result<(i64, i64, i64)> {
+            let about = fs::metadata(path)?;
+            let at = |s: i64, n: i64| s * 1_000_000_000 + n;
+            Ok((
+                at(about.atime(), about.atime_nsec()),
+                at(about.mtime(), about.mtime_nsec()),
+                at(about.ctime(), about.ctime_nsec()),
+            ))
+        };
+        fs::create_dir(plain.join("d"))?;
+        fs::write(plain.join("d/f"), "data")?;
+        let before = times(plain.join("d/f"))?;
+        fs::read(plain.join("d/f"))?;
+        ensure!(times(plain.join("d/f"))? == before, "without the option");
+        fs::read(kept.join("d/f"))?;
+        let read = times(kept.join("d/f"))?;
+        ensure!(
+            read.0 > before.0 && (read.1, read.2) == (before.1, before.2),
+            "{before:?} {read:?}"
+        );
+        ensure!(times(plain.join("d/f"))? == read, "on the other mount");
+        fs::read(kept.join("d/f"))?;
+        ensure!(times(kept.join("d/f"))? == read, "read again");
+        fs::write(plain.join("d/f"), "other")?;
+        fs::read(kept.join("d/f"))?;
+        ensure!(times(kept.join("d/f"))?.0 > read.0, "after a change");
+        let before = times(kept.join("d"))?;
+        ensure!(fs::read_dir(kept.join("d"))?.count() == 1);
+        until("the time of the listing", || {
+            times(kept.join("d")).is_ok_and(|t| t.0 > before.0)
+        })
     })
 }

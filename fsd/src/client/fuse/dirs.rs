@@ -14,7 +14,9 @@ use crate::wire::Kind;
 
 pub(super) fn opendir(client: &Arc<Client>, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
     serve(client, reply, ReplyOpen::error, move |c, _ctx, reply| {
-        let (fh, _) = c.make_handle(&c.inode(ino.0), Kind::Directory, flags.0)?;
+        let inode = c.inode(ino.0);
+        let (fh, _) = c.make_handle(&inode, Kind::Directory, flags.0)?;
+        c.directory_accessed(&inode, flags.0);
         if let Some(reply) = reply.take() {
             reply.opened(FileHandle(fh), FopenFlags::empty());
         }

@@ -153,6 +153,7 @@ impl Filesystem for FsdFs {
             mtime: mtime.map(time_of),
             ctime: ctime.map(from_library),
             caller: caller_of(req),
+            keep_ctime: false,
         };
         attrs::setattr(&self.client, ino, set, reply);
     }
