@@ -10,6 +10,7 @@ pub mod cmd;
 pub mod config;
 pub mod endpoint;
 pub mod ino;
+pub mod memory;
 pub mod meta;
 pub mod rpc;
 pub mod storage;

@@ -2,11 +2,13 @@
 
 pub mod check;
 pub mod children;
+pub mod clean;
 pub mod dev;
 pub mod format;
 pub mod launch;
 pub mod role;
 pub mod status;
+pub mod temporary;
 
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
@@ -76,6 +78,8 @@ pub enum Command {
     Format(format::FormatArgs),
     /// Examine the stores of storage nodes that are stopped: every block against its checksum.
     Check(check::CheckArgs),
+    /// List the memory files of servers on this host, and remove those whose store is gone.
+    Clean(clean::CleanArgs),
     /// Make a cluster key.
     Keygen {
         /// File to write (mode 0600); - prints the key.
@@ -138,6 +142,7 @@ pub fn run(cli: Cli) -> ExitCode {
         }),
         Command::Format(args) => format::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Clean(args) => clean::run(&args),
         Command::Keygen { file } => format::keygen(&file).map(|()| ExitCode::SUCCESS),
         Command::Status { config, json } => status::run(&config, json),
     };

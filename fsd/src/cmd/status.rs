@@ -142,7 +142,9 @@ pub fn collect(config: &Config) -> anyhow::Result<Report> {
     })
 }
 
-fn mib(bytes: u64) -> String {
+/// Bytes for people.
+#[must_use]
+pub fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 

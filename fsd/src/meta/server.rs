@@ -21,6 +21,7 @@ use super::{MetaError, Refusal};
 use crate::config::Config;
 use crate::endpoint::Endpoint;
 use crate::ino;
+use crate::memory::{Claim, Note};
 use crate::rpc::{Calls, Responder, RpcError, Service};
 use crate::store::{FjallStore, Store, prefix_end};
 use crate::wire::{Hello, MetaReply, Role, StorageReply, StorageRequest, Time};
@@ -86,6 +87,7 @@ pub struct MetaServer {
     fabric: Arc<dyn Fabric>,
     threads: Vec<JoinHandle<()>>,
     stop: Sender<()>,
+    claim: Claim,
 }
 
 fn load<T>(result: Result<T, Refusal>) -> Result<T, MetaError> {
@@ -283,6 +285,20 @@ impl MetaServer {
         let store: Arc<dyn Store> = Arc::new(FjallStore::open(dir)?);
         let superblock = read_superblock(store.as_ref(), config, dir)?;
         let mut state = load_state(store.as_ref(), &superblock)?;
+        let note = Note {
+            cluster: superblock.cluster.clone(),
+            storage: None,
+            store: dir.clone(),
+            uuid: superblock.uuid.clone(),
+        };
+        let memory_dir = &config.meta.memory_dir;
+        let claim = Claim::take(memory_dir, &note).map_err(|error| MetaError::Io {
+            what: format!(
+                "cannot keep memory in {} (meta.memory_dir names a memory file system)",
+                memory_dir.display()
+            ),
+            error,
+        })?;
         let (order, lost) = Order::open(Arc::clone(&store), &config.meta.memory_dir, &superblock.uuid)?;
         if lost {
             state.window = Window::open(state.sessions.nodes.keys().copied());
@@ -342,6 +358,7 @@ impl MetaServer {
             fabric,
             threads,
             stop,
+            claim,
         })
     }
 
@@ -363,7 +380,10 @@ impl MetaServer {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        Ok(self.inner.order.stop()?)
+        self.inner.order.stop()?;
+        // The witness is gone.
+        self.claim.remove();
+        Ok(())
     }
 }
 

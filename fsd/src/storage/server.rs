@@ -20,6 +20,7 @@ use super::load::Parts;
 use super::{BLOCK, StorageError, errno};
 use crate::config::{Config, FabricChoice, Size, StorageConfig};
 use crate::endpoint::Endpoint;
+use crate::memory::{Claim, Note};
 use crate::rpc::{Errno, Responder, Service};
 use crate::store::{FjallStore, Store};
 use crate::wire::{Hello, PoolSpace, Role, StorageReply, StorageStatus};
@@ -57,6 +58,7 @@ pub struct StorageNode {
     threads: Vec<JoinHandle<()>>,
     /// One for each thread that sleeps.
     stop: [Sender<()>; 2],
+    claim: Claim,
 }
 
 /// The role's service before the regions are registered (the fabric must exist first).
@@ -113,7 +115,7 @@ impl StorageNode {
                 path: config.key_file.clone(),
                 detail: format!("the configuration has no storage node {id}"),
             })?;
-        let (label, blocks) = open_blocks(config, section)?;
+        let (label, claim, blocks) = open_blocks(config, section)?;
         let front = Arc::new(Front {
             inner: std::sync::OnceLock::new(),
         });
@@ -121,7 +123,7 @@ impl StorageNode {
         let listen = section.listen.clone();
         let fabric = Endpoint::open(config, Role::Storage(id), listen, key, service)?.fabric;
         let leases = LeaseTable::open(
-            memory_file(section, &label, "leases"),
+            memory_file(section, &note(section, &label), "leases"),
             config.lease.record_bytes,
             Arc::clone(&blocks.store),
             blocks.same_boot(),
@@ -175,6 +177,7 @@ impl StorageNode {
             fabric,
             threads,
             stop: [stop_flush, stop_scrub],
+            claim,
         })
     }
 
@@ -205,21 +208,29 @@ impl StorageNode {
         if forget && result.is_ok() {
             self.inner.blocks.pool.remove_memory();
             self.inner.leases.remove_files();
+            self.claim.remove();
         }
         result
     }
 }
 
-/// A file of a node in its memory file system. The store's number in the name is random, so nobody can make the file
-/// beforehand.
-fn memory_file(section: &StorageConfig, label: &Label, kind: &str) -> PathBuf {
-    section
-        .memory_dir
-        .join(format!("distfuse-{}-{}.{kind}", label.uuid, section.id))
+/// Says whose the memory of a node is.
+fn note(section: &StorageConfig, label: &Label) -> Note {
+    Note {
+        cluster: label.cluster.clone(),
+        storage: Some(section.id),
+        store: section.dir.clone(),
+        uuid: label.uuid.clone(),
+    }
+}
+
+/// A file of a node in its memory file system.
+fn memory_file(section: &StorageConfig, note: &Note, kind: &str) -> PathBuf {
+    section.memory_dir.join(format!("{}.{kind}", note.stem()))
 }
 
 /// Checks the label against the configuration, and opens what the directory has.
-fn open_blocks(config: &Config, section: &StorageConfig) -> Result<(Label, Blocks), StorageError> {
+fn open_blocks(config: &Config, section: &StorageConfig) -> Result<(Label, Claim, Blocks), StorageError> {
     let (id, dir) = (section.id, &section.dir);
     let bytes = section.pool.0 / BLOCK * BLOCK;
     let mut label = Label::check(dir, &config.cluster, id, bytes, config.lease.record_bytes)?;
@@ -247,9 +258,15 @@ fn open_blocks(config: &Config, section: &StorageConfig) -> Result<(Label, Block
         label.pool = bytes;
         label.write(dir)?;
     }
+    let note = note(section, &label);
+    let claim = Claim::take(&section.memory_dir, &note).map_err(|error| StorageError::Io {
+        what: "cannot keep memory in",
+        path: section.memory_dir.clone(),
+        error,
+    })?;
     let pinned = config.fabric == FabricChoice::Verbs;
     let blocks = Blocks::open(Parts {
-        memory: memory_file(section, &label, "pool"),
+        memory: memory_file(section, &note, "pool"),
         uuid: label.uuid.clone(),
         bytes,
         disk: Arc::new(disk),
@@ -278,7 +295,7 @@ fn open_blocks(config: &Config, section: &StorageConfig) -> Result<(Label, Block
             section.memory_dir.display()
         );
     }
-    Ok((label, blocks))
+    Ok((label, claim, blocks))
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StorageError> {

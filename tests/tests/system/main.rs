@@ -17,6 +17,7 @@ mod faults;
 mod generations;
 mod histories;
 mod launch;
+mod leftovers;
 mod locks_many;
 mod lost_end;
 mod mappings;

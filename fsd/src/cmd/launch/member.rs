@@ -14,6 +14,7 @@ use signal_hook::iterator::Signals;
 
 use super::talk::{Order, Phase, Plan, Say};
 use crate::cmd::children::{Children, code_of, follow_us, signal, wait_for};
+use crate::cmd::temporary::Temporary;
 use crate::config::Config;
 use crate::endpoint::Endpoint;
 use crate::rpc::{Responder, RpcError, Service};
@@ -204,17 +205,15 @@ fn take_part(member: &Member<'_>, ip: IpAddr, session: &mut Session) -> anyhow::
     };
     session.watch = session.ask(&Say::Watch);
 
-    let temporary = tempfile::Builder::new()
-        .prefix("fsd-launch-")
-        .tempdir()
-        .context("temporary directory")?;
+    let temporary = Temporary::new("launch")?;
+    let base = member.dir.clone().unwrap_or_else(|| temporary.path().join("mnt"));
     let state = match &member.state {
         Some(dir) => dir.join(format!("rank{}", member.rank)),
         None => temporary.path().to_owned(),
     };
     let config = settings(&plan, &state, &member.key)?;
     let file = state.join("cluster.toml");
-    let mut children = Children::new(file.clone())?;
+    let mut children = Children::new(file.clone(), temporary);
 
     for &id in &plan.storage {
         let section = config.storage.iter().find(|s| s.id == id);
@@ -240,7 +239,6 @@ fn take_part(member: &Member<'_>, ip: IpAddr, session: &mut Session) -> anyhow::
     }
     session.done(Phase::Meta, 0)?;
 
-    let base = member.dir.clone().unwrap_or_else(|| temporary.path().join("mnt"));
     let point = base.join(member.rank.to_string());
     let mut made = false;
     if plan.client.is_some() {
