@@ -271,6 +271,8 @@ impl Client {
 
     /// What `fsd status` shows.
     #[must_use]
+    ///
+    /// Asks the servers whether they are there: not for a thread that brings their answers.
     pub fn status(&self) -> MountStatus {
         let leases = self.leases.snapshot();
         let count = |mode| leases.iter().filter(|l| l.mode == Some(mode)).count() as u64;
@@ -298,6 +300,7 @@ impl Client {
                 let counters = ext.counters();
                 counters.iter().map(|(name, n)| (name.to_owned(), n)).collect()
             }),
+            troubles: self.net.unreachable(),
         }
     }
 

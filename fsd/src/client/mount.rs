@@ -141,7 +141,15 @@ impl Service for Front {
             return refuse(responder, libc::EAGAIN);
         };
         match (crate::wire::decode::<MountRequest>(body), hello.role) {
-            (Ok(MountRequest::Status), _) => responder.reply(&Ok(client.status())),
+            (Ok(MountRequest::Status), _) => {
+                // It waits for answers that this thread brings.
+                let asking = std::thread::Builder::new()
+                    .name("fsd-status".into())
+                    .spawn(move || responder.reply(&Ok(client.status())));
+                if let Err(error) = asking {
+                    tracing::warn!("no thread can be started for the status: {error}");
+                }
+            }
             (Ok(MountRequest::Visit { ino, offset, act }), Role::Client(Some(node))) => {
                 client.receive(node, ino, offset, act, responder);
             }

@@ -11,6 +11,7 @@ mod recovery;
 pub mod server;
 mod service;
 pub mod sessions;
+mod status;
 pub mod stores;
 mod window;
 pub mod xattrs;

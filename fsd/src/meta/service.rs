@@ -19,7 +19,7 @@ use crate::rpc::{Errno, Responder};
 use crate::store::{StoreError, prefix_end};
 use crate::wire::{
     Attr, AttrUpdate, Created, DirEntry, Hello, InoRange, JoinReply, LockSpec, MetaReply, MetaRequest,
-    MetaStatus, NodeInfo, StatFs, StorageInfo, Time,
+    StatFs, StorageInfo, Time,
 };
 
 /// Bytes of directory entries in one answer.
@@ -30,7 +30,7 @@ const MAX_RESERVE: u32 = 1024;
 type Answer = Result<MetaReply, Refusal>;
 
 impl Inner {
-    pub(super) fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
+    pub(super) fn request(self: &Arc<Self>, hello: &Hello, body: &[u8], responder: Responder) {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let request = match crate::wire::decode::<MetaRequest>(body) {
             Ok(request) => request,
@@ -39,6 +39,9 @@ impl Inner {
                 return responder.reply::<MetaReply>(&Err(Errno(libc::EPROTO)));
             }
         };
+        if request == MetaRequest::Status {
+            return self.status_later(responder);
+        }
         if !Window::admits(&request)
             && let Some(window) = &mut self.state.lock().window
         {
@@ -207,7 +210,8 @@ impl Inner {
                     free: ino::MAX_INDEX - inodes,
                 }))
             }
-            MetaRequest::Status => Ok(MetaReply::Status(self.status())),
+            // Answered elsewhere.
+            MetaRequest::Status => no(libc::EPROTO),
             MetaRequest::Cluster => Ok(MetaReply::Cluster {
                 storage: self.storage_infos(),
                 record_bytes: self.superblock.record_bytes,
@@ -573,31 +577,6 @@ impl Inner {
             if let Some(responder) = waiter {
                 responder.reply(answer);
             }
-        }
-    }
-
-    fn status(&self) -> MetaStatus {
-        let state = self.state.lock();
-        let nodes = state
-            .sessions
-            .nodes
-            .iter()
-            .map(|(&node, s)| NodeInfo {
-                node,
-                incarnation: s.member.incarnation,
-                name: s.member.name.clone(),
-                listen: s.member.listen.clone(),
-                state: s.state(),
-                locks: state.locks.count(node),
-            })
-            .collect();
-        MetaStatus {
-            nodes,
-            inodes: state.inodes,
-            orphans: state.orphans,
-            freeing: self.freeing.load(Ordering::Relaxed),
-            requests: self.requests.load(Ordering::Relaxed),
-            epoch: 0,
         }
     }
 

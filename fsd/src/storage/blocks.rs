@@ -163,7 +163,7 @@ impl Blocks {
     }
 
     /// Bytes of free slabs that the memory file system could not back now.
-    fn lacking(&self, space: &Space) -> u64 {
+    pub(super) fn lacking(&self, space: &Space) -> u64 {
         if self.pinned {
             return 0;
         }

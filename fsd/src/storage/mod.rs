@@ -20,6 +20,7 @@ pub mod pool;
 mod requests;
 mod scrub;
 pub mod server;
+mod status;
 
 pub use server::StorageNode;
 

@@ -13,7 +13,6 @@ use rdma_transport::{Access, Connection, Fabric, RegionKey};
 
 use super::blocks::{Blocks, STOCK};
 use super::disk::FileDisk;
-use super::flush::bytes_of;
 use super::label::{self, Label};
 use super::leases::LeaseTable;
 use super::load::Parts;
@@ -23,7 +22,7 @@ use crate::endpoint::Endpoint;
 use crate::memory::{Claim, Note};
 use crate::rpc::{Errno, Responder, Service};
 use crate::store::{FjallStore, Store};
-use crate::wire::{Hello, PoolSpace, Role, StorageReply, StorageStatus};
+use crate::wire::{Hello, Role, StorageReply};
 
 /// How often the background flusher looks for unstored data.
 const FLUSH_EVERY: Duration = Duration::from_secs(2);
@@ -48,6 +47,8 @@ pub(super) struct Inner {
     pub(super) requests: AtomicU64,
     pub(super) connections: AtomicU64,
     lives: Mutex<HashSet<u64>>,
+    /// Why what was to be stored last could not be.
+    pub(super) failing: Mutex<Option<String>>,
     pub(super) stopping: AtomicBool,
 }
 
@@ -147,6 +148,7 @@ impl StorageNode {
             requests: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             lives: Mutex::default(),
+            failing: Mutex::default(),
             stopping: AtomicBool::new(false),
         });
         // The node reaches its own lock words through the fabric, like everybody.
@@ -334,13 +336,19 @@ impl Inner {
             seen = now;
             if moved || pending || self.blocks.is_unsettled() {
                 pending = false;
-                if let Err(error) = self.blocks.flush_all() {
+                if let Err(error) = self.noted(self.blocks.flush_all()) {
                     pending = true;
                     tracing::error!("background flush: {error}");
                 }
             }
             self.blocks.give_surplus_back();
         }
+    }
+
+    /// Remembers why something could not be stored, until something can be again.
+    fn noted(&self, result: Result<(), StorageError>) -> Result<(), StorageError> {
+        *self.failing.lock() = result.as_ref().err().map(ToString::to_string);
+        result
     }
 
     fn reset_leases(&self) -> Result<StorageReply, StorageError> {
@@ -350,32 +358,6 @@ impl Inner {
             tracing::info!("storage node {}: {cleared} lease records reset", self.id);
         }
         Ok(StorageReply::Done)
-    }
-
-    fn status(&self) -> Result<StorageStatus, StorageError> {
-        let own = self.own.lock().clone();
-        let held = own
-            .map(|own| self.leases.held(own.as_ref()))
-            .transpose()?
-            .unwrap_or_default();
-        let dirty = bytes_of(&self.blocks.unstored());
-        let PoolSpace { total, free } = self.blocks.figures();
-        let space = self.blocks.space.lock();
-        Ok(StorageStatus {
-            id: self.id,
-            total,
-            free,
-            reserved: space.alloc.reserved(),
-            frames: space.alloc.frames(),
-            exclusive: held.exclusive,
-            shared: held.shared,
-            dirty,
-            lost: space.lost(),
-            damaged: self.blocks.faults.damaged.load(Ordering::Relaxed),
-            checked: self.blocks.faults.scrubbed.load(Ordering::Relaxed),
-            requests: self.requests.load(Ordering::Relaxed),
-            connections: self.connections.load(Ordering::Relaxed),
-        })
     }
 
     fn work_loop(&self, work: &Receiver<Work>) {
@@ -403,8 +385,7 @@ impl Inner {
             }
             if !flushes.is_empty() {
                 let result = self
-                    .blocks
-                    .flush(&inos)
+                    .noted(self.blocks.flush(&inos))
                     .map(|()| StorageReply::Done)
                     .map_err(|e| errno(&e));
                 for responder in flushes {

@@ -423,6 +423,8 @@ pub struct MetaStatus {
     pub requests: u64,
     /// Epoch.
     pub epoch: u32,
+    /// What is wrong as seen from there, one sentence each.
+    pub troubles: Vec<String>,
 }
 
 /// Answers of the metadata server. Errors travel as errno in the response frame's `Result`.

@@ -149,6 +149,10 @@ pub struct StorageStatus {
     pub requests: u64,
     /// Connections.
     pub connections: u64,
+    /// For each mount that holds any: lease records that it holds.
+    pub holders: Vec<(u16, u64)>,
+    /// What is wrong there, one sentence each.
+    pub troubles: Vec<String>,
 }
 
 /// Answers of a storage node.

@@ -28,6 +28,7 @@ mod names_held;
 mod posix;
 mod pressure;
 mod privileges;
+mod status;
 mod storage;
 mod suspend;
 mod tools;

@@ -7,6 +7,7 @@ mod clock;
 mod log;
 mod meta;
 mod peers;
+mod reach;
 mod storage;
 
 use std::collections::HashMap;

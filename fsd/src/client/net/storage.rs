@@ -65,6 +65,13 @@ impl StorageLink {
     }
 }
 
+impl StorageLink {
+    /// Where the node is.
+    pub(super) fn addr(&self) -> &str {
+        &self.addr
+    }
+}
+
 impl Net {
     fn link(&self, id: u16) -> Result<&StorageLink, RpcError> {
         self.storage
