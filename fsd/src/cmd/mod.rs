@@ -74,7 +74,7 @@ pub enum Command {
         /// Where to mount.
         point: PathBuf,
     },
-    /// Make the stores of all roles that are configured for this host (or one role).
+    /// Make the stores: of all roles where all are on this host, else of one (--role).
     Format(format::FormatArgs),
     /// Examine the stores of storage nodes that are stopped: every block against its checksum.
     Check(check::CheckArgs),

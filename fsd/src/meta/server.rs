@@ -100,6 +100,28 @@ fn load<T>(result: Result<T, Refusal>) -> Result<T, MetaError> {
     })
 }
 
+fn formatted_already(dir: &Path) -> MetaError {
+    MetaError::Format {
+        path: dir.to_owned(),
+        detail: "is formatted already: remove it first if its contents are not wanted".into(),
+    }
+}
+
+/// Is there no store in a directory yet?
+///
+/// # Errors
+/// There is one, or it cannot be opened.
+pub fn check_unformatted(dir: &Path) -> Result<(), MetaError> {
+    // An empty directory is not made a store of by looking at it.
+    if std::fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_none()) {
+        return Ok(());
+    }
+    match FjallStore::open(dir)?.get(&key::superblock())? {
+        Some(_) => Err(formatted_already(dir)),
+        None => Ok(()),
+    }
+}
+
 /// Makes a metadata store with an empty root directory.
 ///
 /// # Errors
@@ -116,10 +138,7 @@ pub fn format(config: &Config, uuid: &str) -> Result<(), MetaError> {
         })?;
     let store = FjallStore::open(dir)?;
     if store.get(&key::superblock())?.is_some() {
-        return Err(MetaError::Format {
-            path: dir.clone(),
-            detail: "is formatted already: remove it first if its contents are not wanted".into(),
-        });
+        return Err(formatted_already(dir));
     }
     let superblock = Superblock {
         layout: LAYOUT,
