@@ -12,6 +12,7 @@ pub mod endpoint;
 pub mod ino;
 pub mod memory;
 pub mod meta;
+pub mod ports;
 pub mod probe;
 pub mod rpc;
 pub mod storage;

@@ -33,6 +33,7 @@ mod handover;
 pub mod inode;
 pub mod inode_table;
 pub mod kernel_mount;
+pub mod listen;
 pub mod locks;
 pub mod mapped;
 pub mod mount;

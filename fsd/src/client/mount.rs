@@ -1,6 +1,5 @@
 //! Starting and stopping a mount.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -16,6 +15,7 @@ use super::extension::{self, Extension};
 use super::fuse::FsdFs;
 use super::inode::DirCache;
 use super::kernel_mount::{self, Mounted};
+use super::listen::open_endpoint;
 use super::mountpoint::{check_point, set_read_ahead};
 use super::net::{JoinError, Net, NetConfig, Owner};
 use super::revoke::Revoker;
@@ -24,6 +24,7 @@ use super::{Client, Counters};
 use crate::clock::Skew;
 use crate::config::{CacheMode, Config, FabricChoice};
 use crate::endpoint::Endpoint;
+use crate::ports::Ports;
 use crate::rpc::{Errno, Responder, RpcError, Service};
 use crate::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
 
@@ -85,6 +86,11 @@ pub enum MountError {
         /// Its answer.
         error: std::io::Error,
     },
+    /// No port is left for it.
+    #[error(
+        "all ports that mounts may listen at (mount.ports = \"{0}\") are taken on this host: end a mount, or allow more ports there and in the firewalls"
+    )]
+    Ports(Ports),
     /// The kernel extension cannot be used.
     #[error("{0}; or mount with --cache writethrough")]
     Extension(#[from] distfuse_abi::Error),
@@ -232,44 +238,6 @@ impl Owner for Client {
     }
 }
 
-/// This host's address on the way to another; nothing is sent.
-#[must_use]
-pub fn route_to(addr: &str) -> Option<IpAddr> {
-    let to = addr.to_socket_addrs().ok()?.next()?;
-    let any: IpAddr = if to.is_ipv4() {
-        Ipv4Addr::UNSPECIFIED.into()
-    } else {
-        Ipv6Addr::UNSPECIFIED.into()
-    };
-    // Connecting a datagram socket only looks the route up.
-    let socket = UdpSocket::bind((any, 0)).ok()?;
-    socket.connect(to).ok()?;
-    Some(socket.local_addr().ok()?.ip())
-}
-
-/// An address for a mount, beside the metadata server's.
-fn own_listen(config: &Config) -> String {
-    match config.fabric {
-        FabricChoice::Shm => {
-            let dir = Path::new(&config.meta.listen)
-                .parent()
-                .unwrap_or(Path::new("/tmp"));
-            dir.join(format!(
-                "mount-{}-{:08x}.sock",
-                std::process::id(),
-                rand::random::<u32>()
-            ))
-            .to_string_lossy()
-            .into_owned()
-        }
-        // Others are told the address, so it must be one of this host's; it also tells which RDMA device is used.
-        FabricChoice::Tcp | FabricChoice::Verbs => match route_to(&config.meta.listen) {
-            Some(ip) => SocketAddr::new(ip, 0).to_string(),
-            None => "127.0.0.1:0".into(),
-        },
-    }
-}
-
 /// The kernel extension if it is there, else what a stock kernel can do.
 fn best_mode() -> CacheMode {
     match distfuse_abi::kernel_version(Path::new(distfuse_abi::DEVICE)) {
@@ -377,9 +345,8 @@ impl Mount {
         let front = Arc::new(Front {
             client: OnceLock::new(),
         });
-        let listen = options.listen.clone().unwrap_or_else(|| own_listen(config));
         let service = Arc::clone(&front) as Arc<dyn Service>;
-        let endpoint = Endpoint::open(config, Role::Client(None), listen, key, service)?;
+        let endpoint = open_endpoint(config, options.listen.as_deref(), &key, &service)?;
         let started = Self::start_on(config, options, mode, (point, flags), &endpoint, &front);
         if started.is_err() {
             endpoint.fabric.shutdown();

@@ -1,7 +1,6 @@
 //! `fsd format`, `fsd keygen`.
 
 use std::io::Write;
-use std::net::{ToSocketAddrs, UdpSocket};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use rand::Rng;
 
+use crate::client::listen::is_here;
 use crate::config::{Config, FabricChoice, StorageConfig};
 use crate::storage::label::Label;
 
@@ -36,11 +36,11 @@ pub enum FormatRole {
 }
 
 /// Which stores are to be made: the metadata server's, and those of storage nodes.
-fn chosen<'a>(
-    config: &'a Config,
+fn chosen(
+    config: &Config,
     role: Option<FormatRole>,
     id: Option<u16>,
-) -> Result<(bool, Vec<&'a StorageConfig>), String> {
+) -> Result<(bool, Vec<&StorageConfig>), String> {
     let known = || {
         let ids: Vec<String> = config.storage.iter().map(|s| s.id.to_string()).collect();
         ids.join(", ")
@@ -62,19 +62,6 @@ fn chosen<'a>(
             Ok((false, vec![section]))
         }
     }
-}
-
-/// Is an address one of this host's? One that cannot be told counts as ours: its server will say what is wrong with it.
-fn is_here(address: &str) -> bool {
-    let Ok(addresses) = address.to_socket_addrs() else {
-        return true;
-    };
-    let mut ips = addresses.map(|a| a.ip()).peekable();
-    ips.peek().is_none()
-        || ips.any(|ip| match UdpSocket::bind((ip, 0)) {
-            Ok(_) => true,
-            Err(error) => error.kind() != std::io::ErrorKind::AddrNotAvailable,
-        })
 }
 
 /// Makes a key file that only its owner can read; `-` stands for the standard output, in hexadecimal.
@@ -142,17 +129,4 @@ pub fn run(args: &FormatArgs) -> anyhow::Result<ExitCode> {
         );
     }
     Ok(ExitCode::SUCCESS)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_of_this_host() {
-        assert!(is_here("127.0.0.1:7000") && is_here("localhost:7000"));
-        // For documentation only: nobody has it.
-        assert!(!is_here("192.0.2.1:7000"));
-        assert!(is_here("no.such.host.invalid:7000") && is_here("nonsense"));
-    }
 }

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, TcpListener, ToSocketAddrs};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -52,6 +52,8 @@ pub struct Member<'a> {
     pub state: Option<PathBuf>,
     /// How long to try to reach the coordinator.
     pub patience: Duration,
+    /// The standard input is not for the command.
+    pub own_stdin: bool,
 }
 
 type Slot = Arc<Mutex<Option<Result<Order, RpcError>>>>;
@@ -156,7 +158,7 @@ fn free_ports() -> anyhow::Result<[u16; 2]> {
 /// Something failed, here or elsewhere; everything started here has been taken down.
 pub fn run(member: &Member<'_>) -> anyhow::Result<(u8, u8)> {
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
-    let ip = crate::client::mount::route_to(&member.rendezvous)
+    let ip = crate::client::listen::route_to(&member.rendezvous)
         .with_context(|| format!("no route to the rendezvous {}", member.rendezvous))?;
     let listen = std::net::SocketAddr::new(ip, 0).to_string();
     let endpoint = Endpoint::open(
@@ -261,7 +263,7 @@ fn take_part(member: &Member<'_>, ip: IpAddr, session: &mut Session) -> anyhow::
                 ("FSD_CLIENT", client.to_string()),
                 ("FSD_CLIENTS", plan.clients.to_string()),
             ];
-            command(&plan.command, &env, session)?
+            command(&plan.command, &env, member.own_stdin, session)?
         }
         None => 0,
     };
@@ -303,7 +305,12 @@ fn settings(plan: &Plan, state: &Path, key: &[u8]) -> anyhow::Result<Config> {
 }
 
 /// Runs the command, or waits to be told that it is enough.
-fn command(command: &[String], env: &[(&str, String)], session: &mut Session) -> anyhow::Result<u8> {
+fn command(
+    command: &[String],
+    env: &[(&str, String)],
+    own_stdin: bool,
+    session: &mut Session,
+) -> anyhow::Result<u8> {
     let Some((program, args)) = command.split_first() else {
         while !session.finished() && session.signals.pending().next().is_none() {
             session.well(false)?;
@@ -313,6 +320,9 @@ fn command(command: &[String], env: &[(&str, String)], session: &mut Session) ->
     };
     let mut run = Command::new(program);
     run.args(args).envs(env.iter().map(|(k, v)| (k, v)));
+    if own_stdin {
+        run.stdin(Stdio::null());
+    }
     follow_us(&mut run);
     let mut child = run.spawn().with_context(|| format!("cannot run {program}"))?;
     let ended = |child: &mut Child| -> anyhow::Result<Option<u8>> { Ok(child.try_wait()?.map(code_of)) };
