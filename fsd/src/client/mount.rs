@@ -63,6 +63,11 @@ pub enum MountError {
         "the clock of this host differs: it is {0} the metadata server's, and two seconds are the most; synchronise the clocks (for example with chrony)"
     )]
     Clocks(Skew),
+    /// A server has a store that is not what it was.
+    #[error(
+        "the metadata server refuses this cluster's stores: one of them is an older copy, or another's; the server's log says which"
+    )]
+    Stores,
     /// No node number is free.
     #[error("the cluster has no room for another mount: format it with a larger lease.record_bytes")]
     Full,
@@ -374,6 +379,7 @@ impl Mount {
         let joined = net.join().map_err(|error| match error {
             JoinError::Clocks(skew) => MountError::Clocks(skew),
             JoinError::Rpc(RpcError::Errno(Errno(libc::EUSERS))) => MountError::Full,
+            JoinError::Rpc(RpcError::Errno(Errno(libc::ESTALE))) => MountError::Stores,
             JoinError::Rpc(other) => MountError::Join(other),
         })?;
         let node = NodeId(joined.node);

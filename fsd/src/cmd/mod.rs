@@ -35,7 +35,14 @@ pub enum Command {
     /// Run a cluster on several hosts, as a job: over ssh, or started by mpirun or srun.
     Launch(launch::LaunchArgs),
     /// Run the metadata server.
-    Meta(RoleArgs),
+    Meta {
+        #[command(flatten)]
+        /// Common arguments.
+        role: RoleArgs,
+        /// Take stores that were put back from an older copy, this server's or a storage node's, as they are.
+        #[arg(long)]
+        accept_older: bool,
+    },
     /// Run a storage node.
     Storage {
         #[command(flatten)]
@@ -47,6 +54,9 @@ pub enum Command {
         /// Release the pool's memory at the end (everything is in the backing file then).
         #[arg(long)]
         forget: bool,
+        /// Take a store that was put back from an older copy as it is; what is in memory is given up.
+        #[arg(long)]
+        accept_older: bool,
     },
     /// Mount the file system.
     Mount {
@@ -114,10 +124,15 @@ pub fn run(cli: Cli) -> ExitCode {
     let result = match cli.command {
         Command::Dev(args) => dev::run(&args),
         Command::Launch(args) => launch::run(&args),
-        Command::Meta(args) => load(&args).and_then(|(c, key)| role::meta(&c, key)),
-        Command::Storage { role, id, forget } => {
-            load(&role).and_then(|(c, key)| role::storage(&c, key, id, forget))
+        Command::Meta { role, accept_older } => {
+            load(&role).and_then(|(c, key)| role::meta(&c, key, accept_older))
         }
+        Command::Storage {
+            role,
+            id,
+            forget,
+            accept_older,
+        } => load(&role).and_then(|(c, key)| role::storage(&c, key, id, forget, accept_older)),
         Command::Mount {
             role,
             cache,

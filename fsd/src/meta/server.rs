@@ -11,6 +11,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use parking_lot::Mutex;
 use rdma_transport::{Connection, Fabric};
 
+use super::copies::{self, Copies};
 use super::locks::{LockTable, Ticket};
 use super::names::{Change, Effects};
 use super::order::Order;
@@ -76,6 +77,7 @@ pub(super) struct Inner {
     /// Inodes told to be freed, and not freed yet.
     pub(super) freeing: AtomicU64,
     pub(super) calls: Arc<Calls>,
+    pub(super) copies: Copies,
     fabric: OnceLock<Arc<dyn Fabric>>,
     storage: Mutex<HashMap<u16, Arc<dyn Connection>>>,
     stopping: AtomicBool,
@@ -86,7 +88,8 @@ pub struct MetaServer {
     inner: Arc<Inner>,
     fabric: Arc<dyn Fabric>,
     threads: Vec<JoinHandle<()>>,
-    stop: Sender<()>,
+    /// One for each thread that sleeps.
+    stop: [Sender<()>; 2],
     claim: Claim,
 }
 
@@ -288,11 +291,11 @@ impl Service for Front {
 }
 
 impl MetaServer {
-    /// Starts the metadata server of a configuration.
+    /// Starts the metadata server of a configuration. With `accept_older`, stores that are older copies are taken as they are.
     ///
     /// # Errors
     /// Not formatted, store in use, address taken…
-    pub fn start(config: &Config, cluster_key: Vec<u8>) -> Result<Self, MetaError> {
+    pub fn start(config: &Config, cluster_key: Vec<u8>, accept_older: bool) -> Result<Self, MetaError> {
         let dir = &config.meta.dir;
         if !dir.exists() {
             let detail = "does not exist: run fsd format first".into();
@@ -327,6 +330,11 @@ impl MetaServer {
                 "the last life of this server did not end in order, and its host has forgotten it: the mounts are asked for what may be missing"
             );
         }
+        let copies = Copies::new(
+            accept_older,
+            config.storage.iter().map(|s| s.id),
+            load(copies::stored(store.as_ref()))?,
+        );
         let front = Arc::new(Front(OnceLock::new()));
         let service = Arc::clone(&front) as Arc<dyn Service>;
         let listen = config.meta.listen.clone();
@@ -335,6 +343,7 @@ impl MetaServer {
         let (sync, sync_in) = unbounded();
         let (freed, freed_in) = unbounded();
         let (stop, stop_in) = unbounded();
+        let (stop_comparing, compare_in) = unbounded();
         let inner = Arc::new(Inner {
             config: config.clone(),
             era: AtomicU32::new(superblock.era),
@@ -348,6 +357,7 @@ impl MetaServer {
             freed,
             freeing: AtomicU64::new(0),
             calls,
+            copies,
             fabric: OnceLock::new(),
             storage: Mutex::default(),
             stopping: AtomicBool::new(false),
@@ -367,16 +377,17 @@ impl MetaServer {
                     error,
                 })
         };
-        let (a, b) = (Arc::clone(&inner), Arc::clone(&inner));
+        let (a, b, c) = (Arc::clone(&inner), Arc::clone(&inner), Arc::clone(&inner));
         let threads = vec![
             thread("meta-sync", Box::new(move || a.sync_loop(&sync_in)))?,
             thread("meta-house", Box::new(move || b.house_loop(&freed_in, &stop_in)))?,
+            thread("meta-copies", Box::new(move || c.copies_loop(&compare_in)))?,
         ];
         Ok(Self {
             inner,
             fabric,
             threads,
-            stop,
+            stop: [stop, stop_comparing],
             claim,
         })
     }
@@ -387,13 +398,21 @@ impl MetaServer {
         self.fabric.local_addr()
     }
 
+    /// Why it must not go on, if others know of a later state of its store.
+    #[must_use]
+    pub fn is_older(&self) -> Option<String> {
+        self.inner.is_older()
+    }
+
     /// Makes everything durable and stops.
     ///
     /// # Errors
     /// The store failed.
     pub fn stop(mut self) -> Result<(), MetaError> {
         self.inner.stopping.store(true, Ordering::Release);
-        let _ = self.stop.send(());
+        for stop in &self.stop {
+            let _ = stop.send(());
+        }
         self.fabric.shutdown();
         self.inner.storage.lock().clear();
         for thread in self.threads.drain(..) {

@@ -111,9 +111,10 @@ impl Inner {
                 name,
                 skew,
                 locks,
+                durable,
             } => self.join(
                 conn,
-                again,
+                (again, durable),
                 Member {
                     incarnation: 0,
                     life,
@@ -123,7 +124,10 @@ impl Inner {
                 skew,
                 &locks,
             ),
-            MetaRequest::Tables { ids, stores } => {
+            MetaRequest::Tables { ids, stores, places } => {
+                for (id, place) in (0..).zip(places) {
+                    self.check_place(&format!("storage node {id}"), place)?;
+                }
                 self.check_stores(&stores)?;
                 self.check_tables(&ids)?;
                 Ok(MetaReply::Done)
@@ -253,6 +257,7 @@ impl Inner {
                 id: s.id,
                 listen: s.listen.clone(),
                 store: stores.get(usize::from(s.id)).cloned(),
+                generation: self.copies.generation(s.id),
             })
             .collect()
     }
@@ -260,12 +265,13 @@ impl Inner {
     fn join(
         &self,
         conn: &Arc<dyn Connection>,
-        again: Option<(u16, u8)>,
+        (again, durable): (Option<(u16, u8)>, u64),
         mut member: Member,
         skew: Skew,
         locks: &[LockSpec],
     ) -> Answer {
         let name = &member.name;
+        self.check_place(&format!("mount {name}"), durable)?;
         match skew.verdict() {
             Verdict::Close => {}
             Verdict::Apart if again.is_none() => {
@@ -288,6 +294,8 @@ impl Inner {
             .map_err(|_| Refusal::Errno(Errno(libc::EIO)))?;
         let mut state = self.state.lock();
         let (node, incarnation) = match again {
+            // What it has cached this server's store has forgotten.
+            Some(_) if self.copies.holds_up() || durable > self.order.executed() => return no(libc::ESTALE),
             Some((node, incarnation)) => {
                 let known = state.sessions.nodes.get(&node);
                 if !known.is_some_and(|s| s.member.life == member.life && !s.dead) {
@@ -297,7 +305,9 @@ impl Inner {
             }
             // Mounts of a former life may come back, or hold leases that are released when they do not: until
             // that is known nobody new can be served.
-            None if state.sessions.nobody_up() || state.window.is_some() => return no(libc::EAGAIN),
+            None if state.sessions.nobody_up() || state.window.is_some() || self.copies.holds_up() => {
+                return no(libc::EAGAIN);
+            }
             None => state
                 .sessions
                 .free_number(layout.max_nodes())
@@ -340,6 +350,7 @@ impl Inner {
             record_bytes: self.superblock.record_bytes,
             storage: self.storage_infos(),
             executed: self.order.executed(),
+            durable: self.order.durable(),
             awaited,
         }))
     }

@@ -44,6 +44,8 @@ impl Inner {
             freeing: self.freeing.load(Ordering::Relaxed),
             requests: self.requests.load(Ordering::Relaxed),
             epoch: 0,
+            durable: self.order.durable(),
+            generations: self.copies.known(),
             troubles,
         }
     }

@@ -103,11 +103,12 @@ impl Service for Front {
 }
 
 impl StorageNode {
-    /// Starts storage node `id` of the configuration.
+    /// Starts storage node `id` of the configuration. With `accept_older`, a store that is older than memory knows is taken
+    /// as it is.
     ///
     /// # Errors
     /// Not formatted, not enough memory, address taken…
-    pub fn start(config: &Config, id: u16, key: Vec<u8>) -> Result<Self, StorageError> {
+    pub fn start(config: &Config, id: u16, key: Vec<u8>, accept_older: bool) -> Result<Self, StorageError> {
         let section = config
             .storage
             .iter()
@@ -116,7 +117,7 @@ impl StorageNode {
                 path: config.key_file.clone(),
                 detail: format!("the configuration has no storage node {id}"),
             })?;
-        let (label, claim, blocks) = open_blocks(config, section)?;
+        let (label, claim, blocks) = open_blocks(config, section, accept_older)?;
         let front = Arc::new(Front {
             inner: std::sync::OnceLock::new(),
         });
@@ -232,7 +233,11 @@ fn memory_file(section: &StorageConfig, note: &Note, kind: &str) -> PathBuf {
 }
 
 /// Checks the label against the configuration, and opens what the directory has.
-fn open_blocks(config: &Config, section: &StorageConfig) -> Result<(Label, Claim, Blocks), StorageError> {
+fn open_blocks(
+    config: &Config,
+    section: &StorageConfig,
+    accept_older: bool,
+) -> Result<(Label, Claim, Blocks), StorageError> {
     let (id, dir) = (section.id, &section.dir);
     let bytes = section.pool.0 / BLOCK * BLOCK;
     let mut label = Label::check(dir, &config.cluster, id, bytes, config.lease.record_bytes)?;
@@ -275,6 +280,7 @@ fn open_blocks(config: &Config, section: &StorageConfig) -> Result<(Label, Claim
         disk_path,
         store,
         pinned,
+        accept_older,
         #[cfg(test)]
         flaw: None,
     })?;

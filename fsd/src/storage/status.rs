@@ -44,6 +44,8 @@ impl Inner {
             requests: self.requests.load(Ordering::Relaxed),
             connections: self.connections.load(Ordering::Relaxed),
             holders: held.holders.into_iter().collect(),
+            generation: self.blocks.generation.durable(),
+            place: self.blocks.generation.place()?,
             troubles,
         })
     }

@@ -8,6 +8,7 @@ mod async_io;
 mod bad_input;
 mod coherence;
 mod contended;
+mod copies;
 mod durable;
 mod extension;
 mod extension_contended;

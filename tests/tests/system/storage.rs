@@ -333,7 +333,15 @@ fn a_full_memory_file_system_is_no_space_left_and_kills_nobody() -> anyhow::Resu
         fs::remove_file(cluster.mount(0).join("big"))?;
     }
     ensure!(fs::metadata(cluster.memory().join("."))?.is_dir());
-    ensure!(cluster.pid(Role::Storage(0)) == pid && cluster.status()?["healthy"] == true);
+    let status = cluster.status()?;
+    let problems = status["problems"].as_array().context("no problems")?;
+    ensure!(
+        cluster.pid(Role::Storage(0)) == pid
+            && problems
+                .iter()
+                .all(|p| p.as_str().is_some_and(|p| p.contains("is full"))),
+        "{problems:?}"
+    );
     cluster.end_all()
 }
 
