@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use rdma_transport::{FabricKind, VerbsOptions};
 use serde::{Deserialize, Serialize};
 
+use crate::ports::Ports;
+
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -256,6 +258,9 @@ pub struct MountConfig {
     pub max_inodes: usize,
     /// Entries of the lease table shared with the kernel extension, 128 bytes each.
     pub lease_table: u32,
+    /// Ports that mounts listen at, where firewalls have to know; else the system chooses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ports: Option<Ports>,
 }
 
 impl Default for MountConfig {
@@ -270,6 +275,7 @@ impl Default for MountConfig {
             writeback_ms: 2_000,
             max_inodes: 100_000,
             lease_table: 1 << 15,
+            ports: None,
         }
     }
 }
@@ -580,6 +586,11 @@ mod tests {
             ("10.0.0.1:7000", "10.0.0.1:0", "10.0.0.1:0 has no port"),
             ("fabric", "timeout_ms = 0\nfabric", "timeout_ms = 0"),
             ("fabric", "lease = { wait_ms = 1 }\nfabric", "lease.wait_ms = 1"),
+            (
+                "fabric",
+                "mount = { ports = '9-8' }\nfabric",
+                "'9-8' names no ports",
+            ),
         ] {
             let error = load(&tcp.replacen(from, to, 1)).unwrap_err().to_string();
             assert!(error.contains(told), "{error}");

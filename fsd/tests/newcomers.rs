@@ -42,7 +42,7 @@ fn world() -> World {
     std::fs::write(&path, text).unwrap();
     let config = Config::load(&path).unwrap();
     fsd::meta::server::format(&config, "uuid").unwrap();
-    let server = MetaServer::start(&config, KEY.to_vec()).unwrap();
+    let server = MetaServer::start(&config, KEY.to_vec(), false).unwrap();
     World { config, server, dir }
 }
 

@@ -82,6 +82,12 @@ pub enum TransportError {
     /// This endpoint has been shut down.
     #[error("the local endpoint is shut down")]
     Shutdown,
+    /// Somebody listens at the address already.
+    #[error("listen on {addr}: address in use by a running process")]
+    AddressInUse {
+        /// The address.
+        addr: String,
+    },
     /// The local operating system refused something.
     #[error("{what}: {reason}")]
     Os {

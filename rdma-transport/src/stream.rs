@@ -15,17 +15,11 @@ use crate::handshake::{MAX_MESSAGE, Pipe};
 
 /// Listens on `host:port`, without blocking; also the address with the real port.
 pub(crate) fn listen(on: &str) -> Result<(TcpListener, SocketAddr), TransportError> {
-    let listener = TcpListener::bind(on).map_err(|e| {
-        let reason = match e.kind() {
-            std::io::ErrorKind::AddrInUse => "address in use by a running process".to_owned(),
-            _ => e.to_string(),
-        };
-        TransportError::Os {
-            what: format!("listen on {on}"),
-            reason,
-        }
-    })?;
-    let os = |e: std::io::Error| TransportError::os(format!("listen on {on}"), &e);
+    let os = |e: std::io::Error| match e.kind() {
+        std::io::ErrorKind::AddrInUse => TransportError::AddressInUse { addr: on.to_owned() },
+        _ => TransportError::os(format!("listen on {on}"), &e),
+    };
+    let listener = TcpListener::bind(on).map_err(os)?;
     listener.set_nonblocking(true).map_err(os)?;
     let addr = listener.local_addr().map_err(os)?;
     Ok((listener, addr))

@@ -35,6 +35,7 @@ pub mod inode;
 pub mod inode_table;
 pub mod kernel_mount;
 pub mod lazy;
+pub mod listen;
 pub mod locks;
 pub mod mapped;
 pub mod mount;
@@ -275,6 +276,8 @@ impl Client {
 
     /// What `fsd status` shows.
     #[must_use]
+    ///
+    /// Asks the servers whether they are there: not for a thread that brings their answers.
     pub fn status(&self) -> MountStatus {
         let leases = self.leases.snapshot();
         let count = |mode| leases.iter().filter(|l| l.mode == Some(mode)).count() as u64;
@@ -302,6 +305,7 @@ impl Client {
                 let counters = ext.counters();
                 counters.iter().map(|(name, n)| (name.to_owned(), n)).collect()
             }),
+            troubles: self.net.unreachable(),
         }
     }
 

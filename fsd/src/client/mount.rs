@@ -1,6 +1,5 @@
 //! Starting and stopping a mount.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -16,6 +15,7 @@ use super::extension::{self, Extension};
 use super::fuse::FsdFs;
 use super::kernel_mount::{self, Mounted};
 use super::lazy::Lazy;
+use super::listen::open_endpoint;
 use super::mountpoint::{check_point, set_read_ahead};
 use super::net::{JoinError, Net, NetConfig, Owner};
 use super::revoke::Revoker;
@@ -24,6 +24,7 @@ use super::{Client, Counters};
 use crate::clock::Skew;
 use crate::config::{CacheMode, Config, FabricChoice};
 use crate::endpoint::Endpoint;
+use crate::ports::Ports;
 use crate::rpc::{Errno, Responder, RpcError, Service};
 use crate::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
 
@@ -62,6 +63,11 @@ pub enum MountError {
         "the clock of this host differs: it is {0} the metadata server's, and two seconds are the most; synchronise the clocks (for example with chrony)"
     )]
     Clocks(Skew),
+    /// A server has a store that is not what it was.
+    #[error(
+        "the metadata server refuses this cluster's stores: one of them is an older copy, or another's; the server's log says which"
+    )]
+    Stores,
     /// No node number is free.
     #[error("the cluster has no room for another mount: format it with a larger lease.record_bytes")]
     Full,
@@ -85,6 +91,11 @@ pub enum MountError {
         /// Its answer.
         error: std::io::Error,
     },
+    /// No port is left for it.
+    #[error(
+        "all ports that mounts may listen at (mount.ports = \"{0}\") are taken on this host: end a mount, or allow more ports there and in the firewalls"
+    )]
+    Ports(Ports),
     /// The kernel extension cannot be used.
     #[error("{0}; or mount with --cache writethrough")]
     Extension(#[from] distfuse_abi::Error),
@@ -141,7 +152,15 @@ impl Service for Front {
             return refuse(responder, libc::EAGAIN);
         };
         match (crate::wire::decode::<MountRequest>(body), hello.role) {
-            (Ok(MountRequest::Status), _) => responder.reply(&Ok(client.status())),
+            (Ok(MountRequest::Status), _) => {
+                // It waits for answers that this thread brings.
+                let asking = std::thread::Builder::new()
+                    .name("fsd-status".into())
+                    .spawn(move || responder.reply(&Ok(client.status())));
+                if let Err(error) = asking {
+                    tracing::warn!("no thread can be started for the status: {error}");
+                }
+            }
             (Ok(MountRequest::Visit { ino, offset, act }), Role::Client(Some(node))) => {
                 client.receive(node, ino, offset, act, responder);
             }
@@ -221,44 +240,6 @@ impl Owner for Client {
     }
     fn peer_back(&self, node: NodeId) {
         self.leases.peer_back(node);
-    }
-}
-
-/// This host's address on the way to another; nothing is sent.
-#[must_use]
-pub fn route_to(addr: &str) -> Option<IpAddr> {
-    let to = addr.to_socket_addrs().ok()?.next()?;
-    let any: IpAddr = if to.is_ipv4() {
-        Ipv4Addr::UNSPECIFIED.into()
-    } else {
-        Ipv6Addr::UNSPECIFIED.into()
-    };
-    // Connecting a datagram socket only looks the route up.
-    let socket = UdpSocket::bind((any, 0)).ok()?;
-    socket.connect(to).ok()?;
-    Some(socket.local_addr().ok()?.ip())
-}
-
-/// An address for a mount, beside the metadata server's.
-fn own_listen(config: &Config) -> String {
-    match config.fabric {
-        FabricChoice::Shm => {
-            let dir = Path::new(&config.meta.listen)
-                .parent()
-                .unwrap_or(Path::new("/tmp"));
-            dir.join(format!(
-                "mount-{}-{:08x}.sock",
-                std::process::id(),
-                rand::random::<u32>()
-            ))
-            .to_string_lossy()
-            .into_owned()
-        }
-        // Others are told the address, so it must be one of this host's; it also tells which RDMA device is used.
-        FabricChoice::Tcp | FabricChoice::Verbs => match route_to(&config.meta.listen) {
-            Some(ip) => SocketAddr::new(ip, 0).to_string(),
-            None => "127.0.0.1:0".into(),
-        },
     }
 }
 
@@ -369,9 +350,8 @@ impl Mount {
         let front = Arc::new(Front {
             client: OnceLock::new(),
         });
-        let listen = options.listen.clone().unwrap_or_else(|| own_listen(config));
         let service = Arc::clone(&front) as Arc<dyn Service>;
-        let endpoint = Endpoint::open(config, Role::Client(None), listen, key, service)?;
+        let endpoint = open_endpoint(config, options.listen.as_deref(), &key, &service)?;
         let started = Self::start_on(config, options, mode, (point, flags), &endpoint, &front);
         if started.is_err() {
             endpoint.fabric.shutdown();
@@ -399,6 +379,7 @@ impl Mount {
         let joined = net.join().map_err(|error| match error {
             JoinError::Clocks(skew) => MountError::Clocks(skew),
             JoinError::Rpc(RpcError::Errno(Errno(libc::EUSERS))) => MountError::Full,
+            JoinError::Rpc(RpcError::Errno(Errno(libc::ESTALE))) => MountError::Stores,
             JoinError::Rpc(other) => MountError::Join(other),
         })?;
         let node = NodeId(joined.node);

@@ -122,7 +122,7 @@ impl Client {
     fn give_memory_back(&self) {
         if self.trim.forgotten.load(Ordering::Relaxed) >= GIVE_BACK {
             self.trim.forgotten.store(0, Ordering::Relaxed);
-            crate::memory::give_back();
+            crate::heap::give_back();
         }
     }
 }

@@ -6,11 +6,12 @@
 
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
+use super::temporary::Temporary;
 use crate::client::kernel_mount::Mounted;
 
 /// How long a child may take to be ready, or to end.
@@ -31,7 +32,7 @@ pub struct Children {
     members: Vec<Member>,
     config: PathBuf,
     quiet: bool,
-    notify_dir: tempfile::TempDir,
+    temporary: Temporary,
 }
 
 /// Has a program ended by SIGTERM when the thread that starts it ends, also by SIGKILL to this process.
@@ -54,17 +55,15 @@ pub fn code_of(status: ExitStatus) -> u8 {
 }
 
 impl Children {
-    /// None yet; they will read this configuration.
-    ///
-    /// # Errors
-    /// No temporary directory can be made.
-    pub fn new(config: PathBuf) -> anyhow::Result<Self> {
-        Ok(Self {
+    /// None yet; they will read this configuration, and hold this folder as long as they run.
+    #[must_use]
+    pub fn new(config: PathBuf, temporary: Temporary) -> Self {
+        Self {
             members: Vec::new(),
             config,
             quiet: false,
-            notify_dir: tempfile::tempdir().context("temporary directory")?,
-        })
+            temporary,
+        }
     }
 
     /// They say only what is wrong, unless the user has asked for more (`RUST_LOG`).
@@ -79,7 +78,7 @@ impl Children {
     /// # Errors
     /// It does not start, or is not ready in time.
     pub fn spawn(&mut self, what: &str, args: &[&str], point: Option<&Path>) -> anyhow::Result<()> {
-        let path = self.notify_dir.path().join("ready");
+        let path = self.temporary.path().join("ready");
         let socket = std::os::unix::net::UnixDatagram::bind(&path).context("readiness socket")?;
         let exe = std::env::current_exe().context("the path of fsd")?;
         let mut command = Command::new(exe);
@@ -93,7 +92,7 @@ impl Children {
             .args(point)
             .env("NOTIFY_SOCKET", &path)
             .env(super::role::PARENT_ENV, std::process::id().to_string())
-            .stdin(Stdio::null())
+            .stdin(self.temporary.held()?)
             // Ctrl-C is for this process; it takes the others down in order.
             .process_group(0)
             .spawn()

@@ -9,6 +9,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::children::{Children, code_of, signal, wait_for};
+use super::temporary::Temporary;
 use crate::config::{
     CacheMode, Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, Size, StorageConfig,
 };
@@ -116,10 +117,7 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
 pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
     // The children report their own readiness; this process has nothing to say to systemd.
-    let temporary = tempfile::Builder::new()
-        .prefix("fsd-dev-")
-        .tempdir()
-        .context("temporary directory")?;
+    let temporary = Temporary::new("dev")?;
     let base = args.dir.clone().unwrap_or_else(|| temporary.path().join("mnt"));
     std::fs::create_dir_all(&base).with_context(|| format!("cannot make {}", base.display()))?;
     let base = base.canonicalize()?;
@@ -160,7 +158,7 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
         }
     }
     let quiet = !args.command.is_empty() && !args.verbose;
-    let mut cluster = Children::new(file.clone())?.quiet(quiet);
+    let mut cluster = Children::new(file.clone(), temporary).quiet(quiet);
     for id in 0..args.storage {
         let id = id.to_string();
         cluster.spawn(

@@ -2,11 +2,13 @@
 
 pub mod check;
 pub mod children;
+pub mod clean;
 pub mod dev;
 pub mod format;
 pub mod launch;
 pub mod role;
 pub mod status;
+pub mod temporary;
 
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
@@ -33,7 +35,14 @@ pub enum Command {
     /// Run a cluster on several hosts, as a job: over ssh, or started by mpirun or srun.
     Launch(launch::LaunchArgs),
     /// Run the metadata server.
-    Meta(RoleArgs),
+    Meta {
+        #[command(flatten)]
+        /// Common arguments.
+        role: RoleArgs,
+        /// Take stores that were put back from an older copy, this server's or a storage node's, as they are.
+        #[arg(long)]
+        accept_older: bool,
+    },
     /// Run a storage node.
     Storage {
         #[command(flatten)]
@@ -45,6 +54,9 @@ pub enum Command {
         /// Release the pool's memory at the end (everything is in the backing file then).
         #[arg(long)]
         forget: bool,
+        /// Take a store that was put back from an older copy as it is; what is in memory is given up.
+        #[arg(long)]
+        accept_older: bool,
     },
     /// Mount the file system.
     Mount {
@@ -72,16 +84,18 @@ pub enum Command {
         /// Where to mount.
         point: PathBuf,
     },
-    /// Make the stores of all roles that are configured for this host (or one role).
+    /// Make the stores: of all roles where all are on this host, else of one (--role).
     Format(format::FormatArgs),
     /// Examine the stores of storage nodes that are stopped: every block against its checksum.
     Check(check::CheckArgs),
+    /// List the memory files of servers on this host, and remove those whose store is gone.
+    Clean(clean::CleanArgs),
     /// Make a cluster key.
     Keygen {
         /// File to write (mode 0600); - prints the key.
         file: PathBuf,
     },
-    /// Show nodes, leases, capacity and health.
+    /// Show nodes, leases, capacity and health. Exit status: 0 healthy, 1 not, 2 where that cannot be found out from here.
     Status {
         /// Configuration file.
         #[arg(long, default_value = "cluster.toml", env = "FSD_CONFIG")]
@@ -110,10 +124,15 @@ pub fn run(cli: Cli) -> ExitCode {
     let result = match cli.command {
         Command::Dev(args) => dev::run(&args),
         Command::Launch(args) => launch::run(&args),
-        Command::Meta(args) => load(&args).and_then(|(c, key)| role::meta(&c, key)),
-        Command::Storage { role, id, forget } => {
-            load(&role).and_then(|(c, key)| role::storage(&c, key, id, forget))
+        Command::Meta { role, accept_older } => {
+            load(&role).and_then(|(c, key)| role::meta(&c, key, accept_older))
         }
+        Command::Storage {
+            role,
+            id,
+            forget,
+            accept_older,
+        } => load(&role).and_then(|(c, key)| role::storage(&c, key, id, forget, accept_older)),
         Command::Mount {
             role,
             cache,
@@ -138,8 +157,9 @@ pub fn run(cli: Cli) -> ExitCode {
         }),
         Command::Format(args) => format::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Clean(args) => clean::run(&args),
         Command::Keygen { file } => format::keygen(&file).map(|()| ExitCode::SUCCESS),
-        Command::Status { config, json } => status::run(&config, json),
+        Command::Status { config, json } => Ok(status::run(&config, json)),
     };
     match result {
         Ok(code) => code,

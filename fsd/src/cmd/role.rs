@@ -60,13 +60,15 @@ fn signals() -> anyhow::Result<Signals> {
 ///
 /// # Errors
 /// It cannot start, or its store fails at the end.
-pub fn meta(config: &Config, key: Vec<u8>) -> anyhow::Result<ExitCode> {
+pub fn meta(config: &Config, key: Vec<u8>, accept_older: bool) -> anyhow::Result<ExitCode> {
     let mut signals = signals()?;
     follow_parent(rustix::process::Signal::USR1)?;
-    let server = MetaServer::start(config, key)?;
+    let server = MetaServer::start(config, key, accept_older)?;
     ready(&format!("metadata server on {}", server.addr()));
-    wait(&mut signals, || false);
+    wait(&mut signals, || server.is_older().is_some());
+    let older = server.is_older();
     server.stop()?;
+    anyhow::ensure!(older.is_none(), older.unwrap_or_default());
     Ok(ExitCode::SUCCESS)
 }
 
@@ -74,10 +76,16 @@ pub fn meta(config: &Config, key: Vec<u8>) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 /// It cannot start, or cannot store everything at the end.
-pub fn storage(config: &Config, key: Vec<u8>, id: u16, forget: bool) -> anyhow::Result<ExitCode> {
+pub fn storage(
+    config: &Config,
+    key: Vec<u8>,
+    id: u16,
+    forget: bool,
+    accept_older: bool,
+) -> anyhow::Result<ExitCode> {
     let mut signals = signals()?;
     follow_parent(rustix::process::Signal::USR1)?;
-    let node = StorageNode::start(config, id, key)?;
+    let node = StorageNode::start(config, id, key, accept_older)?;
     ready(&format!("storage node {id} on {}", node.addr()));
     wait(&mut signals, || false);
     node.stop(forget)?;

@@ -9,7 +9,7 @@ use rdma_transport::{Connection, Fabric};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::config::Config;
+use crate::config::{Config, StorageConfig};
 use crate::endpoint::Endpoint;
 use crate::rpc::{Calls, Errno, Responder, Service};
 use crate::wire::{
@@ -90,6 +90,8 @@ pub struct Report {
     pub fabric: &'static str,
     /// Everything is as it should be.
     pub healthy: bool,
+    /// What is not, one sentence each.
+    pub problems: Vec<String>,
     /// The metadata server, or why there is no answer.
     pub meta: Result<MetaStatus, String>,
     /// The storage nodes.
@@ -105,44 +107,102 @@ pub struct Report {
 pub fn collect(config: &Config) -> anyhow::Result<Report> {
     let asker = Asker::new(config)?;
     let wrong = || "an answer of another kind".to_owned();
+    let ask_storage = |s: &StorageConfig| match asker.ask(&s.listen, &StorageRequest::Status) {
+        Ok(StorageReply::Status(status)) => Ok(status),
+        Ok(_) => Err(wrong()),
+        Err(error) => Err(error),
+    };
     let meta = match asker.ask(&config.meta.listen, &MetaRequest::Status) {
         Ok(MetaReply::Status(s)) => Ok(s),
         Ok(_) => Err(wrong()),
         Err(error) => Err(error),
     };
-    let storage: Vec<_> = config
-        .storage
-        .iter()
-        .map(|s| {
-            let status = match asker.ask(&s.listen, &StorageRequest::Status) {
-                Ok(StorageReply::Status(status)) => Ok(status),
-                Ok(_) => Err(wrong()),
-                Err(error) => Err(error),
-            };
-            (s.id, status)
-        })
-        .collect();
+    let storage: Vec<_> = config.storage.iter().map(|s| (s.id, ask_storage(s))).collect();
     let nodes = meta.as_ref().map(|m| m.nodes.clone()).unwrap_or_default();
     let mounts: Vec<_> = nodes
         .iter()
         .filter(|n| n.state == PeerState::Up)
         .map(|n| (n.node, asker.ask(&n.listen, &MountRequest::Status)))
         .collect();
-    let healthy = meta.is_ok()
-        && storage.iter().all(|(_, s)| s.as_ref().is_ok_and(|s| s.lost == 0))
-        && mounts.iter().all(|(_, m)| m.is_ok())
-        && nodes.iter().all(|n| n.state == PeerState::Up);
+    let problems = problems(&meta, &storage, &mounts);
     Ok(Report {
         cluster: config.cluster.clone(),
         fabric: super::fabric_name(config.fabric),
-        healthy,
+        healthy: problems.is_empty(),
+        problems,
         meta,
         storage,
         mounts,
     })
 }
 
-fn mib(bytes: u64) -> String {
+/// What is not as it should be.
+fn problems(
+    meta: &Result<MetaStatus, String>,
+    storage: &[(u16, Result<StorageStatus, String>)],
+    mounts: &[(u16, Result<MountStatus, String>)],
+) -> Vec<String> {
+    let mut problems = Vec::new();
+    let nodes = match meta {
+        Ok(meta) => {
+            let troubles = meta.troubles.iter();
+            problems.extend(troubles.map(|what| format!("metadata server: {what}")));
+            meta.nodes.as_slice()
+        }
+        Err(error) => {
+            problems.push(format!("metadata server: no answer: {error}"));
+            &[]
+        }
+    };
+    for (id, status) in storage {
+        let status = match status {
+            Ok(status) => status,
+            Err(error) => {
+                problems.push(format!("storage node {id}: no answer: {error}"));
+                continue;
+            }
+        };
+        let troubles = status.troubles.iter();
+        problems.extend(troubles.map(|what| format!("storage node {id}: {what}")));
+        if status.lost > 0 {
+            problems.push(format!(
+                "storage node {id}: {} blocks cannot be read from its disk: replace the disk",
+                status.lost
+            ));
+        }
+    }
+    for node in nodes.iter().filter(|node| node.state != PeerState::Up) {
+        let (number, name) = (node.node, &node.name);
+        if node.state == PeerState::Lost {
+            problems.push(format!("mount {number} ({name}) is not connected"));
+            continue;
+        }
+        let holds = storage.iter().filter_map(|(_, status)| {
+            let holders = &status.as_ref().ok()?.holders;
+            holders.iter().find(|(n, _)| *n == number).map(|(_, count)| count)
+        });
+        problems.push(match holds.sum() {
+            0 => format!("mount {number} ({name}) is dead"),
+            blocked => format!(
+                "mount {number} ({name}) is dead, and {blocked} lease records are blocked that it held: stop the other mounts to have them released"
+            ),
+        });
+    }
+    for (number, status) in mounts {
+        match status {
+            Ok(status) => {
+                let troubles = status.troubles.iter();
+                problems.extend(troubles.map(|what| format!("mount {number}: {what}")));
+            }
+            Err(error) => problems.push(format!("mount {number}: no answer: {error}")),
+        }
+    }
+    problems
+}
+
+/// Bytes for people.
+#[must_use]
+pub fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
@@ -153,6 +213,9 @@ fn print(report: &Report) {
         report.fabric,
         if report.healthy { "healthy" } else { "NOT HEALTHY" }
     );
+    for problem in &report.problems {
+        println!("  {problem}");
+    }
     match &report.meta {
         Ok(m) => println!(
             "metadata server  up    {} inodes, {} orphans, {} being freed, {} requests",
@@ -220,20 +283,26 @@ fn print(report: &Report) {
     }
 }
 
-/// Runs `fsd status`. Exit status 0 where all is well, 1 where not.
-///
-/// # Errors
-/// The configuration cannot be read.
-pub fn run(path: &Path, json: bool) -> anyhow::Result<ExitCode> {
+/// Runs `fsd status`. Exit status 0 where all is well, 1 where not, 2 where that cannot be found out from here.
+#[must_use]
+pub fn run(path: &Path, json: bool) -> ExitCode {
+    match tell(path, json) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("fsd: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Shows the report; is all well?
+fn tell(path: &Path, json: bool) -> anyhow::Result<bool> {
     let report = collect(&Config::load(path)?)?;
     if json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print(&report);
     }
-    Ok(if report.healthy {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(report.healthy)
 }

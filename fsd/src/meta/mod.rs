@@ -3,6 +3,7 @@
 //! Every change is one transaction of the embedded store. Clients' leases protect the clients' caches, not
 //! the store: requests are carried out one after the other on the progress thread.
 
+pub mod copies;
 pub mod locks;
 pub mod names;
 mod order;
@@ -11,6 +12,7 @@ mod recovery;
 pub mod server;
 mod service;
 pub mod sessions;
+mod status;
 pub mod stores;
 mod window;
 pub mod xattrs;

@@ -111,6 +111,11 @@ pub mod key {
     pub fn stores() -> Vec<u8> {
         vec![b'T']
     }
+    /// The last known generations of the storage nodes' stores.
+    #[must_use]
+    pub fn generations() -> Vec<u8> {
+        vec![b'G']
+    }
     /// Inode.
     #[must_use]
     pub fn inode(ino: u64) -> Vec<u8> {

@@ -11,6 +11,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use parking_lot::Mutex;
 use rdma_transport::{Connection, Fabric};
 
+use super::copies::{self, Copies};
 use super::locks::{LockTable, Ticket};
 use super::names::{Change, Effects};
 use super::order::Order;
@@ -21,6 +22,7 @@ use super::{MetaError, Refusal};
 use crate::config::Config;
 use crate::endpoint::Endpoint;
 use crate::ino;
+use crate::memory::{Claim, Note};
 use crate::rpc::{Calls, Responder, RpcError, Service};
 use crate::store::{FjallStore, Store, prefix_end};
 use crate::wire::{Hello, MetaReply, Role, StorageReply, StorageRequest, Time};
@@ -75,6 +77,7 @@ pub(super) struct Inner {
     /// Inodes told to be freed, and not freed yet.
     pub(super) freeing: AtomicU64,
     pub(super) calls: Arc<Calls>,
+    pub(super) copies: Copies,
     fabric: OnceLock<Arc<dyn Fabric>>,
     storage: Mutex<HashMap<u16, Arc<dyn Connection>>>,
     stopping: AtomicBool,
@@ -85,7 +88,9 @@ pub struct MetaServer {
     inner: Arc<Inner>,
     fabric: Arc<dyn Fabric>,
     threads: Vec<JoinHandle<()>>,
-    stop: Sender<()>,
+    /// One for each thread that sleeps.
+    stop: [Sender<()>; 2],
+    claim: Claim,
 }
 
 fn load<T>(result: Result<T, Refusal>) -> Result<T, MetaError> {
@@ -96,6 +101,28 @@ fn load<T>(result: Result<T, Refusal>) -> Result<T, MetaError> {
             error: std::io::Error::from_raw_os_error(e.0),
         },
     })
+}
+
+fn formatted_already(dir: &Path) -> MetaError {
+    MetaError::Format {
+        path: dir.to_owned(),
+        detail: "is formatted already: remove it first if its contents are not wanted".into(),
+    }
+}
+
+/// Is there no store in a directory yet?
+///
+/// # Errors
+/// There is one, or it cannot be opened.
+pub fn check_unformatted(dir: &Path) -> Result<(), MetaError> {
+    // An empty directory is not made a store of by looking at it.
+    if std::fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_none()) {
+        return Ok(());
+    }
+    match FjallStore::open(dir)?.get(&key::superblock())? {
+        Some(_) => Err(formatted_already(dir)),
+        None => Ok(()),
+    }
 }
 
 /// Makes a metadata store with an empty root directory.
@@ -114,10 +141,7 @@ pub fn format(config: &Config, uuid: &str) -> Result<(), MetaError> {
         })?;
     let store = FjallStore::open(dir)?;
     if store.get(&key::superblock())?.is_some() {
-        return Err(MetaError::Format {
-            path: dir.clone(),
-            detail: "is formatted already: remove it first if its contents are not wanted".into(),
-        });
+        return Err(formatted_already(dir));
     }
     let superblock = Superblock {
         layout: LAYOUT,
@@ -267,11 +291,11 @@ impl Service for Front {
 }
 
 impl MetaServer {
-    /// Starts the metadata server of a configuration.
+    /// Starts the metadata server of a configuration. With `accept_older`, stores that are older copies are taken as they are.
     ///
     /// # Errors
     /// Not formatted, store in use, address taken…
-    pub fn start(config: &Config, cluster_key: Vec<u8>) -> Result<Self, MetaError> {
+    pub fn start(config: &Config, cluster_key: Vec<u8>, accept_older: bool) -> Result<Self, MetaError> {
         let dir = &config.meta.dir;
         if !dir.exists() {
             let detail = "does not exist: run fsd format first".into();
@@ -283,6 +307,20 @@ impl MetaServer {
         let store: Arc<dyn Store> = Arc::new(FjallStore::open(dir)?);
         let superblock = read_superblock(store.as_ref(), config, dir)?;
         let mut state = load_state(store.as_ref(), &superblock)?;
+        let note = Note {
+            cluster: superblock.cluster.clone(),
+            storage: None,
+            store: dir.clone(),
+            uuid: superblock.uuid.clone(),
+        };
+        let memory_dir = &config.meta.memory_dir;
+        let claim = Claim::take(memory_dir, &note).map_err(|error| MetaError::Io {
+            what: format!(
+                "cannot keep memory in {} (meta.memory_dir names a memory file system)",
+                memory_dir.display()
+            ),
+            error,
+        })?;
         let (order, lost) = Order::open(Arc::clone(&store), &config.meta.memory_dir, &superblock.uuid)?;
         if lost {
             state.window = Window::open(state.sessions.nodes.keys().copied());
@@ -292,6 +330,11 @@ impl MetaServer {
                 "the last life of this server did not end in order, and its host has forgotten it: the mounts are asked for what may be missing"
             );
         }
+        let copies = Copies::new(
+            accept_older,
+            config.storage.iter().map(|s| s.id),
+            load(copies::stored(store.as_ref()))?,
+        );
         let front = Arc::new(Front(OnceLock::new()));
         let service = Arc::clone(&front) as Arc<dyn Service>;
         let listen = config.meta.listen.clone();
@@ -300,6 +343,7 @@ impl MetaServer {
         let (sync, sync_in) = unbounded();
         let (freed, freed_in) = unbounded();
         let (stop, stop_in) = unbounded();
+        let (stop_comparing, compare_in) = unbounded();
         let inner = Arc::new(Inner {
             config: config.clone(),
             era: AtomicU32::new(superblock.era),
@@ -313,6 +357,7 @@ impl MetaServer {
             freed,
             freeing: AtomicU64::new(0),
             calls,
+            copies,
             fabric: OnceLock::new(),
             storage: Mutex::default(),
             stopping: AtomicBool::new(false),
@@ -332,16 +377,18 @@ impl MetaServer {
                     error,
                 })
         };
-        let (a, b) = (Arc::clone(&inner), Arc::clone(&inner));
+        let (a, b, c) = (Arc::clone(&inner), Arc::clone(&inner), Arc::clone(&inner));
         let threads = vec![
             thread("meta-sync", Box::new(move || a.sync_loop(&sync_in)))?,
             thread("meta-house", Box::new(move || b.house_loop(&freed_in, &stop_in)))?,
+            thread("meta-copies", Box::new(move || c.copies_loop(&compare_in)))?,
         ];
         Ok(Self {
             inner,
             fabric,
             threads,
-            stop,
+            stop: [stop, stop_comparing],
+            claim,
         })
     }
 
@@ -351,19 +398,30 @@ impl MetaServer {
         self.fabric.local_addr()
     }
 
+    /// Why it must not go on, if others know of a later state of its store.
+    #[must_use]
+    pub fn is_older(&self) -> Option<String> {
+        self.inner.is_older()
+    }
+
     /// Makes everything durable and stops.
     ///
     /// # Errors
     /// The store failed.
     pub fn stop(mut self) -> Result<(), MetaError> {
         self.inner.stopping.store(true, Ordering::Release);
-        let _ = self.stop.send(());
+        for stop in &self.stop {
+            let _ = stop.send(());
+        }
         self.fabric.shutdown();
         self.inner.storage.lock().clear();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        Ok(self.inner.order.stop()?)
+        self.inner.order.stop()?;
+        // The witness is gone.
+        self.claim.remove();
+        Ok(())
     }
 }
 

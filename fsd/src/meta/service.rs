@@ -19,7 +19,7 @@ use crate::rpc::{Errno, Responder};
 use crate::store::{StoreError, prefix_end};
 use crate::wire::{
     Attr, AttrUpdate, Created, DirEntry, Hello, InoRange, JoinReply, LockSpec, MetaReply, MetaRequest,
-    MetaStatus, NodeInfo, StatFs, StorageInfo, Time,
+    StatFs, StorageInfo, Time,
 };
 
 /// Bytes of directory entries in one answer.
@@ -30,7 +30,7 @@ const MAX_RESERVE: u32 = 1024;
 type Answer = Result<MetaReply, Refusal>;
 
 impl Inner {
-    pub(super) fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
+    pub(super) fn request(self: &Arc<Self>, hello: &Hello, body: &[u8], responder: Responder) {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let request = match crate::wire::decode::<MetaRequest>(body) {
             Ok(request) => request,
@@ -39,6 +39,9 @@ impl Inner {
                 return responder.reply::<MetaReply>(&Err(Errno(libc::EPROTO)));
             }
         };
+        if request == MetaRequest::Status {
+            return self.status_later(responder);
+        }
         if !Window::admits(&request)
             && let Some(window) = &mut self.state.lock().window
         {
@@ -108,9 +111,10 @@ impl Inner {
                 name,
                 skew,
                 locks,
+                durable,
             } => self.join(
                 conn,
-                again,
+                (again, durable),
                 Member {
                     incarnation: 0,
                     life,
@@ -120,7 +124,10 @@ impl Inner {
                 skew,
                 &locks,
             ),
-            MetaRequest::Tables { ids, stores } => {
+            MetaRequest::Tables { ids, stores, places } => {
+                for (id, place) in (0..).zip(places) {
+                    self.check_place(&format!("storage node {id}"), place)?;
+                }
                 self.check_stores(&stores)?;
                 self.check_tables(&ids)?;
                 Ok(MetaReply::Done)
@@ -207,7 +214,8 @@ impl Inner {
                     free: ino::MAX_INDEX - inodes,
                 }))
             }
-            MetaRequest::Status => Ok(MetaReply::Status(self.status())),
+            // Answered elsewhere.
+            MetaRequest::Status => no(libc::EPROTO),
             MetaRequest::Cluster => Ok(MetaReply::Cluster {
                 storage: self.storage_infos(),
                 record_bytes: self.superblock.record_bytes,
@@ -249,6 +257,7 @@ impl Inner {
                 id: s.id,
                 listen: s.listen.clone(),
                 store: stores.get(usize::from(s.id)).cloned(),
+                generation: self.copies.generation(s.id),
             })
             .collect()
     }
@@ -256,12 +265,13 @@ impl Inner {
     fn join(
         &self,
         conn: &Arc<dyn Connection>,
-        again: Option<(u16, u8)>,
+        (again, durable): (Option<(u16, u8)>, u64),
         mut member: Member,
         skew: Skew,
         locks: &[LockSpec],
     ) -> Answer {
         let name = &member.name;
+        self.check_place(&format!("mount {name}"), durable)?;
         match skew.verdict() {
             Verdict::Close => {}
             Verdict::Apart if again.is_none() => {
@@ -284,6 +294,8 @@ impl Inner {
             .map_err(|_| Refusal::Errno(Errno(libc::EIO)))?;
         let mut state = self.state.lock();
         let (node, incarnation) = match again {
+            // What it has cached this server's store has forgotten.
+            Some(_) if self.copies.holds_up() || durable > self.order.executed() => return no(libc::ESTALE),
             Some((node, incarnation)) => {
                 let known = state.sessions.nodes.get(&node);
                 if !known.is_some_and(|s| s.member.life == member.life && !s.dead) {
@@ -293,7 +305,9 @@ impl Inner {
             }
             // Mounts of a former life may come back, or hold leases that are released when they do not: until
             // that is known nobody new can be served.
-            None if state.sessions.nobody_up() || state.window.is_some() => return no(libc::EAGAIN),
+            None if state.sessions.nobody_up() || state.window.is_some() || self.copies.holds_up() => {
+                return no(libc::EAGAIN);
+            }
             None => state
                 .sessions
                 .free_number(layout.max_nodes())
@@ -336,6 +350,7 @@ impl Inner {
             record_bytes: self.superblock.record_bytes,
             storage: self.storage_infos(),
             executed: self.order.executed(),
+            durable: self.order.durable(),
             awaited,
         }))
     }
@@ -573,31 +588,6 @@ impl Inner {
             if let Some(responder) = waiter {
                 responder.reply(answer);
             }
-        }
-    }
-
-    fn status(&self) -> MetaStatus {
-        let state = self.state.lock();
-        let nodes = state
-            .sessions
-            .nodes
-            .iter()
-            .map(|(&node, s)| NodeInfo {
-                node,
-                incarnation: s.member.incarnation,
-                name: s.member.name.clone(),
-                listen: s.member.listen.clone(),
-                state: s.state(),
-                locks: state.locks.count(node),
-            })
-            .collect();
-        MetaStatus {
-            nodes,
-            inodes: state.inodes,
-            orphans: state.orphans,
-            freeing: self.freeing.load(Ordering::Relaxed),
-            requests: self.requests.load(Ordering::Relaxed),
-            epoch: 0,
         }
     }
 

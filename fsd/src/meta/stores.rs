@@ -68,6 +68,9 @@ impl Inner {
                 conn.close();
                 Err(TransportError::Invalid(what).into())
             }
+            StorageReply::Attached(attached) => self
+                .check_generation(id, addr, attached.generation)
+                .inspect_err(|_| conn.close()),
             _ => Ok(()),
         }
     }

@@ -21,6 +21,7 @@ use rdma_transport::ConnId;
 
 use super::alloc::{Allocator, CLASSES, class_for};
 use super::disk::Disk;
+use super::generation::Generation;
 use super::index::{Entry, Index, Place};
 use super::pool::Pool;
 use super::{BLOCK, StorageError, errno};
@@ -89,6 +90,7 @@ pub struct Blocks {
     pub(super) disk: Arc<dyn Disk>,
     pub(super) disk_path: PathBuf,
     pub(super) store: Arc<dyn Store>,
+    pub(super) generation: Generation,
     pub(super) space: Mutex<Space>,
     /// One flush at a time: a later one has read what is at least as new, and is entered later.
     pub(super) flushing: Mutex<()>,
@@ -163,7 +165,7 @@ impl Blocks {
     }
 
     /// Bytes of free slabs that the memory file system could not back now.
-    fn lacking(&self, space: &Space) -> u64 {
+    pub(super) fn lacking(&self, space: &Space) -> u64 {
         if self.pinned {
             return 0;
         }
@@ -387,7 +389,7 @@ impl Blocks {
     pub fn sync_index(&self) -> Result<(), StorageError> {
         // Each of these left the index under this lock, before they were put here: so the sync covers that.
         let retired = std::mem::take(&mut self.space.lock().retired);
-        let result = self.store.sync();
+        let result = self.generation.sync();
         let mut space = self.space.lock();
         match result {
             Ok(()) => {
@@ -398,7 +400,7 @@ impl Blocks {
             }
             Err(error) => {
                 space.retired.extend(retired);
-                Err(error.into())
+                Err(error)
             }
         }
     }

@@ -31,6 +31,7 @@ fn open(dir: &Path, disk: Arc<FakeDisk>, store: Arc<FakeStore>, flaw: Option<Fla
         disk_path: "disk".into(),
         store,
         pinned: false,
+        accept_older: false,
         flaw,
     })
     .unwrap()
@@ -536,6 +537,7 @@ fn what_is_not_used_is_given_back() {
         disk_path: "disk".into(),
         store,
         pinned: false,
+        accept_older: false,
         flaw: None,
     })
     .unwrap();

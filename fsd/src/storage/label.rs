@@ -171,16 +171,11 @@ pub fn make_private(dir: &Path) -> Result<(), StorageError> {
     })
 }
 
-/// Makes a storage directory. The label comes last: without it the rest is nothing.
+/// Is there no store in a directory yet?
 ///
 /// # Errors
-/// It is formatted already, or the disk refuses.
-pub fn format(dir: &Path, label: &Label) -> Result<(), StorageError> {
-    let io = |error| StorageError::Io {
-        what: "cannot format",
-        path: dir.to_owned(),
-        error,
-    };
+/// There is one, or a part of one.
+pub fn check_unformatted(dir: &Path) -> Result<(), StorageError> {
     if dir.join(LABEL).exists() {
         return Err(wrong(
             dir,
@@ -197,6 +192,20 @@ pub fn format(dir: &Path, label: &Label) -> Result<(), StorageError> {
             ));
         }
     }
+    Ok(())
+}
+
+/// Makes a storage directory. The label comes last: without it the rest is nothing.
+///
+/// # Errors
+/// It is formatted already, or the disk refuses.
+pub fn format(dir: &Path, label: &Label) -> Result<(), StorageError> {
+    let io = |error| StorageError::Io {
+        what: "cannot format",
+        path: dir.to_owned(),
+        error,
+    };
+    check_unformatted(dir)?;
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)

@@ -3,6 +3,7 @@
 //! After a segment is registered its words are touched through the fabric only, by this node as well
 //! (atomics of a network card are not atomic with those of a processor).
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -38,12 +39,36 @@ pub struct LeaseTable {
 }
 
 /// How many records are held, for `fsd status`.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Held {
     /// Records with an exclusive owner.
     pub exclusive: u64,
     /// Records with shared holders.
     pub shared: u64,
+    /// For each mount: records that it holds, or may hold.
+    pub holders: BTreeMap<u16, u64>,
+}
+
+impl Held {
+    /// Counts the record of these words in.
+    fn count(&mut self, record: &[u64]) {
+        let half = 2 + (record.len() - 2) / 2;
+        let word = lockmgr::OwnerWord::decode(record[0]);
+        let mut holders = lockmgr::NodeSet::from_words(&record[2..half]);
+        if word.near != 0 || record[2..half].iter().any(|&w| w != 0) {
+            self.shared += 1;
+        }
+        for node in word.near_holders().iter() {
+            holders.insert(node);
+        }
+        if let Some(writer) = word.writer {
+            self.exclusive += 1;
+            holders.insert(writer);
+        }
+        for node in holders.iter() {
+            *self.holders.entry(node.0).or_default() += 1;
+        }
+    }
 }
 
 fn label_of(prefix: &Path) -> PathBuf {
@@ -225,14 +250,7 @@ impl LeaseTable {
     pub fn held(&self, conn: &dyn Connection) -> Result<Held, StorageError> {
         let mut held = Held::default();
         self.for_each(conn, |_, record| {
-            let half = 2 + (record.len() - 2) / 2;
-            let word = lockmgr::OwnerWord::decode(record[0]);
-            if word.writer.is_some() {
-                held.exclusive += 1;
-            }
-            if word.near != 0 || record[2..half].iter().any(|&w| w != 0) {
-                held.shared += 1;
-            }
+            held.count(record);
             Ok(())
         })?;
         Ok(held)
@@ -271,6 +289,24 @@ impl LeaseTable {
 mod tests {
     use super::*;
     use crate::storage::crash_disk::FakeStore;
+
+    #[test]
+    fn records_are_counted_for_each_who_holds_them() {
+        let word = |writer: Option<u16>, near| {
+            let word = lockmgr::OwnerWord {
+                writer: writer.map(lockmgr::NodeId),
+                near,
+                ..lockmgr::OwnerWord::free(7)
+            };
+            word.encode()
+        };
+        let mut held = Held::default();
+        held.count(&[word(Some(3), 0), 0, 0, 0, 0, 0, 0, 0]);
+        held.count(&[word(None, 0b1010), 0, 1 << 20, 0, 0, 0, 0, 0]);
+        held.count(&[word(None, 0), 0, 0, 0, 0, 1 << 5, 0, 0]);
+        assert_eq!((held.exclusive, held.shared), (1, 1));
+        assert_eq!(Vec::from_iter(held.holders), [(1, 1), (3, 2), (20, 1)]);
+    }
 
     #[test]
     fn one_request_makes_few_segments() {

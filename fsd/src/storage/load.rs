@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use super::alloc::{Allocator, class_for};
 use super::blocks::{Blocks, Faults, Flaw, STOCK, Space};
 use super::disk::{Disk, checksum};
+use super::generation::{self, Generation};
 use super::index::{Entry, Index, Place, Stored};
 use super::pool::Pool;
 use super::{BLOCK, StorageError};
@@ -37,6 +38,8 @@ pub struct Parts {
     pub store: Arc<dyn Store>,
     /// The memory will be pinned by a device.
     pub pinned: bool,
+    /// The store is taken as it is, though memory knows of a newer one.
+    pub accept_older: bool,
     /// A rule to leave out; tests only.
     #[cfg(test)]
     pub flaw: Option<Flaw>,
@@ -105,6 +108,16 @@ impl Blocks {
     /// Not enough memory; the store or the memory file system fails; the index is damaged. A block that cannot be read is
     /// none: it is lost until it is freed, or can be read at a later start.
     pub fn open(parts: Parts) -> Result<Self, StorageError> {
+        let dir = parts.disk_path.parent().unwrap_or(&parts.disk_path);
+        let checked = generation::check(parts.store.as_ref(), &parts.memory, dir);
+        if parts.accept_older && checked.is_err() {
+            tracing::warn!(
+                "an older copy of the store is accepted: what is in memory does not fit, and is given up"
+            );
+            Pool::forget(&parts.memory)?;
+        } else {
+            checked?;
+        }
         let pool = Pool::open(&parts.memory, &parts.uuid, parts.bytes)?;
         let mut index = Index::load(Arc::clone(&parts.store))?;
         if !pool.inherited {
@@ -130,7 +143,9 @@ impl Blocks {
         }
         load(&parts, &pool, &mut index)?;
         pool.loaded()?;
+        let generation = Generation::open(Arc::clone(&parts.store), &parts.memory)?;
         let blocks = Self {
+            generation,
             pool,
             disk: parts.disk,
             disk_path: parts.disk_path,

@@ -12,6 +12,7 @@ mod crash_disk;
 mod crash_tests;
 pub mod disk;
 mod flush;
+pub mod generation;
 pub mod index;
 pub mod label;
 pub mod leases;
@@ -20,6 +21,7 @@ pub mod pool;
 mod requests;
 mod scrub;
 pub mod server;
+mod status;
 
 pub use server::StorageNode;
 

@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use rdma_transport::TransportError;
 use rdma_transport::mem::SharedMem;
 
+use super::generation::Generation;
 use super::{BLOCK, StorageError};
 
 /// Memory and dirty counters of a storage node.
@@ -38,12 +39,9 @@ struct Marker {
 
 impl Marker {
     fn now(store: &str, bytes: u64) -> Self {
-        // Where the system has no such number, memory cannot outlive a boot unnoticed either: it is then a memory
-        // file system, as it should be.
-        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         Self {
             store: store.to_owned(),
-            boot: boot.trim().to_owned(),
+            boot: boot_id(),
             bytes,
         }
     }
@@ -62,6 +60,13 @@ impl Marker {
     fn fits(&self, ours: &Self) -> bool {
         self.store == ours.store && self.boot == ours.boot && self.bytes <= ours.bytes
     }
+}
+
+/// Names this boot of the machine. Where the system has no such number, memory cannot outlive a boot unnoticed either: it is
+/// then a memory file system, as it should be.
+pub(super) fn boot_id() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    boot.trim().to_owned()
 }
 
 fn dirty_path(pool: &Path) -> PathBuf {
@@ -148,6 +153,14 @@ impl Pool {
             tracing::warn!("{error}");
         }
     }
+
+    /// Removes what an earlier life has left, which does not fit to the store.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn forget(path: &Path) -> Result<(), StorageError> {
+        remove(path)
+    }
 }
 
 /// Removes the files of a pool, the marker first: whenever that is interrupted, the rest is worth nothing.
@@ -164,7 +177,11 @@ fn remove(path: &Path) -> Result<(), StorageError> {
             _ => {}
         }
     }
-    Ok(())
+    Generation::forget(path).map_err(|error| StorageError::Io {
+        what: "cannot remove the generation beside",
+        path: path.to_owned(),
+        error,
+    })
 }
 
 #[cfg(test)]

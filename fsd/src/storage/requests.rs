@@ -27,6 +27,9 @@ impl Inner {
             StorageRequest::Status => self.hand_off(Work::Status(responder)),
             StorageRequest::ResetLeases if hello.role == Role::Meta => self.hand_off(Work::Reset(responder)),
             StorageRequest::ResetLeases => responder.reply::<StorageReply>(&Err(Errno(libc::EPERM))),
+            StorageRequest::Compare { .. } if hello.role != Role::Meta => {
+                responder.reply::<StorageReply>(&Err(Errno(libc::EPERM)));
+            }
             quick => {
                 let answer = self.quick(responder.conn().id(), quick);
                 responder.reply(&answer);
@@ -50,7 +53,18 @@ impl Inner {
                 segment_records: SEGMENT_RECORDS,
                 table: self.leases.id,
                 store: self.uuid.clone(),
+                generation: self.blocks.generation.durable(),
+                place: self.blocks.generation.place().map_err(|e| errno(&e))?,
             })),
+            StorageRequest::Compare { place, accept } => {
+                let generation = &self.blocks.generation;
+                let known = generation.place().map_err(|e| errno(&e))?;
+                generation.note_place(place, accept).map_err(|e| errno(&e))?;
+                Ok(StorageReply::Compared {
+                    generation: generation.durable(),
+                    place: known,
+                })
+            }
             StorageRequest::LeaseSegment { segment } => {
                 let fabric = self.fabric.lock().clone().ok_or(Errno(libc::ESHUTDOWN))?;
                 let key = self.leases.key(fabric.as_ref(), segment)?;

@@ -13,16 +13,16 @@ use rdma_transport::{Access, Connection, Fabric, RegionKey};
 
 use super::blocks::{Blocks, STOCK};
 use super::disk::FileDisk;
-use super::flush::bytes_of;
 use super::label::{self, Label};
 use super::leases::LeaseTable;
 use super::load::Parts;
 use super::{BLOCK, StorageError, errno};
 use crate::config::{Config, FabricChoice, Size, StorageConfig};
 use crate::endpoint::Endpoint;
+use crate::memory::{Claim, Note};
 use crate::rpc::{Errno, Responder, Service};
 use crate::store::{FjallStore, Store};
-use crate::wire::{Hello, PoolSpace, Role, StorageReply, StorageStatus};
+use crate::wire::{Hello, Role, StorageReply};
 
 /// How often the background flusher looks for unstored data.
 const FLUSH_EVERY: Duration = Duration::from_secs(2);
@@ -47,6 +47,8 @@ pub(super) struct Inner {
     pub(super) requests: AtomicU64,
     pub(super) connections: AtomicU64,
     lives: Mutex<HashSet<u64>>,
+    /// Why what was to be stored last could not be.
+    pub(super) failing: Mutex<Option<String>>,
     pub(super) stopping: AtomicBool,
 }
 
@@ -57,6 +59,7 @@ pub struct StorageNode {
     threads: Vec<JoinHandle<()>>,
     /// One for each thread that sleeps.
     stop: [Sender<()>; 2],
+    claim: Claim,
 }
 
 /// The role's service before the regions are registered (the fabric must exist first).
@@ -100,11 +103,12 @@ impl Service for Front {
 }
 
 impl StorageNode {
-    /// Starts storage node `id` of the configuration.
+    /// Starts storage node `id` of the configuration. With `accept_older`, a store that is older than memory knows is taken
+    /// as it is.
     ///
     /// # Errors
     /// Not formatted, not enough memory, address taken…
-    pub fn start(config: &Config, id: u16, key: Vec<u8>) -> Result<Self, StorageError> {
+    pub fn start(config: &Config, id: u16, key: Vec<u8>, accept_older: bool) -> Result<Self, StorageError> {
         let section = config
             .storage
             .iter()
@@ -113,7 +117,7 @@ impl StorageNode {
                 path: config.key_file.clone(),
                 detail: format!("the configuration has no storage node {id}"),
             })?;
-        let (label, blocks) = open_blocks(config, section)?;
+        let (label, claim, blocks) = open_blocks(config, section, accept_older)?;
         let front = Arc::new(Front {
             inner: std::sync::OnceLock::new(),
         });
@@ -121,7 +125,7 @@ impl StorageNode {
         let listen = section.listen.clone();
         let fabric = Endpoint::open(config, Role::Storage(id), listen, key, service)?.fabric;
         let leases = LeaseTable::open(
-            memory_file(section, &label, "leases"),
+            memory_file(section, &note(section, &label), "leases"),
             config.lease.record_bytes,
             Arc::clone(&blocks.store),
             blocks.same_boot(),
@@ -145,6 +149,7 @@ impl StorageNode {
             requests: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             lives: Mutex::default(),
+            failing: Mutex::default(),
             stopping: AtomicBool::new(false),
         });
         // The node reaches its own lock words through the fabric, like everybody.
@@ -175,6 +180,7 @@ impl StorageNode {
             fabric,
             threads,
             stop: [stop_flush, stop_scrub],
+            claim,
         })
     }
 
@@ -205,21 +211,33 @@ impl StorageNode {
         if forget && result.is_ok() {
             self.inner.blocks.pool.remove_memory();
             self.inner.leases.remove_files();
+            self.claim.remove();
         }
         result
     }
 }
 
-/// A file of a node in its memory file system. The store's number in the name is random, so nobody can make the file
-/// beforehand.
-fn memory_file(section: &StorageConfig, label: &Label, kind: &str) -> PathBuf {
-    section
-        .memory_dir
-        .join(format!("distfuse-{}-{}.{kind}", label.uuid, section.id))
+/// Says whose the memory of a node is.
+fn note(section: &StorageConfig, label: &Label) -> Note {
+    Note {
+        cluster: label.cluster.clone(),
+        storage: Some(section.id),
+        store: section.dir.clone(),
+        uuid: label.uuid.clone(),
+    }
+}
+
+/// A file of a node in its memory file system.
+fn memory_file(section: &StorageConfig, note: &Note, kind: &str) -> PathBuf {
+    section.memory_dir.join(format!("{}.{kind}", note.stem()))
 }
 
 /// Checks the label against the configuration, and opens what the directory has.
-fn open_blocks(config: &Config, section: &StorageConfig) -> Result<(Label, Blocks), StorageError> {
+fn open_blocks(
+    config: &Config,
+    section: &StorageConfig,
+    accept_older: bool,
+) -> Result<(Label, Claim, Blocks), StorageError> {
     let (id, dir) = (section.id, &section.dir);
     let bytes = section.pool.0 / BLOCK * BLOCK;
     let mut label = Label::check(dir, &config.cluster, id, bytes, config.lease.record_bytes)?;
@@ -247,15 +265,22 @@ fn open_blocks(config: &Config, section: &StorageConfig) -> Result<(Label, Block
         label.pool = bytes;
         label.write(dir)?;
     }
+    let note = note(section, &label);
+    let claim = Claim::take(&section.memory_dir, &note).map_err(|error| StorageError::Io {
+        what: "cannot keep memory in",
+        path: section.memory_dir.clone(),
+        error,
+    })?;
     let pinned = config.fabric == FabricChoice::Verbs;
     let blocks = Blocks::open(Parts {
-        memory: memory_file(section, &label, "pool"),
+        memory: memory_file(section, &note, "pool"),
         uuid: label.uuid.clone(),
         bytes,
         disk: Arc::new(disk),
         disk_path,
         store,
         pinned,
+        accept_older,
         #[cfg(test)]
         flaw: None,
     })?;
@@ -278,7 +303,7 @@ fn open_blocks(config: &Config, section: &StorageConfig) -> Result<(Label, Block
             section.memory_dir.display()
         );
     }
-    Ok((label, blocks))
+    Ok((label, claim, blocks))
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StorageError> {
@@ -317,13 +342,19 @@ impl Inner {
             seen = now;
             if moved || pending || self.blocks.is_unsettled() {
                 pending = false;
-                if let Err(error) = self.blocks.flush_all() {
+                if let Err(error) = self.noted(self.blocks.flush_all()) {
                     pending = true;
                     tracing::error!("background flush: {error}");
                 }
             }
             self.blocks.give_surplus_back();
         }
+    }
+
+    /// Remembers why something could not be stored, until something can be again.
+    fn noted(&self, result: Result<(), StorageError>) -> Result<(), StorageError> {
+        *self.failing.lock() = result.as_ref().err().map(ToString::to_string);
+        result
     }
 
     fn reset_leases(&self) -> Result<StorageReply, StorageError> {
@@ -333,32 +364,6 @@ impl Inner {
             tracing::info!("storage node {}: {cleared} lease records reset", self.id);
         }
         Ok(StorageReply::Done)
-    }
-
-    fn status(&self) -> Result<StorageStatus, StorageError> {
-        let own = self.own.lock().clone();
-        let held = own
-            .map(|own| self.leases.held(own.as_ref()))
-            .transpose()?
-            .unwrap_or_default();
-        let dirty = bytes_of(&self.blocks.unstored());
-        let PoolSpace { total, free } = self.blocks.figures();
-        let space = self.blocks.space.lock();
-        Ok(StorageStatus {
-            id: self.id,
-            total,
-            free,
-            reserved: space.alloc.reserved(),
-            frames: space.alloc.frames(),
-            exclusive: held.exclusive,
-            shared: held.shared,
-            dirty,
-            lost: space.lost(),
-            damaged: self.blocks.faults.damaged.load(Ordering::Relaxed),
-            checked: self.blocks.faults.scrubbed.load(Ordering::Relaxed),
-            requests: self.requests.load(Ordering::Relaxed),
-            connections: self.connections.load(Ordering::Relaxed),
-        })
     }
 
     fn work_loop(&self, work: &Receiver<Work>) {
@@ -386,8 +391,7 @@ impl Inner {
             }
             if !flushes.is_empty() {
                 let result = self
-                    .blocks
-                    .flush(&inos)
+                    .noted(self.blocks.flush(&inos))
                     .map(|()| StorageReply::Done)
                     .map_err(|e| errno(&e));
                 for responder in flushes {

@@ -184,6 +184,8 @@ pub enum MetaRequest {
         skew: Skew,
         /// File locks it holds (when it comes back).
         locks: Vec<LockSpec>,
+        /// Up to here this server's order was durable, as it has been told: one that ends before has an older copy of its store.
+        durable: u64,
     },
     /// The lease tables a mount has found, by storage node; said after `Join`, before the first lease.
     Tables {
@@ -191,6 +193,8 @@ pub enum MetaRequest {
         ids: Vec<u64>,
         /// The stores it has found at the addresses of the storage nodes.
         stores: Vec<String>,
+        /// How far this server's order is known to be durable there.
+        places: Vec<u64>,
     },
     /// A mount leaves; it holds no lease any more. Reserved inode numbers it has not used go back.
     Leave,
@@ -309,6 +313,8 @@ pub struct StorageInfo {
     pub listen: String,
     /// Its store, if that is known: no other one at its address will do.
     pub store: Option<String>,
+    /// The store's generation is at least this: one that is less is an older copy.
+    pub generation: u64,
 }
 
 /// What a mount learns when it joins.
@@ -328,6 +334,8 @@ pub struct JoinReply {
     pub executed: u64,
     /// The server has restarted, may have lost transactions, and waits for this mount's `Replay`.
     pub awaited: bool,
+    /// Up to here the server's order is durable.
+    pub durable: u64,
 }
 
 /// An inode number a mount may use for a new file.
@@ -423,6 +431,12 @@ pub struct MetaStatus {
     pub requests: u64,
     /// Epoch.
     pub epoch: u32,
+    /// Up to this place its order is durable.
+    pub durable: u64,
+    /// Generations of the storage nodes' stores, as last heard.
+    pub generations: Vec<u64>,
+    /// What is wrong as seen from there, one sentence each.
+    pub troubles: Vec<String>,
 }
 
 /// Answers of the metadata server. Errors travel as errno in the response frame's `Result`.

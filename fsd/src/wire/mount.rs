@@ -85,4 +85,6 @@ pub struct MountStatus {
     pub visits: u64,
     /// Counters of the kernel extension, by name; none without it.
     pub kernel: Vec<(String, u64)>,
+    /// What is wrong as seen from there, one sentence each.
+    pub troubles: Vec<String>,
 }

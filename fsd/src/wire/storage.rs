@@ -87,6 +87,13 @@ pub enum StorageRequest {
     },
     /// Clears the whole lease table (no mount is alive). From the metadata server only.
     ResetLeases,
+    /// From the metadata server: how far its order is durable; what is known of that, and the store's generation, is answered.
+    Compare {
+        /// The place.
+        place: u64,
+        /// It is to be noted also if a later one is known.
+        accept: bool,
+    },
     /// For `statfs`: only what can be told without looking at the lease table or the dirty counters.
     Space,
     /// For `fsd status`.
@@ -109,6 +116,10 @@ pub struct Attached {
     pub table: u64,
     /// Names the node's store: another one at its address has none of its blocks.
     pub store: String,
+    /// Generation of the store: one that is less than what is known is an older copy.
+    pub generation: u64,
+    /// How far the metadata server's order is known to be durable: one that ends before has an older copy of its store.
+    pub place: u64,
 }
 
 /// How full a storage node is.
@@ -149,6 +160,14 @@ pub struct StorageStatus {
     pub requests: u64,
     /// Connections.
     pub connections: u64,
+    /// For each mount that holds any: lease records that it holds.
+    pub holders: Vec<(u16, u64)>,
+    /// Generation of the store.
+    pub generation: u64,
+    /// How far the metadata server's order is known to be durable.
+    pub place: u64,
+    /// What is wrong there, one sentence each.
+    pub troubles: Vec<String>,
 }
 
 /// Answers of a storage node.
@@ -168,6 +187,13 @@ pub enum StorageReply {
     Blocks(Vec<BlockFrame>),
     /// To `Free`: bytes freed.
     Freed(u64),
+    /// To `Compare`.
+    Compared {
+        /// The store's generation.
+        generation: u64,
+        /// The last place of the metadata server's order that was known before.
+        place: u64,
+    },
     /// To `Space`.
     Space(PoolSpace),
     /// To `Status`.

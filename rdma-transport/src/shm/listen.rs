@@ -14,9 +14,8 @@ use crate::{TransportError, common};
 
 /// Binds the socket, replacing one that a dead process has left behind.
 pub(super) fn listen(path: &str) -> Result<(OwnedFd, OwnedFd), TransportError> {
-    let in_use = || TransportError::Os {
-        what: format!("listen on {path}"),
-        reason: "address in use by a running process".to_owned(),
+    let in_use = || TransportError::AddressInUse {
+        addr: path.to_owned(),
     };
     let os = |what: &str, e: Errno| TransportError::os(format!("{what} {path}"), &e.into());
     let address = control::address(path)?;

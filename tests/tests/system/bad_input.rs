@@ -276,7 +276,10 @@ fn configurations() -> anyhow::Result<()> {
         )?;
         tells(&refused(&["storage", "--id", "7"], &cluster.config())?, &["7"])?;
         // A second format would destroy data.
-        refused(&["format"], &cluster.config())?;
+        tells(
+            &refused(&["format"], &cluster.config())?,
+            &["meta", "is formatted already"],
+        )?;
         fs::set_permissions(cluster.path("cluster.key"), Permissions::from_mode(0o644))?;
         tells(&refused(&["meta"], &cluster.config())?, &["cluster.key", "chmod"])?;
         fs::set_permissions(cluster.path("cluster.key"), Permissions::from_mode(0o600))?;

@@ -135,6 +135,69 @@ fn over_ssh_until_interrupted_with_stores_kept() -> anyhow::Result<()> {
     })
 }
 
+/// The members cannot always reach the host that starts them.
+#[test]
+fn over_ssh_meeting_at_the_first_host() -> anyhow::Result<()> {
+    test(|| {
+        let hosts = Hosts::new(3)?;
+        let start = |meet: &str| -> anyhow::Result<Command> {
+            let mut command = launch()?;
+            command
+                .arg("--hostfile")
+                .arg(hosts.hostfile()?)
+                .arg("--ssh")
+                .arg(hosts.ssh());
+            command.args(["--rendezvous", meet, "--wait", "20"]);
+            Ok(command)
+        };
+        let meet = format!("{}:23007", hosts.address(0));
+        let output = start(&meet)?
+            .args(["--roles", "meta=0,storage=0-1,client=1-2", "--", "sh", "-c", JOB])
+            .output()?;
+        all_saw_all(&output, &[1, 2], 3, 7)?;
+        hosts.wait_quiet(Duration::from_secs(5))?;
+        // Of the host that starts it, as before.
+        let output = start(&format!("{}:23008", hosts.head()))?
+            .args(["--", "true"])
+            .output()?;
+        ensure!(output.status.success(), "{output:?}");
+        // Where nobody leads it is told at once.
+        let begun = Instant::now();
+        let output = start(&format!("{}:23009", hosts.address(1)))?
+            .args(["--", "true"])
+            .output()?;
+        let (_, err) = text(&output);
+        ensure!(
+            err.contains("not an address of the first one's host") && !output.status.success(),
+            "{err}"
+        );
+        ensure!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
+        hosts.wait_quiet(Duration::from_secs(30))?;
+        // Without a command it runs until it is told; and it does not outlive who started it.
+        for signal in [rustix::process::Signal::INT, rustix::process::Signal::KILL] {
+            let mut child = start(&meet)?.arg("--roles").arg("client=0-2").spawn()?;
+            let begun = Instant::now();
+            // A member, its mount, and what serves.
+            while hosts.pids()?.len() < 8 {
+                ensure!(
+                    begun.elapsed() < Duration::from_secs(30),
+                    "the job does not start"
+                );
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            let pid = rustix::process::Pid::from_raw(child.id() as i32).context("pid")?;
+            rustix::process::kill_process(pid, signal)?;
+            let status = child.wait()?;
+            ensure!(
+                status.success() || signal == rustix::process::Signal::KILL,
+                "{status}"
+            );
+            hosts.wait_quiet(Duration::from_secs(30))?;
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn a_member_that_dies_ends_the_job() -> anyhow::Result<()> {
     test(|| {

@@ -7,7 +7,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use system_tests::cluster::{Cluster, Options, detach};
+use system_tests::cluster::{Cluster, Fabric, Options, Role, detach, nodes};
 use system_tests::guard;
 use system_tests::process::fsd_binary;
 
@@ -219,5 +219,67 @@ fn access_times_are_kept_where_the_options_say_so() -> anyhow::Result<()> {
         until("the time of the listing", || {
             times(kept.join("d")).is_ok_and(|t| t.0 > before.0)
         })
+    })
+}
+
+/// Two ports that were free just now, one after the other.
+fn two_ports() -> anyhow::Result<u16> {
+    let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
+    let mut ports = (23_100..23_900)
+        .step_by(2)
+        .skip(usize::from(std::process::id() as u8));
+    let found = ports.find(|&port| free(port) && free(port + 1));
+    found.context("no two ports are free")
+}
+
+#[test]
+fn mounts_listen_where_firewalls_allow_it() -> anyhow::Result<()> {
+    let options = Options {
+        mounts: 3,
+        storage: 1,
+        fabric: Fabric::Tcp,
+        ..Options::default()
+    };
+    guard::with(Cluster::formatted(options)?, |cluster| {
+        let low = two_ports()?;
+        let text = fs::read_to_string(cluster.config())?;
+        let ports = format!("[mount]\nports = \"{low}-{}\"\n", low + 1);
+        fs::write(cluster.config(), text.replace("[mount]\n", &ports))?;
+        for role in [Role::Storage(0), Role::Meta, Role::Mount(0), Role::Mount(1)] {
+            cluster.start_role(role)?;
+        }
+        let listen: Vec<String> = nodes(&cluster.status()?)?
+            .iter()
+            .map(|n| n["listen"].as_str().unwrap_or_default().to_owned())
+            .collect();
+        ensure!(
+            listen == [low, low + 1].map(|p| format!("127.0.0.1:{p}")),
+            "{listen:?}"
+        );
+        fs::write(cluster.mount(0).join("f"), b"x")?;
+        ensure!(fs::read(cluster.mount(1).join("f"))? == b"x");
+        let told = cluster
+            .start_role(Role::Mount(2))
+            .err()
+            .context("no port was left")?;
+        let told = format!("{told:#}");
+        ensure!(
+            told.contains("all ports") && told.contains(&format!("{low}-{}", low + 1)),
+            "{told}"
+        );
+        // One that ends makes room.
+        cluster.end(Role::Mount(0))?;
+        cluster.start_role(Role::Mount(2))?;
+        fs::write(
+            cluster.config(),
+            text.replace("[mount]\n", "[mount]\nports = \"9-8\"\n"),
+        )?;
+        let told = cluster
+            .start_role(Role::Mount(0))
+            .err()
+            .context("a bad range was taken")?;
+        ensure!(format!("{told:#}").contains("'9-8' names no ports"), "{told:#}");
+        fs::write(cluster.config(), text)?;
+        Ok(())
     })
 }

@@ -182,7 +182,9 @@ fn another_store_at_an_address_is_refused() -> anyhow::Result<()> {
         fs::rename(&own, &other)?;
         cluster.tool(&[
             "format",
-            "--storage",
+            "--role",
+            "storage",
+            "--id",
             "0",
             "--config",
             &cluster.config().display().to_string(),
@@ -200,6 +202,89 @@ fn another_store_at_an_address_is_refused() -> anyhow::Result<()> {
         fs::rename(&other, &own)?;
         cluster.start_all()?;
         ensure!(wrong(&mount)?.is_empty());
+        Ok(())
+    })
+}
+
+#[test]
+fn each_host_formats_its_own() -> anyhow::Result<()> {
+    let cluster = Cluster::formatted(Options {
+        storage: 2,
+        ..options()
+    })?;
+    let stores = ["meta", "storage0", "storage1"];
+    let config = cluster.config().display().to_string();
+    let format = |more: &[&str]| -> anyhow::Result<(String, Vec<&str>)> {
+        let out = std::process::Command::new(system_tests::process::fsd_binary()?)
+            .args(["format", "--config", &config])
+            .args(more)
+            .output()?;
+        let there = stores.iter().filter(|store| cluster.path(store).exists());
+        Ok((
+            String::from_utf8_lossy(&out.stderr).into_owned(),
+            there.copied().collect(),
+        ))
+    };
+    for store in stores {
+        fs::remove_dir_all(cluster.path(store))?;
+    }
+    for (args, words) in [
+        (&["--role", "storage"][..], "--id N (the configuration has 0, 1)"),
+        (
+            &["--role", "storage", "--id", "2"],
+            "has no storage node 2, but 0, 1",
+        ),
+        (&["--role", "meta", "--id", "0"], "takes no --id"),
+        (&["--role", "mount"], "invalid value 'mount'"),
+    ] {
+        let (told, there) = format(args)?;
+        ensure!(
+            told.contains(words) && there.is_empty(),
+            "{args:?}: {told} {there:?}"
+        );
+    }
+    ensure!(format(&["--role", "storage", "--id", "1"])?.1 == ["storage1"]);
+    let (told, there) = format(&["--role", "storage", "--id", "1"])?;
+    ensure!(
+        told.contains("is formatted already") && there == ["storage1"],
+        "{told}"
+    );
+    // All or nothing.
+    let (told, there) = format(&[])?;
+    ensure!(
+        told.contains("storage1: is formatted already") && there == ["storage1"],
+        "{told} {there:?}"
+    );
+    ensure!(format(&["--role", "meta"])?.1 == ["meta", "storage1"]);
+    ensure!(
+        format(&["--role", "meta"])?
+            .0
+            .contains("meta: is formatted already")
+    );
+    ensure!(format(&["--role", "storage", "--id", "0"])?.1 == stores);
+    let text = fs::read_to_string(&config)?;
+    let elsewhere = text.replace("fabric = \"shm\"", "fabric = \"tcp\"");
+    let mut port = 23_000;
+    let listen = |line: &str| {
+        port += 1;
+        if line.starts_with("listen") {
+            format!("listen = \"192.0.2.1:{port}\"")
+        } else {
+            line.to_owned()
+        }
+    };
+    let lines: Vec<String> = elsewhere.lines().map(listen).collect();
+    fs::write(&config, lines.join("\n"))?;
+    let (told, _) = format(&[])?;
+    ensure!(
+        told.contains("not an address of this host") && told.contains("--role"),
+        "{told}"
+    );
+    fs::write(&config, text)?;
+    guard::with(cluster, |cluster| {
+        cluster.start_all()?;
+        write_files(&cluster.mount(0))?;
+        ensure!(wrong(&cluster.mount(0))?.is_empty());
         Ok(())
     })
 }
@@ -248,7 +333,15 @@ fn a_full_memory_file_system_is_no_space_left_and_kills_nobody() -> anyhow::Resu
         fs::remove_file(cluster.mount(0).join("big"))?;
     }
     ensure!(fs::metadata(cluster.memory().join("."))?.is_dir());
-    ensure!(cluster.pid(Role::Storage(0)) == pid && cluster.status()?["healthy"] == true);
+    let status = cluster.status()?;
+    let problems = status["problems"].as_array().context("no problems")?;
+    ensure!(
+        cluster.pid(Role::Storage(0)) == pid
+            && problems
+                .iter()
+                .all(|p| p.as_str().is_some_and(|p| p.contains("is full"))),
+        "{problems:?}"
+    );
     cluster.end_all()
 }
 

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use rdma_transport::Connection;
@@ -16,12 +17,17 @@ const PART: usize = 48 << 10;
 
 /// Transactions by their place in the server's order.
 #[derive(Debug, Default)]
-pub struct Log(Mutex<BTreeMap<u64, MetaRequest>>);
+pub struct Log {
+    entries: Mutex<BTreeMap<u64, MetaRequest>>,
+    /// Up to here the server has said that its order is durable.
+    durable: AtomicU64,
+}
 
 impl Log {
     /// A transaction has been answered; those up to `durable` need not be kept any more.
     fn note(&self, order: u64, durable: u64, request: &MetaRequest) {
-        let mut entries = self.0.lock();
+        self.heard(durable);
+        let mut entries = self.entries.lock();
         if order > durable {
             entries.insert(order, request.clone());
         }
@@ -33,14 +39,24 @@ impl Log {
         }
     }
 
+    /// The server has said how far its order is durable.
+    pub(super) fn heard(&self, durable: u64) {
+        self.durable.fetch_max(durable, Ordering::AcqRel);
+    }
+
+    /// Up to here the server has said that its order is durable.
+    pub(super) fn durable(&self) -> u64 {
+        self.durable.load(Ordering::Acquire)
+    }
+
     fn get(&self, order: u64) -> Option<MetaRequest> {
-        self.0.lock().get(&order).cloned()
+        self.entries.lock().get(&order).cloned()
     }
 
     /// All behind a place, in parts that fit into messages.
     fn parts_after(&self, executed: u64) -> Vec<Vec<Logged>> {
         let (mut parts, mut bytes) = (vec![Vec::new()], 0);
-        for (&order, request) in self.0.lock().range(executed + 1..) {
+        for (&order, request) in self.entries.lock().range(executed + 1..) {
             let logged = Logged {
                 order,
                 request: request.clone(),

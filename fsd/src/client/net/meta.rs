@@ -70,6 +70,7 @@ impl Net {
             name: self.name.clone(),
             skew,
             locks,
+            durable: self.log.durable(),
         };
         match self.calls.call(conn, &request, self.timeout())? {
             MetaReply::Joined(reply) => Ok(reply),

@@ -7,6 +7,7 @@ mod clock;
 mod log;
 mod meta;
 mod peers;
+mod reach;
 mod storage;
 
 use std::collections::HashMap;
@@ -165,21 +166,19 @@ impl Net {
         self.fabric.set_identity(self.hello(Some(reply.node)).encode());
         self.record_bytes
             .store(u64::from(reply.record_bytes), Ordering::Relaxed);
-        let links = reply
-            .storage
-            .iter()
-            .map(|s| StorageLink::new(s.id, s.listen.clone(), s.store.clone()))
-            .collect();
+        let links = reply.storage.iter().map(StorageLink::new).collect();
         let _ = self.storage.set(links);
         let _ = self.joined.set(reply.clone());
+        self.log.heard(reply.durable);
         *self.meta.write() = Some(conn);
-        let (mut ids, mut stores) = (Vec::new(), Vec::new());
+        let (mut ids, mut stores, mut places) = (Vec::new(), Vec::new(), Vec::new());
         for storage in &reply.storage {
             let session = self.storage(storage.id)?;
             ids.push(session.attached.table);
             stores.push(session.attached.store.clone());
+            places.push(session.attached.place);
         }
-        self.meta(&MetaRequest::Tables { ids, stores })?;
+        self.meta(&MetaRequest::Tables { ids, stores, places })?;
         Ok(reply)
     }
 
@@ -225,6 +224,7 @@ impl Net {
                     {
                         return;
                     }
+                    std::thread::sleep(RETRY);
                 }
             });
             return;
@@ -250,6 +250,8 @@ impl Net {
                     if net.stopping.load(Ordering::Acquire) || net.storage(shard).is_ok() {
                         return;
                     }
+                    // It may have answered at once, with a refusal.
+                    std::thread::sleep(RETRY);
                 }
             });
             return;

@@ -1,7 +1,7 @@
 //! The connections to the storage nodes, and where their regions are.
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -11,9 +11,10 @@ use rdma_transport::{Connection, RegionKey, RemoteAddr, TransportError};
 
 use super::Net;
 use crate::ino;
+use crate::meta::copies::older_store;
 use crate::meta::stores::other_store;
 use crate::rpc::{Errno, RpcError};
-use crate::wire::{Attached, StorageReply, StorageRequest};
+use crate::wire::{Attached, MetaReply, MetaRequest, StorageInfo, StorageReply, StorageRequest};
 
 /// A connection to a storage node, with the keys of its regions.
 pub struct StorageSession {
@@ -49,19 +50,43 @@ pub(super) struct StorageLink {
     addr: String,
     /// Number of its store: another one has none of the cluster's blocks.
     store: OnceLock<String>,
+    /// Its generation is at least this: one that is less is an older copy.
+    generation: AtomicU64,
     pub(super) session: RwLock<Option<Arc<StorageSession>>>,
     connecting: Mutex<()>,
+    /// Why it was refused the last time.
+    refused: Mutex<String>,
 }
 
 impl StorageLink {
-    pub(super) fn new(id: u16, addr: String, store: Option<String>) -> Self {
+    pub(super) fn new(info: &StorageInfo) -> Self {
         Self {
-            id,
-            addr,
-            store: store.map_or_else(OnceLock::new, OnceLock::from),
+            id: info.id,
+            addr: info.listen.clone(),
+            store: info.store.clone().map_or_else(OnceLock::new, OnceLock::from),
+            generation: AtomicU64::new(info.generation),
             session: RwLock::new(None),
             connecting: Mutex::new(()),
+            refused: Mutex::default(),
         }
+    }
+}
+
+impl StorageLink {
+    /// Does not talk to a store that is not the right one; says why, but not at every attempt.
+    fn refuse(&self, conn: &Arc<dyn Connection>, what: String) -> RpcError {
+        conn.close();
+        let mut told = self.refused.lock();
+        if *told != what {
+            tracing::error!("{what}");
+            told.clone_from(&what);
+        }
+        TransportError::Invalid(what).into()
+    }
+
+    /// Where the node is.
+    pub(super) fn addr(&self) -> &str {
+        &self.addr
     }
 }
 
@@ -137,11 +162,14 @@ impl Net {
         };
         let expected = link.store.get_or_init(|| attached.store.clone());
         if *expected != attached.store {
-            let what = other_store(link.id, &link.addr, &attached.store, expected);
-            tracing::error!("{what}");
-            conn.close();
-            return Err(TransportError::Invalid(what).into());
+            return Err(link.refuse(&conn, other_store(link.id, &link.addr, &attached.store, expected)));
         }
+        self.refresh_generation(link);
+        let (found, known) = (attached.generation, link.generation.load(Ordering::Acquire));
+        if found < known {
+            return Err(link.refuse(&conn, older_store(link.id, &link.addr, found, known)));
+        }
+        link.generation.fetch_max(found, Ordering::AcqRel);
         // The lease segments in use before must be known at once: messages about their records do not wait.
         let known: Vec<u32> = link
             .session
@@ -158,6 +186,19 @@ impl Net {
             self.load_segment(&session, segment)?;
         }
         Ok(session)
+    }
+
+    /// A storage node that comes back may do so with an older copy of its store: the metadata server knows better than this
+    /// mount how new it must be.
+    fn refresh_generation(&self, link: &StorageLink) {
+        if link.session.read().is_none() || !self.has_meta() {
+            return;
+        }
+        if let Ok(MetaReply::Cluster { storage, .. }) = self.meta(&MetaRequest::Cluster)
+            && let Some(info) = storage.iter().find(|info| info.id == link.id)
+        {
+            link.generation.fetch_max(info.generation, Ordering::AcqRel);
+        }
     }
 
     fn load_segment(&self, session: &StorageSession, segment: u32) -> Result<(), RpcError> {

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, TcpListener, ToSocketAddrs};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use signal_hook::iterator::Signals;
 
 use super::talk::{Order, Phase, Plan, Say};
 use crate::cmd::children::{Children, code_of, follow_us, signal, wait_for};
+use crate::cmd::temporary::Temporary;
 use crate::config::Config;
 use crate::endpoint::Endpoint;
 use crate::rpc::{Responder, RpcError, Service};
@@ -51,6 +52,8 @@ pub struct Member<'a> {
     pub state: Option<PathBuf>,
     /// How long to try to reach the coordinator.
     pub patience: Duration,
+    /// The standard input is not for the command.
+    pub own_stdin: bool,
 }
 
 type Slot = Arc<Mutex<Option<Result<Order, RpcError>>>>;
@@ -155,7 +158,7 @@ fn free_ports() -> anyhow::Result<[u16; 2]> {
 /// Something failed, here or elsewhere; everything started here has been taken down.
 pub fn run(member: &Member<'_>) -> anyhow::Result<(u8, u8)> {
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
-    let ip = crate::client::mount::route_to(&member.rendezvous)
+    let ip = crate::client::listen::route_to(&member.rendezvous)
         .with_context(|| format!("no route to the rendezvous {}", member.rendezvous))?;
     let listen = std::net::SocketAddr::new(ip, 0).to_string();
     let endpoint = Endpoint::open(
@@ -204,17 +207,15 @@ fn take_part(member: &Member<'_>, ip: IpAddr, session: &mut Session) -> anyhow::
     };
     session.watch = session.ask(&Say::Watch);
 
-    let temporary = tempfile::Builder::new()
-        .prefix("fsd-launch-")
-        .tempdir()
-        .context("temporary directory")?;
+    let temporary = Temporary::new("launch")?;
+    let base = member.dir.clone().unwrap_or_else(|| temporary.path().join("mnt"));
     let state = match &member.state {
         Some(dir) => dir.join(format!("rank{}", member.rank)),
         None => temporary.path().to_owned(),
     };
     let config = settings(&plan, &state, &member.key)?;
     let file = state.join("cluster.toml");
-    let mut children = Children::new(file.clone())?;
+    let mut children = Children::new(file.clone(), temporary);
 
     for &id in &plan.storage {
         let section = config.storage.iter().find(|s| s.id == id);
@@ -240,7 +241,6 @@ fn take_part(member: &Member<'_>, ip: IpAddr, session: &mut Session) -> anyhow::
     }
     session.done(Phase::Meta, 0)?;
 
-    let base = member.dir.clone().unwrap_or_else(|| temporary.path().join("mnt"));
     let point = base.join(member.rank.to_string());
     let mut made = false;
     if plan.client.is_some() {
@@ -263,7 +263,7 @@ fn take_part(member: &Member<'_>, ip: IpAddr, session: &mut Session) -> anyhow::
                 ("FSD_CLIENT", client.to_string()),
                 ("FSD_CLIENTS", plan.clients.to_string()),
             ];
-            command(&plan.command, &env, session)?
+            command(&plan.command, &env, member.own_stdin, session)?
         }
         None => 0,
     };
@@ -305,7 +305,12 @@ fn settings(plan: &Plan, state: &Path, key: &[u8]) -> anyhow::Result<Config> {
 }
 
 /// Runs the command, or waits to be told that it is enough.
-fn command(command: &[String], env: &[(&str, String)], session: &mut Session) -> anyhow::Result<u8> {
+fn command(
+    command: &[String],
+    env: &[(&str, String)],
+    own_stdin: bool,
+    session: &mut Session,
+) -> anyhow::Result<u8> {
     let Some((program, args)) = command.split_first() else {
         while !session.finished() && session.signals.pending().next().is_none() {
             session.well(false)?;
@@ -315,6 +320,9 @@ fn command(command: &[String], env: &[(&str, String)], session: &mut Session) ->
     };
     let mut run = Command::new(program);
     run.args(args).envs(env.iter().map(|(k, v)| (k, v)));
+    if own_stdin {
+        run.stdin(Stdio::null());
+    }
     follow_us(&mut run);
     let mut child = run.spawn().with_context(|| format!("cannot run {program}"))?;
     let ended = |child: &mut Child| -> anyhow::Result<Option<u8>> { Ok(child.try_wait()?.map(code_of)) };

@@ -22,13 +22,16 @@ mod talk;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::mpsc::TryRecvError;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use clap::ValueEnum;
 use rand::Rng;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::client::listen::is_here;
 use crate::config::{
     CacheMode, Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, Size, StorageConfig,
 };
@@ -75,7 +78,8 @@ pub struct LaunchArgs {
     /// Keep the stores in DIR/rankN and use them again (default: a temporary directory, removed at the end).
     #[arg(long)]
     pub state: Option<PathBuf>,
-    /// HOST:PORT on the first host where the members meet (default: found out, where that is possible).
+    /// HOST:PORT where the members meet: of the first host, or over ssh also of this one (default: found out, where that is
+    /// possible).
     #[arg(long)]
     pub rendezvous: Option<String>,
     /// Secret of the job, the same file on all hosts (default: made up with --hostfile; else $FSD_LAUNCH_KEY).
@@ -99,6 +103,9 @@ pub struct LaunchArgs {
     #[arg(long, hide = true)]
     /// How many members there are.
     pub size: Option<u32>,
+    #[arg(long, hide = true, requires = "member")]
+    /// This member leads the job.
+    pub lead: bool,
     /// Run this on every host that mounts, with `FSD_MOUNT`, `FSD_RANK`, `FSD_CLIENT` … set (default: nothing,
     /// until Ctrl-C).
     #[arg(last = true)]
@@ -187,13 +194,18 @@ fn cluster(args: &LaunchArgs, roles: &Roles) -> Config {
     }
 }
 
-/// Opens the coordinator of a job of so many ranks.
-fn coordinate(args: &LaunchArgs, size: u32, port: &str, key: Vec<u8>) -> anyhow::Result<Coordinator> {
+/// The roles in a job of so many ranks, if what is asked for can be.
+fn check(args: &LaunchArgs, size: u32) -> anyhow::Result<Roles> {
     ensure!(
         args.fabric != FabricChoice::Shm,
         "--fabric shm is for one host: use fsd dev, or another fabric"
     );
-    let roles = Roles::parse(args.roles.as_deref(), size).map_err(anyhow::Error::msg)?;
+    Roles::parse(args.roles.as_deref(), size).map_err(anyhow::Error::msg)
+}
+
+/// Opens the coordinator of a job of so many ranks.
+fn coordinate(args: &LaunchArgs, size: u32, port: &str, key: Vec<u8>) -> anyhow::Result<Coordinator> {
+    let roles = check(args, size)?;
     let settings = cluster(args, &roles);
     let job = Job {
         size,
@@ -241,7 +253,15 @@ fn over_ssh(args: &LaunchArgs, hosts: &[String]) -> anyhow::Result<ExitCode> {
         Some(addr) => addr.rsplit_once(':').context("--rendezvous is not HOST:PORT")?.1,
         None => "0",
     };
-    let coordinator = coordinate(args, size, port, key.clone())?;
+    // Where the members meet on another host than this, the first member leads the job.
+    let afar = args.rendezvous.as_deref().is_some_and(|addr| !is_here(addr));
+    let coordinator = if afar {
+        // Wrong arguments are told here and now.
+        check(args, size)?;
+        None
+    } else {
+        Some(coordinate(args, size, port, key.clone())?)
+    };
     let mut options = vec!["--wait".to_owned(), args.wait.to_string()];
     for (name, path) in [("--dir", &args.dir), ("--state", &args.state)] {
         if let Some(path) = path {
@@ -254,15 +274,20 @@ fn over_ssh(args: &LaunchArgs, hosts: &[String]) -> anyhow::Result<ExitCode> {
             Some(path) => path.clone(),
             None => std::env::current_exe().context("the path of fsd")?,
         },
-        rendezvous: match &args.rendezvous {
-            Some(addr) => addr.clone(),
-            None => format!(":{}", coordinator.port()?),
+        rendezvous: match (&args.rendezvous, &coordinator) {
+            (Some(addr), _) => addr.clone(),
+            (None, Some(coordinator)) => format!(":{}", coordinator.port()?),
+            (None, None) => bail!("nobody leads the job"),
         },
         options,
+        lead: afar.then(|| lead_options(args)),
         key: &key,
         tag: args.tag,
     };
     let mut remotes = ssh::Remotes::start(&start, hosts)?;
+    let Some(coordinator) = coordinator else {
+        return led_from_afar(args, &mut signals, remotes);
+    };
     let status = coordinator.run(Duration::from_secs(args.wait), |c| {
         if signals.pending().next().is_some() {
             ensure!(args.command.is_empty(), "interrupted");
@@ -271,6 +296,77 @@ fn over_ssh(args: &LaunchArgs, hosts: &[String]) -> anyhow::Result<ExitCode> {
         remotes.check(&c.missing())
     })?;
     Ok(ExitCode::from(status))
+}
+
+/// What the member that leads the job must be told: what is to be run, and how.
+fn lead_options(args: &LaunchArgs) -> Vec<String> {
+    let cache = args.cache.to_possible_value();
+    let cache = cache.as_ref().map_or("auto", |value| value.get_name());
+    let mut words: Vec<String> = [
+        "--lead",
+        "--fabric",
+        super::fabric_name(args.fabric),
+        "--cache",
+        cache,
+    ]
+    .map(str::to_owned)
+    .into();
+    words.extend(["--pool".to_owned(), args.pool.to_string()]);
+    if args.cache_shared {
+        words.push("--cache-shared".into());
+    }
+    if let Some(roles) = &args.roles {
+        words.extend(["--roles".to_owned(), roles.clone()]);
+    }
+    if let Some(ms) = args.lease_wait_ms {
+        words.extend(["--lease-wait-ms".to_owned(), ms.to_string()]);
+    }
+    words.push("--".into());
+    words.extend(args.command.iter().cloned());
+    words
+}
+
+/// Waits for a job that its first member leads.
+fn led_from_afar(
+    args: &LaunchArgs,
+    signals: &mut Signals,
+    mut remotes: ssh::Remotes,
+) -> anyhow::Result<ExitCode> {
+    loop {
+        if let Some(status) = remotes.ended()? {
+            remotes.check(&[])?;
+            return Ok(ExitCode::from(status));
+        }
+        remotes.check(&[])?;
+        if signals.pending().next().is_some() {
+            ensure!(args.command.is_empty(), "interrupted");
+            remotes.finish();
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// What the first member hears of the `fsd launch` that has started it.
+fn listen_to_head() -> anyhow::Result<impl FnMut(&Coordinator) -> anyhow::Result<()> + Send> {
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::Builder::new()
+        .name("head".into())
+        .spawn(move || {
+            for line in std::io::stdin().lines().map_while(Result::ok) {
+                if tell.send(line).is_err() {
+                    return;
+                }
+            }
+        })
+        .context("cannot start a thread")?;
+    Ok(move |c: &Coordinator| match told.try_recv() {
+        Ok(line) if line == ssh::FINISH => {
+            c.finish();
+            Ok(())
+        }
+        Ok(_) | Err(TryRecvError::Empty) => Ok(()),
+        Err(TryRecvError::Disconnected) => bail!("the fsd launch that has started this has ended"),
+    })
 }
 
 /// A member that `fsd launch` has started over ssh.
@@ -294,7 +390,40 @@ fn remote_member(args: &LaunchArgs, rank: u32, size: u32) -> anyhow::Result<Exit
             )
         }
     };
+    if args.lead {
+        return lead(args, size, rendezvous, unhex(&line)?, listen_to_head()?);
+    }
     part(args, rank, size, rendezvous, unhex(&line)?).map(|(status, _)| ExitCode::from(status))
+}
+
+/// The first member's part, and leading the job.
+fn lead(
+    args: &LaunchArgs,
+    size: u32,
+    rendezvous: String,
+    key: Vec<u8>,
+    poll: impl FnMut(&Coordinator) -> anyhow::Result<()> + Send + 'static,
+) -> anyhow::Result<ExitCode> {
+    ensure!(
+        is_here(&rendezvous),
+        "the members are to meet at {rendezvous}, but that is not an address of the first one's host ({}): put --rendezvous right",
+        rustix::system::uname().nodename().to_string_lossy()
+    );
+    let (_, own_port) = rendezvous
+        .rsplit_once(':')
+        .context("--rendezvous is not HOST:PORT")?;
+    let coordinator = coordinate(args, size, own_port, key.clone())?;
+    let patience = Duration::from_secs(args.wait);
+    let coordinating = std::thread::Builder::new()
+        .name("coordinator".into())
+        .spawn(move || coordinator.run(patience, poll))
+        .context("cannot start a thread")?;
+    let own = part(args, 0, size, rendezvous, key);
+    let all = coordinating
+        .join()
+        .map_err(|_| anyhow::anyhow!("the coordinator has failed"))?;
+    let (_, worst) = own?;
+    Ok(ExitCode::from(all?.max(worst)))
 }
 
 fn part(
@@ -313,6 +442,7 @@ fn part(
         dir: args.dir.clone(),
         state: args.state.clone(),
         patience: Duration::from_secs(args.wait),
+        own_stdin: args.lead,
     })
 }
 
@@ -340,21 +470,7 @@ fn as_rank(args: &LaunchArgs, rank: &ranks::Rank) -> anyhow::Result<ExitCode> {
         let (status, _) = part(args, rank.rank, rank.size, rendezvous, key)?;
         return Ok(ExitCode::from(status));
     }
-    let (_, own_port) = rendezvous
-        .rsplit_once(':')
-        .context("--rendezvous is not HOST:PORT")?;
-    let coordinator = coordinate(args, rank.size, own_port, key.clone())?;
-    let patience = Duration::from_secs(args.wait);
-    let coordinating = std::thread::Builder::new()
-        .name("coordinator".into())
-        .spawn(move || coordinator.run(patience, |_| Ok(())))
-        .context("cannot start a thread")?;
-    let own = part(args, 0, rank.size, rendezvous, key);
-    let all = coordinating
-        .join()
-        .map_err(|_| anyhow::anyhow!("the coordinator has failed"))?;
-    let (_, worst) = own?;
-    Ok(ExitCode::from(all?.max(worst)))
+    lead(args, rank.size, rendezvous, key, |_| Ok(()))
 }
 
 #[cfg(test)]

@@ -2,12 +2,15 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 
-use crate::cmd::children::{signal, wait_for};
+use crate::cmd::children::{code_of, signal, wait_for};
+
+/// What the member that leads a job is told when it is enough.
+pub const FINISH: &str = "finish";
 
 /// How long an ssh may outlive the job.
 const FAREWELL: Duration = Duration::from_secs(10);
@@ -38,6 +41,8 @@ pub struct Start<'a> {
     pub rendezvous: String,
     /// Options of `fsd launch` for the member.
     pub options: Vec<String>,
+    /// More of them, and the command, for the first member, if the members meet at its host and it leads the job.
+    pub lead: Option<Vec<String>>,
     /// Key of the job.
     pub key: &'a [u8],
     /// Begin each line of output with the host.
@@ -45,7 +50,11 @@ pub struct Start<'a> {
 }
 
 /// The ssh's; dropping them ends them.
-pub struct Remotes(Vec<(String, Child)>);
+pub struct Remotes {
+    all: Vec<(String, Child)>,
+    /// Standard input of the member that leads the job: it is told there what to do, and by its end that this process has gone.
+    lead: Option<ChildStdin>,
+}
 
 /// A word for a shell.
 fn quoted(word: &str) -> String {
@@ -79,7 +88,10 @@ impl Remotes {
         let mut words = start.ssh.split_whitespace();
         let program = words.next().context("--ssh is empty")?;
         let options: Vec<&str> = words.collect();
-        let mut remotes = Self(Vec::with_capacity(hosts.len()));
+        let mut remotes = Self {
+            all: Vec::with_capacity(hosts.len()),
+            lead: None,
+        };
         for (rank, host) in hosts.iter().enumerate() {
             let mut remote = vec![
                 "exec".to_owned(),
@@ -87,7 +99,8 @@ impl Remotes {
                 format!("launch --member {rank} --size {} --rendezvous", hosts.len()),
                 quoted(&start.rendezvous),
             ];
-            remote.extend(start.options.iter().map(|w| quoted(w)));
+            let lead = start.lead.iter().flatten().filter(|_| rank == 0);
+            remote.extend(start.options.iter().chain(lead).map(|w| quoted(w)));
             let piped = || {
                 if start.tag {
                     Stdio::piped()
@@ -114,8 +127,11 @@ impl Remotes {
             // has gone already, its end says why.
             if let Some(mut stdin) = child.stdin.take() {
                 let _ = writeln!(stdin, "{}", super::hex(start.key));
+                if rank == 0 && start.lead.is_some() {
+                    remotes.lead = Some(stdin);
+                }
             }
-            remotes.0.push((host.clone(), child));
+            remotes.all.push((host.clone(), child));
         }
         Ok(remotes)
     }
@@ -126,7 +142,7 @@ impl Remotes {
     /// # Errors
     /// Which, and how.
     pub fn check(&mut self, missing: &[u32]) -> anyhow::Result<()> {
-        for (rank, (host, child)) in (0u32..).zip(&mut self.0) {
+        for (rank, (host, child)) in (0u32..).zip(&mut self.all) {
             if let Some(status) = child.try_wait()?
                 && (status.code() == Some(255) || missing.contains(&rank))
             {
@@ -137,9 +153,35 @@ impl Remotes {
     }
 }
 
+impl Remotes {
+    /// Tells the member that leads the job that it is enough.
+    pub fn finish(&mut self) {
+        if let Some(lead) = &mut self.lead {
+            // If it has gone, its end says why.
+            let _ = writeln!(lead, "{FINISH}");
+        }
+    }
+
+    /// The exit status of the member that leads the job, when all have ended.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn ended(&mut self) -> anyhow::Result<Option<u8>> {
+        let mut first = None;
+        for (_, child) in self.all.iter_mut().rev() {
+            match child.try_wait()? {
+                Some(status) => first = Some(code_of(status)),
+                None => return Ok(None),
+            }
+        }
+        Ok(first)
+    }
+}
+
 impl Drop for Remotes {
     fn drop(&mut self) {
-        for (_, child) in &mut self.0 {
+        self.lead = None;
+        for (_, child) in &mut self.all {
             if !wait_for_end(child) {
                 signal(child, rustix::process::Signal::TERM);
                 wait_for(child, FAREWELL);

@@ -1,0 +1,35 @@
+//! Which servers this mount can reach, for `fsd status`.
+
+use super::Net;
+use crate::probe::{self, Probe};
+use crate::wire::{MetaRequest, StorageRequest};
+
+impl Net {
+    /// A sentence for each server that cannot be reached.
+    #[must_use]
+    pub fn unreachable(&self) -> Vec<String> {
+        let Some(me) = self.me.upgrade() else {
+            return Vec::new();
+        };
+        let net = std::sync::Arc::clone(&me);
+        let meta = Probe {
+            who: format!("the metadata server ({})", me.meta_addr),
+            ask: Box::new(move || match net.meta(&MetaRequest::Clock) {
+                Ok(_) => Ok(()),
+                Err(error) => Err(error.to_string()),
+            }),
+        };
+        let links = me.storage.get().into_iter().flatten();
+        let storage = links.map(|link| {
+            let (net, id) = (std::sync::Arc::clone(&me), link.id);
+            Probe {
+                who: format!("storage node {id} ({})", link.addr()),
+                ask: Box::new(move || match net.ask_storage(id, &StorageRequest::Space) {
+                    Ok(_) => Ok(()),
+                    Err(error) => Err(error.to_string()),
+                }),
+            }
+        });
+        probe::unreachable([meta].into_iter().chain(storage).collect(), probe::PATIENCE)
+    }
+}

@@ -1,0 +1,141 @@
+//! What `fsd status` says where something is wrong.
+
+use std::fs::{self, File};
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use rustix::process::{Pid, Signal, kill_process};
+use system_tests::cluster::{Cluster, Fabric, Options, Role};
+use system_tests::guard;
+use system_tests::sys;
+
+fn problems(cluster: &Cluster) -> anyhow::Result<Vec<String>> {
+    let status = cluster.status()?;
+    let problems: Vec<String> = serde_json::from_value(status["problems"].clone())?;
+    ensure!(status["healthy"] == problems.is_empty(), "{status}");
+    Ok(problems)
+}
+
+/// Waits until there is a problem with all these words, or none at all.
+fn wait_for(cluster: &Cluster, words: &[&str]) -> anyhow::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let all = problems(cluster)?;
+        let found = if words.is_empty() {
+            all.is_empty()
+        } else {
+            all.iter().any(|p| words.iter().all(|word| p.contains(word)))
+        };
+        if found {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "no {words:?} among {all:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn stopped(cluster: &Cluster, role: Role, signal: Signal) -> anyhow::Result<()> {
+    let pid = cluster.pid(role).and_then(|pid| Pid::from_raw(pid as i32));
+    Ok(pid.map_or(Ok(()), |pid| kill_process(pid, signal))?)
+}
+
+#[test]
+fn full_pools_and_disks_are_not_healthy() -> anyhow::Result<()> {
+    let options = Options {
+        storage: 2,
+        mounts: 1,
+        pool_mib: 16,
+        meta_disk_mib: Some(64),
+        ..Options::default()
+    };
+    guard::with_cluster(options, |cluster| {
+        ensure!(problems(cluster)?.is_empty(), "{:?}", problems(cluster)?);
+        let big = cluster.mount(0).join("big");
+        ensure!(fs::write(&big, vec![7; 64 << 20]).is_err(), "it fits");
+        wait_for(cluster, &["storage node 0", "pool of 16MiB is full"])?;
+        wait_for(cluster, &["storage node 1", "pool of 16MiB is full"])?;
+        fs::remove_file(&big)?;
+        wait_for(cluster, &[])?;
+        let hog = cluster.path("meta").join("hog");
+        let file = File::create(&hog)?;
+        let mut taken = 0;
+        while sys::fallocate(&file, 0, taken, 1 << 20).is_ok() {
+            taken += 1 << 20;
+        }
+        wait_for(cluster, &["metadata server", "disk that holds", "is full"])?;
+        drop(file);
+        fs::remove_file(&hog)?;
+        wait_for(cluster, &[])
+    })
+}
+
+#[test]
+fn who_cannot_be_reached_is_told() -> anyhow::Result<()> {
+    for fabric in [Fabric::Shm, Fabric::Tcp] {
+        let options = Options {
+            fabric,
+            storage: 2,
+            mounts: 1,
+            pool_mib: 16,
+            ..Options::default()
+        };
+        guard::with_cluster(options, |cluster| {
+            wait_for(cluster, &[])?;
+            stopped(cluster, Role::Storage(1), Signal::STOP)?;
+            let seen = problems(cluster);
+            stopped(cluster, Role::Storage(1), Signal::CONT)?;
+            let seen = seen?;
+            // By everybody who needs it.
+            for who in [
+                "storage node 1: no answer",
+                "metadata server: storage node 1",
+                "mount 0: storage node 1",
+            ] {
+                ensure!(seen.iter().any(|p| p.starts_with(who)), "no '{who}' in {seen:?}");
+            }
+            wait_for(cluster, &[])?;
+            cluster.kill(Role::Storage(0));
+            wait_for(cluster, &["metadata server: storage node 0", "cannot be reached"])?;
+            cluster.start_role(Role::Storage(0))?;
+            wait_for(cluster, &[])?;
+            cluster.kill(Role::Meta);
+            wait_for(cluster, &["metadata server: no answer"])?;
+            cluster.start_role(Role::Meta)?;
+            wait_for(cluster, &[])
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn blocked_leases_are_told() -> anyhow::Result<()> {
+    let options = Options {
+        storage: 1,
+        pool_mib: 16,
+        ..Options::default()
+    };
+    guard::with_cluster(options, |cluster| {
+        fs::write(cluster.mount(1).join("f"), b"x")?;
+        cluster.kill(Role::Mount(1));
+        wait_for(cluster, &["mount 1", "not connected"])?;
+        wait_for(cluster, &["mount 1", "is dead", "lease records are blocked"])?;
+        let told = std::process::Command::new(system_tests::process::fsd_binary()?)
+            .arg("status")
+            .arg("--config")
+            .arg(cluster.config())
+            .output()?;
+        let text = String::from_utf8_lossy(&told.stdout).into_owned();
+        ensure!(told.status.code() == Some(1), "{}", told.status);
+        ensure!(
+            text.contains("NOT HEALTHY") && text.contains("are blocked"),
+            "{text}"
+        );
+        cluster.end(Role::Mount(0))?;
+        wait_for(cluster, &[])?;
+        let told = std::process::Command::new(system_tests::process::fsd_binary()?)
+            .args(["status", "--config", "/nonexistent"])
+            .output()?;
+        ensure!(told.status.code() == Some(2), "{}", told.status);
+        Ok(())
+    })
+}
