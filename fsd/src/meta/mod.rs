@@ -3,8 +3,13 @@
 //! Every change is one transaction of the embedded store. Clients' leases protect the clients' caches, not
 //! the store: requests are carried out one after the other on the progress thread.
 
+mod changes;
+mod house;
 pub mod locks;
+mod membership;
 pub mod names;
+mod nodes;
+mod opening;
 mod order;
 pub mod records;
 mod recovery;
@@ -12,6 +17,7 @@ pub mod server;
 mod service;
 pub mod sessions;
 pub mod stores;
+mod waiting;
 mod window;
 pub mod xattrs;
 

@@ -2,9 +2,8 @@
 
 use super::server::Inner;
 use super::window::{Entry, in_order};
-use super::{Refusal, no};
 use crate::rpc::{Errno, Responder};
-use crate::wire::{Logged, MetaReply, MetaRequest};
+use crate::wire::{Logged, MetaReply};
 
 impl Inner {
     /// A mount tells what it was answered and this server may not have.
@@ -98,7 +97,7 @@ impl Inner {
         let mut failed = Vec::new();
         for Entry { node, logged } in entries {
             let place = logged.order;
-            if let Err(refusal) = self.once_more(node, logged) {
+            if let Err(refusal) = self.transaction(Some(node), logged.request, Some(place)) {
                 let error = refusal.errno();
                 tracing::error!(
                     "transaction {place} of mount {node} was lost and cannot be carried out again: {error}"
@@ -107,29 +106,5 @@ impl Inner {
             }
         }
         failed
-    }
-
-    fn once_more(&self, node: u16, logged: Logged) -> Result<(), Refusal> {
-        let again = Some(logged.order);
-        match logged.request {
-            MetaRequest::Namespace {
-                seq,
-                acknowledged,
-                now,
-                touched,
-                op,
-            } => {
-                let mut state = self.state.lock();
-                self.namespace(&mut state, node, (seq, acknowledged), now, &touched, &op, again)?;
-            }
-            MetaRequest::Update { updates } => {
-                self.update(&updates, again)?;
-            }
-            MetaRequest::Reap { ino } => {
-                self.reap(ino, again)?;
-            }
-            _ => return no(libc::EPROTO),
-        }
-        Ok(())
     }
 }
