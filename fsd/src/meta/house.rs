@@ -8,16 +8,28 @@ use crossbeam::channel::{Receiver, RecvTimeoutError};
 use super::names::Change;
 use super::opening::load;
 use super::records::key;
-use super::server::{House, Inner, OnceDurable};
+use super::server::{Flaw, House, Inner, OnceDurable};
 use super::{MetaError, Refusal};
+use crate::rpc::Errno;
 use crate::store::prefix_end;
-use crate::wire::{MetaReply, StorageRequest, Time};
+use crate::wire::{MetaReply, StorageReply, StorageRequest, Time};
 
 /// How often membership and freed inodes are looked after while there is something to do.
 const TICK: Duration = Duration::from_secs(1);
 
 /// Transactions that nobody asks to be durable are so after this long, as with local file systems.
 const SYNC_AFTER: Duration = Duration::from_secs(5);
+
+/// So many inodes are freed between two syncs of the storage nodes.
+const FREED_TOGETHER: usize = 4096;
+
+/// Inodes whose blocks are to be freed.
+#[derive(Default)]
+pub(super) struct Backlog {
+    inos: Vec<u64>,
+    /// When that was last done.
+    freed: Option<Instant>,
+}
 
 impl Inner {
     /// Group commit: one sync answers everybody who asked before it began. And one every now and then while anything
@@ -40,11 +52,15 @@ impl Inner {
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
             };
-            let waiting: Vec<OnceDurable> = std::iter::once(first).chain(requests.try_iter()).collect();
-            let result = self.order.sync().map_err(|e| Refusal::Store(e).errno());
-            for (responder, reply) in waiting {
-                responder.reply(&result.map(|()| self.ordered(0, reply)));
-            }
+            self.answer_once_durable(std::iter::once(first).chain(requests.try_iter()).collect());
+        }
+    }
+
+    /// Makes everything so far durable, and answers who waits for that.
+    pub(super) fn answer_once_durable(&self, waiting: Vec<OnceDurable>) {
+        let result = self.order.sync().map_err(|e| Refusal::Store(e).errno());
+        for (responder, reply) in waiting {
+            responder.reply(&result.map(|()| self.ordered(0, reply)));
         }
     }
 
@@ -58,8 +74,7 @@ impl Inner {
     }
 
     pub(super) fn house_loop(&self, told: &Receiver<House>, stop: &Receiver<()>) {
-        let mut backlog: Vec<u64> = Vec::new();
-        let mut freed_at = Instant::now();
+        let mut backlog = Backlog::default();
         loop {
             let mut news: Vec<House> = Vec::new();
             crossbeam::channel::select! {
@@ -68,44 +83,49 @@ impl Inner {
                 default(TICK) => {}
             }
             news.extend(told.try_iter());
-            let mut waiting = Vec::new();
-            for one in news {
-                match one {
-                    House::Freed(ino) => backlog.push(ino),
-                    House::Settle(responder) => waiting.push(responder),
-                }
+            self.look_after(&mut backlog, news);
+        }
+    }
+
+    /// Deals with what was told, and with what has become of the mounts.
+    pub(super) fn look_after(&self, backlog: &mut Backlog, news: Vec<House>) {
+        let mut waiting = Vec::new();
+        for one in news {
+            match one {
+                House::Freed(ino) => backlog.inos.push(ino),
+                House::Settle(responder) => waiting.push(responder),
             }
-            // A crash that undid the removal would bring back the names of files whose blocks are gone.
-            // Not for each of many that are removed one after the other: a sync keeps everybody waiting for a while.
-            let due = !waiting.is_empty() || freed_at.elapsed() >= TICK;
-            if !backlog.is_empty() && due {
-                freed_at = Instant::now();
-                match self.order.sync() {
-                    Ok(()) => backlog.retain(|&ino| !self.free_blocks(ino)),
-                    Err(error) => tracing::error!("{error}"),
-                }
-            }
-            let orphans = self.state.lock().orphans;
-            for responder in waiting {
-                responder.reply(&Ok(MetaReply::Settled { orphans }));
-            }
-            let dead = self.state.lock().sessions.bury(Instant::now());
-            for node in dead {
-                tracing::warn!(
-                    "mount {node} is dead: it did not come back; files it had leased stay blocked until it is recovered"
-                );
-                let served = self.state.lock().locks.release_node(node);
-                self.answer_locks(&served, &Ok(MetaReply::Done));
-                if let Some(window) = &mut self.state.lock().window {
-                    window.give_up(node);
-                }
-            }
-            self.end_window();
-            if self.state.lock().sessions.only_dead()
-                && let Err(error) = self.recover_all()
+        }
+        // Not for each of many that are removed one after the other: a sync keeps everybody waiting for a while.
+        let due = !waiting.is_empty() || backlog.freed.is_none_or(|at| at.elapsed() >= TICK);
+        if !backlog.inos.is_empty() && due {
+            backlog.freed = Some(Instant::now());
+            if let Err(error) = self.free_blocks(&mut backlog.inos)
+                && !self.stopping.load(Ordering::Acquire)
             {
-                tracing::error!("recovery is not complete: {error}");
+                tracing::debug!("{} inodes are not freed yet: {error}", backlog.inos.len());
             }
+        }
+        let orphans = self.state.lock().orphans;
+        for responder in waiting {
+            responder.reply(&Ok(MetaReply::Settled { orphans }));
+        }
+        let dead = self.state.lock().sessions.bury(Instant::now());
+        for node in dead {
+            tracing::warn!(
+                "mount {node} is dead: it did not come back; files it had leased stay blocked until it is recovered"
+            );
+            let served = self.state.lock().locks.release_node(node);
+            self.answer_locks(&served, &Ok(MetaReply::Done));
+            if let Some(window) = &mut self.state.lock().window {
+                window.give_up(node);
+            }
+        }
+        self.end_window();
+        if self.state.lock().sessions.only_dead()
+            && let Err(error) = self.recover_all()
+        {
+            tracing::error!("recovery is not complete: {error}");
         }
     }
 
@@ -114,45 +134,89 @@ impl Inner {
         let _ = self.freed.send(House::Freed(ino));
     }
 
-    /// Frees an inode's blocks everywhere, then lets its record be used again. False: try again later.
-    fn free_blocks(&self, ino: u64) -> bool {
-        for section in &self.config.storage {
-            let request = StorageRequest::Free {
-                ino,
-                first: 0,
-                last: u64::MAX,
-            };
-            if let Err(error) = self.nodes.ask(section.id, &request) {
-                if !self.stopping.load(Ordering::Acquire) {
-                    tracing::debug!("blocks of {ino:#x} not freed yet: {error}");
+    /// Frees the blocks of removed inodes everywhere, then lets their records be used again. What is left in `inos` is to
+    /// be tried again.
+    fn free_blocks(&self, inos: &mut Vec<u64>) -> Result<(), MetaError> {
+        // A crash that undid a removal would bring back the name of a file whose blocks are gone.
+        if !self.flawed(Flaw::FreedEarly) {
+            self.order.sync()?;
+        }
+        while !inos.is_empty() {
+            let some = &inos[inos.len().saturating_sub(FREED_TOGETHER)..];
+            for section in &self.config.storage {
+                for &ino in some {
+                    let (first, last) = (0, u64::MAX);
+                    self.ask(section.id, &StorageRequest::Free { ino, first, last })?;
                 }
-                return false;
+                // A crash of the storage node that undid this would leave it blocks that nobody frees any more: the record
+                // of what is to be freed stays until it cannot.
+                if !self.flawed(Flaw::FreedForgotten) {
+                    self.ask(section.id, &StorageRequest::Flush { inos: Vec::new() })?;
+                }
+            }
+            let mut txn = self.txn();
+            for &ino in some {
+                txn.delete(key::freed(ino));
+                txn.recycle(ino);
+            }
+            txn.commit()?;
+            self.freeing.fetch_sub(some.len() as u64, Ordering::Relaxed);
+            inos.truncate(inos.len() - some.len());
+        }
+        Ok(())
+    }
+
+    fn ask(&self, node: u16, request: &StorageRequest) -> Result<StorageReply, MetaError> {
+        self.nodes.ask(node, request).map_err(|error| MetaError::Io {
+            what: format!("storage node {node} does not do what it is asked"),
+            error: std::io::Error::other(error.to_string()),
+        })
+    }
+
+    /// Gives what mounts left beyond the ends of files, and the blocks of inodes that are no more, back: what they wrote and
+    /// had not told anybody about before they died, and what a power cut of a storage node brought back after it had been
+    /// freed. Only while no mount is alive, for else a file may be longer than the store knows.
+    fn cut_ends(&self) -> Result<(), MetaError> {
+        let mut bytes = 0;
+        for section in &self.config.storage {
+            let mut after = 0;
+            loop {
+                let request = StorageRequest::Inodes { after };
+                let StorageReply::Inodes(inos) = self.ask(section.id, &request)? else {
+                    break;
+                };
+                let Some(&last) = inos.last() else { break };
+                after = last;
+                let mut ends = Vec::with_capacity(inos.len());
+                for ino in inos {
+                    match self.txn().inode(ino) {
+                        Ok(inode) => ends.push((ino, Some(inode.attr.size))),
+                        Err(Refusal::Errno(Errno(libc::ENOENT))) => ends.push((ino, None)),
+                        // An inode that cannot be read: nothing of it is touched.
+                        Err(Refusal::Errno(_)) => {}
+                        Err(Refusal::Store(error)) => return Err(error.into()),
+                    }
+                }
+                if let StorageReply::Freed(more) = self.ask(section.id, &StorageRequest::Cut { ends })? {
+                    bytes += more;
+                }
             }
         }
-        let mut txn = self.txn();
-        txn.delete(key::freed(ino));
-        txn.recycle(ino);
-        match txn.commit() {
-            Ok(()) => {
-                self.freeing.fetch_sub(1, Ordering::Relaxed);
-                true
-            }
-            Err(error) => {
-                tracing::error!("{error}");
-                false
-            }
+        if bytes > 0 {
+            tracing::info!("{bytes} bytes beyond the ends of files, or of no file at all, have been freed");
         }
+        Ok(())
     }
 
     /// Nobody alive holds anything: clear all leases, reap all orphans, forget the dead.
     fn recover_all(&self) -> Result<(), MetaError> {
         for section in &self.config.storage {
-            self.nodes
-                .ask(section.id, &StorageRequest::ResetLeases)
-                .map_err(|error| MetaError::Io {
-                    what: format!("resetting the leases of storage node {}", section.id),
-                    error: std::io::Error::other(error.to_string()),
-                })?;
+            self.ask(section.id, &StorageRequest::ResetLeases)?;
+        }
+        if !self.flawed(Flaw::EndsNotCut) {
+            // What the store says of sizes must not be undone once blocks are gone for it.
+            self.order.sync()?;
+            self.cut_ends()?;
         }
         let mut state = self.state.lock();
         if !state.sessions.only_dead() {

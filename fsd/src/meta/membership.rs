@@ -119,6 +119,21 @@ impl Inner {
         }))
     }
 
+    /// A mount leaves in order.
+    pub(super) fn leave(&self, conn: ConnId) -> Answer {
+        let mut state = self.state.lock();
+        let node = state
+            .sessions
+            .by_conn(conn)
+            .map_or_else(|| no(libc::ENOTCONN), Ok)?;
+        self.forget(&mut state, node, true)?;
+        let served = state.locks.release_node(node);
+        drop(state);
+        self.answer_locks(&served, &Ok(MetaReply::Done));
+        tracing::info!("mount {node} has left");
+        Ok(MetaReply::Done)
+    }
+
     /// A mount is no more: its number, reservations and answers go.
     /// Numbers that one which `left` in order has not used nobody has heard of; of one that died that is not certain.
     pub(super) fn forget(&self, state: &mut State, node: u16, left: bool) -> Result<(), Refusal> {

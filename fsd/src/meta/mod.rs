@@ -4,6 +4,12 @@
 //! the store: requests are carried out one after the other on the progress thread.
 
 mod changes;
+#[cfg(test)]
+mod crash_cluster;
+#[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
+mod crash_world;
 mod house;
 pub mod locks;
 mod membership;

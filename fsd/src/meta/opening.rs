@@ -45,6 +45,11 @@ pub fn format(config: &Config, uuid: &str) -> Result<(), MetaError> {
             detail: "is formatted already: remove it first if its contents are not wanted".into(),
         });
     }
+    make(&store, config, uuid)
+}
+
+/// Writes what every store begins with.
+pub(super) fn make(store: &dyn Store, config: &Config, uuid: &str) -> Result<(), MetaError> {
     let superblock = Superblock {
         layout: LAYOUT,
         cluster: config.cluster.clone(),
@@ -54,7 +59,7 @@ pub fn format(config: &Config, uuid: &str) -> Result<(), MetaError> {
         era: 0,
         tables: Vec::new(),
     };
-    let mut txn = Txn::new(&store);
+    let mut txn = Txn::new(store);
     txn.put(key::superblock(), encode(&superblock));
     txn.set_inode(&new_root(
         Time::now(),

@@ -9,7 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -23,6 +23,9 @@ pub(super) struct Order {
     /// Place of the last one; held while one is applied, so that the store never has one without those before.
     executed: Mutex<u64>,
     durable: AtomicU64,
+    /// Whatever the last life may have lost has been carried out again, or been given up. Until then this life leaves
+    /// nothing behind that says it has not lost anything.
+    settled: AtomicBool,
     witness: Witness,
 }
 
@@ -56,6 +59,14 @@ impl Witness {
         Ok((Self { file, path }, said.then(|| u64::from_le_bytes(bytes))))
     }
 
+    /// Says nothing any more, so that whoever reads it believes that something was lost.
+    fn forget(&self) -> Result<(), MetaError> {
+        self.file.set_len(0).map_err(|error| MetaError::Io {
+            what: format!("cannot empty {}", self.path.display()),
+            error,
+        })
+    }
+
     fn say(&self, place: u64) {
         if let Err(error) = self.file.write_all_at(&place.to_le_bytes(), 0) {
             // A server that starts then believes that something was lost, and asks the mounts.
@@ -86,14 +97,32 @@ impl Order {
         batch.delete(key::stopped());
         store.apply(batch)?;
         store.sync()?;
-        witness.say(executed);
+        let lost = !in_order && said != Some(executed);
+        if lost {
+            witness.forget()?;
+        } else {
+            witness.say(executed);
+        }
         let order = Self {
             store,
             executed: Mutex::new(executed),
             durable: AtomicU64::new(executed),
+            settled: AtomicBool::new(!lost),
             witness,
         };
-        Ok((order, !in_order && said != Some(executed)))
+        Ok((order, lost))
+    }
+
+    /// Nothing is missing, or will be told, of what the last life has lost. `last` is the last place known to anybody: later
+    /// transactions come behind it, so that none gets the place of one that could not be carried out again.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn settle(&self, last: u64) -> Result<(), StoreError> {
+        let mut executed = self.executed.lock();
+        self.settled.store(true, Ordering::Release);
+        let place = last.max(*executed);
+        self.apply(Txn::new(self.store.as_ref()), &mut executed, place)
     }
 
     /// Applies a transaction; its place in the order.
@@ -121,7 +150,9 @@ impl Order {
         txn.put(key::executed(), encode(&place));
         txn.commit()?;
         *executed = place;
-        self.witness.say(place);
+        if self.settled.load(Ordering::Acquire) {
+            self.witness.say(place);
+        }
         Ok(())
     }
 
@@ -151,6 +182,10 @@ impl Order {
     /// # Errors
     /// The disk failed.
     pub fn stop(&self) -> Result<(), StoreError> {
+        if !self.settled.load(Ordering::Acquire) {
+            // The next life has to ask as this one did.
+            return self.sync();
+        }
         let mut batch = Batch::default();
         batch.put(key::stopped(), Vec::new());
         self.store.apply(batch)?;
@@ -182,6 +217,7 @@ mod tests {
         let store: Arc<dyn Store> = Arc::new(FjallStore::open(disk.path()).unwrap());
         // A new store has no past; nobody can have been told anything.
         let (first, _) = order(&store, memory.path());
+        first.settle(0).unwrap();
         assert_eq!((commit(&first, &store), commit(&first, &store)), (1, 2));
         assert_eq!((first.executed(), first.durable()), (2, 0));
         drop(first);
@@ -204,6 +240,15 @@ mod tests {
         std::fs::remove_file(memory.path().join("distfuse-meta-u")).unwrap();
         let (fourth, lost) = order(&store, memory.path());
         assert!(lost);
+        // It does not forget that before it has dealt with it, whether it dies or stops.
+        drop(fourth);
+        let (fourth, lost) = order(&store, memory.path());
+        assert!(lost);
+        fourth.stop().unwrap();
+        drop(fourth);
+        let (fourth, lost) = order(&store, memory.path());
+        assert!(lost);
+        fourth.settle(0).unwrap();
         fourth.stop().unwrap();
         drop(fourth);
         let (fifth, lost) = order(&store, memory.path());
@@ -212,6 +257,16 @@ mod tests {
         drop(fifth);
         std::fs::remove_file(memory.path().join("distfuse-meta-u")).unwrap();
         assert!(order(&store, memory.path()).1);
+    }
+
+    #[test]
+    fn places_that_anybody_knows_are_not_given_again() {
+        let (disk, memory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let store: Arc<dyn Store> = Arc::new(FjallStore::open(disk.path()).unwrap());
+        let (order, _) = order(&store, memory.path());
+        order.commit_again(Txn::new(store.as_ref()), 7).unwrap();
+        order.settle(9).unwrap();
+        assert_eq!(commit(&order, &store), 10);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Carrying out again what a crash of the server's host has undone.
 
-use super::server::Inner;
+use super::server::{Flaw, Inner};
 use super::window::{Entry, in_order};
 use crate::rpc::{Errno, Responder};
 use crate::wire::{Logged, MetaReply};
@@ -50,10 +50,18 @@ impl Inner {
             let Some(window) = state.window.as_mut().filter(|w| w.is_over()) else {
                 return;
             };
-            let (entries, told) = window.finish(executed);
+            let (mut entries, told) = window.finish(executed);
             drop(state);
+            if self.flawed(Flaw::ReplayedAnyhow) {
+                entries.sort_by_key(|entry| entry.node);
+            }
             let again = entries.len();
+            let last = entries.iter().map(|entry| entry.logged.order).max().unwrap_or(0);
             let failed = self.carry_out_again(entries);
+            let last = if self.flawed(Flaw::PlacesAgain) { 0 } else { last };
+            if let Err(error) = self.order.settle(last) {
+                tracing::error!("{error}");
+            }
             if let Err(error) = self.order.sync() {
                 // What is not durable the mounts keep, and what asks for that is told.
                 tracing::error!("{error}");

@@ -70,6 +70,30 @@ pub(super) struct Inner {
     pub(super) freeing: AtomicU64,
     pub(super) nodes: Arc<dyn StorageNodes>,
     pub(super) stopping: AtomicBool,
+    #[cfg(test)]
+    pub(super) flaw: Option<Flaw>,
+}
+
+/// A rule left out, so that tests can show what it is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flaw {
+    /// Inode numbers are given out before that is durable.
+    NumbersEarly,
+    /// Blocks of a removed file are freed before the removal is durable.
+    FreedEarly,
+    /// That blocks are freed is forgotten before it is durable on the storage nodes.
+    FreedForgotten,
+    /// What mounts tell a server that has lost its end is carried out as it comes.
+    ReplayedAnyhow,
+    /// A mount leaves before what it has done is durable.
+    LeftEarly,
+    /// A server that dies in its recovery window forgets that it had one.
+    #[cfg(test)]
+    WindowForgotten,
+    /// After the window, places are given again that mounts know as those of what could not be carried out.
+    PlacesAgain,
+    /// What dead mounts left beyond the ends of files stays.
+    EndsNotCut,
 }
 
 /// What the server's threads are told.
@@ -129,7 +153,10 @@ impl MetaServer {
         if lost {
             state.window = Window::open(state.sessions.nodes.keys().copied());
         }
-        if state.window.is_some() {
+        if state.window.is_none() {
+            // There is nobody to ask.
+            order.settle(0)?;
+        } else {
             tracing::warn!(
                 "the last life of this server did not end in order, and its host has forgotten it: the mounts are asked for what may be missing"
             );
@@ -219,6 +246,8 @@ impl Inner {
             freeing: AtomicU64::new(0),
             nodes,
             stopping: AtomicBool::new(false),
+            #[cfg(test)]
+            flaw: None,
         });
         for (k, _) in inner.store.scan(b"F", b"G", usize::MAX)? {
             inner.free_later(key::number(&k));
@@ -228,6 +257,17 @@ impl Inner {
             house: freed_in,
         };
         Ok((inner, told))
+    }
+
+    #[cfg(test)]
+    pub(super) fn flawed(&self, flaw: Flaw) -> bool {
+        self.flaw == Some(flaw)
+    }
+
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self)]
+    pub(super) const fn flawed(&self, _flaw: Flaw) -> bool {
+        false
     }
 
     /// Era of lease versions.

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use rdma_transport::{ConnId, Connection};
 
 use super::records::{Member, Txn, decode, key};
-use super::server::{House, Inner};
+use super::server::{Flaw, House, Inner};
 use super::window::Window;
 use super::{Refusal, no};
 use crate::ino;
@@ -53,11 +53,18 @@ impl Inner {
             }
             MetaRequest::ReserveInodes { count } => {
                 match self.reserve(self.member(responder.conn().id()), count.min(MAX_RESERVE)) {
+                    Ok(numbers) if self.flawed(Flaw::NumbersEarly) => responder.reply(&Ok(numbers)),
                     // A number that was used, and whose being given out was lost, would be given out again.
                     Ok(numbers) => self.once_durable(responder, numbers),
                     Err(refusal) => responder.reply::<MetaReply>(&Err(refusal.errno())),
                 }
             }
+            MetaRequest::Leave => match self.leave(responder.conn().id()) {
+                // What it has done it keeps no longer than that.
+                Ok(left) if self.flawed(Flaw::LeftEarly) => responder.reply(&Ok(left)),
+                Ok(left) => self.once_durable(responder, left),
+                Err(refusal) => responder.reply::<MetaReply>(&Err(refusal.errno())),
+            },
             MetaRequest::SetLock { lock, wait } => self.set_lock(&lock, wait, responder),
             MetaRequest::CancelLock { lock } => {
                 let (cancelled, served) = {
@@ -115,19 +122,6 @@ impl Inner {
             MetaRequest::Tables { ids, stores } => {
                 self.check_stores(&stores)?;
                 self.check_tables(&ids)?;
-                Ok(MetaReply::Done)
-            }
-            MetaRequest::Leave => {
-                let mut state = self.state.lock();
-                let node = state
-                    .sessions
-                    .by_conn(conn.id())
-                    .map_or_else(|| no(libc::ENOTCONN), Ok)?;
-                self.forget(&mut state, node, true)?;
-                let served = state.locks.release_node(node);
-                drop(state);
-                self.answer_locks(&served, &Ok(MetaReply::Done));
-                tracing::info!("mount {node} has left");
                 Ok(MetaReply::Done)
             }
             MetaRequest::Peer { node } => {
@@ -188,6 +182,7 @@ impl Inner {
             }),
             MetaRequest::Sync
             | MetaRequest::Settle
+            | MetaRequest::Leave
             | MetaRequest::ReserveInodes { .. }
             | MetaRequest::Replay { .. }
             | MetaRequest::SetLock { .. }

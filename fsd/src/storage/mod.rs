@@ -10,6 +10,7 @@ pub mod check;
 mod crash_disk;
 #[cfg(test)]
 mod crash_tests;
+mod cut;
 pub mod disk;
 mod flush;
 pub mod index;

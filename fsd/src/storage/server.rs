@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use rdma_transport::{Access, Connection, Fabric, RegionKey};
 
 use super::blocks::{Blocks, STOCK};
+use super::cut::End;
 use super::disk::FileDisk;
 use super::flush::bytes_of;
 use super::label::{self, Label};
@@ -31,6 +32,7 @@ pub(super) enum Work {
     Flush(Vec<u64>, Responder),
     Reset(Responder),
     Status(Responder),
+    Cut(Vec<End>, Responder),
 }
 
 pub(super) struct Inner {
@@ -378,6 +380,10 @@ impl Inner {
                     }
                     Work::Reset(responder) => {
                         responder.reply(&self.reset_leases().map_err(|e| errno(&e)));
+                    }
+                    Work::Cut(ends, responder) => {
+                        let freed = self.blocks.cut(&ends).map(StorageReply::Freed);
+                        responder.reply(&freed.map_err(|e| errno(&e)));
                     }
                     Work::Status(responder) => {
                         responder.reply(&self.status().map(StorageReply::Status).map_err(|e| errno(&e)));
