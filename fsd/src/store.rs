@@ -5,6 +5,8 @@
 //! see it through [`Store`], so that a replicated engine can carry them later. The engine is `fjall`;
 //! docs/metadata-store.md has the comparison that chose it.
 
+mod tail;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -224,13 +226,26 @@ impl Engine {
             (_, StoreError::Engine { path, detail }) => StoreError::Damaged { path, detail },
             (_, other) => other,
         };
-        let db = Database::builder(path)
-            .manual_journal_persist(false)
-            .open()
-            .map_err(fail)?;
+        let open = || Database::builder(path).manual_journal_persist(false).open();
+        let io = |error: std::io::Error| fail(fjall::Error::Io(error));
+        let db = match open() {
+            Err(fjall::Error::JournalRecovery(error)) => match tail::cut(path).map_err(io)? {
+                Some(bytes) => {
+                    tracing::warn!(
+                        "the journal in {} ends with {bytes} bytes that a power cut has left incomplete: they are cut off",
+                        path.display()
+                    );
+                    open()
+                }
+                None => Err(fjall::Error::JournalRecovery(error)),
+            },
+            other => other,
+        };
+        let db = db.map_err(fail)?;
         let keys = db
             .keyspace("data", KeyspaceCreateOptions::default)
             .map_err(fail)?;
+        tail::opened(path).map_err(io)?;
         Ok(Self { db, keys })
     }
 }
