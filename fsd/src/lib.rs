@@ -9,6 +9,7 @@ pub mod clock;
 pub mod cmd;
 pub mod config;
 pub mod endpoint;
+pub mod files;
 pub mod ino;
 pub mod meta;
 pub mod rpc;

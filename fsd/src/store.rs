@@ -145,6 +145,25 @@ impl FjallStore {
     /// # Errors
     /// [`StoreError`], also where another process has it open.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
+        Self::opened(path)
+    }
+
+    /// Opens a store that has been made. One that lacks some of its files is damaged; the engine would take it for one that
+    /// is only being made, remove what is left of it, and begin with an empty one.
+    ///
+    /// # Errors
+    /// [`StoreError`], also where another process has it open.
+    pub fn open_existing(path: &Path) -> Result<Self, StoreError> {
+        match lacks(path) {
+            Some(file) => Err(StoreError::Damaged {
+                path: path.to_owned(),
+                detail: format!("{file} is missing"),
+            }),
+            None => Self::opened(path),
+        }
+    }
+
+    fn opened(path: &Path) -> Result<Self, StoreError> {
         let slot = Slot {
             engine: Some(Engine::open(path)?),
             tried: Instant::now(),
@@ -248,6 +267,43 @@ impl Engine {
         tail::opened(path).map_err(io)?;
         Ok(Self { db, keys })
     }
+}
+
+/// A file of the engine that is not there, though each store has one.
+fn lacks(path: &Path) -> Option<String> {
+    let below = |dir: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(dir).into_iter().flatten();
+        entries.filter_map(|e| e.ok().map(|e| e.path())).collect()
+    };
+    if !path.join("version").exists() {
+        return Some("version".into());
+    }
+    if !below(path)
+        .iter()
+        .any(|p| p.extension().is_some_and(|e| e == "jnl"))
+    {
+        return Some("the journal (*.jnl)".into());
+    }
+    // The engine's own, and ours.
+    let keyspaces = below(&path.join("keyspaces"));
+    if keyspaces.len() < 2 {
+        return Some("a directory in keyspaces".into());
+    }
+    let current = keyspaces.iter().map(|k| k.join("current"));
+    current
+        .filter(|c| !c.exists())
+        .map(|c| c.display().to_string())
+        .next()
+}
+
+/// Is there anything of a store in a directory?
+#[must_use]
+pub fn is_begun(path: &Path) -> bool {
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+    entries.map(|e| e.path()).any(|p| {
+        p.extension().is_some_and(|e| e == "jnl")
+            || p.file_name().is_some_and(|n| n == "version" || n == "keyspaces")
+    })
 }
 
 fn engine_error(path: &Path, error: &fjall::Error) -> StoreError {

@@ -12,6 +12,7 @@ use super::crash_cluster::{Mount, World, inodes, names, new_inode, plain, scratc
 use super::crash_world::{
     Cuts, Disks, FakeConn, Luck, NODES, STORES, Server, Table, block_of, join, node_of,
 };
+use super::order::remember;
 use super::records::{decode, key};
 use super::server::Flaw;
 use crate::ino;
@@ -28,8 +29,7 @@ impl World {
         if !crash.cut {
             let place = disks.meta.get(&key::executed()).unwrap();
             let place = place.map_or(0, |v| decode::<u64>(&v).unwrap());
-            let path = memory.path().join("distfuse-meta-u");
-            std::fs::write(path, place.to_le_bytes()).unwrap();
+            remember(memory.path(), "u", place).unwrap();
         }
         let mut server = Server::start(&disks, memory.path(), crash.flaw);
         if crash.twice {

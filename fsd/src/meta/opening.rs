@@ -10,8 +10,9 @@ use super::server::State;
 use super::sessions::{Session, Sessions};
 use super::{MetaError, Refusal};
 use crate::config::Config;
+use crate::files;
 use crate::ino;
-use crate::store::{FjallStore, Store};
+use crate::store::{FjallStore, Store, is_begun};
 use crate::wire::Time;
 
 pub(super) fn load<T>(result: Result<T, Refusal>) -> Result<T, MetaError> {
@@ -30,22 +31,29 @@ pub(super) fn load<T>(result: Result<T, Refusal>) -> Result<T, MetaError> {
 /// It is formatted already, or the disk refuses.
 pub fn format(config: &Config, uuid: &str) -> Result<(), MetaError> {
     let dir = &config.meta.dir;
-    // Its owner's alone, whatever the umask.
-    let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
-    std::fs::create_dir_all(dir)
-        .and_then(|()| std::fs::set_permissions(dir, private))
-        .map_err(|error| MetaError::Io {
-            what: format!("cannot make {}", dir.display()),
-            error,
-        })?;
-    let store = FjallStore::open(dir)?;
-    if store.get(&key::superblock())?.is_some() {
+    let io = |error| MetaError::Io {
+        what: format!("cannot make {}", dir.display()),
+        error,
+    };
+    if is_begun(dir) {
+        let formatted = FjallStore::open_existing(dir).is_ok_and(|store| {
+            let superblock = store.get(&key::superblock());
+            superblock.is_ok_and(|s| s.is_some())
+        });
+        let what = if formatted {
+            "is formatted already"
+        } else {
+            "has a metadata store that is damaged, in use, or was not made to the end"
+        };
         return Err(MetaError::Format {
             path: dir.clone(),
-            detail: "is formatted already: remove it first if its contents are not wanted".into(),
+            detail: format!("{what}: remove it first if its contents are not wanted"),
         });
     }
-    make(&store, config, uuid)
+    files::make_dir(dir).map_err(io)?;
+    let store = FjallStore::open(dir)?;
+    make(&store, config, uuid)?;
+    files::sync_tree(dir).map_err(io)
 }
 
 /// Writes what every store begins with.
@@ -177,4 +185,76 @@ pub(super) fn load_state(store: &dyn Store, superblock: &Superblock) -> Result<S
         tables: superblock.tables.clone(),
         window: None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::meta::crash_world::config;
+    use std::path::PathBuf;
+
+    fn at(dir: &Path) -> Config {
+        let mut config = config().clone();
+        config.meta.dir = dir.to_owned();
+        config
+    }
+
+    /// Every file below a directory.
+    fn files(dir: &Path) -> Vec<PathBuf> {
+        let mut all = Vec::new();
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                all.extend(files(&path));
+            } else {
+                all.push(path);
+            }
+        }
+        all.sort();
+        all
+    }
+
+    fn identity(config: &Config) -> Result<String, String> {
+        let store = FjallStore::open_existing(&config.meta.dir).map_err(|e| e.to_string())?;
+        let superblock = read_superblock(&store, config, &config.meta.dir).map_err(|e| e.to_string())?;
+        let root = Txn::new(&store).inode(ino::ROOT);
+        root.map_err(|e| e.errno().to_string())?;
+        Ok(superblock.uuid)
+    }
+
+    /// A power cut while the store is made, or a disk that loses files: some are missing, empty, or end early. It is what was
+    /// made, or an error that names the directory; formatting again never gives it another identity.
+    #[test]
+    fn what_is_half_made_is_no_store() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let config = at(&dir.path().join("a/meta"));
+        let mut whole = 0;
+        for what in 0..3 {
+            for n in 0.. {
+                let _ = std::fs::remove_dir_all(&config.meta.dir);
+                format(&config, "one").unwrap();
+                let all = files(&config.meta.dir);
+                let Some(path) = all.get(n) else { break };
+                let bytes = std::fs::read(path).unwrap();
+                match what {
+                    0 => std::fs::remove_file(path).unwrap(),
+                    1 => std::fs::write(path, b"").unwrap(),
+                    _ => std::fs::write(path, &bytes[..bytes.len() / 2]).unwrap(),
+                }
+                let place = config.meta.dir.display().to_string();
+                for _ in 0..2 {
+                    match identity(&config) {
+                        Ok(uuid) => {
+                            whole += 1;
+                            assert_eq!(uuid, "one");
+                        }
+                        Err(error) => assert!(error.contains(&place), "{error}"),
+                    }
+                    let refused = format(&config, "two").unwrap_err().to_string();
+                    assert!(refused.contains("remove it first"), "{refused}");
+                }
+            }
+        }
+        assert!(whole > 0);
+    }
 }

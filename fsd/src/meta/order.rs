@@ -12,9 +12,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
+use twox_hash::XxHash3_64;
 
 use super::records::{Txn, decode, encode, key};
 use super::{MetaError, Refusal};
+use crate::files;
 use crate::store::{Batch, Store, StoreError};
 
 /// The order of transactions of one store.
@@ -33,6 +35,8 @@ pub(super) struct Order {
 struct Witness {
     file: File,
     path: PathBuf,
+    /// Stands for this boot of the host: what is left of another one, where the memory file system is none, says nothing.
+    boot: [u8; 8],
 }
 
 impl Witness {
@@ -54,9 +58,13 @@ impl Witness {
                 ),
                 error,
             })?;
-        let mut bytes = [0; 8];
-        let said = file.read_exact_at(&mut bytes, 0).is_ok();
-        Ok((Self { file, path }, said.then(|| u64::from_le_bytes(bytes))))
+        let boot = XxHash3_64::oneshot(files::boot().as_bytes()).to_le_bytes();
+        let (mut place, mut then) = ([0; 8], [0; 8]);
+        let said = file.read_exact_at(&mut place, 0).is_ok()
+            && file.read_exact_at(&mut then, 8).is_ok()
+            && then == boot;
+        let said = said.then(|| u64::from_le_bytes(place));
+        Ok((Self { file, path, boot }, said))
     }
 
     /// Says nothing any more, so that whoever reads it believes that something was lost.
@@ -67,8 +75,15 @@ impl Witness {
         })
     }
 
+    fn saying(&self, place: u64) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&place.to_le_bytes());
+        bytes[8..].copy_from_slice(&self.boot);
+        bytes
+    }
+
     fn say(&self, place: u64) {
-        if let Err(error) = self.file.write_all_at(&place.to_le_bytes(), 0) {
+        if let Err(error) = self.file.write_all_at(&self.saying(place), 0) {
             // A server that starts then believes that something was lost, and asks the mounts.
             tracing::warn!("{}: {error}", self.path.display());
         }
@@ -196,6 +211,13 @@ impl Order {
     }
 }
 
+/// As if a life of a server had got so far on this host.
+#[cfg(test)]
+pub(super) fn remember(dir: &Path, uuid: &str, place: u64) -> Result<(), MetaError> {
+    Witness::open(dir, uuid)?.0.say(place);
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -257,6 +279,30 @@ mod tests {
         drop(fifth);
         std::fs::remove_file(memory.path().join("distfuse-meta-u")).unwrap();
         assert!(order(&store, memory.path()).1);
+    }
+
+    /// A witness that is not whole, or of another boot of the host, is none: the mounts are asked.
+    #[test]
+    fn half_a_witness_is_none() {
+        let (disk, memory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let store: Arc<dyn Store> = Arc::new(FjallStore::open(disk.path()).unwrap());
+        let (first, _) = order(&store, memory.path());
+        first.settle(0).unwrap();
+        commit(&first, &store);
+        let whole = std::fs::read(&first.witness.path).unwrap();
+        let path = first.witness.path.clone();
+        drop(first);
+        let lost = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            order(&store, memory.path()).1
+        };
+        assert!(!lost(&whole));
+        for len in 0..whole.len() {
+            assert!(lost(&whole[..len]));
+        }
+        let mut other = whole.clone();
+        other[8] ^= 1;
+        assert!(lost(&other));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use super::window::Window;
 use crate::config::Config;
 use crate::endpoint::Endpoint;
 use crate::rpc::{Responder, Service};
-use crate::store::{FjallStore, Store};
+use crate::store::{FjallStore, Store, is_begun};
 use crate::wire::{Hello, MetaReply, Role};
 
 /// What changes while the server runs, besides the store.
@@ -139,14 +139,14 @@ impl MetaServer {
     /// Not formatted, store in use, address taken…
     pub fn start(config: &Config, cluster_key: Vec<u8>) -> Result<Self, MetaError> {
         let dir = &config.meta.dir;
-        if !dir.exists() {
-            let detail = "does not exist: run fsd format first".into();
+        if !is_begun(dir) {
+            let detail = "is not a formatted metadata directory: run fsd format first".into();
             return Err(MetaError::Format {
                 path: dir.clone(),
                 detail,
             });
         }
-        let store: Arc<dyn Store> = Arc::new(FjallStore::open(dir)?);
+        let store: Arc<dyn Store> = Arc::new(FjallStore::open_existing(dir)?);
         let superblock = read_superblock(store.as_ref(), config, dir)?;
         let mut state = load_state(store.as_ref(), &superblock)?;
         let (order, lost) = Order::open(Arc::clone(&store), &config.meta.memory_dir, &superblock.uuid)?;

@@ -22,7 +22,6 @@ use super::{BLOCK, StorageError, errno};
 use crate::config::{Config, FabricChoice, Size, StorageConfig};
 use crate::endpoint::Endpoint;
 use crate::rpc::{Errno, Responder, Service};
-use crate::store::{FjallStore, Store};
 use crate::wire::{Hello, PoolSpace, Role, StorageReply, StorageStatus};
 
 /// How often the background flusher looks for unstored data.
@@ -126,7 +125,6 @@ impl StorageNode {
             memory_file(section, &label, "leases"),
             config.lease.record_bytes,
             Arc::clone(&blocks.store),
-            blocks.same_boot(),
         )?;
         leases.adopt(fabric.as_ref())?;
         let pool_key = fabric.register(&blocks.pool.mem, Access::ALL)?;
@@ -233,7 +231,7 @@ fn open_blocks(config: &Config, section: &StorageConfig) -> Result<(Label, Block
             detail: "the backing file is missing: put it back where it was".into(),
         });
     }
-    let store: Arc<dyn Store> = Arc::new(FjallStore::open(&dir.join(label::INDEX))?);
+    let store = label::open_index(dir, &mut label)?;
     let disk = FileDisk::open(&disk_path).map_err(|error| StorageError::Io {
         what: "cannot open the backing file",
         path: disk_path.clone(),

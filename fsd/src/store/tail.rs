@@ -5,13 +5,13 @@
 //! not its middle for damage, and does not open. Nothing from the first batch on that is not whole was synced if the host
 //! has crashed: it is cut off. If it has not, the disk is to blame, and somebody has to look.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::hash::Hasher;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use twox_hash::XxHash3_64;
+
+use crate::files;
 
 /// What ends a batch.
 const TRAILER: [u8; 4] = [b'F', b'J', b'L', 3];
@@ -96,18 +96,13 @@ fn boot_file(dir: &Path) -> PathBuf {
     dir.join("boot")
 }
 
-/// This boot of the host, where the system tells.
-fn boot() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
-}
-
 /// Cuts off what of the journal's end is not whole, if this host has crashed or restarted since the store was last opened;
 /// the bytes that were written there, none where it has not.
 ///
 /// # Errors
 /// The disk's.
 pub fn cut(dir: &Path) -> std::io::Result<Option<usize>> {
-    let here = boot();
+    let here = files::boot();
     let crashed =
         std::fs::read_to_string(boot_file(dir)).map_or(true, |then| then != here || here.is_empty());
     let Some(path) = journal(dir)?.filter(|_| crashed) else {
@@ -127,21 +122,11 @@ pub fn cut(dir: &Path) -> std::io::Result<Option<usize>> {
 /// # Errors
 /// The disk's.
 pub fn opened(dir: &Path) -> std::io::Result<()> {
-    let (here, path) = (boot(), boot_file(dir));
+    let (here, path) = (files::boot(), boot_file(dir));
     if std::fs::read_to_string(&path).is_ok_and(|then| then == here) {
         return Ok(());
     }
-    let new = dir.join("boot.new");
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&new)?;
-    file.write_all(here.as_bytes())?;
-    file.sync_all()?;
-    std::fs::rename(&new, &path)?;
-    File::open(dir)?.sync_all()
+    files::replace_durably(&path, &here)
 }
 
 #[cfg(test)]
