@@ -6,11 +6,15 @@
 //! docs/metadata-store.md has the comparison that chose it.
 
 mod tail;
+mod tidy;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{RwLock, RwLockReadGuard};
+
+use tidy::Upkeep;
 
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 
@@ -110,6 +114,9 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// [`StoreError::Full`].
     fn room(&self) -> Result<(), StoreError>;
+    /// To be called every few seconds: where much was removed and nothing happens, what it took is given back. Returns at
+    /// once.
+    fn tidy(&self) {}
 }
 
 /// Part of the disk that is kept for what must go on when it is full: one in so many bytes …
@@ -134,9 +141,13 @@ struct Slot {
 
 /// The engine in use. After a failed write it refuses everything until it is opened again, as it would be
 /// after a crash; that is done here, as soon as the disk allows.
-pub struct FjallStore {
+pub struct FjallStore(Arc<Shared>);
+
+/// Shared with the thread that tidies up.
+struct Shared {
     path: PathBuf,
     slot: RwLock<Slot>,
+    upkeep: Upkeep,
 }
 
 impl FjallStore {
@@ -168,12 +179,15 @@ impl FjallStore {
             engine: Some(Engine::open(path)?),
             tried: Instant::now(),
         };
-        Ok(Self {
+        Ok(Self(Arc::new(Shared {
             path: path.to_owned(),
             slot: RwLock::new(slot),
-        })
+            upkeep: Upkeep::default(),
+        })))
     }
+}
 
+impl Shared {
     /// Size of the disk and what is free on it, bytes.
     fn disk(&self) -> Result<(u64, u64), StoreError> {
         let disk = rustix::fs::statvfs(&self.path).map_err(|error| StoreError::Engine {
@@ -327,14 +341,14 @@ fn engine_error(path: &Path, error: &fjall::Error) -> StoreError {
 
 impl Store for FjallStore {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        self.with(|e| Ok(e.keys.get(key)?.map(|v| v.to_vec())))
+        self.0.with(|e| Ok(e.keys.get(key)?.map(|v| v.to_vec())))
     }
 
     fn scan(&self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<Pair>, StoreError> {
         if from >= to {
             return Ok(Vec::new());
         }
-        self.with(|e| {
+        self.0.with(|e| {
             let range = e.keys.range(from.to_vec()..to.to_vec()).take(limit);
             range
                 .map(|guard| {
@@ -347,7 +361,9 @@ impl Store for FjallStore {
     }
 
     fn apply(&self, batch: Batch) -> Result<(), StoreError> {
-        self.with(|e| {
+        let removed = batch.ops.iter().filter(|(_, value)| value.is_none()).count();
+        self.0.upkeep.applied(removed as u64);
+        self.0.with(|e| {
             let mut write = e.db.batch();
             for (key, value) in batch.ops {
                 match value {
@@ -360,15 +376,19 @@ impl Store for FjallStore {
     }
 
     fn sync(&self) -> Result<(), StoreError> {
-        self.with(|e| e.db.persist(PersistMode::SyncAll))
+        self.0.with(|e| e.db.persist(PersistMode::SyncAll))
     }
 
     fn room(&self) -> Result<(), StoreError> {
-        let (size, free) = self.disk()?;
+        let (size, free) = self.0.disk()?;
         if free < (size / RESERVE_SHARE).clamp(RESERVE_MIN, RESERVE_MAX) {
-            return Err(self.full());
+            return Err(self.0.full());
         }
         Ok(())
+    }
+
+    fn tidy(&self) {
+        self.0.tidy();
     }
 }
 

@@ -42,6 +42,7 @@ impl Inner {
                 Err(RecvTimeoutError::Timeout) => {
                     if self.order.executed() == self.order.durable() {
                         pending = None;
+                        self.store.tidy();
                     } else if pending.get_or_insert_with(Instant::now).elapsed() >= SYNC_AFTER {
                         pending = None;
                         if let Err(error) = self.order.sync() {

@@ -323,6 +323,7 @@ impl Inner {
                 }
             }
             self.blocks.give_surplus_back();
+            self.blocks.store.tidy();
         }
     }
 

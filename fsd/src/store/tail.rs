@@ -92,6 +92,16 @@ fn journal(dir: &Path) -> std::io::Result<Option<PathBuf>> {
     Ok(last.map(|(_, path)| path))
 }
 
+/// Name of the journal after the one in use.
+///
+/// # Errors
+/// The directory cannot be read.
+pub fn next_journal(dir: &Path) -> std::io::Result<Option<PathBuf>> {
+    let last = journal(dir)?;
+    let number = last.and_then(|p| p.file_stem()?.to_str()?.parse::<u64>().ok());
+    Ok(number.map(|n| dir.join(format!("{}.jnl", n + 1))))
+}
+
 fn boot_file(dir: &Path) -> PathBuf {
     dir.join("boot")
 }

@@ -9,6 +9,7 @@ mod bad_input;
 mod coherence;
 mod contended;
 mod durable;
+mod ends;
 mod extension;
 mod extension_contended;
 mod extension_names;
