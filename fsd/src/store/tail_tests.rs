@@ -102,8 +102,13 @@ fn open(
             }
         }
     }
+    open_with(of, left, boot)
+}
+
+/// Opens the store with a journal that begins with this.
+fn open_with(of: &Recorded, mut left: Vec<u8>, boot: bool) -> Result<FjallStore, StoreError> {
     // The file was made larger beforehand.
-    left.resize(end + 20_000, 0);
+    left.resize(left.len() + 20_000, 0);
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     copy(of.dir.path(), dir.path());
     let name = journal(of.dir.path()).unwrap().unwrap();
@@ -142,4 +147,17 @@ fn a_power_cut_leaves_all_batches_up_to_one() {
         holes > 5,
         "{holes}: there is nothing that the engine does not do by itself"
     );
+}
+
+#[test]
+fn a_journal_that_ends_anywhere_ends_at_a_batch() {
+    let of = record();
+    // A small one, for each takes a store of its own.
+    let (synced, written) = (15, 16);
+    for end in of.ends[synced]..=of.ends[written] {
+        // The process has died, or the host has; the engine needs no help.
+        let store = open_with(&of, of.journal[..end].to_vec(), end % 2 == 0).unwrap();
+        let last = if end == of.ends[written] { written } else { synced };
+        assert!(all(&store) == of.tables[last], "{end}");
+    }
 }
