@@ -9,6 +9,8 @@ pub mod clock;
 pub mod cmd;
 pub mod config;
 pub mod endpoint;
+#[cfg(test)]
+mod fake_conn;
 pub mod files;
 pub mod ino;
 pub mod meta;

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::crash_world::{Answer, Disks, FakeConn, NODES, Server, Table, join};
+use super::crash_world::{Disks, NODES, Server, Table, join};
 use super::records::{Dirent, Inode, decode, key};
 use super::server::Flaw;
+use crate::fake_conn::FakeConn;
 use crate::rpc::Errno;
 use crate::storage::BLOCK;
 use crate::store::Store;
@@ -60,7 +61,7 @@ pub fn scratch() -> tempfile::TempDir {
 }
 
 /// Unwraps what comes with an answer.
-pub fn plain(answer: Answer) -> Result<(u64, u64, MetaReply), Errno> {
+pub fn plain(answer: Result<MetaReply, Errno>) -> Result<(u64, u64, MetaReply), Errno> {
     Ok(match answer? {
         MetaReply::Ordered {
             order,

@@ -9,12 +9,11 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::crash_cluster::{Mount, World, inodes, names, new_inode, plain, scratch, visible};
-use super::crash_world::{
-    Cuts, Disks, FakeConn, Luck, NODES, STORES, Server, Table, block_of, join, node_of,
-};
+use super::crash_world::{Cuts, Disks, Luck, NODES, STORES, Server, Table, block_of, join, node_of};
 use super::order::remember;
 use super::records::{decode, key};
 use super::server::Flaw;
+use crate::fake_conn::FakeConn;
 use crate::ino;
 use crate::rpc::Errno;
 use crate::storage::BLOCK;

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::StdRng;
-use rdma_transport::{AsyncOp, Completion, ConnId, Connection, Op, RemoteAddr, TransportError};
+use rdma_transport::Connection;
 
 use super::house::Backlog;
 use super::nodes::StorageNodes;
@@ -19,13 +19,13 @@ use super::sessions::GRACE;
 use super::window::Window;
 use crate::clock::Skew;
 use crate::config::Config;
+use crate::fake_conn::FakeConn;
 use crate::rpc::{Errno, Responder, RpcError};
 use crate::storage::BLOCK;
 use crate::store::{Batch, Pair, Store, StoreError};
-use crate::wire::{self, FrameView, Hello, MetaReply, MetaRequest, Role, StorageReply, StorageRequest};
+use crate::wire::{Hello, MetaReply, MetaRequest, Role, StorageReply, StorageRequest};
 
 pub type Table = BTreeMap<Vec<u8>, Vec<u8>>;
-pub type Answer = Result<MetaReply, Errno>;
 
 /// Storage nodes; the stores are the metadata server's and theirs.
 pub const NODES: usize = 2;
@@ -227,55 +227,6 @@ impl StorageNodes for FakeNodes {
     fn close(&self) {}
 }
 
-/// A mount's connection: keeps the answers.
-pub struct FakeConn {
-    id: u64,
-    answers: Mutex<BTreeMap<u64, Vec<u8>>>,
-}
-
-impl FakeConn {
-    pub fn new(id: u64) -> Arc<Self> {
-        Arc::new(Self {
-            id,
-            answers: Mutex::default(),
-        })
-    }
-
-    pub fn taken(&self, number: u64) -> Option<Answer> {
-        let bytes = self.answers.lock().remove(&number)?;
-        Some(wire::decode(&bytes).unwrap())
-    }
-}
-
-impl Connection for FakeConn {
-    fn id(&self) -> ConnId {
-        ConnId(self.id)
-    }
-    fn peer_identity(&self) -> &[u8] {
-        &[]
-    }
-    fn peer_addr(&self) -> String {
-        String::new()
-    }
-    fn is_alive(&self) -> bool {
-        true
-    }
-    fn execute(&self, _: &mut [Op<'_>]) -> Result<(), TransportError> {
-        Err(TransportError::Shutdown)
-    }
-    fn submit(&self, _: Vec<AsyncOp>, _: Completion) {}
-    fn send(&self, message: &[u8]) -> Result<(), TransportError> {
-        if let Ok(FrameView::Response(number, body)) = wire::parse(message) {
-            self.answers.lock().insert(number, body.to_vec());
-        }
-        Ok(())
-    }
-    fn write_notify(&self, _: RemoteAddr, _: &[u8], _: &[u8]) -> Result<(), TransportError> {
-        Err(TransportError::Shutdown)
-    }
-    fn close(&self) {}
-}
-
 pub fn config() -> &'static Config {
     static CONFIG: OnceLock<Config> = OnceLock::new();
     CONFIG.get_or_init(|| {
@@ -364,7 +315,7 @@ impl Server {
 
     /// Sends a request; its number.
     pub fn send(&mut self, conn: &Arc<FakeConn>, request: &MetaRequest) -> u64 {
-        let hello = Hello::new("test", Role::Client(None), conn.id);
+        let hello = Hello::new("test", Role::Client(None), conn.id().0);
         let body = super::records::encode(request);
         self.next += 1;
         let responder = Responder::new(Arc::clone(conn) as Arc<dyn Connection>, self.next);
@@ -390,7 +341,7 @@ impl Server {
         self.inner.look_after(&mut self.backlog, news);
     }
 
-    pub fn ask(&mut self, conn: &Arc<FakeConn>, request: &MetaRequest) -> Answer {
+    pub fn ask(&mut self, conn: &Arc<FakeConn>, request: &MetaRequest) -> Result<MetaReply, Errno> {
         let number = self.send(conn, request);
         self.sync();
         conn.taken(number).expect("an answer")

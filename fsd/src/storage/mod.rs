@@ -12,6 +12,7 @@ mod crash_disk;
 mod crash_tests;
 mod cut;
 pub mod disk;
+mod fence;
 mod flush;
 pub mod index;
 pub mod label;

@@ -1,6 +1,5 @@
 //! The storage node's daemon: start, stop, background flushing, cleaning of freed frames.
 
-use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,6 +13,7 @@ use rdma_transport::{Access, Connection, Fabric, RegionKey};
 use super::blocks::{Blocks, STOCK};
 use super::cut::End;
 use super::disk::FileDisk;
+use super::fence::Fence;
 use super::flush::bytes_of;
 use super::label::{self, Label};
 use super::leases::LeaseTable;
@@ -47,7 +47,7 @@ pub(super) struct Inner {
     pub(super) work: Sender<Work>,
     pub(super) requests: AtomicU64,
     pub(super) connections: AtomicU64,
-    lives: Mutex<HashSet<u64>>,
+    pub(super) fence: Fence,
     pub(super) stopping: AtomicBool,
 }
 
@@ -67,6 +67,9 @@ struct Front {
 
 impl Service for Front {
     fn admit(&self, hello: &Hello) -> Result<(), String> {
+        if let Some(inner) = self.inner.get() {
+            inner.fence.admit(hello.life)?;
+        }
         match hello.role {
             Role::Storage(_) | Role::Client(_) | Role::Tool | Role::Meta if self.inner.get().is_none() => {
                 Err(crate::rpc::not_yet("the storage node is still starting"))
@@ -75,10 +78,12 @@ impl Service for Front {
         }
     }
 
-    fn connected(&self, hello: &Hello, _conn: &Arc<dyn Connection>) {
+    fn connected(&self, hello: &Hello, conn: &Arc<dyn Connection>) {
         if let Some(inner) = self.inner.get() {
             inner.connections.fetch_add(1, Ordering::Relaxed);
-            inner.lives.lock().insert(hello.life);
+            if let Role::Client(_) = hello.role {
+                inner.fence.connected(hello.life, conn);
+            }
         }
     }
 
@@ -92,8 +97,8 @@ impl Service for Front {
     fn disconnected(&self, conn: &Arc<dyn Connection>, hello: Option<&Hello>) {
         if let Some(inner) = self.inner.get() {
             inner.blocks.disconnected(conn.id());
-            if let Some(hello) = hello {
-                inner.lives.lock().remove(&hello.life);
+            inner.fence.disconnected(conn.id());
+            if hello.is_some() {
                 inner.connections.fetch_sub(1, Ordering::Relaxed);
             }
         }
@@ -144,7 +149,7 @@ impl StorageNode {
             work,
             requests: AtomicU64::new(0),
             connections: AtomicU64::new(0),
-            lives: Mutex::default(),
+            fence: Fence::default(),
             stopping: AtomicBool::new(false),
         });
         // The node reaches its own lock words through the fabric, like everybody.
@@ -329,6 +334,13 @@ impl Inner {
 
     fn reset_leases(&self) -> Result<StorageReply, StorageError> {
         let own = self.own.lock().clone();
+        let mounts = self.fence.close();
+        if mounts > 0 {
+            tracing::warn!(
+                "storage node {}: {mounts} mounts that are taken for dead are still connected: they are not served any more",
+                self.id
+            );
+        }
         if let Some(own) = own {
             let cleared = self.leases.reset(own.as_ref())?;
             tracing::info!("storage node {}: {cleared} lease records reset", self.id);
