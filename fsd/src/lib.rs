@@ -9,6 +9,9 @@ pub mod clock;
 pub mod cmd;
 pub mod config;
 pub mod endpoint;
+#[cfg(test)]
+mod fake_conn;
+pub mod files;
 mod heap;
 pub mod ino;
 pub mod memory;

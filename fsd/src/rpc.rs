@@ -204,6 +204,12 @@ pub struct Responder {
 }
 
 impl Responder {
+    /// For a connection that only tests have.
+    #[cfg(test)]
+    pub(crate) fn new(conn: Arc<dyn Connection>, number: u64) -> Self {
+        Self { conn, number }
+    }
+
     /// Sends the answer. A connection that has ended swallows it: the caller sees the disconnect.
     pub fn reply<R: Serialize>(self, answer: &Result<R, Errno>) {
         match wire::numbered(FrameKind::Response, self.number, answer) {

@@ -5,10 +5,16 @@
 //! see it through [`Store`], so that a replicated engine can carry them later. The engine is `fjall`;
 //! docs/metadata-store.md has the comparison that chose it.
 
+mod tail;
+mod tidy;
+
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{RwLock, RwLockReadGuard};
+
+use tidy::Upkeep;
 
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 
@@ -108,6 +114,9 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// [`StoreError::Full`].
     fn room(&self) -> Result<(), StoreError>;
+    /// To be called every few seconds: where much was removed and nothing happens, what it took is given back. Returns at
+    /// once.
+    fn tidy(&self) {}
 }
 
 /// Part of the disk that is kept for what must go on when it is full: one in so many bytes …
@@ -132,9 +141,13 @@ struct Slot {
 
 /// The engine in use. After a failed write it refuses everything until it is opened again, as it would be
 /// after a crash; that is done here, as soon as the disk allows.
-pub struct FjallStore {
+pub struct FjallStore(Arc<Shared>);
+
+/// Shared with the thread that tidies up.
+struct Shared {
     path: PathBuf,
     slot: RwLock<Slot>,
+    upkeep: Upkeep,
 }
 
 impl FjallStore {
@@ -143,16 +156,38 @@ impl FjallStore {
     /// # Errors
     /// [`StoreError`], also where another process has it open.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
+        Self::opened(path)
+    }
+
+    /// Opens a store that has been made. One that lacks some of its files is damaged; the engine would take it for one that
+    /// is only being made, remove what is left of it, and begin with an empty one.
+    ///
+    /// # Errors
+    /// [`StoreError`], also where another process has it open.
+    pub fn open_existing(path: &Path) -> Result<Self, StoreError> {
+        match lacks(path) {
+            Some(file) => Err(StoreError::Damaged {
+                path: path.to_owned(),
+                detail: format!("{file} is missing"),
+            }),
+            None => Self::opened(path),
+        }
+    }
+
+    fn opened(path: &Path) -> Result<Self, StoreError> {
         let slot = Slot {
             engine: Some(Engine::open(path)?),
             tried: Instant::now(),
         };
-        Ok(Self {
+        Ok(Self(Arc::new(Shared {
             path: path.to_owned(),
             slot: RwLock::new(slot),
-        })
+            upkeep: Upkeep::default(),
+        })))
     }
+}
 
+impl Shared {
     /// Size of the disk and what is free on it, bytes.
     fn disk(&self) -> Result<(u64, u64), StoreError> {
         let disk = rustix::fs::statvfs(&self.path).map_err(|error| StoreError::Engine {
@@ -224,15 +259,65 @@ impl Engine {
             (_, StoreError::Engine { path, detail }) => StoreError::Damaged { path, detail },
             (_, other) => other,
         };
-        let db = Database::builder(path)
-            .manual_journal_persist(false)
-            .open()
-            .map_err(fail)?;
+        let open = || Database::builder(path).manual_journal_persist(false).open();
+        let io = |error: std::io::Error| fail(fjall::Error::Io(error));
+        let db = match open() {
+            Err(fjall::Error::JournalRecovery(error)) => match tail::cut(path).map_err(io)? {
+                Some(bytes) => {
+                    tracing::warn!(
+                        "the journal in {} ends with {bytes} bytes that a power cut has left incomplete: they are cut off",
+                        path.display()
+                    );
+                    open()
+                }
+                None => Err(fjall::Error::JournalRecovery(error)),
+            },
+            other => other,
+        };
+        let db = db.map_err(fail)?;
         let keys = db
             .keyspace("data", KeyspaceCreateOptions::default)
             .map_err(fail)?;
+        tail::opened(path).map_err(io)?;
         Ok(Self { db, keys })
     }
+}
+
+/// A file of the engine that is not there, though each store has one.
+fn lacks(path: &Path) -> Option<String> {
+    let below = |dir: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(dir).into_iter().flatten();
+        entries.filter_map(|e| e.ok().map(|e| e.path())).collect()
+    };
+    if !path.join("version").exists() {
+        return Some("version".into());
+    }
+    if !below(path)
+        .iter()
+        .any(|p| p.extension().is_some_and(|e| e == "jnl"))
+    {
+        return Some("the journal (*.jnl)".into());
+    }
+    // The engine's own, and ours.
+    let keyspaces = below(&path.join("keyspaces"));
+    if keyspaces.len() < 2 {
+        return Some("a directory in keyspaces".into());
+    }
+    let current = keyspaces.iter().map(|k| k.join("current"));
+    current
+        .filter(|c| !c.exists())
+        .map(|c| c.display().to_string())
+        .next()
+}
+
+/// Is there anything of a store in a directory?
+#[must_use]
+pub fn is_begun(path: &Path) -> bool {
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+    entries.map(|e| e.path()).any(|p| {
+        p.extension().is_some_and(|e| e == "jnl")
+            || p.file_name().is_some_and(|n| n == "version" || n == "keyspaces")
+    })
 }
 
 fn engine_error(path: &Path, error: &fjall::Error) -> StoreError {
@@ -256,14 +341,14 @@ fn engine_error(path: &Path, error: &fjall::Error) -> StoreError {
 
 impl Store for FjallStore {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        self.with(|e| Ok(e.keys.get(key)?.map(|v| v.to_vec())))
+        self.0.with(|e| Ok(e.keys.get(key)?.map(|v| v.to_vec())))
     }
 
     fn scan(&self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<Pair>, StoreError> {
         if from >= to {
             return Ok(Vec::new());
         }
-        self.with(|e| {
+        self.0.with(|e| {
             let range = e.keys.range(from.to_vec()..to.to_vec()).take(limit);
             range
                 .map(|guard| {
@@ -276,7 +361,9 @@ impl Store for FjallStore {
     }
 
     fn apply(&self, batch: Batch) -> Result<(), StoreError> {
-        self.with(|e| {
+        let removed = batch.ops.iter().filter(|(_, value)| value.is_none()).count();
+        self.0.upkeep.applied(removed as u64);
+        self.0.with(|e| {
             let mut write = e.db.batch();
             for (key, value) in batch.ops {
                 match value {
@@ -289,15 +376,19 @@ impl Store for FjallStore {
     }
 
     fn sync(&self) -> Result<(), StoreError> {
-        self.with(|e| e.db.persist(PersistMode::SyncAll))
+        self.0.with(|e| e.db.persist(PersistMode::SyncAll))
     }
 
     fn room(&self) -> Result<(), StoreError> {
-        let (size, free) = self.disk()?;
+        let (size, free) = self.0.disk()?;
         if free < (size / RESERVE_SHARE).clamp(RESERVE_MIN, RESERVE_MAX) {
-            return Err(self.full());
+            return Err(self.0.full());
         }
         Ok(())
+    }
+
+    fn tidy(&self) {
+        self.0.tidy();
     }
 }
 

@@ -72,24 +72,24 @@ impl Copies {
         let known = self.generations.lock().get(usize::from(id)).copied();
         known.filter(|_| !self.accept).unwrap_or(0)
     }
-}
 
-impl Inner {
     /// Is a store's generation what is known, or later?
     pub(super) fn check_generation(&self, id: u16, addr: &str, found: u64) -> Result<(), RpcError> {
-        let known = self.copies.generation(id);
+        let known = self.generation(id);
         if found >= known {
             return Ok(());
         }
         let what = older_store(id, addr, found, known);
-        let mut told = self.copies.told.lock();
+        let mut told = self.told.lock();
         if *told != what {
             tracing::error!("{what}");
             told.clone_from(&what);
         }
         Err(TransportError::Invalid(what).into())
     }
+}
 
+impl Inner {
     /// Somebody knows that this server's order has got to a place.
     pub(super) fn check_place(&self, who: &str, known: u64) -> Result<(), Refusal> {
         let own = self.order.executed();
@@ -117,7 +117,7 @@ impl Inner {
             accept: self.copies.accept,
         };
         if self.copies.foreign_leases.lock().contains(&id) {
-            match self.ask_storage(id, &StorageRequest::ResetLeases) {
+            match self.nodes.ask(id, &StorageRequest::ResetLeases) {
                 Ok(_) => self.copies.foreign_leases.lock().remove(&id),
                 Err(error) => {
                     tracing::warn!(
@@ -127,7 +127,7 @@ impl Inner {
                 }
             };
         }
-        let reply = match self.ask_storage(id, &request) {
+        let reply = match self.nodes.ask(id, &request) {
             Ok(reply) => reply,
             Err(error) => {
                 tracing::debug!("storage node {id} is not asked for its generation: {error}");
@@ -138,7 +138,7 @@ impl Inner {
             return Ok(());
         };
         self.check_place(&format!("storage node {id}"), place)?;
-        if self.check_generation(id, addr, generation).is_err() {
+        if self.copies.check_generation(id, addr, generation).is_err() {
             return Ok(());
         }
         let mut known = self.copies.generations.lock();

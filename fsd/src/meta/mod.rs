@@ -3,9 +3,20 @@
 //! Every change is one transaction of the embedded store. Clients' leases protect the clients' caches, not
 //! the store: requests are carried out one after the other on the progress thread.
 
+mod changes;
 pub mod copies;
+#[cfg(test)]
+mod crash_cluster;
+#[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
+mod crash_world;
+mod house;
 pub mod locks;
+mod membership;
 pub mod names;
+mod nodes;
+mod opening;
 mod order;
 pub mod records;
 mod recovery;
@@ -14,6 +25,7 @@ mod service;
 pub mod sessions;
 mod status;
 pub mod stores;
+mod waiting;
 mod window;
 pub mod xattrs;
 

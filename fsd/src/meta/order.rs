@@ -9,12 +9,14 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
+use twox_hash::XxHash3_64;
 
 use super::records::{Txn, decode, encode, key};
 use super::{MetaError, Refusal};
+use crate::files;
 use crate::store::{Batch, Store, StoreError};
 
 /// The order of transactions of one store.
@@ -23,6 +25,9 @@ pub(super) struct Order {
     /// Place of the last one; held while one is applied, so that the store never has one without those before.
     executed: Mutex<u64>,
     durable: AtomicU64,
+    /// Whatever the last life may have lost has been carried out again, or been given up. Until then this life leaves
+    /// nothing behind that says it has not lost anything.
+    settled: AtomicBool,
     witness: Witness,
 }
 
@@ -30,6 +35,8 @@ pub(super) struct Order {
 struct Witness {
     file: File,
     path: PathBuf,
+    /// Stands for this boot of the host: what is left of another one, where the memory file system is none, says nothing.
+    boot: [u8; 8],
 }
 
 impl Witness {
@@ -51,13 +58,32 @@ impl Witness {
                 ),
                 error,
             })?;
-        let mut bytes = [0; 8];
-        let said = file.read_exact_at(&mut bytes, 0).is_ok();
-        Ok((Self { file, path }, said.then(|| u64::from_le_bytes(bytes))))
+        let boot = XxHash3_64::oneshot(files::boot().as_bytes()).to_le_bytes();
+        let (mut place, mut then) = ([0; 8], [0; 8]);
+        let said = file.read_exact_at(&mut place, 0).is_ok()
+            && file.read_exact_at(&mut then, 8).is_ok()
+            && then == boot;
+        let said = said.then(|| u64::from_le_bytes(place));
+        Ok((Self { file, path, boot }, said))
+    }
+
+    /// Says nothing any more, so that whoever reads it believes that something was lost.
+    fn forget(&self) -> Result<(), MetaError> {
+        self.file.set_len(0).map_err(|error| MetaError::Io {
+            what: format!("cannot empty {}", self.path.display()),
+            error,
+        })
+    }
+
+    fn saying(&self, place: u64) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&place.to_le_bytes());
+        bytes[8..].copy_from_slice(&self.boot);
+        bytes
     }
 
     fn say(&self, place: u64) {
-        if let Err(error) = self.file.write_all_at(&place.to_le_bytes(), 0) {
+        if let Err(error) = self.file.write_all_at(&self.saying(place), 0) {
             // A server that starts then believes that something was lost, and asks the mounts.
             tracing::warn!("{}: {error}", self.path.display());
         }
@@ -86,14 +112,32 @@ impl Order {
         batch.delete(key::stopped());
         store.apply(batch)?;
         store.sync()?;
-        witness.say(executed);
+        let lost = !in_order && said != Some(executed);
+        if lost {
+            witness.forget()?;
+        } else {
+            witness.say(executed);
+        }
         let order = Self {
             store,
             executed: Mutex::new(executed),
             durable: AtomicU64::new(executed),
+            settled: AtomicBool::new(!lost),
             witness,
         };
-        Ok((order, !in_order && said != Some(executed)))
+        Ok((order, lost))
+    }
+
+    /// Nothing is missing, or will be told, of what the last life has lost. `last` is the last place known to anybody: later
+    /// transactions come behind it, so that none gets the place of one that could not be carried out again.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn settle(&self, last: u64) -> Result<(), StoreError> {
+        let mut executed = self.executed.lock();
+        self.settled.store(true, Ordering::Release);
+        let place = last.max(*executed);
+        self.apply(Txn::new(self.store.as_ref()), &mut executed, place)
     }
 
     /// Applies a transaction; its place in the order.
@@ -121,7 +165,9 @@ impl Order {
         txn.put(key::executed(), encode(&place));
         txn.commit()?;
         *executed = place;
-        self.witness.say(place);
+        if self.settled.load(Ordering::Acquire) {
+            self.witness.say(place);
+        }
         Ok(())
     }
 
@@ -151,6 +197,10 @@ impl Order {
     /// # Errors
     /// The disk failed.
     pub fn stop(&self) -> Result<(), StoreError> {
+        if !self.settled.load(Ordering::Acquire) {
+            // The next life has to ask as this one did.
+            return self.sync();
+        }
         let mut batch = Batch::default();
         batch.put(key::stopped(), Vec::new());
         self.store.apply(batch)?;
@@ -159,6 +209,13 @@ impl Order {
         let _ = std::fs::remove_file(&self.witness.path);
         Ok(())
     }
+}
+
+/// As if a life of a server had got so far on this host.
+#[cfg(test)]
+pub(super) fn remember(dir: &Path, uuid: &str, place: u64) -> Result<(), MetaError> {
+    Witness::open(dir, uuid)?.0.say(place);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -182,6 +239,7 @@ mod tests {
         let store: Arc<dyn Store> = Arc::new(FjallStore::open(disk.path()).unwrap());
         // A new store has no past; nobody can have been told anything.
         let (first, _) = order(&store, memory.path());
+        first.settle(0).unwrap();
         assert_eq!((commit(&first, &store), commit(&first, &store)), (1, 2));
         assert_eq!((first.executed(), first.durable()), (2, 0));
         drop(first);
@@ -204,6 +262,15 @@ mod tests {
         std::fs::remove_file(memory.path().join("distfuse-meta-u")).unwrap();
         let (fourth, lost) = order(&store, memory.path());
         assert!(lost);
+        // It does not forget that before it has dealt with it, whether it dies or stops.
+        drop(fourth);
+        let (fourth, lost) = order(&store, memory.path());
+        assert!(lost);
+        fourth.stop().unwrap();
+        drop(fourth);
+        let (fourth, lost) = order(&store, memory.path());
+        assert!(lost);
+        fourth.settle(0).unwrap();
         fourth.stop().unwrap();
         drop(fourth);
         let (fifth, lost) = order(&store, memory.path());
@@ -212,6 +279,40 @@ mod tests {
         drop(fifth);
         std::fs::remove_file(memory.path().join("distfuse-meta-u")).unwrap();
         assert!(order(&store, memory.path()).1);
+    }
+
+    /// A witness that is not whole, or of another boot of the host, is none: the mounts are asked.
+    #[test]
+    fn half_a_witness_is_none() {
+        let (disk, memory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let store: Arc<dyn Store> = Arc::new(FjallStore::open(disk.path()).unwrap());
+        let (first, _) = order(&store, memory.path());
+        first.settle(0).unwrap();
+        commit(&first, &store);
+        let whole = std::fs::read(&first.witness.path).unwrap();
+        let path = first.witness.path.clone();
+        drop(first);
+        let lost = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            order(&store, memory.path()).1
+        };
+        assert!(!lost(&whole));
+        for len in 0..whole.len() {
+            assert!(lost(&whole[..len]));
+        }
+        let mut other = whole.clone();
+        other[8] ^= 1;
+        assert!(lost(&other));
+    }
+
+    #[test]
+    fn places_that_anybody_knows_are_not_given_again() {
+        let (disk, memory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let store: Arc<dyn Store> = Arc::new(FjallStore::open(disk.path()).unwrap());
+        let (order, _) = order(&store, memory.path());
+        order.commit_again(Txn::new(store.as_ref()), 7).unwrap();
+        order.settle(9).unwrap();
+        assert_eq!(commit(&order, &store), 10);
     }
 
     #[test]

@@ -1,10 +1,9 @@
 //! Carrying out again what a crash of the server's host has undone.
 
-use super::server::Inner;
+use super::server::{Flaw, Inner};
 use super::window::{Entry, in_order};
-use super::{Refusal, no};
 use crate::rpc::{Errno, Responder};
-use crate::wire::{Logged, MetaReply, MetaRequest};
+use crate::wire::{Logged, MetaReply};
 
 impl Inner {
     /// A mount tells what it was answered and this server may not have.
@@ -51,10 +50,18 @@ impl Inner {
             let Some(window) = state.window.as_mut().filter(|w| w.is_over()) else {
                 return;
             };
-            let (entries, told) = window.finish(executed);
+            let (mut entries, told) = window.finish(executed);
             drop(state);
+            if self.flawed(Flaw::ReplayedAnyhow) {
+                entries.sort_by_key(|entry| entry.node);
+            }
             let again = entries.len();
+            let last = entries.iter().map(|entry| entry.logged.order).max().unwrap_or(0);
             let failed = self.carry_out_again(entries);
+            let last = if self.flawed(Flaw::PlacesAgain) { 0 } else { last };
+            if let Err(error) = self.order.settle(last) {
+                tracing::error!("{error}");
+            }
             if let Err(error) = self.order.sync() {
                 // What is not durable the mounts keep, and what asks for that is told.
                 tracing::error!("{error}");
@@ -98,7 +105,7 @@ impl Inner {
         let mut failed = Vec::new();
         for Entry { node, logged } in entries {
             let place = logged.order;
-            if let Err(refusal) = self.once_more(node, logged) {
+            if let Err(refusal) = self.transaction(Some(node), logged.request, Some(place)) {
                 let error = refusal.errno();
                 tracing::error!(
                     "transaction {place} of mount {node} was lost and cannot be carried out again: {error}"
@@ -107,29 +114,5 @@ impl Inner {
             }
         }
         failed
-    }
-
-    fn once_more(&self, node: u16, logged: Logged) -> Result<(), Refusal> {
-        let again = Some(logged.order);
-        match logged.request {
-            MetaRequest::Namespace {
-                seq,
-                acknowledged,
-                now,
-                touched,
-                op,
-            } => {
-                let mut state = self.state.lock();
-                self.namespace(&mut state, node, (seq, acknowledged), now, &touched, &op, again)?;
-            }
-            MetaRequest::Update { updates } => {
-                self.update(&updates, again)?;
-            }
-            MetaRequest::Reap { ino } => {
-                self.reap(ino, again)?;
-            }
-            _ => return no(libc::EPROTO),
-        }
-        Ok(())
     }
 }

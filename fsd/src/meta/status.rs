@@ -54,7 +54,7 @@ impl Inner {
     fn troubles(self: &Arc<Self>) -> Vec<String> {
         let probes = self.config.storage.iter().map(|section| {
             let (me, id) = (Arc::clone(self), section.id);
-            let ask = move || match me.ask_storage(id, &StorageRequest::Space) {
+            let ask = move || match me.nodes.ask(id, &StorageRequest::Space) {
                 Ok(_) => Ok(()),
                 Err(error) => Err(error.to_string()),
             };

@@ -2,16 +2,11 @@
 //! at the addresses of its storage nodes, tells them to mounts that join, and talks to no others: a store that is not the
 //! one whose blocks the inodes mean would answer every question with "nothing there".
 
-use std::sync::Arc;
-use std::time::Duration;
-
-use rdma_transport::{Connection, TransportError};
-
 use super::Refusal;
 use super::records::{Txn, decode, encode, key};
 use super::server::Inner;
-use crate::rpc::{Errno, RpcError};
-use crate::wire::{StorageReply, StorageRequest};
+use crate::rpc::Errno;
+use crate::store::Store;
 
 /// What to say where a storage node has another store than it had.
 #[must_use]
@@ -22,18 +17,18 @@ pub fn other_store(node: u16, addr: &str, found: &str, expected: &str) -> String
     )
 }
 
-impl Inner {
-    /// The stores by storage node; none before the first mount has told.
-    pub(super) fn known_stores(&self) -> Result<Vec<String>, Refusal> {
-        match self.store.get(&key::stores())? {
-            Some(bytes) => decode(&bytes),
-            None => Ok(Vec::new()),
-        }
+/// The stores by storage node; none before the first mount has told.
+pub(super) fn known_stores(store: &dyn Store) -> Result<Vec<String>, Refusal> {
+    match store.get(&key::stores())? {
+        Some(bytes) => decode(&bytes),
+        None => Ok(Vec::new()),
     }
+}
 
+impl Inner {
     /// A mount tells which stores it has found.
     pub(super) fn check_stores(&self, found: &[String]) -> Result<(), Refusal> {
-        let known = self.known_stores()?;
+        let known = known_stores(self.store.as_ref())?;
         if known.is_empty() {
             let mut txn = Txn::new(self.store.as_ref());
             txn.put(key::stores(), encode(&found.to_vec()));
@@ -47,31 +42,5 @@ impl Inner {
             }
         }
         Ok(())
-    }
-
-    /// Refuses a storage node that has another store.
-    pub(super) fn check_store(
-        &self,
-        id: u16,
-        addr: &str,
-        conn: &Arc<dyn Connection>,
-    ) -> Result<(), RpcError> {
-        let known = self.known_stores().map_err(|r| RpcError::Errno(r.errno()))?;
-        let Some(expected) = known.get(usize::from(id)) else {
-            return Ok(());
-        };
-        let limit = Duration::from_millis(self.config.timeout_ms);
-        match self.calls.call(conn, &StorageRequest::Attach, limit)? {
-            StorageReply::Attached(attached) if attached.store != *expected => {
-                let what = other_store(id, addr, &attached.store, expected);
-                tracing::error!("{what}");
-                conn.close();
-                Err(TransportError::Invalid(what).into())
-            }
-            StorageReply::Attached(attached) => self
-                .check_generation(id, addr, attached.generation)
-                .inspect_err(|_| conn.close()),
-            _ => Ok(()),
-        }
     }
 }

@@ -159,11 +159,6 @@ impl Blocks {
         false
     }
 
-    /// Is what is left in the memory file system of this boot of the machine?
-    pub(super) fn same_boot(&self) -> bool {
-        self.pool.same_boot
-    }
-
     /// Bytes of free slabs that the memory file system could not back now.
     pub(super) fn lacking(&self, space: &Space) -> u64 {
         if self.pinned {

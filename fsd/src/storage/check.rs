@@ -1,7 +1,6 @@
 //! The examination of a stopped node's directory: `fsd check`.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use super::StorageError;
 use super::alloc::Allocator;
@@ -9,7 +8,6 @@ use super::disk::{Disk, FileDisk};
 use super::index::{Entry, Index, Place, Stored};
 use super::label::{self, Label};
 use super::load::{occupy, read_stored};
-use crate::store::{FjallStore, Store};
 
 /// What an examination has found.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -29,8 +27,9 @@ pub struct Findings {
 /// # Errors
 /// The node is running, or the directory cannot be read at all.
 pub fn examine(dir: &Path) -> Result<(Label, Findings), StorageError> {
-    let label = Label::read(dir)?;
-    let store: Arc<dyn Store> = Arc::new(FjallStore::open(&dir.join(label::INDEX))?);
+    let mut label = Label::read(dir)?;
+    // One that has not been made has nothing to examine.
+    let store = label::open_index(dir, &mut label)?;
     let path = dir.join(label::BACKING);
     let disk = FileDisk::open_to_read(&path).map_err(|error| StorageError::Io {
         what: "cannot open the backing file",

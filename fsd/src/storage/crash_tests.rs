@@ -20,9 +20,9 @@ use crate::rpc::Errno;
 use crate::wire::{BlockWant, Frame};
 
 const POOL: u64 = 6 * BLOCK;
-const CONN: ConnId = ConnId(1);
+pub(super) const CONN: ConnId = ConnId(1);
 
-fn open(dir: &Path, disk: Arc<FakeDisk>, store: Arc<FakeStore>, flaw: Option<Flaw>) -> Blocks {
+pub(super) fn open(dir: &Path, disk: Arc<FakeDisk>, store: Arc<FakeStore>, flaw: Option<Flaw>) -> Blocks {
     Blocks::open(Parts {
         memory: dir.join("x.pool"),
         uuid: "store".into(),
@@ -37,11 +37,11 @@ fn open(dir: &Path, disk: Arc<FakeDisk>, store: Arc<FakeStore>, flaw: Option<Fla
     .unwrap()
 }
 
-fn scratch() -> tempfile::TempDir {
+pub(super) fn scratch() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap()
 }
 
-fn contents(blocks: &Blocks, frame: Frame) -> Vec<u8> {
+pub(super) fn contents(blocks: &Blocks, frame: Frame) -> Vec<u8> {
     let mut bytes = vec![0; frame.size as usize];
     blocks
         .pool
@@ -58,7 +58,7 @@ fn trimmed(mut bytes: Vec<u8>) -> Vec<u8> {
 }
 
 /// What a mount does: a frame, a one-sided write, the slab's counter.
-fn put(blocks: &Blocks, (ino, block): Place, bytes: &[u8]) -> Result<(), Errno> {
+pub(super) fn put(blocks: &Blocks, (ino, block): Place, bytes: &[u8]) -> Result<(), Errno> {
     let size = bytes.len() as u32;
     let frame = blocks.allocate(CONN, &[BlockWant { ino, block, size }], 0)?[0];
     blocks.pool.mem.write_at(frame.offset as usize, bytes).unwrap();

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::StorageError;
-use super::pool::boot_id;
+use crate::files;
 use crate::store::{Batch, Store};
 
 /// Key of the generation in the store.
@@ -46,7 +46,7 @@ fn witness_path(memory: &Path) -> PathBuf {
 fn said(memory: &Path) -> Option<u64> {
     let text = std::fs::read_to_string(witness_path(memory)).ok()?;
     let (generation, boot) = text.trim().split_once(' ')?;
-    (boot == boot_id()).then(|| generation.parse().ok())?
+    (boot == files::boot()).then(|| generation.parse().ok())?
 }
 
 /// Is the store at least as new as the memory that the last life of its node has left?
@@ -102,7 +102,7 @@ impl Generation {
     }
 
     fn say(&self, generation: u64) {
-        let text = format!("{generation:020} {}\n", boot_id());
+        let text = format!("{generation:020} {}\n", files::boot());
         if let Err(error) = self.witness.write_all_at(text.as_bytes(), 0) {
             // An older copy may then be taken for right, if the metadata server does not know better.
             tracing::warn!("the generation of the store cannot be noted in memory: {error}");
@@ -199,7 +199,7 @@ mod tests {
         );
         // After a restart of the machine memory says nothing.
         let text = std::fs::read_to_string(witness_path(&memory)).unwrap();
-        std::fs::write(witness_path(&memory), text.replace(&boot_id(), "other")).unwrap();
+        std::fs::write(witness_path(&memory), text.replace(&files::boot(), "other")).unwrap();
         check(old.as_ref(), &memory, own).unwrap();
     }
 

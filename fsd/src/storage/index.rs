@@ -210,6 +210,18 @@ impl Index {
             .flat_map(|(&ino, blocks)| blocks.iter().map(move |(&b, &e)| ((ino, b), e)))
     }
 
+    /// The inodes greater than `after` that have blocks, at most `count`, in order.
+    #[must_use]
+    pub fn inodes(&self, after: u64, count: usize) -> Vec<u64> {
+        let mut inos: Vec<u64> = self.files.keys().copied().filter(|&ino| ino > after).collect();
+        if inos.len() > count {
+            inos.select_nth_unstable(count);
+            inos.truncate(count);
+        }
+        inos.sort_unstable();
+        inos
+    }
+
     /// Changes what is not kept in the store.
     pub fn note(&mut self, (ino, block): Place, change: impl FnOnce(&mut Entry)) {
         if let Some(entry) = self.files.get_mut(&ino).and_then(|f| f.get_mut(&block)) {

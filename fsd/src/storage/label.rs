@@ -1,15 +1,17 @@
 //! The label in a storage directory: whose it is, and what was fixed when it was made.
 
-use std::fs::{File, Permissions};
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::disk::FileDisk;
 use super::{BLOCK, StorageError};
 use crate::config::{Config, Size, StorageConfig};
+use crate::files;
+use crate::store::{Batch, FjallStore, Store, is_begun};
 
 /// Name of the file in a storage node's directory that says what it belongs to.
 const LABEL: &str = "storage.label";
@@ -25,6 +27,9 @@ pub const FORMAT: u32 = 2;
 pub struct Label {
     /// Version of the format.
     pub format: u32,
+    /// The index has been made, and says whose it is. Before what a label must have, so that one cut short is none.
+    #[serde(default)]
+    pub index: bool,
     /// Name of the cluster.
     pub cluster: String,
     /// Number of the storage node.
@@ -61,6 +66,7 @@ impl Label {
             uuid: format!("{:032x}", rand::random::<u128>()),
             pool: section.pool.0 / BLOCK * BLOCK,
             record_bytes: config.lease.record_bytes,
+            index: false,
         }
     }
 
@@ -76,8 +82,17 @@ impl Label {
                 wrong(dir, format!("its label cannot be read: {error}"))
             }
         })?;
-        // The first format had no version, only lines.
-        let format = toml::from_str::<Version>(&text).map_or(1, |v| v.format);
+        let damaged = || wrong(dir, "has a damaged label (storage.label): restore it from a copy");
+        // Part of a label may read like a whole one that says something else.
+        if !text.ends_with('\n') {
+            return Err(damaged());
+        }
+        let format = match toml::from_str::<Version>(&text) {
+            Ok(version) => version.format,
+            // The first format had no version, only lines.
+            Err(_) if text.lines().count() == 3 && !text.contains(['=', '\0']) => 1,
+            Err(_) => return Err(damaged()),
+        };
         if format != FORMAT {
             return Err(wrong(
                 dir,
@@ -86,7 +101,7 @@ impl Label {
                 ),
             ));
         }
-        toml::from_str(&text).map_err(|_| wrong(dir, "has a damaged label: restore it from a copy"))
+        toml::from_str(&text).map_err(|_| damaged())
     }
 
     /// Reads the label of a directory and checks it against what the configuration says.
@@ -143,20 +158,52 @@ impl Label {
             error,
         };
         let text = toml::to_string(self).map_err(|e| io(std::io::Error::other(e)))?;
-        let new = dir.join("storage.label.new");
-        let mut file = std::fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&new)
-            .map_err(io)?;
-        file.write_all(text.as_bytes())
-            .and_then(|()| file.sync_all())
-            .and_then(|()| std::fs::rename(&new, dir.join(LABEL)))
-            .and_then(|()| File::open(dir)?.sync_all())
-            .map_err(io)
+        files::replace_durably(&dir.join(LABEL), &text).map_err(io)
     }
+}
+
+/// Key in the index of the number of the store that it belongs to.
+const WHOSE: &[u8] = b"u";
+
+/// Opens the index of a labelled directory; makes it if that has not been done. An index that has been lost, or is another
+/// store's, is not made anew: every file would read as zeros.
+///
+/// # Errors
+/// [`StorageError::Format`] for one that is not this store's; the store's.
+pub fn open_index(dir: &Path, label: &mut Label) -> Result<Arc<dyn Store>, StorageError> {
+    let path = dir.join(INDEX);
+    if label.index {
+        if !is_begun(&path) {
+            return Err(wrong(&path, "the index is missing: put it back where it was"));
+        }
+        let store = FjallStore::open_existing(&path)?;
+        return match store.get(WHOSE)? {
+            Some(uuid) if uuid == label.uuid.as_bytes() => Ok(Arc::new(store)),
+            Some(_) => Err(wrong(
+                &path,
+                "is the index of another store: put the right one back",
+            )),
+            None => Err(wrong(
+                &path,
+                "is an index that has lost its contents: put back a copy of it, or look at the disk (dmesg)",
+            )),
+        };
+    }
+    let store = FjallStore::open(&path)?;
+    let mut batch = Batch::default();
+    batch.put(WHOSE.to_vec(), label.uuid.clone().into_bytes());
+    store.apply(batch)?;
+    store.sync()?;
+    files::sync_tree(&path)
+        .and_then(|()| files::sync_dir(dir))
+        .map_err(|error| StorageError::Io {
+            what: "cannot sync",
+            path,
+            error,
+        })?;
+    label.index = true;
+    label.write(dir)?;
+    Ok(Arc::new(store))
 }
 
 /// Makes a directory its owner's alone, whatever the umask was when it was made.
@@ -182,8 +229,10 @@ pub fn check_unformatted(dir: &Path) -> Result<(), StorageError> {
             "is formatted already: remove it first if its contents are not wanted",
         ));
     }
-    for old in [INDEX, BACKING] {
-        if dir.join(old).exists() {
+    // An empty backing file is what a power cut has left of an earlier attempt.
+    let empty = std::fs::metadata(dir.join(BACKING)).is_ok_and(|m| m.len() == 0);
+    for (old, nothing) in [(INDEX, false), (BACKING, empty)] {
+        if dir.join(old).exists() && !nothing {
             return Err(wrong(
                 dir,
                 format!(
@@ -206,12 +255,7 @@ pub fn format(dir: &Path, label: &Label) -> Result<(), StorageError> {
         error,
     };
     check_unformatted(dir)?;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .map_err(io)?;
-    make_private(dir)?;
+    files::make_dir(dir).map_err(io)?;
     FileDisk::open(&dir.join(BACKING)).map_err(io)?;
     label.write(dir)
 }
@@ -228,6 +272,7 @@ mod tests {
             uuid: "0123".into(),
             pool: 64 << 20,
             record_bytes: 64,
+            index: false,
         }
     }
 
@@ -250,6 +295,90 @@ mod tests {
             let error = error.unwrap_err();
             assert!(error.contains(what), "{error}");
         }
+    }
+
+    /// What a power cut can leave of formatting, and of a label whose bytes the disk has lost: an error that says what to do,
+    /// or what was written. Formatting again works, unless there is something to lose.
+    #[test]
+    fn what_is_half_made_is_no_store() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = dir.path().join("a/b");
+        let read = || Label::read(&store).map_err(|e| e.to_string());
+        let says = |what: &str| assert!(read().unwrap_err().contains(what), "{:?}", read());
+        says("run fsd format first");
+        files::make_dir(&store).unwrap();
+        says("run fsd format first");
+        std::fs::write(store.join(BACKING), "").unwrap();
+        std::fs::write(store.join("storage.label.new"), "format = 2\nclu").unwrap();
+        says("run fsd format first");
+        format(&store, &label()).unwrap();
+        assert_eq!(read(), Ok(label()));
+        let text = std::fs::read_to_string(store.join(LABEL)).unwrap();
+        for len in 0..text.len() {
+            for rest in ["".to_owned(), "\0".repeat(text.len() - len), "\0\n".to_owned()] {
+                std::fs::write(store.join(LABEL), text[..len].to_owned() + &rest).unwrap();
+                says("damaged label");
+            }
+        }
+        // One that grows.
+        let larger = Label {
+            pool: 128 << 20,
+            ..label()
+        };
+        std::fs::write(store.join(LABEL), &text).unwrap();
+        std::fs::write(store.join("storage.label.new"), &text[..20]).unwrap();
+        assert_eq!(read(), Ok(label()));
+        larger.write(&store).unwrap();
+        assert_eq!(read(), Ok(larger));
+        // Something was stored, and the label is gone: no new identity over it.
+        std::fs::remove_file(store.join(LABEL)).unwrap();
+        std::fs::write(store.join(BACKING), "data").unwrap();
+        let refused = format(&store, &label()).unwrap_err().to_string();
+        assert!(refused.contains("no label"), "{refused}");
+    }
+
+    /// Nor is an index that was lost made anew, whatever of it was.
+    #[test]
+    fn a_lost_index_is_missed() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let made = |name: &str| {
+            let store = dir.path().join(name);
+            let label = Label {
+                uuid: name.into(),
+                ..label()
+            };
+            format(&store, &label).unwrap();
+            let mut label = Label::read(&store).unwrap();
+            drop(open_index(&store, &mut label).unwrap());
+            store
+        };
+        let (one, two) = (made("one"), made("two"));
+        let open = || {
+            let mut label = Label::read(&one).unwrap();
+            open_index(&one, &mut label)
+                .map(|_| ())
+                .map_err(|e| e.to_string())
+        };
+        assert_eq!((open(), open()), (Ok(()), Ok(())));
+        let index = one.join(INDEX);
+        for lost in ["", "keyspaces/1", "keyspaces/1/current", "version", "0.jnl"] {
+            let (path, kept) = (index.join(lost), dir.path().join("kept"));
+            std::fs::rename(&path, &kept).unwrap();
+            for _ in 0..2 {
+                let error = open().unwrap_err();
+                assert!(
+                    error.contains("missing") && error.contains("one/index"),
+                    "{lost}: {error}"
+                );
+            }
+            std::fs::rename(&kept, &path).unwrap();
+            assert_eq!(open(), Ok(()), "{lost}");
+        }
+        std::fs::write(index.join("0.jnl"), "").unwrap();
+        assert!(open().unwrap_err().contains("lost its contents"));
+        std::fs::remove_dir_all(&index).unwrap();
+        std::fs::rename(two.join(INDEX), &index).unwrap();
+        assert!(open().unwrap_err().contains("another store"));
     }
 
     #[test]

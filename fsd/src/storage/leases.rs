@@ -4,8 +4,6 @@
 //! (atomics of a network card are not atomic with those of a processor).
 
 use std::collections::BTreeMap;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,6 +11,7 @@ use parking_lot::Mutex;
 use rdma_transport::{Access, Connection, Fabric, Op, RegionKey, RemoteAddr, mem::SharedMem};
 
 use super::{StorageError, errno};
+use crate::files;
 use crate::rpc::Errno;
 use crate::store::{Batch, Store};
 
@@ -86,50 +85,56 @@ fn is_near(segment: u32, needed: u32) -> bool {
     segment < needed.saturating_add(AHEAD)
 }
 
-/// Writes the number of a new table.
-fn write_id(label: &Path, id: u64) -> Result<(), StorageError> {
-    let _ = std::fs::remove_file(label);
-    std::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(label)
-        .and_then(|mut f| writeln!(f, "{id}"))
-        .map_err(|error| StorageError::Io {
-            what: "cannot write",
-            path: label.to_owned(),
-            error,
-        })
+/// What a table's file says: its number, and the boot of the host in which it was made. Words that are left of another boot,
+/// where the memory file system is none, are of nobody knows when.
+fn written(id: u64) -> String {
+    format!("{id} {}\n", files::boot())
+}
+
+/// The number of the table that is there, if it is whole and of this boot.
+fn read_id(label: &Path) -> Option<u64> {
+    let text = std::fs::read_to_string(label).ok()?;
+    let id = text.split_whitespace().next()?.parse().ok()?;
+    (text == written(id)).then_some(id)
+}
+
+/// Removes every segment, whatever an earlier removal that was interrupted has left of them.
+fn remove_segments(prefix: &Path) -> std::io::Result<()> {
+    let (Some(dir), Some(name)) = (prefix.parent(), prefix.file_name().and_then(|n| n.to_str())) else {
+        return Ok(());
+    };
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let file = entry.file_name();
+        let rest = file
+            .to_str()
+            .and_then(|f| f.strip_prefix(name)?.strip_prefix('.'));
+        if rest.is_some_and(|number| number.parse::<u32>().is_ok()) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 impl LeaseTable {
-    /// A table whose segments are files `PREFIX.N` (they outlive the process, as leases must). `keep`: what an earlier life
-    /// left there is of this boot of the machine.
+    /// A table whose segments are files `PREFIX.N` (they outlive the process, as leases must).
     ///
     /// # Errors
     /// The memory file system refuses.
-    pub fn open(
-        prefix: PathBuf,
-        record_bytes: u32,
-        store: Arc<dyn Store>,
-        keep: bool,
-    ) -> Result<Self, StorageError> {
+    pub fn open(prefix: PathBuf, record_bytes: u32, store: Arc<dyn Store>) -> Result<Self, StorageError> {
         let label = label_of(&prefix);
-        let text = std::fs::read_to_string(&label).ok().filter(|_| keep);
-        let id = match text.and_then(|t| t.trim().parse().ok()) {
+        let id = match read_id(&label) {
             Some(id) => id,
             None => {
-                // Segments without their number are nobody's.
-                for segment in (0..).take_while(|&n| file_of(&prefix, n).exists()) {
-                    let path = file_of(&prefix, segment);
-                    std::fs::remove_file(&path).map_err(|error| StorageError::Io {
-                        what: "cannot remove",
-                        path,
+                let id = rand::random();
+                // Segments without their number are nobody's; they go before there is a new one.
+                remove_segments(&prefix)
+                    .and_then(|()| files::replace(&label, &written(id)))
+                    .map_err(|error| StorageError::Io {
+                        what: "cannot make a new lease table at",
+                        path: prefix.clone(),
                         error,
                     })?;
-                }
-                let id = rand::random();
-                write_id(&label, id)?;
                 id
             }
         };
@@ -275,13 +280,12 @@ impl LeaseTable {
         Ok(cleared)
     }
 
-    /// Removes the segment files (the node leaves for good).
+    /// Removes the segment files (the node leaves for good), the number first: whenever that is interrupted, the rest is
+    /// nobody's.
     pub fn remove_files(&self) {
-        for segment in 0..self.segments.lock().len() {
-            // A file that is gone already is as good.
-            let _ = std::fs::remove_file(self.file(segment as u32));
-        }
+        // A file that is gone already is as good.
         let _ = std::fs::remove_file(label_of(&self.prefix));
+        let _ = remove_segments(&self.prefix);
     }
 }
 
@@ -318,17 +322,51 @@ mod tests {
     fn what_was_needed_once_is_known_when_memory_is_lost() {
         let dir = tempfile::tempdir().unwrap();
         let store: Arc<dyn Store> = Arc::new(FakeStore::default());
-        let open =
-            |keep| LeaseTable::open(dir.path().join("x.leases"), 64, Arc::clone(&store), keep).unwrap();
-        let table = open(true);
+        let open = || LeaseTable::open(dir.path().join("x.leases"), 64, Arc::clone(&store)).unwrap();
+        let table = open();
         assert_eq!(table.needed().unwrap(), 0);
         let mut batch = Batch::default();
         batch.put(NEEDED.to_vec(), 70u32.to_le_bytes().to_vec());
         store.apply(batch).unwrap();
-        assert_eq!((open(true).id, open(true).needed().unwrap()), (table.id, 70));
-        // What another boot of the machine left has no meaning.
-        std::fs::write(dir.path().join("x.leases.0"), b"old").unwrap();
-        assert_ne!(open(false).id, table.id);
-        assert!(!dir.path().join("x.leases.0").exists());
+        assert_eq!((open().id, open().needed().unwrap()), (table.id, 70));
+    }
+
+    /// The number is of this boot and whole, or the segments are nobody's, all of them, whatever is left.
+    #[test]
+    fn what_is_left_in_part_is_nobodys() {
+        let dir = tempfile::tempdir().unwrap();
+        let store: Arc<dyn Store> = Arc::new(FakeStore::default());
+        let open = || LeaseTable::open(dir.path().join("x.leases"), 64, Arc::clone(&store)).unwrap();
+        let label = dir.path().join("x.leases-id");
+        let segments = |of: &[u32]| {
+            for n in of {
+                std::fs::write(dir.path().join(format!("x.leases.{n}")), b"old").unwrap();
+            }
+        };
+        let left = || {
+            let all = std::fs::read_dir(dir.path()).unwrap();
+            all.filter(|e| e.as_ref().unwrap().path() != label).count()
+        };
+        let table = open();
+        let text = std::fs::read_to_string(&label).unwrap();
+        segments(&[0, 1]);
+        assert_eq!((open().id, left()), (table.id, 2));
+        let torn = (0..text.len()).map(|len| text[..len].to_owned());
+        let zeros = (0..=text.len()).map(|len| text[..len].to_owned() + &"\0".repeat(text.len() - len));
+        let other = text.replace(&files::boot(), "another-boot");
+        let number = format!("{}\n", table.id);
+        for bad in torn.chain(zeros).filter(|t| *t != text).chain([other, number]) {
+            // Some were removed before the process died.
+            segments(&[1, 3]);
+            std::fs::write(&label, &bad).unwrap();
+            let new = open();
+            assert!(new.id != table.id && left() == 0, "{bad:?}");
+            assert_eq!(open().id, new.id);
+        }
+        // Also when it goes, and dies in the middle of that.
+        let table = open();
+        segments(&[0, 1, 2]);
+        table.remove_files();
+        assert!(left() == 0 && !label.exists());
     }
 }

@@ -10,7 +10,9 @@ pub mod check;
 mod crash_disk;
 #[cfg(test)]
 mod crash_tests;
+mod cut;
 pub mod disk;
+mod fence;
 mod flush;
 pub mod generation;
 pub mod index;

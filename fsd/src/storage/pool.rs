@@ -3,8 +3,6 @@
 //! Its files are in a memory file system and outlive the process, not the machine. What is in them counts only beside
 //! a *marker*, which is made when everything has been loaded: a process that dies while it loads leaves none.
 
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,6 +12,7 @@ use rdma_transport::mem::SharedMem;
 
 use super::generation::Generation;
 use super::{BLOCK, StorageError};
+use crate::files;
 
 /// Memory and dirty counters of a storage node.
 pub struct Pool {
@@ -25,8 +24,6 @@ pub struct Pool {
     marker: Marker,
     /// Memory left by an earlier life of this node was found and kept.
     pub inherited: bool,
-    /// Nothing says that what is left in memory was of an earlier boot of the machine.
-    pub same_boot: bool,
 }
 
 /// What memory belongs to: another store, another boot of the machine, or a larger pool make it worthless.
@@ -39,9 +36,11 @@ struct Marker {
 
 impl Marker {
     fn now(store: &str, bytes: u64) -> Self {
+        // Where the system has no such number, memory cannot outlive a boot unnoticed either: it is then a memory
+        // file system, as it should be.
         Self {
             store: store.to_owned(),
-            boot: boot_id(),
+            boot: files::boot(),
             bytes,
         }
     }
@@ -62,13 +61,6 @@ impl Marker {
     }
 }
 
-/// Names this boot of the machine. Where the system has no such number, memory cannot outlive a boot unnoticed either: it is
-/// then a memory file system, as it should be.
-pub(super) fn boot_id() -> String {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    boot.trim().to_owned()
-}
-
 fn dirty_path(pool: &Path) -> PathBuf {
     pool.with_extension("dirty")
 }
@@ -86,7 +78,6 @@ impl Pool {
     pub fn open(path: &Path, store: &str, bytes: u64) -> Result<Self, StorageError> {
         let marker = Marker::now(store, bytes);
         let found = Marker::read(&marker_path(path));
-        let same_boot = found.as_ref().is_none_or(|found| found.boot == marker.boot);
         let old = found.filter(|old| old.fits(&marker));
         let there = |old: &Marker| std::fs::metadata(path).is_ok_and(|m| m.len() >= old.bytes);
         let inherited = old.as_ref().is_some_and(there) && dirty_path(path).exists();
@@ -102,7 +93,6 @@ impl Pool {
             path: path.to_owned(),
             marker,
             inherited,
-            same_boot,
         })
     }
 
@@ -113,20 +103,11 @@ impl Pool {
     pub fn loaded(&self) -> Result<(), StorageError> {
         let Marker { store, boot, bytes } = &self.marker;
         let path = marker_path(&self.path);
-        let new = self.path.with_extension("loaded.new");
-        let _ = std::fs::remove_file(&new);
-        std::fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&new)
-            .and_then(|mut f| write!(f, "{store}\n{boot}\n{bytes}\n"))
-            .and_then(|()| std::fs::rename(&new, &path))
-            .map_err(|error| StorageError::Io {
-                what: "cannot write",
-                path,
-                error,
-            })
+        files::replace(&path, &format!("{store}\n{boot}\n{bytes}\n")).map_err(|error| StorageError::Io {
+            what: "cannot write",
+            path,
+            error,
+        })
     }
 
     /// Has the system allocate the slab that holds `offset`.

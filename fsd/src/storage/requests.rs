@@ -11,6 +11,9 @@ use super::server::{Inner, Work};
 use crate::rpc::{Errno, Responder};
 use crate::wire::{Attached, Hello, Role, StorageReply, StorageRequest};
 
+/// Most inodes in one answer.
+const INODES: usize = 2048;
+
 impl Inner {
     pub(super) fn request(self: &Arc<Self>, hello: &Hello, body: &[u8], responder: Responder) {
         self.requests.fetch_add(1, Ordering::Relaxed);
@@ -26,8 +29,14 @@ impl Inner {
             StorageRequest::Flush { inos } => self.hand_off(Work::Flush(inos, responder)),
             StorageRequest::Status => self.hand_off(Work::Status(responder)),
             StorageRequest::ResetLeases if hello.role == Role::Meta => self.hand_off(Work::Reset(responder)),
-            StorageRequest::ResetLeases => responder.reply::<StorageReply>(&Err(Errno(libc::EPERM))),
-            StorageRequest::Compare { .. } if hello.role != Role::Meta => {
+            StorageRequest::Cut { ends } if hello.role == Role::Meta => {
+                self.hand_off(Work::Cut(ends, responder))
+            }
+            StorageRequest::Compare { .. } if hello.role == Role::Meta => {
+                let answer = self.quick(responder.conn().id(), request);
+                responder.reply(&answer);
+            }
+            StorageRequest::ResetLeases | StorageRequest::Cut { .. } | StorageRequest::Compare { .. } => {
                 responder.reply::<StorageReply>(&Err(Errno(libc::EPERM)));
             }
             quick => {
@@ -39,7 +48,7 @@ impl Inner {
 
     fn hand_off(&self, work: Work) {
         if let Err(refused) = self.work.send(work) {
-            let (Work::Flush(_, r) | Work::Reset(r) | Work::Status(r)) = refused.0;
+            let (Work::Flush(_, r) | Work::Reset(r) | Work::Status(r) | Work::Cut(_, r)) = refused.0;
             r.reply::<StorageReply>(&Err(Errno(libc::ESHUTDOWN)));
         }
     }
@@ -89,9 +98,14 @@ impl Inner {
                 freed.map(StorageReply::Freed).map_err(|e| errno(&e))
             }
             StorageRequest::Space => Ok(StorageReply::Space(self.blocks.figures())),
-            StorageRequest::Flush { .. } | StorageRequest::ResetLeases | StorageRequest::Status => {
-                Err(Errno(libc::EINVAL))
+            StorageRequest::Inodes { after } => {
+                let space = self.blocks.space.lock();
+                Ok(StorageReply::Inodes(space.index.inodes(after, INODES)))
             }
+            StorageRequest::Flush { .. }
+            | StorageRequest::ResetLeases
+            | StorageRequest::Status
+            | StorageRequest::Cut { .. } => Err(Errno(libc::EINVAL)),
         }
     }
 }

@@ -1,6 +1,5 @@
 //! The storage node's daemon: start, stop, background flushing, cleaning of freed frames.
 
-use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,7 +11,9 @@ use parking_lot::Mutex;
 use rdma_transport::{Access, Connection, Fabric, RegionKey};
 
 use super::blocks::{Blocks, STOCK};
+use super::cut::End;
 use super::disk::FileDisk;
+use super::fence::Fence;
 use super::label::{self, Label};
 use super::leases::LeaseTable;
 use super::load::Parts;
@@ -21,7 +22,6 @@ use crate::config::{Config, FabricChoice, Size, StorageConfig};
 use crate::endpoint::Endpoint;
 use crate::memory::{Claim, Note};
 use crate::rpc::{Errno, Responder, Service};
-use crate::store::{FjallStore, Store};
 use crate::wire::{Hello, Role, StorageReply};
 
 /// How often the background flusher looks for unstored data.
@@ -31,6 +31,7 @@ pub(super) enum Work {
     Flush(Vec<u64>, Responder),
     Reset(Responder),
     Status(Responder),
+    Cut(Vec<End>, Responder),
 }
 
 pub(super) struct Inner {
@@ -46,7 +47,7 @@ pub(super) struct Inner {
     pub(super) work: Sender<Work>,
     pub(super) requests: AtomicU64,
     pub(super) connections: AtomicU64,
-    lives: Mutex<HashSet<u64>>,
+    pub(super) fence: Fence,
     /// Why what was to be stored last could not be.
     pub(super) failing: Mutex<Option<String>>,
     pub(super) stopping: AtomicBool,
@@ -69,6 +70,9 @@ struct Front {
 
 impl Service for Front {
     fn admit(&self, hello: &Hello) -> Result<(), String> {
+        if let Some(inner) = self.inner.get() {
+            inner.fence.admit(hello.life)?;
+        }
         match hello.role {
             Role::Storage(_) | Role::Client(_) | Role::Tool | Role::Meta if self.inner.get().is_none() => {
                 Err(crate::rpc::not_yet("the storage node is still starting"))
@@ -77,10 +81,12 @@ impl Service for Front {
         }
     }
 
-    fn connected(&self, hello: &Hello, _conn: &Arc<dyn Connection>) {
+    fn connected(&self, hello: &Hello, conn: &Arc<dyn Connection>) {
         if let Some(inner) = self.inner.get() {
             inner.connections.fetch_add(1, Ordering::Relaxed);
-            inner.lives.lock().insert(hello.life);
+            if let Role::Client(_) = hello.role {
+                inner.fence.connected(hello.life, conn);
+            }
         }
     }
 
@@ -94,8 +100,8 @@ impl Service for Front {
     fn disconnected(&self, conn: &Arc<dyn Connection>, hello: Option<&Hello>) {
         if let Some(inner) = self.inner.get() {
             inner.blocks.disconnected(conn.id());
-            if let Some(hello) = hello {
-                inner.lives.lock().remove(&hello.life);
+            inner.fence.disconnected(conn.id());
+            if hello.is_some() {
                 inner.connections.fetch_sub(1, Ordering::Relaxed);
             }
         }
@@ -128,7 +134,6 @@ impl StorageNode {
             memory_file(section, &note(section, &label), "leases"),
             config.lease.record_bytes,
             Arc::clone(&blocks.store),
-            blocks.same_boot(),
         )?;
         leases.adopt(fabric.as_ref())?;
         let pool_key = fabric.register(&blocks.pool.mem, Access::ALL)?;
@@ -148,7 +153,7 @@ impl StorageNode {
             work,
             requests: AtomicU64::new(0),
             connections: AtomicU64::new(0),
-            lives: Mutex::default(),
+            fence: Fence::default(),
             failing: Mutex::default(),
             stopping: AtomicBool::new(false),
         });
@@ -249,7 +254,7 @@ fn open_blocks(
             detail: "the backing file is missing: put it back where it was".into(),
         });
     }
-    let store: Arc<dyn Store> = Arc::new(FjallStore::open(&dir.join(label::INDEX))?);
+    let store = label::open_index(dir, &mut label)?;
     let disk = FileDisk::open(&disk_path).map_err(|error| StorageError::Io {
         what: "cannot open the backing file",
         path: disk_path.clone(),
@@ -348,6 +353,7 @@ impl Inner {
                 }
             }
             self.blocks.give_surplus_back();
+            self.blocks.store.tidy();
         }
     }
 
@@ -359,6 +365,13 @@ impl Inner {
 
     fn reset_leases(&self) -> Result<StorageReply, StorageError> {
         let own = self.own.lock().clone();
+        let mounts = self.fence.close();
+        if mounts > 0 {
+            tracing::warn!(
+                "storage node {}: {mounts} mounts that are taken for dead are still connected: they are not served any more",
+                self.id
+            );
+        }
         if let Some(own) = own {
             let cleared = self.leases.reset(own.as_ref())?;
             tracing::info!("storage node {}: {cleared} lease records reset", self.id);
@@ -383,6 +396,10 @@ impl Inner {
                     }
                     Work::Reset(responder) => {
                         responder.reply(&self.reset_leases().map_err(|e| errno(&e)));
+                    }
+                    Work::Cut(ends, responder) => {
+                        let freed = self.blocks.cut(&ends).map(StorageReply::Freed);
+                        responder.reply(&freed.map_err(|e| errno(&e)));
                     }
                     Work::Status(responder) => {
                         responder.reply(&self.status().map(StorageReply::Status).map_err(|e| errno(&e)));

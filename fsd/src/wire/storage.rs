@@ -98,6 +98,16 @@ pub enum StorageRequest {
     Space,
     /// For `fsd status`.
     Status,
+    /// The inodes greater than `after` that have blocks on this node, in order; a part of them. From the metadata server.
+    Inodes {
+        /// The last one of the part before.
+        after: u64,
+    },
+    /// Gives back what lies beyond the ends of files, durably (no mount is alive). From the metadata server only.
+    Cut {
+        /// Inodes and their sizes, bytes; none for those that are no more.
+        ends: Vec<(u64, Option<u64>)>,
+    },
 }
 
 /// What a mount learns when it attaches.
@@ -185,7 +195,7 @@ pub enum StorageReply {
     Allocated(Vec<Frame>),
     /// To `Lookup`: the blocks that have frames, in order.
     Blocks(Vec<BlockFrame>),
-    /// To `Free`: bytes freed.
+    /// To `Free` and `Cut`: bytes freed.
     Freed(u64),
     /// To `Compare`.
     Compared {
@@ -198,4 +208,6 @@ pub enum StorageReply {
     Space(PoolSpace),
     /// To `Status`.
     Status(StorageStatus),
+    /// To `Inodes`: empty when there are no more.
+    Inodes(Vec<u64>),
 }

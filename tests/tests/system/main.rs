@@ -10,6 +10,7 @@ mod coherence;
 mod contended;
 mod copies;
 mod durable;
+mod ends;
 mod extension;
 mod extension_contended;
 mod extension_names;
