@@ -69,6 +69,7 @@ impl World {
             name: name.to_owned(),
             skew,
             locks: Vec::new(),
+            durable: 0,
         };
         let reply = peer.calls.call(&conn, &request, Duration::from_secs(10));
         peer.fabric.shutdown();
@@ -129,6 +130,7 @@ impl Service for Slow {
                 record_bytes: 64,
                 storage: Vec::new(),
                 executed: 0,
+                durable: 0,
                 awaited: false,
             })),
             _ => Ok(MetaReply::Done),

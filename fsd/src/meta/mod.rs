@@ -5,6 +5,7 @@
 
 pub mod copies;
 pub mod locks;
+mod missed;
 pub mod names;
 mod order;
 pub mod records;

@@ -89,7 +89,7 @@ pub struct MetaServer {
     fabric: Arc<dyn Fabric>,
     threads: Vec<JoinHandle<()>>,
     /// One for each thread that sleeps.
-    stop: [Sender<()>; 2],
+    stop: [Sender<()>; 3],
     claim: Claim,
 }
 
@@ -229,6 +229,7 @@ fn load_state(store: &dyn Store, superblock: &Superblock) -> Result<State, MetaE
                     member,
                     conn: None,
                     lost,
+                    gone: false,
                     dead: false,
                 },
             );
@@ -344,6 +345,7 @@ impl MetaServer {
         let (freed, freed_in) = unbounded();
         let (stop, stop_in) = unbounded();
         let (stop_comparing, compare_in) = unbounded();
+        let (stop_looking, look_in) = unbounded();
         let inner = Arc::new(Inner {
             config: config.clone(),
             era: AtomicU32::new(superblock.era),
@@ -377,17 +379,19 @@ impl MetaServer {
                     error,
                 })
         };
-        let (a, b, c) = (Arc::clone(&inner), Arc::clone(&inner), Arc::clone(&inner));
+        let (a, b) = (Arc::clone(&inner), Arc::clone(&inner));
+        let (c, d) = (Arc::clone(&inner), Arc::clone(&inner));
         let threads = vec![
             thread("meta-sync", Box::new(move || a.sync_loop(&sync_in)))?,
             thread("meta-house", Box::new(move || b.house_loop(&freed_in, &stop_in)))?,
             thread("meta-copies", Box::new(move || c.copies_loop(&compare_in)))?,
+            thread("meta-members", Box::new(move || d.members_loop(&look_in)))?,
         ];
         Ok(Self {
             inner,
             fabric,
             threads,
-            stop: [stop, stop_comparing],
+            stop: [stop, stop_comparing, stop_looking],
             claim,
         })
     }

@@ -333,6 +333,7 @@ impl Inner {
                 member,
                 conn: Some(conn.id()),
                 lost: None,
+                gone: false,
                 dead: false,
             },
         );
