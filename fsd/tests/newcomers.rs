@@ -35,9 +35,13 @@ struct World {
 
 fn world() -> World {
     let dir = tempfile::tempdir().unwrap();
-    let text = "cluster = \"test\"\nkey_file = \"key\"\nfabric = \"shm\"\n\
-                [meta]\nlisten = \"meta.sock\"\ndir = \"meta\"\n\
-                [[storage]]\nid = 0\nlisten = \"storage.sock\"\ndir = \"storage\"\npool = \"8MiB\"\n";
+    // The store has the same number in all tests, so the memory must be each one's own.
+    let text = format!(
+        "cluster = \"test\"\nkey_file = \"key\"\nfabric = \"shm\"\n\
+         [meta]\nlisten = \"meta.sock\"\ndir = \"meta\"\nmemory_dir = \"{}\"\n\
+         [[storage]]\nid = 0\nlisten = \"storage.sock\"\ndir = \"storage\"\npool = \"8MiB\"\n",
+        dir.path().display()
+    );
     let path = dir.path().join("cluster.toml");
     std::fs::write(&path, text).unwrap();
     let config = Config::load(&path).unwrap();

@@ -14,6 +14,7 @@
 
 mod base;
 mod common;
+mod deserted;
 mod error;
 mod fabric;
 mod handshake;
@@ -31,6 +32,7 @@ mod test_util;
 mod verbs;
 
 pub use common::FabricStats;
+pub use deserted::is_deserted;
 pub use error::TransportError;
 pub use fabric::{
     Access, AsyncOp, Completion, ConnId, Connection, Fabric, FabricConfig, FabricKind, Handler, Limits, Op,

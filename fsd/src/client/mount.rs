@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use crossbeam::channel::RecvTimeoutError;
 use lockmgr::msg::LeaseMsg;
 use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
 use rdma_transport::{Connection, Fabric, RemoteAddr};
@@ -34,6 +35,8 @@ const SPARE_LOOPS: usize = 1;
 const CLOSE_WAIT: Duration = Duration::from_secs(10);
 /// Longest wait for the leases to be given up when leaving.
 const LEAVE_WAIT: Duration = Duration::from_secs(20);
+/// As [`LEAVE_WAIT`], while neither the metadata server nor a storage node is there: they may just be starting again.
+const ALONE_WAIT: Duration = Duration::from_secs(1);
 /// How long late questions of other mounts are still answered after leaving.
 const LINGER: Duration = Duration::from_millis(100);
 /// Longest wait for open files to be closed when leaving.
@@ -324,6 +327,23 @@ fn open_session(
     Ok((session.map_err(refused)?, Mounted::at(point)))
 }
 
+/// Waits until all leases have been given up; not for long where `alone` says that this cannot be.
+fn left(done: &crossbeam::channel::Receiver<()>, alone: &impl Fn() -> bool) -> bool {
+    let (begun, mut since) = (Instant::now(), None);
+    while begun.elapsed() < LEAVE_WAIT {
+        match done.recv_timeout(Duration::from_millis(20)) {
+            Err(RecvTimeoutError::Timeout) if alone() => {
+                if since.get_or_insert_with(Instant::now).elapsed() > ALONE_WAIT {
+                    return false;
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => since = None,
+            told => return told.is_ok(),
+        }
+    }
+    false
+}
+
 impl Mount {
     /// Joins the cluster and mounts.
     ///
@@ -546,8 +566,16 @@ impl Mount {
         client.leases.leave(Box::new(move || {
             let _ = tx.send(());
         }));
-        if rx.recv_timeout(LEAVE_WAIT).is_err() {
-            tracing::error!("not all leases could be given up: this mount will be taken for dead");
+        // Without its servers it cannot give anything up, and with nothing left to store nobody gains by its waiting.
+        let alone = || client.dirty.lock().is_empty() && client.net.is_alone();
+        if !left(&rx, &alone) {
+            if alone() {
+                tracing::info!(
+                    "the servers are gone: what this mount has leased is free when they have started again"
+                );
+            } else {
+                tracing::error!("not all leases could be given up: this mount will be taken for dead");
+            }
         } else {
             if let Err(error) = client.net.meta(&MetaRequest::Leave) {
                 tracing::warn!("leaving: {error}");

@@ -104,6 +104,7 @@ impl Inner {
                 member,
                 conn: Some(conn),
                 lost: None,
+                gone: false,
                 dead: false,
             },
         );

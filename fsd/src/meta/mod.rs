@@ -14,6 +14,7 @@ mod crash_world;
 mod house;
 pub mod locks;
 mod membership;
+mod missed;
 pub mod names;
 mod nodes;
 mod opening;

@@ -157,6 +157,7 @@ pub(super) fn load_state(store: &dyn Store, superblock: &Superblock) -> Result<S
                     member,
                     conn: None,
                     lost,
+                    gone: false,
                     dead: false,
                 },
             );

@@ -111,7 +111,7 @@ pub struct MetaServer {
     fabric: Arc<dyn Fabric>,
     threads: Vec<JoinHandle<()>>,
     /// One for each thread that sleeps.
-    stop: [Sender<()>; 2],
+    stop: [Sender<()>; 3],
     claim: Claim,
 }
 
@@ -194,6 +194,7 @@ impl MetaServer {
         let (inner, told) = Inner::new(config, superblock, store, state, order, (nodes, copies))?;
         let (stop, stop_in) = unbounded();
         let (stop_comparing, compare_in) = unbounded();
+        let (stop_looking, look_in) = unbounded();
         let _ = front.0.set(Arc::clone(&inner));
         let thread = |name: &str, body: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new()
@@ -204,7 +205,8 @@ impl MetaServer {
                     error,
                 })
         };
-        let (a, b, c) = (Arc::clone(&inner), Arc::clone(&inner), Arc::clone(&inner));
+        let (a, b) = (Arc::clone(&inner), Arc::clone(&inner));
+        let (c, d) = (Arc::clone(&inner), Arc::clone(&inner));
         let threads = vec![
             thread("meta-sync", Box::new(move || a.sync_loop(&told.sync)))?,
             thread(
@@ -212,12 +214,13 @@ impl MetaServer {
                 Box::new(move || b.house_loop(&told.house, &stop_in)),
             )?,
             thread("meta-copies", Box::new(move || c.copies_loop(&compare_in)))?,
+            thread("meta-members", Box::new(move || d.members_loop(&look_in)))?,
         ];
         Ok(Self {
             inner,
             fabric,
             threads,
-            stop: [stop, stop_comparing],
+            stop: [stop, stop_comparing, stop_looking],
             claim,
         })
     }

@@ -10,6 +10,8 @@ use crate::wire::PeerState;
 
 /// A lost mount that does not come back within this time is dead.
 pub const GRACE: Duration = Duration::from_secs(10);
+/// As [`GRACE`], of one whose process is known to have ended: what it had sent arrives within this time.
+pub const GONE_GRACE: Duration = Duration::from_secs(1);
 
 /// A mount as the running server sees it.
 #[derive(Debug, Clone)]
@@ -20,6 +22,8 @@ pub struct Session {
     pub conn: Option<ConnId>,
     /// Since when it is lost.
     pub lost: Option<Instant>,
+    /// Its process has ended, as its host says.
+    pub gone: bool,
     /// It did not come back.
     pub dead: bool,
 }
@@ -76,12 +80,30 @@ impl Sessions {
     pub fn bury(&mut self, now: Instant) -> Vec<u16> {
         let mut dead = Vec::new();
         for (&node, session) in &mut self.nodes {
-            if !session.dead && session.lost.is_some_and(|t| now.duration_since(t) >= GRACE) {
+            let grace = if session.gone { GONE_GRACE } else { GRACE };
+            if !session.dead && session.lost.is_some_and(|t| now.duration_since(t) >= grace) {
                 session.dead = true;
                 dead.push(node);
             }
         }
         dead
+    }
+
+    /// Who is lost, and may have ended: node, life, and where it was reached.
+    #[must_use]
+    pub fn missed(&self) -> Vec<(u16, u64, String)> {
+        let missed = self.nodes.iter();
+        let missed = missed.filter(|(_, s)| s.lost.is_some() && !s.dead && !s.gone);
+        missed
+            .map(|(&node, s)| (node, s.member.life, s.member.listen.clone()))
+            .collect()
+    }
+
+    /// The process of a mount has ended, unless the mount is back.
+    pub fn ended(&mut self, node: u16, life: u64) {
+        if let Some(session) = self.nodes.get_mut(&node).filter(|s| s.member.life == life) {
+            session.gone = session.lost.is_some();
+        }
     }
 
     /// There are mounts, but none is connected.
@@ -112,6 +134,7 @@ mod tests {
             member,
             conn: conn.map(ConnId),
             lost: None,
+            gone: false,
             dead: false,
         }
     }
@@ -127,6 +150,29 @@ mod tests {
         assert_eq!(s.bury(t + GRACE), vec![0]);
         assert!(s.only_dead());
         assert!(s.bury(t + GRACE * 2).is_empty());
+    }
+
+    #[test]
+    fn one_whose_process_has_ended_is_not_waited_for() {
+        let mut s = Sessions::default();
+        s.nodes.insert(0, session(Some(5)));
+        s.nodes.insert(1, session(Some(6)));
+        let t = Instant::now();
+        s.ended(0, 1);
+        assert!(s.missed().is_empty() && !s.nodes[&0].gone, "it is connected");
+        s.lost(ConnId(5), t);
+        s.lost(ConnId(6), t);
+        assert_eq!(s.missed().len(), 2);
+        s.ended(0, 1);
+        s.ended(1, 2);
+        assert_eq!(
+            s.missed(),
+            [(1, 1, String::new())],
+            "the other was of another life"
+        );
+        assert!(s.bury(t).is_empty());
+        assert_eq!(s.bury(t + GONE_GRACE), vec![0]);
+        assert_eq!(s.bury(t + GRACE), vec![1]);
     }
 
     #[test]

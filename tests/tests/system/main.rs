@@ -31,6 +31,7 @@ mod posix;
 mod pressure;
 mod privileges;
 mod status;
+mod stopping;
 mod storage;
 mod suspend;
 mod tools;

@@ -5,6 +5,13 @@ use crate::probe::{self, Probe};
 use crate::wire::{MetaRequest, StorageRequest};
 
 impl Net {
+    /// Is there no connection to the metadata server, and none to one of the storage nodes?
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        let mut links = self.storage.get().into_iter().flatten();
+        !self.has_meta() && links.any(|link| self.storage_now(link.id).is_none())
+    }
+
     /// A sentence for each server that cannot be reached.
     #[must_use]
     pub fn unreachable(&self) -> Vec<String> {
