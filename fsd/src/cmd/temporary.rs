@@ -6,6 +6,7 @@
 //! removes it.
 
 use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -44,13 +45,15 @@ impl Temporary {
         let lock = || -> std::io::Result<File> {
             // Only under its own name can others see it, and then it is locked.
             let new = dir.path().join("new");
-            let file = OpenOptions::new()
+            let mut file = OpenOptions::new()
                 .read(true)
                 .write(true)
                 .create_new(true)
                 .mode(0o600)
                 .open(&new)?;
             file.lock()?;
+            // The position stays behind it: roles, whose standard input this is, read nothing.
+            file.write_all(host().as_bytes())?;
             std::fs::rename(&new, dir.path().join(LOCK))?;
             Ok(file)
         };
@@ -79,6 +82,11 @@ impl Drop for Temporary {
         remove_memory(self.path());
         sweep();
     }
+}
+
+/// Name of this host.
+fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
 fn remove_memory(stores: &Path) {
@@ -139,9 +147,15 @@ fn take_away(dir: &Path) -> anyhow::Result<bool> {
         .write(true)
         .custom_flags(libc::O_NOFOLLOW)
         .open(dir.join(LOCK));
-    let Ok(lock) = lock else {
+    let Ok(mut lock) = lock else {
         return Ok(false);
     };
+    // The folder may be on a file system of many hosts, not all of which keep locks for others.
+    let mut of = String::new();
+    lock.read_to_string(&mut of)?;
+    if of != host() {
+        return Ok(false);
+    }
     if !found.is_dir() || found.uid() != me || lock.metadata()?.uid() != me || lock.try_lock().is_err() {
         return Ok(false);
     }
@@ -191,6 +205,11 @@ mod tests {
         drop(temporary);
         assert!(!take_away(&left).unwrap());
         drop(held);
+        // Another host's may be in use, whatever the lock says here.
+        let own = std::fs::read_to_string(left.join(LOCK)).unwrap();
+        std::fs::write(left.join(LOCK), format!("{own}-other")).unwrap();
+        assert!(!take_away(&left).unwrap());
+        std::fs::write(left.join(LOCK), own).unwrap();
         assert!(take_away(&left).unwrap() && !left.exists());
         // A folder without a lock is somebody else's, even if it is called so.
         std::fs::create_dir(&left).unwrap();

@@ -1,22 +1,32 @@
 //! Finding out that a mount whose connection broke has ended, so that nobody waits for it to come back.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 
 use super::server::Inner;
 
-/// How often those that are lost are looked for. One that lives comes back much sooner.
+/// How often it is looked for mounts that are newly lost. One that lives comes back much sooner.
 const EVERY: Duration = Duration::from_millis(500);
+/// Pause before one is looked for again that was found: each time it sees a connection that comes to nothing.
+const AGAIN: Duration = Duration::from_secs(2);
 
 impl Inner {
     pub(super) fn members_loop(&self, stop: &Receiver<()>) {
+        let mut found: HashMap<(u16, u64), Instant> = HashMap::new();
         while let Err(RecvTimeoutError::Timeout) = stop.recv_timeout(EVERY) {
+            found.retain(|_, when| when.elapsed() < AGAIN);
             let missed = self.state.lock().sessions.missed();
             for (node, life, listen) in missed {
+                if found.contains_key(&(node, life)) {
+                    continue;
+                }
                 // Its host answers that nobody listens there. A mount that is stopped, or cut off, is waited for.
                 if rdma_transport::is_deserted(self.config.fabric.into(), &listen) {
                     self.state.lock().sessions.ended(node, life);
+                } else {
+                    found.insert((node, life), Instant::now());
                 }
             }
         }

@@ -116,9 +116,12 @@ fn memory_without_a_store_can_be_removed() -> anyhow::Result<()> {
         let clean = |more: &[&str]| cluster.tool(&[&["clean", "--dir", &*memory], more].concat());
         let count = || -> anyhow::Result<usize> { Ok(fs::read_dir(cluster.memory())?.count()) };
         fs::write(cluster.mount(0).join("f"), vec![7; 1 << 20])?;
+        fs::File::open(cluster.mount(0).join("f"))?.sync_all()?;
         let all = count()?;
         let listed = clean(&["--remove"])?;
         ensure!(listed.matches("in use").count() == 3, "{listed}");
+        // A mount ends whose leases are lost with the memory.
+        cluster.end(Role::Mount(0))?;
         cluster.kill(Role::Storage(1));
         let listed = clean(&["--remove"])?;
         ensure!(
@@ -143,7 +146,8 @@ fn memory_without_a_store_can_be_removed() -> anyhow::Result<()> {
         // The others go on, and this one has what was stored.
         fs::rename(&away, &store)?;
         cluster.start_role(Role::Storage(1))?;
-        fs::write(cluster.mount(0).join("g"), b"x")?;
+        cluster.start_role(Role::Mount(0))?;
+        ensure!(fs::read(cluster.mount(0).join("f"))? == vec![7; 1 << 20]);
         Ok(())
     })
 }
