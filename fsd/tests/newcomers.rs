@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use fsd::client::net::{JoinError, Net, NetConfig};
-use fsd::client::workers::Workers;
-use fsd::clock::{Skew, Verdict};
-use fsd::config::Config;
-use fsd::endpoint::Endpoint;
-use fsd::meta::MetaServer;
-use fsd::rpc::{Errno, Responder, RpcError, Service};
-use fsd::wire::{Hello, JoinReply, MetaReply, MetaRequest, PROTOCOL, Role, Time, decode};
+use fsd_client::net::{JoinError, Net, NetConfig};
+use fsd_client::workers::Workers;
+use fsd_meta::MetaServer;
+use fsd_node::config::Config;
+use fsd_node::endpoint::Endpoint;
+use fsd_proto::clock::{Skew, Verdict};
+use fsd_proto::rpc::{Errno, Responder, RpcError, Service};
+use fsd_proto::wire::{Hello, JoinReply, MetaReply, MetaRequest, PROTOCOL, Role, Time, decode};
 use rdma_transport::TransportError;
 
 const KEY: &[u8] = b"a key of the tests, long enough";
@@ -45,7 +45,7 @@ fn world() -> World {
     let path = dir.path().join("cluster.toml");
     std::fs::write(&path, text).unwrap();
     let config = Config::load(&path).unwrap();
-    fsd::meta::server::format(&config, "uuid").unwrap();
+    fsd_meta::server::format(&config, "uuid").unwrap();
     let server = MetaServer::start(&config, KEY.to_vec(), false).unwrap();
     World { config, server, dir }
 }

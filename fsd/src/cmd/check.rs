@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
-use crate::config::{Config, Size};
-use crate::storage::check::examine;
+use fsd_node::config::{Config, Size};
+use fsd_storage::check::examine;
 
 /// Arguments of `fsd check`.
 #[derive(Debug, clap::Args)]

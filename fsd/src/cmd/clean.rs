@@ -5,9 +5,10 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
+use super::leftovers::{self, Verdict};
 use super::status::mib;
-use crate::config::Config;
-use crate::memory::{self, Verdict};
+use fsd_node::config::Config;
+use fsd_node::memory;
 
 /// Arguments of `fsd clean`.
 #[derive(Debug, clap::Args)]
@@ -46,7 +47,7 @@ fn dirs(args: &CleanArgs) -> anyhow::Result<Vec<PathBuf>> {
 pub fn run(args: &CleanArgs) -> anyhow::Result<ExitCode> {
     let (mut left, mut removed) = (0, 0);
     for dir in dirs(args)? {
-        let found = memory::list(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
+        let found = leftovers::list(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
         for mut memory in found {
             if matches!(memory.verdict, Verdict::Gone(_)) {
                 left += memory.bytes;
@@ -72,7 +73,7 @@ pub fn run(args: &CleanArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn line(memory: &memory::Memory, dir: &Path) -> String {
+fn line(memory: &leftovers::Memory, dir: &Path) -> String {
     let name = memory.stem.strip_prefix(dir).unwrap_or(&memory.stem);
     let whose = match &memory.note {
         Some(note) => note.to_string(),

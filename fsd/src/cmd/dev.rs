@@ -10,10 +10,10 @@ use signal_hook::iterator::Signals;
 
 use super::children::{Children, code_of, signal, wait_for};
 use super::temporary::Temporary;
-use crate::config::{
+use fsd_node::config::{
     CacheMode, Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, Size, StorageConfig,
 };
-use crate::storage::label::Label;
+use fsd_storage::label::Label;
 
 /// Arguments of `fsd dev`.
 #[derive(Debug, clap::Args)]
@@ -79,8 +79,8 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
                 dir: state.join(format!("storage{id}")),
                 pool: args.pool,
                 memory_dir: "/dev/shm".into(),
-                scrub: crate::config::default_scrub(),
-                scrub_pause_s: crate::config::default_scrub_pause(),
+                scrub: fsd_node::config::default_scrub(),
+                scrub_pause_s: fsd_node::config::default_scrub_pause(),
             })
         })
         .collect::<anyhow::Result<_>>()?;
@@ -92,7 +92,7 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
         cluster: "dev".into(),
         key_file: state.join("cluster.key"),
         fabric: args.fabric,
-        spin_us: args.spin_us.unwrap_or_else(crate::config::default_spin),
+        spin_us: args.spin_us.unwrap_or_else(fsd_node::config::default_spin),
         timeout_ms: 10_000,
         verbs: Default::default(),
         lease,
@@ -128,7 +128,7 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
             std::fs::create_dir(point).with_context(|| format!("cannot make {}", point.display()))?;
             made.push(point.clone());
         }
-        crate::client::mountpoint::check_point(point, false)?;
+        fsd_client::mountpoint::check_point(point, false)?;
     }
     let state = match &args.state {
         Some(dir) => {
@@ -152,9 +152,9 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
     if fresh {
         super::format::keygen(&config.key_file)?;
         let uuid = format!("{:032x}", rand::random::<u128>());
-        crate::meta::server::format(&config, &uuid)?;
+        fsd_meta::server::format(&config, &uuid)?;
         for s in &config.storage {
-            crate::storage::label::format(&s.dir, &Label::new(&config, s))?;
+            fsd_storage::label::format(&s.dir, &Label::new(&config, s))?;
         }
     }
     let quiet = !args.command.is_empty() && !args.verbose;

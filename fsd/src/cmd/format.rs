@@ -8,9 +8,9 @@ use std::process::ExitCode;
 use anyhow::Context;
 use rand::Rng;
 
-use crate::client::listen::is_here;
-use crate::config::{Config, FabricChoice, StorageConfig};
-use crate::storage::label::Label;
+use fsd_client::listen::is_here;
+use fsd_node::config::{Config, FabricChoice, StorageConfig};
+use fsd_storage::label::Label;
 
 /// Arguments of `fsd format`.
 #[derive(Debug, clap::Args)]
@@ -109,18 +109,18 @@ pub fn run(args: &FormatArgs) -> anyhow::Result<ExitCode> {
         }
     }
     if meta {
-        crate::meta::server::check_unformatted(&config.meta.dir)?;
+        fsd_meta::server::check_unformatted(&config.meta.dir)?;
     }
     for section in &storage {
-        crate::storage::label::check_unformatted(&section.dir)?;
+        fsd_storage::label::check_unformatted(&section.dir)?;
     }
     if meta {
         let uuid = format!("{:032x}", rand::random::<u128>());
-        crate::meta::server::format(&config, &uuid)?;
+        fsd_meta::server::format(&config, &uuid)?;
         println!("metadata store made in {}", config.meta.dir.display());
     }
     for section in storage {
-        crate::storage::label::format(&section.dir, &Label::new(&config, section))?;
+        fsd_storage::label::format(&section.dir, &Label::new(&config, section))?;
         println!(
             "storage node {} made in {} ({})",
             section.id,

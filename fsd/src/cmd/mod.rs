@@ -6,6 +6,7 @@ pub mod clean;
 pub mod dev;
 pub mod format;
 pub mod launch;
+pub mod leftovers;
 pub mod role;
 pub mod status;
 pub mod temporary;
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::config::{CacheMode, Config, FabricChoice, Size};
+use fsd_node::config::{CacheMode, Config, FabricChoice, Size};
 
 /// DistFUSE: a distributed POSIX file system with kernel-cached speed and single-copy consistency.
 #[derive(Debug, Parser)]
@@ -144,7 +145,7 @@ pub fn run(cli: Cli) -> ExitCode {
             point,
         } => load(&role).and_then(|(c, key)| {
             let cache = cache.unwrap_or(c.mount.cache);
-            let options = crate::client::MountOptions {
+            let options = fsd_client::MountOptions {
                 options,
                 point,
                 cache,

@@ -7,10 +7,10 @@ use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-use crate::client::{Mount, MountOptions};
-use crate::config::Config;
-use crate::meta::MetaServer;
-use crate::storage::StorageNode;
+use fsd_client::{Mount, MountOptions};
+use fsd_meta::MetaServer;
+use fsd_node::config::Config;
+use fsd_storage::StorageNode;
 
 /// Set by `fsd dev` for its children: they end when it dies.
 pub const PARENT_ENV: &str = "FSD_PARENT";

@@ -9,10 +9,10 @@ use rdma_transport::{Connection, Fabric};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::config::{Config, StorageConfig};
-use crate::endpoint::Endpoint;
-use crate::rpc::{Calls, Errno, Responder, Service};
-use crate::wire::{
+use fsd_node::config::{Config, StorageConfig};
+use fsd_node::endpoint::Endpoint;
+use fsd_proto::rpc::{Calls, Errno, Responder, Service};
+use fsd_proto::wire::{
     Hello, MetaReply, MetaRequest, MetaStatus, MountRequest, MountStatus, PeerState, Role, StorageReply,
     StorageRequest, StorageStatus,
 };
@@ -44,9 +44,11 @@ impl Asker {
     pub fn new(config: &Config) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
         let listen = match config.fabric {
-            crate::config::FabricChoice::Shm => dir.path().join("tool.sock").to_string_lossy().into_owned(),
-            crate::config::FabricChoice::Tcp => "127.0.0.1:0".into(),
-            crate::config::FabricChoice::Verbs => "0.0.0.0:0".into(),
+            fsd_node::config::FabricChoice::Shm => {
+                dir.path().join("tool.sock").to_string_lossy().into_owned()
+            }
+            fsd_node::config::FabricChoice::Tcp => "127.0.0.1:0".into(),
+            fsd_node::config::FabricChoice::Verbs => "0.0.0.0:0".into(),
         };
         // Nobody waits for a tool in a hurry, and a node that is down shall not hold it up.
         let config = Config {

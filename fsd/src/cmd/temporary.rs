@@ -13,8 +13,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use rustix::mount::UnmountFlags;
 
-use crate::client::kernel_mount::escaped;
-use crate::memory;
+use super::leftovers;
+use fsd_client::kernel_mount::escaped;
+use fsd_node::memory;
 
 /// How the names begin.
 const PREFIXES: [&str; 2] = ["fsd-dev-", "fsd-launch-"];
@@ -91,7 +92,7 @@ fn host() -> String {
 
 fn remove_memory(stores: &Path) {
     let dir = Path::new(memory::DEFAULT_DIR);
-    match memory::remove_below(dir, stores) {
+    match leftovers::remove_below(dir, stores) {
         Ok(0) => {}
         Ok(bytes) => tracing::debug!("removed {bytes} bytes of memory files that a killed server has left"),
         Err(error) => tracing::warn!("memory files of {}: {error}", stores.display()),
@@ -119,7 +120,7 @@ fn candidates() -> Vec<PathBuf> {
         .flatten()
         .flatten();
     let mut all: Vec<PathBuf> = here.map(|entry| entry.path()).collect();
-    let memory = memory::list(Path::new(memory::DEFAULT_DIR)).unwrap_or_default();
+    let memory = leftovers::list(Path::new(memory::DEFAULT_DIR)).unwrap_or_default();
     let stores = memory
         .into_iter()
         .filter_map(|m| Some(m.note?.store.parent()?.to_owned()));

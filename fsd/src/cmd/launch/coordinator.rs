@@ -10,10 +10,10 @@ use rdma_transport::{ConnId, Connection};
 
 use super::rendezvous::{Addresses, Job, Rendezvous, Tell};
 use super::talk::Say;
-use crate::config::Config;
-use crate::endpoint::Endpoint;
-use crate::rpc::{Errno, Responder, Service};
-use crate::wire::{Hello, Role};
+use fsd_node::config::Config;
+use fsd_node::endpoint::Endpoint;
+use fsd_proto::rpc::{Errno, Responder, Service};
+use fsd_proto::wire::{Hello, Role};
 
 /// How long members may take to hear the last word.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -57,7 +57,7 @@ impl Service for Desk {
     }
 
     fn request(&self, _: &Hello, body: &[u8], responder: Responder) {
-        let Ok(say) = crate::wire::decode::<Say>(body) else {
+        let Ok(say) = fsd_proto::wire::decode::<Say>(body) else {
             return responder.reply::<super::talk::Order>(&Err(Errno(libc::EPROTO)));
         };
         let conn = responder.conn().id();

@@ -15,11 +15,11 @@ use signal_hook::iterator::Signals;
 use super::talk::{Order, Phase, Plan, Say};
 use crate::cmd::children::{Children, code_of, follow_us, signal, wait_for};
 use crate::cmd::temporary::Temporary;
-use crate::config::Config;
-use crate::endpoint::Endpoint;
-use crate::rpc::{Responder, RpcError, Service};
-use crate::storage::label::Label;
-use crate::wire::{Hello, Role};
+use fsd_node::config::Config;
+use fsd_node::endpoint::Endpoint;
+use fsd_proto::rpc::{Responder, RpcError, Service};
+use fsd_proto::wire::{Hello, Role};
+use fsd_storage::label::Label;
 
 const POLL: Duration = Duration::from_millis(20);
 /// How long a command gets to end when the job is stopped.
@@ -158,7 +158,7 @@ fn free_ports() -> anyhow::Result<[u16; 2]> {
 /// Something failed, here or elsewhere; everything started here has been taken down.
 pub fn run(member: &Member<'_>) -> anyhow::Result<(u8, u8)> {
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
-    let ip = crate::client::listen::route_to(&member.rendezvous)
+    let ip = fsd_client::listen::route_to(&member.rendezvous)
         .with_context(|| format!("no route to the rendezvous {}", member.rendezvous))?;
     let listen = std::net::SocketAddr::new(ip, 0).to_string();
     let endpoint = Endpoint::open(
@@ -221,7 +221,7 @@ fn take_part(member: &Member<'_>, ip: IpAddr, session: &mut Session) -> anyhow::
         let section = config.storage.iter().find(|s| s.id == id);
         let section = section.with_context(|| format!("the plan has no storage node {id}"))?;
         if !section.dir.exists() {
-            crate::storage::label::format(&section.dir, &Label::new(&config, section))?;
+            fsd_storage::label::format(&section.dir, &Label::new(&config, section))?;
         }
         let id = id.to_string();
         children.spawn(
@@ -235,7 +235,7 @@ fn take_part(member: &Member<'_>, ip: IpAddr, session: &mut Session) -> anyhow::
 
     if plan.meta {
         if !config.meta.dir.exists() {
-            crate::meta::server::format(&config, &plan.uuid)?;
+            fsd_meta::server::format(&config, &plan.uuid)?;
         }
         children_of(session)?.spawn("metadata server", &["meta"], None)?;
     }

@@ -31,11 +31,11 @@ use rand::Rng;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::client::listen::is_here;
-use crate::config::{
+use coordinator::Coordinator;
+use fsd_client::listen::is_here;
+use fsd_node::config::{
     CacheMode, Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, Size, StorageConfig,
 };
-use coordinator::Coordinator;
 use member::Member;
 use rendezvous::{Addresses, Job};
 use roles::Roles;
@@ -182,13 +182,13 @@ fn cluster(args: &LaunchArgs, roles: &Roles) -> Config {
         dir: PathBuf::new(),
         pool: args.pool,
         memory_dir: "/dev/shm".into(),
-        scrub: crate::config::default_scrub(),
-        scrub_pause_s: crate::config::default_scrub_pause(),
+        scrub: fsd_node::config::default_scrub(),
+        scrub_pause_s: fsd_node::config::default_scrub_pause(),
     });
     Config {
         cluster: "launch".into(),
         fabric: args.fabric,
-        spin_us: crate::config::default_spin(),
+        spin_us: fsd_node::config::default_spin(),
         storage: storage.collect(),
         ..base(args)
     }
@@ -242,7 +242,7 @@ fn over_ssh(args: &LaunchArgs, hosts: &[String]) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
     let size = u32::try_from(hosts.len()).context("too many hosts")?;
     let key = match &args.key_file {
-        Some(file) => crate::config::read_key(file)?,
+        Some(file) => fsd_node::config::read_key(file)?,
         None => {
             let mut key = vec![0; 32];
             rand::rng().fill(&mut key[..]);
@@ -449,7 +449,7 @@ fn part(
 /// One of several processes that mpirun or srun have started.
 fn as_rank(args: &LaunchArgs, rank: &ranks::Rank) -> anyhow::Result<ExitCode> {
     let key = match (&args.key_file, std::env::var(KEY_ENV)) {
-        (Some(file), _) => crate::config::read_key(file)?,
+        (Some(file), _) => fsd_node::config::read_key(file)?,
         (None, Ok(text)) => unhex(&text)?,
         (None, Err(_)) => bail!(
             "the ranks share no secret: export {KEY_ENV}=$(fsd keygen -) and pass it on (mpirun -x {KEY_ENV}), or name a file with --key-file"

@@ -1,0 +1,462 @@
+//! Reading data, and finding and allocating the frames it lives in.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use lockmgr::Mode;
+use rdma_transport::{Op, TransportError};
+
+use super::Client;
+use super::ctx::{Ctx, Res, Stop, fail};
+use super::inode::{Inode, State};
+use super::pages::{PAGE, page_of};
+use fsd_node::config::CacheMode;
+use fsd_proto::layout::BLOCK;
+use fsd_proto::rpc::Errno;
+use fsd_proto::wire::{BlockWant, Frame, StorageReply, StorageRequest};
+
+/// Frames asked for in one request.
+const LOOKUP_COUNT: u32 = 4096;
+/// Transfers in one batch; with the counter of a slab for each it stays below any fabric's limit.
+const BATCH: usize = 32;
+/// How long one-sided operations are repeated on new connections before they fail.
+const DATA_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// One stretch of a transfer within one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stretch {
+    /// Block number.
+    pub block: u64,
+    /// Offset in the block.
+    pub at: u64,
+    /// Offset in the caller's buffer.
+    pub pos: usize,
+    /// Length.
+    pub len: usize,
+}
+
+/// Cuts `offset .. offset + len` at block boundaries.
+pub fn stretches(offset: u64, len: usize) -> impl Iterator<Item = Stretch> {
+    let end = offset + len as u64;
+    let mut from = offset;
+    std::iter::from_fn(move || {
+        if from >= end {
+            return None;
+        }
+        let block = from / BLOCK;
+        let to = end.min((block + 1) * BLOCK);
+        let stretch = Stretch {
+            block,
+            at: from % BLOCK,
+            pos: (from - offset) as usize,
+            len: (to - from) as usize,
+        };
+        from = to;
+        Some(stretch)
+    })
+}
+
+impl Client {
+    /// Makes the map of frames complete for the storage nodes of blocks `first ..= last`.
+    ///
+    /// # Errors
+    /// Park; the storage node cannot be reached.
+    pub fn load_frames(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut State,
+        first: u64,
+        last: u64,
+    ) -> Res<()> {
+        let nodes = u64::from(self.net.storage_count());
+        state.check_layout();
+        for block in first..=last.min(first + nodes - 1) {
+            let node = self.storage_of(inode.ino, block);
+            if state.frames.loaded.contains(&node) {
+                continue;
+            }
+            ctx.may_wait()?;
+            let mut from = 0;
+            loop {
+                let request = StorageRequest::Lookup {
+                    ino: inode.ino,
+                    first: from,
+                    count: LOOKUP_COUNT,
+                };
+                let StorageReply::Blocks(blocks) = self.net.ask_storage(node, &request)? else {
+                    return fail(libc::EPROTO);
+                };
+                for block in &blocks {
+                    state.frames.learn(block.block, block.frame);
+                }
+                let lost = blocks.iter().filter(|b| b.lost).map(|b| b.block);
+                state.frames.lost.extend(lost);
+                match blocks.last() {
+                    Some(end) if blocks.len() == LOOKUP_COUNT as usize => from = end.block + 1,
+                    _ => break,
+                }
+            }
+            state.frames.loaded.insert(node);
+        }
+        Ok(())
+    }
+
+    /// Makes the whole map of frames complete.
+    ///
+    /// # Errors
+    /// As [`Client::load_frames`].
+    pub fn load_all_frames(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<()> {
+        self.load_frames(ctx, inode, state, 0, u64::from(self.net.storage_count()) - 1)
+    }
+
+    /// Allocates frames for blocks: (block, least size). Exact bookkeeping of blocks and reservations.
+    ///
+    /// # Errors
+    /// `ENOSPC`; the storage node cannot be reached.
+    pub fn allocate(&self, inode: &Inode, state: &mut State, wants: &[(u64, u32)]) -> Res<()> {
+        let mut by_node: HashMap<u16, Vec<(u64, u32)>> = HashMap::new();
+        for &(block, size) in wants {
+            if state.frames.known().get(&block).is_none_or(|f| f.size < size) {
+                let size = state.frames.size_of(block, size);
+                by_node
+                    .entry(self.storage_of(inode.ino, block))
+                    .or_default()
+                    .push((block, size));
+            }
+        }
+        for (node, blocks) in by_node {
+            for part in blocks.chunks(512) {
+                let reserved: u64 = part
+                    .iter()
+                    .filter_map(|(b, _)| state.frames.reserved.get(b))
+                    .map(|&r| u64::from(r))
+                    .sum();
+                let wants = part
+                    .iter()
+                    .map(|&(block, size)| BlockWant {
+                        ino: inode.ino,
+                        block,
+                        size,
+                    })
+                    .collect();
+                let request = StorageRequest::Allocate { wants, reserved };
+                let StorageReply::Allocated(frames) = self.net.ask_storage(node, &request)? else {
+                    return fail(libc::EPROTO);
+                };
+                self.space.used(node, reserved);
+                for (&(block, _), frame) in part.iter().zip(frames) {
+                    state.take_frame(block, frame);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs one-sided operations against a storage node's pool; repeats them on a new connection where
+    /// the old one broke (reads and writes of file data may be done twice).
+    ///
+    /// # Errors
+    /// Park; the node cannot be reached within the time limit.
+    pub fn transfer(&self, ctx: &Ctx<'_>, node: u16, mut ops: Vec<PoolOp<'_>>) -> Res<()> {
+        if !self.local_memory() {
+            ctx.may_wait()?;
+        }
+        let deadline = Instant::now() + DATA_TIMEOUT;
+        loop {
+            let session = match self.net.storage_now(node) {
+                Some(session) => session,
+                None => {
+                    ctx.may_wait()?;
+                    self.net.storage(node)?
+                }
+            };
+            let mut failed = None;
+            for part in ops.chunks_mut(BATCH) {
+                let mut batch: Vec<Op<'_>> = Vec::with_capacity(part.len() + 8);
+                let mut slabs: Vec<u64> = Vec::new();
+                for op in part.iter_mut() {
+                    match op {
+                        PoolOp::Read { offset, into } => {
+                            batch.push(Op::Read {
+                                at: session.pool(*offset),
+                                into,
+                            });
+                        }
+                        PoolOp::Write { offset, from } => {
+                            batch.push(Op::Write {
+                                at: session.pool(*offset),
+                                from,
+                            });
+                            if !slabs.contains(&(*offset / BLOCK)) {
+                                slabs.push(*offset / BLOCK);
+                            }
+                        }
+                    }
+                }
+                // After the writes of the batch, so that the flusher never takes a slab for clean too early.
+                for slab in slabs {
+                    batch.push(Op::Faa {
+                        at: session.dirty(slab * BLOCK),
+                        add: 1,
+                        old: 0,
+                    });
+                }
+                if let Err(error) = session.conn.execute(&mut batch) {
+                    failed = Some(error);
+                    break;
+                }
+            }
+            match failed {
+                None => return Ok(()),
+                Some(error @ TransportError::Invalid(_)) => {
+                    tracing::error!("storage node {node}: {error}");
+                    return fail(libc::EIO);
+                }
+                Some(error) => {
+                    tracing::debug!("storage node {node}: {error}");
+                    if Instant::now() > deadline {
+                        return Err(Stop::Errno(Errno(libc::EIO)));
+                    }
+                    ctx.may_wait()?;
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+            }
+        }
+    }
+
+    /// As [`Client::transfer`], against several storage nodes.
+    ///
+    /// # Errors
+    /// As [`Client::transfer`].
+    pub fn transfer_all(&self, ctx: &Ctx<'_>, transfers: Transfers<'_>) -> Res<()> {
+        for (node, ops) in transfers.0 {
+            self.transfer(ctx, node, ops)?;
+        }
+        Ok(())
+    }
+
+    /// One-sided operations do not wait for anybody (shared memory).
+    #[must_use]
+    pub fn local_memory(&self) -> bool {
+        !self.cache_reads
+    }
+
+    /// Reads stored data into `out`, not looking at cached pages; holes read as zeros.
+    ///
+    /// # Errors
+    /// Park; the storage node cannot be reached.
+    pub fn read_stored(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut State,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Res<()> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        let last = (offset + out.len() as u64 - 1) / BLOCK;
+        self.load_frames(ctx, inode, state, offset / BLOCK, last)?;
+        if state.frames.any_lost(offset / BLOCK, last) {
+            return fail(libc::EIO);
+        }
+        let mut reads = Transfers::default();
+        let mut rest = out;
+        for s in stretches(offset, rest.len()).collect::<Vec<_>>() {
+            let (part, tail) = rest.split_at_mut(s.len);
+            rest = tail;
+            let stored = match state.frames.known().get(&s.block) {
+                Some(frame) => u64::from(frame.size).saturating_sub(s.at).min(s.len as u64) as usize,
+                None => 0,
+            };
+            let (data, hole) = part.split_at_mut(stored);
+            hole.fill(0);
+            if let Some(frame) = state.frames.known().get(&s.block).filter(|_| stored > 0) {
+                let node = self.storage_of(inode.ino, s.block);
+                let offset = frame.offset + s.at;
+                reads.add(node, PoolOp::Read { offset, into: data });
+            }
+        }
+        self.transfer_all(ctx, reads)
+    }
+
+    /// Reads what a system call would, under a lease that is held: `out` is cut at the end of the file. `keep`: it is
+    /// worth keeping here what came from the storage nodes.
+    ///
+    /// # Errors
+    /// As [`Client::read_stored`].
+    pub fn read_held(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut State,
+        offset: u64,
+        out: &mut Vec<u8>,
+        keep: bool,
+    ) -> Res<()> {
+        let attr = self.load_attr(ctx, inode, state)?;
+        let len = attr.size.saturating_sub(offset).min(out.len() as u64) as usize;
+        out.truncate(len);
+        if len == 0 {
+            return Ok(());
+        }
+        let (first, last) = (page_of(offset), page_of(offset + len as u64 - 1));
+        if !state.pages.covers(first, last) {
+            self.read_stored(ctx, inode, state, offset, out)?;
+            if keep && self.cache_reads {
+                self.keep(state, offset, out, attr.size);
+            }
+        }
+        state.pages.overlay(offset, out);
+        if let Some(mapped) = inode.mapped.get() {
+            mapped.overlay(offset, out);
+        }
+        Ok(())
+    }
+
+    /// Keeps whole pages of what has been read.
+    fn keep(&self, state: &mut State, offset: u64, data: &[u8], size: u64) {
+        let end = offset + data.len() as u64;
+        let before = state.pages.len();
+        let mut page = offset.div_ceil(PAGE);
+        while page * PAGE < end {
+            let from = (page * PAGE - offset) as usize;
+            let to = data.len().min(from + PAGE as usize);
+            // A short page is whole only at the end of the file.
+            if (to - from == PAGE as usize || end >= size) && state.pages.get(page).is_none() {
+                let mut bytes = vec![0; PAGE as usize].into_boxed_slice();
+                bytes[..to - from].copy_from_slice(&data[from..to]);
+                state.pages.insert(page, bytes, false);
+            }
+            page += 1;
+        }
+        self.count_pages(before, state.pages.len());
+    }
+
+    /// Books a change of the number of cached pages.
+    pub fn count_pages(&self, before: usize, after: usize) {
+        use std::sync::atomic::Ordering::Relaxed;
+        if after >= before {
+            self.cached_pages.fetch_add(after - before, Relaxed);
+        } else {
+            self.cached_pages.fetch_sub(before - after, Relaxed);
+        }
+    }
+
+    /// The `read` system call; `answer` runs while the lease is held. `fills` says that the kernel puts
+    /// what it gets into its page cache.
+    ///
+    /// # Errors
+    /// Park; I/O errors.
+    pub fn read<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        offset: u64,
+        buffer: &mut Vec<u8>,
+        fills: bool,
+        answer: impl FnOnce(&[u8]) -> T,
+    ) -> Res<T> {
+        let guard = self.lease(ctx, inode, Mode::Shared)?;
+        {
+            let mut state = inode.lock(ctx, guard.version())?;
+            // Not what the kernel is about to keep: it would be here twice, and copied once more.
+            let keep = !fills || self.mode == CacheMode::Direct;
+            self.read_held(ctx, inode, &mut state, offset, buffer, keep)?;
+        }
+        if fills && self.mode != CacheMode::Writeback {
+            inode
+                .kernel
+                .pages
+                .store(true, std::sync::atomic::Ordering::SeqCst);
+            inode
+                .kernel
+                .fills
+                .fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        }
+        let done = answer(buffer);
+        drop(guard);
+        Ok(done)
+    }
+}
+
+/// A one-sided operation on a storage node's pool.
+#[derive(Debug)]
+pub enum PoolOp<'a> {
+    /// Reads.
+    Read {
+        /// Offset in the pool.
+        offset: u64,
+        /// Destination.
+        into: &'a mut [u8],
+    },
+    /// Writes.
+    Write {
+        /// Offset in the pool.
+        offset: u64,
+        /// Source.
+        from: &'a [u8],
+    },
+}
+
+/// Operations on the pools of several storage nodes.
+#[derive(Debug, Default)]
+pub struct Transfers<'a>(BTreeMap<u16, Vec<PoolOp<'a>>>);
+
+impl<'a> Transfers<'a> {
+    /// One more, on storage node `node`.
+    pub fn add(&mut self, node: u16, op: PoolOp<'a>) {
+        self.0.entry(node).or_default().push(op);
+    }
+}
+
+/// The frames of blocks `first ..= last`.
+pub fn frames_in(state: &State, first: u64, last: u64) -> Vec<(u64, Frame)> {
+    state
+        .frames
+        .known()
+        .range(first..=last)
+        .map(|(&b, &f)| (b, f))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transfers_are_cut_at_blocks() {
+        let cut: Vec<Stretch> = stretches(BLOCK - 10, 20 + BLOCK as usize).collect();
+        assert_eq!(cut.len(), 3);
+        assert_eq!(
+            cut[0],
+            Stretch {
+                block: 0,
+                at: BLOCK - 10,
+                pos: 0,
+                len: 10
+            }
+        );
+        assert_eq!(
+            cut[1],
+            Stretch {
+                block: 1,
+                at: 0,
+                pos: 10,
+                len: BLOCK as usize
+            }
+        );
+        assert_eq!(
+            cut[2],
+            Stretch {
+                block: 2,
+                at: 0,
+                pos: 10 + BLOCK as usize,
+                len: 10
+            }
+        );
+        assert_eq!(stretches(5, 0).count(), 0);
+    }
+}

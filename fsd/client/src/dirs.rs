@@ -1,0 +1,290 @@
+//! Looking names up and listing directories.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use fuser::INodeNo;
+use lockmgr::Mode;
+
+use super::Client;
+use super::ctx::{Ctx, Res, Stop, fail};
+use super::inode::{Granted, Inode, Listing, Source, State};
+use fsd_proto::layout::NAME_MAX;
+use fsd_proto::rpc::{Errno, RpcError};
+use fsd_proto::wire::{Attr, Kind, MetaReply, MetaRequest};
+
+/// Attempts at an operation whose names change under it, before it fails.
+pub const ATTEMPTS: usize = 1000;
+
+/// How often a name is looked at again that is just being removed.
+const REMOVAL_POLL: Duration = Duration::from_micros(200);
+
+/// Cookie of `.`.
+pub const COOKIE_DOT: u64 = 1;
+/// Cookie of `..`.
+pub const COOKIE_DOTDOT: u64 = 2;
+
+impl Client {
+    /// What a name is, in a directory whose lease is held and whose state is locked.
+    ///
+    /// # Errors
+    /// Park; `ENOTDIR`, `ENOENT` for a directory that is gone: it was empty.
+    pub fn entry_held(
+        &self,
+        ctx: &Ctx<'_>,
+        dir: &Inode,
+        state: &mut State,
+        name: &[u8],
+    ) -> Res<Option<(u64, Kind)>> {
+        if name.len() > NAME_MAX {
+            return fail(libc::ENAMETOOLONG);
+        }
+        if state.gone {
+            self.tell_gone(dir, state);
+            return fail(libc::ENOENT);
+        }
+        if let Some(known) = state.dir.lookup(name) {
+            return Ok(known.map(|(ino, kind, _)| (ino, kind)));
+        }
+        ctx.may_wait()?;
+        let request = MetaRequest::Lookup {
+            parent: dir.ino,
+            name: name.to_vec(),
+        };
+        let found = match self.net.meta(&request) {
+            Ok(MetaReply::Found(found)) => found,
+            Ok(_) => return fail(libc::EPROTO),
+            Err(RpcError::Errno(Errno(libc::ENOENT))) => {
+                state.gone = true;
+                self.tell_gone(dir, state);
+                return fail(libc::ENOENT);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        Ok(match found {
+            Some((cookie, attr)) => {
+                state.dir.add(name, attr.ino, attr.kind, cookie);
+                self.offer(attr);
+                Some((attr.ino, attr.kind))
+            }
+            None => {
+                state.dir.remove(name);
+                None
+            }
+        })
+    }
+
+    /// Another mount has removed a directory: has the kernel know, so that getcwd(2) says so, too. Aside, for it takes the inode lock
+    /// that the request may hold on whose behalf this was found out.
+    pub fn tell_gone(&self, dir: &Inode, state: &mut State) {
+        let (Some((above, name)), Some(notifier)) = (state.place.take(), self.notifier.get().cloned()) else {
+            return;
+        };
+        let gone = dir.ino;
+        self.revokers.run(move || {
+            // It is refused where the name is another directory's by now, or none: then the kernel knows.
+            let _ = notifier.delete(INodeNo(above), INodeNo(gone), OsStr::from_bytes(&name));
+        });
+    }
+
+    /// Attributes that came along with something else: taken over if their version is that of the lease.
+    fn offer(&self, attr: Attr) {
+        let inode = self.inode(attr.ino);
+        let mut slot = inode.granted.lock();
+        if slot.is_none() {
+            *slot = Some(Box::new(Granted {
+                attr,
+                source: Source::Server,
+            }));
+        }
+    }
+
+    /// What a name is.
+    ///
+    /// # Errors
+    /// As [`Client::entry_held`].
+    pub fn entry(&self, ctx: &Ctx<'_>, dir: &Inode, name: &[u8]) -> Res<Option<(u64, Kind)>> {
+        let guard = self.lease(ctx, dir, Mode::Shared)?;
+        let mut state = dir.lock(ctx, guard.version())?;
+        let found = self.entry_held(ctx, dir, &mut state, name)?;
+        self.lend_names(ctx, dir, guard.version(), &mut state);
+        Ok(found)
+    }
+
+    /// Looks a name up for a thread; `answer` runs while the lease on what it names is held.
+    ///
+    /// # Errors
+    /// Park; `ENOENT`…
+    pub fn lookup<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        dir: &Inode,
+        name: &[u8],
+        thread: u32,
+        answer: impl FnOnce(&Arc<Inode>, &Attr, Duration) -> T,
+    ) -> Res<T> {
+        let began = Instant::now();
+        let mut attempts = 0;
+        while attempts < ATTEMPTS {
+            let Some((number, _)) = self.entry(ctx, dir, name)? else {
+                return fail(libc::ENOENT);
+            };
+            let inode = self.inode(number);
+            let guard = self.lease(ctx, &inode, Mode::Shared)?;
+            let attr = {
+                let mut state = inode.lock(ctx, guard.version())?;
+                let attr = self.load_attr(ctx, &inode, &mut state);
+                if let Ok(attr) = &attr {
+                    if attr.kind == Kind::Directory {
+                        state.place = Some((dir.ino, name.to_vec()));
+                    }
+                    if attr.kind == Kind::Symlink {
+                        // Asked for next, when the link may be gone already.
+                        self.target_held(ctx, &inode, &mut state)?;
+                    }
+                    self.lend_ahead(&inode, Mode::Shared, guard.version(), attr, &state);
+                }
+                attr
+            };
+            match attr {
+                Ok(attr) => {
+                    if attr.kind == Kind::File && !self.note_look_up(ctx, &inode, thread)? {
+                        // Another request of this mount is just taking the name away.
+                        drop(guard);
+                        if began.elapsed() > self.lease_wait {
+                            break;
+                        }
+                        ctx.may_wait()?;
+                        std::thread::sleep(REMOVAL_POLL);
+                        continue;
+                    }
+                    inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
+                    let ttl = self.attr_ttl(&inode, attr.kind);
+                    let done = answer(&inode, &attr, ttl);
+                    drop(guard);
+                    return Ok(done);
+                }
+                // The name got another inode meanwhile, or none: look again.
+                Err(Stop::Errno(Errno(libc::ESTALE))) => attempts += 1,
+                Err(stop) => return Err(stop),
+            }
+        }
+        fail(libc::ESTALE)
+    }
+
+    /// What open_by_handle_at(2) needs: an inode by its number (`.`), or the directory that a directory was found in (`..`).
+    ///
+    /// # Errors
+    /// Park; `ESTALE` for an inode that is gone, or of which that is not known.
+    pub fn lookup_by_number<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        number: u64,
+        name: &[u8],
+        thread: u32,
+        answer: impl FnOnce(&Arc<Inode>, &Attr, Duration) -> T,
+    ) -> Res<T> {
+        ctx.may_wait()?;
+        let number = match name {
+            b"." => number,
+            _ => {
+                let inode = self.inodes.find(number);
+                let place = inode.and_then(|i| i.lock_raw().place.clone());
+                place.map_or_else(|| fail(libc::ESTALE), |(above, _)| Ok(above))?
+            }
+        };
+        // Whoever has a handle made the number up, perhaps: there need not be such a record.
+        match self.net.meta(&MetaRequest::GetAttr { ino: number }) {
+            Err(RpcError::Errno(Errno(libc::ENOENT))) => return fail(libc::ESTALE),
+            found => found?,
+        };
+        let inode = self.inode(number);
+        let guard = self.lease(ctx, &inode, Mode::Shared)?;
+        let attr = {
+            let mut state = inode.lock(ctx, guard.version())?;
+            self.load_attr(ctx, &inode, &mut state)?
+        };
+        if attr.kind == Kind::File && !self.note_look_up(ctx, &inode, thread)? {
+            return fail(libc::ESTALE);
+        }
+        inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
+        let ttl = self.attr_ttl(&inode, attr.kind);
+        let done = answer(&inode, &attr, ttl);
+        drop(guard);
+        Ok(done)
+    }
+
+    /// The listing of a directory as it is now.
+    ///
+    /// # Errors
+    /// Park; `ENOENT`, `ENOTDIR`.
+    pub fn listing(&self, ctx: &Ctx<'_>, dir: &Inode) -> Res<Listing> {
+        let guard = self.lease(ctx, dir, Mode::Shared)?;
+        let mut state = dir.lock(ctx, guard.version())?;
+        if let Some(listing) = &state.dir.listing {
+            return Ok(Arc::clone(listing));
+        }
+        if state.gone {
+            return Ok(Listing::default());
+        }
+        if !state.dir.complete {
+            ctx.may_wait()?;
+            let mut after = Vec::new();
+            loop {
+                let request = MetaRequest::ReadDir { ino: dir.ino, after };
+                let MetaReply::Entries(entries, all) = self.net.meta(&request)? else {
+                    return fail(libc::EPROTO);
+                };
+                after = entries.last().map(|(e, _)| e.name.clone()).unwrap_or_default();
+                for (entry, attr) in entries {
+                    state.dir.add(&entry.name, entry.ino, entry.kind, entry.cookie);
+                    self.offer(attr);
+                }
+                if all {
+                    break;
+                }
+            }
+            state.dir.complete = true;
+            state.dir.absent.clear();
+        }
+        let listing: BTreeMap<_, _> = state
+            .dir
+            .entries
+            .iter()
+            .map(|(name, &(ino, kind, cookie))| (cookie, (name.clone(), ino, kind)))
+            .collect();
+        let listing = Arc::new(listing);
+        state.dir.listing = Some(Arc::clone(&listing));
+        Ok(listing)
+    }
+
+    /// Target of a symbolic link.
+    ///
+    /// # Errors
+    /// Park; `EINVAL` for anything else.
+    pub fn readlink(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<Vec<u8>> {
+        let guard = self.lease(ctx, inode, Mode::Shared)?;
+        let mut state = inode.lock(ctx, guard.version())?;
+        self.target_held(ctx, inode, &mut state)
+    }
+
+    /// As [`Client::readlink`], with the lease held and the state locked.
+    fn target_held(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<Vec<u8>> {
+        if let Some(target) = &state.target {
+            return Ok(target.clone());
+        }
+        if self.load_attr(ctx, inode, state)?.kind != Kind::Symlink {
+            return fail(libc::EINVAL);
+        }
+        ctx.may_wait()?;
+        let MetaReply::Target(target) = self.net.meta(&MetaRequest::ReadLink { ino: inode.ino })? else {
+            return fail(libc::EPROTO);
+        };
+        state.target = Some(target.clone());
+        Ok(target)
+    }
+}

@@ -1,0 +1,169 @@
+//! Reading and writing.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use fuser::{INodeNo, ReplyData, ReplyWrite, Request};
+
+use super::convert::{caller_of, error_of};
+use super::serve;
+use crate::ctx::{Ctx, Permits, Stop};
+use crate::inode::Inode;
+use crate::mapped::Queued;
+use crate::opens::Handle;
+use crate::write::WriteFlags;
+use crate::{Client, MAX_FILE_SIZE, buffers};
+use fsd_node::config::CacheMode;
+
+/// `fills`: the kernel puts what it gets into its page cache.
+pub(super) fn read(
+    client: &Arc<Client>,
+    ino: INodeNo,
+    offset: u64,
+    size: u32,
+    fills: bool,
+    reply: ReplyData,
+) {
+    serve(client, reply, ReplyData::error, move |c, ctx, reply| {
+        let mut buffer = buffers::take(size as usize);
+        let result = c.read(ctx, &c.inode(ino.0), offset, &mut buffer, fills, |data| {
+            if let Some(reply) = reply.take() {
+                reply.data(data);
+            }
+        });
+        buffers::give(buffer);
+        result
+    });
+}
+
+/// `mapped`: the pages come from the kernel's page cache, which may hold them locked.
+pub(super) fn write(
+    client: &Arc<Client>,
+    ino: INodeNo,
+    offset: u64,
+    data: &[u8],
+    how: WriteFlags,
+    mapped: bool,
+    reply: ReplyWrite,
+) {
+    client.counters.requests.fetch_add(1, Ordering::Relaxed);
+    let inode = client.inode(ino.0);
+    // The data is only borrowed here: the first attempt uses it in place.
+    if !mapped {
+        let first = client.write(&Ctx::on_loop(&client.permits), &inode, offset, data, how);
+        return match first {
+            Ok(n) => reply.written(n),
+            Err(Stop::Errno(e)) => reply.error(error_of(e)),
+            Err(Stop::Park) => write_later(client, inode, offset, data.to_vec(), how, reply),
+        };
+    }
+    write_mapped(client, inode, offset, data, how, reply);
+}
+
+/// A write that is answered when it is durable: on a worker at once, for it will wait.
+pub(super) fn write_sync(
+    client: &Arc<Client>,
+    handle: Arc<Handle>,
+    offset: u64,
+    data: &[u8],
+    how: WriteFlags,
+    reply: ReplyWrite,
+) {
+    client.counters.requests.fetch_add(1, Ordering::Relaxed);
+    let (me, data) = (Arc::clone(client), data.to_vec());
+    client.workers.run(move || {
+        let ctx = Ctx::on_worker();
+        let written = me.write(&ctx, &handle.inode, offset, &data, how);
+        let durable = written.and_then(|n| {
+            me.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
+            Ok(n)
+        });
+        match durable {
+            Ok(n) => reply.written(n),
+            Err(stop) => reply.error(error_of(Client::errno_of(stop))),
+        }
+    });
+}
+
+fn write_later(
+    client: &Arc<Client>,
+    inode: Arc<Inode>,
+    offset: u64,
+    data: Vec<u8>,
+    how: WriteFlags,
+    reply: ReplyWrite,
+) {
+    let me = Arc::clone(client);
+    me.counters.parked.fetch_add(1, Ordering::Relaxed);
+    client.workers.run(
+        move || match me.write(&Ctx::on_worker(), &inode, offset, &data, how) {
+            Ok(n) => reply.written(n),
+            Err(stop) => reply.error(error_of(Client::errno_of(stop))),
+        },
+    );
+}
+
+/// A write of mapped pages: answered when applied, or when a revocation cannot wait for that. So it is known to revocations before it
+/// waits for anything.
+fn write_mapped(
+    client: &Arc<Client>,
+    inode: Arc<Inode>,
+    offset: u64,
+    data: &[u8],
+    how: WriteFlags,
+    reply: ReplyWrite,
+) {
+    let len = data.len() as u32;
+    let (number, at_once) = inode.mapped.begin(Box::new(move |result| match result {
+        Ok(()) => reply.written(len),
+        Err(error) => reply.error(error_of(error)),
+    }));
+    if at_once && client.may_write_at_once(&inode) {
+        // Not to wait for anything: a revocation may wait for this. The kernel extension writes back before the lease is
+        // given up, so there it does not.
+        let never = Permits::new(0, 0);
+        let permits = if client.mode == CacheMode::Writeback {
+            &client.permits
+        } else {
+            &never
+        };
+        match client.write_pages(&Ctx::on_loop(permits), &inode, offset, data, how) {
+            Err(Stop::Park) => {}
+            result => {
+                let result = result.map(drop).map_err(Client::errno_of);
+                if let Some(error) = inode.mapped.end(number, result) {
+                    inode.errors.set(error);
+                }
+                return;
+            }
+        }
+    }
+    let data = data.to_vec();
+    inode.mapped.enqueue(number, Queued { offset, data, how });
+    let me = Arc::clone(client);
+    client
+        .workers
+        .run(move || me.bring_mapped(&Ctx::on_worker(), &inode, number));
+}
+
+pub(super) fn copy_file_range(
+    client: &Arc<Client>,
+    req: &Request,
+    (ino_in, offset_in): (INodeNo, u64),
+    (ino_out, offset_out): (INodeNo, u64),
+    len: u64,
+    reply: ReplyWrite,
+) {
+    if offset_out.saturating_add(len) > MAX_FILE_SIZE {
+        return reply.error(fuser::Errno::EFBIG);
+    }
+    let caller = caller_of(req);
+    serve(client, reply, ReplyWrite::error, move |c, ctx, reply| {
+        let (from, to) = (c.inode(ino_in.0), c.inode(ino_out.0));
+        let n = c.copy_range(ctx, (&from, offset_in), (&to, offset_out), len, caller)?;
+        if let Some(reply) = reply.take() {
+            reply.written(n);
+        }
+        Ok(())
+    });
+}

@@ -1,0 +1,165 @@
+//! Open files, and what is done to a whole file.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use fuser::{
+    FileHandle, FopenFlags, Generation, INodeNo, LockOwner, OpenFlags, ReplyCreate, ReplyEmpty, ReplyLseek,
+    ReplyOpen, Request,
+};
+
+use super::convert::{attr_of, caller_of};
+use super::{NAME_TTL, done, serve};
+use crate::Client;
+use crate::ctx::Stop;
+use crate::dirs::ATTEMPTS;
+use crate::names::New;
+use fsd_node::config::CacheMode;
+use fsd_proto::ino;
+use fsd_proto::rpc::Errno;
+use fsd_proto::wire::{Attr, Kind};
+
+fn open_flags(mode: CacheMode, cached: bool) -> FopenFlags {
+    if cached && mode != CacheMode::Direct {
+        // What the kernel has is valid as long as the lease is held, so it may keep it over an open.
+        FopenFlags::FOPEN_KEEP_CACHE
+    } else {
+        FopenFlags::FOPEN_DIRECT_IO
+    }
+}
+
+pub(super) fn open(client: &Arc<Client>, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    let caller = caller_of(req);
+    serve(client, reply, ReplyOpen::error, move |c, ctx, reply| {
+        let (fh, cached) = c.open(ctx, &c.inode(ino.0), flags.0, caller)?;
+        if let Some(reply) = reply.take() {
+            reply.opened(FileHandle(fh), open_flags(c.mode, cached));
+        }
+        Ok(())
+    });
+}
+
+pub(super) fn create(
+    client: &Arc<Client>,
+    req: &Request,
+    parent: INodeNo,
+    name: &OsStr,
+    mode: u32,
+    flags: i32,
+    reply: ReplyCreate,
+) {
+    let (name, parent) = (name.as_bytes().to_vec(), parent.0);
+    let caller = caller_of(req);
+    let new = New {
+        kind: Kind::File,
+        mode,
+        uid: req.uid(),
+        gid: req.gid(),
+        rdev: 0,
+        target: Vec::new(),
+    };
+    serve(client, reply, ReplyCreate::error, move |c, ctx, reply| {
+        let dir = c.inode(parent);
+        let mut send = |attr: &Attr, (fh, cached): (u64, bool)| {
+            if let Some(reply) = reply.take() {
+                let generation = Generation(u64::from(ino::generation(attr.ino)));
+                // One time to live serves both here: names must not be kept, so neither are attributes.
+                let open = open_flags(c.mode, cached);
+                reply.created(&NAME_TTL, &attr_of(attr), generation, FileHandle(fh), open);
+            }
+        };
+        for _ in 0..ATTEMPTS {
+            let made = c.create(ctx, &dir, &name, &new, |inode, attr| {
+                send(attr, c.make_handle(inode, Kind::File, flags)?);
+                Ok(())
+            });
+            match made {
+                Err(Stop::Errno(Errno(libc::EEXIST))) if flags & libc::O_EXCL == 0 => {}
+                other => return other,
+            }
+            // Somebody else was faster: open what is there now.
+            let mut found = None;
+            match c.lookup(ctx, &dir, &name, caller.pid, |inode, attr, _| {
+                found = Some((Arc::clone(inode), *attr))
+            }) {
+                Err(Stop::Errno(Errno(libc::ENOENT))) => continue,
+                other => other?,
+            }
+            if let Some((inode, attr)) = found {
+                match c.open(ctx, &inode, flags, caller) {
+                    Err(Stop::Errno(Errno(libc::ESTALE))) => continue,
+                    opened => send(&attr, opened?),
+                }
+                return Ok(());
+            }
+        }
+        Err(Stop::Errno(Errno(libc::ESTALE)))
+    });
+}
+
+pub(super) fn flush(client: &Arc<Client>, fh: FileHandle, lock_owner: LockOwner, reply: ReplyEmpty) {
+    let handle = client.handles.get(fh.0);
+    serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        if let Some(handle) = &handle {
+            c.release_locks(ctx, handle.inode.ino, c.lock_owner(lock_owner.0, false))?;
+            c.flush(ctx, handle)?;
+        }
+        done(reply);
+        Ok(())
+    });
+}
+
+pub(super) fn release(
+    client: &Arc<Client>,
+    ino: INodeNo,
+    fh: FileHandle,
+    lock_owner: Option<LockOwner>,
+    reply: ReplyEmpty,
+) {
+    serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        if let Some(owner) = lock_owner {
+            c.release_locks(ctx, ino.0, c.lock_owner(owner.0, true))?;
+        }
+        c.release_locks_through(ctx, ino.0, fh.0)?;
+        c.release(ctx, fh.0)?;
+        done(reply);
+        Ok(())
+    });
+}
+
+pub(super) fn fsync(client: &Arc<Client>, ino: INodeNo, fh: FileHandle, reply: ReplyEmpty) {
+    let handle = client.handles.get(fh.0);
+    serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        c.fsync(ctx, &c.inode(ino.0), handle.as_ref().map(|h| &h.seen))?;
+        done(reply);
+        Ok(())
+    });
+}
+
+pub(super) fn fallocate(
+    client: &Arc<Client>,
+    req: &Request,
+    ino: INodeNo,
+    offset: u64,
+    length: u64,
+    mode: i32,
+    reply: ReplyEmpty,
+) {
+    let caller = caller_of(req);
+    serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        c.fallocate(ctx, &c.inode(ino.0), (offset, length), mode, caller)?;
+        done(reply);
+        Ok(())
+    });
+}
+
+pub(super) fn lseek(client: &Arc<Client>, ino: INodeNo, offset: i64, whence: i32, reply: ReplyLseek) {
+    serve(client, reply, ReplyLseek::error, move |c, ctx, reply| {
+        let at = c.lseek(ctx, &c.inode(ino.0), offset, whence)?;
+        if let Some(reply) = reply.take() {
+            reply.offset(at);
+        }
+        Ok(())
+    });
+}

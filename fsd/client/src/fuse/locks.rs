@@ -1,0 +1,90 @@
+//! File locks.
+
+use std::sync::Arc;
+
+use fuser::{FileHandle, LockOwner, ReplyEmpty, ReplyLock, Request};
+
+use super::convert::error_of;
+use super::{done, serve};
+use crate::Client;
+use crate::locks::type_of;
+use fsd_proto::wire::LockSpec;
+
+/// In `fuse_lk_in`: the lock is one of flock(2) (`linux/fuse.h`).
+const FUSE_LK_FLOCK: u32 = 1;
+
+/// A SETLK or SETLKW as the kernel sends it: `fuse_in_header`, then `fuse_lk_in` (`linux/fuse.h`).
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct SetLk {
+    len: u32,
+    opcode: u32,
+    unique: u64,
+    nodeid: u64,
+    uid: u32,
+    gid: u32,
+    pid: u32,
+    padding: u32,
+    fh: u64,
+    owner: u64,
+    start: u64,
+    end: u64,
+    typ: u32,
+    lock_pid: u32,
+    lk_flags: u32,
+    more_padding: u32,
+}
+
+/// Opcodes of `fuse_in_header`.
+const FUSE_SETLK: u32 = 32;
+const FUSE_SETLKW: u32 = 33;
+
+const _: () = assert!(size_of::<SetLk>() == 88 && size_of::<Request>() == 40);
+
+/// Is the lock one of flock(2)? The library takes the request apart and passes on all of it but that, so this looks at the message itself.
+pub(super) fn is_flock(req: &Request, fh: FileHandle, owner: LockOwner, (start, end): (u64, u64)) -> bool {
+    let message = std::ptr::from_ref(req).cast::<SetLk>();
+    // SAFETY: the library's `Request` is the header of the message, in place at the beginning of the buffer that the message was read into (its
+    // version is fixed in Cargo.toml for that). The buffer is aligned for a header, and outlives this call. It is longer than any message,
+    // so all that is read here is memory of the buffer; whether it is what it is taken for is checked below.
+    let message = unsafe { message.read_unaligned() };
+    message.len as usize == size_of::<SetLk>()
+        && matches!(message.opcode, FUSE_SETLK | FUSE_SETLKW)
+        && (message.fh, message.owner) == (fh.0, owner.0)
+        && (message.start, message.end) == (start, end)
+        && message.lk_flags & FUSE_LK_FLOCK != 0
+}
+
+pub(super) fn getlk(client: &Arc<Client>, lock: LockSpec, reply: ReplyLock) {
+    serve(client, reply, ReplyLock::error, move |c, ctx, reply| {
+        let found = c.getlk(ctx, lock)?;
+        if let Some(reply) = reply.take() {
+            match found {
+                // A process of another host has no number here, and the kernel shows none that it does not know: so the daemon stands in,
+                // through which that lock reaches this host.
+                Some(l) => {
+                    let here = l.owner.node == c.node.0;
+                    let pid = if here { l.pid } else { std::process::id() };
+                    reply.locked(l.range.start, l.range.end, type_of(l.kind), pid);
+                }
+                None => reply.locked(0, 0, libc::F_UNLCK, 0),
+            }
+        }
+        Ok(())
+    });
+}
+
+/// `sleep`: wait for a lock that is taken.
+pub(super) fn setlk(client: &Arc<Client>, lock: LockSpec, handle: u64, sleep: bool, reply: ReplyEmpty) {
+    if sleep && lock.kind.is_some() {
+        return client.setlk_wait(lock, handle, move |result| match result {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(error_of(e)),
+        });
+    }
+    serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        c.setlk(ctx, lock, handle)?;
+        done(reply);
+        Ok(())
+    });
+}

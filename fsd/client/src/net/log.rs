@@ -1,0 +1,164 @@
+//! The log of this mount's transactions: what the metadata server has answered is kept until a crash of its host can no
+//! longer undo it, and told again to a server that has lost it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use rdma_transport::Connection;
+
+use super::Net;
+use fsd_proto::rpc::{Errno, RpcError};
+use fsd_proto::wire::{JoinReply, Logged, MetaReply, MetaRequest};
+
+/// Bytes of transactions told in one message.
+const PART: usize = 48 << 10;
+
+/// Transactions by their place in the server's order.
+#[derive(Debug, Default)]
+pub struct Log {
+    entries: Mutex<BTreeMap<u64, MetaRequest>>,
+    /// Up to here the server has said that its order is durable.
+    durable: AtomicU64,
+}
+
+impl Log {
+    /// A transaction has been answered; those up to `durable` need not be kept any more.
+    fn note(&self, order: u64, durable: u64, request: &MetaRequest) {
+        self.heard(durable);
+        let mut entries = self.entries.lock();
+        if order > durable {
+            entries.insert(order, request.clone());
+        }
+        if entries
+            .first_key_value()
+            .is_some_and(|(first, _)| *first <= durable)
+        {
+            *entries = entries.split_off(&(durable + 1));
+        }
+    }
+
+    /// The server has said how far its order is durable.
+    pub(super) fn heard(&self, durable: u64) {
+        self.durable.fetch_max(durable, Ordering::AcqRel);
+    }
+
+    /// Up to here the server has said that its order is durable.
+    pub(super) fn durable(&self) -> u64 {
+        self.durable.load(Ordering::Acquire)
+    }
+
+    fn get(&self, order: u64) -> Option<MetaRequest> {
+        self.entries.lock().get(&order).cloned()
+    }
+
+    /// All behind a place, in parts that fit into messages.
+    fn parts_after(&self, executed: u64) -> Vec<Vec<Logged>> {
+        let (mut parts, mut bytes) = (vec![Vec::new()], 0);
+        for (&order, request) in self.entries.lock().range(executed + 1..) {
+            let logged = Logged {
+                order,
+                request: request.clone(),
+            };
+            let len = fsd_proto::wire::encoded_len(&logged);
+            if bytes + len > PART && bytes > 0 {
+                parts.push(Vec::new());
+                bytes = 0;
+            }
+            bytes += len;
+            if let Some(part) = parts.last_mut() {
+                part.push(logged);
+            }
+        }
+        parts
+    }
+}
+
+impl Net {
+    /// Takes an answer out of what comes with it, and notes what has to be kept.
+    pub(super) fn taken(&self, request: &MetaRequest, reply: MetaReply) -> MetaReply {
+        let MetaReply::Ordered {
+            order,
+            durable,
+            reply,
+        } = reply
+        else {
+            return reply;
+        };
+        self.log.note(order, durable, request);
+        *reply
+    }
+
+    /// Tells a server that has restarted what it may have lost, and waits until that has been carried out again.
+    pub(super) fn tell_again(&self, conn: &Arc<dyn Connection>, joined: &JoinReply) -> Result<(), RpcError> {
+        let mut parts = self.log.parts_after(joined.executed);
+        if !joined.awaited && parts.iter().all(Vec::is_empty) {
+            return Ok(());
+        }
+        let last = parts.pop().unwrap_or_default();
+        for entries in parts {
+            let request = MetaRequest::Replay { entries, last: false };
+            self.calls.call::<_, MetaReply>(conn, &request, self.timeout())?;
+        }
+        let request = MetaRequest::Replay {
+            entries: last,
+            last: true,
+        };
+        // The others have to come, too, or to be given up.
+        let MetaReply::Replayed(failed) = self.calls.call(conn, &request, self.patience())? else {
+            return Err(RpcError::Errno(Errno(libc::EPROTO)));
+        };
+        for (place, error) in failed {
+            if let (Some(request), Some(owner)) = (self.log.get(place), self.owner()) {
+                owner.transaction_lost(&request, error);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reap(ino: u64) -> MetaRequest {
+        MetaRequest::Reap { ino }
+    }
+
+    fn places(log: &Log, executed: u64) -> Vec<u64> {
+        let parts = log.parts_after(executed);
+        parts.iter().flatten().map(|logged| logged.order).collect()
+    }
+
+    #[test]
+    fn what_is_durable_is_not_kept() {
+        let log = Log::default();
+        log.note(5, 3, &reap(1));
+        log.note(7, 3, &reap(2));
+        log.note(6, 3, &reap(3));
+        assert_eq!(places(&log, 0), [5, 6, 7]);
+        assert_eq!(places(&log, 5), [6, 7]);
+        assert_eq!(log.get(6), Some(reap(3)));
+        // Answers may overtake each other.
+        log.note(4, 6, &reap(4));
+        assert_eq!(places(&log, 0), [7]);
+        log.note(0, 9, &MetaRequest::Sync);
+        assert!(places(&log, 0).is_empty());
+    }
+
+    #[test]
+    fn what_is_told_fits_into_messages() {
+        let log = Log::default();
+        let big = MetaRequest::Lookup {
+            parent: 1,
+            name: vec![7; PART / 3],
+        };
+        for order in 1..=7 {
+            log.note(order, 0, &big);
+        }
+        let parts = log.parts_after(0);
+        assert_eq!(parts.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 2, 1]);
+        assert_eq!(Log::default().parts_after(0), [vec![]]);
+    }
+}

@@ -1,0 +1,119 @@
+//! The connections to the other mounts.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+
+use lockmgr::NodeId;
+use rdma_transport::Connection;
+use serde::de::DeserializeOwned;
+
+use super::{Net, RETRY};
+use fsd_proto::rpc::{Errno, RpcError};
+use fsd_proto::wire::{self, FrameKind, MetaReply, MetaRequest, MountRequest, PeerState};
+
+#[derive(Default)]
+pub(super) struct Peer {
+    pub(super) conn: Option<Arc<dyn Connection>>,
+    /// Messages that wait for a connection; while not empty, new ones queue behind.
+    queue: VecDeque<Vec<u8>>,
+    connecting: bool,
+}
+
+impl Net {
+    /// Sends a lease message to another mount; messages to one mount keep their order.
+    pub fn send_lease(&self, to: NodeId, message: &[u8]) {
+        let frame = wire::plain(FrameKind::Lease, message);
+        let mut peers = self.peers.lock();
+        let peer = peers.entry(to).or_default();
+        if peer.queue.is_empty()
+            && let Some(conn) = peer.conn.as_ref().filter(|c| c.is_alive())
+            && conn.send(&frame).is_ok()
+        {
+            return;
+        }
+        peer.queue.push_back(frame);
+        if !peer.connecting {
+            peer.connecting = true;
+            let me = Weak::clone(&self.me);
+            self.workers.run(move || {
+                if let Some(net) = me.upgrade() {
+                    net.reach(to);
+                }
+            });
+        }
+    }
+
+    /// Asks another mount; `done` gets the answer on some thread. None, and `done` is not called, without a connection.
+    pub fn ask_peer<R: DeserializeOwned + 'static>(
+        &self,
+        to: NodeId,
+        request: &MountRequest,
+        done: impl FnOnce(Result<R, RpcError>) + Send + 'static,
+    ) -> Option<()> {
+        let peers = self.peers.lock();
+        let conn = peers.get(&to)?.conn.as_ref().filter(|c| c.is_alive()).cloned()?;
+        drop(peers);
+        self.calls.call_async(&conn, request, done);
+        Some(())
+    }
+
+    /// Connects to another mount and sends what waits for it; gives up when it is known to be dead.
+    fn reach(&self, to: NodeId) {
+        loop {
+            let reached = self.connect_peer(to);
+            let mut peers = self.peers.lock();
+            let peer = peers.entry(to).or_default();
+            match reached {
+                Ok(conn) => {
+                    while let Some(frame) = peer.queue.front() {
+                        if conn.send(frame).is_err() {
+                            break;
+                        }
+                        peer.queue.pop_front();
+                    }
+                    if peer.queue.is_empty() {
+                        peer.conn = Some(conn);
+                        peer.connecting = false;
+                        drop(peers);
+                        if let Some(owner) = self.owner() {
+                            owner.peer_back(to);
+                        }
+                        return;
+                    }
+                }
+                Err((error, final_)) => {
+                    drop(peers);
+                    if let Some(owner) = self.owner() {
+                        owner.peer_gone(to);
+                    }
+                    if final_ || self.stopping.load(Ordering::Acquire) {
+                        tracing::warn!("mount {} cannot be reached: {error}", to.0);
+                        if let Some(peer) = self.peers.lock().get_mut(&to) {
+                            peer.queue.clear();
+                            peer.connecting = false;
+                        }
+                        return;
+                    }
+                }
+            }
+            std::thread::sleep(RETRY);
+        }
+    }
+
+    fn connect_peer(&self, to: NodeId) -> Result<Arc<dyn Connection>, (RpcError, bool)> {
+        match self.meta(&MetaRequest::Peer { node: to.0 }) {
+            Ok(MetaReply::Peer {
+                state: PeerState::Dead,
+                ..
+            }) => Err((RpcError::Errno(Errno(libc::EHOSTDOWN)), true)),
+            Ok(MetaReply::Peer { listen, .. }) => self
+                .fabric
+                .connect(&listen)
+                .map_err(|error| (error.into(), false)),
+            Ok(_) => Err((RpcError::Errno(Errno(libc::EPROTO)), true)),
+            Err(error @ RpcError::Errno(_)) => Err((error, true)),
+            Err(error) => Err((error, false)),
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! The connections to the storage nodes, and where their regions are.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use lockmgr::{LeaseError, RecordId};
+use parking_lot::{Mutex, RwLock};
+use rdma_transport::{Connection, RegionKey, RemoteAddr, TransportError};
+
+use super::Net;
+use fsd_proto::ino;
+use fsd_proto::rpc::{Errno, RpcError};
+use fsd_proto::stores::older_store;
+use fsd_proto::stores::other_store;
+use fsd_proto::wire::{Attached, MetaReply, MetaRequest, StorageInfo, StorageReply, StorageRequest};
+
+/// A connection to a storage node, with the keys of its regions.
+pub struct StorageSession {
+    /// The connection.
+    pub conn: Arc<dyn Connection>,
+    /// Pool and dirty counters.
+    pub attached: Attached,
+    segments: RwLock<HashMap<u32, RegionKey>>,
+}
+
+impl StorageSession {
+    /// Address in the pool.
+    #[must_use]
+    pub fn pool(&self, offset: u64) -> RemoteAddr {
+        RemoteAddr {
+            key: RegionKey(self.attached.pool_key),
+            offset,
+        }
+    }
+
+    /// Address of the dirty counter of the slab that holds `offset`.
+    #[must_use]
+    pub fn dirty(&self, offset: u64) -> RemoteAddr {
+        RemoteAddr {
+            key: RegionKey(self.attached.dirty_key),
+            offset: offset / fsd_proto::layout::BLOCK * 8,
+        }
+    }
+}
+
+pub(super) struct StorageLink {
+    pub(super) id: u16,
+    addr: String,
+    /// Number of its store: another one has none of the cluster's blocks.
+    store: OnceLock<String>,
+    /// Its generation is at least this: one that is less is an older copy.
+    generation: AtomicU64,
+    pub(super) session: RwLock<Option<Arc<StorageSession>>>,
+    connecting: Mutex<()>,
+    /// Why it was refused the last time.
+    refused: Mutex<String>,
+}
+
+impl StorageLink {
+    pub(super) fn new(info: &StorageInfo) -> Self {
+        Self {
+            id: info.id,
+            addr: info.listen.clone(),
+            store: info.store.clone().map_or_else(OnceLock::new, OnceLock::from),
+            generation: AtomicU64::new(info.generation),
+            session: RwLock::new(None),
+            connecting: Mutex::new(()),
+            refused: Mutex::default(),
+        }
+    }
+}
+
+impl StorageLink {
+    /// Does not talk to a store that is not the right one; says why, but not at every attempt.
+    fn refuse(&self, conn: &Arc<dyn Connection>, what: String) -> RpcError {
+        conn.close();
+        let mut told = self.refused.lock();
+        if *told != what {
+            tracing::error!("{what}");
+            told.clone_from(&what);
+        }
+        TransportError::Invalid(what).into()
+    }
+
+    /// Where the node is.
+    pub(super) fn addr(&self) -> &str {
+        &self.addr
+    }
+}
+
+impl Net {
+    fn link(&self, id: u16) -> Result<&StorageLink, RpcError> {
+        self.storage
+            .get()
+            .and_then(|links| links.iter().find(|l| l.id == id))
+            .ok_or(RpcError::Errno(Errno(libc::ENOTCONN)))
+    }
+
+    /// Number of storage nodes.
+    #[must_use]
+    pub fn storage_count(&self) -> u16 {
+        self.storage.get().map_or(1, |links| links.len() as u16)
+    }
+
+    /// The session with a storage node, if it is up.
+    #[must_use]
+    pub fn storage_now(&self, id: u16) -> Option<Arc<StorageSession>> {
+        let link = self.link(id).ok()?;
+        link.session
+            .read()
+            .as_ref()
+            .filter(|s| s.conn.is_alive())
+            .cloned()
+    }
+
+    /// The session with a storage node; connects if need be.
+    ///
+    /// # Errors
+    /// It cannot be reached within the time limit.
+    pub fn storage(&self, id: u16) -> Result<Arc<StorageSession>, RpcError> {
+        if let Some(session) = self.storage_now(id) {
+            return Ok(session);
+        }
+        let link = self.link(id)?;
+        let _one = link.connecting.lock();
+        if let Some(session) = self.storage_now(id) {
+            return Ok(session);
+        }
+        let deadline = Instant::now() + self.timeout();
+        let again = link.session.read().is_some();
+        loop {
+            match self.attach(link) {
+                Ok(session) => {
+                    let session = Arc::new(session);
+                    let before = link.session.write().replace(Arc::clone(&session));
+                    if let (Some(before), Some(owner)) = (before, self.owner())
+                        && before.attached.table != session.attached.table
+                    {
+                        owner.leases_lost(id);
+                        return Err(RpcError::Errno(Errno(libc::EIO)));
+                    }
+                    if again && let Some(owner) = self.owner() {
+                        tracing::info!("connected to storage node {id} again");
+                        owner.storage_back(id);
+                    }
+                    return Ok(session);
+                }
+                Err(RpcError::Transport(error)) => self.pause(deadline, error)?,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn attach(&self, link: &StorageLink) -> Result<StorageSession, RpcError> {
+        let conn = self.fabric.connect(&link.addr)?;
+        let StorageReply::Attached(attached) =
+            self.calls.call(&conn, &StorageRequest::Attach, self.timeout())?
+        else {
+            return Err(RpcError::Errno(Errno(libc::EPROTO)));
+        };
+        let expected = link.store.get_or_init(|| attached.store.clone());
+        if *expected != attached.store {
+            return Err(link.refuse(&conn, other_store(link.id, &link.addr, &attached.store, expected)));
+        }
+        self.refresh_generation(link);
+        let (found, known) = (attached.generation, link.generation.load(Ordering::Acquire));
+        if found < known {
+            return Err(link.refuse(&conn, older_store(link.id, &link.addr, found, known)));
+        }
+        link.generation.fetch_max(found, Ordering::AcqRel);
+        // The lease segments in use before must be known at once: messages about their records do not wait.
+        let known: Vec<u32> = link
+            .session
+            .read()
+            .as_ref()
+            .map(|s| s.segments.read().keys().copied().collect())
+            .unwrap_or_default();
+        let session = StorageSession {
+            conn,
+            attached,
+            segments: RwLock::default(),
+        };
+        for segment in known {
+            self.load_segment(&session, segment)?;
+        }
+        Ok(session)
+    }
+
+    /// A storage node that comes back may do so with an older copy of its store: the metadata server knows better than this
+    /// mount how new it must be.
+    fn refresh_generation(&self, link: &StorageLink) {
+        if link.session.read().is_none() || !self.has_meta() {
+            return;
+        }
+        if let Ok(MetaReply::Cluster { storage, .. }) = self.meta(&MetaRequest::Cluster)
+            && let Some(info) = storage.iter().find(|info| info.id == link.id)
+        {
+            link.generation.fetch_max(info.generation, Ordering::AcqRel);
+        }
+    }
+
+    fn load_segment(&self, session: &StorageSession, segment: u32) -> Result<(), RpcError> {
+        match self.calls.call(
+            &session.conn,
+            &StorageRequest::LeaseSegment { segment },
+            self.timeout(),
+        )? {
+            StorageReply::Segment(key) => {
+                session.segments.write().insert(segment, RegionKey(key));
+                Ok(())
+            }
+            _ => Err(RpcError::Errno(Errno(libc::EPROTO))),
+        }
+    }
+
+    /// Asks a storage node; repeats the request on a new connection where the old one broke.
+    ///
+    /// # Errors
+    /// Its refusal, or no answer within the time limit.
+    pub fn ask_storage(&self, id: u16, request: &StorageRequest) -> Result<StorageReply, RpcError> {
+        let deadline = Instant::now() + self.timeout();
+        loop {
+            let session = self.storage(id)?;
+            match self.calls.call(&session.conn, request, self.timeout()) {
+                Err(RpcError::Transport(error)) => self.pause(deadline, error)?,
+                other => return other,
+            }
+        }
+    }
+
+    fn place(&self, session: &StorageSession, record: RecordId) -> Option<RemoteAddr> {
+        let index = ino::record_index(record);
+        let per = u64::from(session.attached.segment_records);
+        let key = *session.segments.read().get(&((index / per) as u32))?;
+        Some(RemoteAddr {
+            key,
+            offset: index % per * self.record_bytes.load(Ordering::Relaxed),
+        })
+    }
+
+    /// Is the place of a lease record known?
+    #[must_use]
+    pub fn knows_record(&self, record: RecordId) -> bool {
+        self.storage_now(ino::record_shard(record))
+            .is_some_and(|s| self.place(&s, record).is_some())
+    }
+
+    /// Finds out where a lease record is.
+    ///
+    /// # Errors
+    /// Its storage node cannot be reached or refuses.
+    pub fn find_record(&self, record: RecordId) -> Result<(), RpcError> {
+        let deadline = Instant::now() + self.timeout();
+        loop {
+            let session = self.storage(ino::record_shard(record))?;
+            if self.place(&session, record).is_some() {
+                return Ok(());
+            }
+            let segment = (ino::record_index(record) / u64::from(session.attached.segment_records)) as u32;
+            match self.load_segment(&session, segment) {
+                Err(RpcError::Transport(error)) => self.pause(deadline, error)?,
+                Err(error) => return Err(error),
+                Ok(()) => {}
+            }
+        }
+    }
+
+    /// Connection and address of a lease record that has been found before.
+    ///
+    /// # Errors
+    /// [`LeaseError::StorageLost`] while its storage node is away.
+    pub fn record(&self, record: RecordId) -> Result<(Arc<dyn Connection>, RemoteAddr), LeaseError> {
+        let shard = ino::record_shard(record);
+        let lost = || LeaseError::StorageLost {
+            shard: u32::from(shard),
+            why: "not connected".into(),
+        };
+        if self.link(shard).is_err() {
+            return Err(LeaseError::NoSuchRecord { record });
+        }
+        let session = self.storage_now(shard).ok_or_else(lost)?;
+        let addr = self.place(&session, record).ok_or_else(lost)?;
+        Ok((Arc::clone(&session.conn), addr))
+    }
+}

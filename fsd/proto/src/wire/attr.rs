@@ -1,0 +1,174 @@
+//! Inode attributes as they travel between nodes and with lease grants.
+
+use serde::{Deserialize, Serialize};
+
+pub use crate::time::Time;
+
+/// Type of an inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Kind {
+    /// Regular file.
+    File,
+    /// Directory.
+    Directory,
+    /// Symbolic link.
+    Symlink,
+    /// Named pipe.
+    Fifo,
+    /// Unix socket.
+    Socket,
+    /// Character device.
+    Char,
+    /// Block device.
+    Block,
+}
+
+impl Kind {
+    /// From the type bits of a mode.
+    #[must_use]
+    pub fn from_mode(mode: u32) -> Option<Self> {
+        Some(match mode & libc::S_IFMT {
+            libc::S_IFREG | 0 => Self::File,
+            libc::S_IFDIR => Self::Directory,
+            libc::S_IFLNK => Self::Symlink,
+            libc::S_IFIFO => Self::Fifo,
+            libc::S_IFSOCK => Self::Socket,
+            libc::S_IFCHR => Self::Char,
+            libc::S_IFBLK => Self::Block,
+            _ => return None,
+        })
+    }
+}
+
+/// Everything `stat` tells of an inode, and the version of its lease record it belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attr {
+    /// Inode number.
+    pub ino: u64,
+    /// Version of the lease record that these attributes belong to (`OwnerWord::MAX_VERSION` at most).
+    pub version: u64,
+    /// Type.
+    pub kind: Kind,
+    /// Permission bits, 12 of them.
+    pub mode: u16,
+    /// Hard links.
+    pub nlink: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Device number of special files.
+    pub rdev: u32,
+    /// Size, bytes.
+    pub size: u64,
+    /// Allocated storage, 512-byte units.
+    pub blocks: u64,
+    /// Last access.
+    pub atime: Time,
+    /// Last modification of the data.
+    pub mtime: Time,
+    /// Last change of the inode.
+    pub ctime: Time,
+    /// Creation.
+    pub btime: Time,
+    /// The inode has extended attributes.
+    pub has_xattr: bool,
+    /// Moves on when blocks get or lose frames: the map of frames stays valid while it is the same.
+    pub layout: u64,
+}
+
+impl Attr {
+    /// Encodes for the payload of a lease grant.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        postcard::to_stdvec(self).unwrap_or_default()
+    }
+
+    /// Decodes a lease grant's payload.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        postcard::from_bytes(bytes).ok()
+    }
+}
+
+/// What the holder of an exclusive lease has changed in an inode's attributes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttrUpdate {
+    /// Inode.
+    pub ino: u64,
+    /// Version the attributes will have when the lease is given up; older updates are ignored.
+    pub version: u64,
+    /// Permission bits.
+    pub mode: u16,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Size, bytes.
+    pub size: u64,
+    /// Allocated storage, 512-byte units.
+    pub blocks: u64,
+    /// Last access.
+    pub atime: Time,
+    /// Last modification.
+    pub mtime: Time,
+    /// Last change.
+    pub ctime: Time,
+    /// Layout number.
+    pub layout: u64,
+}
+
+impl From<&Attr> for AttrUpdate {
+    fn from(a: &Attr) -> Self {
+        Self {
+            ino: a.ino,
+            version: a.version,
+            mode: a.mode,
+            uid: a.uid,
+            gid: a.gid,
+            size: a.size,
+            blocks: a.blocks,
+            atime: a.atime,
+            mtime: a.mtime,
+            ctime: a.ctime,
+            layout: a.layout,
+        }
+    }
+}
+
+impl Attr {
+    /// Those of an ordinary file of root's, with nothing told of its times.
+    #[must_use]
+    pub fn of_file(ino: u64, version: u64, size: u64) -> Self {
+        Self {
+            ino,
+            version,
+            kind: Kind::File,
+            mode: 0o644,
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            size,
+            blocks: 0,
+            atime: Time(0),
+            mtime: Time(0),
+            ctime: Time(0),
+            btime: Time(0),
+            has_xattr: false,
+            layout: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    proptest::proptest! {
+        #[test]
+        fn times_keep_their_nanoseconds(n in i64::MIN / 2..i64::MAX / 2) {
+            proptest::prop_assert_eq!(Time::from_system(Time(n).to_system()), Time(n));
+        }
+    }
+}

@@ -1,0 +1,501 @@
+//! Requests to the metadata server and its answers.
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::Skew;
+use crate::errno::Errno;
+
+use super::{Attr, AttrUpdate, Kind, Time};
+
+/// An inode that the requester holds exclusively, and the version it will have when it lets go of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Touched {
+    /// Inode.
+    pub ino: u64,
+    /// Version after the requester's tenure.
+    pub version: u64,
+}
+
+/// A change of the namespace, one transaction each. The requester holds the exclusive leases of every inode
+/// in `touched` (parents, and the inodes named).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NamespaceOp {
+    /// New file, directory, special file or symbolic link.
+    Create {
+        /// Directory.
+        parent: u64,
+        /// Name in it.
+        name: Vec<u8>,
+        /// Number of the new inode, from a reserved range of the requester.
+        ino: u64,
+        /// Version of the new inode's lease record.
+        version: u64,
+        /// Type.
+        kind: Kind,
+        /// Permission bits (umask applied; set-group-id inherited from the directory, whose mode the
+        /// requester knows better than the server).
+        mode: u16,
+        /// Owner.
+        uid: u32,
+        /// Group.
+        gid: u32,
+        /// Device number.
+        rdev: u32,
+        /// Target of a symbolic link.
+        target: Vec<u8>,
+    },
+    /// Another name for an inode.
+    Link {
+        /// Inode.
+        ino: u64,
+        /// Directory.
+        parent: u64,
+        /// New name.
+        name: Vec<u8>,
+    },
+    /// Removes a name that is not a directory.
+    Unlink {
+        /// Directory.
+        parent: u64,
+        /// Name.
+        name: Vec<u8>,
+        /// Inode the requester believes it names (and holds exclusively).
+        ino: u64,
+        /// The inode is open somewhere: keep it as an orphan when its last name goes.
+        keep: bool,
+    },
+    /// Removes an empty directory.
+    Rmdir {
+        /// Directory above.
+        parent: u64,
+        /// Name.
+        name: Vec<u8>,
+        /// Inode the requester believes it names.
+        ino: u64,
+    },
+    /// Renames, replaces or exchanges.
+    Rename {
+        /// Directory of the old name.
+        parent: u64,
+        /// Old name.
+        name: Vec<u8>,
+        /// Inode the requester believes the old name has.
+        ino: u64,
+        /// Directory of the new name.
+        new_parent: u64,
+        /// New name.
+        new_name: Vec<u8>,
+        /// Inode the requester believes the new name has.
+        replaced: Option<u64>,
+        /// The replaced inode is open somewhere.
+        keep: bool,
+        /// `RENAME_NOREPLACE` (1), `RENAME_EXCHANGE` (2).
+        flags: u32,
+    },
+    /// Sets an extended attribute.
+    SetXattr {
+        /// Inode.
+        ino: u64,
+        /// Name with its prefix.
+        name: Vec<u8>,
+        /// Value.
+        value: Vec<u8>,
+        /// `XATTR_CREATE` (1), `XATTR_REPLACE` (2).
+        flags: i32,
+    },
+    /// Removes an extended attribute.
+    RemoveXattr {
+        /// Inode.
+        ino: u64,
+        /// Name.
+        name: Vec<u8>,
+    },
+}
+
+/// Owner of a file lock, unique in the cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LockOwner {
+    /// The mount.
+    pub node: u16,
+    /// The kernel's owner number on it.
+    pub owner: u64,
+    /// Of an `flock` lock. Those and `fcntl` locks do not meet, as on other file systems of Linux.
+    pub flock: bool,
+}
+
+/// Kind of lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LockKind {
+    /// `F_RDLCK`.
+    Read,
+    /// `F_WRLCK`.
+    Write,
+}
+
+/// Bytes `start ..= end`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockRange {
+    /// First byte.
+    pub start: u64,
+    /// Last byte.
+    pub end: u64,
+}
+
+/// A lock that is held or asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockSpec {
+    /// Inode.
+    pub ino: u64,
+    /// Owner.
+    pub owner: LockOwner,
+    /// Process, for `F_GETLK`.
+    pub pid: u32,
+    /// Bytes.
+    pub range: LockRange,
+    /// `None` unlocks.
+    pub kind: Option<LockKind>,
+}
+
+/// A transaction that a mount keeps until a crash of the metadata server's host can no longer undo it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Logged {
+    /// Its place in the order in which the server carried everything out.
+    pub order: u64,
+    /// What was asked.
+    pub request: MetaRequest,
+}
+
+/// Everything a client or tool asks the metadata server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MetaRequest {
+    /// What the server's clock says; asked before `Join`.
+    Clock,
+    /// A mount joins, or comes back after the connection was lost (`node` then says which it is).
+    Join {
+        /// Node and incarnation it already has.
+        again: Option<(u16, u8)>,
+        /// Random number of this process.
+        life: u64,
+        /// Where other mounts reach it.
+        listen: String,
+        /// Host and mount point, for humans.
+        name: String,
+        /// What it has found out about the clocks.
+        skew: Skew,
+        /// File locks it holds (when it comes back).
+        locks: Vec<LockSpec>,
+        /// Up to here this server's order was durable, as it has been told: one that ends before has an older copy of its store.
+        durable: u64,
+    },
+    /// The lease tables a mount has found, by storage node; said after `Join`, before the first lease.
+    Tables {
+        /// Their numbers.
+        ids: Vec<u64>,
+        /// The stores it has found at the addresses of the storage nodes.
+        stores: Vec<String>,
+        /// How far this server's order is known to be durable there.
+        places: Vec<u64>,
+    },
+    /// A mount leaves; it holds no lease any more. Reserved inode numbers it has not used go back.
+    Leave,
+    /// Address of another mount.
+    Peer {
+        /// Its node number.
+        node: u16,
+    },
+    /// Inode numbers for files to be created.
+    ReserveInodes {
+        /// How many.
+        count: u32,
+    },
+    /// What a name in a directory is.
+    Lookup {
+        /// Directory.
+        parent: u64,
+        /// Name.
+        name: Vec<u8>,
+    },
+    /// Attributes.
+    GetAttr {
+        /// Inode.
+        ino: u64,
+    },
+    /// Entries of a directory with cookies greater than `after`, in order.
+    ReadDir {
+        /// Directory.
+        ino: u64,
+        /// Name after which to go on (empty: from the start).
+        after: Vec<u8>,
+    },
+    /// Target of a symbolic link.
+    ReadLink {
+        /// Inode.
+        ino: u64,
+    },
+    /// All extended attributes of an inode.
+    GetXattrs {
+        /// Inode.
+        ino: u64,
+    },
+    /// A transaction on the namespace, carried out exactly once.
+    Namespace {
+        /// Number of the request within the requester's life, for exactly-once.
+        seq: u64,
+        /// All numbers below this have been answered.
+        acknowledged: u64,
+        /// Time to record.
+        now: Time,
+        /// Inodes held exclusively.
+        touched: Vec<Touched>,
+        /// What to do.
+        op: NamespaceOp,
+    },
+    /// Attribute changes from the holders of exclusive leases.
+    Update {
+        /// One for each inode.
+        updates: Vec<AttrUpdate>,
+    },
+    /// Everything answered so far is to survive a crash of the machine.
+    Sync,
+    /// A mount that has come back tells what it was answered and the restarted server's store may not have. The last part is
+    /// answered when everybody's has been carried out again.
+    Replay {
+        /// In order.
+        entries: Vec<Logged>,
+        /// No more parts follow.
+        last: bool,
+    },
+    /// Answered when the blocks of all files removed so far have been freed, or cannot be for now.
+    Settle,
+    /// The last close of an orphan.
+    Reap {
+        /// Inode.
+        ino: u64,
+    },
+    /// Tests for a lock (`F_GETLK`).
+    GetLock {
+        /// The lock that would be set.
+        lock: LockSpec,
+    },
+    /// Sets or clears a lock.
+    SetLock {
+        /// The lock.
+        lock: LockSpec,
+        /// Wait for it.
+        wait: bool,
+    },
+    /// Gives up waiting for a lock.
+    CancelLock {
+        /// The lock waited for.
+        lock: LockSpec,
+    },
+    /// Drops all locks of an owner on an inode.
+    ReleaseLocks {
+        /// Inode.
+        ino: u64,
+        /// Owner.
+        owner: LockOwner,
+    },
+    /// Capacity and inode counts.
+    StatFs,
+    /// For `fsd status`.
+    Status,
+    /// Where the storage nodes are, and what format fixed.
+    Cluster,
+}
+
+/// A storage node as the cluster knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorageInfo {
+    /// Its id (= shard).
+    pub id: u16,
+    /// Its address.
+    pub listen: String,
+    /// Its store, if that is known: no other one at its address will do.
+    pub store: Option<String>,
+    /// The store's generation is at least this: one that is less is an older copy.
+    pub generation: u64,
+}
+
+/// What a mount learns when it joins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinReply {
+    /// Its node number: its bit in the lease records.
+    pub node: u16,
+    /// Its incarnation.
+    pub incarnation: u8,
+    /// Current epoch of the membership.
+    pub epoch: u32,
+    /// Bytes of a lease record.
+    pub record_bytes: u32,
+    /// The storage nodes.
+    pub storage: Vec<StorageInfo>,
+    /// The last transaction that the server's store has.
+    pub executed: u64,
+    /// The server has restarted, may have lost transactions, and waits for this mount's `Replay`.
+    pub awaited: bool,
+    /// Up to here the server's order is durable.
+    pub durable: u64,
+}
+
+/// An inode number a mount may use for a new file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InoRange {
+    /// The numbers.
+    pub inos: Vec<u64>,
+}
+
+/// A name in a directory, with what it names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirEntry {
+    /// Name.
+    pub name: Vec<u8>,
+    /// Inode.
+    pub ino: u64,
+    /// Type.
+    pub kind: Kind,
+    /// Position: greater for entries made later, never used twice in a directory.
+    pub cookie: u64,
+}
+
+/// Result of a namespace transaction: the new attributes of the inodes it changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Created {
+    /// Attributes of every inode changed that still exists.
+    pub attrs: Vec<Attr>,
+    /// Cookie of the entry made, 0 if none.
+    pub cookie: u64,
+    /// Cookie of the second entry made (exchange), 0 if none.
+    pub second_cookie: u64,
+}
+
+/// `statfs` figures of the metadata server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatFs {
+    /// Inodes in use.
+    pub inodes: u64,
+    /// Inodes still possible.
+    pub free: u64,
+}
+
+/// State of a node as the metadata server sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PeerState {
+    /// Connected.
+    Up,
+    /// Connection lost, may come back.
+    Lost,
+    /// Gone without giving up its leases.
+    Dead,
+}
+
+impl std::fmt::Display for PeerState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Up => "up",
+            Self::Lost => "lost",
+            Self::Dead => "dead",
+        })
+    }
+}
+
+/// A mount, for `fsd status`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// Node number.
+    pub node: u16,
+    /// Incarnation.
+    pub incarnation: u8,
+    /// Host and mount point.
+    pub name: String,
+    /// Address.
+    pub listen: String,
+    /// State.
+    pub state: PeerState,
+    /// File locks held.
+    pub locks: u64,
+}
+
+/// For `fsd status`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MetaStatus {
+    /// Mounts.
+    pub nodes: Vec<NodeInfo>,
+    /// Inodes in use.
+    pub inodes: u64,
+    /// Unlinked inodes that are still open.
+    pub orphans: u64,
+    /// Removed inodes whose blocks are still to be freed.
+    pub freeing: u64,
+    /// Requests answered since start.
+    pub requests: u64,
+    /// Epoch.
+    pub epoch: u32,
+    /// Up to this place its order is durable.
+    pub durable: u64,
+    /// Generations of the storage nodes' stores, as last heard.
+    pub generations: Vec<u64>,
+    /// What is wrong as seen from there, one sentence each.
+    pub troubles: Vec<String>,
+}
+
+/// Answers of the metadata server. Errors travel as errno in the response frame's `Result`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MetaReply {
+    /// Nothing more to say.
+    Done,
+    /// To what changes the store, and to `Sync`.
+    Ordered {
+        /// Place of this transaction in the order of all; 0 if it need not be kept.
+        order: u64,
+        /// Up to here a crash of the server's host undoes nothing.
+        durable: u64,
+        /// The answer itself.
+        reply: Box<Self>,
+    },
+    /// To the last part of `Replay`: the transactions that could not be carried out again, by their place, and why.
+    Replayed(Vec<(u64, Errno)>),
+    /// To `Settle`.
+    Settled {
+        /// Files that have lost their last name, and are open.
+        orphans: u64,
+    },
+    /// To `Clock`.
+    Clock(Time),
+    /// To `Join`.
+    Joined(JoinReply),
+    /// To `Peer`.
+    Peer {
+        /// Address.
+        listen: String,
+        /// State.
+        state: PeerState,
+    },
+    /// To `ReserveInodes`.
+    Inodes(InoRange),
+    /// To `Lookup`: cookie and attributes; `None` where the name does not exist.
+    Found(Option<(u64, Attr)>),
+    /// To `GetAttr`.
+    Attr(Attr),
+    /// To `ReadDir`: entries with their attributes, and whether that was all.
+    Entries(Vec<(DirEntry, Attr)>, bool),
+    /// To `ReadLink`.
+    Target(Vec<u8>),
+    /// To `GetXattrs`.
+    Xattrs(Vec<(Vec<u8>, Vec<u8>)>),
+    /// To `Namespace`.
+    Changed(Created),
+    /// To `GetLock`: the lock in the way, if any.
+    Lock(Option<LockSpec>),
+    /// To `StatFs`.
+    StatFs(StatFs),
+    /// To `Status`.
+    Status(MetaStatus),
+    /// To `Cluster`.
+    Cluster {
+        /// Storage nodes.
+        storage: Vec<StorageInfo>,
+        /// Bytes of a lease record.
+        record_bytes: u32,
+    },
+}

@@ -1,0 +1,563 @@
+//! Power cuts and dying processes, at every point and with everything they can leave of what was not synced.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use rdma_transport::ConnId;
+
+use super::blocks::{Blocks, Flaw};
+use super::crash_disk::{Cuts, Event, FakeDisk, FakeStore, Image, Journal, Luck, Table};
+use super::index::Place;
+use super::load::Parts;
+use super::scrub::Scrub;
+use fsd_proto::layout::BLOCK;
+use fsd_proto::rpc::Errno;
+use fsd_proto::wire::{BlockWant, Frame};
+
+const POOL: u64 = 6 * BLOCK;
+pub(super) const CONN: ConnId = ConnId(1);
+
+pub(super) fn open(dir: &Path, disk: Arc<FakeDisk>, store: Arc<FakeStore>, flaw: Option<Flaw>) -> Blocks {
+    Blocks::open(Parts {
+        memory: dir.join("x.pool"),
+        uuid: "store".into(),
+        bytes: POOL,
+        disk,
+        disk_path: "disk".into(),
+        store,
+        pinned: false,
+        accept_older: false,
+        flaw,
+    })
+    .unwrap()
+}
+
+pub(super) fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap()
+}
+
+pub(super) fn contents(blocks: &Blocks, frame: Frame) -> Vec<u8> {
+    let mut bytes = vec![0; frame.size as usize];
+    blocks
+        .pool
+        .mem
+        .read_at(frame.offset as usize, &mut bytes)
+        .unwrap();
+    trimmed(bytes)
+}
+
+/// A frame may be larger than what was written; beyond that it is zero.
+fn trimmed(mut bytes: Vec<u8>) -> Vec<u8> {
+    bytes.truncate(bytes.iter().rposition(|&b| b != 0).map_or(0, |n| n + 1));
+    bytes
+}
+
+/// What a mount does: a frame, a one-sided write, the slab's counter.
+pub(super) fn put(blocks: &Blocks, (ino, block): Place, bytes: &[u8]) -> Result<(), Errno> {
+    let size = bytes.len() as u32;
+    let frame = blocks.allocate(CONN, &[BlockWant { ino, block, size }], 0)?[0];
+    blocks.pool.mem.write_at(frame.offset as usize, bytes).unwrap();
+    let counter = (frame.offset / BLOCK * 8) as usize;
+    let dirty = blocks.pool.dirty.word(counter).unwrap();
+    dirty.fetch_add(1, Ordering::AcqRel);
+    Ok(())
+}
+
+/// A block's contents from a point of the journal on; none: it has no frame.
+type Version = (usize, Option<Vec<u8>>);
+
+#[derive(Default)]
+struct Known {
+    versions: BTreeMap<Place, Vec<Version>>,
+    /// From a point of the journal on, the version of this number is durable, or a later one.
+    durable: BTreeMap<Place, Vec<(usize, usize)>>,
+    writes: u64,
+}
+
+/// A node under load, and what it must keep.
+struct World {
+    blocks: Blocks,
+    journal: Arc<Journal>,
+    known: Mutex<Known>,
+    rng: Mutex<StdRng>,
+    nested: Mutex<bool>,
+    _dir: tempfile::TempDir,
+}
+
+impl World {
+    fn new(seed: u64, flaw: Option<Flaw>) -> Arc<Self> {
+        let journal = Arc::new(Journal::default());
+        let dir = scratch();
+        let disk = Arc::new(FakeDisk::recording(&journal));
+        let store = Arc::new(FakeStore::recording(&journal));
+        let world = Arc::new(Self {
+            blocks: open(dir.path(), disk, store, flaw),
+            journal: Arc::clone(&journal),
+            known: Mutex::default(),
+            rng: Mutex::new(StdRng::seed_from_u64(seed)),
+            nested: Mutex::new(false),
+            _dir: dir,
+        });
+        let weak: Weak<Self> = Arc::downgrade(&world);
+        let meanwhile = move || {
+            if let Some(world) = weak.upgrade()
+                && world.random(3) == 0
+                && !std::mem::replace(&mut *world.nested.lock(), true)
+            {
+                world.change();
+                *world.nested.lock() = false;
+            }
+        };
+        assert!(journal.meanwhile.set(Box::new(meanwhile)).is_ok());
+        world
+    }
+
+    fn random(&self, below: u64) -> u64 {
+        self.rng.lock().random_range(0..below)
+    }
+
+    fn place(&self) -> Place {
+        (10 + self.random(4), self.random(3))
+    }
+
+    /// Something a mount does that waits for no disk.
+    fn change(&self) {
+        let place = self.place();
+        let at = self.journal.len();
+        let new = if self.random(4) == 0 {
+            self.blocks.free(place.0, place.1, place.1).unwrap();
+            // The cleaner comes some time.
+            while let Ok(frame) = self.blocks.clean.1.try_recv() {
+                self.blocks.clean(frame);
+            }
+            None
+        } else {
+            let size = [3000, 4096, 5000, 16000, 40000][self.random(5) as usize];
+            let number = {
+                let mut known = self.known.lock();
+                known.writes += 1;
+                known.writes
+            };
+            // No two writes have anything in common.
+            let text = format!("<{}/{}/{number}>", place.0, place.1);
+            let bytes: Vec<u8> = text.bytes().cycle().take(size).collect();
+            let done = if self.random(4) == 0 {
+                // A larger frame, and nothing is written to it.
+                let (ino, block) = place;
+                let want = BlockWant {
+                    ino,
+                    block,
+                    size: size as u32,
+                };
+                self.blocks.allocate(CONN, &[want], 0).map(|_| ())
+            } else {
+                put(&self.blocks, place, &bytes)
+            };
+            if done.is_err() {
+                return;
+            }
+            let frame = self
+                .blocks
+                .space
+                .lock()
+                .index
+                .get(place.0, place.1)
+                .unwrap()
+                .frame;
+            Some(contents(&self.blocks, frame))
+        };
+        let mut known = self.known.lock();
+        known
+            .versions
+            .entry(place)
+            .or_insert_with(|| vec![(0, None)])
+            .push((at, new));
+    }
+
+    fn flush(&self) {
+        let ino = 10 + self.random(4);
+        let all = self.random(5) == 0;
+        let covered: Vec<(Place, usize)> = {
+            let known = self.known.lock();
+            let versions = known.versions.iter().filter(|(place, _)| all || place.0 == ino);
+            versions.map(|(&place, v)| (place, v.len() - 1)).collect()
+        };
+        if all {
+            self.blocks.flush_all().unwrap();
+            // The second time what was free the first time has not been needed since.
+            self.blocks.give_surplus_back();
+            self.blocks.give_surplus_back();
+        } else {
+            self.blocks.flush(&[ino]).unwrap();
+        }
+        let at = self.journal.len();
+        let mut known = self.known.lock();
+        for (place, version) in covered {
+            known.durable.entry(place).or_default().push((at, version));
+        }
+    }
+
+    fn step(&self) {
+        if self.random(3) == 0 {
+            self.flush();
+        } else {
+            self.change();
+        }
+    }
+
+    /// What is wrong with what is left after a power cut at `at`.
+    fn judge(&self, at: usize, state: (Image, Table), flaw: Option<Flaw>) -> Result<(), String> {
+        let dir = scratch();
+        let (disk, store) = (FakeDisk::with(state.0), FakeStore::with(state.1));
+        let blocks = open(dir.path(), Arc::new(disk), Arc::new(store), flaw);
+        let space = blocks.space.lock();
+        let known = self.known.lock();
+        for (place, versions) in &known.versions {
+            let durable = known.durable.get(place).into_iter().flatten();
+            let oldest = durable.filter(|(when, _)| *when <= at).map(|(_, v)| *v).max();
+            let mut allowed = versions[oldest.unwrap_or(0)..]
+                .iter()
+                .filter(|(when, _)| *when <= at);
+            let entry = space.index.get(place.0, place.1);
+            if entry.is_some_and(|e| e.lost) {
+                return Err(format!("{place:?} cannot be read"));
+            }
+            let now = entry.map(|e| contents(&blocks, e.frame));
+            if !allowed.any(|(_, version)| *version == now) {
+                let start = now.map(|n| String::from_utf8_lossy(&n[..n.len().min(12)]).into_owned());
+                return Err(format!("{place:?} is {start:?} (durable: version {oldest:?})"));
+            }
+        }
+        let strangers = space
+            .index
+            .all()
+            .filter(|(place, _)| !known.versions.contains_key(place));
+        match strangers.count() {
+            0 => Ok(()),
+            n => Err(format!("{n} blocks from nowhere")),
+        }
+    }
+}
+
+/// Lets a node work, and looks at the states a power cut can leave; returns how many, and how often
+/// disk was given back; or what was wrong with one.
+fn power_cuts(seed: u64, steps: usize, flaw: Option<Flaw>) -> Result<(usize, usize), String> {
+    let world = World::new(seed, flaw);
+    for _ in 0..steps {
+        world.step();
+    }
+    let mut rng = StdRng::seed_from_u64(seed ^ 0x5eed);
+    let events = world.journal.events();
+    let holes = events.iter().filter(|e| matches!(e, Event::Hole(..))).count();
+    let mut cuts = Cuts::new(events);
+    let mut states = 0;
+    while let Some(at) = cuts.step() {
+        for luck in [Luck::None, Luck::All, Luck::Some, Luck::Some] {
+            let state = cuts.state(luck, &mut rng);
+            world
+                .judge(at, state, flaw)
+                .map_err(|what| format!("seed {seed}, after {at} events, {luck:?} of the rest: {what}"))?;
+            states += 1;
+        }
+    }
+    Ok((states, holes))
+}
+
+#[test]
+fn a_power_cut_loses_nothing_that_was_stored() {
+    let (mut states, mut holes) = (0, 0);
+    for seed in 0..6 {
+        let (s, h) = power_cuts(seed, 60, None).unwrap();
+        (states, holes) = (states + s, holes + h);
+    }
+    assert!(states > 2000 && holes > 0, "{states} states, {holes} holes");
+}
+
+/// Each rule of `blocks` is there for something that the test above finds.
+#[test]
+fn without_a_rule_a_power_cut_loses_something() {
+    for flaw in [
+        Flaw::MoveForgets,
+        Flaw::InPlace,
+        Flaw::EarlyReuse,
+        Flaw::IndexFirst,
+        Flaw::CleanBySlab,
+    ] {
+        let found = (0..60).find_map(|seed| power_cuts(seed, 60, Some(flaw)).err());
+        assert!(found.is_some(), "{flaw:?} makes no difference");
+    }
+}
+
+/// Without checksums one would not even notice whose bytes they are.
+#[test]
+fn a_process_that_dies_loses_nothing_at_all() {
+    for seed in 0..20 {
+        let journal = Arc::new(Journal::default());
+        let dir = scratch();
+        let disk = Arc::new(FakeDisk::recording(&journal));
+        let store = Arc::new(FakeStore::recording(&journal));
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut expected: BTreeMap<Place, Vec<u8>> = BTreeMap::new();
+        for round in 0..5u8 {
+            let blocks = open(dir.path(), Arc::clone(&disk), Arc::clone(&store), None);
+            assert_eq!(blocks.pool.inherited, round > 0);
+            for (place, bytes) in &expected {
+                let entry = blocks.space.lock().index.get(place.0, place.1).unwrap();
+                assert_eq!(&contents(&blocks, entry.frame), bytes);
+            }
+            for n in 0..20u8 {
+                let place = (rng.random_range(0..4), rng.random_range(0..4));
+                if rng.random_range(0..3) == 0 {
+                    // Freed, but not cleaned when the process dies.
+                    blocks.free(place.0, place.1, place.1).unwrap();
+                    expected.remove(&place);
+                } else {
+                    let bytes = vec![round * 20 + n + 1; [100, 5000, 17000][rng.random_range(0..3)]];
+                    put(&blocks, place, &bytes).unwrap();
+                    let entry = blocks.space.lock().index.get(place.0, place.1).unwrap();
+                    let bytes = contents(&blocks, entry.frame);
+                    expected.insert(place, bytes);
+                }
+            }
+            if rng.random() {
+                blocks.flush_all().unwrap();
+            }
+        }
+        // What is free is zero.
+        let blocks = open(dir.path(), disk, store, None);
+        for (place, _) in expected {
+            blocks.free(place.0, place.1, place.1).unwrap();
+        }
+        while let Ok(frame) = blocks.clean.1.try_recv() {
+            blocks.clean(frame);
+        }
+        let all = Frame {
+            offset: 0,
+            size: POOL as u32,
+        };
+        assert!(contents(&blocks, all).is_empty());
+    }
+}
+
+/// Twenty blocks, stored; the machine has lost its memory.
+fn stored() -> (Arc<FakeDisk>, Arc<FakeStore>) {
+    let (disk, store) = (Arc::new(FakeDisk::default()), Arc::new(FakeStore::default()));
+    let dir = scratch();
+    let blocks = open(dir.path(), Arc::clone(&disk), Arc::clone(&store), None);
+    for ino in 0..20 {
+        put(&blocks, (ino, 0), &[ino as u8 + 1; 3000]).unwrap();
+    }
+    blocks.flush_all().unwrap();
+    (disk, store)
+}
+
+fn intact(blocks: &Blocks) -> usize {
+    let space = blocks.space.lock();
+    let whole = |((ino, _), e): &(Place, super::index::Entry)| {
+        !e.lost && contents(blocks, e.frame) == vec![*ino as u8 + 1; 3000]
+    };
+    space.index.all().filter(whole).count()
+}
+
+fn dies_while_loading(flaw: Option<Flaw>) -> usize {
+    let (disk, store) = stored();
+    let dir = scratch();
+    *disk.dies_at_read.lock() = Some(5);
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let died = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        open(dir.path(), Arc::clone(&disk), Arc::clone(&store), flaw)
+    }));
+    std::panic::set_hook(hook);
+    assert!(died.is_err());
+    *disk.dies_at_read.lock() = None;
+    let blocks = open(dir.path(), Arc::clone(&disk), Arc::clone(&store), None);
+    // Nor does the next power cut bring it to light.
+    blocks.flush_all().unwrap();
+    let dir = scratch();
+    intact(&open(dir.path(), disk, store, None))
+}
+
+#[test]
+fn memory_that_was_not_loaded_to_the_end_does_not_count() {
+    assert_eq!(dies_while_loading(None), 20);
+    assert!(
+        dies_while_loading(Some(Flaw::MarkedEarly)) < 20,
+        "the rule makes no difference"
+    );
+}
+
+/// One block cannot be read, while loading or at all; returns how many are whole in the end.
+fn unreadable(flaw: Option<Flaw>, damage: impl Fn(&FakeDisk, u64)) -> usize {
+    let (disk, store) = stored();
+    let good = disk.image();
+    let dir = scratch();
+    damage(&disk, 5 * 4096);
+    let blocks = open(dir.path(), Arc::clone(&disk), Arc::clone(&store), flaw);
+    if flaw.is_none() {
+        assert_eq!(intact(&blocks), 19);
+        let lost: Vec<Place> = {
+            let space = blocks.space.lock();
+            space
+                .index
+                .all()
+                .filter(|(_, e)| e.lost)
+                .map(|(p, _)| p)
+                .collect()
+        };
+        let [(ino, _)] = lost[..] else {
+            panic!("lost: {lost:?}")
+        };
+        // Everybody is told, and it does not become larger with zeros around it.
+        assert!(blocks.lookup(ino, 0, 9)[0].lost);
+        assert_eq!(put(&blocks, (ino, 0), &[9; 9000]), Err(Errno(libc::EIO)));
+        // After the death of the process it is as lost as before.
+        blocks.flush_all().unwrap();
+        drop(blocks);
+        let blocks = open(dir.path(), Arc::clone(&disk), Arc::clone(&store), flaw);
+        assert!(blocks.pool.inherited && blocks.lookup(ino, 0, 9)[0].lost);
+        // It heals when it is freed.
+        blocks.free(ino, 0, 0).unwrap();
+        put(&blocks, (ino, 0), &[ino as u8 + 1; 3000]).unwrap();
+        assert_eq!(intact(&blocks), 20);
+        drop(blocks);
+        // Else the copy is still what it was.
+        let (_, store) = stored();
+        let dir = scratch();
+        let blocks = open(dir.path(), disk, Arc::clone(&store), flaw);
+        assert_eq!(intact(&blocks), 19);
+        blocks.flush_all().unwrap();
+        let dir = scratch();
+        return intact(&open(dir.path(), Arc::new(FakeDisk::with(good)), store, None));
+    }
+    blocks.flush_all().unwrap();
+    let dir = scratch();
+    disk.bad.lock().clear();
+    intact(&open(dir.path(), disk, store, None))
+}
+
+#[test]
+fn what_cannot_be_read_is_an_error_and_never_zeros() {
+    let fails = |disk: &FakeDisk, offset: u64| {
+        disk.bad.lock().insert(offset / 4096);
+    };
+    assert_eq!(unreadable(None, fails), 20);
+    // With the flaw, zeros are no error; and being as whole as anything, they may be stored.
+    let (disk, store) = stored();
+    fails(&disk, 5 * 4096);
+    let dir = scratch();
+    let blocks = open(dir.path(), disk, store, Some(Flaw::LostAsZeros));
+    let space = blocks.space.lock();
+    assert!(space.index.all().all(|(_, e)| !e.lost));
+}
+
+#[test]
+fn a_bit_that_flips_is_noticed_at_load() {
+    let flips = |disk: &FakeDisk, offset: u64| disk.flip(offset + 100);
+    assert_eq!(unreadable(None, flips), 20);
+    let (disk, store) = stored();
+    flips(&disk, 5 * 4096);
+    let dir = scratch();
+    let blocks = open(dir.path(), disk, store, Some(Flaw::NoChecksums));
+    let none_lost = blocks.space.lock().index.all().all(|(_, e)| !e.lost);
+    assert!(none_lost && intact(&blocks) == 19);
+}
+
+#[test]
+fn a_bit_that_flips_at_rest_is_mended_from_memory() {
+    let (disk, store) = stored();
+    let dir = scratch();
+    let blocks = open(dir.path(), Arc::clone(&disk), Arc::clone(&store), None);
+    let mut scrub = Scrub::default();
+    let all = |scrub: &mut Scrub| {
+        // To the end of the pass.
+        blocks.scrub(scrub, u64::MAX).unwrap();
+        blocks.faults.damaged.load(Ordering::Relaxed)
+    };
+    assert_eq!(all(&mut scrub), 0);
+    disk.flip(7 * 4096 + 9);
+    disk.bad.lock().insert(9);
+    assert_eq!(all(&mut scrub), 2);
+    assert!(blocks.is_unsettled());
+    blocks.flush_all().unwrap();
+    assert_eq!(all(&mut scrub), 2, "they are whole again");
+    let dir = scratch();
+    let blocks = open(dir.path(), disk, store, None);
+    assert_eq!(intact(&blocks), 20);
+}
+
+#[test]
+fn what_could_not_be_read_is_tried_again() {
+    let (disk, store) = stored();
+    disk.bad.lock().insert(5);
+    let dir = scratch();
+    let blocks = open(dir.path(), Arc::clone(&disk), Arc::clone(&store), None);
+    assert_eq!(blocks.space.lock().lost(), 1);
+    disk.bad.lock().clear();
+    blocks.scrub(&mut Scrub::default(), u64::MAX).unwrap();
+    assert_eq!(blocks.space.lock().lost(), 0);
+    assert_eq!(intact(&blocks), 20);
+}
+
+#[test]
+fn what_was_freed_is_there_for_the_next() {
+    let (disk, store) = (Arc::new(FakeDisk::default()), Arc::new(FakeStore::default()));
+    let dir = scratch();
+    let blocks = open(dir.path(), disk, store, None);
+    for round in 0..3 {
+        for n in 0..POOL / BLOCK {
+            // The cleaner has done nothing yet.
+            put(&blocks, (round, n), &[1; BLOCK as usize]).unwrap();
+        }
+        assert_eq!(blocks.figures().free, 0);
+        assert_eq!(put(&blocks, (99, 0), &[1]), Err(Errno(libc::ENOSPC)));
+        blocks.free(round, 0, u64::MAX).unwrap();
+        assert_eq!(blocks.figures().free, POOL);
+        let granted = blocks.reserve(CONN, BLOCK, BLOCK);
+        assert_eq!(granted, BLOCK);
+        blocks.disconnected(CONN);
+    }
+}
+
+#[test]
+fn what_is_not_used_is_given_back() {
+    use std::os::unix::fs::MetadataExt;
+    let (disk, store) = (Arc::new(FakeDisk::default()), Arc::new(FakeStore::default()));
+    let dir = scratch();
+    let blocks = Blocks::open(Parts {
+        memory: dir.path().join("x.pool"),
+        uuid: "store".into(),
+        bytes: 400 * BLOCK,
+        disk,
+        disk_path: "disk".into(),
+        store,
+        pinned: false,
+        accept_older: false,
+        flaw: None,
+    })
+    .unwrap();
+    let used = || std::fs::metadata(dir.path().join("x.pool")).unwrap().blocks() * 512 / BLOCK;
+    let stock = used();
+    assert!(stock < 100, "a pool takes memory as data come: {stock}");
+    for n in 0..300 {
+        put(&blocks, (1, n), &[1; BLOCK as usize]).unwrap();
+    }
+    assert!(used() >= 300);
+    blocks.flush_all().unwrap();
+    blocks.free(1, 0, u64::MAX).unwrap();
+    while let Ok(frame) = blocks.clean.1.try_recv() {
+        blocks.clean(frame);
+    }
+    blocks.flush_all().unwrap();
+    blocks.give_surplus_back();
+    blocks.give_surplus_back();
+    assert!(used() < 100, "memory is given back: {}", used());
+    let space = blocks.space.lock();
+    assert!(space.extents.warm() < 200, "so is the disk's");
+    assert_eq!((space.alloc.free_bytes(), space.alloc.frames()), (400 * BLOCK, 0));
+}

@@ -1,0 +1,295 @@
+//! Making data durable: on request, in the background, and at the end.
+//!
+//! Clients write one-sided, so this node does not see their writes; each is followed by an increment of the slab's dirty
+//! counter. A block is clean if it is stored and the counter has not moved since that was read from memory.
+//!
+//! Storing takes four steps: the blocks are written to free extents of the backing file, that is synced, the index is
+//! changed to name them, that is synced. The extents named before are free then. A power cut at any moment leaves the
+//! index naming whole copies, old ones or new ones.
+
+use std::collections::HashSet;
+use std::sync::atomic::Ordering;
+
+use super::StorageError;
+use super::blocks::{Blocks, Flaw, Space};
+use super::disk::checksum;
+use super::index::{Entry, Place, Stored};
+use fsd_proto::wire::Frame;
+
+/// Bytes stored between two syncs: bounds how long a flush waits for one that has begun, and how much of the backing
+/// file is taken by two copies.
+const CHUNK: u64 = 32 << 20;
+/// How often a block that moves to another frame while it is stored is tried again.
+const MOVES: usize = 8;
+
+/// A block to be stored: its place, and the number that tells it from a later one there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) place: Place,
+    pub(super) id: u64,
+    pub(super) bytes: u32,
+}
+
+/// What has been written of a block.
+struct Copied {
+    target: Target,
+    frame: Frame,
+    count: u64,
+    /// None: the last copy is as good.
+    new: Option<Stored>,
+}
+
+impl Blocks {
+    /// Is something of a block not on disk?
+    pub(super) fn is_dirty(&self, entry: &Entry) -> bool {
+        let clean =
+            entry.stored.is_some() && entry.clean_at == Some(self.pool.dirty_count(entry.frame.offset));
+        // What could not be read must not be written over with nothing.
+        (entry.rewrite || !clean) && !entry.lost
+    }
+
+    fn targets(&self, entries: impl Iterator<Item = (Place, Entry)>) -> Vec<Target> {
+        let mut targets: Vec<Target> = entries
+            .filter(|(_, e)| self.is_dirty(e))
+            .map(|(place, e)| Target {
+                place,
+                id: e.id,
+                bytes: e.frame.size,
+            })
+            .collect();
+        // What belongs together comes to lie together.
+        targets.sort_unstable_by_key(|t| t.place);
+        targets
+    }
+
+    /// Makes everything written to these inodes durable.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn flush(&self, inos: &[u64]) -> Result<(), StorageError> {
+        let inos: HashSet<u64> = inos.iter().copied().collect();
+        let targets = {
+            let space = self.space.lock();
+            self.targets(inos.into_iter().flat_map(|ino| space.index.entries(ino)))
+        };
+        self.store_all(targets)?;
+        // Also where no block was dirty: the index may have changes that are not durable yet.
+        self.sync_index()
+    }
+
+    /// Everything that is not stored.
+    pub(super) fn unstored(&self) -> Vec<Target> {
+        let space = self.space.lock();
+        self.targets(space.index.all())
+    }
+
+    /// Stores everything.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn flush_all(&self) -> Result<(), StorageError> {
+        self.restore.store(false, Ordering::Release);
+        let result = self.store_all(self.unstored()).and_then(|()| self.sync_index());
+        if result.is_err() {
+            self.restore.store(true, Ordering::Release);
+        }
+        result
+    }
+
+    /// Is there anything for the background to do, whatever the dirty counters say?
+    pub(super) fn is_unsettled(&self) -> bool {
+        self.restore.load(Ordering::Acquire) || !self.space.lock().retired.is_empty()
+    }
+
+    fn store_all(&self, mut targets: Vec<Target>) -> Result<(), StorageError> {
+        for _ in 0..MOVES {
+            let mut moved = Vec::new();
+            let mut rest = targets.as_slice();
+            while !rest.is_empty() {
+                let mut bytes = 0;
+                let fits = |t: &&Target| {
+                    bytes += u64::from(t.bytes);
+                    bytes <= CHUNK
+                };
+                let count = rest.iter().take_while(fits).count().max(1);
+                let (chunk, tail) = rest.split_at(count);
+                self.store_chunk(chunk, &mut moved)?;
+                rest = tail;
+            }
+            if moved.is_empty() {
+                return Ok(());
+            }
+            targets = moved;
+        }
+        // Frames only become larger, so this cannot be.
+        Err(StorageError::Damaged("a block moves all the time".into()))
+    }
+
+    /// Stores some blocks; adds to `moved` those that got another frame meanwhile.
+    fn store_chunk(&self, mut chunk: &[Target], moved: &mut Vec<Target>) -> Result<(), StorageError> {
+        let _one = self.flushing.lock();
+        let mut emptied = false;
+        while !chunk.is_empty() {
+            let mut copied = Vec::new();
+            let written = self.write_copies(chunk, &mut copied);
+            let handled = written.as_ref().map_or_else(|(n, _)| *n, |()| chunk.len());
+            let any = copied.iter().any(|c| c.new.is_some());
+            self.enter_copies(copied, moved)?;
+            if any {
+                // Now rather than at the end: what the copies replace can take the next ones.
+                self.sync_index()?;
+            }
+            chunk = &chunk[handled..];
+            if let Err((_, error)) = written {
+                // A disk that was full has room again for what has just become free, if anything has.
+                if handled == 0 && emptied {
+                    return Err(error);
+                }
+                emptied = handled == 0;
+                self.sync_index()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes blocks to free extents. On failure: how many blocks were dealt with before.
+    fn write_copies(&self, chunk: &[Target], copied: &mut Vec<Copied>) -> Result<(), (usize, StorageError)> {
+        let mut bytes = Vec::new();
+        for (n, &target) in chunk.iter().enumerate() {
+            let known = {
+                let space = self.space.lock();
+                let entry = space.index.get(target.place.0, target.place.1);
+                let entry = entry.filter(|e| e.id == target.id && self.is_dirty(e));
+                entry.map(|e| (e, self.pool.dirty_count(e.frame.offset)))
+            };
+            // Freed, or stored by somebody else meanwhile.
+            let Some((entry, count)) = known else { continue };
+            let frame = entry.frame;
+            bytes.resize(frame.size as usize, 0);
+            let read = self.pool.mem.read_at(frame.offset as usize, &mut bytes);
+            read.map_err(|e| (n, e.into()))?;
+            let sum = checksum(&bytes);
+            let same = |s: Stored| s.sum == sum && s.extent.size == frame.size && !entry.rewrite;
+            let new = if entry.stored.is_some_and(same) {
+                None
+            } else {
+                let extent = self.extent_for(&entry).map_err(|e| (n, e))?;
+                if let Err(error) = self.disk.write(extent.offset, &bytes) {
+                    self.space.lock().give_extent_back(extent);
+                    return Err((n, self.io("cannot write", error)));
+                }
+                Some(Stored { extent, sum })
+            };
+            copied.push(Copied {
+                target,
+                frame,
+                count,
+                new,
+            });
+        }
+        Ok(())
+    }
+
+    fn extent_for(&self, entry: &Entry) -> Result<Frame, StorageError> {
+        if let Some(stored) = entry.stored.filter(|s| s.extent.size == entry.frame.size)
+            && self.flawed(Flaw::InPlace)
+        {
+            return Ok(stored.extent);
+        }
+        let extent = self.space.lock().take_extent(entry.frame.size);
+        extent.ok_or_else(|| StorageError::Damaged("a block has a frame of an unknown size".into()))
+    }
+
+    /// Makes copies durable and has the index name them.
+    fn enter_copies(&self, copied: Vec<Copied>, moved: &mut Vec<Target>) -> Result<(), StorageError> {
+        if copied.iter().any(|c| c.new.is_some())
+            && !self.flawed(Flaw::IndexFirst)
+            && let Err(error) = self.disk.sync()
+        {
+            // What the disk has of them is unknown: they are written again, from memory.
+            let mut space = self.space.lock();
+            for extent in copied.iter().filter_map(|c| c.new.map(|s| s.extent)) {
+                space.give_extent_back(extent);
+            }
+            return Err(self.io("cannot sync", error));
+        }
+        let mut space = self.space.lock();
+        let mut changed: Vec<(Place, Entry)> = Vec::new();
+        let mut replaced: Vec<Frame> = Vec::new();
+        let mut useless: Vec<Frame> = Vec::new();
+        for copy in &copied {
+            let Target { place, id, .. } = copy.target;
+            let entry = space.index.get(place.0, place.1).filter(|e| e.id == id);
+            match (entry, copy.new) {
+                (Some(e), Some(new)) if e.frame == copy.frame => {
+                    replaced.extend(e.stored.map(|s| s.extent).filter(|old| *old != new.extent));
+                    changed.push((
+                        place,
+                        Entry {
+                            stored: Some(new),
+                            clean_at: Some(copy.count),
+                            rewrite: false,
+                            ..e
+                        },
+                    ));
+                }
+                (Some(e), None) if e.frame == copy.frame => {
+                    space.index.note(place, |e| e.clean_at = Some(copy.count));
+                }
+                (entry, new) => {
+                    // Its memory may have been another's before it was read.
+                    useless.extend(new.map(|s| s.extent));
+                    moved.extend(entry.map(|e| Target {
+                        bytes: e.frame.size,
+                        ..copy.target
+                    }));
+                }
+            }
+        }
+        let entered = space.index.set(&changed);
+        if entered.is_err() {
+            // Whether the store has it after all shows when it is opened again: neither copy is used for anything else.
+            replaced.clear();
+        }
+        for extent in useless {
+            space.give_extent_back(extent);
+        }
+        for extent in replaced {
+            self.retire(&mut space, extent);
+        }
+        drop(space);
+        if self.flawed(Flaw::IndexFirst) {
+            self.sync_index()?;
+            self.disk.sync().map_err(|e| self.io("cannot sync", e))?;
+        }
+        Ok(entered?)
+    }
+
+    pub(super) fn io(&self, what: &'static str, error: std::io::Error) -> StorageError {
+        StorageError::Io {
+            what,
+            path: self.disk_path.clone(),
+            error,
+        }
+    }
+
+    /// The sum of all dirty counters: if it has not moved, nobody has written.
+    pub(super) fn dirty_sum(&self) -> u64 {
+        let slabs = self.pool.mem.len() as u64 / fsd_proto::layout::BLOCK;
+        (0..slabs)
+            .map(|s| self.pool.dirty_count(s * fsd_proto::layout::BLOCK))
+            .fold(0, u64::wrapping_add)
+    }
+}
+
+/// Bytes of blocks.
+pub(super) fn bytes_of(targets: &[Target]) -> u64 {
+    targets.iter().map(|t| u64::from(t.bytes)).sum()
+}
+
+impl Space {
+    /// Blocks whose contents are lost.
+    pub(super) fn lost(&self) -> u64 {
+        self.index.all().filter(|(_, e)| e.lost).count() as u64
+    }
+}

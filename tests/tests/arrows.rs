@@ -1,0 +1,190 @@
+//! Which part may know which. The crates' arrows are those of `cargo metadata`, the files' are their imports.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, ensure};
+
+/// What each crate of the file system may know of the workspace. Servers do not know the client, nor each other; the client knows
+/// of the servers only what is in their messages.
+const MAY_KNOW: &[(&str, &[&str])] = &[
+    ("rdma-transport", &[]),
+    ("lockmgr", &["rdma-transport"]),
+    ("distfuse-abi", &[]),
+    ("fsd-proto", &["rdma-transport", "lockmgr"]),
+    ("fsd-node", &["rdma-transport", "fsd-proto"]),
+    ("fsd-meta", &["rdma-transport", "lockmgr", "fsd-proto", "fsd-node"]),
+    (
+        "fsd-storage",
+        &["rdma-transport", "lockmgr", "fsd-proto", "fsd-node"],
+    ),
+    (
+        "fsd-client",
+        &["rdma-transport", "lockmgr", "distfuse-abi", "fsd-proto", "fsd-node"],
+    ),
+    (
+        "fsd",
+        &[
+            "rdma-transport",
+            "lockmgr",
+            "fsd-proto",
+            "fsd-node",
+            "fsd-meta",
+            "fsd-storage",
+            "fsd-client",
+        ],
+    ),
+];
+
+/// Files of these crates import each other in no circle.
+const WITHOUT_CIRCLES: &[&str] = &["fsd/proto", "fsd/node"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+#[test]
+fn crates_know_only_what_they_may() -> anyhow::Result<()> {
+    let told = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args(["metadata", "--no-deps", "--format-version", "1", "--offline"])
+        .current_dir(root())
+        .output()
+        .context("cargo metadata")?;
+    ensure!(
+        told.status.success(),
+        "cargo metadata: {}",
+        String::from_utf8_lossy(&told.stderr)
+    );
+    let all: serde_json::Value = serde_json::from_slice(&told.stdout)?;
+    let packages = all["packages"].as_array().context("no packages")?;
+    let ours: BTreeSet<&str> = packages.iter().filter_map(|p| p["name"].as_str()).collect();
+    for (name, may) in MAY_KNOW {
+        let package = packages
+            .iter()
+            .find(|p| p["name"] == *name)
+            .with_context(|| format!("no crate {name}"))?;
+        let known = package["dependencies"].as_array().context("no dependencies")?;
+        // What only its tests know is no arrow.
+        let known = known
+            .iter()
+            .filter(|d| d["kind"] != "dev")
+            .filter_map(|d| d["name"].as_str());
+        let known: BTreeSet<&str> = known.filter(|n| ours.contains(n)).collect();
+        let may: BTreeSet<&str> = may.iter().copied().collect();
+        let more: Vec<_> = known.difference(&may).collect();
+        ensure!(more.is_empty(), "{name} must not know {more:?}");
+    }
+    Ok(())
+}
+
+/// The module of a crate that a path of an import, without its beginning, leads to: the first of its words.
+fn first_word(path: &str) -> &str {
+    let end = path.find(|c: char| !(c.is_alphanumeric() || c == '_'));
+    &path[..end.unwrap_or(path.len())]
+}
+
+/// The modules of a crate, each with those that its files import; tests do not count.
+fn imports(src: &Path) -> anyhow::Result<BTreeMap<String, BTreeSet<String>>> {
+    fn collect(dir: &Path, into: &mut Vec<PathBuf>) -> std::io::Result<()> {
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                collect(&path, into)?;
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                into.push(path);
+            }
+        }
+        Ok(())
+    }
+    let mut files = Vec::new();
+    collect(src, &mut files)?;
+    let module_of = |file: &Path| -> Option<String> {
+        let inside = file.strip_prefix(src).ok()?;
+        let first = inside.components().next()?.as_os_str().to_str()?;
+        Some(first.trim_end_matches(".rs").to_owned())
+    };
+    let mut found: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for file in &files {
+        let module = module_of(file).context("a file without a module")?;
+        if module == "lib" || file.file_stem().is_some_and(|s| s.to_string_lossy().ends_with("tests")) {
+            continue;
+        }
+        let text = std::fs::read_to_string(file)?;
+        let text = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+        let top = file.parent() == Some(src);
+        let all = found.entry(module.clone()).or_default();
+        for line in text.lines().filter(|l| !l.trim_start().starts_with("//")) {
+            for (at, _) in line.match_indices("crate::") {
+                all.insert(first_word(&line[at + "crate::".len()..]).to_owned());
+            }
+            if let Some(rest) = line.split("use super::").nth(1).filter(|_| top) {
+                all.insert(first_word(rest).to_owned());
+            }
+        }
+    }
+    let known: BTreeSet<String> = found.keys().cloned().collect();
+    for (module, all) in &mut found {
+        all.retain(|m| m != module && known.contains(m));
+    }
+    Ok(found)
+}
+
+/// A way from a module back to itself.
+fn circle(graph: &BTreeMap<String, BTreeSet<String>>) -> Option<Vec<String>> {
+    fn walk(
+        graph: &BTreeMap<String, BTreeSet<String>>,
+        way: &mut Vec<String>,
+        done: &mut BTreeSet<String>,
+    ) -> Option<Vec<String>> {
+        let here = way.last()?.clone();
+        for next in graph.get(&here).into_iter().flatten() {
+            if let Some(at) = way.iter().position(|m| m == next) {
+                return Some(way[at..].to_vec());
+            }
+            if done.contains(next) {
+                continue;
+            }
+            way.push(next.clone());
+            if let Some(found) = walk(graph, way, done) {
+                return Some(found);
+            }
+            way.pop();
+        }
+        done.insert(here);
+        None
+    }
+    let mut done = BTreeSet::new();
+    graph
+        .keys()
+        .find_map(|module| walk(graph, &mut vec![module.clone()], &mut done))
+}
+
+#[test]
+fn files_import_each_other_in_no_circle() -> anyhow::Result<()> {
+    for name in WITHOUT_CIRCLES {
+        let graph = imports(&root().join(name).join("src"))?;
+        ensure!(
+            graph.values().any(|all| !all.is_empty()),
+            "{name}: no imports found: {graph:?}"
+        );
+        let found = circle(&graph);
+        ensure!(found.is_none(), "{name}: {found:?} import each other");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_circle_is_found() {
+    let graph = |arrows: &[(&str, &str)]| {
+        let mut graph: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for (from, to) in arrows {
+            graph.entry((*from).into()).or_default().insert((*to).into());
+            graph.entry((*to).into()).or_default();
+        }
+        graph
+    };
+    assert_eq!(circle(&graph(&[("a", "b"), ("b", "c"), ("a", "c")])), None);
+    let found = circle(&graph(&[("a", "b"), ("b", "c"), ("c", "b")]));
+    assert_eq!(found, Some(vec!["b".to_owned(), "c".to_owned()]));
+}
