@@ -127,6 +127,7 @@ impl Client {
                 None if inode_kept(&created, inode.ino) => {}
                 None => {
                     if let Some(gone) = state.attr.take() {
+                        state.last = Some(Box::new(gone));
                         self.lent_attr_changed(inode, &Attr { nlink: 0, ..gone });
                     }
                 }
