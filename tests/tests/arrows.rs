@@ -14,14 +14,23 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("distfuse-abi", &[]),
     ("fsd-proto", &["rdma-transport", "lockmgr"]),
     ("fsd-node", &["rdma-transport", "fsd-proto"]),
-    ("fsd-meta", &["rdma-transport", "lockmgr", "fsd-proto", "fsd-node"]),
+    (
+        "fsd-meta",
+        &["rdma-transport", "lockmgr", "fsd-proto", "fsd-node"],
+    ),
     (
         "fsd-storage",
         &["rdma-transport", "lockmgr", "fsd-proto", "fsd-node"],
     ),
     (
         "fsd-client",
-        &["rdma-transport", "lockmgr", "distfuse-abi", "fsd-proto", "fsd-node"],
+        &[
+            "rdma-transport",
+            "lockmgr",
+            "distfuse-abi",
+            "fsd-proto",
+            "fsd-node",
+        ],
     ),
     (
         "fsd",
@@ -107,7 +116,11 @@ fn imports(src: &Path) -> anyhow::Result<BTreeMap<String, BTreeSet<String>>> {
     let mut found: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for file in &files {
         let module = module_of(file).context("a file without a module")?;
-        if module == "lib" || file.file_stem().is_some_and(|s| s.to_string_lossy().ends_with("tests")) {
+        if module == "lib"
+            || file
+                .file_stem()
+                .is_some_and(|s| s.to_string_lossy().ends_with("tests"))
+        {
             continue;
         }
         let text = std::fs::read_to_string(file)?;

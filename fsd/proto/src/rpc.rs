@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use rdma_transport::{ConnId, Connection, Handler, TransportError};
-use serde::de::DeserializeOwned;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 pub use crate::errno::Errno;
 use crate::wire::{self, FrameKind, FrameView, Hello};
