@@ -11,8 +11,9 @@ use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::{Inode, State};
 use super::{Client, LEASED_TTL, MAX_FILE_SIZE};
 use fsd_node::config::CacheMode;
+use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::wire::{Attr, Kind, MetaReply, MetaRequest, Time};
+use fsd_proto::wire::{Attr, Kind, Time};
 
 /// A time to be set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,13 +109,12 @@ impl Client {
             return Ok(state.shown(&attr));
         }
         ctx.may_wait()?;
-        match self.net.meta(&MetaRequest::GetAttr { ino: inode.ino }) {
-            Ok(MetaReply::Attr(attr)) => {
+        match self.net.meta(ask::meta::GetAttr { ino: inode.ino }) {
+            Ok(attr) => {
                 state.attr = Some(attr);
                 state.last = None;
                 Ok(attr)
             }
-            Ok(_) => fail(libc::EPROTO),
             Err(RpcError::Errno(Errno(libc::ENOENT))) => {
                 state.gone = true;
                 fail(libc::ESTALE)

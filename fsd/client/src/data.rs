@@ -11,9 +11,10 @@ use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::{Inode, State};
 use super::pages::{PAGE, page_of};
 use fsd_node::config::CacheMode;
+use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{BlockWant, Frame, StorageReply, StorageRequest};
+use fsd_proto::wire::{BlockWant, Frame};
 
 /// Frames asked for in one request.
 const LOOKUP_COUNT: u32 = 4096;
@@ -79,14 +80,12 @@ impl Client {
             ctx.may_wait()?;
             let mut from = 0;
             loop {
-                let request = StorageRequest::Lookup {
+                let request = ask::storage::Lookup {
                     ino: inode.ino,
                     first: from,
                     count: LOOKUP_COUNT,
                 };
-                let StorageReply::Blocks(blocks) = self.net.ask_storage(node, &request)? else {
-                    return fail(libc::EPROTO);
-                };
+                let blocks = self.net.ask_storage(node, request)?;
                 for block in &blocks {
                     state.frames.learn(block.block, block.frame);
                 }
@@ -140,10 +139,8 @@ impl Client {
                         size,
                     })
                     .collect();
-                let request = StorageRequest::Allocate { wants, reserved };
-                let StorageReply::Allocated(frames) = self.net.ask_storage(node, &request)? else {
-                    return fail(libc::EPROTO);
-                };
+                let request = ask::storage::Allocate { wants, reserved };
+                let frames = self.net.ask_storage(node, request)?;
                 self.space.used(node, reserved);
                 for (&(block, _), frame) in part.iter().zip(frames) {
                     state.take_frame(block, frame);

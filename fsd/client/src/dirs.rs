@@ -13,9 +13,10 @@ use lockmgr::Mode;
 use super::Client;
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::{Granted, Inode, Listing, Source, State};
+use fsd_proto::ask;
 use fsd_proto::layout::NAME_MAX;
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::wire::{Attr, Kind, MetaReply, MetaRequest};
+use fsd_proto::wire::{Attr, Kind};
 
 /// Attempts at an operation whose names change under it, before it fails.
 pub const ATTEMPTS: usize = 1000;
@@ -51,13 +52,12 @@ impl Client {
             return Ok(known.map(|(ino, kind, _)| (ino, kind)));
         }
         ctx.may_wait()?;
-        let request = MetaRequest::Lookup {
+        let request = ask::meta::Lookup {
             parent: dir.ino,
             name: name.to_vec(),
         };
-        let found = match self.net.meta(&request) {
-            Ok(MetaReply::Found(found)) => found,
-            Ok(_) => return fail(libc::EPROTO),
+        let found = match self.net.meta(request) {
+            Ok(found) => found,
             Err(RpcError::Errno(Errno(libc::ENOENT))) => {
                 state.gone = true;
                 self.tell_gone(dir, state);
@@ -198,7 +198,7 @@ impl Client {
             }
         };
         // Whoever has a handle made the number up, perhaps: there need not be such a record.
-        match self.net.meta(&MetaRequest::GetAttr { ino: number }) {
+        match self.net.meta(ask::meta::GetAttr { ino: number }) {
             Err(RpcError::Errno(Errno(libc::ENOENT))) => return fail(libc::ESTALE),
             found => found?,
         };
@@ -235,10 +235,8 @@ impl Client {
             ctx.may_wait()?;
             let mut after = Vec::new();
             loop {
-                let request = MetaRequest::ReadDir { ino: dir.ino, after };
-                let MetaReply::Entries(entries, all) = self.net.meta(&request)? else {
-                    return fail(libc::EPROTO);
-                };
+                let request = ask::meta::ReadDir { ino: dir.ino, after };
+                let (entries, all) = self.net.meta(request)?;
                 after = entries.last().map(|(e, _)| e.name.clone()).unwrap_or_default();
                 for (entry, attr) in entries {
                     state.dir.add(&entry.name, entry.ino, entry.kind, entry.cookie);
@@ -281,9 +279,7 @@ impl Client {
             return fail(libc::EINVAL);
         }
         ctx.may_wait()?;
-        let MetaReply::Target(target) = self.net.meta(&MetaRequest::ReadLink { ino: inode.ino })? else {
-            return fail(libc::EPROTO);
-        };
+        let target = self.net.meta(ask::meta::ReadLink { ino: inode.ino })?;
         state.target = Some(target.clone());
         Ok(target)
     }

@@ -12,8 +12,9 @@ use super::inode::Inode;
 use super::opens::Handle;
 use super::pages::{PAGE, page_of};
 use super::{Client, Versions};
+use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
-use fsd_proto::wire::{Kind, MetaRequest, StorageReply, StorageRequest};
+use fsd_proto::wire::Kind;
 
 impl Client {
     /// Drops what is cached of a file that is gone, and its lease.
@@ -41,15 +42,11 @@ impl Client {
         let nodes: Vec<u16> = (0..self.net.storage_count()).collect();
         if inode.lock_raw().attr.is_none_or(|a| a.kind == Kind::File) {
             for node in nodes {
-                let request = StorageRequest::Flush {
-                    inos: vec![inode.ino],
-                };
-                let StorageReply::Done = self.net.ask_storage(node, &request)? else {
-                    return fail(libc::EPROTO);
-                };
+                let inos = vec![inode.ino];
+                self.net.ask_storage(node, ask::storage::Flush { inos })?;
             }
         }
-        self.net.meta(&MetaRequest::Sync)?;
+        self.net.meta(ask::meta::Sync {})?;
         if let Some(seen) = seen {
             inode.errors.check(seen)?;
         }

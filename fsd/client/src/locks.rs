@@ -11,9 +11,10 @@ use parking_lot::Mutex;
 use super::Client;
 use super::caller::Caller;
 use super::ctx::{Ctx, Res, Stop, fail};
+use fsd_proto::ask;
 use fsd_proto::locks::LockTable;
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::wire::{LockKind, LockOwner, LockRange, LockSpec, MetaReply, MetaRequest};
+use fsd_proto::wire::{LockKind, LockOwner, LockRange, LockSpec};
 
 /// How often waiting requests are looked through for processes that have got a signal …
 const SIGNAL_POLL: Duration = Duration::from_millis(50);
@@ -147,10 +148,7 @@ impl Client {
     /// Park.
     pub fn getlk(&self, ctx: &Ctx<'_>, lock: LockSpec) -> Res<Option<LockSpec>> {
         ctx.may_wait()?;
-        match self.net.meta(&MetaRequest::GetLock { lock })? {
-            MetaReply::Lock(found) => Ok(found),
-            _ => fail(libc::EPROTO),
-        }
+        Ok(self.net.meta(ask::meta::GetLock { lock })?)
     }
 
     /// `F_SETLK`, `flock` with `LOCK_NB`, and unlocking, through an open file.
@@ -159,7 +157,7 @@ impl Client {
     /// Park; `EAGAIN`.
     pub fn setlk(&self, ctx: &Ctx<'_>, lock: LockSpec, handle: u64) -> Res<()> {
         ctx.may_wait()?;
-        self.net.meta(&MetaRequest::SetLock { lock, wait: false })?;
+        self.net.meta(ask::meta::SetLock { lock, wait: false })?;
         self.file_locks.note(&lock, handle);
         Ok(())
     }
@@ -194,10 +192,10 @@ impl Client {
             return;
         };
         let me = Arc::downgrade(self);
-        let request = MetaRequest::SetLock { lock, wait: true };
-        let sent = self.net.meta_slow(&request, move |result| {
+        let request = ask::meta::SetLock { lock, wait: true };
+        let sent = self.net.meta_slow(request, move |result| {
             if let Some(client) = Weak::upgrade(&me) {
-                client.lock_answered(id, result.map(drop));
+                client.lock_answered(id, result);
             }
         });
         if let Err(error) = sent {
@@ -269,7 +267,7 @@ impl Client {
                 waiter.cancelled = true;
             }
             // The answer to the waiting request then comes as EINTR, or it had been granted.
-            self.net.meta_async(MetaRequest::CancelLock { lock }, |result| {
+            self.net.meta_async(ask::meta::CancelLock { lock }, |result| {
                 if let Err(error) = result {
                     tracing::debug!("a request for a file lock cannot be taken back: {error}");
                 }
@@ -288,7 +286,7 @@ impl Client {
         ctx.may_wait()?;
         self.file_locks.forget(ino, owner);
         self.net
-            .meta(&MetaRequest::ReleaseLocks { ino, owner })
+            .meta(ask::meta::ReleaseLocks { ino, owner })
             .map(drop)
             .map_err(Stop::from)
     }

@@ -25,6 +25,7 @@ use super::{Client, Counters};
 use fsd_node::config::{CacheMode, Config, FabricChoice};
 use fsd_node::endpoint::Endpoint;
 use fsd_node::ports::Ports;
+use fsd_proto::ask;
 use fsd_proto::clock::Skew;
 use fsd_proto::rpc::{Errno, Responder, RpcError, Service};
 use fsd_proto::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
@@ -577,7 +578,7 @@ impl Mount {
                 tracing::error!("not all leases could be given up: this mount will be taken for dead");
             }
         } else {
-            if let Err(error) = client.net.meta(&MetaRequest::Leave) {
+            if let Err(error) = client.net.meta(ask::meta::Leave {}) {
                 tracing::warn!("leaving: {error}");
             }
             // Others may have read our name in a lease record just before it was freed, and ask us.

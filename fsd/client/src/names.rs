@@ -13,9 +13,10 @@ use super::dirs::ATTEMPTS;
 use super::inode::Inode;
 use super::lazy::Lazy;
 use super::{Client, Guards, Versions};
+use fsd_proto::ask;
 use fsd_proto::ino;
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{Attr, Created, Kind, MetaReply, MetaRequest, NamespaceOp, Touched};
+use fsd_proto::wire::{Attr, Created, Kind, NamespaceOp, Touched};
 
 /// Inode numbers fetched at once, and the number left at which more are fetched. The server makes durable that it has given
 /// them out, which takes as long as its disk does; so that is not waited for.
@@ -85,18 +86,18 @@ impl Client {
             })
             .collect();
         let (seq, acknowledged) = self.seqs.begin();
-        let request = MetaRequest::Namespace {
+        let request = ask::meta::Namespace {
             seq,
             acknowledged,
             now: self.net.now(),
             touched,
             op,
         };
-        let reply = self.net.meta(&request);
+        let reply = self.net.meta(request);
         self.seqs.end(seq);
         let created = match reply {
-            Ok(MetaReply::Changed(created)) => created,
-            failed => {
+            Ok(created) => created,
+            Err(error) => {
                 // It may have been done all the same.
                 for inode in held {
                     let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
@@ -110,7 +111,7 @@ impl Client {
                         self.forget_names(inode);
                     }
                 }
-                return failed.map_or_else(|error| Err(error.into()), |_| fail(libc::EPROTO));
+                return Err(error.into());
             }
         };
         for inode in held {
@@ -138,7 +139,7 @@ impl Client {
 
     /// A number for a new inode.
     fn new_number(&self, ctx: &Ctx<'_>) -> Res<u64> {
-        use MetaRequest::ReserveInodes;
+        use ask::meta::ReserveInodes;
         loop {
             let (number, left) = {
                 let mut free = self.new_inos.free.lock();
@@ -149,7 +150,7 @@ impl Client {
                 self.net
                     .meta_async(ReserveInodes { count: NUMBERS }, move |answer| {
                         // Who comes to the end of those that are left asks himself, and is told what is wrong.
-                        if let Ok(MetaReply::Inodes(range)) = answer {
+                        if let Ok(range) = answer {
                             numbers.free.lock().extend(range.inos);
                         }
                         numbers.fetching.store(false, Ordering::Release);
@@ -159,9 +160,7 @@ impl Client {
                 return Ok(number);
             }
             ctx.may_wait()?;
-            let MetaReply::Inodes(range) = self.net.meta(&ReserveInodes { count: NUMBERS })? else {
-                return fail(libc::EPROTO);
-            };
+            let range = self.net.meta(ReserveInodes { count: NUMBERS })?;
             self.new_inos.free.lock().extend(range.inos);
         }
     }

@@ -16,8 +16,9 @@ use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::Inode;
 use super::pins::{ONE_PIN, pinned};
 use fsd_node::config::CacheMode;
+use fsd_proto::ask;
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{Kind, MetaRequest};
+use fsd_proto::wire::Kind;
 
 /// In word 1 of a lease record: the inode has no name left, or is about to lose its last.
 pub const FLAG_UNLINKED: u64 = 1;
@@ -444,7 +445,7 @@ impl Client {
     pub(super) fn reap(&self, inode: &Arc<Inode>) {
         let gone = Arc::clone(inode);
         self.net
-            .meta_async(MetaRequest::Reap { ino: inode.ino }, move |result| {
+            .meta_async(ask::meta::Reap { ino: inode.ino }, move |result| {
                 if let Err(error) = result {
                     tracing::warn!("orphan {:#x} not removed: {error}", gone.ino);
                 }

@@ -8,7 +8,8 @@ use lockmgr::{Mode, RecordId};
 use super::Client;
 use super::ctx::{Ctx, Res};
 use super::inode::Inode;
-use fsd_proto::wire::{AttrUpdate, MetaRequest};
+use fsd_proto::ask;
+use fsd_proto::wire::AttrUpdate;
 
 impl Client {
     /// Tells the metadata server the attributes of leases given up, and the lease manager when it has them.
@@ -21,7 +22,7 @@ impl Client {
         };
         let (me, inode) = (Arc::downgrade(self), Arc::clone(inode));
         self.net.meta_async(
-            MetaRequest::Update {
+            ask::meta::Update {
                 updates: vec![update],
             },
             move |result| {
@@ -67,7 +68,7 @@ impl Client {
             push.waiting.as_deref().or(push.sent.as_deref()).copied()
         };
         if let Some(update) = update {
-            self.net.meta(&MetaRequest::Update {
+            self.net.meta(ask::meta::Update {
                 updates: vec![update],
             })?;
             {
@@ -113,7 +114,7 @@ impl Client {
                 version: guard.version(),
                 ..AttrUpdate::from(&attr)
             };
-            self.net.meta(&MetaRequest::Update {
+            self.net.meta(ask::meta::Update {
                 updates: vec![update],
             })?;
             state.attr_dirty = false;

@@ -12,9 +12,10 @@ use parking_lot::Mutex;
 
 use super::Client;
 use super::ctx::{Ctx, Res, fail};
+use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::layout::{CLASSES, class_for};
-use fsd_proto::wire::{MetaReply, MetaRequest, PoolSpace, StorageReply, StorageRequest};
+use fsd_proto::wire::PoolSpace;
 
 /// Reserved in one request, bytes.
 pub const CHUNK: u64 = 8 << 20;
@@ -186,10 +187,7 @@ impl Client {
     /// # Errors
     /// It cannot be reached.
     pub fn pool_space(&self, node: u16) -> Res<PoolSpace> {
-        match self.net.ask_storage(node, &StorageRequest::Space)? {
-            StorageReply::Space(space) => Ok(space),
-            _ => fail(libc::EPROTO),
-        }
+        Ok(self.net.ask_storage(node, ask::storage::Space {})?)
     }
 
     /// Has a storage node set aside what is `needed` for this mount, or less, or up to what is `wanted`;
@@ -198,16 +196,11 @@ impl Client {
     /// # Errors
     /// It cannot be reached.
     pub fn ask_for_space(&self, node: u16, needed: u64, wanted: u64) -> Res<u64> {
-        match self
+        let granted = self
             .net
-            .ask_storage(node, &StorageRequest::Reserve { needed, wanted })?
-        {
-            StorageReply::Reserved(granted) => {
-                self.space.granted(node, granted);
-                Ok(granted)
-            }
-            _ => fail(libc::EPROTO),
-        }
+            .ask_storage(node, ask::storage::Reserve { needed, wanted })?;
+        self.space.granted(node, granted);
+        Ok(granted)
     }
 
     /// Does what needs space. Where that `lacks` some, it is done again when the blocks of files that have been removed are
@@ -245,7 +238,7 @@ impl Client {
             std::thread::sleep(CLOSE_WAIT);
         }
         waits.done += 1;
-        let Ok(MetaReply::Settled { orphans }) = self.net.meta(&MetaRequest::Settle) else {
+        let Ok(orphans) = self.net.meta(ask::meta::Settle {}) else {
             return false;
         };
         if orphans > 0 && waits.done >= CLOSE_WAITS {
@@ -274,7 +267,7 @@ impl Client {
 
     /// Tells a storage node that what was set aside, and is in no account any more, is not needed.
     pub fn give_space_back(&self, node: u16, bytes: u64) {
-        if let Err(error) = self.net.ask_storage(node, &StorageRequest::Unreserve { bytes }) {
+        if let Err(error) = self.net.ask_storage(node, ask::storage::Unreserve { bytes }) {
             tracing::debug!("reservation not given back to storage node {node}: {error}");
         }
     }

@@ -11,9 +11,9 @@ use super::inode::{Inode, State};
 use super::pages::{PAGE, page_of};
 use super::{Client, MAX_FILE_SIZE};
 use fsd_node::config::CacheMode;
+use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{StorageReply, StorageRequest};
 
 /// The pages (first, last) that the kernel may keep locked during a write through its page cache: one folio, if the write
 /// does not cover it and it was not up to date. That is the last page of a write that begins at the beginning of a page. One
@@ -546,14 +546,12 @@ impl Client {
         nodes.sort_unstable();
         nodes.dedup();
         for node in nodes {
-            let request = StorageRequest::Free {
+            let request = ask::storage::Free {
                 ino: inode.ino,
                 first,
                 last,
             };
-            let StorageReply::Freed(_) = self.net.ask_storage(node, &request)? else {
-                return fail(libc::EPROTO);
-            };
+            self.net.ask_storage(node, request)?;
         }
         for (block, _) in frames_in(state, first, last) {
             state.drop_frame(block);

@@ -12,8 +12,9 @@ use parking_lot::MutexGuard;
 use super::Client;
 use super::ctx::{Ctx, Res};
 use super::inode::{Inode, State};
+use fsd_proto::ask;
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{AttrUpdate, BlockWant, MetaRequest, StorageReply, StorageRequest};
+use fsd_proto::wire::{AttrUpdate, BlockWant};
 
 /// How often old data is looked for while there is any.
 const TICK: Duration = Duration::from_millis(250);
@@ -133,7 +134,7 @@ impl Client {
         if updates.is_empty() {
             return;
         }
-        if let Err(error) = self.net.meta(&MetaRequest::Update { updates }) {
+        if let Err(error) = self.net.meta(ask::meta::Update { updates }) {
             for (inode, guard) in &held {
                 if let Ok(mut state) = inode.lock(&ctx, guard.version()) {
                     state.attr_dirty = true;
@@ -188,13 +189,11 @@ impl Client {
         }
         for (node, wants) in by_node {
             let reserved = wants.iter().map(|w| u64::from(w.reserved)).sum();
-            let request = StorageRequest::Allocate {
+            let request = ask::storage::Allocate {
                 wants: wants.iter().map(|w| w.want).collect(),
                 reserved,
             };
-            let StorageReply::Allocated(frames) = self.net.ask_storage(node, &request)? else {
-                return super::ctx::fail(libc::EPROTO);
-            };
+            let frames = self.net.ask_storage(node, request)?;
             self.space.used(node, reserved);
             for (wanted, frame) in wants.iter().zip(frames) {
                 if let Some(state) = states.get_mut(&wanted.file) {

@@ -7,8 +7,9 @@ use lockmgr::Mode;
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::inode::Inode;
 use super::{Client, Versions};
+use fsd_proto::ask;
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{MetaReply, MetaRequest, NamespaceOp};
+use fsd_proto::wire::NamespaceOp;
 
 /// What an executable file may do beyond its caller, capabilities(7).
 const CAPABILITY: &[u8] = b"security.capability";
@@ -52,9 +53,7 @@ impl Client {
             state.xattr_changes
         };
         ctx.may_wait()?;
-        let MetaReply::Xattrs(pairs) = self.net.meta(&MetaRequest::GetXattrs { ino: inode.ino })? else {
-            return fail(libc::EPROTO);
-        };
+        let pairs = self.net.meta(ask::meta::GetXattrs { ino: inode.ino })?;
         let loaded: BTreeMap<_, _> = pairs.into_iter().collect();
         let found = look(&loaded);
         // Nobody else has changed them under our lease, but another request of this mount may have.

@@ -16,9 +16,9 @@ use rdma_transport::TransportError;
 use super::Refusal;
 use super::records::{Txn, decode, encode, key};
 use super::server::Inner;
+use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, RpcError};
 use fsd_proto::stores::older_store;
-use fsd_proto::wire::{StorageReply, StorageRequest};
 
 /// How often the storage nodes are asked, and told: a copy made so shortly before its store was last used is not told from it.
 const EVERY: Duration = Duration::from_secs(2);
@@ -104,12 +104,12 @@ impl Inner {
 
     /// Tells a storage node how far this server has got, and learns its store's generation.
     fn compare(&self, id: u16, addr: &str) -> Result<(), Refusal> {
-        let request = StorageRequest::Compare {
+        let request = ask::storage::Compare {
             place: self.order.durable(),
             accept: self.copies.accept,
         };
         if self.copies.foreign_leases.lock().contains(&id) {
-            match self.nodes.ask(id, &StorageRequest::ResetLeases) {
+            match self.nodes.asked(id, ask::storage::ResetLeases {}) {
                 Ok(_) => self.copies.foreign_leases.lock().remove(&id),
                 Err(error) => {
                     tracing::warn!(
@@ -119,15 +119,12 @@ impl Inner {
                 }
             };
         }
-        let reply = match self.nodes.ask(id, &request) {
-            Ok(reply) => reply,
+        let (generation, place) = match self.nodes.asked(id, request) {
+            Ok(known) => known,
             Err(error) => {
                 tracing::debug!("storage node {id} is not asked for its generation: {error}");
                 return Ok(());
             }
-        };
-        let StorageReply::Compared { generation, place } = reply else {
-            return Ok(());
         };
         self.check_place(&format!("storage node {id}"), place)?;
         if self.copies.check_generation(id, addr, generation).is_err() {

@@ -11,6 +11,7 @@ use super::records::key;
 use super::server::{Flaw, House, Inner, OnceDurable};
 use super::{MetaError, Refusal};
 use fsd_node::store::prefix_end;
+use fsd_proto::ask;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{MetaReply, StorageReply, StorageRequest, Time};
 
@@ -147,12 +148,12 @@ impl Inner {
             for section in &self.config.storage {
                 for &ino in some {
                     let (first, last) = (0, u64::MAX);
-                    self.ask(section.id, &StorageRequest::Free { ino, first, last })?;
+                    self.ask(section.id, ask::storage::Free { ino, first, last })?;
                 }
                 // A crash of the storage node that undid this would leave it blocks that nobody frees any more: the record
                 // of what is to be freed stays until it cannot.
                 if !self.flawed(Flaw::FreedForgotten) {
-                    self.ask(section.id, &StorageRequest::Flush { inos: Vec::new() })?;
+                    self.ask(section.id, ask::storage::Flush { inos: Vec::new() })?;
                 }
             }
             let mut txn = self.txn();
@@ -167,8 +168,11 @@ impl Inner {
         Ok(())
     }
 
-    fn ask(&self, node: u16, request: &StorageRequest) -> Result<StorageReply, MetaError> {
-        self.nodes.ask(node, request).map_err(|error| MetaError::Io {
+    fn ask<R>(&self, node: u16, request: R) -> Result<R::Reply, MetaError>
+    where
+        R: ask::Request<Message = StorageRequest, Answer = StorageReply>,
+    {
+        self.nodes.asked(node, request).map_err(|error| MetaError::Io {
             what: format!("storage node {node} does not do what it is asked"),
             error: std::io::Error::other(error.to_string()),
         })
@@ -182,10 +186,7 @@ impl Inner {
         for section in &self.config.storage {
             let mut after = 0;
             loop {
-                let request = StorageRequest::Inodes { after };
-                let StorageReply::Inodes(inos) = self.ask(section.id, &request)? else {
-                    break;
-                };
+                let inos = self.ask(section.id, ask::storage::Inodes { after })?;
                 let Some(&last) = inos.last() else { break };
                 after = last;
                 let mut ends = Vec::with_capacity(inos.len());
@@ -198,9 +199,7 @@ impl Inner {
                         Err(Refusal::Store(error)) => return Err(error.into()),
                     }
                 }
-                if let StorageReply::Freed(more) = self.ask(section.id, &StorageRequest::Cut { ends })? {
-                    bytes += more;
-                }
+                bytes += self.ask(section.id, ask::storage::Cut { ends })?;
             }
         }
         if bytes > 0 {
@@ -212,7 +211,7 @@ impl Inner {
     /// Nobody alive holds anything: clear all leases, reap all orphans, forget the dead.
     fn recover_all(&self) -> Result<(), MetaError> {
         for section in &self.config.storage {
-            self.ask(section.id, &StorageRequest::ResetLeases)?;
+            self.ask(section.id, ask::storage::ResetLeases {})?;
         }
         if !self.flawed(Flaw::EndsNotCut) {
             // What the store says of sizes must not be undone once blocks are gone for it.

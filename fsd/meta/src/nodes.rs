@@ -11,6 +11,7 @@ use super::copies::Copies;
 use super::stores::known_stores;
 use fsd_node::config::Config;
 use fsd_node::store::Store;
+use fsd_proto::ask;
 use fsd_proto::rpc::{Calls, RpcError};
 use fsd_proto::stores::other_store;
 use fsd_proto::wire::{StorageReply, StorageRequest};
@@ -24,6 +25,19 @@ pub(super) trait StorageNodes: Send + Sync {
     fn ask(&self, id: u16, request: &StorageRequest) -> Result<StorageReply, RpcError>;
     /// Ends the connections.
     fn close(&self);
+}
+
+impl dyn StorageNodes {
+    /// Asks one; an answer to something else is an error.
+    ///
+    /// # Errors
+    /// As [`StorageNodes::ask`].
+    pub(super) fn asked<R>(&self, id: u16, request: R) -> Result<R::Reply, RpcError>
+    where
+        R: ask::Request<Message = StorageRequest, Answer = StorageReply>,
+    {
+        ask::answer_to::<R>(self.ask(id, &request.message())?)
+    }
 }
 
 /// Those of the configuration, by the fabric.

@@ -5,8 +5,9 @@ use std::sync::atomic::Ordering;
 
 use super::server::Inner;
 use fsd_node::probe::{self, Probe};
+use fsd_proto::ask;
 use fsd_proto::rpc::Responder;
-use fsd_proto::wire::{MetaReply, MetaStatus, NodeInfo, StorageRequest};
+use fsd_proto::wire::{MetaReply, MetaStatus, NodeInfo};
 
 impl Inner {
     /// Answers when the storage nodes have been asked whether they are there: not on the thread that brings their answers.
@@ -54,7 +55,7 @@ impl Inner {
     fn troubles(self: &Arc<Self>) -> Vec<String> {
         let probes = self.config.storage.iter().map(|section| {
             let (me, id) = (Arc::clone(self), section.id);
-            let ask = move || match me.nodes.ask(id, &StorageRequest::Space) {
+            let ask = move || match me.nodes.asked(id, ask::storage::Space {}) {
                 Ok(_) => Ok(()),
                 Err(error) => Err(error.to_string()),
             };

@@ -1,5 +1,6 @@
 //! What goes over the wire between the roles of DistFUSE, and what all of them must agree on.
 
+pub mod ask;
 pub mod clock;
 pub mod errno;
 pub mod ino;

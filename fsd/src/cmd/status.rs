@@ -7,15 +7,12 @@ use std::time::Duration;
 
 use rdma_transport::{Connection, Fabric};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 
 use fsd_node::config::{Config, StorageConfig};
 use fsd_node::endpoint::Endpoint;
+use fsd_proto::ask::{self, Request};
 use fsd_proto::rpc::{Calls, Errno, Responder, Service};
-use fsd_proto::wire::{
-    Hello, MetaReply, MetaRequest, MetaStatus, MountRequest, MountStatus, PeerState, Role, StorageReply,
-    StorageRequest, StorageStatus,
-};
+use fsd_proto::wire::{Hello, MetaStatus, MountStatus, PeerState, Role, StorageStatus};
 
 struct NoService;
 
@@ -66,12 +63,9 @@ impl Asker {
         })
     }
 
-    fn ask<Q: Serialize, R: DeserializeOwned>(&self, addr: &str, request: &Q) -> Result<R, String> {
+    fn ask<R: Request>(&self, addr: &str, request: R) -> Result<R::Reply, String> {
         let conn: Arc<dyn Connection> = self.fabric.connect(addr).map_err(|e| e.to_string())?;
-        let reply = self
-            .calls
-            .call(&conn, request, self.timeout)
-            .map_err(|e| e.to_string());
+        let reply = ask::ask_on(&self.calls, &conn, request, self.timeout).map_err(|e| e.to_string());
         conn.close();
         reply
     }
@@ -108,23 +102,14 @@ pub struct Report {
 /// The tool's own endpoint cannot be made.
 pub fn collect(config: &Config) -> anyhow::Result<Report> {
     let asker = Asker::new(config)?;
-    let wrong = || "an answer of another kind".to_owned();
-    let ask_storage = |s: &StorageConfig| match asker.ask(&s.listen, &StorageRequest::Status) {
-        Ok(StorageReply::Status(status)) => Ok(status),
-        Ok(_) => Err(wrong()),
-        Err(error) => Err(error),
-    };
-    let meta = match asker.ask(&config.meta.listen, &MetaRequest::Status) {
-        Ok(MetaReply::Status(s)) => Ok(s),
-        Ok(_) => Err(wrong()),
-        Err(error) => Err(error),
-    };
+    let ask_storage = |s: &StorageConfig| asker.ask(&s.listen, ask::storage::Status {});
+    let meta = asker.ask(&config.meta.listen, ask::meta::Status {});
     let storage: Vec<_> = config.storage.iter().map(|s| (s.id, ask_storage(s))).collect();
     let nodes = meta.as_ref().map(|m| m.nodes.clone()).unwrap_or_default();
     let mounts: Vec<_> = nodes
         .iter()
         .filter(|n| n.state == PeerState::Up)
-        .map(|n| (n.node, asker.ask(&n.listen, &MountRequest::Status)))
+        .map(|n| (n.node, asker.ask(&n.listen, ask::mount::Status {})))
         .collect();
     let problems = problems(&meta, &storage, &mounts);
     Ok(Report {

@@ -20,8 +20,9 @@ use super::super::ctx::{Ctx, Res, Stop};
 use super::super::inode::Inode;
 use super::calls::{Admission, mode_of};
 use super::{Extension, LentState};
+use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, Responder, RpcError};
-use fsd_proto::wire::{Act, MountRequest, Visited};
+use fsd_proto::wire::{Act, Visited};
 
 /// Other mounts asked, one after the other, before the lease is: two by hearsay, then the one that its record names.
 const HOPS: u32 = 2;
@@ -130,14 +131,14 @@ impl Client {
             },
             Asked::Space => return self.provide_space(ext, call),
         };
-        let request = MountRequest::Visit {
+        let request = ask::mount::Visit {
             ino: call.ino,
             offset: call.offset,
             act,
         };
         let number = ext.away.begin(call);
         let (me, theirs) = (Arc::clone(self), Arc::clone(ext));
-        let asked = self.net.ask_peer(NodeId(peer), &request, move |result| {
+        let asked = self.net.ask_peer(NodeId(peer), request, move |result| {
             if theirs.away.end(number) {
                 me.sent(&theirs, call, peer, hops, result);
             }

@@ -9,9 +9,8 @@ use super::convert::attr_of;
 use super::serve;
 use crate::Client;
 use crate::attrs::SetAttr;
-use crate::ctx::Stop;
-use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{Attr, MetaReply, MetaRequest};
+use fsd_proto::ask;
+use fsd_proto::wire::Attr;
 
 fn send_attr(reply: &mut Option<ReplyAttr>, attr: &Attr, ttl: Duration) {
     if let Some(reply) = reply.take() {
@@ -52,9 +51,7 @@ pub(super) fn statfs(client: &Arc<Client>, reply: ReplyStatfs) {
             total += space.total;
             free += space.free;
         }
-        let MetaReply::StatFs(meta) = c.net.meta(&MetaRequest::StatFs)? else {
-            return Err(Stop::Errno(Errno(libc::EPROTO)));
-        };
+        let meta = c.net.meta(ask::meta::StatFs {})?;
         if let Some(reply) = reply.take() {
             let (unit, inodes, free_inodes) = in_32_bits(total, meta.inodes, meta.free);
             let free = free / u64::from(unit);

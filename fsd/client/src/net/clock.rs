@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Net;
+use fsd_proto::ask;
 use fsd_proto::clock::Skew;
-use fsd_proto::wire::{MetaReply, MetaRequest, Time};
+use fsd_proto::wire::Time;
 
 /// How old a comparison may be.
 const FRESH: Duration = Duration::from_secs(30);
@@ -68,13 +69,13 @@ impl Net {
     fn compare_again(&self) {
         let me = Weak::clone(&self.me);
         let (start, sent) = (Instant::now(), Time::now());
-        self.meta_async(MetaRequest::Clock, move |answer| {
+        self.meta_async(ask::meta::Clock {}, move |answer| {
             let Some(net) = me.upgrade() else { return };
             let clock = &net.clock;
             let took = start.elapsed();
             match answer {
                 // One that was asked for again on another connection says little.
-                Ok(MetaReply::Clock(theirs)) if took < Duration::from_secs(1) => {
+                Ok(theirs) if took < Duration::from_secs(1) => {
                     clock.set(Skew::of_exchange(sent, theirs, took));
                 }
                 _ => clock.compared.store(

@@ -9,7 +9,8 @@ use parking_lot::Mutex;
 use rdma_transport::Connection;
 
 use super::Net;
-use fsd_proto::rpc::{Errno, RpcError};
+use fsd_proto::ask;
+use fsd_proto::rpc::RpcError;
 use fsd_proto::wire::{JoinReply, Logged, MetaReply, MetaRequest};
 
 /// Bytes of transactions told in one message.
@@ -101,14 +102,12 @@ impl Net {
             let request = MetaRequest::Replay { entries, last: false };
             self.calls.call::<_, MetaReply>(conn, &request, self.timeout())?;
         }
-        let request = MetaRequest::Replay {
+        let request = ask::meta::Replay {
             entries: last,
             last: true,
         };
         // The others have to come, too, or to be given up.
-        let MetaReply::Replayed(failed) = self.calls.call(conn, &request, self.patience())? else {
-            return Err(RpcError::Errno(Errno(libc::EPROTO)));
-        };
+        let failed = ask::ask_on(&self.calls, conn, request, self.patience())?;
         for (place, error) in failed {
             if let (Some(request), Some(owner)) = (self.log.get(place), self.owner()) {
                 owner.transaction_lost(&request, error);

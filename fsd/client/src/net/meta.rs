@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rdma_transport::Connection;
 
 use super::{Net, RETRY};
+use fsd_proto::ask;
 use fsd_proto::clock::{Skew, Verdict};
 use fsd_proto::rpc::{Errno, RpcError};
 use fsd_proto::wire::{JoinReply, MetaReply, MetaRequest, Time};
@@ -15,6 +16,11 @@ use fsd_proto::wire::{JoinReply, MetaReply, MetaRequest, Time};
 pub(super) const EXCHANGES: usize = 5;
 /// No further one after this: on a link that is slow for good it would tell no more.
 const EXCHANGES_FOR: Duration = Duration::from_secs(8);
+
+/// A request to the metadata server.
+pub trait AskMeta: ask::Request<Message = MetaRequest, Answer = MetaReply> {}
+
+impl<R: ask::Request<Message = MetaRequest, Answer = MetaReply>> AskMeta for R {}
 
 impl Net {
     /// Connects to the metadata server, trying until the deadline: it may just be starting again.
@@ -43,9 +49,7 @@ impl Net {
             // The one that measures first: what happens between the two makes the bounds wider, not wrong.
             let start = Instant::now();
             let sent = Time::now();
-            let MetaReply::Clock(theirs) = self.calls.call(conn, &MetaRequest::Clock, self.timeout())? else {
-                return Err(RpcError::Errno(Errno(libc::EPROTO)));
-            };
+            let theirs = ask::ask_on(&self.calls, conn, ask::meta::Clock {}, self.timeout())?;
             skew = skew.and(Skew::of_exchange(sent, theirs, start.elapsed()));
             if skew.verdict() != Verdict::Unsure || begun.elapsed() > EXCHANGES_FOR {
                 break;
@@ -63,7 +67,7 @@ impl Net {
         skew: Skew,
     ) -> Result<JoinReply, RpcError> {
         let locks = self.owner().map(|o| o.held_locks()).unwrap_or_default();
-        let request = MetaRequest::Join {
+        let request = ask::meta::Join {
             again,
             life: self.life,
             listen: self.fabric.local_addr(),
@@ -72,10 +76,7 @@ impl Net {
             locks,
             durable: self.log.durable(),
         };
-        match self.calls.call(conn, &request, self.timeout())? {
-            MetaReply::Joined(reply) => Ok(reply),
-            _ => Err(RpcError::Errno(Errno(libc::EPROTO))),
-        }
+        ask::ask_on(&self.calls, conn, request, self.timeout())
     }
 
     pub(super) fn meta_conn(&self, deadline: Instant) -> Result<Arc<dyn Connection>, RpcError> {
@@ -101,7 +102,12 @@ impl Net {
     ///
     /// # Errors
     /// Its refusal, or no answer within the time limit.
-    pub fn meta(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
+    pub fn meta<R: AskMeta>(&self, request: R) -> Result<R::Reply, RpcError> {
+        ask::answer_to::<R>(self.meta_message(&request.message())?)
+    }
+
+    /// As [`Net::meta`], with what goes over the wire.
+    fn meta_message(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
         let patience = self.patience();
         let deadline = Instant::now() + patience;
         loop {
@@ -117,9 +123,9 @@ impl Net {
     ///
     /// # Errors
     /// Its refusal; the mount stops.
-    pub fn meta_hard(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
+    fn meta_hard(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
         loop {
-            match self.meta(request) {
+            match self.meta_message(request) {
                 Err(error) if error.is_transport() && !self.stopping.load(Ordering::Acquire) => {
                     tracing::warn!("the metadata server cannot be reached, and is asked again: {error}");
                     std::thread::sleep(RETRY);
@@ -131,11 +137,13 @@ impl Net {
 
     /// Sends a request to the metadata server; `done` gets the answer on some thread. A connection that
     /// breaks meanwhile makes it a background request, which waits for the server as long as the mount lives.
-    pub fn meta_async(
+    pub fn meta_async<R: AskMeta>(
         &self,
-        request: MetaRequest,
-        done: impl FnOnce(Result<MetaReply, RpcError>) + Send + 'static,
+        request: R,
+        done: impl FnOnce(Result<R::Reply, RpcError>) + Send + 'static,
     ) {
+        let request = request.message();
+        let done = move |result: Result<MetaReply, RpcError>| done(result.and_then(ask::answer_to::<R>));
         let conn = self.meta.read().as_ref().filter(|c| c.is_alive()).cloned();
         let (me, workers) = (Weak::clone(&self.me), self.workers.clone());
         let later = move |request: MetaRequest, done: Box<dyn FnOnce(Result<MetaReply, RpcError>) + Send>| {
@@ -155,6 +163,7 @@ impl Net {
                     .call_async(&conn, &request, move |result| match (result, net.upgrade()) {
                         (Err(RpcError::Transport(_)), _) => later(again, done),
                         (Ok(reply), Some(net)) => done(Ok(net.taken(&again, reply))),
+                        (Ok(MetaReply::Ordered { reply, .. }), None) => done(Ok(*reply)),
                         (other, _) => done(other),
                     });
             }
@@ -171,13 +180,19 @@ impl Net {
     ///
     /// # Errors
     /// The connection failed at once.
-    pub fn meta_slow(
+    pub fn meta_slow<R: AskMeta>(
         &self,
-        request: &MetaRequest,
-        done: impl FnOnce(Result<MetaReply, RpcError>) + Send + 'static,
+        request: R,
+        done: impl FnOnce(Result<R::Reply, RpcError>) + Send + 'static,
     ) -> Result<(), RpcError> {
         let conn = self.meta_conn(Instant::now() + self.timeout())?;
-        self.calls.call_async(&conn, request, done);
+        self.calls.call_async(
+            &conn,
+            &request.message(),
+            move |result: Result<MetaReply, RpcError>| {
+                done(result.and_then(ask::answer_to::<R>));
+            },
+        );
         Ok(())
     }
 }

@@ -21,6 +21,7 @@ use rdma_transport::{Connection, Fabric, TransportError};
 
 use super::workers::Workers;
 use fsd_node::endpoint::Endpoint;
+use fsd_proto::ask;
 use fsd_proto::clock::{Skew, Verdict};
 use fsd_proto::rpc::{Calls, Errno, RpcError};
 use fsd_proto::wire::{Hello, JoinReply, LockSpec, MetaRequest, Role};
@@ -178,7 +179,7 @@ impl Net {
             stores.push(session.attached.store.clone());
             places.push(session.attached.place);
         }
-        self.meta(&MetaRequest::Tables { ids, stores, places })?;
+        self.meta(ask::meta::Tables { ids, stores, places })?;
         Ok(reply)
     }
 

@@ -6,11 +6,11 @@ use std::sync::{Arc, Weak};
 
 use lockmgr::NodeId;
 use rdma_transport::Connection;
-use serde::de::DeserializeOwned;
 
 use super::{Net, RETRY};
+use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::wire::{self, FrameKind, MetaReply, MetaRequest, MountRequest, PeerState};
+use fsd_proto::wire::{self, FrameKind, MountRequest, PeerState};
 
 #[derive(Default)]
 pub(super) struct Peer {
@@ -45,16 +45,25 @@ impl Net {
     }
 
     /// Asks another mount; `done` gets the answer on some thread. None, and `done` is not called, without a connection.
-    pub fn ask_peer<R: DeserializeOwned + 'static>(
+    pub fn ask_peer<R>(
         &self,
         to: NodeId,
-        request: &MountRequest,
-        done: impl FnOnce(Result<R, RpcError>) + Send + 'static,
-    ) -> Option<()> {
+        request: R,
+        done: impl FnOnce(Result<R::Reply, RpcError>) + Send + 'static,
+    ) -> Option<()>
+    where
+        R: ask::Request<Message = MountRequest, Answer: 'static>,
+    {
         let peers = self.peers.lock();
         let conn = peers.get(&to)?.conn.as_ref().filter(|c| c.is_alive()).cloned()?;
         drop(peers);
-        self.calls.call_async(&conn, request, done);
+        self.calls.call_async(
+            &conn,
+            &request.message(),
+            move |result: Result<R::Answer, RpcError>| {
+                done(result.and_then(ask::answer_to::<R>));
+            },
+        );
         Some(())
     }
 
@@ -102,16 +111,12 @@ impl Net {
     }
 
     fn connect_peer(&self, to: NodeId) -> Result<Arc<dyn Connection>, (RpcError, bool)> {
-        match self.meta(&MetaRequest::Peer { node: to.0 }) {
-            Ok(MetaReply::Peer {
-                state: PeerState::Dead,
-                ..
-            }) => Err((RpcError::Errno(Errno(libc::EHOSTDOWN)), true)),
-            Ok(MetaReply::Peer { listen, .. }) => self
+        match self.meta(ask::meta::Peer { node: to.0 }) {
+            Ok((_, PeerState::Dead)) => Err((RpcError::Errno(Errno(libc::EHOSTDOWN)), true)),
+            Ok((listen, _)) => self
                 .fabric
                 .connect(&listen)
                 .map_err(|error| (error.into(), false)),
-            Ok(_) => Err((RpcError::Errno(Errno(libc::EPROTO)), true)),
             Err(error @ RpcError::Errno(_)) => Err((error, true)),
             Err(error) => Err((error, false)),
         }

@@ -2,7 +2,7 @@
 
 use super::Net;
 use fsd_node::probe::{self, Probe};
-use fsd_proto::wire::{MetaRequest, StorageRequest};
+use fsd_proto::ask;
 
 impl Net {
     /// Is there no connection to the metadata server, and none to one of the storage nodes?
@@ -21,7 +21,7 @@ impl Net {
         let net = std::sync::Arc::clone(&me);
         let meta = Probe {
             who: format!("the metadata server ({})", me.meta_addr),
-            ask: Box::new(move || match net.meta(&MetaRequest::Clock) {
+            ask: Box::new(move || match net.meta(ask::meta::Clock {}) {
                 Ok(_) => Ok(()),
                 Err(error) => Err(error.to_string()),
             }),
@@ -31,7 +31,7 @@ impl Net {
             let (net, id) = (std::sync::Arc::clone(&me), link.id);
             Probe {
                 who: format!("storage node {id} ({})", link.addr()),
-                ask: Box::new(move || match net.ask_storage(id, &StorageRequest::Space) {
+                ask: Box::new(move || match net.ask_storage(id, ask::storage::Space {}) {
                     Ok(_) => Ok(()),
                     Err(error) => Err(error.to_string()),
                 }),

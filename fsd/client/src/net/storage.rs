@@ -10,11 +10,12 @@ use parking_lot::{Mutex, RwLock};
 use rdma_transport::{Connection, RegionKey, RemoteAddr, TransportError};
 
 use super::Net;
+use fsd_proto::ask;
 use fsd_proto::ino;
 use fsd_proto::rpc::{Errno, RpcError};
 use fsd_proto::stores::older_store;
 use fsd_proto::stores::other_store;
-use fsd_proto::wire::{Attached, MetaReply, MetaRequest, StorageInfo, StorageReply, StorageRequest};
+use fsd_proto::wire::{Attached, StorageInfo, StorageReply, StorageRequest};
 
 /// A connection to a storage node, with the keys of its regions.
 pub struct StorageSession {
@@ -155,11 +156,7 @@ impl Net {
 
     fn attach(&self, link: &StorageLink) -> Result<StorageSession, RpcError> {
         let conn = self.fabric.connect(&link.addr)?;
-        let StorageReply::Attached(attached) =
-            self.calls.call(&conn, &StorageRequest::Attach, self.timeout())?
-        else {
-            return Err(RpcError::Errno(Errno(libc::EPROTO)));
-        };
+        let attached = ask::ask_on(&self.calls, &conn, ask::storage::Attach {}, self.timeout())?;
         let expected = link.store.get_or_init(|| attached.store.clone());
         if *expected != attached.store {
             return Err(link.refuse(&conn, other_store(link.id, &link.addr, &attached.store, expected)));
@@ -194,7 +191,7 @@ impl Net {
         if link.session.read().is_none() || !self.has_meta() {
             return;
         }
-        if let Ok(MetaReply::Cluster { storage, .. }) = self.meta(&MetaRequest::Cluster)
+        if let Ok((storage, _)) = self.meta(ask::meta::Cluster {})
             && let Some(info) = storage.iter().find(|info| info.id == link.id)
         {
             link.generation.fetch_max(info.generation, Ordering::AcqRel);
@@ -202,30 +199,27 @@ impl Net {
     }
 
     fn load_segment(&self, session: &StorageSession, segment: u32) -> Result<(), RpcError> {
-        match self.calls.call(
-            &session.conn,
-            &StorageRequest::LeaseSegment { segment },
-            self.timeout(),
-        )? {
-            StorageReply::Segment(key) => {
-                session.segments.write().insert(segment, RegionKey(key));
-                Ok(())
-            }
-            _ => Err(RpcError::Errno(Errno(libc::EPROTO))),
-        }
+        let request = ask::storage::LeaseSegment { segment };
+        let key = ask::ask_on(&self.calls, &session.conn, request, self.timeout())?;
+        session.segments.write().insert(segment, RegionKey(key));
+        Ok(())
     }
 
     /// Asks a storage node; repeats the request on a new connection where the old one broke.
     ///
     /// # Errors
     /// Its refusal, or no answer within the time limit.
-    pub fn ask_storage(&self, id: u16, request: &StorageRequest) -> Result<StorageReply, RpcError> {
+    pub fn ask_storage<R>(&self, id: u16, request: R) -> Result<R::Reply, RpcError>
+    where
+        R: ask::Request<Message = StorageRequest, Answer = StorageReply>,
+    {
+        let request = request.message();
         let deadline = Instant::now() + self.timeout();
         loop {
             let session = self.storage(id)?;
-            match self.calls.call(&session.conn, request, self.timeout()) {
+            match self.calls.call(&session.conn, &request, self.timeout()) {
                 Err(RpcError::Transport(error)) => self.pause(deadline, error)?,
-                other => return other,
+                other => return ask::answer_to::<R>(other?),
             }
         }
     }
