@@ -24,7 +24,9 @@ report() { # step, passed, failed, seconds
 failures() { # log
     awk '
         /(^|: )test .* FAILED$/ { more = 1 }
-        /---- .* stdout ----$/ || /panicked at / { more = 4 }
+        # The line that is between an error and its cause says nothing.
+        /^( *node [0-9]+:)? *$/ { next }
+        /---- .* stdout ----$/ || /panicked at / { more = 8 }
         /^[a-z0-9.-]+ +FAILED in / { more = 5 }
         /^error/ { more = 1 }
         more-- > 0 && !seen[$0]++ && ++lines <= 30 { print "    " substr($0, 1, 240) }

@@ -85,7 +85,8 @@ impl Process {
         let _ = std::fs::remove_file(&notify);
         if let Err(error) = ready {
             process.kill();
-            return Err(error.context(format!("fsd {}", args.join(" "))));
+            // In one line: a summary shows how a report begins.
+            bail!("fsd {}: {error:#}", args.join(" "));
         }
         Ok(process)
     }
