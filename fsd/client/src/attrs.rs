@@ -4,11 +4,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use lockmgr::Mode;
-use parking_lot::MutexGuard;
 
 use super::caller::Caller;
+use super::claims::{Purpose, Span};
 use super::ctx::{Ctx, Res, Stop, fail};
-use super::inode::{Inode, State};
+use super::inode::{Inode, Locked, State};
 use super::{Client, LEASED_TTL, MAX_FILE_SIZE};
 use fsd_node::config::CacheMode;
 use fsd_proto::ask;
@@ -100,26 +100,28 @@ impl Client {
     /// # Errors
     /// Park; `ESTALE` for an inode that is gone: the kernel then walks the path again, for the name may
     /// have got another inode.
-    pub fn load_attr(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<Attr> {
-        if state.gone {
-            return fail(libc::ESTALE);
-        }
-        if let Some(attr) = state.attr {
-            state.last = None;
-            return Ok(state.shown(&attr));
-        }
-        ctx.may_wait()?;
-        match self.net.meta(ask::meta::GetAttr { ino: inode.ino }) {
-            Ok(attr) => {
-                state.attr = Some(attr);
+    pub fn load_attr(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<Attr> {
+        loop {
+            if state.gone {
+                return fail(libc::ESTALE);
+            }
+            if let Some(attr) = state.attr {
                 state.last = None;
-                Ok(attr)
+                return Ok(state.shown(&attr));
             }
-            Err(RpcError::Errno(Errno(libc::ENOENT))) => {
-                state.gone = true;
-                fail(libc::ESTALE)
+            ctx.may_wait()?;
+            let asked = state.changes();
+            let answer = state.unlocked(|| self.net.meta(ask::meta::GetAttr { ino: inode.ino }));
+            match answer {
+                // Another task has changed them since they were asked for.
+                Ok(_) if state.changes() != asked => {}
+                Ok(attr) => {
+                    // Unless another task has them already, and has perhaps changed them without telling the server.
+                    state.attr.get_or_insert(attr);
+                }
+                Err(RpcError::Errno(Errno(libc::ENOENT))) => state.gone = true,
+                Err(error) => return Err(error.into()),
             }
-            Err(error) => Err(error.into()),
         }
     }
 
@@ -128,7 +130,7 @@ impl Client {
     ///
     /// # Errors
     /// Park; `ESTALE` where nothing was known of it.
-    pub fn load_last_attr(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<Attr> {
+    pub fn load_last_attr(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<Attr> {
         let last = match &state.last {
             Some(last) => Some(**last),
             None => state.attr.map(|attr| state.shown(&attr)),
@@ -208,7 +210,10 @@ impl Client {
             self.drop_capability(ctx, inode, &guard)?;
         }
         let attr = {
-            let mut state = inode.lock(ctx, guard.version())?;
+            let mut state = match set.size {
+                Some(_) => inode.claim(ctx, guard.version(), Span::ALL, Purpose::Change)?,
+                None => inode.lock(ctx, guard.version())?,
+            };
             // In write-back mode the kernel tells the times it has kept when it comes to it, perhaps after the last name
             // and the last open file have gone: an error would stay in its state of the whole file system, where
             // somebody else's `syncfs` finds it.
@@ -243,7 +248,7 @@ impl Client {
         Ok(done)
     }
 
-    fn apply(state: &mut MutexGuard<'_, State>, set: &SetAttr, now: Time) {
+    fn apply(state: &mut State, set: &SetAttr, now: Time) {
         let Some(attr) = state.attr.as_mut() else { return };
         if let Some(mode) = set.mode {
             attr.mode = mode as u16 & 0o7777;

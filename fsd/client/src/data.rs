@@ -1,23 +1,26 @@
 //! Reading data, and finding and allocating the frames it lives in.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use lockmgr::Mode;
 use rdma_transport::{Op, TransportError};
 
 use super::Client;
+use super::claims::{Purpose, Span};
 use super::ctx::{Ctx, Res, Stop, fail};
-use super::inode::{Inode, State};
-use super::pages::{PAGE, page_of};
+use super::inode::{Inode, Locked, State};
+use super::pages::{PAGE, page_from, page_of};
 use fsd_node::config::CacheMode;
 use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{BlockWant, Frame};
+use fsd_proto::wire::{BlockFrame, BlockWant, Frame};
 
 /// Frames asked for in one request.
 const LOOKUP_COUNT: u32 = 4096;
+/// Frames allocated in one request.
+const ALLOCATED_AT_ONCE: usize = 512;
 /// Transfers in one batch; with the counter of a slab for each it stays below any fabric's limit.
 const BATCH: usize = 32;
 /// How long one-sided operations are repeated on new connections before they fail.
@@ -58,7 +61,7 @@ pub fn stretches(offset: u64, len: usize) -> impl Iterator<Item = Stretch> {
 }
 
 impl Client {
-    /// Makes the map of frames complete for the storage nodes of blocks `first ..= last`.
+    /// Makes the map of frames complete for the storage nodes of blocks `first ..= last`, which are claimed.
     ///
     /// # Errors
     /// Park; the storage node cannot be reached.
@@ -66,88 +69,107 @@ impl Client {
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        state: &mut State,
+        state: &mut Locked<'_>,
         first: u64,
         last: u64,
     ) -> Res<()> {
-        let nodes = u64::from(self.net.storage_count());
         state.check_layout();
-        for block in first..=last.min(first + nodes - 1) {
-            let node = self.storage_of(inode.ino, block);
-            if state.frames.loaded.contains(&node) {
+        let nodes = u64::from(self.net.storage_count());
+        let here = (first..=last.min(first + nodes - 1)).map(|block| self.storage_of(inode.ino, block));
+        let lacking: Vec<u16> = here.filter(|n| !state.frames.loaded.contains(n)).collect();
+        if lacking.is_empty() {
+            return Ok(());
+        }
+        ctx.may_wait()?;
+        let found = state.unlocked(|| self.ask_for_frames(inode.ino, &lacking));
+        // What is claimed has not changed its place, but frames of other blocks may have.
+        state.check_layout();
+        for (&node, blocks) in lacking.iter().zip(found) {
+            let blocks = blocks?;
+            if !state.frames.loaded.insert(node) {
+                // Somebody else has asked, too, and may have changed something since.
                 continue;
             }
-            ctx.may_wait()?;
-            let mut from = 0;
-            loop {
-                let request = ask::storage::Lookup {
-                    ino: inode.ino,
-                    first: from,
-                    count: LOOKUP_COUNT,
-                };
-                let blocks = self.net.ask_storage(node, request)?;
-                for block in &blocks {
-                    state.frames.learn(block.block, block.frame);
-                }
-                let lost = blocks.iter().filter(|b| b.lost).map(|b| b.block);
-                state.frames.lost.extend(lost);
-                match blocks.last() {
-                    Some(end) if blocks.len() == LOOKUP_COUNT as usize => from = end.block + 1,
-                    _ => break,
-                }
+            for block in &blocks {
+                state.frames.learn(block.block, block.frame);
             }
-            state.frames.loaded.insert(node);
+            let lost = blocks.iter().filter(|b| b.lost).map(|b| b.block);
+            state.frames.lost.extend(lost);
         }
         Ok(())
+    }
+
+    /// All frames that storage nodes have of a file.
+    fn ask_for_frames(&self, ino: u64, nodes: &[u16]) -> Vec<Res<Vec<BlockFrame>>> {
+        let part = |first| ask::storage::Lookup {
+            ino,
+            first,
+            count: LOOKUP_COUNT,
+        };
+        let begun = self
+            .net
+            .ask_each(nodes.iter().map(|&node| (node, part(0))).collect());
+        let whole = nodes.iter().zip(begun).map(|(&node, begin)| {
+            let mut all = begin?;
+            let mut full = all.len() == LOOKUP_COUNT as usize;
+            while let Some(end) = all.last().filter(|_| full) {
+                let more = self.net.ask_storage(node, part(end.block + 1))?;
+                full = more.len() == LOOKUP_COUNT as usize;
+                all.extend(more);
+            }
+            Ok(all)
+        });
+        whole.collect()
     }
 
     /// Makes the whole map of frames complete.
     ///
     /// # Errors
     /// As [`Client::load_frames`].
-    pub fn load_all_frames(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<()> {
+    pub fn load_all_frames(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<()> {
         self.load_frames(ctx, inode, state, 0, u64::from(self.net.storage_count()) - 1)
     }
 
-    /// Allocates frames for blocks: (block, least size). Exact bookkeeping of blocks and reservations.
+    /// Allocates frames for blocks, which are claimed: (block, least size). Exact bookkeeping of blocks and reservations.
     ///
     /// # Errors
-    /// `ENOSPC`; the storage node cannot be reached.
-    pub fn allocate(&self, inode: &Inode, state: &mut State, wants: &[(u64, u32)]) -> Res<()> {
-        let mut by_node: HashMap<u16, Vec<(u64, u32)>> = HashMap::new();
+    /// `ENOSPC`; the storage node cannot be reached. What other nodes have allocated is known all the same.
+    pub fn allocate(&self, inode: &Inode, state: &mut Locked<'_>, wants: &[(u64, u32)]) -> Res<()> {
+        let mut by_node: BTreeMap<u16, Vec<BlockWant>> = BTreeMap::new();
         for &(block, size) in wants {
             if state.frames.known().get(&block).is_none_or(|f| f.size < size) {
                 let size = state.frames.size_of(block, size);
-                by_node
-                    .entry(self.storage_of(inode.ino, block))
-                    .or_default()
-                    .push((block, size));
+                let node = self.storage_of(inode.ino, block);
+                by_node.entry(node).or_default().push(BlockWant {
+                    ino: inode.ino,
+                    block,
+                    size,
+                });
             }
         }
-        for (node, blocks) in by_node {
-            for part in blocks.chunks(512) {
-                let reserved: u64 = part
-                    .iter()
-                    .filter_map(|(b, _)| state.frames.reserved.get(b))
-                    .map(|&r| u64::from(r))
-                    .sum();
-                let wants = part
-                    .iter()
-                    .map(|&(block, size)| BlockWant {
-                        ino: inode.ino,
-                        block,
-                        size,
-                    })
-                    .collect();
-                let request = ask::storage::Allocate { wants, reserved };
-                let frames = self.net.ask_storage(node, request)?;
-                self.space.used(node, reserved);
-                for (&(block, _), frame) in part.iter().zip(frames) {
-                    state.take_frame(block, frame);
+        let mut asked: Vec<(u16, ask::storage::Allocate)> = Vec::new();
+        for (node, wants) in by_node {
+            for part in wants.chunks(ALLOCATED_AT_ONCE) {
+                let set_aside = part.iter().filter_map(|w| state.frames.reserved.get(&w.block));
+                let reserved = set_aside.map(|&bytes| u64::from(bytes)).sum();
+                let wants = part.to_vec();
+                asked.push((node, ask::storage::Allocate { wants, reserved }));
+            }
+        }
+        let answers = state.unlocked(|| self.net.ask_each(asked.clone()));
+        let mut result = Ok(());
+        for ((node, request), answer) in asked.into_iter().zip(answers) {
+            match answer {
+                Ok(frames) => {
+                    self.space.used(node, request.reserved);
+                    for (want, frame) in request.wants.iter().zip(frames) {
+                        state.take_frame(want.block, frame);
+                    }
                 }
+                Err(error) => result = Err(error.into()),
             }
         }
-        Ok(())
+        result
     }
 
     /// Runs one-sided operations against a storage node's pool; repeats them on a new connection where
@@ -239,7 +261,7 @@ impl Client {
         !self.cache_reads
     }
 
-    /// Reads stored data into `out`, not looking at cached pages; holes read as zeros.
+    /// Reads stored data of a range that is claimed into `out`, not looking at cached pages; holes read as zeros.
     ///
     /// # Errors
     /// Park; the storage node cannot be reached.
@@ -247,7 +269,7 @@ impl Client {
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        state: &mut State,
+        state: &mut Locked<'_>,
         offset: u64,
         out: &mut [u8],
     ) -> Res<()> {
@@ -276,11 +298,11 @@ impl Client {
                 reads.add(node, PoolOp::Read { offset, into: data });
             }
         }
-        self.transfer_all(ctx, reads)
+        state.unlocked(|| self.transfer_all(ctx, reads))
     }
 
-    /// Reads what a system call would, under a lease that is held: `out` is cut at the end of the file. `keep`: it is
-    /// worth keeping here what came from the storage nodes.
+    /// Reads what a system call would, under a lease that is held, of a range that is claimed: `out` is cut at the end of the file.
+    /// `keep`: it is worth keeping here what came from the storage nodes.
     ///
     /// # Errors
     /// As [`Client::read_stored`].
@@ -288,7 +310,7 @@ impl Client {
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        state: &mut State,
+        state: &mut Locked<'_>,
         offset: u64,
         out: &mut Vec<u8>,
         keep: bool,
@@ -313,6 +335,25 @@ impl Client {
         Ok(())
     }
 
+    /// Locks an inode to read a range of the file under a lease of `version`.
+    ///
+    /// # Errors
+    /// Park.
+    pub fn claim_to_read<'a>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &'a Inode,
+        version: u64,
+        offset: u64,
+        len: usize,
+    ) -> Res<Locked<'a>> {
+        let span = Span {
+            from: offset,
+            to: offset.saturating_add(len as u64),
+        };
+        inode.claim(ctx, version, span, Purpose::Read)
+    }
+
     /// Keeps whole pages of what has been read.
     fn keep(&self, state: &mut State, offset: u64, data: &[u8], size: u64) {
         let end = offset + data.len() as u64;
@@ -323,9 +364,7 @@ impl Client {
             let to = data.len().min(from + PAGE as usize);
             // A short page is whole only at the end of the file.
             if (to - from == PAGE as usize || end >= size) && state.pages.get(page).is_none() {
-                let mut bytes = vec![0; PAGE as usize].into_boxed_slice();
-                bytes[..to - from].copy_from_slice(&data[from..to]);
-                state.pages.insert(page, bytes, false);
+                state.pages.insert(page, page_from(&data[from..to]), false);
             }
             page += 1;
         }
@@ -358,7 +397,7 @@ impl Client {
     ) -> Res<T> {
         let guard = self.lease(ctx, inode, Mode::Shared)?;
         {
-            let mut state = inode.lock(ctx, guard.version())?;
+            let mut state = self.claim_to_read(ctx, inode, guard.version(), offset, buffer.len())?;
             // Not what the kernel is about to keep: it would be here twice, and copied once more.
             let keep = !fills || self.mode == CacheMode::Direct;
             self.read_held(ctx, inode, &mut state, offset, buffer, keep)?;

@@ -12,11 +12,12 @@ use lockmgr::Mode;
 
 use super::Client;
 use super::ctx::{Ctx, Res, Stop, fail};
-use super::inode::{Granted, Inode, Listing, Source, State};
+use super::dir_cache::Listing;
+use super::inode::{Granted, Inode, Locked, Source, State};
 use fsd_proto::ask;
 use fsd_proto::layout::NAME_MAX;
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::wire::{Attr, Kind};
+use fsd_proto::wire::{Attr, DirEntry, Kind};
 
 /// Attempts at an operation whose names change under it, before it fails.
 pub const ATTEMPTS: usize = 1000;
@@ -30,7 +31,7 @@ pub const COOKIE_DOT: u64 = 1;
 pub const COOKIE_DOTDOT: u64 = 2;
 
 impl Client {
-    /// What a name is, in a directory whose lease is held and whose state is locked.
+    /// What a name is, in a directory whose lease is held and whose state is locked; not while a server is asked.
     ///
     /// # Errors
     /// Park; `ENOTDIR`, `ENOENT` for a directory that is gone: it was empty.
@@ -38,7 +39,7 @@ impl Client {
         &self,
         ctx: &Ctx<'_>,
         dir: &Inode,
-        state: &mut State,
+        state: &mut Locked<'_>,
         name: &[u8],
     ) -> Res<Option<(u64, Kind)>> {
         if name.len() > NAME_MAX {
@@ -56,7 +57,11 @@ impl Client {
             parent: dir.ino,
             name: name.to_vec(),
         };
-        let found = match self.net.meta(request) {
+        let asked = state.changes();
+        let answer = state.unlocked(|| self.net.meta(request));
+        // What other tasks have changed since is not known to it: it is no more than what was so for a moment.
+        let lasting = state.changes() == asked;
+        let found = match answer {
             Ok(found) => found,
             Err(RpcError::Errno(Errno(libc::ENOENT))) => {
                 state.gone = true;
@@ -67,12 +72,16 @@ impl Client {
         };
         Ok(match found {
             Some((cookie, attr)) => {
-                state.dir.add(name, attr.ino, attr.kind, cookie);
+                if lasting {
+                    state.dir.add(name, attr.ino, attr.kind, cookie);
+                }
                 self.offer(attr);
                 Some((attr.ino, attr.kind))
             }
             None => {
-                state.dir.remove(name);
+                if lasting {
+                    state.dir.remove(name);
+                }
                 None
             }
         })
@@ -81,9 +90,10 @@ impl Client {
     /// Another mount has removed a directory: has the kernel know, so that getcwd(2) says so, too. Aside, for it takes the inode lock
     /// that the request may hold on whose behalf this was found out.
     pub fn tell_gone(&self, dir: &Inode, state: &mut State) {
-        let (Some((above, name)), Some(notifier)) = (state.place.take(), self.notifier.get().cloned()) else {
+        let (Some(place), Some(notifier)) = (state.place.take(), self.notifier.get().cloned()) else {
             return;
         };
+        let (above, name) = *place;
         let gone = dir.ino;
         self.revokers.run(move || {
             // It is refused where the name is another directory's by now, or none: then the kernel knows.
@@ -140,7 +150,7 @@ impl Client {
                 let attr = self.load_attr(ctx, &inode, &mut state);
                 if let Ok(attr) = &attr {
                     if attr.kind == Kind::Directory {
-                        state.place = Some((dir.ino, name.to_vec()));
+                        state.place = Some(Box::new((dir.ino, name.to_vec())));
                     }
                     if attr.kind == Kind::Symlink {
                         // Asked for next, when the link may be gone already.
@@ -194,7 +204,7 @@ impl Client {
             _ => {
                 let inode = self.inodes.find(number);
                 let place = inode.and_then(|i| i.lock_raw().place.clone());
-                place.map_or_else(|| fail(libc::ESTALE), |(above, _)| Ok(above))?
+                place.map_or_else(|| fail(libc::ESTALE), |found| Ok(found.0))?
             }
         };
         // Whoever has a handle made the number up, perhaps: there need not be such a record.
@@ -233,18 +243,17 @@ impl Client {
         }
         if !state.dir.complete {
             ctx.may_wait()?;
-            let mut after = Vec::new();
-            loop {
-                let request = ask::meta::ReadDir { ino: dir.ino, after };
-                let (entries, all) = self.net.meta(request)?;
-                after = entries.last().map(|(e, _)| e.name.clone()).unwrap_or_default();
-                for (entry, attr) in entries {
-                    state.dir.add(&entry.name, entry.ino, entry.kind, entry.cookie);
-                    self.offer(attr);
-                }
-                if all {
-                    break;
-                }
+            let asked = state.changes();
+            let entries = state.unlocked(|| self.read_names(dir.ino))?;
+            if state.changes() != asked {
+                // Names that come and go while a directory is read may be listed or not.
+                let listed = entries.into_iter();
+                return Ok(Arc::new(
+                    listed.map(|e| (e.cookie, (e.name, e.ino, e.kind))).collect(),
+                ));
+            }
+            for entry in entries {
+                state.dir.add(&entry.name, entry.ino, entry.kind, entry.cookie);
             }
             state.dir.complete = true;
             state.dir.absent.clear();
@@ -260,6 +269,23 @@ impl Client {
         Ok(listing)
     }
 
+    /// All names of a directory, from the metadata server.
+    fn read_names(&self, ino: u64) -> Res<Vec<DirEntry>> {
+        let mut names = Vec::new();
+        let mut after = Vec::new();
+        loop {
+            let (entries, all) = self.net.meta(ask::meta::ReadDir { ino, after })?;
+            after = entries.last().map(|(e, _)| e.name.clone()).unwrap_or_default();
+            for (entry, attr) in entries {
+                names.push(entry);
+                self.offer(attr);
+            }
+            if all {
+                return Ok(names);
+            }
+        }
+    }
+
     /// Target of a symbolic link.
     ///
     /// # Errors
@@ -271,7 +297,7 @@ impl Client {
     }
 
     /// As [`Client::readlink`], with the lease held and the state locked.
-    fn target_held(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<Vec<u8>> {
+    fn target_held(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<Vec<u8>> {
         if let Some(target) = &state.target {
             return Ok(target.clone());
         }
@@ -279,7 +305,7 @@ impl Client {
             return fail(libc::EINVAL);
         }
         ctx.may_wait()?;
-        let target = self.net.meta(ask::meta::ReadLink { ino: inode.ino })?;
+        let target = state.unlocked(|| self.net.meta(ask::meta::ReadLink { ino: inode.ino }))?;
         state.target = Some(target.clone());
         Ok(target)
     }

@@ -5,7 +5,7 @@ use lockmgr::Mode;
 use super::attrs::kill_suid_for;
 use super::caller::Caller;
 use super::ctx::{Ctx, Res, fail, is_full};
-use super::inode::{Inode, State};
+use super::inode::{Inode, Locked, State};
 use super::space::frame_size;
 use super::write::Whole;
 use super::{Client, MAX_FILE_SIZE};
@@ -97,7 +97,7 @@ impl Client {
         let guard = self.lease(ctx, inode, Mode::Exclusive)?;
         self.drop_capability(ctx, inode, &guard)?;
         let result = {
-            let mut state = inode.lock(ctx, guard.version())?;
+            let mut state = self.claim_to_change(ctx, inode, guard.version())?;
             self.load_attr(ctx, inode, &mut state)?;
             self.take_mapped(ctx, inode, &mut state)?;
             self.space_changes(inode);
@@ -135,13 +135,14 @@ impl Client {
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        state: &mut State,
+        state: &mut Locked<'_>,
         (from, end): (u64, u64),
         zero: bool,
     ) -> Res<()> {
         self.load_all_frames(ctx, inode, state)?;
         let range = Range::new(from, end);
-        let mut room = self.room_for(inode, state, range)?;
+        let lacks = self.lacking(inode, state, range);
+        let mut room = state.unlocked(|| self.room_for(&lacks))?;
         let zeroed = if zero {
             // Frames stay where they are: freed ones could not be had again before they are cleaned.
             self.discard(ctx, inode, state, from, end, Whole::Zero)
@@ -149,7 +150,7 @@ impl Client {
             Ok(())
         };
         let result = zeroed.and_then(|()| self.fill(inode, state, range, &mut room));
-        self.give_room_back(&room);
+        state.unlocked(|| self.give_room_back(&room));
         result
     }
 
@@ -182,18 +183,17 @@ impl Client {
         lacks
     }
 
-    /// Sets aside what a range lacks, so that allocating it cannot fail half-way for want of space.
+    /// Sets aside what a range lacks on each storage node, so that allocating it cannot fail half-way for want of space.
     /// Returns the bytes by storage node.
-    fn room_for(&self, inode: &Inode, state: &State, range: Range) -> Res<Vec<u64>> {
-        let lacks = self.lacking(inode, state, range);
+    fn room_for(&self, lacks: &[u64]) -> Res<Vec<u64>> {
         // Asked first: a reservation would take what is left from others, if only until it is given back.
-        for (node, &bytes) in (0..).zip(&lacks) {
+        for (node, &bytes) in (0..).zip(lacks) {
             if bytes > 0 && bytes > self.pool_space(node)?.free {
                 return fail(libc::ENOSPC);
             }
         }
         let mut room = Vec::with_capacity(lacks.len());
-        for (node, &bytes) in (0..).zip(&lacks) {
+        for (node, &bytes) in (0..).zip(lacks) {
             let granted = match bytes {
                 0 => Ok(0),
                 _ => self.ask_for_space(node, bytes, bytes),
@@ -221,7 +221,7 @@ impl Client {
     }
 
     /// Allocates the frames a range lacks out of the room set aside; where that fails, frees the new ones.
-    fn fill(&self, inode: &Inode, state: &mut State, range: Range, room: &mut [u64]) -> Res<()> {
+    fn fill(&self, inode: &Inode, state: &mut Locked<'_>, range: Range, room: &mut [u64]) -> Res<()> {
         let mut fresh: Vec<(u64, u64)> = Vec::new();
         let mut from = range.first;
         while from <= range.last {

@@ -11,6 +11,7 @@ use super::ctx::{Ctx, Res, fail};
 use super::inode::Inode;
 use super::opens::Handle;
 use super::pages::{PAGE, page_of};
+use super::write::{Write, WriteFlags};
 use super::{Client, Versions};
 use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
@@ -19,7 +20,7 @@ use fsd_proto::wire::Kind;
 impl Client {
     /// Drops what is cached of a file that is gone, and its lease.
     pub fn forget_data(&self, inode: &Inode) {
-        if let Some(mut state) = inode.try_lock_raw() {
+        if let Some(mut state) = inode.try_claim_raw() {
             self.abandon_pages(inode, &mut state);
             state.attr_dirty = false;
             state.gone = true;
@@ -39,12 +40,19 @@ impl Client {
             mapped.drain();
         }
         self.write_back(ctx, inode, true)?;
-        let nodes: Vec<u16> = (0..self.net.storage_count()).collect();
         if inode.lock_raw().attr.is_none_or(|a| a.kind == Kind::File) {
-            for node in nodes {
-                let inos = vec![inode.ino];
-                self.net.ask_storage(node, ask::storage::Flush { inos })?;
-            }
+            let flush = |node| {
+                (
+                    node,
+                    ask::storage::Flush {
+                        inos: vec![inode.ino],
+                    },
+                )
+            };
+            let flushed = self
+                .net
+                .ask_each((0..self.net.storage_count()).map(flush).collect());
+            flushed.into_iter().collect::<Result<Vec<()>, _>>()?;
         }
         self.net.meta(ask::meta::Sync {})?;
         if let Some(seen) = seen {
@@ -77,7 +85,7 @@ impl Client {
     /// Park; `ENXIO`, `EINVAL`.
     pub fn lseek(&self, ctx: &Ctx<'_>, inode: &Inode, offset: i64, whence: i32) -> Res<i64> {
         let guard = self.lease(ctx, inode, Mode::Shared)?;
-        let mut state = inode.lock(ctx, guard.version())?;
+        let mut state = self.claim_to_read(ctx, inode, guard.version(), 0, usize::MAX)?;
         let size = self.load_attr(ctx, inode, &mut state)?.size;
         let Some(from) = u64::try_from(offset).ok().filter(|&o| o < size) else {
             return fail(libc::ENXIO);
@@ -151,13 +159,18 @@ impl Client {
         self.drop_capability(ctx, to, &guards)?;
         let mut data = vec![0; len.min(MOST) as usize];
         {
-            let mut state = from.lock(ctx, guards.version_of(from.ino))?;
+            let version = guards.version_of(from.ino);
+            let mut state = self.claim_to_read(ctx, from, version, from_offset, data.len())?;
             self.read_held(ctx, from, &mut state, from_offset, &mut data, true)?;
         }
         {
-            let mut state = to.lock(ctx, guards.version_of(to.ino))?;
-            self.take_mapped(ctx, to, &mut state)?;
-            self.write_held(ctx, to, &mut state, to_offset, &data)?;
+            let write = Write {
+                offset: to_offset,
+                data: &data,
+                flags: WriteFlags::default(),
+            };
+            let mut state = self.claim_to_write(ctx, to, guards.version_of(to.ino), &write)?;
+            self.write_held(ctx, to, &mut state, &write)?;
             if let Some(attr) = state.attr.as_mut() {
                 kill_suid_for(attr, caller);
             }

@@ -1,159 +1,21 @@
 //! A mount's idea of an inode: what it has cached of it, and for which version of the lease it holds.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use lockmgr::RecordId;
 
+use super::claims::{Claims, Purpose, Span};
 use super::ctx::{Ctx, Res};
+use super::dir_cache::DirCache;
+use super::errseq::ErrorSequence;
+use super::frames::FrameMap;
 use super::lazy::Lazy;
 use super::pages::Pages;
-use super::space::least_frame;
 use fsd_proto::ino;
-use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{Attr, AttrUpdate, Frame, Kind};
-
-/// A listing by cookie: name, inode, type.
-pub type Listing = Arc<BTreeMap<u64, (Vec<u8>, u64, Kind)>>;
-
-/// Cached contents of a directory.
-#[derive(Debug, Default)]
-pub struct DirCache {
-    /// Names known to exist: inode, type, cookie.
-    pub entries: HashMap<Vec<u8>, (u64, Kind, u64)>,
-    /// Names known not to exist (only where `complete` is false).
-    pub absent: HashSet<Vec<u8>>,
-    /// `entries` is everything there is.
-    pub complete: bool,
-    /// The complete listing by cookie, built on demand.
-    pub listing: Option<Listing>,
-}
-
-impl DirCache {
-    /// What is known of a name: `None` nothing, `Some(None)` that it does not exist.
-    #[must_use]
-    pub fn lookup(&self, name: &[u8]) -> Option<Option<(u64, Kind, u64)>> {
-        match self.entries.get(name) {
-            Some(&entry) => Some(Some(entry)),
-            None if self.complete || self.absent.contains(name) => Some(None),
-            None => None,
-        }
-    }
-
-    /// A name now exists.
-    pub fn add(&mut self, name: &[u8], ino: u64, kind: Kind, cookie: u64) {
-        self.absent.remove(name);
-        self.entries.insert(name.to_vec(), (ino, kind, cookie));
-        self.listing = None;
-    }
-
-    /// A name does not exist (any more).
-    pub fn remove(&mut self, name: &[u8]) {
-        self.entries.remove(name);
-        self.listing = None;
-        if !self.complete {
-            // Bounded: somebody who probes for random names must not fill the memory.
-            if self.absent.len() >= 4096 {
-                self.absent.clear();
-            }
-            self.absent.insert(name.to_vec());
-        }
-    }
-}
-
-fn is_short(frame: &Frame) -> bool {
-    u64::from(frame.size) < fsd_proto::layout::BLOCK
-}
-
-/// Where the blocks of a file are, as far as known.
-#[derive(Debug, Default)]
-pub struct FrameMap {
-    /// Layout number of the file that this belongs to.
-    pub layout: Option<u64>,
-    /// Blocks with frames.
-    known: BTreeMap<u64, Frame>,
-    /// How many of them are smaller than a block.
-    short: usize,
-    /// Blocks among them whose contents their storage node cannot read.
-    pub lost: BTreeSet<u64>,
-    /// Storage nodes whose part is complete.
-    pub loaded: BTreeSet<u16>,
-    /// Space set aside for dirty blocks without (large enough) frames, bytes.
-    pub reserved: BTreeMap<u64, u32>,
-}
-
-impl FrameMap {
-    /// The frame for a block that needs `size`: all that was set aside for it, for as much may be needed of it.
-    #[must_use]
-    pub fn size_of(&self, block: u64, size: u32) -> u32 {
-        self.reserved
-            .get(&block)
-            .map_or(size, |&reserved| size.max(reserved))
-    }
-
-    /// Blocks with frames.
-    #[must_use]
-    pub fn known(&self) -> &BTreeMap<u64, Frame> {
-        &self.known
-    }
-
-    /// A block has this frame. Returns the size of the one that it had.
-    pub fn learn(&mut self, block: u64, frame: Frame) -> u32 {
-        self.short += usize::from(is_short(&frame));
-        let old = self.known.insert(block, frame);
-        self.forgotten(old)
-    }
-
-    /// A block has no frame. Returns the size of the one that it had.
-    fn unlearn(&mut self, block: u64) -> u32 {
-        let old = self.known.remove(&block);
-        self.forgotten(old)
-    }
-
-    fn forgotten(&mut self, old: Option<Frame>) -> u32 {
-        self.short -= usize::from(old.as_ref().is_some_and(is_short));
-        old.map_or(0, |frame| frame.size)
-    }
-
-    /// The last block, if all up to it have whole frames.
-    #[must_use]
-    pub fn whole_up_to(&self) -> Option<u64> {
-        let (&last, _) = self.known.last_key_value()?;
-        (self.short == 0 && self.known.len() as u64 == last + 1).then_some(last)
-    }
-
-    /// The frame for a block whose data ends `end` bytes into it. What follows on a whole block is being written in order, and likely
-    /// to come to a whole one; what stands in a hole by itself is not.
-    #[must_use]
-    pub fn size_for(&self, block: u64, end: u64) -> u32 {
-        let whole = fsd_proto::layout::BLOCK as u32;
-        let before = block.checked_sub(1);
-        let follows = before.is_some_and(|before| {
-            self.known.get(&before).is_some_and(|f| f.size == whole)
-                || self.reserved.get(&before) == Some(&whole)
-        });
-        if follows { whole } else { least_frame(end) }
-    }
-
-    /// Takes out what is set aside for a block.
-    pub fn unreserve(&mut self, block: u64) -> Option<u32> {
-        let bytes = self.reserved.remove(&block);
-        if self.reserved.is_empty() {
-            // An empty tree keeps a node, in each of a hundred thousand inodes.
-            self.reserved = BTreeMap::new();
-        }
-        bytes
-    }
-
-    /// Is there a block among `first ..= last` whose contents are lost? It can neither be read nor written in part.
-    #[must_use]
-    pub fn any_lost(&self, first: u64, last: u64) -> bool {
-        self.lost.range(first..=last).next().is_some()
-    }
-}
+use fsd_proto::wire::{Attr, AttrUpdate, Frame};
 
 /// What is cached, valid for one version of the lease record.
 #[derive(Debug, Default)]
@@ -174,21 +36,34 @@ pub struct State {
     pub dir: Lazy<DirCache>,
     /// Extended attributes.
     pub xattrs: Option<BTreeMap<Vec<u8>, Vec<u8>>>,
-    /// Counts changes of the extended attributes: what was asked for before one is not kept.
-    pub xattr_changes: u64,
     /// Target of a symbolic link (never changes).
     pub target: Option<Vec<u8>>,
     /// The last attributes known, where those of this version are not: what can still be said of an inode that is gone.
     pub last: Option<Box<Attr>>,
     /// Where a directory was found: the directory above, and the name in it.
-    pub place: Option<(u64, Vec<u8>)>,
+    pub place: Option<Box<(u64, Vec<u8>)>>,
     /// The attributes came from another mount, which may not have told the metadata server yet.
     pub from_owner: bool,
     /// Gone: last name and last open are no more.
     pub gone: bool,
+    /// Moves when something that a server had answered is no longer so: what was asked for before is not kept.
+    changes: u64,
+    /// Ranges that operations are at work on.
+    claims: Option<Box<Claims>>,
 }
 
 impl State {
+    /// A transaction has changed names or attributes at the metadata server, or what is cached has been thrown away.
+    pub fn changed(&mut self) {
+        self.changes += 1;
+    }
+
+    /// How often that was so: an answer may be kept if the number is what it was when the question was asked.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
     /// Forgets everything that depends on the version.
     fn forget(&mut self) {
         let target = self.target.take();
@@ -206,6 +81,8 @@ impl State {
             place,
             frames,
             gone: self.gone,
+            changes: self.changes + 1,
+            claims: self.claims.take(),
             ..Self::default()
         };
     }
@@ -233,6 +110,11 @@ impl State {
     pub fn touch(&mut self) {
         self.modified = true;
         self.attr_dirty = true;
+    }
+
+    /// The metadata server has been told attributes; others, if they have been changed since.
+    pub fn told(&mut self, attr: &Attr) {
+        self.attr_dirty &= self.attr != Some(*attr);
     }
 
     /// A block has got a frame, whose space was perhaps set aside before.
@@ -267,11 +149,7 @@ impl State {
     pub fn check_layout(&mut self) {
         let layout = self.attr.map(|a| a.layout);
         if self.frames.layout != layout || layout.is_none() {
-            self.frames.known.clear();
-            self.frames.short = 0;
-            self.frames.lost.clear();
-            self.frames.loaded.clear();
-            self.frames.layout = layout;
+            self.frames.forget_places(layout);
         }
     }
 
@@ -313,49 +191,6 @@ pub struct KernelCache {
     pub lookups: AtomicU64,
 }
 
-/// An error of a write that was acknowledged before it failed, told once to every open file.
-#[derive(Debug, Default)]
-pub struct Latch(Mutex<(u64, Option<Errno>)>);
-
-impl Latch {
-    /// Notes an error.
-    pub fn set(&self, error: Errno) {
-        let mut latch = self.0.lock();
-        latch.0 += 1;
-        latch.1 = Some(error);
-    }
-
-    /// Number of errors so far; what a newly opened file has seen.
-    #[must_use]
-    pub fn seen(&self) -> u64 {
-        self.0.lock().0
-    }
-
-    /// An error this file has not been told yet.
-    ///
-    /// # Errors
-    /// That error.
-    pub fn check(&self, seen: &AtomicU64) -> Result<(), Errno> {
-        let latch = self.0.lock();
-        match latch.1 {
-            Some(error) if seen.swap(latch.0, Ordering::AcqRel) < latch.0 => Err(error),
-            _ => Ok(()),
-        }
-    }
-
-    /// As [`Self::check`]; it stays untold.
-    ///
-    /// # Errors
-    /// That error.
-    pub fn peek(&self, seen: &AtomicU64) -> Result<(), Errno> {
-        let latch = self.0.lock();
-        match latch.1 {
-            Some(error) if seen.load(Ordering::Acquire) < latch.0 => Err(error),
-            _ => Ok(()),
-        }
-    }
-}
-
 /// Where attributes came from that nobody asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
@@ -394,6 +229,8 @@ pub struct Inode {
     pub superseded: AtomicBool,
     /// What is cached of it.
     state: Mutex<State>,
+    /// A claim on a range has ended.
+    landed: Condvar,
     /// Attributes that came with a grant, with their version; taken over by whoever uses the lease first.
     pub granted: Mutex<Option<Box<Granted>>>,
     /// Attributes the metadata server does not have yet.
@@ -413,7 +250,7 @@ pub struct Inode {
     /// Open files on this mount.
     pub opens: Mutex<Opens>,
     /// Delayed errors.
-    pub errors: Latch,
+    pub errors: ErrorSequence,
     /// Writes of mapped pages that wait for the exclusive lease.
     pub mapped: Lazy<super::mapped::MappedWrites>,
     /// Pages that the kernel may keep locked for writes that wait for the exclusive lease.
@@ -449,6 +286,7 @@ impl Inode {
             ino,
             superseded: AtomicBool::new(false),
             state: Mutex::default(),
+            landed: Condvar::new(),
             granted: Mutex::default(),
             push: Mutex::default(),
             regained: AtomicBool::new(false),
@@ -458,7 +296,7 @@ impl Inode {
             lease_failed: AtomicU64::new(0),
             looked_up: super::pins::LookedUp::default(),
             opens: Mutex::default(),
-            errors: Latch::default(),
+            errors: ErrorSequence::default(),
             mapped: Lazy::default(),
             edges: Lazy::default(),
         }
@@ -481,23 +319,33 @@ impl Inode {
         self.peer.store(u32::from(node) + 1, Ordering::Relaxed);
     }
 
-    /// Locks the state while holding a lease of `version`; what is cached for another version is dropped.
+    /// Locks the state while holding a lease of `version`; what is cached for another version is dropped. For what neither reads
+    /// data nor changes where it is: that needs a claim.
     ///
     /// # Errors
     /// Park, where another thread has it and waiting is not allowed here.
-    pub fn lock(&self, ctx: &Ctx<'_>, version: u64) -> Res<MutexGuard<'_, State>> {
-        let mut state = match self.state.try_lock() {
+    pub fn lock(&self, ctx: &Ctx<'_>, version: u64) -> Res<Locked<'_>> {
+        let state = match self.state.try_lock() {
             Some(state) => state,
             None => {
                 ctx.may_wait()?;
                 self.state.lock()
             }
         };
-        self.sync(&mut state, version);
-        Ok(state)
+        let mut locked = self.locked(state);
+        self.sync(&mut locked, version);
+        Ok(locked)
     }
 
-    /// Locks the state without a lease: for looking at it, and for revocations.
+    /// As [`Inode::lock`], with a range claimed until the guard is dropped: it stays claimed while the guard lets the mutex go.
+    ///
+    /// # Errors
+    /// Park, where another thread is in the way and waiting is not allowed here.
+    pub fn claim(&self, ctx: &Ctx<'_>, version: u64, span: Span, purpose: Purpose) -> Res<Locked<'_>> {
+        self.lock(ctx, version)?.claiming(ctx, span, purpose)
+    }
+
+    /// Locks the state without a lease: for looking at it.
     pub fn lock_raw(&self) -> MutexGuard<'_, State> {
         self.state.lock()
     }
@@ -505,6 +353,31 @@ impl Inode {
     /// As [`Inode::lock_raw`], if nobody has it.
     pub fn try_lock_raw(&self) -> Option<MutexGuard<'_, State>> {
         self.state.try_lock()
+    }
+
+    /// Claims all of the file without a lease: for revocations.
+    pub fn claim_raw(&self) -> Locked<'_> {
+        let mut locked = self.locked(self.state.lock());
+        locked.wait_for(Span::ALL, Purpose::Change);
+        locked
+    }
+
+    /// As [`Inode::claim_raw`], if nobody is in the way.
+    pub fn try_claim_raw(&self) -> Option<Locked<'_>> {
+        let mut locked = self.locked(self.state.try_lock()?);
+        let free = locked.claims.as_ref().is_none_or(|c| c.is_empty());
+        free.then(|| {
+            locked.wait_for(Span::ALL, Purpose::Change);
+            locked
+        })
+    }
+
+    fn locked<'a>(&'a self, state: MutexGuard<'a, State>) -> Locked<'a> {
+        Locked {
+            inode: self,
+            state,
+            claim: None,
+        }
     }
 
     /// What an earlier tenure left to be pushed is dirty again in this one. Else attributes of this version
@@ -539,35 +412,86 @@ impl Inode {
     }
 }
 
+/// The locked state of an inode, perhaps with a range of the file claimed.
+///
+/// Nobody waits for a server with the mutex locked: [`Locked::unlocked`] lets it go for that, and the claim stays.
+#[derive(Debug)]
+pub struct Locked<'a> {
+    inode: &'a Inode,
+    state: MutexGuard<'a, State>,
+    claim: Option<u64>,
+}
+
+impl<'a> Locked<'a> {
+    /// Does something that waits, with the mutex unlocked. What was read from the state before may be old then.
+    pub fn unlocked<T>(&mut self, act: impl FnOnce() -> T) -> T {
+        MutexGuard::unlocked(&mut self.state, act)
+    }
+
+    /// Claims a range until the guard is dropped. The mutex may have been unlocked meanwhile.
+    ///
+    /// # Errors
+    /// Park, where another claim is in the way and waiting is not allowed here.
+    pub fn claiming(mut self, ctx: &Ctx<'_>, span: Span, purpose: Purpose) -> Res<Self> {
+        if self.claims.as_ref().is_some_and(|c| !c.is_free(span, purpose)) {
+            ctx.may_wait()?;
+        }
+        self.wait_for(span, purpose);
+        Ok(self)
+    }
+
+    /// Has this operation all of the file to itself?
+    #[must_use]
+    pub fn claims_all(&self) -> bool {
+        let claims = &self.claims;
+        self.claim
+            .is_some_and(|number| claims.as_ref().is_some_and(|c| c.covers_all(number)))
+    }
+
+    fn wait_for(&mut self, span: Span, purpose: Purpose) {
+        let number = self.state.claims.get_or_insert_default().ask(span, purpose);
+        self.claim = Some(number);
+        let given = |state: &State| state.claims.as_ref().is_none_or(|c| c.is_given(number));
+        while !given(&self.state) {
+            self.inode.landed.wait(&mut self.state);
+        }
+    }
+}
+
+impl std::ops::Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl std::ops::DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let Some(number) = self.claim else { return };
+        if self.state.claims.as_mut().is_some_and(|c| c.end(number)) {
+            self.inode.landed.notify_all();
+        } else {
+            // Few of a hundred thousand inodes are at work.
+            self.state.claims = None;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fsd_proto::wire::Kind;
 
     #[test]
     fn an_inode_is_small() {
         assert!(size_of::<Inode>() <= 720, "{} bytes", size_of::<Inode>());
-    }
-
-    #[test]
-    fn what_is_written_in_order_gets_whole_frames_and_what_stands_in_a_hole_small_ones() {
-        let whole = fsd_proto::layout::BLOCK as u32;
-        let frame = |size| Frame { offset: 0, size };
-        let mut frames = FrameMap::default();
-        assert_eq!((frames.size_for(0, 100), frames.size_for(7, 4096)), (4096, 4096));
-        assert_eq!(
-            (frames.size_for(7, 5000), frames.size_for(7, 200_000)),
-            (16_384, whole)
-        );
-        frames.learn(0, frame(4096));
-        assert_eq!((frames.size_for(1, 100), frames.whole_up_to()), (4096, None));
-        frames.learn(0, frame(whole));
-        assert_eq!((frames.size_for(1, 100), frames.whole_up_to()), (whole, Some(0)));
-        frames.reserved.insert(1, whole);
-        assert_eq!((frames.size_for(2, 100), frames.size_for(3, 100)), (whole, 4096));
-        frames.learn(1, frame(4096));
-        assert_eq!(frames.whole_up_to(), None);
-        frames.unlearn(1);
-        assert_eq!(frames.whole_up_to(), Some(0));
     }
 
     #[test]
@@ -604,27 +528,5 @@ mod tests {
             Some(Some((9, Kind::File, 3)))
         );
         assert_eq!(inode.lock(&ctx, 8).unwrap().dir.lookup(b"a"), None);
-    }
-
-    #[test]
-    fn every_open_file_hears_of_an_error_once() {
-        let latch = Latch::default();
-        let (a, b) = (AtomicU64::new(latch.seen()), AtomicU64::new(latch.seen()));
-        latch.set(Errno(libc::ENOSPC));
-        let late = AtomicU64::new(latch.seen());
-        assert_eq!(latch.check(&a), Err(Errno(libc::ENOSPC)));
-        assert_eq!(latch.check(&a), Ok(()));
-        assert_eq!(latch.check(&b), Err(Errno(libc::ENOSPC)));
-        assert_eq!(latch.check(&late), Ok(()));
-    }
-
-    #[test]
-    fn a_complete_directory_knows_what_is_absent() {
-        let mut dir = DirCache::default();
-        assert_eq!(dir.lookup(b"x"), None);
-        dir.remove(b"x");
-        assert_eq!(dir.lookup(b"x"), Some(None));
-        dir.complete = true;
-        assert_eq!(dir.lookup(b"y"), Some(None));
     }
 }

@@ -19,23 +19,45 @@ use parking_lot::{Condvar, Mutex};
 
 use super::Client;
 use super::ctx::{Ctx, Res, Stop};
-use super::inode::{Inode, State};
-use super::write::WriteFlags;
+use super::inode::{Inode, Locked};
+use super::write::{Write, WriteFlags};
 use fsd_node::config::CacheMode;
 use fsd_proto::rpc::Errno;
 
 /// A reply that either the writer or a revocation gives.
 pub type Answer = Box<dyn FnOnce(Result<(), Errno>) + Send>;
 
-/// What is to be written.
+/// A write with its data.
 #[derive(Debug)]
 pub struct Queued {
     /// Where in the file, bytes.
     pub offset: u64,
-    /// The pages.
+    /// What.
     pub data: Vec<u8>,
     /// What else belongs to the write.
-    pub how: WriteFlags,
+    pub flags: WriteFlags,
+}
+
+impl From<&Write<'_>> for Queued {
+    fn from(write: &Write<'_>) -> Self {
+        Self {
+            offset: write.offset,
+            data: write.data.to_vec(),
+            flags: write.flags,
+        }
+    }
+}
+
+impl Queued {
+    /// The write.
+    #[must_use]
+    pub fn write(&self) -> Write<'_> {
+        Write {
+            offset: self.offset,
+            data: &self.data,
+            flags: self.flags,
+        }
+    }
 }
 
 struct Entry {
@@ -188,11 +210,15 @@ impl MappedWrites {
 }
 
 impl Client {
-    /// Applies what is queued; under the exclusive lease.
+    /// Applies what is queued; under the exclusive lease, with all of the file claimed.
     ///
     /// # Errors
     /// Park. Other errors are told to who waits for the write, or kept for the open files.
-    pub fn take_mapped(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<()> {
+    pub fn take_mapped(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<()> {
+        if !state.claims_all() {
+            // When the range was claimed nothing was queued: what is by now comes after.
+            return Ok(());
+        }
         while let Some((number, write)) = inode.mapped.get().and_then(MappedWrites::front) {
             let result = match self.apply_mapped(ctx, inode, state, &write) {
                 Err(Stop::Park) => return Err(Stop::Park),
@@ -207,16 +233,15 @@ impl Client {
         Ok(())
     }
 
-    fn apply_mapped(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, write: &Queued) -> Res<()> {
+    fn apply_mapped(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>, queued: &Queued) -> Res<()> {
         let size = self.load_attr(ctx, inode, state)?.size;
-        let data = if self.mode == CacheMode::Writeback {
-            &write.data[..]
-        } else {
+        let mut write = queued.write();
+        if self.mode != CacheMode::Writeback {
             // A store to a mapping makes no file longer; another mount may have cut it.
             let len = size.saturating_sub(write.offset).min(write.data.len() as u64);
-            &write.data[..len as usize]
-        };
-        self.write_told(ctx, inode, state, write.offset, data, write.how)?;
+            write.data = &write.data[..len as usize];
+        }
+        self.write_next(ctx, inode, state, &write)?;
         if self.mode != CacheMode::Writeback {
             inode.kernel.pages.store(true, Ordering::SeqCst);
         }
@@ -229,11 +254,15 @@ impl Client {
             return;
         };
         let brought = || -> Res<()> {
-            let guard = self.lease_for_write(ctx, inode, write.offset, write.data.len(), true)?;
+            let guard = self.lease_for_write(ctx, inode, &write.write())?;
             if self.mode != CacheMode::Writeback {
                 self.drop_capability(ctx, inode, &guard)?;
             }
-            self.take_mapped(ctx, inode, &mut *inode.lock(ctx, guard.version())?)?;
+            self.take_mapped(
+                ctx,
+                inode,
+                &mut self.claim_to_change(ctx, inode, guard.version())?,
+            )?;
             self.note_dirty(inode.ino);
             self.invalidate_attrs(inode);
             Ok(())
@@ -263,7 +292,7 @@ mod tests {
         Queued {
             offset,
             data: vec![byte; len],
-            how: WriteFlags::default(),
+            flags: WriteFlags::default(),
         }
     }
 

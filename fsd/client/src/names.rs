@@ -102,6 +102,7 @@ impl Client {
                 for inode in held {
                     let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
                     state.dir = Lazy::default();
+                    state.changed();
                     // Of what nothing is known nothing was lent.
                     if state
                         .attr
@@ -118,6 +119,7 @@ impl Client {
             self.invalidate_attrs(inode);
             let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
             state.modified = true;
+            state.changed();
             match created.attrs.iter().find(|a| a.ino == inode.ino) {
                 Some(new) => {
                     merge(&mut state.attr, new);

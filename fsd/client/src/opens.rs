@@ -52,7 +52,7 @@ pub struct Handle {
     /// Delayed errors it has been told of.
     pub seen: AtomicU64,
     /// Listing of a directory, taken when reading began.
-    pub listing: Mutex<Option<super::inode::Listing>>,
+    pub listing: Mutex<Option<super::dir_cache::Listing>>,
     is_file: bool,
 }
 
@@ -359,7 +359,11 @@ impl Client {
             ctx.may_wait()?;
         }
         let kind = {
-            let mut state = inode.lock(ctx, guard.version())?;
+            let mut state = if truncate {
+                self.claim_to_change(ctx, inode, guard.version())?
+            } else {
+                inode.lock(ctx, guard.version())?
+            };
             let attr = self.load_attr(ctx, inode, &mut state)?;
             if truncate && attr.kind == Kind::File {
                 self.truncate(ctx, inode, &mut state, 0)?;

@@ -1,6 +1,7 @@
 //! The buffer cache of one file: pages of 4 KiB that are valid while the lease's version holds. Pure.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
@@ -8,8 +9,8 @@ pub const PAGE: u64 = 4096;
 /// A cached page.
 #[derive(Debug, Clone)]
 pub struct Page {
-    /// Its contents; bytes beyond the end of the file are zero.
-    pub data: Box<[u8]>,
+    /// Its contents; bytes beyond the end of the file are zero. Shared with a transfer that is under way.
+    pub data: Arc<[u8]>,
     /// Not yet on the storage node.
     pub dirty: bool,
 }
@@ -25,6 +26,17 @@ pub struct Pages {
 #[must_use]
 pub fn page_of(offset: u64) -> u64 {
     offset / PAGE
+}
+
+/// A page that begins with these bytes, and has zeros behind them.
+#[must_use]
+pub fn page_from(bytes: &[u8]) -> Arc<[u8]> {
+    if bytes.len() == PAGE as usize {
+        return bytes.into();
+    }
+    let mut page = vec![0; PAGE as usize];
+    page[..bytes.len()].copy_from_slice(bytes);
+    page.into()
 }
 
 impl Pages {
@@ -59,7 +71,7 @@ impl Pages {
     }
 
     /// Puts a page in; a dirty one is not replaced by a clean one.
-    pub fn insert(&mut self, index: u64, data: Box<[u8]>, dirty: bool) {
+    pub fn insert(&mut self, index: u64, data: Arc<[u8]>, dirty: bool) {
         match self.map.entry(index) {
             std::collections::btree_map::Entry::Vacant(v) => {
                 v.insert(Page { data, dirty });
@@ -79,7 +91,7 @@ impl Pages {
         let Some(page) = self.map.get_mut(&index) else {
             return false;
         };
-        page.data[at..at + bytes.len()].copy_from_slice(bytes);
+        Arc::make_mut(&mut page.data)[at..at + bytes.len()].copy_from_slice(bytes);
         self.dirty += usize::from(!page.dirty);
         page.dirty = true;
         true
@@ -160,7 +172,7 @@ impl Pages {
             let start = index * PAGE;
             let a = from.max(start) - start;
             let b = to.min(start + PAGE) - start;
-            page.data[a as usize..b as usize].fill(0);
+            Arc::make_mut(&mut page.data)[a as usize..b as usize].fill(0);
         }
     }
 }
@@ -169,8 +181,8 @@ impl Pages {
 mod tests {
     use super::*;
 
-    fn page(byte: u8) -> Box<[u8]> {
-        vec![byte; PAGE as usize].into_boxed_slice()
+    fn page(byte: u8) -> Arc<[u8]> {
+        vec![byte; PAGE as usize].into()
     }
 
     #[test]

@@ -101,7 +101,7 @@ impl Client {
             None => return Ok(()),
         };
         let _order = self.attr_push.lock();
-        let mut state = inode.lock(ctx, guard.version())?;
+        let mut state = self.claim_to_change(ctx, inode, guard.version())?;
         if state.gone {
             return Ok(());
         }
@@ -114,13 +114,14 @@ impl Client {
                 version: guard.version(),
                 ..AttrUpdate::from(&attr)
             };
-            self.net.meta(ask::meta::Update {
-                updates: vec![update],
-            })?;
-            state.attr_dirty = false;
+            let updates = vec![update];
+            state.unlocked(|| self.net.meta(ask::meta::Update { updates }))?;
+            state.told(&attr);
         }
         state.from_owner = false;
-        self.dirty.lock().remove(&inode.ino);
+        if !state.is_dirty() {
+            self.dirty.lock().remove(&inode.ino);
+        }
         Ok(())
     }
 }

@@ -140,7 +140,7 @@ impl Client {
             || (to.is_none()
                 && !inode.kernel.pages.load(Ordering::SeqCst)
                 && inode.kernel.fills.load(Ordering::SeqCst) == fills);
-        let ready = inode.try_lock_raw().filter(|s| {
+        let ready = inode.try_claim_raw().filter(|s| {
             quiet && self.flushes_at_once(&inode, s, from) && (to.is_some() || self.pin_at_once(&inode))
         });
         let Some(mut state) = ready else {
@@ -351,7 +351,7 @@ impl Client {
     /// Writes back what the exclusive lease protected; nobody is inside. The attributes are left to be
     /// pushed.
     fn write_back_for_revoke(&self, inode: &Arc<Inode>, from: Mode) -> Relinquish {
-        let mut state = inode.lock_raw();
+        let mut state = inode.claim_raw();
         if from != Mode::Exclusive {
             return Relinquish::default();
         }

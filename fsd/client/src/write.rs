@@ -1,14 +1,16 @@
 //! Changing data: write, truncate, punch; and bringing dirty pages to the storage nodes.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use lockmgr::{Guard, Mode};
 
+use super::claims::{Purpose, Span};
 use super::ctx::{Ctx, Res, Stop, fail, is_full};
 use super::data::{PoolOp, Transfers, frames_in, stretches};
-use super::inode::{Inode, State};
-use super::pages::{PAGE, page_of};
+use super::inode::{Inode, Locked, State};
+use super::pages::{PAGE, page_from, page_of};
 use super::{Client, MAX_FILE_SIZE};
 use fsd_node::config::CacheMode;
 use fsd_proto::ask;
@@ -44,6 +46,30 @@ pub struct WriteFlags {
     pub sync: bool,
 }
 
+/// A write.
+#[derive(Debug, Clone, Copy)]
+pub struct Write<'a> {
+    /// Where, in bytes; of an append where the kernel thinks that the file ends.
+    pub offset: u64,
+    /// What.
+    pub data: &'a [u8],
+    /// What else belongs to it.
+    pub flags: WriteFlags,
+}
+
+/// The bytes whose data or frames a write changes: its blocks; and up to the end of time if it may make the file longer, so that
+/// appends come one after the other.
+fn span_of(state: &State, write: &Write<'_>) -> Span {
+    let end = write.offset.saturating_add(write.data.len() as u64);
+    match &state.attr {
+        Some(attr) if !write.flags.append && end <= attr.size => Span {
+            from: write.offset / BLOCK * BLOCK,
+            to: end.div_ceil(BLOCK) * BLOCK,
+        },
+        _ => Span::ALL,
+    }
+}
+
 /// What becomes of the frames of blocks that lie wholly in a range to be discarded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Whole {
@@ -71,51 +97,36 @@ impl Client {
     ///
     /// # Errors
     /// Park; `EFBIG`, `ENOSPC`, I/O errors.
-    pub fn write(
-        &self,
-        ctx: &Ctx<'_>,
-        inode: &Inode,
-        offset: u64,
-        data: &[u8],
-        flags: WriteFlags,
-    ) -> Res<u32> {
-        self.with_frees(ctx, is_full, || {
-            self.write_at_once(ctx, inode, offset, data, flags)
-        })
+    pub fn write(&self, ctx: &Ctx<'_>, inode: &Inode, write: &Write<'_>) -> Res<u32> {
+        self.with_frees(ctx, is_full, || self.write_at_once(ctx, inode, write))
     }
 
-    fn write_at_once(
-        &self,
-        ctx: &Ctx<'_>,
-        inode: &Inode,
-        offset: u64,
-        data: &[u8],
-        flags: WriteFlags,
-    ) -> Res<u32> {
-        if !flags.cached && inode.kernel.pages.load(Ordering::SeqCst) {
+    fn write_at_once(&self, ctx: &Ctx<'_>, inode: &Inode, write: &Write<'_>) -> Res<u32> {
+        let cached = write.flags.cached;
+        if !cached && inode.kernel.pages.load(Ordering::SeqCst) {
             // The kernel's pages will have to be invalidated, which may wait for a read.
             ctx.may_wait()?;
         }
-        let guard = self.lease_for_write(ctx, inode, offset, data.len(), flags.cached)?;
+        let guard = self.lease_for_write(ctx, inode, write)?;
         // With the write-back cache the kernel does it when it is written to.
         if self.mode != CacheMode::Writeback {
             self.drop_capability(ctx, inode, &guard)?;
         }
         let at = {
-            let mut state = inode.lock(ctx, guard.version())?;
-            let at = if flags.append {
+            let mut state = self.claim_to_write(ctx, inode, guard.version(), write)?;
+            self.take_mapped(ctx, inode, &mut state)?;
+            let offset = if write.flags.append {
                 self.load_attr(ctx, inode, &mut state)?.size
             } else {
-                offset
+                write.offset
             };
-            self.take_mapped(ctx, inode, &mut state)?;
-            self.write_told(ctx, inode, &mut state, at, data, flags)?;
-            at
+            self.write_held(ctx, inode, &mut state, &Write { offset, ..*write })?;
+            offset
         };
         self.note_dirty(inode.ino);
         self.invalidate_attrs(inode);
-        let stale = !flags.cached && inode.kernel.pages.load(Ordering::SeqCst);
-        if flags.cached && self.mode != CacheMode::Writeback {
+        let stale = !cached && inode.kernel.pages.load(Ordering::SeqCst);
+        if cached && self.mode != CacheMode::Writeback {
             inode.kernel.pages.store(true, Ordering::SeqCst);
         } else if stale {
             inode.kernel.invals.fetch_add(1, Ordering::SeqCst);
@@ -126,39 +137,50 @@ impl Client {
         if stale {
             // Other open files of this mount read through the page cache, and one of their reads may have
             // filled it after the kernel invalidated the range for this write.
-            self.invalidate_range(inode, at, data.len() as u64);
+            self.invalidate_range(inode, at, write.data.len() as u64);
             inode.kernel.invals.fetch_sub(1, Ordering::SeqCst);
         }
-        u32::try_from(data.len()).map_err(|_| Stop::Errno(Errno(libc::EINVAL)))
+        u32::try_from(write.data.len()).map_err(|_| Stop::Errno(Errno(libc::EINVAL)))
     }
 
-    /// Writes what the kernel has told, under the exclusive lease.
+    /// Locks an inode for a write, under the exclusive lease of `version`; makes room in the buffer cache first.
     ///
     /// # Errors
-    /// As [`Client::write`].
-    pub fn write_told(
+    /// Park; I/O errors of what makes room.
+    pub fn claim_to_write<'a>(
         &self,
         ctx: &Ctx<'_>,
-        inode: &Inode,
-        state: &mut State,
-        at: u64,
-        data: &[u8],
-        flags: WriteFlags,
-    ) -> Res<()> {
-        let times = state.attr.map(|a| (a.mtime, a.ctime));
-        self.write_held(ctx, inode, state, at, data)?;
-        if let (CacheMode::Writeback, true, Some((mtime, ctime)), Some(attr)) =
-            (self.mode, flags.cached, times, state.attr.as_mut())
-        {
-            // Written back, not written now: the kernel tells the times of that itself.
-            (attr.mtime, attr.ctime) = (mtime, ctime);
+        inode: &'a Inode,
+        version: u64,
+        write: &Write<'_>,
+    ) -> Res<Locked<'a>> {
+        let mut state = inode.lock(ctx, version)?;
+        let queued = inode.mapped.get().is_some_and(|m| !m.is_empty());
+        let full = self.cached_pages.load(Ordering::Relaxed) > self.max_pages && state.pages.dirty() > 0;
+        let span = if queued || full {
+            Span::ALL
+        } else {
+            span_of(&state, write)
+        };
+        state = state.claiming(ctx, span, Purpose::Change)?;
+        if full {
+            ctx.may_wait()?;
+            self.flush_pages(ctx, inode, &mut state)?;
+            self.drop_clean(&mut state);
+        } else if span != Span::ALL && span_of(&state, write) != span {
+            // The file has become shorter while the claim waited.
+            drop(state);
+            state = inode.claim(ctx, version, Span::ALL, Purpose::Change)?;
         }
-        if flags.kill_suid
-            && let Some(attr) = state.attr.as_mut()
-        {
-            super::attrs::kill_suid(attr);
-        }
-        Ok(())
+        Ok(state)
+    }
+
+    /// Claims all of a file for a change, under the exclusive lease of `version`.
+    ///
+    /// # Errors
+    /// Park.
+    pub fn claim_to_change<'a>(&self, ctx: &Ctx<'_>, inode: &'a Inode, version: u64) -> Res<Locked<'a>> {
+        inode.claim(ctx, version, Span::ALL, Purpose::Change)
     }
 
     /// Pages that the kernel writes back, or that somebody has stored to through a mapping.
@@ -169,16 +191,9 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::write`].
-    pub fn write_pages(
-        &self,
-        ctx: &Ctx<'_>,
-        inode: &Inode,
-        offset: u64,
-        data: &[u8],
-        flags: WriteFlags,
-    ) -> Res<u32> {
-        match self.write(ctx, inode, offset, data, flags) {
-            Err(Stop::Errno(Errno(libc::ESTALE))) if inode.lock_raw().gone => Ok(data.len() as u32),
+    pub fn write_pages(&self, ctx: &Ctx<'_>, inode: &Inode, write: &Write<'_>) -> Res<u32> {
+        match self.write(ctx, inode, write) {
+            Err(Stop::Errno(Errno(libc::ESTALE))) if inode.lock_raw().gone => Ok(write.data.len() as u32),
             result => result,
         }
     }
@@ -188,19 +203,16 @@ impl Client {
     ///
     /// # Errors
     /// Park; the lease is not to be had.
-    pub fn lease_for_write(
-        &self,
-        ctx: &Ctx<'_>,
-        inode: &Inode,
-        offset: u64,
-        len: usize,
-        cached: bool,
-    ) -> Res<Guard> {
+    pub fn lease_for_write(&self, ctx: &Ctx<'_>, inode: &Inode, write: &Write<'_>) -> Res<Guard> {
         if let Some(guard) = self.leases.try_enter(inode.record(), Mode::Exclusive) {
             return Ok(guard);
         }
         ctx.may_wait()?;
-        let edge = cached.then(|| edge_of(offset, len as u64)).flatten();
+        let edge = write
+            .flags
+            .cached
+            .then(|| edge_of(write.offset, write.data.len() as u64));
+        let edge = edge.flatten();
         if let Some(pages) = edge {
             inode.edges.begin(pages);
         }
@@ -218,17 +230,31 @@ impl Client {
         }
     }
 
-    /// Writes under the exclusive lease.
+    /// Writes to a range that is claimed, under the exclusive lease; writes of mapped pages that came before are applied first.
     ///
     /// # Errors
-    /// Park (nothing has changed then); `EFBIG`, `ENOSPC`, I/O errors.
+    /// Park (nothing of this write has been done then); `EFBIG`, `ENOSPC`, I/O errors.
     pub fn write_held(
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        state: &mut State,
-        offset: u64,
-        data: &[u8],
+        state: &mut Locked<'_>,
+        write: &Write<'_>,
+    ) -> Res<()> {
+        self.take_mapped(ctx, inode, state)?;
+        self.write_next(ctx, inode, state, write)
+    }
+
+    /// As [`Client::write_held`], of a write that is next: nothing has to be applied before it.
+    ///
+    /// # Errors
+    /// As [`Client::write_held`].
+    pub fn write_next(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut Locked<'_>,
+        &Write { offset, data, flags }: &Write<'_>,
     ) -> Res<()> {
         if data.is_empty() {
             return Ok(());
@@ -252,8 +278,14 @@ impl Client {
         }
         if let Some(attr) = state.attr.as_mut() {
             attr.size = attr.size.max(end);
-            attr.mtime = self.net.now();
-            attr.ctime = attr.mtime;
+            // Pages that are written back are not written now: the kernel tells the times of that itself.
+            if !(self.mode == CacheMode::Writeback && flags.cached) {
+                attr.mtime = self.net.now();
+                attr.ctime = attr.mtime;
+            }
+            if flags.kill_suid {
+                super::attrs::kill_suid(attr);
+            }
         }
         state.touch();
         Ok(())
@@ -263,12 +295,11 @@ impl Client {
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        state: &mut State,
+        state: &mut Locked<'_>,
         offset: u64,
         data: &[u8],
     ) -> Res<()> {
         let cut: Vec<_> = stretches(offset, data.len()).collect();
-        self.load_frames(ctx, inode, state, cut[0].block, cut[cut.len() - 1].block)?;
         let wants: Vec<(u64, u32)> = cut
             .iter()
             .map(|s| {
@@ -297,12 +328,12 @@ impl Client {
         self.write_frames(ctx, inode, state, parts)
     }
 
-    /// Writes into frames that are there: (block, offset in it, data).
+    /// Writes into frames of claimed blocks, which are there: (block, offset in it, data).
     fn write_frames<'a>(
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        state: &State,
+        state: &mut Locked<'_>,
         parts: impl Iterator<Item = (u64, u64, &'a [u8])>,
     ) -> Res<()> {
         let mut writes = Transfers::default();
@@ -313,39 +344,33 @@ impl Client {
             let offset = frame.offset + at;
             writes.add(self.storage_of(inode.ino, block), PoolOp::Write { offset, from });
         }
-        self.transfer_all(ctx, writes)
+        state.unlocked(|| self.transfer_all(ctx, writes))
     }
 
     fn write_cached(
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        state: &mut State,
+        state: &mut Locked<'_>,
         offset: u64,
         data: &[u8],
     ) -> Res<()> {
-        if self.cached_pages.load(Ordering::Relaxed) > self.max_pages && state.pages.dirty() > 0 {
-            ctx.may_wait()?;
-            self.flush_pages(ctx, inode, state)?;
-            self.drop_clean(state);
-        }
         let size = state.attr.map_or(0, |a| a.size);
         let end = offset + data.len() as u64;
         let (first, last) = (page_of(offset), page_of(end - 1));
-        self.load_frames(ctx, inode, state, first * PAGE / BLOCK, last * PAGE / BLOCK)?;
         // Fetch the old contents of pages that are only partly overwritten: at most the two at the ends.
-        let mut old: Vec<(u64, Box<[u8]>)> = Vec::new();
+        let mut old: Vec<(u64, Arc<[u8]>)> = Vec::new();
         for page in [first, last] {
             let start = page * PAGE;
             let whole = offset <= start && end >= start + PAGE;
             if whole || state.pages.get(page).is_some() || old.iter().any(|(p, _)| *p == page) {
                 continue;
             }
-            let mut bytes = vec![0; PAGE as usize].into_boxed_slice();
+            let mut bytes = vec![0; PAGE as usize];
             if start < size {
                 self.read_stored(ctx, inode, state, start, &mut bytes)?;
             }
-            old.push((page, bytes));
+            old.push((page, bytes.into()));
         }
         for s in stretches(offset, data.len()) {
             self.secure_space(ctx, inode, state, s.block, s.at + s.len as u64)?;
@@ -361,7 +386,7 @@ impl Client {
             let stop = end.min((page + 1) * PAGE);
             let bytes = &data[(at - offset) as usize..(stop - offset) as usize];
             if !state.pages.patch(page, (at % PAGE) as usize, bytes) {
-                state.pages.insert(page, bytes.into(), true);
+                state.pages.insert(page, page_from(bytes), true);
             }
             at = stop;
         }
@@ -370,14 +395,21 @@ impl Client {
     }
 
     /// Makes sure that a block with data up to `end` (offset in it) can be stored later.
-    fn secure_space(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, block: u64, end: u64) -> Res<()> {
+    fn secure_space(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut Locked<'_>,
+        block: u64,
+        end: u64,
+    ) -> Res<()> {
         let size = state.frames.size_for(block, end);
         let reserved = state.frames.reserved.get(&block).copied().unwrap_or(0);
         if state.frames.known().get(&block).is_some_and(|f| f.size >= size) || reserved >= size {
             return Ok(());
         }
         let node = self.storage_of(inode.ino, block);
-        match self.reserve(ctx, node, u64::from(size - reserved)) {
+        match state.unlocked(|| self.reserve(ctx, node, u64::from(size - reserved))) {
             Ok(()) => {
                 state.frames.reserved.insert(block, size);
                 Ok(())
@@ -388,11 +420,11 @@ impl Client {
         }
     }
 
-    /// Brings all dirty pages of a file to the storage nodes.
+    /// Brings all dirty pages of a file, all of which is claimed, to the storage nodes.
     ///
     /// # Errors
     /// The storage cannot take them; they stay dirty.
-    pub fn flush_pages(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State) -> Res<()> {
+    pub fn flush_pages(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<()> {
         if state.pages.dirty() == 0 {
             return Ok(());
         }
@@ -404,8 +436,11 @@ impl Client {
         self.load_frames(ctx, inode, state, first, last)?;
         self.allocate(inode, state, &wants)?;
         let pages = state.pages.dirty_pages();
-        let parts = pages.map(|(page, p)| (page * PAGE / BLOCK, page * PAGE % BLOCK, &p.data[..]));
+        let pages: Vec<(u64, Arc<[u8]>)> = pages.map(|(page, p)| (page, Arc::clone(&p.data))).collect();
+        let parts = pages.iter();
+        let parts = parts.map(|(page, data)| (page * PAGE / BLOCK, page * PAGE % BLOCK, &data[..]));
         self.write_frames(ctx, inode, state, parts)?;
+        drop(pages);
         state.pages.mark_clean();
         if blocks(state) != before {
             self.invalidate_attrs(inode);
@@ -460,7 +495,7 @@ impl Client {
     ///
     /// # Errors
     /// Park (nothing has changed then); I/O errors.
-    pub fn truncate(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, size: u64) -> Res<()> {
+    pub fn truncate(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>, size: u64) -> Res<()> {
         self.take_mapped(ctx, inode, state)?;
         let old = self.load_attr(ctx, inode, state)?.size;
         if self.extension.get().is_some() {
@@ -487,7 +522,7 @@ impl Client {
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        state: &mut State,
+        state: &mut Locked<'_>,
         from: u64,
         to: u64,
         whole: Whole,
@@ -538,21 +573,18 @@ impl Client {
     ///
     /// # Errors
     /// A storage node cannot be reached; the frames then still count as the file's.
-    pub fn free_blocks(&self, inode: &Inode, state: &mut State, first: u64, last: u64) -> Res<()> {
+    pub fn free_blocks(&self, inode: &Inode, state: &mut Locked<'_>, first: u64, last: u64) -> Res<()> {
         let mut nodes: Vec<u16> = frames_in(state, first, last)
             .iter()
             .map(|(b, _)| self.storage_of(inode.ino, *b))
             .collect();
         nodes.sort_unstable();
         nodes.dedup();
-        for node in nodes {
-            let request = ask::storage::Free {
-                ino: inode.ino,
-                first,
-                last,
-            };
-            self.net.ask_storage(node, request)?;
-        }
+        let ino = inode.ino;
+        let frees = nodes.into_iter();
+        let frees = frees.map(|node| (node, ask::storage::Free { ino, first, last }));
+        let done = state.unlocked(|| self.net.ask_each(frees.collect()));
+        done.into_iter().collect::<Result<Vec<_>, _>>()?;
         for (block, _) in frames_in(state, first, last) {
             state.drop_frame(block);
         }

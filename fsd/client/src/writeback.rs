@@ -7,11 +7,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 use lockmgr::{Guard, Mode};
-use parking_lot::MutexGuard;
 
 use super::Client;
 use super::ctx::{Ctx, Res};
-use super::inode::{Inode, State};
+use super::inode::{Inode, Locked};
 use fsd_proto::ask;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{AttrUpdate, BlockWant};
@@ -28,6 +27,14 @@ struct Wanted {
     want: BlockWant,
     /// What is set aside for it.
     reserved: u32,
+}
+
+/// Does something that waits with all these inodes unlocked; what is claimed of them stays claimed.
+fn unlocked_all<T>(mut states: Vec<&mut Locked<'_>>, act: impl FnOnce() -> T) -> T {
+    match states.pop() {
+        Some(state) => state.unlocked(|| unlocked_all(states, act)),
+        None => act(),
+    }
 }
 
 impl Client {
@@ -107,9 +114,9 @@ impl Client {
             tracing::debug!("allocation for {} files: {stop:?}", held.len());
         }
         let _order = self.attr_push.lock();
-        let mut updates = Vec::with_capacity(held.len());
+        let (mut updates, mut told) = (Vec::with_capacity(held.len()), Vec::with_capacity(held.len()));
         for (inode, guard) in &held {
-            let Ok(mut state) = inode.lock(&ctx, guard.version()) else {
+            let Ok(mut state) = self.claim_to_change(&ctx, inode, guard.version()) else {
                 continue;
             };
             if state.gone {
@@ -122,24 +129,22 @@ impl Client {
                     continue;
                 }
             }
-            if std::mem::take(&mut state.attr_dirty)
-                && let Some(attr) = &state.attr
-            {
+            if let Some(attr) = state.attr.filter(|_| state.attr_dirty) {
                 updates.push(AttrUpdate {
                     version: guard.version(),
-                    ..AttrUpdate::from(attr)
+                    ..AttrUpdate::from(&attr)
                 });
+                told.push((inode, attr));
             }
         }
         if updates.is_empty() {
             return;
         }
-        if let Err(error) = self.net.meta(ask::meta::Update { updates }) {
-            for (inode, guard) in &held {
-                if let Ok(mut state) = inode.lock(&ctx, guard.version()) {
-                    state.attr_dirty = true;
-                }
-                self.put_off(inode, error.errno());
+        let answer = self.net.meta(ask::meta::Update { updates });
+        for (inode, attr) in told {
+            match &answer {
+                Ok(()) => inode.lock_raw().told(&attr),
+                Err(error) => self.put_off(inode, error.errno()),
             }
         }
     }
@@ -152,14 +157,14 @@ impl Client {
 
     /// Asks for all the frames that the dirty pages of these files need.
     ///
-    /// Their states stay locked until the frames have come: a block that gets a larger frame loses the one that is known
+    /// The files stay claimed until the frames have come: a block that gets a larger frame loses the one that is known
     /// here, and whoever read or wrote that one meanwhile would read zeros, or another file's data, or lose what it wrote. A
-    /// file whose state is not free at once asks for itself later, so nobody waits here with other states locked.
+    /// file that is not free at once asks for itself later, so nobody waits here with other files claimed.
     fn allocate_group(&self, held: &[(Arc<Inode>, Guard)]) -> Res<()> {
-        let mut states: HashMap<usize, MutexGuard<'_, State>> = HashMap::new();
+        let mut states: HashMap<usize, Locked<'_>> = HashMap::new();
         let mut by_node: HashMap<u16, Vec<Wanted>> = HashMap::new();
         for (i, (inode, guard)) in held.iter().enumerate() {
-            let Some(mut state) = inode.try_lock_raw() else {
+            let Some(mut state) = inode.try_claim_raw() else {
                 continue;
             };
             inode.sync(&mut state, guard.version());
@@ -187,21 +192,30 @@ impl Client {
             }
             states.insert(i, state);
         }
-        for (node, wants) in by_node {
+        let requests = by_node.iter().map(|(&node, wants)| {
             let reserved = wants.iter().map(|w| u64::from(w.reserved)).sum();
-            let request = ask::storage::Allocate {
-                wants: wants.iter().map(|w| w.want).collect(),
-                reserved,
-            };
-            let frames = self.net.ask_storage(node, request)?;
-            self.space.used(node, reserved);
-            for (wanted, frame) in wants.iter().zip(frames) {
-                if let Some(state) = states.get_mut(&wanted.file) {
-                    state.take_frame(wanted.want.block, frame);
+            let wants = wants.iter().map(|w| w.want).collect();
+            (node, ask::storage::Allocate { wants, reserved })
+        });
+        let requests: Vec<_> = requests.collect();
+        let answers = unlocked_all(states.values_mut().collect(), || {
+            self.net.ask_each(requests.clone())
+        });
+        let mut result = Ok(());
+        for ((node, request), answer) in requests.iter().zip(answers) {
+            match answer {
+                Ok(frames) => {
+                    self.space.used(*node, request.reserved);
+                    for (wanted, frame) in by_node[node].iter().zip(frames) {
+                        if let Some(state) = states.get_mut(&wanted.file) {
+                            state.take_frame(wanted.want.block, frame);
+                        }
+                    }
                 }
+                Err(error) => result = Err(error.into()),
             }
         }
-        Ok(())
+        result
     }
 
     /// Writes everything back; for leaving.
@@ -219,7 +233,7 @@ impl Client {
             if self.cached_pages.load(Ordering::Relaxed) <= self.max_pages * 3 / 4 {
                 return;
             }
-            if let Some(mut state) = inode.try_lock_raw() {
+            if let Some(mut state) = inode.try_claim_raw() {
                 self.drop_clean(&mut state);
             }
         }

@@ -50,7 +50,7 @@ impl Client {
             if let Some(known) = &state.xattrs {
                 return Ok(look(known));
             }
-            state.xattr_changes
+            state.changes()
         };
         ctx.may_wait()?;
         let pairs = self.net.meta(ask::meta::GetXattrs { ino: inode.ino })?;
@@ -58,7 +58,7 @@ impl Client {
         let found = look(&loaded);
         // Nobody else has changed them under our lease, but another request of this mount may have.
         let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
-        if state.xattr_changes == changes {
+        if state.changes() == changes {
             state.xattrs = Some(loaded);
         }
         Ok(found)
@@ -177,7 +177,6 @@ impl Client {
         // The server has them now; what was cached is asked for again.
         let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
         state.xattrs = None;
-        state.xattr_changes += 1;
         Ok(())
     }
 }

@@ -66,6 +66,41 @@ struct Slot {
     filled: Condvar,
 }
 
+/// A request that was sent, and whose answer has not been looked at.
+pub struct Pending<'a> {
+    calls: &'a Calls,
+    conn: Arc<dyn Connection>,
+    number: u64,
+    slot: Arc<Slot>,
+}
+
+impl Pending<'_> {
+    /// Blocks until the answer is there or `timeout` has passed.
+    ///
+    /// # Errors
+    /// [`RpcError`].
+    pub fn wait<R: DeserializeOwned>(self, timeout: Duration) -> Result<R, RpcError> {
+        let deadline = Instant::now() + timeout;
+        let mut answer = self.slot.answer.lock();
+        while answer.is_none() {
+            if self.slot.filled.wait_until(&mut answer, deadline).timed_out() && answer.is_none() {
+                drop(answer);
+                self.calls.waiting.lock().remove(&self.number);
+                let millis = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+                return Err(TransportError::Timeout {
+                    addr: self.conn.peer_addr(),
+                    millis,
+                }
+                .into());
+            }
+        }
+        match answer.take() {
+            Some(answer) => read_answer(&answer?),
+            None => Err(lost(&self.conn).into()),
+        }
+    }
+}
+
 impl Calls {
     fn start<Q: Serialize>(
         &self,
@@ -98,6 +133,18 @@ impl Calls {
         request: &Q,
         timeout: Duration,
     ) -> Result<R, RpcError> {
+        self.begin(conn, request)?.wait(timeout)
+    }
+
+    /// Sends a request, whose answer is to be waited for: for who asks several servers at once.
+    ///
+    /// # Errors
+    /// The connection failed at once.
+    pub fn begin<Q: Serialize>(
+        &self,
+        conn: &Arc<dyn Connection>,
+        request: &Q,
+    ) -> Result<Pending<'_>, RpcError> {
         let slot = Arc::new(Slot::default());
         let filler = Arc::clone(&slot);
         let number = self.start(
@@ -108,24 +155,12 @@ impl Calls {
                 filler.filled.notify_one();
             }),
         )?;
-        let deadline = Instant::now() + timeout;
-        let mut answer = slot.answer.lock();
-        while answer.is_none() {
-            if slot.filled.wait_until(&mut answer, deadline).timed_out() && answer.is_none() {
-                drop(answer);
-                self.waiting.lock().remove(&number);
-                let millis = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-                return Err(TransportError::Timeout {
-                    addr: conn.peer_addr(),
-                    millis,
-                }
-                .into());
-            }
-        }
-        match answer.take() {
-            Some(answer) => read_answer(&answer?),
-            None => Err(lost(conn).into()),
-        }
+        Ok(Pending {
+            calls: self,
+            conn: Arc::clone(conn),
+            number,
+            slot,
+        })
     }
 
     /// Calls; `done` gets the answer on the progress thread (or here, if the connection is gone).

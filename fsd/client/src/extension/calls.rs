@@ -12,7 +12,8 @@ use lockmgr::Mode;
 
 use super::super::Client;
 use super::super::ctx::{Ctx, Res, Stop, is_full};
-use super::super::inode::{Inode, State};
+use super::super::inode::{Inode, Locked};
+use super::super::write::{Write, WriteFlags};
 use super::lend::to_kernel_mode;
 use super::visit::Visitors;
 use super::{Extension, LentState};
@@ -117,9 +118,11 @@ impl Client {
                     continue;
                 }
             };
-            let mut state = inode.lock(ctx, guard.version())?;
+            let version = guard.version();
             let done = match call.act {
                 Act::Read => {
+                    let len = call.len as usize;
+                    let mut state = self.claim_to_read(ctx, &inode, version, call.offset, len)?;
                     let mut data = vec![0; call.len as usize];
                     self.read_held(ctx, &inode, &mut state, call.offset, &mut data, true)?;
                     ext.attachment.fill_buffer(call.number, &data);
@@ -127,7 +130,9 @@ impl Client {
                 }
                 Act::Write { kill_priv } => {
                     let data = ext.data_of(call);
-                    self.call_write(ctx, &inode, &mut state, call.offset, &data, kill_priv)?;
+                    let write = called_write(call.offset, &data, kill_priv);
+                    let mut state = self.claim_to_write(ctx, &inode, version, &write)?;
+                    self.call_write(ctx, &inode, &mut state, &write)?;
                     call.len
                 }
                 // Goes a way of its own, and never comes here.
@@ -135,9 +140,10 @@ impl Client {
             };
             drop(calling);
             let lend = inode.lent.state.lock().pay_rent(writes);
+            let state = inode.lock(ctx, version)?;
             if let (true, Some(attr)) = (lend, state.attr) {
                 ext.attachment.table().hint_calls(inode.ino, false);
-                self.lend_ahead(&inode, mode, guard.version(), &attr, &state);
+                self.lend_ahead(&inode, mode, version, &attr, &state);
             }
             return Ok(Answer::Done(done));
         }
@@ -148,15 +154,10 @@ impl Client {
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        state: &mut State,
-        offset: u64,
-        data: &[u8],
-        kill_priv: bool,
+        state: &mut Locked<'_>,
+        write: &Write<'_>,
     ) -> Res<()> {
-        self.write_held(ctx, inode, state, offset, data)?;
-        if let Some(attr) = state.attr.as_mut().filter(|_| kill_priv) {
-            super::super::attrs::kill_suid(attr);
-        }
+        self.write_held(ctx, inode, state, write)?;
         // What the kernel has in its page cache is of before.
         inode.lent.state.lock().caches = None;
         self.note_dirty(inode.ino);
@@ -189,6 +190,15 @@ impl Client {
         lent.calling += 1;
         Admission::Go(Calling(inode))
     }
+}
+
+/// What a call writes.
+pub(super) fn called_write(offset: u64, data: &[u8], kill_priv: bool) -> Write<'_> {
+    let flags = WriteFlags {
+        kill_suid: kill_priv,
+        ..WriteFlags::default()
+    };
+    Write { offset, data, flags }
 }
 
 pub(super) fn answer_of(result: Res<Answer>) -> Answer {

@@ -8,8 +8,9 @@ use distfuse_abi::{Error, Grant, Revoked};
 use lockmgr::Mode;
 
 use super::super::Client;
+use super::super::claims::{Purpose, Span};
 use super::super::ctx::{Ctx, Res, Stop, fail};
-use super::super::inode::{Inode, State};
+use super::super::inode::{Inode, Locked, State};
 use super::range::range_of;
 use super::{Extension, attributes};
 use fsd_proto::wire::{Attr, Kind};
@@ -72,7 +73,8 @@ impl Client {
         loop {
             let lending = {
                 let guard = self.lease(ctx, inode, mode)?;
-                let mut state = inode.lock(ctx, guard.version())?;
+                // Not in the middle of a change. And nothing is set aside beside one.
+                let mut state = inode.claim(ctx, guard.version(), Span::ALL, Purpose::Change)?;
                 // Who looks at what is gone is shown the last of it.
                 let attr = if mode == Mode::Shared {
                     self.load_last_attr(ctx, inode, &mut state)?
@@ -188,7 +190,7 @@ impl Client {
     }
 
     /// Lends a directory in which a name has been looked up: the next look-up of it the kernel need not send. Under its lease.
-    pub fn lend_names(&self, ctx: &Ctx<'_>, dir: &Inode, version: u64, state: &mut State) {
+    pub fn lend_names(&self, ctx: &Ctx<'_>, dir: &Inode, version: u64, state: &mut Locked<'_>) {
         let Some(ext) = self.extension.get() else { return };
         let word = ext.attachment.table().word(dir.ino);
         if word.is_some_and(|word| word.mode() >= to_kernel_mode(Some(Mode::Shared))) {

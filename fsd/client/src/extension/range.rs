@@ -77,10 +77,8 @@ mod tests {
 
     fn state(frames: &[(u64, u32)], promised: &[(u64, u32)]) -> State {
         let attr = Attr::of_file(1, 0, 0);
-        let mut state = State {
-            attr: Some(attr),
-            ..State::default()
-        };
+        let mut state = State::default();
+        state.attr = Some(attr);
         state.frames.layout = Some(attr.layout);
         let frame = |&(block, size)| (block, Frame { offset: 0, size });
         for (block, frame) in frames.iter().map(frame) {

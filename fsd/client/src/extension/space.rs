@@ -23,7 +23,7 @@ use super::super::Client;
 use super::super::MAX_FILE_SIZE;
 use super::super::ctx::{Ctx, Res, Stop, fail, is_full};
 use super::super::data::stretches;
-use super::super::inode::{Inode, State};
+use super::super::inode::{Inode, Locked, State};
 use super::super::pages::PAGE;
 use super::super::space::{CHUNK, frame_size};
 use super::Extension;
@@ -70,7 +70,7 @@ impl Client {
         loop {
             let guard = self.lease(ctx, &inode, Mode::Exclusive)?;
             if let Some(_arranging) = inode.lent.arrange() {
-                let mut state = inode.lock(ctx, guard.version())?;
+                let mut state = self.claim_to_change(ctx, &inode, guard.version())?;
                 let attr = self.load_attr(ctx, &inode, &mut state)?;
                 let covered = self.promise(ctx, &inode, &mut state, call.offset, u64::from(call.len))?;
                 let range = range_at(&state, call.offset);
@@ -100,7 +100,14 @@ impl Client {
     }
 
     /// Sets aside what a write lacks, and more where that is cheap. How many bytes from its beginning there is space for.
-    fn promise(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut State, offset: u64, len: u64) -> Res<u32> {
+    fn promise(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut Locked<'_>,
+        offset: u64,
+        len: u64,
+    ) -> Res<u32> {
         let len = len.clamp(1, AT_ONCE);
         let Some(end) = offset.checked_add(len).filter(|&e| e <= MAX_FILE_SIZE) else {
             return fail(libc::EFBIG);
@@ -157,7 +164,7 @@ impl Client {
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
-        state: &State,
+        state: &mut Locked<'_>,
         needed: &[(u64, u64)],
         more: &[u64],
     ) -> Res<()> {
@@ -176,7 +183,8 @@ impl Client {
             }
             ctx.may_wait()?;
             let wanted = (need + want).max(CHUNK) - idle.min(need + want);
-            let granted = self.ask_for_space(node, need.saturating_sub(idle), wanted)?;
+            let needed = need.saturating_sub(idle);
+            let granted = state.unlocked(|| self.ask_for_space(node, needed, wanted))?;
             self.space.put(node, granted);
         }
         Ok(())
@@ -207,7 +215,7 @@ impl Client {
     /// A file was opened to be written, under a lease that the kernel may have already.
     pub fn space_for_writer(&self, inode: &Inode) {
         if self.lent_exclusively(inode)
-            && let Some(mut state) = inode.try_lock_raw()
+            && let Some(mut state) = inode.try_claim_raw()
         {
             self.promise_first_page(inode, &mut state);
             self.tell_space(inode, range_of(&state));
@@ -245,7 +253,7 @@ impl Client {
             return;
         }
         // Whoever is about to open it is told what is left when this is over.
-        let Some(mut state) = inode.try_lock_raw() else {
+        let Some(mut state) = inode.try_claim_raw() else {
             return;
         };
         let Some(opens) = inode.opens.try_lock() else {
@@ -302,7 +310,7 @@ impl Client {
     /// Takes back what the kernel was lent of an inode, and what is promised with it. The mount's lease stays.
     pub(super) fn take_space_back(&self, ext: &Extension, inode: &Arc<Inode>, to: Option<Mode>) {
         self.take_back(ext, inode, to);
-        self.release_unused(inode, &mut inode.lock_raw());
+        self.release_unused(inode, &mut inode.claim_raw());
         inode.lent.again();
     }
 

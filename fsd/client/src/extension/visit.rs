@@ -18,7 +18,7 @@ use rdma_transport::Op;
 use super::super::Client;
 use super::super::ctx::{Ctx, Res, Stop};
 use super::super::inode::Inode;
-use super::calls::{Admission, mode_of};
+use super::calls::{Admission, called_write, mode_of};
 use super::{Extension, LentState};
 use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, Responder, RpcError};
@@ -282,20 +282,21 @@ impl Client {
         if inode.lent.state.lock().visitors.are_enough(from, writes) {
             return Ok(Visited::Take);
         }
-        let mut state = inode.lock(ctx, guard.version())?;
-        let size = self.load_attr(ctx, &inode, &mut state)?.size;
         let done = match act {
             Act::Read(len) => {
                 let mut data = vec![0; (*len as usize).min(distfuse_abi::layout::BUFFER_SIZE)];
+                let mut state = self.claim_to_read(ctx, &inode, guard.version(), offset, data.len())?;
                 self.read_held(ctx, &inode, &mut state, offset, &mut data, true)?;
                 Visited::Read(data)
             }
             Act::Write { data, kill_priv } => {
+                let mut state = self.claim_to_change(ctx, &inode, guard.version())?;
+                let size = self.load_attr(ctx, &inode, &mut state)?.size;
                 // How long a file is only its owner knows until it says so.
                 if offset.checked_add(data.len() as u64).is_none_or(|end| end > size) {
                     return Ok(Visited::Take);
                 }
-                self.call_write(ctx, &inode, &mut state, offset, data, *kill_priv)?;
+                self.call_write(ctx, &inode, &mut state, &called_write(offset, data, *kill_priv))?;
                 match self.flush_pages(ctx, &inode, &mut state) {
                     Ok(()) => Visited::Written,
                     // It is written here, and may be seen, and may not last.

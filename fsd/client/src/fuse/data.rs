@@ -11,7 +11,7 @@ use crate::ctx::{Ctx, Permits, Stop};
 use crate::inode::Inode;
 use crate::mapped::Queued;
 use crate::opens::Handle;
-use crate::write::WriteFlags;
+use crate::write::Write;
 use crate::{Client, MAX_FILE_SIZE, buffers};
 use fsd_node::config::CacheMode;
 
@@ -37,43 +37,28 @@ pub(super) fn read(
 }
 
 /// `mapped`: the pages come from the kernel's page cache, which may hold them locked.
-pub(super) fn write(
-    client: &Arc<Client>,
-    ino: INodeNo,
-    offset: u64,
-    data: &[u8],
-    how: WriteFlags,
-    mapped: bool,
-    reply: ReplyWrite,
-) {
+pub(super) fn write(client: &Arc<Client>, ino: INodeNo, write: &Write<'_>, mapped: bool, reply: ReplyWrite) {
     client.counters.requests.fetch_add(1, Ordering::Relaxed);
     let inode = client.inode(ino.0);
     // The data is only borrowed here: the first attempt uses it in place.
     if !mapped {
-        let first = client.write(&Ctx::on_loop(&client.permits), &inode, offset, data, how);
+        let first = client.write(&Ctx::on_loop(&client.permits), &inode, write);
         return match first {
             Ok(n) => reply.written(n),
             Err(Stop::Errno(e)) => reply.error(error_of(e)),
-            Err(Stop::Park) => write_later(client, inode, offset, data.to_vec(), how, reply),
+            Err(Stop::Park) => write_later(client, inode, Queued::from(write), reply),
         };
     }
-    write_mapped(client, inode, offset, data, how, reply);
+    write_mapped(client, inode, write, reply);
 }
 
 /// A write that is answered when it is durable: on a worker at once, for it will wait.
-pub(super) fn write_sync(
-    client: &Arc<Client>,
-    handle: Arc<Handle>,
-    offset: u64,
-    data: &[u8],
-    how: WriteFlags,
-    reply: ReplyWrite,
-) {
+pub(super) fn write_sync(client: &Arc<Client>, handle: Arc<Handle>, write: &Write<'_>, reply: ReplyWrite) {
     client.counters.requests.fetch_add(1, Ordering::Relaxed);
-    let (me, data) = (Arc::clone(client), data.to_vec());
+    let (me, queued) = (Arc::clone(client), Queued::from(write));
     client.workers.run(move || {
         let ctx = Ctx::on_worker();
-        let written = me.write(&ctx, &handle.inode, offset, &data, how);
+        let written = me.write(&ctx, &handle.inode, &queued.write());
         let durable = written.and_then(|n| {
             me.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
             Ok(n)
@@ -85,18 +70,11 @@ pub(super) fn write_sync(
     });
 }
 
-fn write_later(
-    client: &Arc<Client>,
-    inode: Arc<Inode>,
-    offset: u64,
-    data: Vec<u8>,
-    how: WriteFlags,
-    reply: ReplyWrite,
-) {
+fn write_later(client: &Arc<Client>, inode: Arc<Inode>, queued: Queued, reply: ReplyWrite) {
     let me = Arc::clone(client);
     me.counters.parked.fetch_add(1, Ordering::Relaxed);
     client.workers.run(
-        move || match me.write(&Ctx::on_worker(), &inode, offset, &data, how) {
+        move || match me.write(&Ctx::on_worker(), &inode, &queued.write()) {
             Ok(n) => reply.written(n),
             Err(stop) => reply.error(error_of(Client::errno_of(stop))),
         },
@@ -105,15 +83,8 @@ fn write_later(
 
 /// A write of mapped pages: answered when applied, or when a revocation cannot wait for that. So it is known to revocations before it
 /// waits for anything.
-fn write_mapped(
-    client: &Arc<Client>,
-    inode: Arc<Inode>,
-    offset: u64,
-    data: &[u8],
-    how: WriteFlags,
-    reply: ReplyWrite,
-) {
-    let len = data.len() as u32;
+fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, reply: ReplyWrite) {
+    let len = write.data.len() as u32;
     let (number, at_once) = inode.mapped.begin(Box::new(move |result| match result {
         Ok(()) => reply.written(len),
         Err(error) => reply.error(error_of(error)),
@@ -127,7 +98,7 @@ fn write_mapped(
         } else {
             &never
         };
-        match client.write_pages(&Ctx::on_loop(permits), &inode, offset, data, how) {
+        match client.write_pages(&Ctx::on_loop(permits), &inode, write) {
             Err(Stop::Park) => {}
             result => {
                 let result = result.map(drop).map_err(Client::errno_of);
@@ -138,8 +109,7 @@ fn write_mapped(
             }
         }
     }
-    let data = data.to_vec();
-    inode.mapped.enqueue(number, Queued { offset, data, how });
+    inode.mapped.enqueue(number, Queued::from(write));
     let me = Arc::clone(client);
     client
         .workers

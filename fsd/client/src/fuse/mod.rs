@@ -264,16 +264,21 @@ impl Filesystem for FsdFs {
         let mapped = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let handle = self.client.handles.get(fh.0);
         let cached = mapped || handle.as_ref().is_some_and(|h| h.cached);
-        let how = write::WriteFlags {
+        let kind = write::WriteFlags {
             append: flags.0 & libc::O_APPEND != 0 && !mapped,
             kill_suid: write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID),
             cached,
             // The flags of this call: those of the file, and what RWF_DSYNC and RWF_SYNC add.
             sync: !cached && flags.0 & libc::O_DSYNC != 0,
         };
+        let write = write::Write {
+            offset,
+            data,
+            flags: kind,
+        };
         match handle {
-            Some(handle) if how.sync => data::write_sync(&self.client, handle, offset, data, how, reply),
-            _ => data::write(&self.client, ino, offset, data, how, mapped, reply),
+            Some(handle) if kind.sync => data::write_sync(&self.client, handle, &write, reply),
+            _ => data::write(&self.client, ino, &write, mapped, reply),
         }
     }
 

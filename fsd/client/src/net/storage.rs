@@ -224,6 +224,32 @@ impl Net {
         }
     }
 
+    /// Asks storage nodes at once, and waits for all their answers, in the order of the requests.
+    pub fn ask_each<R>(&self, requests: Vec<(u16, R)>) -> Vec<Result<R::Reply, RpcError>>
+    where
+        R: ask::Request<Message = StorageRequest, Answer = StorageReply> + Clone,
+    {
+        let begun: Vec<_> = requests
+            .into_iter()
+            .map(|(id, request)| {
+                let session = self.storage_now(id);
+                let pending =
+                    session.and_then(|s| self.calls.begin(&s.conn, &request.clone().message()).ok());
+                (id, request, pending)
+            })
+            .collect();
+        begun
+            .into_iter()
+            .map(
+                |(id, request, pending)| match pending.map(|p| p.wait(self.timeout())) {
+                    // There was no connection, or it has broken.
+                    None | Some(Err(RpcError::Transport(_))) => self.ask_storage(id, request),
+                    Some(answer) => ask::answer_to::<R>(answer?),
+                },
+            )
+            .collect()
+    }
+
     fn place(&self, session: &StorageSession, record: RecordId) -> Option<RemoteAddr> {
         let index = ino::record_index(record);
         let per = u64::from(session.attached.segment_records);
