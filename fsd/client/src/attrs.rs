@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use lockmgr::Mode;
-use parking_lot::MutexGuard;
+use rt::sync::MutexGuard;
 
 use super::caller::Caller;
 use super::ctx::{Ctx, Res, Stop, fail};

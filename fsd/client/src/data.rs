@@ -1,10 +1,11 @@
 //! Reading data, and finding and allocating the frames it lives in.
 
 use std::collections::{BTreeMap, HashMap};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lockmgr::Mode;
 use rdma_transport::{Op, TransportError};
+use rt::time::Instant;
 
 use super::Client;
 use super::ctx::{Ctx, Res, Stop, fail};
@@ -216,7 +217,7 @@ impl Client {
                         return Err(Stop::Errno(Errno(libc::EIO)));
                     }
                     ctx.may_wait()?;
-                    std::thread::sleep(Duration::from_millis(10));
+                    rt::thread::sleep(Duration::from_millis(10));
                 }
             }
         }
