@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
-use parking_lot::Mutex;
+use rt::sync::Mutex;
+use rt::time::Instant;
 
 use crate::LeaseError;
 use crate::fsm::{Event, Fsm, Violation};

@@ -5,7 +5,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use parking_lot::RwLock;
+use rt::sync::RwLock;
 
 use crate::ids::{NodeId, RecordId};
 use crate::lease::LeaseHandle;

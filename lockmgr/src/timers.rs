@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
 
-use parking_lot::{Condvar, Mutex};
+use rt::sync::{Condvar, Mutex};
+use rt::time::Instant;
 
 use crate::lease::LeaseHandle;
 

@@ -9,22 +9,24 @@ use anyhow::{Context, ensure};
 /// What each crate of the file system may know of the workspace. Servers do not know the client, nor each other; the client knows
 /// of the servers only what is in their messages.
 const MAY_KNOW: &[(&str, &[&str])] = &[
-    ("rdma-transport", &[]),
-    ("lockmgr", &["rdma-transport"]),
+    ("rt", &[]),
+    ("rdma-transport", &["rt"]),
+    ("lockmgr", &["rt", "rdma-transport"]),
     ("distfuse-abi", &[]),
-    ("fsd-proto", &["rdma-transport", "lockmgr"]),
-    ("fsd-node", &["rdma-transport", "fsd-proto"]),
+    ("fsd-proto", &["rt", "rdma-transport", "lockmgr"]),
+    ("fsd-node", &["rt", "rdma-transport", "fsd-proto"]),
     (
         "fsd-meta",
-        &["rdma-transport", "lockmgr", "fsd-proto", "fsd-node"],
+        &["rt", "rdma-transport", "lockmgr", "fsd-proto", "fsd-node"],
     ),
     (
         "fsd-storage",
-        &["rdma-transport", "lockmgr", "fsd-proto", "fsd-node"],
+        &["rt", "rdma-transport", "lockmgr", "fsd-proto", "fsd-node"],
     ),
     (
         "fsd-client",
         &[
+            "rt",
             "rdma-transport",
             "lockmgr",
             "distfuse-abi",
@@ -35,6 +37,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     (
         "fsd",
         &[
+            "rt",
             "rdma-transport",
             "lockmgr",
             "fsd-proto",
@@ -93,21 +96,23 @@ fn first_word(path: &str) -> &str {
     &path[..end.unwrap_or(path.len())]
 }
 
+/// All source files below a folder.
+fn files_of(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            files.extend(files_of(&path)?);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            files.push(path);
+        }
+    }
+    Ok(files)
+}
+
 /// The modules of a crate, each with those that its files import; tests do not count.
 fn imports(src: &Path) -> anyhow::Result<BTreeMap<String, BTreeSet<String>>> {
-    fn collect(dir: &Path, into: &mut Vec<PathBuf>) -> std::io::Result<()> {
-        for entry in std::fs::read_dir(dir)? {
-            let path = entry?.path();
-            if path.is_dir() {
-                collect(&path, into)?;
-            } else if path.extension().is_some_and(|e| e == "rs") {
-                into.push(path);
-            }
-        }
-        Ok(())
-    }
-    let mut files = Vec::new();
-    collect(src, &mut files)?;
+    let files = files_of(src)?;
     let module_of = |file: &Path| -> Option<String> {
         let inside = file.strip_prefix(src).ok()?;
         let first = inside.components().next()?.as_os_str().to_str()?;
@@ -200,4 +205,43 @@ fn a_circle_is_found() {
     assert_eq!(circle(&graph(&[("a", "b"), ("b", "c"), ("a", "c")])), None);
     let found = circle(&graph(&[("a", "b"), ("b", "c"), ("c", "b")]));
     assert_eq!(found, Some(vec!["b".to_owned(), "c".to_owned()]));
+}
+
+/// What runs in simulation takes its clock, locks, channels, threads and random numbers from `rt`: what goes past it would be real
+/// time, and another order at each run.
+#[test]
+fn what_is_simulated_goes_through_rt() -> anyhow::Result<()> {
+    const SIMULATED: &[&str] = &[
+        "lockmgr",
+        "rdma-transport/src/sim",
+        "fsd/proto",
+        "fsd/node",
+        "fsd/meta",
+        "fsd/storage",
+        "fsd/client",
+    ];
+    const PAST: &[&str] = &[
+        "parking_lot::",
+        "crossbeam::",
+        "rand::random",
+        "std::thread",
+        "std::time::Instant",
+        "Duration, Instant}",
+        "SystemTime::now",
+        "std::sync::mpsc",
+        "std::hint::spin_loop",
+    ];
+    let mut past = Vec::new();
+    for name in SIMULATED {
+        let dir = root().join(name);
+        let src = dir.join("src");
+        for file in files_of(if src.is_dir() { &src } else { &dir })? {
+            let text = std::fs::read_to_string(&file)?;
+            let text = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+            let found = PAST.iter().filter(|word| text.contains(**word));
+            past.extend(found.map(|word| format!("{}: {word}", file.display())));
+        }
+    }
+    ensure!(past.is_empty(), "not through rt: {past:#?}");
+    Ok(())
 }

@@ -1,10 +1,11 @@
 //! Reading data, and finding and allocating the frames it lives in.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lockmgr::Mode;
 use rdma_transport::{Op, TransportError};
+use rt::time::Instant;
 
 use super::Client;
 use super::claims::{Purpose, Span};
@@ -238,7 +239,7 @@ impl Client {
                         return Err(Stop::Errno(Errno(libc::EIO)));
                     }
                     ctx.may_wait()?;
-                    std::thread::sleep(Duration::from_millis(10));
+                    rt::thread::sleep(Duration::from_millis(10));
                 }
             }
         }

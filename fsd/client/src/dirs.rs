@@ -5,10 +5,11 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fuser::INodeNo;
 use lockmgr::Mode;
+use rt::time::Instant;
 
 use super::Client;
 use super::ctx::{Ctx, Res, Stop, fail};
@@ -169,7 +170,7 @@ impl Client {
                             break;
                         }
                         ctx.may_wait()?;
-                        std::thread::sleep(REMOVAL_POLL);
+                        rt::thread::sleep(REMOVAL_POLL);
                         continue;
                     }
                     inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crossbeam::channel::bounded;
-use parking_lot::{Condvar, Mutex};
+use rt::channel::bounded;
+use rt::sync::{Condvar, Mutex};
 
 use super::Client;
 use super::inode::Inode;

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::Mutex;
+use rt::sync::Mutex;
 
 use fsd_proto::rpc::Errno;
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use rt::sync::{Condvar, Mutex, MutexGuard};
 
 use lockmgr::RecordId;
 
@@ -271,9 +271,9 @@ pub struct Opens {
     /// This mount's bit in the record's opens bitmap is set.
     pub bit: bool,
     /// This mount pins it, at least until then.
-    pub pinned: Option<std::time::Instant>,
+    pub pinned: Option<rt::time::Instant>,
     /// When others were seen to have it open for good.
-    pub looked_again: Option<std::time::Instant>,
+    pub looked_again: Option<rt::time::Instant>,
     /// It is being removed: nobody may open it any more.
     pub removed: bool,
 }

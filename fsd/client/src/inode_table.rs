@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use parking_lot::RwLock;
+use rt::sync::RwLock;
 
 use lockmgr::RecordId;
 

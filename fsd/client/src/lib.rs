@@ -64,10 +64,11 @@ pub use mount::{Mount, MountError, MountOptions};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lockmgr::{Guard, LeaseError, LeaseManager, Mode, NodeId};
-use parking_lot::Mutex;
+use rt::sync::Mutex;
+use rt::time::Instant;
 
 use ctx::{Ctx, Permits, Res, Stop};
 use fsd_node::config::CacheMode;
@@ -149,7 +150,7 @@ pub struct Client {
     /// When inodes are forgotten.
     pub trim: trim::Trim,
     /// Wakes the writeback thread.
-    pub wake_writeback: crossbeam::channel::Sender<()>,
+    pub wake_writeback: rt::channel::Sender<()>,
     /// The writeback thread sleeps until it is woken; else it looks by itself, every now and then.
     pub writeback_sleeps: AtomicBool,
     /// The mount is leaving.

@@ -33,7 +33,7 @@ fn own_listen(config: &Config) -> impl Fn(u16) -> String {
         let dir = Path::new(&config.meta.listen)
             .parent()
             .unwrap_or(Path::new("/tmp"));
-        let name = format!("mount-{}-{:08x}.sock", std::process::id(), rand::random::<u32>());
+        let name = format!("mount-{}-{:08x}.sock", std::process::id(), rt::random::<u32>());
         dir.join(name).to_string_lossy().into_owned()
     });
     // Others are told the address, so it must be one of this host's; it also tells which RDMA device is used.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use rt::sync::Mutex;
 
 use super::Client;
 use super::caller::Caller;
@@ -243,7 +243,7 @@ impl Client {
                         return;
                     }
                 }
-                std::thread::sleep(SIGNAL_POLL.max(SIGNAL_POLL_EACH * waiting as u32));
+                rt::thread::sleep(SIGNAL_POLL.max(SIGNAL_POLL_EACH * waiting as u32));
                 me.cancel_interrupted();
             }
         });

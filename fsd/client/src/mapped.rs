@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use lockmgr::Mode;
-use parking_lot::{Condvar, Mutex};
+use rt::sync::{Condvar, Mutex};
 
 use super::Client;
 use super::ctx::{Ctx, Res, Stop};

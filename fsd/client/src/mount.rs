@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam::channel::RecvTimeoutError;
 use lockmgr::msg::LeaseMsg;
 use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
 use rdma_transport::{Connection, Fabric, RemoteAddr};
+use rt::channel::RecvTimeoutError;
+use rt::thread::JoinHandle;
+use rt::time::Instant;
 use rustix::mount::MountFlags;
 
 use super::extension::{self, Extension};
@@ -158,7 +159,7 @@ impl Service for Front {
         match (fsd_proto::wire::decode::<MountRequest>(body), hello.role) {
             (Ok(MountRequest::Status), _) => {
                 // It waits for answers that this thread brings.
-                let asking = std::thread::Builder::new()
+                let asking = rt::thread::Builder::new()
                     .name("fsd-status".into())
                     .spawn(move || responder.reply(&Ok(client.status())));
                 if let Err(error) = asking {
@@ -265,7 +266,7 @@ fn best_mode() -> CacheMode {
 }
 
 fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, MountError> {
-    std::thread::Builder::new()
+    rt::thread::Builder::new()
         .name(name.into())
         .spawn(body)
         .map_err(MountError::Thread)
@@ -329,7 +330,7 @@ fn open_session(
 }
 
 /// Waits until all leases have been given up; not for long where `alone` says that this cannot be.
-fn left(done: &crossbeam::channel::Receiver<()>, alone: &impl Fn() -> bool) -> bool {
+fn left(done: &rt::channel::Receiver<()>, alone: &impl Fn() -> bool) -> bool {
     let (begun, mut since) = (Instant::now(), None);
     while begun.elapsed() < LEAVE_WAIT {
         match done.recv_timeout(Duration::from_millis(20)) {
@@ -415,7 +416,7 @@ impl Mount {
             Arc::clone(&revoker) as Arc<dyn lockmgr::LeaseUser>,
         )?;
         let loops = config.mount.loops.max(SPARE_LOOPS + 1);
-        let (wake_writeback, wake) = crossbeam::channel::bounded(1);
+        let (wake_writeback, wake) = rt::channel::bounded(1);
         let client = Arc::new(Client {
             node,
             mode,
@@ -452,7 +453,7 @@ impl Mount {
             writeback_sleeps: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
-            began: std::time::Instant::now(),
+            began: rt::time::Instant::now(),
             doomed: AtomicBool::new(false),
         });
         revoker.set_client(&client);
@@ -543,9 +544,9 @@ impl Mount {
             }
             // Where files are still open, the kernel keeps the connection until they are closed, or this
             // process ends.
-            let deadline = std::time::Instant::now() + OPEN_WAIT;
-            while !session.guard.is_finished() && std::time::Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(5));
+            let deadline = rt::time::Instant::now() + OPEN_WAIT;
+            while !session.guard.is_finished() && rt::time::Instant::now() < deadline {
+                rt::thread::sleep(Duration::from_millis(5));
             }
             if session.guard.is_finished() {
                 let _ = session.join();
@@ -563,7 +564,7 @@ impl Mount {
             client.net.hurry();
         }
         client.return_space();
-        let (tx, rx) = crossbeam::channel::bounded(1);
+        let (tx, rx) = rt::channel::bounded(1);
         client.leases.leave(Box::new(move || {
             let _ = tx.send(());
         }));
@@ -582,7 +583,7 @@ impl Mount {
                 tracing::warn!("leaving: {error}");
             }
             // Others may have read our name in a lease record just before it was freed, and ask us.
-            std::thread::sleep(LINGER);
+            rt::thread::sleep(LINGER);
         }
         client.stopping.store(true, Ordering::Release);
         let _ = client.wake_writeback.try_send(());

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use lockmgr::Mode;
-use parking_lot::Mutex;
+use rt::sync::Mutex;
 
 use super::ctx::{Ctx, Res, Stop, fail};
 use super::dirs::ATTEMPTS;

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lockmgr::{Mode, RecordLayout};
-use parking_lot::Mutex;
 use rdma_transport::Op;
+use rt::sync::Mutex;
+use rt::time::Instant;
 
 use super::Client;
 use super::attrs::kill_suid_for;
@@ -274,7 +275,7 @@ impl Client {
             return Ok(seen);
         }
         for _ in 0..LOOKS {
-            std::thread::sleep(PAUSE);
+            rt::thread::sleep(PAUSE);
             let (flags, bitmap) = self.change_record(inode, RecordChange::default())?;
             let written = flags / ONE_WRITER > u64::from(opens.writer_counted);
             seen = (self.opened_elsewhere(&bitmap), written);

@@ -9,9 +9,10 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::Mutex;
+use rt::sync::Mutex;
+use rt::time::Instant;
 
 use super::Client;
 use super::ctx::{Ctx, Res};

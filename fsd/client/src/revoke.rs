@@ -13,10 +13,11 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam::channel::bounded;
 use lockmgr::{LeaseUser, Mode, RecordId, Relinquish};
+use rt::channel::bounded;
+use rt::time::Instant;
 
 use super::Client;
 use super::ctx::{Ctx, Stop};
@@ -258,7 +259,7 @@ impl Client {
                     if inode.kernel.lookups.load(Ordering::SeqCst) == 0 {
                         return;
                     }
-                    std::thread::sleep(Duration::from_micros(20));
+                    rt::thread::sleep(Duration::from_micros(20));
                 }
                 Err(error) => {
                     // The kernel is unmounting: there is no cache any more.
@@ -281,7 +282,7 @@ impl Client {
             self.take_back(ext, &inode, to);
         }
         if to.is_none() {
-            std::thread::sleep(self.unsettled(&inode));
+            rt::thread::sleep(self.unsettled(&inode));
             inode.kernel.revoking.store(true, Ordering::SeqCst);
             // With the exclusive lease, mapped pages that are still dirty are taken in as they come.
             inode.mapped.revoking(true);
@@ -312,7 +313,7 @@ impl Client {
                     break;
                 }
                 self.leases.open_gate(id);
-                std::thread::sleep(Duration::from_micros(50));
+                rt::thread::sleep(Duration::from_micros(50));
             }
         }
         let how = self.write_back_for_revoke(&inode, from);
@@ -375,7 +376,7 @@ impl Client {
                 said = Some(Instant::now());
                 tracing::warn!("data of {:#x} cannot be stored, and is kept: {error}", inode.ino);
             }
-            std::thread::sleep(RETRY);
+            rt::thread::sleep(RETRY);
         }
         self.relinquish_flushed(inode, &mut state, from)
     }

@@ -6,9 +6,10 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::Mutex;
+use rt::sync::Mutex;
+use rt::time::Instant;
 
 use super::Client;
 use super::ctx::{Ctx, Res, fail};
@@ -235,7 +236,7 @@ impl Client {
             return false;
         }
         if waits.done > 0 {
-            std::thread::sleep(CLOSE_WAIT);
+            rt::thread::sleep(CLOSE_WAIT);
         }
         waits.done += 1;
         let Ok(orphans) = self.net.meta(ask::meta::Settle {}) else {

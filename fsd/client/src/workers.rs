@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use rt::sync::{Condvar, Mutex};
 
 /// Something to be done.
 pub type Job = Box<dyn FnOnce() + Send>;
@@ -61,7 +61,7 @@ impl Workers {
             state.threads += 1;
             drop(state);
             let shared = Arc::clone(&self.0);
-            let started = std::thread::Builder::new()
+            let started = rt::thread::Builder::new()
                 .name(self.0.name.into())
                 .stack_size(512 << 10)
                 .spawn(move || work(&shared));
@@ -77,7 +77,7 @@ impl Workers {
         let mut state = self.0.state.lock();
         state.closed = true;
         self.0.changed.notify_all();
-        let deadline = std::time::Instant::now() + limit;
+        let deadline = rt::time::Instant::now() + limit;
         while state.threads > 0 {
             if self.0.changed.wait_until(&mut state, deadline).timed_out() {
                 return;

@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError};
 use lockmgr::{Guard, Mode};
+use rt::channel::{Receiver, RecvTimeoutError};
+use rt::time::Instant;
 
 use super::Client;
 use super::ctx::{Ctx, Res};

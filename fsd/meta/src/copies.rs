@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError};
-use parking_lot::Mutex;
 use rdma_transport::TransportError;
+use rt::channel::{Receiver, RecvTimeoutError};
+use rt::sync::Mutex;
 
 use super::Refusal;
 use super::records::{Txn, decode, encode, key};

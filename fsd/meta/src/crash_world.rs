@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::StdRng;
 use rdma_transport::Connection;
+use rt::sync::Mutex;
 
 use super::copies::Copies;
 use super::house::Backlog;

@@ -1,9 +1,10 @@
 //! What the server does by itself: making things durable, freeing the blocks of removed files, looking after membership.
 
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError};
+use rt::channel::{Either, Receiver, RecvTimeoutError, recv_either};
+use rt::time::Instant;
 
 use super::names::Change;
 use super::opening::load;
@@ -79,10 +80,10 @@ impl Inner {
         let mut backlog = Backlog::default();
         loop {
             let mut news: Vec<House> = Vec::new();
-            crossbeam::channel::select! {
-                recv(stop) -> _ => return,
-                recv(told) -> first => news.extend(first),
-                default(TICK) => {}
+            match recv_either(stop, told, TICK) {
+                Either::First(_) => return,
+                Either::Second(first) => news.extend(first),
+                Either::Neither => {}
             }
             news.extend(told.try_iter());
             self.look_after(&mut backlog, news);

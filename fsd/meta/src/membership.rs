@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use rdma_transport::{ConnId, Connection};
+use rt::time::Instant;
 
 use super::records::{Member, Superblock, encode, key};
 use super::server::{Inner, State};

@@ -1,9 +1,10 @@
 //! Finding out that a mount whose connection broke has ended, so that nobody waits for it to come back.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError};
+use rt::channel::{Receiver, RecvTimeoutError};
+use rt::time::Instant;
 
 use super::server::Inner;
 

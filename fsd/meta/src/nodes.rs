@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use rdma_transport::{Connection, Fabric, TransportError};
+use rt::sync::Mutex;
 
 use super::copies::Copies;
 use super::stores::known_stores;

@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::time::Instant;
+
+use rt::time::Instant;
 
 use super::records::{LAYOUT, Member, Superblock, Txn, decode, encode, key, new_root};
 use super::server::State;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use parking_lot::Mutex;
+use rt::sync::Mutex;
 use twox_hash::XxHash3_64;
 
 use super::records::{Txn, decode, encode, key};

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
 
-use crossbeam::channel::{Receiver, Sender, unbounded};
-use parking_lot::Mutex;
 use rdma_transport::{Connection, Fabric};
+use rt::channel::{Receiver, Sender, unbounded};
+use rt::sync::Mutex;
+use rt::thread::JoinHandle;
 
 pub use super::opening::{check_unformatted, format};
 
@@ -197,7 +197,7 @@ impl MetaServer {
         let (stop_looking, look_in) = unbounded();
         let _ = front.0.set(Arc::clone(&inner));
         let thread = |name: &str, body: Box<dyn FnOnce() + Send>| {
-            std::thread::Builder::new()
+            rt::thread::Builder::new()
                 .name(name.into())
                 .spawn(body)
                 .map_err(|error| MetaError::Io {

@@ -1,9 +1,10 @@
 //! Membership: which mounts there are, and whether they are alive.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rdma_transport::ConnId;
+use rt::time::Instant;
 
 use super::records::Member;
 use fsd_proto::wire::PeerState;

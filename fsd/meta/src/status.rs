@@ -13,7 +13,7 @@ impl Inner {
     /// Answers when the storage nodes have been asked whether they are there: not on the thread that brings their answers.
     pub(super) fn status_later(self: &Arc<Self>, responder: Responder) {
         let me = Arc::clone(self);
-        let asking = std::thread::Builder::new()
+        let asking = rt::thread::Builder::new()
             .name("meta-status".into())
             .spawn(move || responder.reply(&Ok(MetaReply::Status(me.status()))));
         if let Err(error) = asking {

@@ -31,7 +31,7 @@ impl Endpoint {
         key: Vec<u8>,
         service: Arc<dyn Service>,
     ) -> Result<Self, TransportError> {
-        let (calls, life) = (Arc::new(Calls::default()), rand::random());
+        let (calls, life) = (Arc::new(Calls::default()), rt::random());
         let fabric_config = FabricConfig {
             listen,
             key,

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
 use rdma_transport::{AsyncOp, Completion, ConnId, Connection, Op, RemoteAddr, TransportError};
+use rt::sync::Mutex;
 use serde::de::DeserializeOwned;
 
 use fsd_proto::rpc::Errno;

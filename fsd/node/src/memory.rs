@@ -9,8 +9,9 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use rt::time::Instant;
 use serde::{Deserialize, Serialize};
 
 /// Memory file system that is used unless the configuration names another.
@@ -125,7 +126,7 @@ impl Claim {
                 }
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(10));
+                    rt::thread::sleep(Duration::from_millis(10));
                 }
                 Err(TryLockError::WouldBlock) => {
                     return Err(std::io::Error::new(

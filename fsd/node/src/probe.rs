@@ -1,8 +1,9 @@
 //! Finding out who can be reached, for `fsd status`.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam::channel::bounded;
+use rt::channel::bounded;
+use rt::time::Instant;
 
 /// Who has not answered after this is told of as one that does not answer: before the tool that asks gives up itself.
 pub const PATIENCE: Duration = Duration::from_secs(3);
@@ -24,7 +25,7 @@ pub fn unreachable(probes: Vec<Probe>, patience: Duration) -> Vec<String> {
     let mut troubles = Vec::new();
     for (number, Probe { who, ask }) in probes.into_iter().enumerate() {
         let tell = tell.clone();
-        let asking = std::thread::Builder::new().name("probe".into()).spawn(move || {
+        let asking = rt::thread::Builder::new().name("probe".into()).spawn(move || {
             // Nobody listens any more to who has taken too long.
             let _ = tell.send((number, ask()));
         });

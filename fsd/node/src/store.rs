@@ -10,9 +10,10 @@ mod tidy;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::{RwLock, RwLockReadGuard};
+use rt::sync::{RwLock, RwLockReadGuard};
+use rt::time::Instant;
 
 use tidy::Upkeep;
 

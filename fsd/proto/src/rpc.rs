@@ -7,10 +7,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
 use rdma_transport::{ConnId, Connection, Handler, TransportError};
+use rt::sync::{Condvar, Mutex};
+use rt::time::Instant;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 

@@ -10,7 +10,7 @@ impl Time {
     /// The node's clock, now.
     #[must_use]
     pub fn now() -> Self {
-        Self::from_system(std::time::SystemTime::now())
+        Self::from_system(rt::time::system_now())
     }
 
     /// From the standard library's type; saturates at the ends (years 1677 and 2262).

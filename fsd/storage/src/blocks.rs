@@ -13,11 +13,12 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender};
-use parking_lot::Mutex;
 use rdma_transport::ConnId;
+use rt::channel::{Receiver, Sender};
+use rt::sync::Mutex;
+use rt::time::Instant;
 
 use super::alloc::Allocator;
 use super::disk::Disk;
@@ -434,7 +435,7 @@ impl Blocks {
             && self.clean.1.is_empty()
             && start.elapsed() < CLEANER
         {
-            std::thread::yield_now();
+            rt::thread::yield_now();
         }
     }
 

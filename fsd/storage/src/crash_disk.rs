@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::io::{Error, ErrorKind};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::StdRng;
+use rt::sync::Mutex;
 
 use super::disk::Disk;
 use fsd_node::store::{Batch, Pair, Store, StoreError};

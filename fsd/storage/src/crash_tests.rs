@@ -5,10 +5,10 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rdma_transport::ConnId;
+use rt::sync::Mutex;
 
 use super::blocks::{Blocks, Flaw};
 use super::crash_disk::{Cuts, Event, FakeDisk, FakeStore, Image, Journal, Luck, Table};

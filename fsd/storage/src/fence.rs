@@ -4,8 +4,8 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use rdma_transport::{ConnId, Connection};
+use rt::sync::Mutex;
 
 /// The mounts that are connected, and those that may not connect any more.
 #[derive(Default)]

@@ -64,7 +64,7 @@ impl Label {
             format: FORMAT,
             cluster: config.cluster.clone(),
             node: section.id,
-            uuid: format!("{:032x}", rand::random::<u128>()),
+            uuid: format!("{:032x}", rt::random::<u128>()),
             pool: section.pool.0 / BLOCK * BLOCK,
             record_bytes: config.lease.record_bytes,
             index: false,

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use rdma_transport::{Access, Connection, Fabric, Op, RegionKey, RemoteAddr, mem::SharedMem};
+use rt::sync::Mutex;
 
 use super::{StorageError, errno};
 use fsd_node::files;
@@ -126,7 +126,7 @@ impl LeaseTable {
         let id = match read_id(&label) {
             Some(id) => id,
             None => {
-                let id = rand::random();
+                let id = rt::random();
                 // Segments without their number are nobody's; they go before there is a new one.
                 remove_segments(&prefix)
                     .and_then(|()| files::replace(&label, &written(id)))

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use crossbeam::channel::unbounded;
-use parking_lot::Mutex;
+use rt::channel::unbounded;
+use rt::sync::Mutex;
 
 use super::StorageError;
 use super::alloc::Allocator;

@@ -1,9 +1,10 @@
 //! The background check of what is on disk.
 
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError};
+use rt::channel::{Receiver, RecvTimeoutError};
+use rt::time::Instant;
 
 use super::StorageError;
 use super::blocks::Blocks;

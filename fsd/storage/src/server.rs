@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
-use parking_lot::Mutex;
 use rdma_transport::{Access, Connection, Fabric, RegionKey};
+use rt::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use rt::sync::Mutex;
+use rt::thread::JoinHandle;
 
 use super::blocks::{Blocks, STOCK};
 use super::cut::End;
@@ -313,7 +313,7 @@ fn open_blocks(
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StorageError> {
-    std::thread::Builder::new()
+    rt::thread::Builder::new()
         .name(name.into())
         .spawn(body)
         .map_err(|error| StorageError::Io {

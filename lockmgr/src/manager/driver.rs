@@ -3,10 +3,10 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
-use parking_lot::Mutex;
 use rdma_transport::{OpResult, TransportError};
+use rt::sync::Mutex;
+use rt::time::Instant;
 
 use super::LeaseManager;
 use crate::LeaseError;

@@ -13,9 +13,10 @@ mod stats;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use rt::sync::{Condvar, Mutex};
+use rt::time::Instant;
 
 use crate::LeaseError;
 use crate::fsm::{Config, Event, Phase};

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use rt::sync::Mutex;
 
 use super::endpoint::SimFabric;
 use super::state::{After, End, PairId, State, What, nanos};

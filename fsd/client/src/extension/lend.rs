@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use distfuse_abi::{Error, Grant, Revoked};
 use lockmgr::Mode;
+use rt::time::Instant;
 
 use super::super::Client;
 use super::super::claims::{Purpose, Span};
@@ -211,7 +212,7 @@ impl Client {
         let table = ext.attachment.table();
         let mut revoked = table.revoke(dir.ino, distfuse_abi::Mode::None, true);
         while !matches!(revoked, Revoked::Done { .. }) && !ext.attachment.is_gone() {
-            std::thread::sleep(INSIDE);
+            rt::thread::sleep(INSIDE);
             revoked = table.finish(dir.ino, distfuse_abi::Mode::None);
         }
         if matches!(revoked, Revoked::Done { wake: true }) {

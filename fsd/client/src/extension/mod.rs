@@ -30,10 +30,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use distfuse_abi::{Answer, Attachment, Attributes, Command, Counters, Error, Event, Options};
-use parking_lot::{Condvar, Mutex};
+use rt::sync::{Condvar, Mutex};
+use rt::time::Instant;
 
 use super::Client;
 use super::ctx::Permits;

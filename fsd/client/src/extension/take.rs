@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use distfuse_abi::{Command, Error, Revoked};
 use lockmgr::Mode;
+use rt::time::Instant;
 
 use super::super::Client;
 use super::super::inode::Inode;
@@ -169,11 +170,11 @@ impl Client {
             if lent.elapsed() >= FIRST_USE {
                 return;
             }
-            std::thread::sleep(FIRST_USE / 20);
+            rt::thread::sleep(FIRST_USE / 20);
         }
         let look = (tenure / IDLE_PART).max(SHORTEST_LOOK);
         while lent.elapsed() + look < tenure {
-            std::thread::sleep(look);
+            rt::thread::sleep(look);
             if !table.used_again(ino) {
                 return;
             }
@@ -233,7 +234,7 @@ impl Client {
             // is written through it, and who has just opened one may wait for this very lease.
             let end = Instant::now() + RELEASE_WAIT;
             while inode.opens.lock().writers > 0 && Instant::now() < end {
-                std::thread::sleep(Duration::from_millis(1));
+                rt::thread::sleep(Duration::from_millis(1));
             }
         }
         let mut state = inode.lock_raw();

@@ -8,12 +8,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use distfuse_abi::{Act as Asked, Answer, Call};
 use lockmgr::{Guard, Mode, NodeId, OwnerWord, RecordLayout};
-use parking_lot::Mutex;
 use rdma_transport::Op;
+use rt::sync::Mutex;
+use rt::time::Instant;
 
 use super::super::Client;
 use super::super::ctx::{Ctx, Res, Stop};

@@ -6,7 +6,9 @@
 
 use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use rt::time::Instant;
 
 use super::Net;
 use fsd_proto::ask;

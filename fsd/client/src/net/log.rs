@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::Mutex;
 use rdma_transport::Connection;
+use rt::sync::Mutex;
 
 use super::Net;
 use fsd_proto::ask;

@@ -2,9 +2,10 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rdma_transport::Connection;
+use rt::time::Instant;
 
 use super::{Net, RETRY};
 use fsd_proto::ask;
@@ -44,7 +45,7 @@ impl Net {
         let mut skew = Skew::UNKNOWN;
         for exchange in 0..exchanges {
             if exchange > 0 {
-                std::thread::sleep(RETRY);
+                rt::thread::sleep(RETRY);
             }
             // The one that measures first: what happens between the two makes the bounds wider, not wrong.
             let start = Instant::now();
@@ -128,7 +129,7 @@ impl Net {
             match self.meta_message(request) {
                 Err(error) if error.is_transport() && !self.stopping.load(Ordering::Acquire) => {
                     tracing::warn!("the metadata server cannot be reached, and is asked again: {error}");
-                    std::thread::sleep(RETRY);
+                    rt::thread::sleep(RETRY);
                 }
                 other => return other,
             }

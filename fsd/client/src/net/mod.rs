@@ -13,11 +13,12 @@ mod storage;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lockmgr::NodeId;
-use parking_lot::{Mutex, RwLock};
 use rdma_transport::{Connection, Fabric, TransportError};
+use rt::sync::{Mutex, RwLock};
+use rt::time::Instant;
 
 use super::workers::Workers;
 use fsd_node::endpoint::Endpoint;
@@ -158,7 +159,7 @@ impl Net {
         let reply = loop {
             match self.join_on(&conn, None, skew) {
                 Err(RpcError::Errno(Errno(libc::EAGAIN))) if Instant::now() < patience => {
-                    std::thread::sleep(RETRY);
+                    rt::thread::sleep(RETRY);
                 }
                 Err(RpcError::Errno(Errno(libc::ETIME))) => return Err(JoinError::Clocks(skew)),
                 other => break other?,
@@ -206,7 +207,7 @@ impl Net {
         if !passing || Instant::now() + RETRY > deadline || self.stopping.load(Ordering::Acquire) {
             return Err(error.into());
         }
-        std::thread::sleep(RETRY);
+        rt::thread::sleep(RETRY);
         Ok(())
     }
 
@@ -225,7 +226,7 @@ impl Net {
                     {
                         return;
                     }
-                    std::thread::sleep(RETRY);
+                    rt::thread::sleep(RETRY);
                 }
             });
             return;
@@ -252,7 +253,7 @@ impl Net {
                         return;
                     }
                     // It may have answered at once, with a refusal.
-                    std::thread::sleep(RETRY);
+                    rt::thread::sleep(RETRY);
                 }
             });
             return;

@@ -106,7 +106,7 @@ impl Net {
                     }
                 }
             }
-            std::thread::sleep(RETRY);
+            rt::thread::sleep(RETRY);
         }
     }
 

@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
 
 use lockmgr::{LeaseError, RecordId};
-use parking_lot::{Mutex, RwLock};
 use rdma_transport::{Connection, RegionKey, RemoteAddr, TransportError};
+use rt::sync::{Mutex, RwLock};
+use rt::time::Instant;
 
 use super::Net;
 use fsd_proto::ask;

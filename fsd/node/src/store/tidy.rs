@@ -7,11 +7,12 @@
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fjall::Keyspace;
-use parking_lot::Mutex;
+use rt::sync::Mutex;
+use rt::thread::JoinHandle;
+use rt::time::Instant;
 
 use super::{Engine, Shared, StoreError, tail};
 use crate::files;
@@ -68,7 +69,7 @@ fn write_out(keys: &Keyspace, patience: Duration) -> Result<bool, fjall::Error> 
         if start.elapsed() > patience {
             return Ok(false);
         }
-        std::thread::sleep(Duration::from_millis(5));
+        rt::thread::sleep(Duration::from_millis(5));
     }
     Ok(true)
 }
@@ -85,7 +86,7 @@ impl Shared {
             Ok(()) => {}
             Err(error) => tracing::warn!("{error}"),
         };
-        match std::thread::Builder::new().name("store-tidy".into()).spawn(body) {
+        match rt::thread::Builder::new().name("store-tidy".into()).spawn(body) {
             Ok(started) => *thread = Some(started),
             Err(error) => tracing::debug!("no thread to tidy up: {error}"),
         }

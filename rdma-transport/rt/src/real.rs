@@ -1,0 +1,61 @@
+//! The real things, by their names here.
+
+pub use rand::random;
+
+/// Locks and condition variables.
+pub mod sync {
+    pub use parking_lot::{
+        Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, WaitTimeoutResult,
+    };
+}
+
+/// Channels.
+pub mod channel {
+    use std::time::Duration;
+
+    pub use crossbeam::channel::{
+        Receiver, RecvError, RecvTimeoutError, SendError, Sender, TryRecvError, TrySendError, bounded,
+        unbounded,
+    };
+
+    /// What came first.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Either<A, B> {
+        /// From the first channel.
+        First(Result<A, RecvError>),
+        /// From the second.
+        Second(Result<B, RecvError>),
+        /// Nothing in time.
+        Neither,
+    }
+
+    /// Receives from the one of two channels that has something, or has lost its senders.
+    pub fn recv_either<A, B>(first: &Receiver<A>, second: &Receiver<B>, timeout: Duration) -> Either<A, B> {
+        crossbeam::channel::select! {
+            recv(first) -> got => Either::First(got),
+            recv(second) -> got => Either::Second(got),
+            default(timeout) => Either::Neither,
+        }
+    }
+}
+
+/// Threads.
+pub mod thread {
+    pub use std::thread::{Builder, JoinHandle, sleep, spawn, yield_now};
+}
+
+/// Time.
+pub mod time {
+    pub use std::time::Instant;
+
+    /// What the clock on the wall says.
+    #[must_use]
+    pub fn system_now() -> std::time::SystemTime {
+        std::time::SystemTime::now()
+    }
+}
+
+/// Waiting without the scheduler.
+pub mod hint {
+    pub use std::hint::spin_loop;
+}
