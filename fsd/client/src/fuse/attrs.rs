@@ -1,5 +1,7 @@
 //! Attributes of inodes and of the file system, and the targets of links.
 
+use crate::Client;
+use crate::files::attrs::SetAttr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,8 +9,6 @@ use fuser::{INodeNo, ReplyAttr, ReplyData, ReplyStatfs};
 
 use super::convert::attr_of;
 use super::serve;
-use crate::Client;
-use crate::attrs::SetAttr;
 use fsd_proto::ask;
 use fsd_proto::wire::Attr;
 
@@ -20,13 +20,13 @@ fn send_attr(reply: &mut Option<ReplyAttr>, attr: &Attr, ttl: Duration) {
 
 pub(super) fn getattr(client: &Arc<Client>, ino: INodeNo, reply: ReplyAttr) {
     serve(client, reply, ReplyAttr::error, move |c, ctx, reply| {
-        c.getattr(ctx, &c.inode(ino.0), |attr, ttl| send_attr(reply, attr, ttl))
+        c.files.attrs.getattr(ctx, &c.cache.inode(ino.0), |attr, ttl| send_attr(reply, attr, ttl))
     });
 }
 
 pub(super) fn setattr(client: &Arc<Client>, ino: INodeNo, set: SetAttr, reply: ReplyAttr) {
     serve(client, reply, ReplyAttr::error, move |c, ctx, reply| {
-        c.setattr(ctx, &c.inode(ino.0), &set, |attr, ttl| {
+        c.files.attrs.setattr(ctx, &c.cache.inode(ino.0), &set, |attr, ttl| {
             send_attr(reply, attr, ttl)
         })
     });
@@ -34,7 +34,7 @@ pub(super) fn setattr(client: &Arc<Client>, ino: INodeNo, set: SetAttr, reply: R
 
 pub(super) fn readlink(client: &Arc<Client>, ino: INodeNo, reply: ReplyData) {
     serve(client, reply, ReplyData::error, move |c, ctx, reply| {
-        let target = c.readlink(ctx, &c.inode(ino.0))?;
+        let target = c.namespace.directories.readlink(ctx, &c.cache.inode(ino.0))?;
         if let Some(reply) = reply.take() {
             reply.data(&target);
         }
@@ -46,12 +46,12 @@ pub(super) fn statfs(client: &Arc<Client>, reply: ReplyStatfs) {
     serve(client, reply, ReplyStatfs::error, move |c, ctx, reply| {
         ctx.may_wait()?;
         let (mut total, mut free) = (0, 0);
-        for node in 0..c.net.storage_count() {
-            let space = c.pool_space(node)?;
+        for node in 0..c.session.net.storage_count() {
+            let space = c.data.space.pool_space(node)?;
             total += space.total;
             free += space.free;
         }
-        let meta = c.net.meta(ask::meta::StatFs {})?;
+        let meta = c.session.net.meta(ask::meta::StatFs {})?;
         if let Some(reply) = reply.take() {
             let (unit, inodes, free_inodes) = in_32_bits(total, meta.inodes, meta.free);
             let free = free / u64::from(unit);

@@ -1,18 +1,23 @@
 //! Reading and writing.
 
+use crate::Client;
+use crate::cache::MAX_FILE_SIZE;
+use crate::cache::inode::Inode;
+use crate::cache::write::Queued;
+use crate::cache::write::Write;
+use crate::fuse::buffers;
+use crate::opens::handles::Handle;
+use crate::session::ctx::Ctx;
+use crate::session::ctx::Permits;
+use crate::session::ctx::Stop;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use fuser::{INodeNo, ReplyData, ReplyWrite, Request};
 
-use super::convert::{caller_of, error_of};
+use super::convert::caller_of;
+use super::convert::error_of;
 use super::serve;
-use crate::ctx::{Ctx, Permits, Stop};
-use crate::inode::Inode;
-use crate::mapped::Queued;
-use crate::opens::Handle;
-use crate::write::Write;
-use crate::{Client, MAX_FILE_SIZE, buffers};
 use fsd_node::config::CacheMode;
 
 /// `fills`: the kernel puts what it gets into its page cache.
@@ -26,7 +31,7 @@ pub(super) fn read(
 ) {
     serve(client, reply, ReplyData::error, move |c, ctx, reply| {
         let mut buffer = buffers::take(size as usize);
-        let result = c.read(ctx, &c.inode(ino.0), offset, &mut buffer, fills, |data| {
+        let result = c.files.files.read(ctx, &c.cache.inode(ino.0), offset, &mut buffer, fills, |data| {
             if let Some(reply) = reply.take() {
                 reply.data(data);
             }
@@ -38,11 +43,11 @@ pub(super) fn read(
 
 /// `mapped`: the pages come from the kernel's page cache, which may hold them locked.
 pub(super) fn write(client: &Arc<Client>, ino: INodeNo, write: &Write<'_>, mapped: bool, reply: ReplyWrite) {
-    client.counters.requests.fetch_add(1, Ordering::Relaxed);
-    let inode = client.inode(ino.0);
+    client.session.counters.requests.fetch_add(1, Ordering::Relaxed);
+    let inode = client.cache.inode(ino.0);
     // The data is only borrowed here: the first attempt uses it in place.
     if !mapped {
-        let first = client.write(&Ctx::on_loop(&client.permits), &inode, write);
+        let first = client.files.writes.write(&Ctx::on_loop(&client.session.threads.permits), &inode, write);
         return match first {
             Ok(n) => reply.written(n),
             Err(Stop::Errno(e)) => reply.error(error_of(e)),
@@ -54,29 +59,29 @@ pub(super) fn write(client: &Arc<Client>, ino: INodeNo, write: &Write<'_>, mappe
 
 /// A write that is answered when it is durable: on a worker at once, for it will wait.
 pub(super) fn write_sync(client: &Arc<Client>, handle: Arc<Handle>, write: &Write<'_>, reply: ReplyWrite) {
-    client.counters.requests.fetch_add(1, Ordering::Relaxed);
+    client.session.counters.requests.fetch_add(1, Ordering::Relaxed);
     let (me, queued) = (Arc::clone(client), Queued::from(write));
-    client.workers.run(move || {
+    client.session.threads.workers.run(move || {
         let ctx = Ctx::on_worker();
-        let written = me.write(&ctx, &handle.inode, &queued.write());
+        let written = me.files.writes.write(&ctx, &handle.inode, &queued.write());
         let durable = written.and_then(|n| {
-            me.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
+            me.files.files.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
             Ok(n)
         });
         match durable {
             Ok(n) => reply.written(n),
-            Err(stop) => reply.error(error_of(Client::errno_of(stop))),
+            Err(stop) => reply.error(error_of(stop.errno())),
         }
     });
 }
 
 fn write_later(client: &Arc<Client>, inode: Arc<Inode>, queued: Queued, reply: ReplyWrite) {
     let me = Arc::clone(client);
-    me.counters.parked.fetch_add(1, Ordering::Relaxed);
-    client.workers.run(
-        move || match me.write(&Ctx::on_worker(), &inode, &queued.write()) {
+    me.session.counters.parked.fetch_add(1, Ordering::Relaxed);
+    client.session.threads.workers.run(
+        move || match me.files.writes.write(&Ctx::on_worker(), &inode, &queued.write()) {
             Ok(n) => reply.written(n),
-            Err(stop) => reply.error(error_of(Client::errno_of(stop))),
+            Err(stop) => reply.error(error_of(stop.errno())),
         },
     );
 }
@@ -89,19 +94,19 @@ fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, repl
         Ok(()) => reply.written(len),
         Err(error) => reply.error(error_of(error)),
     }));
-    if at_once && client.may_write_at_once(&inode) {
+    if at_once && client.session.may_write_at_once(&inode) {
         // Not to wait for anything: a revocation may wait for this. The kernel extension writes back before the lease is
         // given up, so there it does not.
         let never = Permits::new(0, 0);
-        let permits = if client.mode == CacheMode::Writeback {
-            &client.permits
+        let permits = if client.kernel.caches.mode == CacheMode::Writeback {
+            &client.session.threads.permits
         } else {
             &never
         };
-        match client.write_pages(&Ctx::on_loop(permits), &inode, write) {
+        match client.files.writes.write_pages(&Ctx::on_loop(permits), &inode, write) {
             Err(Stop::Park) => {}
             result => {
-                let result = result.map(drop).map_err(Client::errno_of);
+                let result = result.map(drop).map_err(Stop::errno);
                 if let Some(error) = inode.mapped.end(number, result) {
                     inode.errors.set(error);
                 }
@@ -111,9 +116,8 @@ fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, repl
     }
     inode.mapped.enqueue(number, Queued::from(write));
     let me = Arc::clone(client);
-    client
-        .workers
-        .run(move || me.bring_mapped(&Ctx::on_worker(), &inode, number));
+    client.session.threads.workers
+        .run(move || me.files.writes.bring_mapped(&Ctx::on_worker(), &inode, number));
 }
 
 pub(super) fn copy_file_range(
@@ -129,8 +133,8 @@ pub(super) fn copy_file_range(
     }
     let caller = caller_of(req);
     serve(client, reply, ReplyWrite::error, move |c, ctx, reply| {
-        let (from, to) = (c.inode(ino_in.0), c.inode(ino_out.0));
-        let n = c.copy_range(ctx, (&from, offset_in), (&to, offset_out), len, caller)?;
+        let (from, to) = (c.cache.inode(ino_in.0), c.cache.inode(ino_out.0));
+        let n = c.files.files.copy_range(ctx, (&from, offset_in), (&to, offset_out), len, caller)?;
         if let Some(reply) = reply.take() {
             reply.written(n);
         }

@@ -1,5 +1,9 @@
 //! Open directories.
 
+use super::done;
+use crate::Client;
+use crate::namespace::dirs::COOKIE_DOT;
+use crate::namespace::dirs::COOKIE_DOTDOT;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
@@ -7,16 +11,14 @@ use std::sync::Arc;
 use fuser::{FileHandle, FileType, FopenFlags, INodeNo, OpenFlags, ReplyDirectory, ReplyEmpty, ReplyOpen};
 
 use super::convert::kind_of;
-use super::{done, serve};
-use crate::Client;
-use crate::dirs::{COOKIE_DOT, COOKIE_DOTDOT};
+use super::serve;
 use fsd_proto::wire::Kind;
 
 pub(super) fn opendir(client: &Arc<Client>, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
     serve(client, reply, ReplyOpen::error, move |c, _ctx, reply| {
-        let inode = c.inode(ino.0);
-        let (fh, _) = c.make_handle(&inode, Kind::Directory, flags.0)?;
-        c.directory_accessed(&inode, flags.0);
+        let inode = c.cache.inode(ino.0);
+        let (fh, _) = c.opens.open_files.make_handle(&inode, Kind::Directory, flags.0)?;
+        c.files.accesses.directory_accessed(&inode, flags.0);
         if let Some(reply) = reply.take() {
             reply.opened(FileHandle(fh), FopenFlags::empty());
         }
@@ -31,7 +33,7 @@ pub(super) fn readdir(
     offset: u64,
     reply: ReplyDirectory,
 ) {
-    let handle = client.handles.get(fh.0);
+    let handle = client.opens.open_files.handles.get(fh.0);
     serve(client, reply, ReplyDirectory::error, move |c, ctx, reply| {
         let listing = {
             let kept = handle
@@ -42,7 +44,7 @@ pub(super) fn readdir(
                 Some(listing) => listing,
                 None => {
                     // From the start: as it is now (rewinddir shows what has changed since).
-                    let listing = c.listing(ctx, &c.inode(ino.0))?;
+                    let listing = c.namespace.directories.listing(ctx, &c.cache.inode(ino.0))?;
                     if let Some(handle) = &handle {
                         *handle.listing.lock() = Some(Arc::clone(&listing));
                     }
@@ -72,7 +74,7 @@ pub(super) fn readdir(
 
 pub(super) fn releasedir(client: &Arc<Client>, fh: FileHandle, reply: ReplyEmpty) {
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.release(ctx, fh.0)?;
+        c.opens.open_files.release(ctx, fh.0)?;
         done(reply);
         Ok(())
     });
@@ -80,7 +82,7 @@ pub(super) fn releasedir(client: &Arc<Client>, fh: FileHandle, reply: ReplyEmpty
 
 pub(super) fn fsyncdir(client: &Arc<Client>, ino: INodeNo, reply: ReplyEmpty) {
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.fsync(ctx, &c.inode(ino.0), None)?;
+        c.files.files.fsync(ctx, &c.cache.inode(ino.0), None)?;
         done(reply);
         Ok(())
     });

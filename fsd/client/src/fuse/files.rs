@@ -1,5 +1,11 @@
 //! Open files, and what is done to a whole file.
 
+use super::NAME_TTL;
+use crate::namespace::dirs::ATTEMPTS;
+use super::done;
+use crate::Client;
+use crate::namespace::names::New;
+use crate::session::ctx::Stop;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
@@ -9,12 +15,9 @@ use fuser::{
     ReplyOpen, Request,
 };
 
-use super::convert::{attr_of, caller_of};
-use super::{NAME_TTL, done, serve};
-use crate::Client;
-use crate::ctx::Stop;
-use crate::dirs::ATTEMPTS;
-use crate::names::New;
+use super::convert::attr_of;
+use super::convert::caller_of;
+use super::serve;
 use fsd_node::config::CacheMode;
 use fsd_proto::ino;
 use fsd_proto::rpc::Errno;
@@ -32,9 +35,9 @@ fn open_flags(mode: CacheMode, cached: bool) -> FopenFlags {
 pub(super) fn open(client: &Arc<Client>, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
     let caller = caller_of(req);
     serve(client, reply, ReplyOpen::error, move |c, ctx, reply| {
-        let (fh, cached) = c.open(ctx, &c.inode(ino.0), flags.0, caller)?;
+        let (fh, cached) = c.files.files.open(ctx, &c.cache.inode(ino.0), flags.0, caller)?;
         if let Some(reply) = reply.take() {
-            reply.opened(FileHandle(fh), open_flags(c.mode, cached));
+            reply.opened(FileHandle(fh), open_flags(c.kernel.caches.mode, cached));
         }
         Ok(())
     });
@@ -60,18 +63,18 @@ pub(super) fn create(
         target: Vec::new(),
     };
     serve(client, reply, ReplyCreate::error, move |c, ctx, reply| {
-        let dir = c.inode(parent);
+        let dir = c.cache.inode(parent);
         let mut send = |attr: &Attr, (fh, cached): (u64, bool)| {
             if let Some(reply) = reply.take() {
                 let generation = Generation(u64::from(ino::generation(attr.ino)));
                 // One time to live serves both here: names must not be kept, so neither are attributes.
-                let open = open_flags(c.mode, cached);
+                let open = open_flags(c.kernel.caches.mode, cached);
                 reply.created(&NAME_TTL, &attr_of(attr), generation, FileHandle(fh), open);
             }
         };
         for _ in 0..ATTEMPTS {
-            let made = c.create(ctx, &dir, &name, &new, |inode, attr| {
-                send(attr, c.make_handle(inode, Kind::File, flags)?);
+            let made = c.namespace.names.create(ctx, &dir, &name, &new, |inode, attr| {
+                send(attr, c.opens.open_files.make_handle(inode, Kind::File, flags)?);
                 Ok(())
             });
             match made {
@@ -80,14 +83,14 @@ pub(super) fn create(
             }
             // Somebody else was faster: open what is there now.
             let mut found = None;
-            match c.lookup(ctx, &dir, &name, caller.pid, |inode, attr, _| {
+            match c.namespace.directories.lookup(ctx, &dir, &name, caller.pid, |inode, attr, _| {
                 found = Some((Arc::clone(inode), *attr))
             }) {
                 Err(Stop::Errno(Errno(libc::ENOENT))) => continue,
                 other => other?,
             }
             if let Some((inode, attr)) = found {
-                match c.open(ctx, &inode, flags, caller) {
+                match c.files.files.open(ctx, &inode, flags, caller) {
                     Err(Stop::Errno(Errno(libc::ESTALE))) => continue,
                     opened => send(&attr, opened?),
                 }
@@ -99,11 +102,11 @@ pub(super) fn create(
 }
 
 pub(super) fn flush(client: &Arc<Client>, fh: FileHandle, lock_owner: LockOwner, reply: ReplyEmpty) {
-    let handle = client.handles.get(fh.0);
+    let handle = client.opens.open_files.handles.get(fh.0);
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
         if let Some(handle) = &handle {
-            c.release_locks(ctx, handle.inode.ino, c.lock_owner(lock_owner.0, false))?;
-            c.flush(ctx, handle)?;
+            c.files.locks.release_locks(ctx, handle.inode.ino, c.files.locks.lock_owner(lock_owner.0, false))?;
+            c.files.files.flush(ctx, handle)?;
         }
         done(reply);
         Ok(())
@@ -119,19 +122,19 @@ pub(super) fn release(
 ) {
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
         if let Some(owner) = lock_owner {
-            c.release_locks(ctx, ino.0, c.lock_owner(owner.0, true))?;
+            c.files.locks.release_locks(ctx, ino.0, c.files.locks.lock_owner(owner.0, true))?;
         }
-        c.release_locks_through(ctx, ino.0, fh.0)?;
-        c.release(ctx, fh.0)?;
+        c.files.locks.release_locks_through(ctx, ino.0, fh.0)?;
+        c.opens.open_files.release(ctx, fh.0)?;
         done(reply);
         Ok(())
     });
 }
 
 pub(super) fn fsync(client: &Arc<Client>, ino: INodeNo, fh: FileHandle, reply: ReplyEmpty) {
-    let handle = client.handles.get(fh.0);
+    let handle = client.opens.open_files.handles.get(fh.0);
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.fsync(ctx, &c.inode(ino.0), handle.as_ref().map(|h| &h.seen))?;
+        c.files.files.fsync(ctx, &c.cache.inode(ino.0), handle.as_ref().map(|h| &h.seen))?;
         done(reply);
         Ok(())
     });
@@ -148,7 +151,7 @@ pub(super) fn fallocate(
 ) {
     let caller = caller_of(req);
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.fallocate(ctx, &c.inode(ino.0), (offset, length), mode, caller)?;
+        c.files.allocations.fallocate(ctx, &c.cache.inode(ino.0), (offset, length), mode, caller)?;
         done(reply);
         Ok(())
     });
@@ -156,7 +159,7 @@ pub(super) fn fallocate(
 
 pub(super) fn lseek(client: &Arc<Client>, ino: INodeNo, offset: i64, whence: i32, reply: ReplyLseek) {
     serve(client, reply, ReplyLseek::error, move |c, ctx, reply| {
-        let at = c.lseek(ctx, &c.inode(ino.0), offset, whence)?;
+        let at = c.files.files.lseek(ctx, &c.cache.inode(ino.0), offset, whence)?;
         if let Some(reply) = reply.take() {
             reply.offset(at);
         }

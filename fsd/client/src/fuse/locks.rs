@@ -1,13 +1,14 @@
 //! File locks.
 
+use super::done;
+use crate::Client;
+use crate::files::locks::type_of;
 use std::sync::Arc;
 
 use fuser::{FileHandle, LockOwner, ReplyEmpty, ReplyLock, Request};
 
 use super::convert::error_of;
-use super::{done, serve};
-use crate::Client;
-use crate::locks::type_of;
+use super::serve;
 use fsd_proto::wire::LockSpec;
 
 /// In `fuse_lk_in`: the lock is one of flock(2) (`linux/fuse.h`).
@@ -57,13 +58,13 @@ pub(super) fn is_flock(req: &Request, fh: FileHandle, owner: LockOwner, (start, 
 
 pub(super) fn getlk(client: &Arc<Client>, lock: LockSpec, reply: ReplyLock) {
     serve(client, reply, ReplyLock::error, move |c, ctx, reply| {
-        let found = c.getlk(ctx, lock)?;
+        let found = c.files.locks.getlk(ctx, lock)?;
         if let Some(reply) = reply.take() {
             match found {
                 // A process of another host has no number here, and the kernel shows none that it does not know: so the daemon stands in,
                 // through which that lock reaches this host.
                 Some(l) => {
-                    let here = l.owner.node == c.node.0;
+                    let here = l.owner.node == c.session.node.0;
                     let pid = if here { l.pid } else { std::process::id() };
                     reply.locked(l.range.start, l.range.end, type_of(l.kind), pid);
                 }
@@ -77,13 +78,13 @@ pub(super) fn getlk(client: &Arc<Client>, lock: LockSpec, reply: ReplyLock) {
 /// `sleep`: wait for a lock that is taken.
 pub(super) fn setlk(client: &Arc<Client>, lock: LockSpec, handle: u64, sleep: bool, reply: ReplyEmpty) {
     if sleep && lock.kind.is_some() {
-        return client.setlk_wait(lock, handle, move |result| match result {
+        return client.files.locks.setlk_wait(lock, handle, move |result| match result {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(error_of(e)),
         });
     }
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.setlk(ctx, lock, handle)?;
+        c.files.locks.setlk(ctx, lock, handle)?;
         done(reply);
         Ok(())
     });

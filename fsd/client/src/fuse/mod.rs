@@ -4,6 +4,7 @@
 //! a worker (see `ctx`). Answers are sent while the lease they depend on is still held.
 
 mod attrs;
+mod buffers;
 mod convert;
 mod data;
 mod dirs;
@@ -12,12 +13,18 @@ mod locks;
 mod names;
 mod xattrs;
 
+use crate::Client;
+use crate::files::attrs::SetAttr;
+use crate::session::ctx::Ctx;
+use crate::session::ctx::Res;
+use crate::session::ctx::Stop;
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
+use crate::files::locks::kind_of;
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, INodeNo, InitFlags, IoctlFlags,
     KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr,
@@ -25,10 +32,6 @@ use fuser::{
     ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use super::attrs::SetAttr;
-use super::ctx::{Ctx, Res, Stop};
-use super::locks::kind_of;
-use super::{Client, write};
 use convert::{caller_of, error_of, from_library, time_of};
 use fsd_node::config::CacheMode;
 
@@ -57,24 +60,24 @@ fn serve<T: Send + 'static>(
     refuse: fn(T, fuser::Errno),
     mut step: impl FnMut(&Arc<Client>, &Ctx<'_>, &mut Option<T>) -> Res<()> + Send + 'static,
 ) {
-    client.counters.requests.fetch_add(1, Ordering::Relaxed);
+    client.session.counters.requests.fetch_add(1, Ordering::Relaxed);
     let mut reply = Some(reply);
-    let result = step(client, &Ctx::on_loop(&client.permits), &mut reply);
+    let result = step(client, &Ctx::on_loop(&client.session.threads.permits), &mut reply);
     match result {
         Ok(()) => {}
         Err(Stop::Park) if reply.is_some() => {
-            client.counters.parked.fetch_add(1, Ordering::Relaxed);
+            client.session.counters.parked.fetch_add(1, Ordering::Relaxed);
             let me = Arc::clone(client);
-            client.workers.run(move || {
+            client.session.threads.workers.run(move || {
                 let result = step(&me, &Ctx::on_worker(), &mut reply);
                 if let (Err(stop), Some(reply)) = (result, reply) {
-                    refuse(reply, error_of(Client::errno_of(stop)));
+                    refuse(reply, error_of(stop.errno()));
                 }
             });
         }
         Err(stop) => {
             if let Some(reply) = reply {
-                refuse(reply, error_of(Client::errno_of(stop)));
+                refuse(reply, error_of(stop.errno()));
             }
         }
     }
@@ -101,10 +104,10 @@ impl Filesystem for FsdFs {
             | InitFlags::FUSE_DONT_MASK;
         // A kernel without one of these does without.
         let mut wanted = wanted;
-        if self.client.mode == CacheMode::Writeback {
+        if self.client.kernel.caches.mode == CacheMode::Writeback {
             wanted |= InitFlags::FUSE_WRITEBACK_CACHE;
         }
-        if self.client.mode == CacheMode::Writeback || self.client.shared_mappings {
+        if self.client.kernel.caches.mode == CacheMode::Writeback || self.client.opens.open_files.shared_mappings {
             // Without it the kernel refuses to map what was opened past the page cache, which is what other mounts have open.
             wanted |= InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         }
@@ -119,7 +122,7 @@ impl Filesystem for FsdFs {
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
-        self.client.forget(ino.0, nlookup);
+        self.client.revoke.forgetting.forget(ino.0, nlookup);
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
@@ -262,16 +265,16 @@ impl Filesystem for FsdFs {
         reply: ReplyWrite,
     ) {
         let mapped = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
-        let handle = self.client.handles.get(fh.0);
+        let handle = self.client.opens.open_files.handles.get(fh.0);
         let cached = mapped || handle.as_ref().is_some_and(|h| h.cached);
-        let kind = write::WriteFlags {
+        let kind = crate::cache::write::WriteFlags {
             append: flags.0 & libc::O_APPEND != 0 && !mapped,
             kill_suid: write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID),
             cached,
             // The flags of this call: those of the file, and what RWF_DSYNC and RWF_SYNC add.
             sync: !cached && flags.0 & libc::O_DSYNC != 0,
         };
-        let write = write::Write {
+        let write = crate::cache::write::Write {
             offset,
             data,
             flags: kind,
@@ -374,8 +377,8 @@ impl Filesystem for FsdFs {
     ) {
         match kind_of(typ) {
             Ok(kind) => {
-                let owner = self.client.lock_owner(lock_owner.0, false);
-                let lock = Client::lock_spec(ino.0, owner, pid, (start, end), kind);
+                let owner = self.client.files.locks.lock_owner(lock_owner.0, false);
+                let lock = crate::files::locks::Locks::lock_spec(ino.0, owner, pid, (start, end), kind);
                 locks::getlk(&self.client, lock, reply);
             }
             Err(_) => reply.error(fuser::Errno::EINVAL),
@@ -398,8 +401,8 @@ impl Filesystem for FsdFs {
         match kind_of(typ) {
             Ok(kind) => {
                 let flock = locks::is_flock(req, fh, lock_owner, (start, end));
-                let owner = self.client.lock_owner(lock_owner.0, flock);
-                let lock = Client::lock_spec(ino.0, owner, pid, (start, end), kind);
+                let owner = self.client.files.locks.lock_owner(lock_owner.0, flock);
+                let lock = crate::files::locks::Locks::lock_spec(ino.0, owner, pid, (start, end), kind);
                 locks::setlk(&self.client, lock, fh.0, sleep, reply);
             }
             Err(_) => reply.error(fuser::Errno::EINVAL),

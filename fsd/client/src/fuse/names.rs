@@ -1,5 +1,8 @@
 //! Names: looking up, making, removing, renaming.
 
+use super::done;
+use crate::Client;
+use crate::namespace::names::New;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -9,12 +12,11 @@ use std::time::Duration;
 use fuser::{Generation, INodeNo, RenameFlags, ReplyEmpty, ReplyEntry, Request};
 
 use super::convert::attr_of;
-use super::{NAME_TTL, done, serve};
-use crate::Client;
-use crate::names::New;
+use super::serve;
 use fsd_proto::ino;
 use fsd_proto::wire::{Attr, Kind};
 
+use super::NAME_TTL;
 fn send_entry(reply: &mut Option<ReplyEntry>, attr: &Attr, ttl: Duration) {
     if let Some(reply) = reply.take() {
         reply.entry_with_ttls(
@@ -32,11 +34,11 @@ pub(super) fn lookup(client: &Arc<Client>, req: &Request, parent: INodeNo, name:
     serve(client, reply, ReplyEntry::error, move |c, ctx, reply| {
         if matches!(&name[..], b"." | b"..") {
             // The kernel has forgotten an inode that somebody has a handle of.
-            return c.lookup_by_number(ctx, parent, &name, thread, |_, attr, ttl| {
+            return c.namespace.directories.lookup_by_number(ctx, parent, &name, thread, |_, attr, ttl| {
                 send_entry(reply, attr, ttl)
             });
         }
-        c.lookup(ctx, &c.inode(parent), &name, thread, |_, attr, ttl| {
+        c.namespace.directories.lookup(ctx, &c.cache.inode(parent), &name, thread, |_, attr, ttl| {
             send_entry(reply, attr, ttl)
         })
     });
@@ -46,8 +48,8 @@ fn make(client: &Arc<Client>, req: &Request, parent: INodeNo, name: &OsStr, mut 
     let (name, parent) = (name.as_bytes().to_vec(), parent.0);
     (new.uid, new.gid) = (req.uid(), req.gid());
     serve(client, reply, ReplyEntry::error, move |c, ctx, reply| {
-        c.create(ctx, &c.inode(parent), &name, &new, |inode, attr| {
-            send_entry(reply, attr, c.attr_ttl(inode, attr.kind));
+        c.namespace.names.create(ctx, &c.cache.inode(parent), &name, &new, |inode, attr| {
+            send_entry(reply, attr, c.kernel.caches.attr_ttl(inode, attr.kind));
             Ok(())
         })
     });
@@ -126,7 +128,7 @@ pub(super) fn remove(
     let thread = req.pid();
     let (name, parent) = (name.as_bytes().to_vec(), parent.0);
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.remove(ctx, &c.inode(parent), &name, directory, thread)?;
+        c.namespace.names.remove(ctx, &c.cache.inode(parent), &name, directory, thread)?;
         done(reply);
         Ok(())
     });
@@ -143,8 +145,8 @@ pub(super) fn rename(
     let thread = req.pid();
     let (name, newname) = (name.as_bytes().to_vec(), newname.as_bytes().to_vec());
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        let (from, to) = (c.inode(parent.0), c.inode(newparent.0));
-        c.rename(ctx, (&from, &name), (&to, &newname), flags.bits(), thread)?;
+        let (from, to) = (c.cache.inode(parent.0), c.cache.inode(newparent.0));
+        c.namespace.names.rename(ctx, (&from, &name), (&to, &newname), flags.bits(), thread)?;
         done(reply);
         Ok(())
     });
@@ -159,8 +161,8 @@ pub(super) fn link(
 ) {
     let name = newname.as_bytes().to_vec();
     serve(client, reply, ReplyEntry::error, move |c, ctx, reply| {
-        let (inode, dir) = (c.inode(ino.0), c.inode(newparent.0));
-        c.link(ctx, &inode, &dir, &name, |_, attr, ttl| {
+        let (inode, dir) = (c.cache.inode(ino.0), c.cache.inode(newparent.0));
+        c.namespace.names.link(ctx, &inode, &dir, &name, |_, attr, ttl| {
             send_entry(reply, attr, ttl)
         })
     });

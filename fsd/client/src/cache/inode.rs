@@ -1,0 +1,536 @@
+//! A mount's idea of an inode: what it has cached of it, and for which version of the lease it holds.
+
+use crate::cache::claims::Claims;
+use crate::cache::claims::Purpose;
+use crate::cache::claims::Span;
+use crate::cache::dir_cache::DirCache;
+use crate::cache::errseq::ErrorSequence;
+use crate::cache::frames::FrameMap;
+use crate::cache::lazy::Lazy;
+use crate::cache::pages::Pages;
+use crate::session::ctx::Ctx;
+use crate::session::ctx::Res;
+use crate::session::net::Owner;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use rt::sync::{Condvar, Mutex, MutexGuard};
+
+use lockmgr::RecordId;
+
+use fsd_proto::ino;
+use fsd_proto::wire::{Attr, AttrUpdate, Frame};
+
+/// What is cached, valid for one version of the lease record.
+#[derive(Debug, Default)]
+pub struct State {
+    /// The version all this belongs to.
+    pub version: Option<u64>,
+    /// Attributes.
+    pub attr: Option<Attr>,
+    /// The attributes have changed and the metadata server does not know yet.
+    pub attr_dirty: bool,
+    /// Something has changed during this exclusive tenure.
+    pub modified: bool,
+    /// Data.
+    pub pages: Pages,
+    /// Where the data is.
+    pub frames: FrameMap,
+    /// Names in a directory.
+    pub dir: Lazy<DirCache>,
+    /// Extended attributes.
+    pub xattrs: Option<BTreeMap<Vec<u8>, Vec<u8>>>,
+    /// Target of a symbolic link (never changes).
+    pub target: Option<Vec<u8>>,
+    /// The last attributes known, where those of this version are not: what can still be said of an inode that is gone.
+    pub last: Option<Box<Attr>>,
+    /// Where a directory was found: the directory above, and the name in it.
+    pub place: Option<Box<(u64, Vec<u8>)>>,
+    /// The attributes came from another mount, which may not have told the metadata server yet.
+    pub from_owner: bool,
+    /// Gone: last name and last open are no more.
+    pub gone: bool,
+    /// Moves when something that a server had answered is no longer so: what was asked for before is not kept.
+    changes: u64,
+    /// Ranges that operations are at work on.
+    claims: Option<Box<Claims>>,
+}
+
+impl State {
+    /// A transaction has changed names or attributes at the metadata server, or what is cached has been thrown away.
+    pub fn changed(&mut self) {
+        self.changes += 1;
+    }
+
+    /// How often that was so: an answer may be kept if the number is what it was when the question was asked.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// Forgets everything that depends on the version.
+    fn forget(&mut self) {
+        let target = self.target.take();
+        let last = match self.attr {
+            Some(attr) => Some(Box::new(self.shown(&attr))),
+            None => self.last.take(),
+        };
+        let place = self.place.take();
+        // Frames have a number of their own; space was set aside for pages that are gone.
+        let mut frames = std::mem::take(&mut self.frames);
+        frames.reserved.clear();
+        *self = Self {
+            target,
+            last,
+            place,
+            frames,
+            gone: self.gone,
+            changes: self.changes + 1,
+            claims: self.claims.take(),
+            ..Self::default()
+        };
+    }
+
+    /// What `stat` is told: the storage that dirty data is going to take counts already, for programs take a file without any for
+    /// one that is all hole (`tar -S`).
+    #[must_use]
+    pub fn shown(&self, attr: &Attr) -> Attr {
+        let due = self.frames.reserved.iter().map(|(block, &bytes)| {
+            let has = self.frames.known().get(block).map_or(0, |f| f.size);
+            u64::from(bytes.saturating_sub(has)) / 512
+        });
+        let mut due: u64 = due.sum();
+        if self.pages.dirty() == 0 {
+            // Set aside for what the kernel may yet write, which may be far more than it has.
+            due = due.min(attr.size.div_ceil(4096) * 8);
+        }
+        Attr {
+            blocks: attr.blocks + due,
+            ..*attr
+        }
+    }
+
+    /// Something has been changed under the exclusive lease.
+    pub fn touch(&mut self) {
+        self.modified = true;
+        self.attr_dirty = true;
+    }
+
+    /// The metadata server has been told attributes; others, if they have been changed since.
+    pub fn told(&mut self, attr: &Attr) {
+        self.attr_dirty &= self.attr != Some(*attr);
+    }
+
+    /// A block has got a frame, whose space was perhaps set aside before.
+    pub fn take_frame(&mut self, block: u64, frame: Frame) {
+        self.frames.unreserve(block);
+        let old = self.frames.learn(block, frame);
+        if let Some(attr) = self.attr.as_mut() {
+            attr.blocks += u64::from(frame.size.saturating_sub(old)) / 512;
+        }
+        self.new_layout();
+        self.touch();
+    }
+
+    /// A block has lost its frame.
+    pub fn drop_frame(&mut self, block: u64) {
+        self.frames.lost.remove(&block);
+        let old = self.frames.unlearn(block);
+        if let Some(attr) = self.attr.as_mut() {
+            attr.blocks = attr.blocks.saturating_sub(u64::from(old) / 512);
+        }
+        self.new_layout();
+    }
+
+    fn new_layout(&mut self) {
+        if let Some(attr) = self.attr.as_mut() {
+            attr.layout += 1;
+            self.frames.layout = Some(attr.layout);
+        }
+    }
+
+    /// Drops frames that belong to another layout than the attributes (which must be loaded).
+    pub fn check_layout(&mut self) {
+        let layout = self.attr.map(|a| a.layout);
+        if self.frames.layout != layout || layout.is_none() {
+            self.frames.forget_places(layout);
+        }
+    }
+
+    /// Is everything here that reading any part of the file needs, of `nodes` storage nodes?
+    #[must_use]
+    pub fn is_mapped(&self, nodes: u16) -> bool {
+        let Some(attr) = &self.attr else { return false };
+        let blocks = attr.size.div_ceil(fsd_proto::layout::BLOCK);
+        self.version.is_some()
+            && self.frames.layout == Some(attr.layout)
+            && self.frames.loaded.len() as u64 >= blocks.min(u64::from(nodes))
+    }
+
+    /// Anything not yet given to the servers?
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.attr_dirty || self.pages.dirty() > 0
+    }
+}
+
+/// What the kernel may have cached of an inode.
+#[derive(Debug, Default)]
+pub struct KernelCache {
+    /// Attributes with a time to live.
+    pub attrs: AtomicBool,
+    /// Pages.
+    pub pages: AtomicBool,
+    /// Reads answered that fill the page cache.
+    pub fills: AtomicU64,
+    /// Invalidations under way for writes that went past the page cache.
+    pub invals: AtomicU64,
+    /// A revocation is under way: nothing new may get a time to live.
+    pub revoking: AtomicBool,
+    /// Files open through the page cache.
+    pub cached: AtomicU64,
+    /// When attributes were answered last, nanoseconds since the mount began.
+    pub answered: AtomicU64,
+    /// Lookups the kernel has not forgotten.
+    pub lookups: AtomicU64,
+}
+
+/// Where attributes came from that nobody asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// From the metadata server.
+    Server,
+    /// With a shared lease, from an owner that answers for the metadata server's having them.
+    Owner,
+    /// With the exclusive lease: it is for this mount now to tell the metadata server.
+    Handed,
+}
+
+/// Attributes that came with a grant or with something else.
+#[derive(Debug, Clone, Copy)]
+pub struct Granted {
+    /// The attributes, with their version.
+    pub attr: Attr,
+    /// Where they came from.
+    pub source: Source,
+}
+
+/// Attributes of exclusive tenures that are over, on their way to the metadata server.
+#[derive(Debug, Default)]
+pub struct Push {
+    /// Not sent: the record is still this mount's, which may well change them again.
+    pub waiting: Option<Box<AttrUpdate>>,
+    /// Sent, not answered.
+    pub sent: Option<Box<AttrUpdate>>,
+}
+
+/// An inode.
+#[derive(Debug)]
+pub struct Inode {
+    /// Number.
+    pub ino: u64,
+    /// Its record serves a later generation: it is gone, whatever was cached of it.
+    pub superseded: AtomicBool,
+    /// What is cached of it.
+    state: Mutex<State>,
+    /// A claim on a range has ended.
+    landed: Condvar,
+    /// Attributes that came with a grant, with their version; taken over by whoever uses the lease first.
+    pub granted: Mutex<Option<Box<Granted>>>,
+    /// Attributes the metadata server does not have yet.
+    pub push: Mutex<Push>,
+    /// The exclusive lease was granted: attributes that wait to be pushed are this tenure's again.
+    pub regained: AtomicBool,
+    /// What the kernel has cached.
+    pub kernel: KernelCache,
+    /// The mount that was heard of last in the matter of its lease, plus one; 0: none.
+    peer: AtomicU32,
+    /// What of its lease is lent to the kernel.
+    pub lent: Lazy<super::delegation::Lent>,
+    /// When its lease was last waited for in vain, nanoseconds since the mount began; 0: it was had since.
+    pub lease_failed: AtomicU64,
+    /// Whom it was looked up for.
+    pub looked_up: super::looked_up::LookedUp,
+    /// Open files on this mount.
+    pub opens: Mutex<Opens>,
+    /// Delayed errors.
+    pub errors: ErrorSequence,
+    /// Writes of mapped pages that wait for the exclusive lease.
+    pub mapped: Lazy<crate::cache::mapped::MappedWrites>,
+    /// Pages that the kernel may keep locked for writes that wait for the exclusive lease.
+    pub edges: Lazy<crate::cache::edges::Edges>,
+}
+
+/// Open files of an inode on this mount.
+#[derive(Debug, Default)]
+pub struct Opens {
+    /// How many.
+    pub count: u64,
+    /// Of those, for writing in a way that may leave dirty pages, or locked ones, in the kernel: through its page cache, or mapped.
+    pub page_writers: u64,
+    /// For writing, of any kind.
+    pub writers: u64,
+    /// This mount is counted among those that have the file open for writing.
+    pub writer_counted: bool,
+    /// This mount's bit in the record's opens bitmap is set.
+    pub bit: bool,
+    /// This mount pins it, at least until then.
+    pub pinned: Option<rt::time::Instant>,
+    /// When others were seen to have it open for good.
+    pub looked_again: Option<rt::time::Instant>,
+    /// It is being removed: nobody may open it any more.
+    pub removed: bool,
+}
+
+impl Inode {
+    /// One of which nothing is known.
+    #[must_use]
+    pub fn new(ino: u64) -> Self {
+        Self {
+            ino,
+            superseded: AtomicBool::new(false),
+            state: Mutex::default(),
+            landed: Condvar::new(),
+            granted: Mutex::default(),
+            push: Mutex::default(),
+            regained: AtomicBool::new(false),
+            kernel: KernelCache::default(),
+            peer: AtomicU32::new(0),
+            lent: Lazy::default(),
+            lease_failed: AtomicU64::new(0),
+            looked_up: super::looked_up::LookedUp::default(),
+            opens: Mutex::default(),
+            errors: ErrorSequence::default(),
+            mapped: Lazy::default(),
+            edges: Lazy::default(),
+        }
+    }
+
+    /// Its lease record.
+    #[must_use]
+    pub fn record(&self) -> RecordId {
+        ino::record(self.ino)
+    }
+
+    /// Who is likely to have its lease, if this mount has not.
+    #[must_use]
+    pub fn peer(&self) -> Option<u16> {
+        u16::try_from(self.peer.load(Ordering::Relaxed).checked_sub(1)?).ok()
+    }
+
+    /// Another mount was heard of in the matter of its lease.
+    pub fn heard_of(&self, node: u16) {
+        self.peer.store(u32::from(node) + 1, Ordering::Relaxed);
+    }
+
+    /// Locks the state while holding a lease of `version`; what is cached for another version is dropped. For what neither reads
+    /// data nor changes where it is: that needs a claim.
+    ///
+    /// # Errors
+    /// Park, where another thread has it and waiting is not allowed here.
+    pub fn lock(&self, ctx: &Ctx<'_>, version: u64) -> Res<Locked<'_>> {
+        let state = match self.state.try_lock() {
+            Some(state) => state,
+            None => {
+                ctx.may_wait()?;
+                self.state.lock()
+            }
+        };
+        let mut locked = self.locked(state);
+        self.sync(&mut locked, version);
+        Ok(locked)
+    }
+
+    /// As [`Inode::lock`], with a range claimed until the guard is dropped: it stays claimed while the guard lets the mutex go.
+    ///
+    /// # Errors
+    /// Park, where another thread is in the way and waiting is not allowed here.
+    pub fn claim(&self, ctx: &Ctx<'_>, version: u64, span: Span, purpose: Purpose) -> Res<Locked<'_>> {
+        self.lock(ctx, version)?.claiming(ctx, span, purpose)
+    }
+
+    /// Locks the state without a lease: for looking at it.
+    pub fn lock_raw(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// As [`Inode::lock_raw`], if nobody has it.
+    pub fn try_lock_raw(&self) -> Option<MutexGuard<'_, State>> {
+        self.state.try_lock()
+    }
+
+    /// Claims all of the file without a lease: for revocations.
+    pub fn claim_raw(&self) -> Locked<'_> {
+        let mut locked = self.locked(self.state.lock());
+        locked.wait_for(Span::ALL, Purpose::Change);
+        locked
+    }
+
+    /// As [`Inode::claim_raw`], if nobody is in the way.
+    pub fn try_claim_raw(&self) -> Option<Locked<'_>> {
+        let mut locked = self.locked(self.state.try_lock()?);
+        let free = locked.claims.as_ref().is_none_or(|c| c.is_empty());
+        free.then(|| {
+            locked.wait_for(Span::ALL, Purpose::Change);
+            locked
+        })
+    }
+
+    fn locked<'a>(&'a self, state: MutexGuard<'a, State>) -> Locked<'a> {
+        Locked {
+            inode: self,
+            state,
+            claim: None,
+        }
+    }
+
+    /// What an earlier tenure left to be pushed is dirty again in this one. Else attributes of this version
+    /// that the metadata server makes in a transaction meanwhile, without what it was not told, would be
+    /// taken for newer.
+    pub fn take_back(&self, state: &mut State) {
+        if self.regained.swap(false, Ordering::SeqCst)
+            && let Some(update) = self.push.lock().waiting.take()
+        {
+            state.attr_dirty |= Some(update.version) == state.version;
+        }
+    }
+
+    /// Brings the state to a version.
+    pub fn sync(&self, state: &mut State, version: u64) {
+        if state.version != Some(version) {
+            state.forget();
+            state.version = Some(version);
+        }
+        state.gone |= self.superseded.load(Ordering::SeqCst);
+        self.take_back(state);
+        if let Some(granted) = self.granted.lock().take()
+            && granted.attr.version == version
+            && granted.attr.ino == self.ino
+            && !state.attr_dirty
+        {
+            // What this mount gave itself, keeping a shared lease, it has told the server already.
+            state.from_owner = granted.source == Source::Owner && state.attr.is_none();
+            state.attr = Some(granted.attr);
+            state.attr_dirty = granted.source == Source::Handed;
+        }
+    }
+}
+
+/// The locked state of an inode, perhaps with a range of the file claimed.
+///
+/// Nobody waits for a server with the mutex locked: [`Locked::unlocked`] lets it go for that, and the claim stays.
+#[derive(Debug)]
+pub struct Locked<'a> {
+    inode: &'a Inode,
+    state: MutexGuard<'a, State>,
+    claim: Option<u64>,
+}
+
+impl<'a> Locked<'a> {
+    /// Does something that waits, with the mutex unlocked. What was read from the state before may be old then.
+    pub fn unlocked<T>(&mut self, act: impl FnOnce() -> T) -> T {
+        MutexGuard::unlocked(&mut self.state, act)
+    }
+
+    /// Claims a range until the guard is dropped. The mutex may have been unlocked meanwhile.
+    ///
+    /// # Errors
+    /// Park, where another claim is in the way and waiting is not allowed here.
+    pub fn claiming(mut self, ctx: &Ctx<'_>, span: Span, purpose: Purpose) -> Res<Self> {
+        if self.claims.as_ref().is_some_and(|c| !c.is_free(span, purpose)) {
+            ctx.may_wait()?;
+        }
+        self.wait_for(span, purpose);
+        Ok(self)
+    }
+
+    /// Has this operation all of the file to itself?
+    #[must_use]
+    pub fn claims_all(&self) -> bool {
+        let claims = &self.claims;
+        self.claim
+            .is_some_and(|number| claims.as_ref().is_some_and(|c| c.covers_all(number)))
+    }
+
+    fn wait_for(&mut self, span: Span, purpose: Purpose) {
+        let number = self.state.claims.get_or_insert_default().ask(span, purpose);
+        self.claim = Some(number);
+        let given = |state: &State| state.claims.as_ref().is_none_or(|c| c.is_given(number));
+        while !given(&self.state) {
+            self.inode.landed.wait(&mut self.state);
+        }
+    }
+}
+
+impl std::ops::Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl std::ops::DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let Some(number) = self.claim else { return };
+        if self.state.claims.as_mut().is_some_and(|c| c.end(number)) {
+            self.inode.landed.notify_all();
+        } else {
+            // Few of a hundred thousand inodes are at work.
+            self.state.claims = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fsd_proto::wire::Kind;
+
+    #[test]
+    fn an_inode_is_small() {
+        assert!(size_of::<Inode>() <= 720, "{} bytes", size_of::<Inode>());
+    }
+
+    #[test]
+    fn dirty_data_counts_as_storage_once() {
+        let mut state = State {
+            attr: Some(Attr::of_file(5, 1, 5000)),
+            ..State::default()
+        };
+        state.pages.insert(0, vec![1; 4096].into(), true);
+        state.frames.reserved.insert(0, 16_384);
+        let blocks = |state: &State| state.attr.map(|a| state.shown(&a).blocks);
+        assert_eq!(blocks(&state), Some(32));
+        let frame = Frame {
+            offset: 0,
+            size: 16_384,
+        };
+        state.take_frame(0, frame);
+        assert_eq!(blocks(&state), Some(32));
+        // A block that grows.
+        state.frames.reserved.insert(0, 65_536);
+        assert_eq!(blocks(&state), Some(128));
+    }
+
+    #[test]
+    fn another_version_drops_what_is_cached() {
+        let inode = Inode::new(5);
+        let ctx = Ctx::on_worker();
+        {
+            let mut state = inode.lock(&ctx, 7).unwrap();
+            state.dir.add(b"a", 9, Kind::File, 3);
+        }
+        assert_eq!(
+            inode.lock(&ctx, 7).unwrap().dir.lookup(b"a"),
+            Some(Some((9, Kind::File, 3)))
+        );
+        assert_eq!(inode.lock(&ctx, 8).unwrap().dir.lookup(b"a"), None);
+    }
+}

@@ -1,0 +1,97 @@
+//! Delegating what tasks in the kernel wait for.
+
+use crate::cache::Cache;
+use crate::cache::claims::Purpose;
+use crate::cache::claims::Span;
+use crate::cache::inode::Inode;
+use crate::cache::range::range_of;
+use crate::calls::space::SpaceCalls;
+use crate::data::reservations::Reservations;
+use crate::data::space::Space;
+use crate::kernel::delegations::Delegations;
+use crate::kernel::delegations::Lending;
+use crate::kernel::extension::Extension;
+use crate::kernel::recalls::Recalls;
+use crate::session::Session;
+use crate::session::ctx::Ctx;
+use crate::session::ctx::Res;
+use crate::session::ctx::Stop;
+use std::sync::Arc;
+use lockmgr::Mode;
+/// Delegating what the kernel asks for.
+pub struct Grants {
+    pub(crate) session: Arc<Session>,
+    pub(crate) cache: Arc<Cache>,
+    pub(crate) delegations: Arc<Delegations>,
+    pub(crate) recalls: Arc<Recalls>,
+    pub(crate) space: Arc<Space>,
+    pub(crate) reservations: Arc<Reservations>,
+    pub(crate) space_calls: Arc<SpaceCalls>,
+}
+
+impl Grants {
+    /// Tasks in the kernel wait for a lease. Not for them to be woken in vain: they sleep until it is lent, or is
+    /// not to be had.
+    pub(crate) fn lend_to_waiters(
+        self: &Arc<Self>,
+        ext: &Arc<Extension>,
+        ino: u64,
+        mode: distfuse_abi::Mode,
+    ) {
+        let mode = match mode {
+            distfuse_abi::Mode::Exclusive => Mode::Exclusive,
+            _ => Mode::Shared,
+        };
+        let inode = self.cache.inode(ino);
+        let finish = move |ext: &Extension, result: Res<()>| match result {
+            Ok(()) => ext.wake(ino, None),
+            Err(stop) => ext.wake(ino, Some(stop.errno().0)),
+        };
+        match self.lend_now(&Ctx::on_loop(&ext.nobody_waits), ext, &inode, mode) {
+            Err(Stop::Park) => {
+                let (me, ext) = (Arc::clone(self), Arc::clone(ext));
+                self.session.threads.workers
+                    .run(move || finish(&ext, me.lend_now(&Ctx::on_worker(), &ext, &inode, mode)));
+            }
+            result => finish(ext, result),
+        }
+    }
+
+    fn lend_now(&self, ctx: &Ctx<'_>, ext: &Extension, inode: &Arc<Inode>, mode: Mode) -> Res<()> {
+        loop {
+            let lending = {
+                let guard = self.session.lease(ctx, inode, mode)?;
+                // Not in the middle of a change. And nothing is set aside beside one.
+                let mut state = inode.claim(ctx, guard.version(), Span::ALL, Purpose::Change)?;
+                // Who looks at what is gone is shown the last of it.
+                let attr = if mode == Mode::Shared {
+                    self.cache.load_last_attr(ctx, inode, &mut state)?
+                } else {
+                    self.cache.load_attr(ctx, inode, &mut state)?
+                };
+                if mode == Mode::Exclusive {
+                    self.reservations.promise_first_page(inode, &mut state);
+                }
+                let about = (&attr, range_of(&state));
+                self.delegations.lend(ext, inode, mode, guard.version(), about, true)?
+            };
+            match lending {
+                Lending::Done { .. } => return Ok(()),
+                Lending::Taking => {
+                    ctx.may_wait()?;
+                    inode.lent.settled();
+                }
+                Lending::Full { victim } => {
+                    let victim = self.cache.inode(victim);
+                    // Where that takes nothing but a word, the task need not wait for another thread.
+                    if !self.space.bank.is_lent(victim.ino) && self.recalls.take_back_at_once(ext, &victim, None) {
+                        victim.lent.again();
+                        continue;
+                    }
+                    ctx.may_wait()?;
+                    self.space_calls.take_space_back(ext, &victim, None);
+                }
+            }
+        }
+    }
+}

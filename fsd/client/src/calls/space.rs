@@ -1,0 +1,156 @@
+//! Space for what tasks are about to write through the kernel's page cache.
+
+use crate::cache::Cache;
+use crate::cache::inode::Inode;
+use crate::cache::range::range_at;
+use crate::data::reservations::AT_ONCE;
+use crate::data::reservations::Reservations;
+use crate::data::reservations::SHARE;
+use crate::data::space::Space;
+use crate::data::stored::Stored;
+use crate::kernel::delegations::Delegations;
+use crate::kernel::delegations::Lending;
+use crate::kernel::extension::Extension;
+use crate::kernel::recalls::Recalls;
+use crate::session::Session;
+use crate::session::ctx::Ctx;
+use crate::session::ctx::Res;
+use crate::session::ctx::Stop;
+use crate::session::ctx::fail;
+use crate::session::ctx::is_full;
+use std::sync::Arc;
+use lockmgr::Mode;
+use fsd_proto::rpc::Errno;
+use distfuse_abi::Call;
+use rt::sync::Mutex;
+use distfuse_abi::Answer;
+/// Space for what the kernel is about to write.
+pub struct SpaceCalls {
+    /// Held while reservations are recalled.
+    pub(crate) recalling: Mutex<()>,
+    pub(crate) session: Arc<Session>,
+    pub(crate) cache: Arc<Cache>,
+    pub(crate) delegations: Arc<Delegations>,
+    pub(crate) recalls: Arc<Recalls>,
+    pub(crate) space: Arc<Space>,
+    pub(crate) stored: Arc<Stored>,
+    pub(crate) reservations: Arc<Reservations>,
+}
+
+impl SpaceCalls {
+    /// A task wants to write and has no space for it. Called on a thread that must not wait.
+    pub(crate) fn provide_space(self: &Arc<Self>, ext: &Arc<Extension>, call: Call) {
+        match self.space_now(&Ctx::on_loop(&ext.nobody_waits), ext, &call) {
+            Err(Stop::Park | Stop::Errno(Errno(libc::ENOSPC))) => {
+                let (me, ext) = (Arc::clone(self), Arc::clone(ext));
+                self.session.threads.workers.run(move || {
+                    let ctx = Ctx::on_worker();
+                    let wanted = u64::from(call.len).min(AT_ONCE);
+                    let lacks = |result: &Res<Answer>| match result {
+                        Ok(Answer::Done(covered)) => u64::from(*covered) < wanted,
+                        result => is_full(result),
+                    };
+                    let mut result = me.space.with_frees(&ctx, lacks, || me.space_now(&ctx, &ext, &call));
+                    if result == fail(libc::ENOSPC) && me.recall_space(&ext, Some(call.ino)) {
+                        result = me.space_now(&ctx, &ext, &call);
+                    }
+                    ext.answer(&call, super::here::answer_of(result));
+                });
+            }
+            result => ext.answer(&call, super::here::answer_of(result)),
+        }
+    }
+
+    /// Promises, and lends the lease if the kernel has it no more: so the task finds both, for as long as who asks for a
+    /// lease is left it.
+    fn space_now(&self, ctx: &Ctx<'_>, ext: &Extension, call: &Call) -> Res<Answer> {
+        let inode = self.cache.inode(call.ino);
+        loop {
+            let guard = self.session.lease(ctx, &inode, Mode::Exclusive)?;
+            if let Some(_arranging) = inode.lent.arrange() {
+                let mut state = self.stored.claim_to_change(ctx, &inode, guard.version())?;
+                let attr = self.cache.load_attr(ctx, &inode, &mut state)?;
+                let covered = self.reservations.promise(ctx, &inode, &mut state, call.offset, u64::from(call.len))?;
+                let range = range_at(&state, call.offset);
+                match self.delegations.lend(
+                    ext,
+                    &inode,
+                    Mode::Exclusive,
+                    guard.version(),
+                    (&attr, range),
+                    true,
+                )? {
+                    Lending::Done { wake } => {
+                        if wake {
+                            ext.wake(call.ino, None);
+                        }
+                        return Ok(Answer::Done(covered));
+                    }
+                    // As it asks for the lease, room is made.
+                    Lending::Full { .. } => return Ok(Answer::Again),
+                    Lending::Taking => {}
+                }
+            }
+            drop(guard);
+            ctx.may_wait()?;
+            inode.lent.settled();
+        }
+    }
+
+    /// Takes back what is promised to the kernel, and with it the exclusive leases lent for it; of all inodes but one.
+    /// False: there was nothing. The caller may hold nothing that a request of the kernel could wait for.
+    fn recall_space(&self, ext: &Extension, but: Option<u64>) -> bool {
+        let _one = self.recalling.lock();
+        let mut any = false;
+        for ino in self.space.bank.all_lent() {
+            if Some(ino) == but {
+                continue;
+            }
+            any = true;
+            let Some(inode) = self.cache.inodes.find(ino) else {
+                self.space.bank.unlend(ino);
+                continue;
+            };
+            self.take_space_back(ext, &inode, Some(Mode::Shared));
+        }
+        any
+    }
+
+    /// Takes back what the kernel was lent of an inode, and what is promised with it. The mount's lease stays.
+    pub(crate) fn take_space_back(&self, ext: &Extension, inode: &Arc<Inode>, to: Option<Mode>) {
+        self.recalls.take_back(ext, inode, to);
+        self.reservations.release_unused(inode, &mut inode.claim_raw());
+        inode.lent.again();
+    }
+
+    /// Every now and then: a mount that has much set aside where little is left gives it back to all.
+    pub(crate) fn share_space(self: &Arc<Self>, ext: &Arc<Extension>) {
+        if self.recalling.is_locked() || self.space.bank.held().iter().all(|(_, bytes)| *bytes == 0) {
+            return;
+        }
+        let (me, ext) = (Arc::clone(self), Arc::clone(ext));
+        self.session.threads.workers.run(move || {
+            for inode in me.space.bank
+                .all_lent()
+                .into_iter()
+                .filter_map(|ino| me.cache.inodes.find(ino))
+            {
+                me.reservations.settle_space(&inode);
+            }
+            // What is promised to nobody first: that may be enough.
+            if me.holds_too_much() {
+                me.space.return_space();
+            }
+            if me.holds_too_much() {
+                me.recall_space(&ext, None);
+                me.space.return_space();
+            }
+        });
+    }
+
+    fn holds_too_much(&self) -> bool {
+        let held = self.space.bank.held().into_iter().filter(|(_, bytes)| *bytes > 0);
+        held.into_iter()
+            .any(|(node, bytes)| self.space.pool_space(node).is_ok_and(|s| s.free / SHARE < bytes))
+    }
+}

@@ -1,0 +1,332 @@
+//! Space set aside on the storage nodes, so that a write that has been acknowledged can also be stored.
+//!
+//! A storage node sets bytes aside for the mount as a whole. Here they are in the bank until they are promised to a
+//! block (`FrameMap::reserved`); what was promised and is not needed comes back to the bank, and what lies there unused
+//! goes back to the storage node.
+
+use crate::session::Session;
+use crate::session::ctx::Ctx;
+use crate::session::ctx::Res;
+use crate::session::ctx::fail;
+use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rt::sync::Mutex;
+use rt::time::Instant;
+
+use fsd_proto::ask;
+use fsd_proto::layout::BLOCK;
+use fsd_proto::layout::{CLASSES, class_for};
+use fsd_proto::wire::PoolSpace;
+
+/// Reserved in one request, bytes.
+pub const CHUNK: u64 = 8 << 20;
+
+/// So much of a storage node is kept in the bank while the mount is busy.
+const MOST_IDLE: u64 = 4 * CHUNK;
+
+/// Before a full pool is told of, files that have lost their names are waited for so often, and so long at a time: in all a
+/// little longer than a mount keeps what it was looked up a moment ago (`pins`).
+const CLOSE_WAITS: u32 = 50;
+const CLOSE_WAIT: Duration = Duration::from_millis(50);
+/// After that was in vain they are not waited for again for so long: who has such a file open may keep it for days, and every
+/// write to a full file system would wait.
+const CLOSE_PAUSE: Duration = Duration::from_secs(10);
+
+/// What a storage node has set aside for this mount.
+#[derive(Debug, Default)]
+struct Account {
+    /// In all, as far as is known here.
+    held: u64,
+    /// Not promised to a block.
+    idle: u64,
+}
+
+#[derive(Debug, Default)]
+struct Bank {
+    accounts: HashMap<u16, Account>,
+    /// Inodes whose kernel may write to blocks that something is set aside for.
+    lent: HashSet<u64>,
+}
+
+/// What is set aside, by storage node.
+#[derive(Debug, Default)]
+pub struct SpaceBank(Mutex<Bank>);
+
+/// When files that have lost their names were waited for in vain.
+#[derive(Debug, Default)]
+pub struct ClosesAwaited(Mutex<Option<Instant>>);
+
+impl ClosesAwaited {
+    fn in_vain(&self) {
+        *self.0.lock() = Some(Instant::now());
+    }
+
+    fn lately_in_vain(&self) -> bool {
+        self.0.lock().is_some_and(|at| at.elapsed() < CLOSE_PAUSE)
+    }
+}
+
+/// Waits for space in one operation.
+#[derive(Debug, Default)]
+struct Waits {
+    done: u32,
+    /// Nothing more is about to come back: one more attempt, and no wait.
+    last: bool,
+}
+
+impl SpaceBank {
+    /// Promises bytes to a block, if they are there.
+    pub fn take(&self, node: u16, bytes: u64) -> bool {
+        let mut bank = self.0.lock();
+        let account = bank.accounts.entry(node).or_default();
+        if account.idle < bytes {
+            return false;
+        }
+        account.idle -= bytes;
+        true
+    }
+
+    /// Gives back what a block needs no more: not more than the storage node knows of, which may have restarted since.
+    pub fn put(&self, node: u16, bytes: u64) {
+        let mut bank = self.0.lock();
+        let account = bank.accounts.entry(node).or_default();
+        account.idle = account.idle.saturating_add(bytes).min(account.held);
+    }
+
+    /// What is not promised.
+    #[must_use]
+    pub fn idle(&self, node: u16) -> u64 {
+        self.0.lock().accounts.get(&node).map_or(0, |a| a.idle)
+    }
+
+    /// Is anything not promised?
+    #[must_use]
+    pub fn has_idle(&self) -> bool {
+        self.0.lock().accounts.values().any(|a| a.idle > 0)
+    }
+
+    /// All that is set aside, promised or not.
+    #[must_use]
+    pub fn held(&self) -> Vec<(u16, u64)> {
+        let bank = self.0.lock();
+        bank.accounts.iter().map(|(&node, a)| (node, a.held)).collect()
+    }
+
+    /// A storage node has set so much more aside.
+    pub fn granted(&self, node: u16, bytes: u64) {
+        self.0.lock().accounts.entry(node).or_default().held += bytes;
+    }
+
+    /// A storage node has made frames out of it, or got it back.
+    pub fn used(&self, node: u16, bytes: u64) {
+        let mut bank = self.0.lock();
+        let account = bank.accounts.entry(node).or_default();
+        account.held = account.held.saturating_sub(bytes);
+        account.idle = account.idle.min(account.held);
+    }
+
+    /// A storage node has restarted or the connection broke: its reservations are void.
+    pub fn forget(&self, node: u16) {
+        self.0.lock().accounts.remove(&node);
+    }
+
+    /// Takes out what there is in it beyond `keep`, to be given back.
+    pub fn drain(&self, keep: u64) -> Vec<(u16, u64)> {
+        let mut bank = self.0.lock();
+        let over = bank.accounts.iter_mut().filter(|(_, a)| a.idle > keep);
+        over.map(|(&node, account)| {
+            let bytes = account.idle - keep;
+            account.idle = keep;
+            account.held = account.held.saturating_sub(bytes);
+            (node, bytes)
+        })
+        .collect()
+    }
+
+    /// Something is set aside for what the kernel may write to an inode.
+    pub fn lend(&self, ino: u64) {
+        self.0.lock().lent.insert(ino);
+    }
+
+    /// No more of an inode's.
+    pub fn unlend(&self, ino: u64) {
+        self.0.lock().lent.remove(&ino);
+    }
+
+    /// Is anything set aside for what the kernel may write to an inode?
+    #[must_use]
+    pub fn is_lent(&self, ino: u64) -> bool {
+        self.0.lock().lent.contains(&ino)
+    }
+
+    /// All such inodes.
+    #[must_use]
+    pub fn all_lent(&self) -> Vec<u64> {
+        self.0.lock().lent.iter().copied().collect()
+    }
+}
+
+/// The frame size for a block whose data ends `end` bytes into it. Later blocks of a file are allocated
+/// whole: such a file is likely to grow on.
+#[must_use]
+pub fn frame_size(block: u64, end: u64) -> u32 {
+    if block > 0 { BLOCK as u32 } else { least_frame(end) }
+}
+
+/// The smallest frame for data that ends `end` bytes into its block. From half a block on it is a whole one, which saves moving it.
+#[must_use]
+pub fn least_frame(end: u64) -> u32 {
+    if end >= BLOCK / 2 {
+        return BLOCK as u32;
+    }
+    class_for(end as u32).map_or(BLOCK as u32, |c| CLASSES[c])
+}
+
+/// Space set aside on the storage nodes.
+pub struct Space {
+    /// What is set aside.
+    pub bank: SpaceBank,
+    /// When files without names were last waited for in vain, in a full pool.
+    pub closes_awaited: ClosesAwaited,
+    pub(crate) session: Arc<Session>,
+}
+
+impl Space {
+    /// How full a storage node is.
+    ///
+    /// # Errors
+    /// It cannot be reached.
+    pub fn pool_space(&self, node: u16) -> Res<PoolSpace> {
+        Ok(self.session.net.ask_storage(node, ask::storage::Space {})?)
+    }
+
+    /// Has a storage node set aside what is `needed` for this mount, or less, or up to what is `wanted`;
+    /// returns how much it was, which is the caller's to put into the bank, or to give back.
+    ///
+    /// # Errors
+    /// It cannot be reached.
+    pub fn ask_for_space(&self, node: u16, needed: u64, wanted: u64) -> Res<u64> {
+        let granted = self.session.net
+            .ask_storage(node, ask::storage::Reserve { needed, wanted })?;
+        self.bank.granted(node, granted);
+        Ok(granted)
+    }
+
+    /// Does what needs space. Where that `lacks` some, it is done again when the blocks of files that have been removed are
+    /// free, which happens after the removal has been answered; and, for a while, as files are closed that have lost their
+    /// names: the kernel tells of a close when it has returned, and a mount keeps what was looked up a moment ago. Nothing may be
+    /// held meanwhile, no lease and no inode: others may need it, to write what is there or to give some up.
+    ///
+    /// # Errors
+    /// Those of `act`; park.
+    pub fn with_frees<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        lacks: impl Fn(&Res<T>) -> bool,
+        mut act: impl FnMut() -> Res<T>,
+    ) -> Res<T> {
+        let mut waits = Waits::default();
+        loop {
+            let result = act();
+            if !lacks(&result) {
+                return result;
+            }
+            ctx.may_wait()?;
+            if !self.wait_for_frees(&mut waits) {
+                return result;
+            }
+        }
+    }
+
+    /// False: asking again is in vain.
+    fn wait_for_frees(&self, waits: &mut Waits) -> bool {
+        if waits.last {
+            return false;
+        }
+        if waits.done > 0 {
+            rt::thread::sleep(CLOSE_WAIT);
+        }
+        waits.done += 1;
+        let Ok(orphans) = self.session.net.meta(ask::meta::Settle {}) else {
+            return false;
+        };
+        if orphans > 0 && waits.done >= CLOSE_WAITS {
+            self.closes_awaited.in_vain();
+        }
+        waits.last = orphans == 0 || self.closes_awaited.lately_in_vain();
+        true
+    }
+
+    /// Sets `bytes` aside on a storage node.
+    ///
+    /// # Errors
+    /// Park; `ENOSPC`.
+    pub fn reserve(&self, ctx: &Ctx<'_>, node: u16, bytes: u64) -> Res<()> {
+        if self.bank.take(node, bytes) {
+            return Ok(());
+        }
+        ctx.may_wait()?;
+        let granted = self.ask_for_space(node, bytes, CHUNK)?;
+        self.bank.put(node, granted);
+        if self.bank.take(node, bytes) {
+            return Ok(());
+        }
+        fail(libc::ENOSPC)
+    }
+
+    /// Tells a storage node that what was set aside, and is in no account any more, is not needed.
+    pub fn give_space_back(&self, node: u16, bytes: u64) {
+        if let Err(error) = self.session.net.ask_storage(node, ask::storage::Unreserve { bytes }) {
+            tracing::debug!("reservation not given back to storage node {node}: {error}");
+        }
+    }
+
+    /// Gives back what is set aside and not promised.
+    pub fn return_space(&self) {
+        self.return_beyond(0);
+    }
+
+    /// The same of what a busy mount has no use for, either.
+    pub fn return_surplus(&self) {
+        self.return_beyond(MOST_IDLE);
+    }
+
+    fn return_beyond(&self, keep: u64) {
+        for (node, bytes) in self.bank.drain(keep) {
+            self.give_space_back(node, bytes);
+        }
+    }
+
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_promised_is_promised_once() {
+        let bank = SpaceBank::default();
+        assert!(!bank.take(1, 1));
+        bank.granted(1, 100);
+        bank.put(1, 100);
+        assert!(bank.take(1, 60) && !bank.take(1, 60) && bank.take(1, 40));
+        bank.used(1, 40);
+        // Of the 60 that are still promised no more comes back than there is.
+        bank.put(1, 100);
+        assert_eq!((bank.idle(1), bank.held()), (60, vec![(1, 60)]));
+        assert_eq!(bank.drain(50), [(1, 10)]);
+        assert_eq!((bank.idle(1), bank.held()), (50, vec![(1, 50)]));
+    }
+
+    #[test]
+    fn promises_of_a_server_that_restarted_are_void() {
+        let bank = SpaceBank::default();
+        bank.granted(1, 100);
+        bank.forget(1);
+        bank.put(1, 100);
+        assert_eq!(bank.idle(1), 0);
+    }
+}

@@ -1,0 +1,417 @@
+//! Reading data, and finding and allocating the frames it lives in.
+
+use crate::cache::claims::Purpose;
+use crate::cache::claims::Span;
+use crate::cache::inode::Inode;
+use crate::cache::inode::Locked;
+use crate::cache::inode::State;
+use crate::cache::write::Write;
+use crate::data::space::Space;
+use crate::session::Session;
+use crate::session::ctx::Ctx;
+use crate::session::ctx::Res;
+use crate::session::ctx::Stop;
+use crate::session::ctx::fail;
+use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use lockmgr::Mode;
+use rdma_transport::{Op, TransportError};
+use rt::time::Instant;
+
+use fsd_node::config::CacheMode;
+use fsd_proto::ask;
+use fsd_proto::layout::BLOCK;
+use fsd_proto::rpc::Errno;
+use fsd_proto::wire::{BlockFrame, BlockWant, Frame};
+
+/// Frames asked for in one request.
+const LOOKUP_COUNT: u32 = 4096;
+/// Frames allocated in one request.
+const ALLOCATED_AT_ONCE: usize = 512;
+/// Transfers in one batch; with the counter of a slab for each it stays below any fabric's limit.
+const BATCH: usize = 32;
+/// How long one-sided operations are repeated on new connections before they fail.
+const DATA_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// One stretch of a transfer within one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stretch {
+    /// Block number.
+    pub block: u64,
+    /// Offset in the block.
+    pub at: u64,
+    /// Offset in the caller's buffer.
+    pub pos: usize,
+    /// Length.
+    pub len: usize,
+}
+
+/// Cuts `offset .. offset + len` at block boundaries.
+pub fn stretches(offset: u64, len: usize) -> impl Iterator<Item = Stretch> {
+    let end = offset + len as u64;
+    let mut from = offset;
+    std::iter::from_fn(move || {
+        if from >= end {
+            return None;
+        }
+        let block = from / BLOCK;
+        let to = end.min((block + 1) * BLOCK);
+        let stretch = Stretch {
+            block,
+            at: from % BLOCK,
+            pos: (from - offset) as usize,
+            len: (to - from) as usize,
+        };
+        from = to;
+        Some(stretch)
+    })
+}
+
+/// What the storage nodes have of files.
+pub struct Stored {
+    pub(crate) session: Arc<Session>,
+    pub(crate) space: Arc<Space>,
+}
+
+impl Stored {
+    /// Makes the map of frames complete for the storage nodes of blocks `first ..= last`, which are claimed.
+    ///
+    /// # Errors
+    /// Park; the storage node cannot be reached.
+    pub fn load_frames(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut Locked<'_>,
+        first: u64,
+        last: u64,
+    ) -> Res<()> {
+        state.check_layout();
+        let nodes = u64::from(self.session.net.storage_count());
+        let here = (first..=last.min(first + nodes - 1)).map(|block| self.session.storage_of(inode.ino, block));
+        let lacking: Vec<u16> = here.filter(|n| !state.frames.loaded.contains(n)).collect();
+        if lacking.is_empty() {
+            return Ok(());
+        }
+        ctx.may_wait()?;
+        let found = state.unlocked(|| self.ask_for_frames(inode.ino, &lacking));
+        // What is claimed has not changed its place, but frames of other blocks may have.
+        state.check_layout();
+        for (&node, blocks) in lacking.iter().zip(found) {
+            let blocks = blocks?;
+            if !state.frames.loaded.insert(node) {
+                // Somebody else has asked, too, and may have changed something since.
+                continue;
+            }
+            for block in &blocks {
+                state.frames.learn(block.block, block.frame);
+            }
+            let lost = blocks.iter().filter(|b| b.lost).map(|b| b.block);
+            state.frames.lost.extend(lost);
+        }
+        Ok(())
+    }
+
+    /// All frames that storage nodes have of a file.
+    fn ask_for_frames(&self, ino: u64, nodes: &[u16]) -> Vec<Res<Vec<BlockFrame>>> {
+        let part = |first| ask::storage::Lookup {
+            ino,
+            first,
+            count: LOOKUP_COUNT,
+        };
+        let begun = self.session.net
+            .ask_each(nodes.iter().map(|&node| (node, part(0))).collect());
+        let whole = nodes.iter().zip(begun).map(|(&node, begin)| {
+            let mut all = begin?;
+            let mut full = all.len() == LOOKUP_COUNT as usize;
+            while let Some(end) = all.last().filter(|_| full) {
+                let more = self.session.net.ask_storage(node, part(end.block + 1))?;
+                full = more.len() == LOOKUP_COUNT as usize;
+                all.extend(more);
+            }
+            Ok(all)
+        });
+        whole.collect()
+    }
+
+    /// Makes the whole map of frames complete.
+    ///
+    /// # Errors
+    /// As [`Client::load_frames`].
+    pub fn load_all_frames(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<()> {
+        self.load_frames(ctx, inode, state, 0, u64::from(self.session.net.storage_count()) - 1)
+    }
+
+    /// Allocates frames for blocks, which are claimed: (block, least size). Exact bookkeeping of blocks and reservations.
+    ///
+    /// # Errors
+    /// `ENOSPC`; the storage node cannot be reached. What other nodes have allocated is known all the same.
+    pub fn allocate(&self, inode: &Inode, state: &mut Locked<'_>, wants: &[(u64, u32)]) -> Res<()> {
+        let mut by_node: BTreeMap<u16, Vec<BlockWant>> = BTreeMap::new();
+        for &(block, size) in wants {
+            if state.frames.known().get(&block).is_none_or(|f| f.size < size) {
+                let size = state.frames.size_of(block, size);
+                let node = self.session.storage_of(inode.ino, block);
+                by_node.entry(node).or_default().push(BlockWant {
+                    ino: inode.ino,
+                    block,
+                    size,
+                });
+            }
+        }
+        let mut asked: Vec<(u16, ask::storage::Allocate)> = Vec::new();
+        for (node, wants) in by_node {
+            for part in wants.chunks(ALLOCATED_AT_ONCE) {
+                let set_aside = part.iter().filter_map(|w| state.frames.reserved.get(&w.block));
+                let reserved = set_aside.map(|&bytes| u64::from(bytes)).sum();
+                let wants = part.to_vec();
+                asked.push((node, ask::storage::Allocate { wants, reserved }));
+            }
+        }
+        let answers = state.unlocked(|| self.session.net.ask_each(asked.clone()));
+        let mut result = Ok(());
+        for ((node, request), answer) in asked.into_iter().zip(answers) {
+            match answer {
+                Ok(frames) => {
+                    self.space.bank.used(node, request.reserved);
+                    for (want, frame) in request.wants.iter().zip(frames) {
+                        state.take_frame(want.block, frame);
+                    }
+                }
+                Err(error) => result = Err(error.into()),
+            }
+        }
+        result
+    }
+
+    /// Runs one-sided operations against a storage node's pool; repeats them on a new connection where
+    /// the old one broke (reads and writes of file data may be done twice).
+    ///
+    /// # Errors
+    /// Park; the node cannot be reached within the time limit.
+    pub fn transfer(&self, ctx: &Ctx<'_>, node: u16, mut ops: Vec<PoolOp<'_>>) -> Res<()> {
+        if !self.session.local_memory() {
+            ctx.may_wait()?;
+        }
+        let deadline = Instant::now() + DATA_TIMEOUT;
+        loop {
+            let session = match self.session.net.storage_now(node) {
+                Some(session) => session,
+                None => {
+                    ctx.may_wait()?;
+                    self.session.net.storage(node)?
+                }
+            };
+            let mut failed = None;
+            for part in ops.chunks_mut(BATCH) {
+                let mut batch: Vec<Op<'_>> = Vec::with_capacity(part.len() + 8);
+                let mut slabs: Vec<u64> = Vec::new();
+                for op in part.iter_mut() {
+                    match op {
+                        PoolOp::Read { offset, into } => {
+                            batch.push(Op::Read {
+                                at: session.pool(*offset),
+                                into,
+                            });
+                        }
+                        PoolOp::Write { offset, from } => {
+                            batch.push(Op::Write {
+                                at: session.pool(*offset),
+                                from,
+                            });
+                            if !slabs.contains(&(*offset / BLOCK)) {
+                                slabs.push(*offset / BLOCK);
+                            }
+                        }
+                    }
+                }
+                // After the writes of the batch, so that the flusher never takes a slab for clean too early.
+                for slab in slabs {
+                    batch.push(Op::Faa {
+                        at: session.dirty(slab * BLOCK),
+                        add: 1,
+                        old: 0,
+                    });
+                }
+                if let Err(error) = session.conn.execute(&mut batch) {
+                    failed = Some(error);
+                    break;
+                }
+            }
+            match failed {
+                None => return Ok(()),
+                Some(error @ TransportError::Invalid(_)) => {
+                    tracing::error!("storage node {node}: {error}");
+                    return fail(libc::EIO);
+                }
+                Some(error) => {
+                    tracing::debug!("storage node {node}: {error}");
+                    if Instant::now() > deadline {
+                        return Err(Stop::Errno(Errno(libc::EIO)));
+                    }
+                    ctx.may_wait()?;
+                    rt::thread::sleep(Duration::from_millis(10));
+                }
+            }
+        }
+    }
+
+    /// As [`Client::transfer`], against several storage nodes.
+    ///
+    /// # Errors
+    /// As [`Client::transfer`].
+    pub fn transfer_all(&self, ctx: &Ctx<'_>, transfers: Transfers<'_>) -> Res<()> {
+        for (node, ops) in transfers.0 {
+            self.transfer(ctx, node, ops)?;
+        }
+        Ok(())
+    }
+
+    /// Reads stored data of a range that is claimed into `out`, not looking at cached pages; holes read as zeros.
+    ///
+    /// # Errors
+    /// Park; the storage node cannot be reached.
+    pub fn read_stored(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut Locked<'_>,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Res<()> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        let last = (offset + out.len() as u64 - 1) / BLOCK;
+        self.load_frames(ctx, inode, state, offset / BLOCK, last)?;
+        if state.frames.any_lost(offset / BLOCK, last) {
+            return fail(libc::EIO);
+        }
+        let mut reads = Transfers::default();
+        let mut rest = out;
+        for s in stretches(offset, rest.len()).collect::<Vec<_>>() {
+            let (part, tail) = rest.split_at_mut(s.len);
+            rest = tail;
+            let stored = match state.frames.known().get(&s.block) {
+                Some(frame) => u64::from(frame.size).saturating_sub(s.at).min(s.len as u64) as usize,
+                None => 0,
+            };
+            let (data, hole) = part.split_at_mut(stored);
+            hole.fill(0);
+            if let Some(frame) = state.frames.known().get(&s.block).filter(|_| stored > 0) {
+                let node = self.session.storage_of(inode.ino, s.block);
+                let offset = frame.offset + s.at;
+                reads.add(node, PoolOp::Read { offset, into: data });
+            }
+        }
+        state.unlocked(|| self.transfer_all(ctx, reads))
+    }
+
+    /// Writes into frames of claimed blocks, which are there: (block, offset in it, data).
+    pub(crate) fn write_frames<'a>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut Locked<'_>,
+        parts: impl Iterator<Item = (u64, u64, &'a [u8])>,
+    ) -> Res<()> {
+        let mut writes = Transfers::default();
+        for (block, at, from) in parts {
+            let Some(frame) = state.frames.known().get(&block) else {
+                return fail(libc::EIO);
+            };
+            let offset = frame.offset + at;
+            writes.add(self.session.storage_of(inode.ino, block), PoolOp::Write { offset, from });
+        }
+        state.unlocked(|| self.transfer_all(ctx, writes))
+    }
+
+    /// Claims all of a file for a change, under the exclusive lease of `version`.
+    ///
+    /// # Errors
+    /// Park.
+    pub fn claim_to_change<'a>(&self, ctx: &Ctx<'_>, inode: &'a Inode, version: u64) -> Res<Locked<'a>> {
+        inode.claim(ctx, version, Span::ALL, Purpose::Change)
+    }
+}
+
+/// A one-sided operation on a storage node's pool.
+#[derive(Debug)]
+pub enum PoolOp<'a> {
+    /// Reads.
+    Read {
+        /// Offset in the pool.
+        offset: u64,
+        /// Destination.
+        into: &'a mut [u8],
+    },
+    /// Writes.
+    Write {
+        /// Offset in the pool.
+        offset: u64,
+        /// Source.
+        from: &'a [u8],
+    },
+}
+
+/// Operations on the pools of several storage nodes.
+#[derive(Debug, Default)]
+pub struct Transfers<'a>(BTreeMap<u16, Vec<PoolOp<'a>>>);
+
+impl<'a> Transfers<'a> {
+    /// One more, on storage node `node`.
+    pub fn add(&mut self, node: u16, op: PoolOp<'a>) {
+        self.0.entry(node).or_default().push(op);
+    }
+}
+
+/// The frames of blocks `first ..= last`.
+pub fn frames_in(state: &State, first: u64, last: u64) -> Vec<(u64, Frame)> {
+    state
+        .frames
+        .known()
+        .range(first..=last)
+        .map(|(&b, &f)| (b, f))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transfers_are_cut_at_blocks() {
+        let cut: Vec<Stretch> = stretches(BLOCK - 10, 20 + BLOCK as usize).collect();
+        assert_eq!(cut.len(), 3);
+        assert_eq!(
+            cut[0],
+            Stretch {
+                block: 0,
+                at: BLOCK - 10,
+                pos: 0,
+                len: 10
+            }
+        );
+        assert_eq!(
+            cut[1],
+            Stretch {
+                block: 1,
+                at: 0,
+                pos: 10,
+                len: BLOCK as usize
+            }
+        );
+        assert_eq!(
+            cut[2],
+            Stretch {
+                block: 2,
+                at: 0,
+                pos: 10 + BLOCK as usize,
+                len: 10
+            }
+        );
+        assert_eq!(stretches(5, 0).count(), 0);
+    }
+}

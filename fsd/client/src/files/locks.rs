@@ -1,0 +1,354 @@
+//! File locks: the metadata server keeps them; the mount remembers what it holds, to tell a server that
+//! has restarted, and which open file each was taken through.
+
+use crate::session::Session;
+use crate::session::caller::Caller;
+use crate::session::ctx::Ctx;
+use crate::session::ctx::Res;
+use crate::session::ctx::Stop;
+use crate::session::ctx::fail;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use rt::sync::Mutex;
+
+use fsd_proto::ask;
+use fsd_proto::locks::LockTable;
+use fsd_proto::rpc::{Errno, RpcError};
+use fsd_proto::wire::{LockKind, LockOwner, LockRange, LockSpec};
+
+/// How often waiting requests are looked through for processes that have got a signal …
+const SIGNAL_POLL: Duration = Duration::from_millis(50);
+/// … and less often when there are many: so much time is left between two looks at one.
+const SIGNAL_POLL_EACH: Duration = Duration::from_micros(500);
+
+/// The answer to a waiting request.
+type Done = Box<dyn FnOnce(Result<(), Errno>) + Send>;
+
+/// A request that waits for a lock at the metadata server. No thread waits with it.
+struct Waiter {
+    lock: LockSpec,
+    /// The open file it came through.
+    handle: u64,
+    done: Done,
+    cancelled: bool,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    table: LockTable,
+    /// The open file that an owner took a lock through last.
+    through: HashMap<(u64, LockOwner), u64>,
+}
+
+/// File locks of this mount's processes: held, and waited for.
+#[derive(Default)]
+pub struct LocalLocks {
+    held: Mutex<Held>,
+    waiting: Mutex<HashMap<u64, Waiter>>,
+    next: AtomicU64,
+    polled: AtomicBool,
+}
+
+impl LocalLocks {
+    fn note(&self, lock: &LockSpec, handle: u64) {
+        let mut held = self.held.lock();
+        held.table.record(lock);
+        let key = (lock.ino, lock.owner);
+        if held.table.holds(lock.ino, lock.owner) {
+            if lock.kind.is_some() {
+                held.through.insert(key, handle);
+            }
+        } else {
+            held.through.remove(&key);
+        }
+    }
+
+    fn holds(&self, ino: u64, owner: LockOwner) -> bool {
+        self.held.lock().table.holds(ino, owner)
+    }
+
+    fn forget(&self, ino: u64, owner: LockOwner) {
+        let mut held = self.held.lock();
+        held.table.release(ino, owner);
+        held.through.remove(&(ino, owner));
+    }
+
+    /// Who took locks on a file through an open file, and holds them.
+    fn owners_through(&self, ino: u64, handle: u64) -> Vec<LockOwner> {
+        let held = self.held.lock();
+        let through = held.through.iter();
+        through
+            .filter(|((i, _), h)| *i == ino && **h == handle)
+            .map(|((_, owner), _)| *owner)
+            .collect()
+    }
+
+    /// All that is held.
+    #[must_use]
+    pub fn all(&self) -> Vec<LockSpec> {
+        self.held.lock().table.held()
+    }
+}
+
+/// From the kernel's `F_RDLCK`, `F_WRLCK`, `F_UNLCK`.
+///
+/// # Errors
+/// `EINVAL`.
+pub fn kind_of(typ: i32) -> Res<Option<LockKind>> {
+    match typ {
+        libc::F_RDLCK => Ok(Some(LockKind::Read)),
+        libc::F_WRLCK => Ok(Some(LockKind::Write)),
+        libc::F_UNLCK => Ok(None),
+        _ => fail(libc::EINVAL),
+    }
+}
+
+/// To the kernel's number.
+#[must_use]
+pub fn type_of(kind: Option<LockKind>) -> i32 {
+    match kind {
+        Some(LockKind::Read) => libc::F_RDLCK,
+        Some(LockKind::Write) => libc::F_WRLCK,
+        None => libc::F_UNLCK,
+    }
+}
+
+/// File locks.
+pub struct Locks {
+    /// File locks held by processes of this mount.
+    pub file_locks: LocalLocks,
+    pub(crate) session: Arc<Session>,
+}
+
+impl Locks {
+    /// An owner of locks on this mount.
+    #[must_use]
+    pub fn lock_owner(&self, owner: u64, flock: bool) -> LockOwner {
+        LockOwner {
+            node: self.session.node.0,
+            owner,
+            flock,
+        }
+    }
+
+    /// A lock in the terms of the cluster.
+    #[must_use]
+    pub fn lock_spec(
+        ino: u64,
+        owner: LockOwner,
+        pid: u32,
+        (start, end): (u64, u64),
+        kind: Option<LockKind>,
+    ) -> LockSpec {
+        LockSpec {
+            ino,
+            owner,
+            pid,
+            range: LockRange { start, end },
+            kind,
+        }
+    }
+
+    /// `F_GETLK`: the lock in the way, if any.
+    ///
+    /// # Errors
+    /// Park.
+    pub fn getlk(&self, ctx: &Ctx<'_>, lock: LockSpec) -> Res<Option<LockSpec>> {
+        ctx.may_wait()?;
+        Ok(self.session.net.meta(ask::meta::GetLock { lock })?)
+    }
+
+    /// `F_SETLK`, `flock` with `LOCK_NB`, and unlocking, through an open file.
+    ///
+    /// # Errors
+    /// Park; `EAGAIN`.
+    pub fn setlk(&self, ctx: &Ctx<'_>, lock: LockSpec, handle: u64) -> Res<()> {
+        ctx.may_wait()?;
+        self.session.net.meta(ask::meta::SetLock { lock, wait: false })?;
+        self.file_locks.note(&lock, handle);
+        Ok(())
+    }
+
+    /// `F_SETLKW`, and `flock` that waits: `done` gets the result, on some thread. None waits for it.
+    pub fn setlk_wait(
+        self: &Arc<Self>,
+        lock: LockSpec,
+        handle: u64,
+        done: impl FnOnce(Result<(), Errno>) + Send + 'static,
+    ) {
+        let id = self.file_locks.next.fetch_add(1, Ordering::Relaxed);
+        let waiter = Waiter {
+            lock,
+            handle,
+            done: Box::new(done),
+            cancelled: false,
+        };
+        self.file_locks.waiting.lock().insert(id, waiter);
+        if self.session.net.has_meta() {
+            self.ask_for_lock(id);
+        } else {
+            let me = Arc::clone(self);
+            self.session.threads.workers.run(move || me.ask_for_lock(id));
+        }
+        self.look_for_signals();
+    }
+
+    /// Sends a waiting request to the metadata server.
+    fn ask_for_lock(self: &Arc<Self>, id: u64) {
+        let Some(lock) = self.file_locks.waiting.lock().get(&id).map(|w| w.lock) else {
+            return;
+        };
+        let me = Arc::downgrade(self);
+        let request = ask::meta::SetLock { lock, wait: true };
+        let sent = self.session.net.meta_slow(request, move |result| {
+            if let Some(client) = Weak::upgrade(&me) {
+                client.lock_answered(id, result);
+            }
+        });
+        if let Err(error) = sent {
+            self.end_waiting(id, Err(error.errno()));
+        }
+    }
+
+    fn lock_answered(self: &Arc<Self>, id: u64, result: Result<(), RpcError>) {
+        match result {
+            // The server restarted: wait at the new one.
+            Err(error) if error.is_transport() && !self.session.fate.stopping.load(Ordering::Acquire) => {
+                let me = Arc::clone(self);
+                self.session.threads.workers.run(move || me.ask_for_lock(id));
+            }
+            other => self.end_waiting(id, other.map_err(|error| error.errno())),
+        }
+    }
+
+    fn end_waiting(&self, id: u64, result: Result<(), Errno>) {
+        let Some(waiter) = self.file_locks.waiting.lock().remove(&id) else {
+            return;
+        };
+        if result.is_ok() {
+            self.file_locks.note(&waiter.lock, waiter.handle);
+        }
+        (waiter.done)(result);
+    }
+
+    /// Has one thread look, as long as requests wait, whether their processes have got signals: the kernel's interrupt requests
+    /// do not reach us.
+    fn look_for_signals(self: &Arc<Self>) {
+        if self.file_locks.polled.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let me = Arc::clone(self);
+        self.session.threads.workers.run(move || {
+            loop {
+                let waiting = me.file_locks.waiting.lock().len();
+                if waiting == 0 {
+                    me.file_locks.polled.store(false, Ordering::SeqCst);
+                    // Who came before that has not started another.
+                    if me.file_locks.waiting.lock().is_empty()
+                        || me.file_locks.polled.swap(true, Ordering::SeqCst)
+                    {
+                        return;
+                    }
+                }
+                rt::thread::sleep(SIGNAL_POLL.max(SIGNAL_POLL_EACH * waiting as u32));
+                me.cancel_interrupted();
+            }
+        });
+    }
+
+    fn cancel_interrupted(&self) {
+        let waiting: Vec<(u64, LockSpec)> = {
+            let all = self.file_locks.waiting.lock();
+            let open = all.iter().filter(|(_, w)| !w.cancelled);
+            open.map(|(&id, w)| (id, w.lock)).collect()
+        };
+        for (id, lock) in waiting {
+            let process = Caller {
+                pid: lock.pid,
+                uid: 0,
+            };
+            if !process.has_signal() {
+                continue;
+            }
+            if let Some(waiter) = self.file_locks.waiting.lock().get_mut(&id) {
+                waiter.cancelled = true;
+            }
+            // The answer to the waiting request then comes as EINTR, or it had been granted.
+            self.session.net.meta_async(ask::meta::CancelLock { lock }, |result| {
+                if let Err(error) = result {
+                    tracing::debug!("a request for a file lock cannot be taken back: {error}");
+                }
+            });
+        }
+    }
+
+    /// Drops what an owner holds on a file, if anything.
+    ///
+    /// # Errors
+    /// Park.
+    pub fn release_locks(&self, ctx: &Ctx<'_>, ino: u64, owner: LockOwner) -> Res<()> {
+        if !self.file_locks.holds(ino, owner) {
+            return Ok(());
+        }
+        ctx.may_wait()?;
+        self.file_locks.forget(ino, owner);
+        self.session.net
+            .meta(ask::meta::ReleaseLocks { ino, owner })
+            .map(drop)
+            .map_err(Stop::from)
+    }
+
+    /// Drops what was taken through an open file that is closed for good: locks of the open file description (`F_OFD_SETLK`, `flock`), of
+    /// whose end the kernel says nothing else. Those of a process were dropped by its own close before.
+    ///
+    /// # Errors
+    /// Park.
+    pub fn release_locks_through(&self, ctx: &Ctx<'_>, ino: u64, handle: u64) -> Res<()> {
+        let owners = self.file_locks.owners_through(ino, handle);
+        owners
+            .into_iter()
+            .try_for_each(|owner| self.release_locks(ctx, ino, owner))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lock(owner: u64, start: u64, kind: Option<LockKind>) -> LockSpec {
+        let owner = LockOwner {
+            node: 3,
+            owner,
+            flock: false,
+        };
+        Client::lock_spec(9, owner, 1, (start, start + 9), kind)
+    }
+
+    #[test]
+    fn what_ends_with_an_open_file_is_what_was_taken_through_it() {
+        let locks = LocalLocks::default();
+        let (write, owner) = (Some(LockKind::Write), lock(1, 0, None).owner);
+        locks.note(&lock(1, 0, write), 5);
+        assert_eq!(locks.owners_through(9, 5), [owner]);
+        // The process closes, which drops its locks, and takes them again through another open file; only then the first is gone.
+        locks.forget(9, owner);
+        locks.note(&lock(1, 0, write), 6);
+        assert!(locks.owners_through(9, 5).is_empty());
+        locks.note(&lock(1, 0, None), 6);
+        assert!(locks.owners_through(9, 6).is_empty() && locks.all().is_empty());
+    }
+
+    #[test]
+    fn pairs_of_locking_and_unlocking_leave_nothing() {
+        let locks = LocalLocks::default();
+        for i in 0..1000 {
+            locks.note(&lock(1, i * 10, Some(LockKind::Read)), 5);
+            locks.note(&lock(1, i * 10, None), 5);
+        }
+        locks.note(&lock(1, 0, Some(LockKind::Write)), 5);
+        assert_eq!(locks.all(), [lock(1, 0, Some(LockKind::Write))]);
+    }
+}

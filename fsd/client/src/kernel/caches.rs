@@ -1,0 +1,152 @@
+//! What the kernel caches, and is told to drop.
+
+
+use crate::cache::edges::EDGE_WAIT;
+use crate::cache::edges::around;
+use crate::cache::inode::Inode;
+use crate::cache::inode::State;
+use crate::cache::pages::PAGE;
+use crate::session::Session;
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+use rt::channel::bounded;
+use fsd_node::config::CacheMode;
+use fsd_proto::wire::Kind;
+use fuser::INodeNo;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+/// Time to live of attributes that a lease protects: until told otherwise.
+pub const LEASED_TTL: Duration = Duration::from_secs(24 * 3600);
+
+/// What the kernel caches, and is told to drop.
+pub struct KernelCaches {
+    /// How the kernel caches ([`CacheMode::Auto`] has been decided).
+    pub mode: CacheMode,
+    /// Tells the kernel to drop what it has cached.
+    pub notifier: OnceLock<fuser::Notifier>,
+    pub(crate) session: Arc<Session>,
+}
+
+impl KernelCaches {
+    /// How long the kernel may keep attributes that are answered now, under a lease.
+    pub fn attr_ttl(&self, inode: &Inode, kind: Kind) -> Duration {
+        if self.mode == CacheMode::Writeback && kind == Kind::File {
+            // The kernel extension asks for a lease first, and a grant brings the attributes.
+            return LEASED_TTL;
+        }
+        inode.kernel.answered.store(self.session.now(), Ordering::SeqCst);
+        // The kernel takes in late how far a write has made the file grow, and for a moment shows that beside attributes
+        // that are newer: so it keeps none while this mount has the file open for writing.
+        let written = kind == Kind::File && inode.opens.try_lock().is_none_or(|o| o.writers > 0);
+        if written || inode.kernel.revoking.load(Ordering::SeqCst) {
+            return Duration::ZERO;
+        }
+        inode.kernel.attrs.store(true, Ordering::SeqCst);
+        LEASED_TTL
+    }
+
+    /// As [`Client::attr_ttl`], for answers that the kernel takes in whatever it was told meanwhile (SETATTR, LINK; with
+    /// those to GETATTR and LOOKUP it looks whether an invalidation has overtaken them): not at all, for the lease may
+    /// be gone by then.
+    pub fn late_attr_ttl(&self, inode: &Inode, kind: Kind) -> Duration {
+        if self.mode == CacheMode::Writeback && kind == Kind::File {
+            return self.attr_ttl(inode, kind);
+        }
+        Duration::ZERO
+    }
+
+    /// Drops the attributes the kernel has of an inode; also after a change under the exclusive lease, before
+    /// the lease can be given down: until the kernel has taken in the answer it would show the old ones.
+    pub fn invalidate_attrs(&self, inode: &Inode) {
+        if inode.kernel.attrs.swap(false, Ordering::SeqCst) {
+            self.notify(inode, -1, 0);
+        }
+    }
+
+    /// Tells the kernel to drop attributes and, for `offset >= 0`, pages. An inode that the kernel is just
+    /// about to learn of from an answer already sent is waited for.
+    pub fn notify(&self, inode: &Inode, offset: i64, len: i64) {
+        let Some(notifier) = self.notifier.get() else {
+            return;
+        };
+        loop {
+            match notifier.inval_inode(fuser::INodeNo(inode.ino), offset, len) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                    if inode.kernel.lookups.load(Ordering::SeqCst) == 0 {
+                        return;
+                    }
+                    rt::thread::sleep(Duration::from_micros(20));
+                }
+                Err(error) => {
+                    // The kernel is unmounting: there is no cache any more.
+                    tracing::debug!("invalidating {:#x}: {error}", inode.ino);
+                    return;
+                }
+                Ok(()) => return,
+            }
+        }
+    }
+
+    pub(crate) fn invalidate_range(&self, inode: &Inode, offset: u64, len: u64) {
+        if let Some(notifier) = self.notifier.get() {
+            // An inode the kernel does not know (any more) has no pages.
+            let _ = notifier.inval_inode(fuser::INodeNo(inode.ino), offset as i64, len as i64);
+        }
+    }
+
+    /// Another mount has removed a directory: has the kernel know, so that getcwd(2) says so, too. Aside, for it takes the inode lock
+    /// that the request may hold on whose behalf this was found out.
+    pub fn tell_gone(&self, dir: &Inode, state: &mut State) {
+        let (Some(place), Some(notifier)) = (state.place.take(), self.notifier.get().cloned()) else {
+            return;
+        };
+        let (above, name) = *place;
+        let gone = dir.ino;
+        self.session.threads.revokers.run(move || {
+            // It is refused where the name is another directory's by now, or none: then the kernel knows.
+            let _ = notifier.delete(INodeNo(above), INodeNo(gone), OsStr::from_bytes(&name));
+        });
+    }
+
+    /// Drops all pages and attributes the kernel has of an inode, but for folios that hold nothing old and stay locked.
+    pub fn invalidate_pages(self: &Arc<Self>, inode: &Arc<Inode>) {
+        // Only handles that write through the page cache lock pages for longer than it takes to serve a read. Whoever opens
+        // or closes one just now holds `opens`; who opens one from now on gets one that goes past it (`make_handle`).
+        if inode
+            .opens
+            .try_lock()
+            .is_some_and(|opens| opens.page_writers == 0)
+        {
+            return self.notify(inode, 0, 0);
+        }
+        // One that was left behind, and ends after all, has gone around fewer pages than the next one.
+        let done = Arc::new(AtomicBool::new(false));
+        let edges = loop {
+            let (edges, seen) = inode.edges.now();
+            let (me, target, ranges) = (Arc::clone(self), Arc::clone(inode), around(&edges));
+            let ended = Arc::clone(&done);
+            self.session.threads.invalidators.run(move || {
+                for (offset, len) in ranges {
+                    me.notify(&target, offset as i64, len as i64);
+                }
+                target.edges.finish(&ended);
+            });
+            if inode.edges.wait_for(&done, seen) {
+                break edges;
+            }
+        };
+        for (first, last) in edges {
+            let (me, target) = (Arc::clone(self), Arc::clone(inode));
+            let (tx, rx) = bounded(1);
+            self.session.threads.invalidators.run(move || {
+                let len = (last + 1 - first) * PAGE;
+                me.notify(&target, (first * PAGE) as i64, len as i64);
+                let _ = tx.send(());
+            });
+            let _ = rx.recv_timeout(EDGE_WAIT);
+        }
+    }
+}

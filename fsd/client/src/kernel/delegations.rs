@@ -1,0 +1,206 @@
+//! Lending what the mount holds.
+
+use crate::cache::Cache;
+use crate::cache::inode::Inode;
+use crate::cache::inode::Locked;
+use crate::cache::inode::State;
+use crate::cache::range::range_of;
+use crate::kernel::extension::Extension;
+use crate::session::ctx::Ctx;
+use crate::session::ctx::Res;
+use crate::session::ctx::fail;
+use std::sync::OnceLock;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use distfuse_abi::{Error, Grant, Revoked};
+use lockmgr::Mode;
+use rt::time::Instant;
+
+use fsd_proto::wire::{Attr, Kind};
+
+use crate::kernel::extension::attributes;
+pub(crate) fn to_kernel_mode(mode: Option<Mode>) -> distfuse_abi::Mode {
+    match mode {
+        None => distfuse_abi::Mode::None,
+        Some(Mode::Shared) => distfuse_abi::Mode::Shared,
+        Some(Mode::Exclusive) => distfuse_abi::Mode::Exclusive,
+    }
+}
+
+/// How long tasks may be inside a directory: they look at its attributes.
+const INSIDE: Duration = Duration::from_micros(50);
+
+/// What the kernel can have a lease on.
+fn is_lent(kind: Kind) -> bool {
+    matches!(kind, Kind::File | Kind::Directory)
+}
+
+/// What became of an attempt.
+pub(crate) enum Lending {
+    /// The kernel has it, or more.
+    Done { wake: bool },
+    /// It is being taken back, or something is done here that the kernel must not take part in.
+    Taking,
+    /// There is no room: this inode's must be taken back first.
+    Full { victim: u64 },
+}
+
+/// What of its leases a mount has delegated to the kernel extension.
+pub struct Delegations {
+    /// The kernel extension, in mode [`CacheMode::Writeback`](fsd_node::config::CacheMode::Writeback).
+    pub extension: OnceLock<Arc<Extension>>,
+    pub(crate) cache: Arc<Cache>,
+}
+
+impl Delegations {
+    /// Lends a part of a lease of which a guard is held: `attr` are the attributes under it, and what is written to `space`
+    /// can be stored.
+    pub(crate) fn lend(
+        &self,
+        ext: &Extension,
+        inode: &Inode,
+        mode: Mode,
+        version: u64,
+        (attr, space): (&Attr, (u64, u64)),
+        asked: bool,
+    ) -> Res<Lending> {
+        let mut lent = inode.lent.state.lock();
+        if (lent.taking && lent.arranging == 0) || lent.calling > 0 {
+            return Ok(Lending::Taking);
+        }
+        let caches = lent
+            .caches
+            .filter(|c| c.0 == version)
+            .unwrap_or_else(|| (version, ext.stamp.fetch_add(1, Ordering::Relaxed) + 1));
+        let grant = Grant {
+            version: caches.1,
+            since: caches.1,
+            attributes: attributes(attr),
+            space,
+        };
+        let table = ext.attachment.table();
+        match table.grant(inode.ino, to_kernel_mode(Some(mode)), &grant) {
+            Ok(wake) => {
+                lent.caches = Some(caches);
+                if asked {
+                    lent.asked = Some(Instant::now());
+                }
+                Ok(Lending::Done { wake })
+            }
+            // As much is lent already.
+            Err(Error::NotNow(_)) => {
+                if mode == Mode::Exclusive {
+                    table.set_space(inode.ino, space);
+                }
+                Ok(Lending::Done { wake: false })
+            }
+            Err(Error::Full(_)) => {
+                // Whoever has neither dirty pages nor anybody inside costs least.
+                let cost = |word: &distfuse_abi::Word| (!word.clean(distfuse_abi::Mode::None), word.count());
+                let neighbours = table.neighbours(inode.ino).into_iter();
+                match neighbours.min_by_key(|(_, word)| cost(word)) {
+                    Some((victim, _)) => Ok(Lending::Full { victim }),
+                    None => Ok(Lending::Taking),
+                }
+            }
+            Err(error) => {
+                tracing::error!("the kernel extension: {error}");
+                fail(libc::EIO)
+            }
+        }
+    }
+
+    /// Lends what the kernel is about to want, if that costs nothing: `held` of a file whose attributes these are, or a
+    /// directory, for the names in it. With the inode locked, so that they are the last ones.
+    pub fn lend_ahead(&self, inode: &Inode, held: Mode, version: u64, attr: &Attr, state: &State) {
+        let Some(ext) = self.extension.get().filter(|_| is_lent(attr.kind)) else {
+            return;
+        };
+        // Names are changed by requests, under the mount's own lease: the kernel never needs more than to share it.
+        let held = if attr.kind == Kind::Directory {
+            Mode::Shared
+        } else {
+            held
+        };
+        let word = ext.attachment.table().word(inode.ino);
+        if word.is_some_and(|word| word.mode() >= to_kernel_mode(Some(held))) {
+            // The kernel may have dropped its inode and learns of it again: then it starts with what the entry says.
+            return self.lent_attr_changed(inode, attr);
+        }
+        if let Ok(Lending::Done { wake: true }) =
+            self.lend(ext, inode, held, version, (attr, range_of(state)), false)
+            && word.is_some()
+        {
+            ext.wake(inode.ino, None);
+        }
+    }
+
+    /// Lends a directory in which a name has been looked up: the next look-up of it the kernel need not send. Under its lease.
+    pub fn lend_names(&self, ctx: &Ctx<'_>, dir: &Inode, version: u64, state: &mut Locked<'_>) {
+        let Some(ext) = self.extension.get() else { return };
+        let word = ext.attachment.table().word(dir.ino);
+        if word.is_some_and(|word| word.mode() >= to_kernel_mode(Some(Mode::Shared))) {
+            return;
+        }
+        // Where that would take a request, some other time.
+        if let Ok(attr) = self.cache.load_attr(ctx, dir, state) {
+            self.lend_ahead(dir, Mode::Shared, version, &attr, state);
+        }
+    }
+
+    /// What names a directory has is not known: what the kernel knows of them goes. Under the mount's lease.
+    pub fn forget_names(&self, dir: &Inode) {
+        let Some(ext) = self.extension.get() else { return };
+        // The next grant is of another version, whatever the record says.
+        dir.lent.state.lock().caches = None;
+        // Besides whoever may be taking it back, too, and waits for the mount's lease meanwhile. Nobody is inside for long.
+        let table = ext.attachment.table();
+        let mut revoked = table.revoke(dir.ino, distfuse_abi::Mode::None, true);
+        while !matches!(revoked, Revoked::Done { .. }) && !ext.attachment.is_gone() {
+            rt::thread::sleep(INSIDE);
+            revoked = table.finish(dir.ino, distfuse_abi::Mode::None);
+        }
+        if matches!(revoked, Revoked::Done { wake: true }) {
+            ext.wake(dir.ino, None);
+        }
+    }
+
+    /// The attributes, which have been changed here: the kernel, if it has been lent the inode, gets them with the answer,
+    /// and from the entry should it begin anew. With the inode locked.
+    pub fn lent_attr_changed(&self, inode: &Inode, attr: &Attr) {
+        if let Some(ext) = self.extension.get().filter(|_| is_lent(attr.kind)) {
+            // What has no entry is not lent.
+            let _ = ext
+                .attachment
+                .table()
+                .set_attributes(inode.ino, &attributes(attr));
+        }
+    }
+
+    pub(crate) fn lent_exclusively(&self, inode: &Inode) -> bool {
+        self.extension.get().is_some_and(|ext| {
+            let word = ext.attachment.table().word(inode.ino);
+            word.is_some_and(|word| word.mode() == distfuse_abi::Mode::Exclusive)
+        })
+    }
+
+    pub(crate) fn tell_space(&self, inode: &Inode, range: (u64, u64)) {
+        if let Some(ext) = self.extension.get() {
+            ext.attachment.table().set_space(inode.ino, range);
+        }
+    }
+
+    /// Before blocks of a file lose their frames, or promises: the kernel is told of none, until [`Client::space_settled`].
+    pub fn space_changes(&self, inode: &Inode) {
+        self.tell_space(inode, (0, 0));
+    }
+
+    /// After blocks of a file have got or lost their frames.
+    pub fn space_settled(&self, inode: &Inode, state: &State) {
+        if self.lent_exclusively(inode) {
+            self.tell_space(inode, range_of(state));
+        }
+    }
+}

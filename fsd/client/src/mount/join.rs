@@ -1,0 +1,236 @@
+//! Joining a cluster and leaving it: everything of a mount but the kernel.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
+use lockmgr::msg::LeaseMsg;
+use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
+use rdma_transport::{Connection, Fabric, RemoteAddr};
+use rt::channel::RecvTimeoutError;
+use rt::thread::JoinHandle;
+use rt::time::Instant;
+use rustix::mount::MountFlags;
+use fsd_node::config::{CacheMode, Config, FabricChoice};
+use fsd_node::endpoint::{Endpoint, Network};
+use fsd_node::ports::Ports;
+use fsd_proto::ask;
+use fsd_proto::clock::Skew;
+use fsd_proto::rpc::{Errno, Responder, RpcError, Service};
+use fsd_proto::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
+use super::MountError;
+use super::service::{Front, Places};
+use crate::Client;
+use crate::cache::Cache;
+use crate::cache::pages::PAGE;
+use crate::revoke::revoker::Revoker;
+use crate::session::{Counters, Fate, Session, Threads};
+use crate::session::ctx::Permits;
+use crate::session::net::{JoinError, Net, NetConfig, Owner};
+use crate::session::workers::Workers;
+/// Event loops that never wait.
+pub(super) const SPARE_LOOPS: usize = 1;
+/// Longest wait for requests under way when leaving.
+const CLOSE_WAIT: Duration = Duration::from_secs(10);
+/// Longest wait for the leases to be given up when leaving.
+const LEAVE_WAIT: Duration = Duration::from_secs(20);
+/// As [`LEAVE_WAIT`], while neither the metadata server nor a storage node is there: they may just be starting again.
+const ALONE_WAIT: Duration = Duration::from_secs(1);
+/// How long late questions of other mounts are still answered after leaving.
+const LINGER: Duration = Duration::from_millis(100);
+
+pub(super) fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, MountError> {
+    rt::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map_err(MountError::Thread)
+}
+
+/// Joins the cluster: everything of a mount but the kernel. `name` is shown to who asks for the mounts there are.
+pub(super) fn join(
+    config: &Config,
+    name: String,
+    (mode, cache_shared, flags): (CacheMode, bool, MountFlags),
+    endpoint: &Endpoint,
+    front: &Arc<Front>,
+) -> Result<(Arc<Client>, Vec<JoinHandle<()>>), MountError> {
+    let workers = Workers::new("fsd-worker", 256);
+    let net_config = NetConfig {
+        cluster: config.cluster.clone(),
+        meta_addr: config.meta.listen.clone(),
+        timeout: Duration::from_millis(config.timeout_ms),
+        name,
+    };
+    let net = Net::new(net_config, endpoint, workers.clone());
+    let joined = net.join().map_err(|error| match error {
+        JoinError::Clocks(skew) => MountError::Clocks(skew),
+        JoinError::Rpc(RpcError::Errno(Errno(libc::EUSERS))) => MountError::Full,
+        JoinError::Rpc(RpcError::Errno(Errno(libc::ESTALE))) => MountError::Stores,
+        JoinError::Rpc(other) => MountError::Join(other),
+    })?;
+    let node = NodeId(joined.node);
+    let layout = lockmgr::RecordLayout::new(joined.record_bytes)?;
+    let revoker = Arc::new(Revoker::default());
+    let mut manager = ManagerConfig::new(node, joined.incarnation, layout);
+    manager.min_hold = Duration::from_micros(config.lease.min_hold_us);
+    manager.keep_word = Duration::from_millis(config.lease.keep_ms);
+    let leases = LeaseManager::new(
+        manager,
+        Arc::new(Places(Arc::clone(&net))),
+        Arc::clone(&revoker) as Arc<dyn lockmgr::LeaseUser>,
+    )?;
+    let loops = config.mount.loops.max(SPARE_LOOPS + 1);
+    let (wake_writeback, wake) = rt::channel::bounded(1);
+    let session = Arc::new(Session {
+        node,
+        layout,
+        net: Arc::clone(&net),
+        leases,
+        lease_wait: Duration::from_millis(config.lease.wait_ms),
+        began: rt::time::Instant::now(),
+        cache_reads: config.fabric != FabricChoice::Shm,
+        threads: Threads {
+            workers,
+            revokers: Workers::new("fsd-revoke", 128),
+            invalidators: Workers::new("fsd-inval", 256),
+            permits: Permits::new(loops, SPARE_LOOPS),
+        },
+        fate: Fate::default(),
+        counters: Counters::default(),
+    });
+    let cache = Arc::new(Cache {
+        inodes: Arc::default(),
+        dirty: Default::default(),
+        wake_writeback,
+        writeback_sleeps: AtomicBool::new(false),
+        cached_pages: AtomicUsize::new(0),
+        max_pages: (config.mount.buffer_cache.0 / PAGE) as usize,
+        session: Arc::clone(&session),
+    });
+    let client = Arc::new(Client::new(&session, &cache, config, (mode, cache_shared, flags)));
+    revoker.set(&client.revoke.revocations);
+    let _ = front.client.set(Arc::downgrade(&client));
+    let owner: Arc<dyn Owner> = Arc::clone(&client) as Arc<dyn Owner>;
+    net.set_owner(Arc::downgrade(&owner));
+
+    let writer = Arc::clone(&client);
+    let mut threads = vec![thread("fsd-writeback", move || writer.storing.writeback.writeback_loop(&wake))?];
+    let leases = Arc::clone(&client.session.leases);
+    threads.push(thread("fsd-leases", move || leases.run_timers())?);
+    Ok((client, threads))
+}
+
+/// Waits until all leases have been given up; not for long where `alone` says that this cannot be.
+fn left(done: &rt::channel::Receiver<()>, alone: &impl Fn() -> bool) -> bool {
+    let (begun, mut since) = (Instant::now(), None);
+    while begun.elapsed() < LEAVE_WAIT {
+        match done.recv_timeout(Duration::from_millis(20)) {
+            Err(RecvTimeoutError::Timeout) if alone() => {
+                if since.get_or_insert_with(Instant::now).elapsed() > ALONE_WAIT {
+                    return false;
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => since = None,
+            told => return told.is_ok(),
+        }
+    }
+    false
+}
+
+/// Writes everything back, gives up all leases and leaves.
+pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn Fabric) {
+    client.session.fate.leaving.store(true, Ordering::SeqCst);
+    client.storing.writeback.write_all();
+    if client.cache.dirty.lock().is_empty() {
+        // Nothing is lost any more, whoever is not there.
+        client.session.net.hurry();
+    }
+    client.data.space.return_space();
+    let (tx, rx) = rt::channel::bounded(1);
+    client.session.leases.leave(Box::new(move || {
+        let _ = tx.send(());
+    }));
+    // Without its servers it cannot give anything up, and with nothing left to store nobody gains by its waiting.
+    let alone = || client.cache.dirty.lock().is_empty() && client.session.net.is_alone();
+    if !left(&rx, &alone) {
+        if alone() {
+            tracing::info!(
+                "the servers are gone: what this mount has leased is free when they have started again"
+            );
+        } else {
+            tracing::error!("not all leases could be given up: this mount will be taken for dead");
+        }
+    } else {
+        if let Err(error) = client.session.net.meta(ask::meta::Leave {}) {
+            tracing::warn!("leaving: {error}");
+        }
+        // Others may have read our name in a lease record just before it was freed, and ask us.
+        rt::thread::sleep(LINGER);
+    }
+    client.session.fate.stopping.store(true, Ordering::Release);
+    let _ = client.cache.wake_writeback.try_send(());
+    client.session.leases.stop_timers();
+    for thread in threads {
+        let _ = thread.join();
+    }
+    client.session.net.stop();
+    client.session.threads.workers.close(CLOSE_WAIT);
+    client.session.threads.revokers.close(CLOSE_WAIT);
+    client.session.threads.invalidators.close(CLOSE_WAIT);
+    fabric.shutdown();
+    let dirty = client.cache.dirty.lock().len();
+    if dirty > 0 {
+        tracing::error!("{dirty} files could not be written back completely");
+    }
+}
+
+/// A mount without a kernel: what uses it calls the client.
+pub struct Detached {
+    client: Arc<Client>,
+    fabric: Arc<dyn Fabric>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Detached {
+    /// Joins the cluster, reached at `listen` in a network.
+    ///
+    /// # Errors
+    /// [`MountError`]; nothing is left behind.
+    pub fn start(
+        network: &dyn Network,
+        config: &Config,
+        key: Vec<u8>,
+        listen: String,
+        mode: CacheMode,
+    ) -> Result<Self, MountError> {
+        let front = Arc::new(Front {
+            client: OnceLock::new(),
+        });
+        let (service, name) = (Arc::clone(&front) as Arc<dyn Service>, listen.clone());
+        let endpoint = Endpoint::open_in(network, config, Role::Client(None), listen, key, service)?;
+        let joined = join(
+            config,
+            name,
+            (mode, false, MountFlags::empty()),
+            &endpoint,
+            &front,
+        );
+        let (client, threads) = joined.inspect_err(|_| endpoint.fabric.shutdown())?;
+        Ok(Self {
+            client,
+            fabric: endpoint.fabric,
+            threads,
+        })
+    }
+
+    /// What does the work.
+    #[must_use]
+    pub fn client(&self) -> &Arc<Client> {
+        &self.client
+    }
+
+    /// Writes everything back, gives up all leases and leaves.
+    pub fn stop(self) {
+        leave(&self.client, self.threads, self.fabric.as_ref());
+    }
+}

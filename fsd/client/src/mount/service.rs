@@ -1,0 +1,133 @@
+//! What others ask of a mount, and what its connections tell it.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
+use lockmgr::msg::LeaseMsg;
+use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
+use rdma_transport::{Connection, Fabric, RemoteAddr};
+use rt::channel::RecvTimeoutError;
+use rt::thread::JoinHandle;
+use rt::time::Instant;
+use rustix::mount::MountFlags;
+use fsd_node::config::{CacheMode, Config, FabricChoice};
+use fsd_node::endpoint::{Endpoint, Network};
+use fsd_node::ports::Ports;
+use fsd_proto::ask;
+use fsd_proto::clock::Skew;
+use fsd_proto::rpc::{Errno, Responder, RpcError, Service};
+use fsd_proto::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
+use crate::Client;
+use crate::cache::lazy::Lazy;
+use crate::session::net::{Net, Owner};
+/// Connects the router to the client, which is made later.
+pub(super) struct Front {
+    pub(super) client: OnceLock<Weak<Client>>,
+}
+
+impl Service for Front {
+    fn admit(&self, hello: &Hello) -> Result<(), String> {
+        match hello.role {
+            Role::Client(Some(_)) | Role::Tool => Ok(()),
+            other => Err(format!("a mount accepts no connection from a {other}")),
+        }
+    }
+
+    fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
+        let refuse = |responder: Responder, errno| responder.reply::<()>(&Err(Errno(errno)));
+        let Some(client) = self.client.get().and_then(Weak::upgrade) else {
+            return refuse(responder, libc::EAGAIN);
+        };
+        match (fsd_proto::wire::decode::<MountRequest>(body), hello.role) {
+            (Ok(MountRequest::Status), _) => {
+                // It waits for answers that this thread brings.
+                let asking = rt::thread::Builder::new()
+                    .name("fsd-status".into())
+                    .spawn(move || responder.reply(&Ok(client.status())));
+                if let Err(error) = asking {
+                    tracing::warn!("no thread can be started for the status: {error}");
+                }
+            }
+            (Ok(MountRequest::Visit { ino, offset, act }), Role::Client(Some(node))) => {
+                client.calls.forward.receive(node, ino, offset, act, responder);
+            }
+            _ => refuse(responder, libc::EPROTO),
+        }
+    }
+
+    fn lease(&self, hello: &Hello, body: &[u8]) {
+        let (Role::Client(Some(node)), Some(client)) =
+            (hello.role, self.client.get().and_then(Weak::upgrade))
+        else {
+            return;
+        };
+        if let Some(inode) = LeaseMsg::record_of(body).and_then(|record| client.cache.inodes.by_record(record)) {
+            inode.heard_of(node);
+        }
+        if let Err(error) = client.session.leases.message(NodeId(node), body) {
+            tracing::error!("lease message from mount {node}: {error}");
+        }
+    }
+
+    fn disconnected(&self, conn: &Arc<dyn Connection>, _hello: Option<&Hello>) {
+        if let Some(client) = self.client.get().and_then(Weak::upgrade) {
+            client.session.net.disconnected(conn);
+        }
+    }
+}
+
+/// Where lease records and other mounts are.
+pub(super) struct Places(pub(super) Arc<Net>);
+
+impl Directory for Places {
+    fn record(&self, id: RecordId) -> Result<(Arc<dyn Connection>, RemoteAddr), LeaseError> {
+        self.0.record(id)
+    }
+
+    fn send(&self, to: NodeId, msg: &[u8]) -> Result<(), LeaseError> {
+        self.0.send_lease(to, msg);
+        Ok(())
+    }
+}
+
+impl Owner for Client {
+    fn held_locks(&self) -> Vec<LockSpec> {
+        self.files.locks.file_locks.all()
+    }
+    fn storage_lost(&self, shard: u16) {
+        self.data.space.bank.forget(shard);
+        self.session.leases.storage_lost(u32::from(shard));
+    }
+    fn transaction_lost(&self, request: &MetaRequest, error: Errno) {
+        let inos: Vec<u64> = match request {
+            MetaRequest::Namespace { touched, .. } => touched.iter().map(|t| t.ino).collect(),
+            MetaRequest::Update { updates } => updates.iter().map(|u| u.ino).collect(),
+            _ => Vec::new(),
+        };
+        for inode in inos.into_iter().filter_map(|ino| self.cache.inodes.find(ino)) {
+            tracing::error!(
+                "a change of {:#x} that was acknowledged is lost: {error}",
+                inode.ino
+            );
+            inode.errors.set(Errno(libc::EIO));
+            // What is known of its names came of that change, too.
+            inode.lock_raw().dir = Lazy::default();
+        }
+    }
+    fn storage_back(&self, shard: u16) {
+        self.session.leases.storage_reconnected(u32::from(shard));
+    }
+    fn leases_lost(&self, shard: u16) {
+        tracing::error!(
+            "storage node {shard} came back without its leases (its host was restarted): this mount cannot know what others have changed, and ends; mount again"
+        );
+        self.session.fate.doomed.store(true, Ordering::SeqCst);
+    }
+    fn peer_gone(&self, node: NodeId) {
+        self.session.leases.peer_gone(node);
+    }
+    fn peer_back(&self, node: NodeId) {
+        self.session.leases.peer_back(node);
+    }
+}

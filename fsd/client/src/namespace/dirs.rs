@@ -1,0 +1,304 @@
+//! Looking names up and listing directories.
+
+use crate::cache::Cache;
+use crate::cache::dir_cache::Listing;
+use crate::cache::inode::Inode;
+use crate::cache::inode::Locked;
+use crate::kernel::caches::KernelCaches;
+use crate::kernel::delegations::Delegations;
+use crate::opens::pins::Pinning;
+use crate::session::Session;
+use crate::session::ctx::Ctx;
+use crate::session::ctx::Res;
+use crate::session::ctx::Stop;
+use crate::session::ctx::fail;
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use fuser::INodeNo;
+use lockmgr::Mode;
+use rt::time::Instant;
+
+use fsd_proto::ask;
+use fsd_proto::layout::NAME_MAX;
+use fsd_proto::rpc::{Errno, RpcError};
+use fsd_proto::wire::{Attr, DirEntry, Kind};
+
+/// Attempts at an operation whose names change under it, before it fails.
+pub const ATTEMPTS: usize = 1000;
+
+/// How often a name is looked at again that is just being removed.
+const REMOVAL_POLL: Duration = Duration::from_micros(200);
+
+/// Cookie of `.`.
+pub const COOKIE_DOT: u64 = 1;
+/// Cookie of `..`.
+pub const COOKIE_DOTDOT: u64 = 2;
+
+/// Looking names up, and listing them.
+pub struct Directories {
+    pub(crate) session: Arc<Session>,
+    pub(crate) cache: Arc<Cache>,
+    pub(crate) kernel: Arc<KernelCaches>,
+    pub(crate) delegations: Arc<Delegations>,
+    pub(crate) pinning: Arc<Pinning>,
+}
+
+impl Directories {
+    /// What a name is, in a directory whose lease is held and whose state is locked; not while a server is asked.
+    ///
+    /// # Errors
+    /// Park; `ENOTDIR`, `ENOENT` for a directory that is gone: it was empty.
+    pub fn entry_held(
+        &self,
+        ctx: &Ctx<'_>,
+        dir: &Inode,
+        state: &mut Locked<'_>,
+        name: &[u8],
+    ) -> Res<Option<(u64, Kind)>> {
+        if name.len() > NAME_MAX {
+            return fail(libc::ENAMETOOLONG);
+        }
+        if state.gone {
+            self.kernel.tell_gone(dir, state);
+            return fail(libc::ENOENT);
+        }
+        if let Some(known) = state.dir.lookup(name) {
+            return Ok(known.map(|(ino, kind, _)| (ino, kind)));
+        }
+        ctx.may_wait()?;
+        let request = ask::meta::Lookup {
+            parent: dir.ino,
+            name: name.to_vec(),
+        };
+        let asked = state.changes();
+        let answer = state.unlocked(|| self.session.net.meta(request));
+        // What other tasks have changed since is not known to it: it is no more than what was so for a moment.
+        let lasting = state.changes() == asked;
+        let found = match answer {
+            Ok(found) => found,
+            Err(RpcError::Errno(Errno(libc::ENOENT))) => {
+                state.gone = true;
+                self.kernel.tell_gone(dir, state);
+                return fail(libc::ENOENT);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        Ok(match found {
+            Some((cookie, attr)) => {
+                if lasting {
+                    state.dir.add(name, attr.ino, attr.kind, cookie);
+                }
+                self.cache.offer(attr);
+                Some((attr.ino, attr.kind))
+            }
+            None => {
+                if lasting {
+                    state.dir.remove(name);
+                }
+                None
+            }
+        })
+    }
+
+    /// What a name is.
+    ///
+    /// # Errors
+    /// As [`Client::entry_held`].
+    pub fn entry(&self, ctx: &Ctx<'_>, dir: &Inode, name: &[u8]) -> Res<Option<(u64, Kind)>> {
+        let guard = self.session.lease(ctx, dir, Mode::Shared)?;
+        let mut state = dir.lock(ctx, guard.version())?;
+        let found = self.entry_held(ctx, dir, &mut state, name)?;
+        self.delegations.lend_names(ctx, dir, guard.version(), &mut state);
+        Ok(found)
+    }
+
+    /// Looks a name up for a thread; `answer` runs while the lease on what it names is held.
+    ///
+    /// # Errors
+    /// Park; `ENOENT`…
+    pub fn lookup<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        dir: &Inode,
+        name: &[u8],
+        thread: u32,
+        answer: impl FnOnce(&Arc<Inode>, &Attr, Duration) -> T,
+    ) -> Res<T> {
+        let began = Instant::now();
+        let mut attempts = 0;
+        while attempts < ATTEMPTS {
+            let Some((number, _)) = self.entry(ctx, dir, name)? else {
+                return fail(libc::ENOENT);
+            };
+            let inode = self.cache.inode(number);
+            let guard = self.session.lease(ctx, &inode, Mode::Shared)?;
+            let attr = {
+                let mut state = inode.lock(ctx, guard.version())?;
+                let attr = self.cache.load_attr(ctx, &inode, &mut state);
+                if let Ok(attr) = &attr {
+                    if attr.kind == Kind::Directory {
+                        state.place = Some(Box::new((dir.ino, name.to_vec())));
+                    }
+                    if attr.kind == Kind::Symlink {
+                        // Asked for next, when the link may be gone already.
+                        self.target_held(ctx, &inode, &mut state)?;
+                    }
+                    self.delegations.lend_ahead(&inode, Mode::Shared, guard.version(), attr, &state);
+                }
+                attr
+            };
+            match attr {
+                Ok(attr) => {
+                    if attr.kind == Kind::File && !self.pinning.note_look_up(ctx, &inode, thread)? {
+                        // Another request of this mount is just taking the name away.
+                        drop(guard);
+                        if began.elapsed() > self.session.lease_wait {
+                            break;
+                        }
+                        ctx.may_wait()?;
+                        rt::thread::sleep(REMOVAL_POLL);
+                        continue;
+                    }
+                    inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
+                    let ttl = self.kernel.attr_ttl(&inode, attr.kind);
+                    let done = answer(&inode, &attr, ttl);
+                    drop(guard);
+                    return Ok(done);
+                }
+                // The name got another inode meanwhile, or none: look again.
+                Err(Stop::Errno(Errno(libc::ESTALE))) => attempts += 1,
+                Err(stop) => return Err(stop),
+            }
+        }
+        fail(libc::ESTALE)
+    }
+
+    /// What open_by_handle_at(2) needs: an inode by its number (`.`), or the directory that a directory was found in (`..`).
+    ///
+    /// # Errors
+    /// Park; `ESTALE` for an inode that is gone, or of which that is not known.
+    pub fn lookup_by_number<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        number: u64,
+        name: &[u8],
+        thread: u32,
+        answer: impl FnOnce(&Arc<Inode>, &Attr, Duration) -> T,
+    ) -> Res<T> {
+        ctx.may_wait()?;
+        let number = match name {
+            b"." => number,
+            _ => {
+                let inode = self.cache.inodes.find(number);
+                let place = inode.and_then(|i| i.lock_raw().place.clone());
+                place.map_or_else(|| fail(libc::ESTALE), |found| Ok(found.0))?
+            }
+        };
+        // Whoever has a handle made the number up, perhaps: there need not be such a record.
+        match self.session.net.meta(ask::meta::GetAttr { ino: number }) {
+            Err(RpcError::Errno(Errno(libc::ENOENT))) => return fail(libc::ESTALE),
+            found => found?,
+        };
+        let inode = self.cache.inode(number);
+        let guard = self.session.lease(ctx, &inode, Mode::Shared)?;
+        let attr = {
+            let mut state = inode.lock(ctx, guard.version())?;
+            self.cache.load_attr(ctx, &inode, &mut state)?
+        };
+        if attr.kind == Kind::File && !self.pinning.note_look_up(ctx, &inode, thread)? {
+            return fail(libc::ESTALE);
+        }
+        inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
+        let ttl = self.kernel.attr_ttl(&inode, attr.kind);
+        let done = answer(&inode, &attr, ttl);
+        drop(guard);
+        Ok(done)
+    }
+
+    /// The listing of a directory as it is now.
+    ///
+    /// # Errors
+    /// Park; `ENOENT`, `ENOTDIR`.
+    pub fn listing(&self, ctx: &Ctx<'_>, dir: &Inode) -> Res<Listing> {
+        let guard = self.session.lease(ctx, dir, Mode::Shared)?;
+        let mut state = dir.lock(ctx, guard.version())?;
+        if let Some(listing) = &state.dir.listing {
+            return Ok(Arc::clone(listing));
+        }
+        if state.gone {
+            return Ok(Listing::default());
+        }
+        if !state.dir.complete {
+            ctx.may_wait()?;
+            let asked = state.changes();
+            let entries = state.unlocked(|| self.read_names(dir.ino))?;
+            if state.changes() != asked {
+                // Names that come and go while a directory is read may be listed or not.
+                let listed = entries.into_iter();
+                return Ok(Arc::new(
+                    listed.map(|e| (e.cookie, (e.name, e.ino, e.kind))).collect(),
+                ));
+            }
+            for entry in entries {
+                state.dir.add(&entry.name, entry.ino, entry.kind, entry.cookie);
+            }
+            state.dir.complete = true;
+            state.dir.absent.clear();
+        }
+        let listing: BTreeMap<_, _> = state
+            .dir
+            .entries
+            .iter()
+            .map(|(name, &(ino, kind, cookie))| (cookie, (name.clone(), ino, kind)))
+            .collect();
+        let listing = Arc::new(listing);
+        state.dir.listing = Some(Arc::clone(&listing));
+        Ok(listing)
+    }
+
+    /// All names of a directory, from the metadata server.
+    fn read_names(&self, ino: u64) -> Res<Vec<DirEntry>> {
+        let mut names = Vec::new();
+        let mut after = Vec::new();
+        loop {
+            let (entries, all) = self.session.net.meta(ask::meta::ReadDir { ino, after })?;
+            after = entries.last().map(|(e, _)| e.name.clone()).unwrap_or_default();
+            for (entry, attr) in entries {
+                names.push(entry);
+                self.cache.offer(attr);
+            }
+            if all {
+                return Ok(names);
+            }
+        }
+    }
+
+    /// Target of a symbolic link.
+    ///
+    /// # Errors
+    /// Park; `EINVAL` for anything else.
+    pub fn readlink(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<Vec<u8>> {
+        let guard = self.session.lease(ctx, inode, Mode::Shared)?;
+        let mut state = inode.lock(ctx, guard.version())?;
+        self.target_held(ctx, inode, &mut state)
+    }
+
+    /// As [`Client::readlink`], with the lease held and the state locked.
+    fn target_held(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<Vec<u8>> {
+        if let Some(target) = &state.target {
+            return Ok(target.clone());
+        }
+        if self.cache.load_attr(ctx, inode, state)?.kind != Kind::Symlink {
+            return fail(libc::EINVAL);
+        }
+        ctx.may_wait()?;
+        let target = state.unlocked(|| self.session.net.meta(ask::meta::ReadLink { ino: inode.ino }))?;
+        state.target = Some(target.clone());
+        Ok(target)
+    }
+}

@@ -1,0 +1,147 @@
+//! Transactions: changes that the metadata server makes, under leases that are held.
+
+use crate::cache::inode::Inode;
+use crate::cache::lazy::Lazy;
+use crate::kernel::caches::KernelCaches;
+use crate::kernel::delegations::Delegations;
+use crate::session::Session;
+use crate::session::Versions;
+use crate::session::ctx::Ctx;
+use crate::session::ctx::Res;
+use std::sync::Arc;
+use fsd_proto::wire::Attr;
+use fsd_proto::wire::Kind;
+use fsd_proto::wire::Touched;
+use fsd_proto::wire::NamespaceOp;
+use fsd_proto::wire::Created;
+use fsd_proto::ask;
+use rt::sync::Mutex;
+use std::collections::BTreeSet;
+/// Numbers of transactions, and which are still unanswered.
+#[derive(Debug, Default)]
+pub struct Sequence(Mutex<(u64, BTreeSet<u64>)>);
+
+impl Sequence {
+    fn begin(&self) -> (u64, u64) {
+        let mut s = self.0.lock();
+        s.0 += 1;
+        let number = s.0;
+        s.1.insert(number);
+        (number, s.1.first().copied().unwrap_or(number))
+    }
+
+    fn end(&self, number: u64) {
+        self.0.lock().1.remove(&number);
+    }
+}
+
+/// Changes of the namespace.
+pub struct Transactions {
+    /// Numbers of transactions.
+    pub seqs: Sequence,
+    pub(crate) session: Arc<Session>,
+    pub(crate) kernel: Arc<KernelCaches>,
+    pub(crate) delegations: Arc<Delegations>,
+}
+
+impl Transactions {
+    /// Carries out a transaction under leases that are held, and brings the caches up to date with it.
+    ///
+    /// # Errors
+    /// The metadata server's refusal.
+    pub fn namespace(
+        &self,
+        ctx: &Ctx<'_>,
+        held: &[&Inode],
+        guards: &dyn Versions,
+        op: NamespaceOp,
+    ) -> Res<Created> {
+        let touched = held
+            .iter()
+            .map(|i| Touched {
+                ino: i.ino,
+                version: guards.version_of(i.ino),
+            })
+            .collect();
+        let (seq, acknowledged) = self.seqs.begin();
+        let request = ask::meta::Namespace {
+            seq,
+            acknowledged,
+            now: self.session.net.now(),
+            touched,
+            op,
+        };
+        let reply = self.session.net.meta(request);
+        self.seqs.end(seq);
+        let created = match reply {
+            Ok(created) => created,
+            Err(error) => {
+                // It may have been done all the same.
+                for inode in held {
+                    let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
+                    state.dir = Lazy::default();
+                    state.changed();
+                    // Of what nothing is known nothing was lent.
+                    if state
+                        .attr
+                        .or(state.last.as_deref().copied())
+                        .is_some_and(|a| a.kind == Kind::Directory)
+                    {
+                        self.delegations.forget_names(inode);
+                    }
+                }
+                return Err(error.into());
+            }
+        };
+        for inode in held {
+            self.kernel.invalidate_attrs(inode);
+            let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
+            state.modified = true;
+            state.changed();
+            match created.attrs.iter().find(|a| a.ino == inode.ino) {
+                Some(new) => {
+                    merge(&mut state.attr, new);
+                    if let Some(attr) = &state.attr {
+                        self.delegations.lent_attr_changed(inode, attr);
+                    }
+                }
+                None if inode_kept(&created, inode.ino) => {}
+                None => {
+                    if let Some(gone) = state.attr.take() {
+                        state.last = Some(Box::new(gone));
+                        self.delegations.lent_attr_changed(inode, &Attr { nlink: 0, ..gone });
+                    }
+                }
+            }
+        }
+        Ok(created)
+    }
+}
+
+fn inode_kept(created: &Created, number: u64) -> bool {
+    // An inode that the transaction did not report has either not changed or is gone; attributes are then
+    // asked for again.
+    created.attrs.iter().any(|a| a.ino == number)
+}
+
+/// Takes over what the metadata server decides; what the holder of the lease decides stays.
+fn merge(attr: &mut Option<Attr>, new: &Attr) {
+    match attr {
+        Some(old) if old.kind == Kind::File || old.kind == Kind::Symlink => {
+            old.nlink = new.nlink;
+            old.ctime = old.ctime.max(new.ctime);
+            old.has_xattr = new.has_xattr;
+        }
+        Some(old) => {
+            old.nlink = new.nlink;
+            old.size = new.size;
+            // A change of the names sets both times; anything else leaves a time set here alone.
+            if new.mtime == new.ctime {
+                old.mtime = new.mtime;
+            }
+            old.ctime = old.ctime.max(new.ctime);
+            old.has_xattr = new.has_xattr;
+        }
+        None => *attr = Some(*new),
+    }
+}

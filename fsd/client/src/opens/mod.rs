@@ -1,0 +1,36 @@
+//! Open files, and what the record of a lease says of who has a file open.
+
+pub mod handles;
+pub mod pins;
+pub mod record;
+
+use std::sync::Arc;
+
+use crate::session::Session;
+use crate::cache::Cache;
+use crate::kernel::Kernel;
+use crate::data::Data;
+use record::OpenRecords;
+use pins::Pinning;
+use handles::OpenFiles;
+
+/// Open files.
+pub struct Opens {
+    /// What lease records say of opens.
+    pub records: Arc<OpenRecords>,
+    /// Inodes that stay for a moment.
+    pub pinning: Arc<Pinning>,
+    /// Open files.
+    pub open_files: Arc<OpenFiles>,
+}
+
+impl Opens {
+    /// The room, with nothing in it.
+    #[must_use]
+    pub fn new(session: &Arc<Session>, cache: &Arc<Cache>, kernel: &Kernel, data: &Data, cache_shared: bool, shared_mappings: bool) -> Self {
+        let records = Arc::new(OpenRecords { session: Arc::clone(session) });
+        let pinning = Arc::new(Pinning { pins: Default::default(), session: Arc::clone(session), cache: Arc::clone(cache), reservations: Arc::clone(&data.reservations), records: Arc::clone(&records) });
+        let open_files = Arc::new(OpenFiles { handles: Default::default(), cache_shared, shared_mappings, session: Arc::clone(session), kernel: Arc::clone(&kernel.caches), reservations: Arc::clone(&data.reservations), records: Arc::clone(&records), pinning: Arc::clone(&pinning) });
+        Self { records, pinning, open_files }
+    }
+}

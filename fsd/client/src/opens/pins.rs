@@ -1,0 +1,250 @@
+//! Files that were looked up, and lose their last name before the operation that the look-up was for.
+//!
+//! A kernel looks a name up and then opens, truncates, changes … the inode it was told of, by number. On a local file system the inode is
+//! alive in between, whoever removes its name. Here it is kept alive by a *pin*: a count of mounts in the lease record, beside the bits of those
+//! that have the file open. Whoever removes the last name needs the exclusive lease, for which the mount that answered the look-up gives
+//! up its own: it pins then, if the look-up was a moment ago, and so pays nothing for all the others. In the mount that removes
+//! the name itself, look-ups of other threads count the same way. A pin is dropped a little later; the last one
+//! to go removes the inode, as the last close of an unlinked file does.
+
+use crate::cache::Cache;
+use crate::cache::inode::Inode;
+use crate::cache::inode::Opens;
+use crate::data::reservations::Reservations;
+use crate::opens::handles::FLAG_UNLINKED;
+use crate::opens::handles::RecordChange;
+use crate::opens::record::OpenRecords;
+use crate::session::Session;
+use crate::session::ctx::Ctx;
+use crate::session::ctx::Res;
+use fsd_proto::ask;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rt::sync::Mutex;
+use rt::time::Instant;
+
+
+/// In word 1 of a lease record: unit of the number of mounts that pin the inode.
+pub const ONE_PIN: u64 = 1 << 8;
+/// The bits of that number.
+const PINS: u64 = 0xff_ffff << 8;
+
+/// For so long an inode is kept for it.
+const KEEP: Duration = Duration::from_secs(2);
+
+/// Does a flags word say that somebody pins the inode?
+#[must_use]
+pub fn pinned(flags: u64) -> bool {
+    flags & PINS != 0
+}
+
+/// The inodes that this mount pins, in the order in which their pins end.
+#[derive(Debug, Default)]
+pub struct Pins(Mutex<VecDeque<(Instant, Arc<Inode>)>>);
+
+impl Pins {
+    /// Is there any?
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.lock().is_empty()
+    }
+
+    fn add(&self, end: Instant, inode: Arc<Inode>) {
+        self.0.lock().push_back((end, inode));
+    }
+
+    fn take(&self, now: Option<Instant>) -> Option<Arc<Inode>> {
+        let mut all = self.0.lock();
+        let due = all
+            .front()
+            .is_some_and(|(end, _)| now.is_none_or(|now| *end <= now));
+        due.then(|| all.pop_front()).flatten().map(|(_, inode)| inode)
+    }
+}
+
+/// Inodes that stay for a moment.
+pub struct Pinning {
+    /// The pins.
+    pub pins: Pins,
+    pub(crate) session: Arc<Session>,
+    pub(crate) cache: Arc<Cache>,
+    pub(crate) reservations: Arc<Reservations>,
+    pub(crate) records: Arc<OpenRecords>,
+}
+
+impl Pinning {
+    /// Notes a look-up that is about to be answered. False: the inode is just losing its last name, with nobody in need of it.
+    ///
+    /// # Errors
+    /// Park: somebody opens or closes the file just now, which may wait for the fabric.
+    pub fn note_look_up(&self, ctx: &Ctx<'_>, inode: &Inode, thread: u32) -> Res<bool> {
+        let opens = match inode.opens.try_lock() {
+            Some(opens) => opens,
+            None => {
+                ctx.may_wait()?;
+                inode.opens.lock()
+            }
+        };
+        if !opens.removed {
+            inode.looked_up.note(thread);
+        }
+        Ok(!opens.removed)
+    }
+
+    /// Pins an inode whose opens are locked, or has its pin last longer. The caller holds a lease on it, or is just giving one up.
+    ///
+    /// # Errors
+    /// The storage node cannot be reached.
+    pub fn pin_held(&self, inode: &Arc<Inode>, opens: &mut Opens) -> Res<()> {
+        let end = Instant::now() + KEEP;
+        if opens.pinned.is_none() {
+            let pin = RecordChange {
+                pins: 1,
+                ..RecordChange::default()
+            };
+            self.records.change_record(inode, pin)?;
+            self.pins.add(end, Arc::clone(inode));
+            self.cache.wake_writer();
+        }
+        opens.pinned = Some(end);
+        Ok(())
+    }
+
+    /// The lease is about to be given up altogether: pins an inode that was looked up a moment ago. Not one that has been removed: its
+    /// record may serve another by the time the pin is dropped.
+    pub fn pin_looked_up(&self, inode: &Arc<Inode>) {
+        if !inode.looked_up.is_fresh(None) {
+            return;
+        }
+        let mut opens = inode.opens.lock();
+        if !opens.removed
+            && let Err(stop) = self.pin_held(inode, &mut opens)
+        {
+            tracing::debug!(
+                "inode {:#x} is not kept for who looked it up: {stop:?}",
+                inode.ino
+            );
+        }
+    }
+
+    /// As [`Client::pin_looked_up`], on a thread that must not wait for the fabric, nor for who does. False: another one has to.
+    pub fn pin_at_once(&self, inode: &Arc<Inode>) -> bool {
+        if !inode.looked_up.is_fresh(None) {
+            return true;
+        }
+        let Some(mut opens) = inode.opens.try_lock() else {
+            return false;
+        };
+        if opens.removed {
+            return true;
+        }
+        if opens.pinned.is_some() {
+            opens.pinned = Some(Instant::now() + KEEP);
+            return true;
+        }
+        if !self.session.local_memory() {
+            return false;
+        }
+        drop(opens);
+        self.pin_looked_up(inode);
+        true
+    }
+
+    /// Drops the pins whose time is over; with `all`, every one.
+    pub fn drop_pins(&self, all: bool) {
+        let now = (!all).then(Instant::now);
+        while let Some(inode) = self.pins.take(now) {
+            self.drop_pin(&inode, all);
+        }
+    }
+
+    fn drop_pin(&self, inode: &Arc<Inode>, now: bool) {
+        let mut opens = inode.opens.lock();
+        if let Some(end) = opens.pinned.filter(|end| !now && *end > Instant::now()) {
+            // It was looked up again meanwhile.
+            return self.pins.add(end, Arc::clone(inode));
+        }
+        opens.pinned = None;
+        let unpin = RecordChange {
+            pins: -1,
+            ..RecordChange::default()
+        };
+        match self.records.change_record(inode, unpin) {
+            Ok((flags, bitmap)) => {
+                let last = flags & FLAG_UNLINKED != 0 && !pinned(flags) && bitmap.iter().all(|&w| w == 0);
+                if last && opens.count == 0 {
+                    opens.removed = true;
+                    drop(opens);
+                    self.reap(inode);
+                }
+            }
+            Err(stop) => tracing::warn!(
+                "inode {:#x} may stay after its last name is gone, until all mounts have left: {stop:?}",
+                inode.ino
+            ),
+        }
+    }
+
+    /// Sets the unlinked flag of an inode about to lose its last name to a request of `thread`, and tells whether it is in use: open
+    /// anywhere, or looked up a moment ago. The flag comes first: a last closer either sees it or is seen. If it is not in use,
+    /// nobody can open it any more.
+    ///
+    /// # Errors
+    /// The storage node cannot be reached.
+    pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
+        ctx.may_wait()?;
+        self.records.set_flag(inode, FLAG_UNLINKED, true)?;
+        let used = self.is_used(inode, thread);
+        if used.is_err() {
+            // The name stays; with the flag the next last close would take the file for one without.
+            self.clear_unlinked(inode)?;
+        }
+        used
+    }
+
+    fn is_used(&self, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
+        let mut opens = inode.opens.lock();
+        if inode.looked_up.is_fresh(Some(thread)) {
+            self.pin_held(inode, &mut opens)?;
+            return Ok(true);
+        }
+        let (flags, bitmap) = self.records.change_record(inode, RecordChange::default())?;
+        let used = opens.count > 0 || pinned(flags) || bitmap.iter().any(|&w| w != 0);
+        opens.removed = !used;
+        Ok(used)
+    }
+
+    /// Takes the unlinked flag back (the unlink failed, or the record serves a new inode).
+    ///
+    /// # Errors
+    /// The storage node cannot be reached.
+    pub fn clear_unlinked(&self, inode: &Inode) -> Res<()> {
+        inode.opens.lock().removed = false;
+        self.records.set_flag(inode, FLAG_UNLINKED, false)
+    }
+
+    /// The last close of a file without a name.
+    pub(crate) fn reap(&self, inode: &Arc<Inode>) {
+        let gone = Arc::clone(inode);
+        self.session.net
+            .meta_async(ask::meta::Reap { ino: inode.ino }, move |result| {
+                if let Err(error) = result {
+                    tracing::warn!("orphan {:#x} not removed: {error}", gone.ino);
+                }
+            });
+        self.reservations.forget_data(inode);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pins_are_counted_beside_flags_and_writers() {
+        let word = FLAG_UNLINKED | (super::super::opens::ONE_WRITER * 3);
+        assert!(!pinned(word) && pinned(word + ONE_PIN) && !pinned(word + ONE_PIN - ONE_PIN));
+    }
+}
