@@ -55,7 +55,7 @@ pub mod write;
 pub mod writeback;
 pub mod xattrs;
 
-pub use mount::{Mount, MountError, MountOptions};
+pub use mount::{Detached, Mount, MountError, MountOptions};
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -24,7 +24,7 @@ use super::revoke::Revoker;
 use super::workers::Workers;
 use super::{Client, Counters};
 use fsd_node::config::{CacheMode, Config, FabricChoice};
-use fsd_node::endpoint::Endpoint;
+use fsd_node::endpoint::{Endpoint, Network};
 use fsd_node::ports::Ports;
 use fsd_proto::ask;
 use fsd_proto::clock::Skew;
@@ -272,6 +272,92 @@ fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle
         .map_err(MountError::Thread)
 }
 
+/// Joins the cluster: everything of a mount but the kernel. `name` is shown to who asks for the mounts there are.
+fn join(
+    config: &Config,
+    name: String,
+    (mode, cache_shared, flags): (CacheMode, bool, MountFlags),
+    endpoint: &Endpoint,
+    front: &Arc<Front>,
+) -> Result<(Arc<Client>, Vec<JoinHandle<()>>), MountError> {
+    let workers = Workers::new("fsd-worker", 256);
+    let net_config = NetConfig {
+        cluster: config.cluster.clone(),
+        meta_addr: config.meta.listen.clone(),
+        timeout: Duration::from_millis(config.timeout_ms),
+        name,
+    };
+    let net = Net::new(net_config, endpoint, workers.clone());
+    let joined = net.join().map_err(|error| match error {
+        JoinError::Clocks(skew) => MountError::Clocks(skew),
+        JoinError::Rpc(RpcError::Errno(Errno(libc::EUSERS))) => MountError::Full,
+        JoinError::Rpc(RpcError::Errno(Errno(libc::ESTALE))) => MountError::Stores,
+        JoinError::Rpc(other) => MountError::Join(other),
+    })?;
+    let node = NodeId(joined.node);
+    let layout = lockmgr::RecordLayout::new(joined.record_bytes)?;
+    let revoker = Arc::new(Revoker::default());
+    let mut manager = ManagerConfig::new(node, joined.incarnation, layout);
+    manager.min_hold = Duration::from_micros(config.lease.min_hold_us);
+    manager.keep_word = Duration::from_millis(config.lease.keep_ms);
+    let leases = LeaseManager::new(
+        manager,
+        Arc::new(Places(Arc::clone(&net))),
+        Arc::clone(&revoker) as Arc<dyn lockmgr::LeaseUser>,
+    )?;
+    let loops = config.mount.loops.max(SPARE_LOOPS + 1);
+    let (wake_writeback, wake) = rt::channel::bounded(1);
+    let client = Arc::new(Client {
+        node,
+        mode,
+        cache_shared,
+        shared_mappings: config.mount.shared_mappings,
+        leases,
+        net: Arc::clone(&net),
+        inodes: Arc::default(),
+        workers,
+        revokers: Workers::new("fsd-revoke", 128),
+        invalidators: Workers::new("fsd-inval", 256),
+        permits: super::ctx::Permits::new(loops, SPARE_LOOPS),
+        lease_wait: Duration::from_millis(config.lease.wait_ms),
+        cache_reads: config.fabric != FabricChoice::Shm,
+        layout,
+        notifier: OnceLock::new(),
+        extension: OnceLock::new(),
+        dirty: Default::default(),
+        attr_push: Default::default(),
+        cached_pages: AtomicUsize::new(0),
+        max_pages: (config.mount.buffer_cache.0 / super::pages::PAGE) as usize,
+        new_inos: Arc::default(),
+        handles: Default::default(),
+        file_locks: Default::default(),
+        pins: Default::default(),
+        space: Default::default(),
+        access_times: super::atime::AccessTimes::of(flags),
+        closes_awaited: Default::default(),
+        seqs: Default::default(),
+        writeback_after: Duration::from_millis(config.mount.writeback_ms),
+        counters: Counters::default(),
+        trim: super::trim::Trim::new(config.mount.max_inodes),
+        wake_writeback,
+        writeback_sleeps: AtomicBool::new(false),
+        stopping: AtomicBool::new(false),
+        leaving: AtomicBool::new(false),
+        began: rt::time::Instant::now(),
+        doomed: AtomicBool::new(false),
+    });
+    revoker.set_client(&client);
+    let _ = front.client.set(Arc::downgrade(&client));
+    let owner: Arc<dyn Owner> = Arc::clone(&client) as Arc<dyn Owner>;
+    net.set_owner(Arc::downgrade(&owner));
+
+    let writer = Arc::clone(&client);
+    let mut threads = vec![thread("fsd-writeback", move || writer.writeback_loop(&wake))?];
+    let leases = Arc::clone(&client.leases);
+    threads.push(thread("fsd-leases", move || leases.run_timers())?);
+    Ok((client, threads))
+}
+
 /// Mounts in the kernel, and shakes hands with it.
 fn open_session(
     config: &Config,
@@ -346,6 +432,53 @@ fn left(done: &rt::channel::Receiver<()>, alone: &impl Fn() -> bool) -> bool {
     false
 }
 
+/// Writes everything back, gives up all leases and leaves.
+fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn Fabric) {
+    client.leaving.store(true, Ordering::SeqCst);
+    client.write_all();
+    if client.dirty.lock().is_empty() {
+        // Nothing is lost any more, whoever is not there.
+        client.net.hurry();
+    }
+    client.return_space();
+    let (tx, rx) = rt::channel::bounded(1);
+    client.leases.leave(Box::new(move || {
+        let _ = tx.send(());
+    }));
+    // Without its servers it cannot give anything up, and with nothing left to store nobody gains by its waiting.
+    let alone = || client.dirty.lock().is_empty() && client.net.is_alone();
+    if !left(&rx, &alone) {
+        if alone() {
+            tracing::info!(
+                "the servers are gone: what this mount has leased is free when they have started again"
+            );
+        } else {
+            tracing::error!("not all leases could be given up: this mount will be taken for dead");
+        }
+    } else {
+        if let Err(error) = client.net.meta(ask::meta::Leave {}) {
+            tracing::warn!("leaving: {error}");
+        }
+        // Others may have read our name in a lease record just before it was freed, and ask us.
+        rt::thread::sleep(LINGER);
+    }
+    client.stopping.store(true, Ordering::Release);
+    let _ = client.wake_writeback.try_send(());
+    client.leases.stop_timers();
+    for thread in threads {
+        let _ = thread.join();
+    }
+    client.net.stop();
+    client.workers.close(CLOSE_WAIT);
+    client.revokers.close(CLOSE_WAIT);
+    client.invalidators.close(CLOSE_WAIT);
+    fabric.shutdown();
+    let dirty = client.dirty.lock().len();
+    if dirty > 0 {
+        tracing::error!("{dirty} files could not be written back completely");
+    }
+}
+
 impl Mount {
     /// Joins the cluster and mounts.
     ///
@@ -389,82 +522,11 @@ impl Mount {
         endpoint: &Endpoint,
         front: &Arc<Front>,
     ) -> Result<Self, MountError> {
-        let workers = Workers::new("fsd-worker", 256);
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        let net_config = NetConfig {
-            cluster: config.cluster.clone(),
-            meta_addr: config.meta.listen.clone(),
-            timeout: Duration::from_millis(config.timeout_ms),
-            name: format!("{host}:{}", point.display()),
-        };
-        let net = Net::new(net_config, endpoint, workers.clone());
-        let joined = net.join().map_err(|error| match error {
-            JoinError::Clocks(skew) => MountError::Clocks(skew),
-            JoinError::Rpc(RpcError::Errno(Errno(libc::EUSERS))) => MountError::Full,
-            JoinError::Rpc(RpcError::Errno(Errno(libc::ESTALE))) => MountError::Stores,
-            JoinError::Rpc(other) => MountError::Join(other),
-        })?;
-        let node = NodeId(joined.node);
-        let layout = lockmgr::RecordLayout::new(joined.record_bytes)?;
-        let revoker = Arc::new(Revoker::default());
-        let mut manager = ManagerConfig::new(node, joined.incarnation, layout);
-        manager.min_hold = Duration::from_micros(config.lease.min_hold_us);
-        manager.keep_word = Duration::from_millis(config.lease.keep_ms);
-        let leases = LeaseManager::new(
-            manager,
-            Arc::new(Places(Arc::clone(&net))),
-            Arc::clone(&revoker) as Arc<dyn lockmgr::LeaseUser>,
-        )?;
-        let loops = config.mount.loops.max(SPARE_LOOPS + 1);
-        let (wake_writeback, wake) = rt::channel::bounded(1);
-        let client = Arc::new(Client {
-            node,
-            mode,
-            cache_shared: options.cache_shared && mode == CacheMode::Writethrough,
-            shared_mappings: config.mount.shared_mappings,
-            leases,
-            net: Arc::clone(&net),
-            inodes: Arc::default(),
-            workers,
-            revokers: Workers::new("fsd-revoke", 128),
-            invalidators: Workers::new("fsd-inval", 256),
-            permits: super::ctx::Permits::new(loops, SPARE_LOOPS),
-            lease_wait: Duration::from_millis(config.lease.wait_ms),
-            cache_reads: config.fabric != FabricChoice::Shm,
-            layout,
-            notifier: OnceLock::new(),
-            extension: OnceLock::new(),
-            dirty: Default::default(),
-            attr_push: Default::default(),
-            cached_pages: AtomicUsize::new(0),
-            max_pages: (config.mount.buffer_cache.0 / super::pages::PAGE) as usize,
-            new_inos: Arc::default(),
-            handles: Default::default(),
-            file_locks: Default::default(),
-            pins: Default::default(),
-            space: Default::default(),
-            access_times: super::atime::AccessTimes::of(flags),
-            closes_awaited: Default::default(),
-            seqs: Default::default(),
-            writeback_after: Duration::from_millis(config.mount.writeback_ms),
-            counters: Counters::default(),
-            trim: super::trim::Trim::new(config.mount.max_inodes),
-            wake_writeback,
-            writeback_sleeps: AtomicBool::new(false),
-            stopping: AtomicBool::new(false),
-            leaving: AtomicBool::new(false),
-            began: rt::time::Instant::now(),
-            doomed: AtomicBool::new(false),
-        });
-        revoker.set_client(&client);
-        let _ = front.client.set(Arc::downgrade(&client));
-        let owner: Arc<dyn Owner> = Arc::clone(&client) as Arc<dyn Owner>;
-        net.set_owner(Arc::downgrade(&owner));
-
-        let writer = Arc::clone(&client);
-        let mut threads = vec![thread("fsd-writeback", move || writer.writeback_loop(&wake))?];
-        let leases = Arc::clone(&client.leases);
-        threads.push(thread("fsd-leases", move || leases.run_timers())?);
+        let name = format!("{host}:{}", point.display());
+        let shared = options.cache_shared && mode == CacheMode::Writethrough;
+        let (client, threads) = join(config, name, (mode, shared, flags), endpoint, front)?;
+        let (node, loops) = (client.node, config.mount.loops.max(SPARE_LOOPS + 1));
 
         let (session, mounted) = open_session(config, options, loops, &client, (&point, flags))?;
         if let Some(mounted) = &mounted {
@@ -556,49 +618,57 @@ impl Mount {
                 std::mem::forget(session);
             }
         }
-        let client = &self.client;
-        client.leaving.store(true, Ordering::SeqCst);
-        client.write_all();
-        if client.dirty.lock().is_empty() {
-            // Nothing is lost any more, whoever is not there.
-            client.net.hurry();
-        }
-        client.return_space();
-        let (tx, rx) = rt::channel::bounded(1);
-        client.leases.leave(Box::new(move || {
-            let _ = tx.send(());
-        }));
-        // Without its servers it cannot give anything up, and with nothing left to store nobody gains by its waiting.
-        let alone = || client.dirty.lock().is_empty() && client.net.is_alone();
-        if !left(&rx, &alone) {
-            if alone() {
-                tracing::info!(
-                    "the servers are gone: what this mount has leased is free when they have started again"
-                );
-            } else {
-                tracing::error!("not all leases could be given up: this mount will be taken for dead");
-            }
-        } else {
-            if let Err(error) = client.net.meta(ask::meta::Leave {}) {
-                tracing::warn!("leaving: {error}");
-            }
-            // Others may have read our name in a lease record just before it was freed, and ask us.
-            rt::thread::sleep(LINGER);
-        }
-        client.stopping.store(true, Ordering::Release);
-        let _ = client.wake_writeback.try_send(());
-        client.leases.stop_timers();
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
-        client.net.stop();
-        client.workers.close(CLOSE_WAIT);
-        client.revokers.close(CLOSE_WAIT);
-        client.invalidators.close(CLOSE_WAIT);
-        self.fabric.shutdown();
-        let dirty = client.dirty.lock().len();
-        if dirty > 0 {
-            tracing::error!("{dirty} files could not be written back completely");
-        }
+        leave(&self.client, self.threads, self.fabric.as_ref());
+    }
+}
+
+/// A mount without a kernel: what uses it calls the client.
+pub struct Detached {
+    client: Arc<Client>,
+    fabric: Arc<dyn Fabric>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Detached {
+    /// Joins the cluster, reached at `listen` in a network.
+    ///
+    /// # Errors
+    /// [`MountError`]; nothing is left behind.
+    pub fn start(
+        network: &dyn Network,
+        config: &Config,
+        key: Vec<u8>,
+        listen: String,
+        mode: CacheMode,
+    ) -> Result<Self, MountError> {
+        let front = Arc::new(Front {
+            client: OnceLock::new(),
+        });
+        let (service, name) = (Arc::clone(&front) as Arc<dyn Service>, listen.clone());
+        let endpoint = Endpoint::open_in(network, config, Role::Client(None), listen, key, service)?;
+        let joined = join(
+            config,
+            name,
+            (mode, false, MountFlags::empty()),
+            &endpoint,
+            &front,
+        );
+        let (client, threads) = joined.inspect_err(|_| endpoint.fabric.shutdown())?;
+        Ok(Self {
+            client,
+            fabric: endpoint.fabric,
+            threads,
+        })
+    }
+
+    /// What does the work.
+    #[must_use]
+    pub fn client(&self) -> &Arc<Client> {
+        &self.client
+    }
+
+    /// Writes everything back, gives up all leases and leaves.
+    pub fn stop(self) {
+        leave(&self.client, self.threads, self.fabric.as_ref());
     }
 }
