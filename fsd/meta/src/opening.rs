@@ -67,7 +67,10 @@ pub fn format(config: &Config, uuid: &str) -> Result<(), MetaError> {
 }
 
 /// Writes what every store begins with.
-pub(super) fn make(store: &dyn Store, config: &Config, uuid: &str) -> Result<(), MetaError> {
+///
+/// # Errors
+/// The store failed.
+pub fn make(store: &dyn Store, config: &Config, uuid: &str) -> Result<(), MetaError> {
     let superblock = Superblock {
         layout: LAYOUT,
         cluster: config.cluster.clone(),

@@ -9,7 +9,7 @@ use rt::channel::{Receiver, Sender, unbounded};
 use rt::sync::Mutex;
 use rt::thread::JoinHandle;
 
-pub use super::opening::{check_unformatted, format};
+pub use super::opening::{check_unformatted, format, make};
 
 use super::MetaError;
 use super::copies::{self, Copies};
@@ -20,7 +20,7 @@ use super::records::{Superblock, key};
 use super::sessions::Sessions;
 use super::window::Window;
 use fsd_node::config::Config;
-use fsd_node::endpoint::Endpoint;
+use fsd_node::endpoint::{Endpoint, Network};
 use fsd_node::memory::{Claim, Note};
 use fsd_node::store::{FjallStore, Store, is_begun};
 use fsd_proto::locks::{LockTable, Ticket};
@@ -73,13 +73,13 @@ pub(super) struct Inner {
     pub(super) nodes: Arc<dyn StorageNodes>,
     pub(super) copies: Arc<Copies>,
     pub(super) stopping: AtomicBool,
-    #[cfg(test)]
+    #[cfg(any(test, feature = "flaws"))]
     pub(super) flaw: Option<Flaw>,
 }
 
 /// A rule left out, so that tests can show what it is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Flaw {
+pub enum Flaw {
     /// Inode numbers are given out before that is durable.
     NumbersEarly,
     /// Blocks of a removed file are freed before the removal is durable.
@@ -91,7 +91,6 @@ pub(super) enum Flaw {
     /// A mount leaves before what it has done is durable.
     LeftEarly,
     /// A server that dies in its recovery window forgets that it had one.
-    #[cfg(test)]
     WindowForgotten,
     /// After the window, places are given again that mounts know as those of what could not be carried out.
     PlacesAgain,
@@ -103,6 +102,48 @@ pub(super) enum Flaw {
 pub(super) struct Told {
     pub(super) sync: Receiver<OnceDurable>,
     pub(super) house: Receiver<House>,
+}
+
+/// What a metadata server stands on.
+pub struct Base<'a> {
+    /// Where everything is kept.
+    pub store: Arc<dyn Store>,
+    /// Where its endpoint is made.
+    pub network: &'a dyn Network,
+    /// A rule to leave out; tests only.
+    #[cfg(any(test, feature = "flaws"))]
+    pub flaw: Option<Flaw>,
+}
+
+impl<'a> Base<'a> {
+    /// This store, and this network.
+    pub fn new(store: Arc<dyn Store>, network: &'a dyn Network) -> Self {
+        Self {
+            store,
+            network,
+            #[cfg(any(test, feature = "flaws"))]
+            flaw: None,
+        }
+    }
+
+    #[cfg(any(test, feature = "flaws"))]
+    fn flawed(&self, flaw: Flaw) -> bool {
+        self.flaw == Some(flaw)
+    }
+
+    #[cfg(not(any(test, feature = "flaws")))]
+    #[allow(clippy::unused_self)]
+    const fn flawed(&self, _flaw: Flaw) -> bool {
+        false
+    }
+}
+
+#[cfg(any(test, feature = "flaws"))]
+fn flawed(mut inner: Arc<Inner>, flaw: Option<Flaw>) -> Arc<Inner> {
+    if let Some(inner) = Arc::get_mut(&mut inner) {
+        inner.flaw = flaw;
+    }
+    inner
 }
 
 /// A running metadata server.
@@ -152,6 +193,20 @@ impl MetaServer {
             });
         }
         let store: Arc<dyn Store> = Arc::new(FjallStore::open_existing(dir)?);
+        Self::start_on(Base::new(store, config), config, cluster_key, accept_older)
+    }
+
+    /// As [`MetaServer::start`], on a store and in a network of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`MetaServer::start`].
+    pub fn start_on(
+        base: Base<'_>,
+        config: &Config,
+        cluster_key: Vec<u8>,
+        accept_older: bool,
+    ) -> Result<Self, MetaError> {
+        let (dir, store) = (&config.meta.dir, base.store.clone());
         let superblock = read_superblock(store.as_ref(), config, dir)?;
         let mut state = load_state(store.as_ref(), &superblock)?;
         let note = Note {
@@ -172,7 +227,7 @@ impl MetaServer {
         if lost {
             state.window = Window::open(state.sessions.nodes.keys().copied());
         }
-        if state.window.is_none() {
+        if state.window.is_none() || base.flawed(Flaw::WindowForgotten) {
             // There is nobody to ask.
             order.settle(0)?;
         } else {
@@ -189,9 +244,11 @@ impl MetaServer {
         let service = Arc::clone(&front) as Arc<dyn Service>;
         let listen = config.meta.listen.clone();
         let Endpoint { fabric, calls, .. } =
-            Endpoint::open(config, Role::Meta, listen, cluster_key, service)?;
+            Endpoint::open_in(base.network, config, Role::Meta, listen, cluster_key, service)?;
         let nodes = Arc::new(FabricNodes::new(config, &store, &fabric, calls, &copies));
         let (inner, told) = Inner::new(config, superblock, store, state, order, (nodes, copies))?;
+        #[cfg(any(test, feature = "flaws"))]
+        let inner = flawed(inner, base.flaw);
         let (stop, stop_in) = unbounded();
         let (stop_comparing, compare_in) = unbounded();
         let (stop_looking, look_in) = unbounded();
@@ -288,7 +345,7 @@ impl Inner {
             nodes,
             copies,
             stopping: AtomicBool::new(false),
-            #[cfg(test)]
+            #[cfg(any(test, feature = "flaws"))]
             flaw: None,
         });
         for (k, _) in inner.store.scan(b"F", b"G", usize::MAX)? {
@@ -301,12 +358,12 @@ impl Inner {
         Ok((inner, told))
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "flaws"))]
     pub(super) fn flawed(&self, flaw: Flaw) -> bool {
         self.flaw == Some(flaw)
     }
 
-    #[cfg(not(test))]
+    #[cfg(not(any(test, feature = "flaws")))]
     #[allow(clippy::unused_self)]
     pub(super) const fn flawed(&self, _flaw: Flaw) -> bool {
         false

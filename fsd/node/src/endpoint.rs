@@ -3,11 +3,51 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use rdma_transport::{Fabric, FabricConfig, TransportError, VerbsOptions};
+use rdma_transport::sim::SimNet;
+use rdma_transport::{Fabric, FabricConfig, Handler, TransportError, VerbsOptions};
 
 use crate::config::{Config, FabricChoice};
 use fsd_proto::rpc::{Calls, Router, Service};
 use fsd_proto::wire::{Hello, Role};
+
+/// Where endpoints are made: the provider that a configuration names, or a simulated network.
+pub trait Network: Send + Sync {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// The address is in use, the key is too short, the system refuses.
+    fn open(
+        &self,
+        config: FabricConfig,
+        handler: Arc<dyn Handler>,
+    ) -> Result<Arc<dyn Fabric>, TransportError>;
+}
+
+impl Network for Config {
+    fn open(
+        &self,
+        config: FabricConfig,
+        handler: Arc<dyn Handler>,
+    ) -> Result<Arc<dyn Fabric>, TransportError> {
+        match self.fabric {
+            FabricChoice::Verbs => {
+                let options = VerbsOptions::from(self.verbs.clone()).with_env()?;
+                rdma_transport::open_verbs(config, &options, handler)
+            }
+            other => rdma_transport::open(other.into(), config, handler),
+        }
+    }
+}
+
+impl Network for SimNet {
+    fn open(
+        &self,
+        config: FabricConfig,
+        handler: Arc<dyn Handler>,
+    ) -> Result<Arc<dyn Fabric>, TransportError> {
+        self.endpoint(config, handler)
+    }
+}
 
 /// An endpoint, and the calls made from it.
 pub struct Endpoint {
@@ -31,6 +71,21 @@ impl Endpoint {
         key: Vec<u8>,
         service: Arc<dyn Service>,
     ) -> Result<Self, TransportError> {
+        Self::open_in(config, config, role, listen, key, service)
+    }
+
+    /// As [`Endpoint::open`], in a network of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`Endpoint::open`].
+    pub fn open_in(
+        network: &dyn Network,
+        config: &Config,
+        role: Role,
+        listen: String,
+        key: Vec<u8>,
+        service: Arc<dyn Service>,
+    ) -> Result<Self, TransportError> {
         let (calls, life) = (Arc::new(Calls::default()), rt::random());
         let fabric_config = FabricConfig {
             listen,
@@ -40,13 +95,7 @@ impl Endpoint {
             timeout: Duration::from_millis(config.timeout_ms),
         };
         let router = Router::new(&config.cluster, Arc::clone(&calls), service);
-        let fabric = match config.fabric {
-            FabricChoice::Verbs => {
-                let options = VerbsOptions::from(config.verbs.clone()).with_env()?;
-                rdma_transport::open_verbs(fabric_config, &options, router)?
-            }
-            other => rdma_transport::open(other.into(), fabric_config, router)?,
-        };
+        let fabric = network.open(fabric_config, router)?;
         Ok(Self { fabric, calls, life })
     }
 }

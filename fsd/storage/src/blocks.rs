@@ -107,7 +107,7 @@ pub struct Blocks {
     pub(super) restore: AtomicBool,
     /// What went wrong.
     pub faults: Faults,
-    #[cfg(test)]
+    #[cfg(any(test, feature = "flaws"))]
     pub(super) flaw: Option<Flaw>,
 }
 
@@ -151,12 +151,12 @@ impl Space {
 }
 
 impl Blocks {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "flaws"))]
     pub(super) fn flawed(&self, flaw: Flaw) -> bool {
         self.flaw == Some(flaw)
     }
 
-    #[cfg(not(test))]
+    #[cfg(not(any(test, feature = "flaws")))]
     #[allow(clippy::unused_self)]
     pub(super) const fn flawed(&self, _flaw: Flaw) -> bool {
         false

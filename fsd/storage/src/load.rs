@@ -43,17 +43,17 @@ pub struct Parts {
     /// The store is taken as it is, though memory knows of a newer one.
     pub accept_older: bool,
     /// A rule to leave out; tests only.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "flaws"))]
     pub flaw: Option<Flaw>,
 }
 
 impl Parts {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "flaws"))]
     fn flawed(&self, flaw: Flaw) -> bool {
         self.flaw == Some(flaw)
     }
 
-    #[cfg(not(test))]
+    #[cfg(not(any(test, feature = "flaws")))]
     #[allow(clippy::unused_self)]
     const fn flawed(&self, _flaw: Flaw) -> bool {
         false
@@ -166,7 +166,7 @@ impl Blocks {
             cleaning_bytes: AtomicU64::new(0),
             restore: AtomicBool::new(false),
             faults: Faults::default(),
-            #[cfg(test)]
+            #[cfg(any(test, feature = "flaws"))]
             flaw: parts.flaw,
         };
         if parts.pinned {

@@ -12,15 +12,16 @@ use rt::thread::JoinHandle;
 
 use super::blocks::{Blocks, STOCK};
 use super::cut::End;
-use super::disk::FileDisk;
+use super::disk::{Disk, FileDisk};
 use super::fence::Fence;
 use super::label::{self, Label};
 use super::leases::LeaseTable;
 use super::load::Parts;
 use super::{StorageError, errno};
 use fsd_node::config::{Config, FabricChoice, Size, StorageConfig};
-use fsd_node::endpoint::Endpoint;
+use fsd_node::endpoint::{Endpoint, Network};
 use fsd_node::memory::{Claim, Note};
+use fsd_node::store::Store;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::{Errno, Responder, Service};
 use fsd_proto::wire::{Hello, Role, StorageReply};
@@ -124,13 +125,30 @@ impl StorageNode {
                 path: config.key_file.clone(),
                 detail: format!("the configuration has no storage node {id}"),
             })?;
-        let (label, claim, blocks) = open_blocks(config, section, accept_older)?;
+        let base = Base::of_directory(config, section)?;
+        Self::start_on(base, config, section, key, accept_older)
+    }
+
+    /// As [`StorageNode::start`], on a disk and in a network of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`StorageNode::start`].
+    pub fn start_on(
+        base: Base<'_>,
+        config: &Config,
+        section: &StorageConfig,
+        key: Vec<u8>,
+        accept_older: bool,
+    ) -> Result<Self, StorageError> {
+        let (id, network) = (section.id, base.network);
+        let (label, claim, blocks) = open_blocks(base, config, section, accept_older)?;
         let front = Arc::new(Front {
             inner: std::sync::OnceLock::new(),
         });
         let service = Arc::clone(&front) as Arc<dyn Service>;
         let listen = section.listen.clone();
-        let fabric = Endpoint::open(config, Role::Storage(id), listen, key, service)?.fabric;
+        let role = Role::Storage(id);
+        let fabric = Endpoint::open_in(network, config, role, listen, key, service)?.fabric;
         let leases = LeaseTable::open(
             memory_file(section, &note(section, &label), "leases"),
             config.lease.record_bytes,
@@ -238,39 +256,74 @@ fn memory_file(section: &StorageConfig, note: &Note, kind: &str) -> PathBuf {
     section.memory_dir.join(format!("{}.{kind}", note.stem()))
 }
 
-/// Checks the label against the configuration, and opens what the directory has.
+/// What a storage node stands on.
+pub struct Base<'a> {
+    /// Whose the store is.
+    pub label: Label,
+    /// Where blocks are kept …
+    pub disk: Arc<dyn Disk>,
+    /// … by which name.
+    pub disk_path: PathBuf,
+    /// Where the index is kept.
+    pub store: Arc<dyn Store>,
+    /// Where its endpoint is made.
+    pub network: &'a dyn Network,
+    /// A rule to leave out; tests only.
+    #[cfg(any(test, feature = "flaws"))]
+    pub flaw: Option<super::blocks::Flaw>,
+}
+
+impl<'a> Base<'a> {
+    /// Checks the label of a directory against the configuration, and opens what the directory has.
+    fn of_directory(config: &'a Config, section: &StorageConfig) -> Result<Self, StorageError> {
+        let (id, dir) = (section.id, &section.dir);
+        let bytes = section.pool.0 / BLOCK * BLOCK;
+        let mut label = Label::check(dir, &config.cluster, id, bytes, config.lease.record_bytes)?;
+        label::make_private(dir)?;
+        let disk_path = dir.join(label::BACKING);
+        if !disk_path.exists() {
+            return Err(StorageError::Format {
+                path: disk_path,
+                detail: "the backing file is missing: put it back where it was".into(),
+            });
+        }
+        let store = label::open_index(dir, &mut label)?;
+        let disk = FileDisk::open(&disk_path).map_err(|error| StorageError::Io {
+            what: "cannot open the backing file",
+            path: disk_path.clone(),
+            error,
+        })?;
+        if label.pool < bytes {
+            // Before anything is in the part that is new.
+            tracing::info!(
+                "storage node {id}: the pool grows from {} to {}",
+                Size(label.pool),
+                Size(bytes)
+            );
+            label.pool = bytes;
+            label.write(dir)?;
+        }
+        Ok(Self {
+            label,
+            disk: Arc::new(disk),
+            disk_path,
+            store,
+            network: config,
+            #[cfg(any(test, feature = "flaws"))]
+            flaw: None,
+        })
+    }
+}
+
+/// Brings the pool's memory up.
 fn open_blocks(
+    base: Base<'_>,
     config: &Config,
     section: &StorageConfig,
     accept_older: bool,
 ) -> Result<(Label, Claim, Blocks), StorageError> {
-    let (id, dir) = (section.id, &section.dir);
+    let (id, label) = (section.id, base.label);
     let bytes = section.pool.0 / BLOCK * BLOCK;
-    let mut label = Label::check(dir, &config.cluster, id, bytes, config.lease.record_bytes)?;
-    label::make_private(dir)?;
-    let disk_path = dir.join(label::BACKING);
-    if !disk_path.exists() {
-        return Err(StorageError::Format {
-            path: disk_path,
-            detail: "the backing file is missing: put it back where it was".into(),
-        });
-    }
-    let store = label::open_index(dir, &mut label)?;
-    let disk = FileDisk::open(&disk_path).map_err(|error| StorageError::Io {
-        what: "cannot open the backing file",
-        path: disk_path.clone(),
-        error,
-    })?;
-    if label.pool < bytes {
-        // Before anything is in the part that is new.
-        tracing::info!(
-            "storage node {id}: the pool grows from {} to {}",
-            Size(label.pool),
-            Size(bytes)
-        );
-        label.pool = bytes;
-        label.write(dir)?;
-    }
     let note = note(section, &label);
     let claim = Claim::take(&section.memory_dir, &note).map_err(|error| StorageError::Io {
         what: "cannot keep memory in",
@@ -282,13 +335,13 @@ fn open_blocks(
         memory: memory_file(section, &note, "pool"),
         uuid: label.uuid.clone(),
         bytes,
-        disk: Arc::new(disk),
-        disk_path,
-        store,
+        disk: base.disk,
+        disk_path: base.disk_path,
+        store: base.store,
         pinned,
         accept_older,
-        #[cfg(test)]
-        flaw: None,
+        #[cfg(any(test, feature = "flaws"))]
+        flaw: base.flaw,
     })?;
     let free = Size(blocks.pool.mem.file_system_free()? >> 20 << 20);
     tracing::info!(

@@ -6,6 +6,12 @@
 
 #[cfg(not(feature = "sim"))]
 mod real;
+// For tests only, where a panic is a message to who writes them.
+#[cfg(feature = "sim")]
+#[allow(clippy::panic)]
+mod simulated;
 
 #[cfg(not(feature = "sim"))]
 pub use real::*;
+#[cfg(feature = "sim")]
+pub use simulated::*;

@@ -119,8 +119,7 @@ impl State {
                 }
             }
         }
-        self.endpoints[endpoint].up = false;
-        self.endpoints[endpoint].regions.clear();
+        self.endpoints[endpoint].go_down();
         after
     }
 }

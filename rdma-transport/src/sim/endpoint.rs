@@ -2,7 +2,11 @@
 
 use std::sync::Arc;
 
+use rt::sync::Mutex;
+use rt::thread::JoinHandle;
+
 use super::net::NetRef;
+use super::place::Inbox;
 use super::state::{After, End, EndpointId, PairId, Parcel};
 use crate::common::{self, Counters, LIMITS, disconnected};
 use crate::handshake::Peer;
@@ -19,17 +23,19 @@ pub(super) struct SimFabric {
     addr: String,
     key: Vec<u8>,
     counters: Arc<Counters>,
+    thread: Mutex<Option<(Inbox, JoinHandle<()>)>>,
 }
 
 impl SimFabric {
     pub(super) fn new(
         net: NetRef,
-        id: EndpointId,
-        instance: u64,
+        (id, instance): (EndpointId, u64),
         counters: Arc<Counters>,
         config: FabricConfig,
+        thread: Option<(Inbox, JoinHandle<()>)>,
     ) -> Self {
         Self {
+            thread: Mutex::new(thread),
             net,
             id,
             instance,
@@ -75,6 +81,7 @@ impl Fabric for SimFabric {
 
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {
         let net = self.net.get()?;
+        net.travel();
         let (target, key, handler, identity) = {
             let state = net.0.lock();
             if !state.is_up(self.id) {
@@ -130,7 +137,16 @@ impl Fabric for SimFabric {
     fn shutdown(&self) {
         let Ok(net) = self.net.get() else { return };
         let after = net.0.lock().shutdown(self.id);
-        after.into_iter().for_each(After::run);
+        let Some((inbox, thread)) = self.thread.lock().take() else {
+            return after.into_iter().for_each(After::run);
+        };
+        for after in after.into_iter().chain([After::Stop]) {
+            // Nobody hears it if the thread has been ended.
+            let _ = inbox.send(((0, 0), after));
+        }
+        if !common::on_progress_thread() {
+            let _ = thread.join();
+        }
     }
 }
 

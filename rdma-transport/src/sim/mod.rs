@@ -3,12 +3,13 @@
 //! Endpoints of one [`SimNet`] are connected by lanes, one per direction of each connection. What enters a lane
 //! leaves it in the same order, each thing at a random virtual time; lanes do not wait for each other, so
 //! everything that a real fabric may reorder is reordered sooner or later, and the same seed gives the same run.
-//! Nothing happens by itself: the test calls [`SimNet::step`].
+//! Nothing happens by itself: the test calls [`SimNet::step`]; but for [`SimNet::threaded`], whose time is that of `rt`.
 
 mod effects;
 mod endings;
 mod endpoint;
 mod net;
+mod place;
 mod rng;
 mod state;
 

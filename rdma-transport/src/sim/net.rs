@@ -3,10 +3,14 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use rt::sync::Mutex;
+use rt::sync::{Condvar, Mutex};
+use rt::thread::JoinHandle;
+use rt::time::Instant;
 
 use super::endpoint::SimFabric;
-use super::state::{After, End, PairId, State, What, nanos};
+use super::place::{Clock, Inbox};
+use super::state::{After, End, EndpointId, PairId, State, What, nanos};
+use crate::common::mark_progress_thread;
 use crate::{Fabric, FabricConfig, Handler, Op, TransportError};
 
 /// How the simulated network behaves.
@@ -64,14 +68,85 @@ impl SimNet {
             });
         }
         let (id, instance, counters) = state.add(&config, handler);
+        let threaded = state.clock.is_some();
         drop(state);
-        Ok(Arc::new(SimFabric::new(
-            self.weak(),
-            id,
-            instance,
-            counters,
-            config,
-        )))
+        let thread = if threaded { Some(self.attend(id)?) } else { None };
+        let fabric = SimFabric::new(self.weak(), (id, instance), counters, config, thread);
+        Ok(Arc::new(fabric))
+    }
+
+    /// A network whose time is that of `rt`: one thread has events happen when they are due, and each endpoint has one
+    /// that its handler is called on, as with other providers. For whole programs in simulation; the threads end with it.
+    ///
+    /// # Errors
+    /// The system has no threads left.
+    pub fn threaded(seed: u64, config: SimConfig) -> Result<Self, TransportError> {
+        let net = Self::new(seed, config);
+        let clock = Arc::new(Clock {
+            began: Instant::now(),
+            changed: Condvar::new(),
+        });
+        net.0.lock().clock = Some(Arc::clone(&clock));
+        let events = net.clone();
+        start("net", move || events.run(&clock))?;
+        Ok(net)
+    }
+
+    /// Has events happen when they are due.
+    fn run(&self, clock: &Clock) {
+        let mut state = self.0.lock();
+        loop {
+            let now = state.look();
+            match state.queue.first_key_value() {
+                Some(((at, _), _)) if *at <= now => {
+                    let after = state.step();
+                    drop(state);
+                    after.into_iter().for_each(After::run);
+                    state = self.0.lock();
+                }
+                Some(((at, _), _)) => {
+                    let until = clock.began + Duration::from_nanos(*at);
+                    clock.changed.wait_until(&mut state, until);
+                }
+                None => clock.changed.wait(&mut state),
+            }
+        }
+    }
+
+    /// Starts the thread of an endpoint.
+    fn attend(&self, id: EndpointId) -> Result<(Inbox, JoinHandle<()>), TransportError> {
+        let (inbox, incoming) = rt::channel::unbounded();
+        self.0.lock().endpoints[id].inbox = Some(inbox.clone());
+        let net = self.weak();
+        let thread = start("fabric", move || {
+            mark_progress_thread();
+            while let Ok(((pair, end), after)) = incoming.recv() {
+                let ended = matches!(after, After::Message(..))
+                    && !net.get().is_ok_and(|net| net.0.lock().alive(pair, end));
+                if let After::Stop = after {
+                    return;
+                }
+                if !ended {
+                    after.run();
+                }
+            }
+        })?;
+        Ok((inbox, thread))
+    }
+
+    /// Time that something takes to get from one endpoint to another passes, where time passes by itself.
+    pub(super) fn travel(&self) {
+        let delay = {
+            let mut state = self.0.lock();
+            if state.clock.is_none() {
+                return;
+            }
+            let config = state.config;
+            state
+                .rng
+                .between(nanos(config.min_delay), nanos(config.max_delay))
+        };
+        rt::thread::sleep(Duration::from_nanos(delay));
     }
 
     /// Virtual time since the beginning.
@@ -108,11 +183,13 @@ impl SimNet {
 
     /// Runs what this end has under way towards the other, then `ops` at once.
     pub(super) fn execute(&self, pair: PairId, end: End, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
+        self.travel();
         while let Some(after) = self.pull(pair, end) {
             after.run();
         }
-        let mut state = self.0.lock();
         for op in ops {
+            // Between two of them others may come.
+            let mut state = self.0.lock();
             if let Err(error) = state.execute_one(pair, end, op) {
                 if !matches!(error, TransportError::Disconnected { .. }) {
                     state.down_both(pair, &error);
@@ -120,6 +197,7 @@ impl SimNet {
                 return Err(error);
             }
         }
+        self.travel();
         Ok(())
     }
 
@@ -131,6 +209,13 @@ impl SimNet {
     pub(super) fn weak(&self) -> NetRef {
         NetRef(Arc::downgrade(&self.0))
     }
+}
+
+fn start(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, TransportError> {
+    rt::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map_err(|error| TransportError::os("start a thread", &error))
 }
 
 /// How endpoints and connections refer to the net: it must not live on because of them.

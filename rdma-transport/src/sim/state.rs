@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::endpoint::SimConn;
 use super::net::{NetRef, SimConfig};
+use super::place::{Clock, EndpointState};
 use super::rng::Rng;
 use crate::common::{self, Counters, disconnected, ended};
 use crate::handshake::Peer;
@@ -71,16 +72,6 @@ pub(super) struct Pair {
     pub(super) peer: Peer,
 }
 
-pub(super) struct EndpointState {
-    pub(super) addr: String,
-    pub(super) key: Vec<u8>,
-    pub(super) identity: Vec<u8>,
-    pub(super) counters: Arc<Counters>,
-    pub(super) handler: Arc<dyn Handler>,
-    pub(super) regions: HashMap<u64, (Arc<SharedMem>, Access)>,
-    pub(super) up: bool,
-}
-
 pub(super) struct State {
     pub(super) now: u64,
     pub(super) seq: u64,
@@ -90,6 +81,8 @@ pub(super) struct State {
     pub(super) endpoints: Vec<EndpointState>,
     pub(super) pairs: BTreeMap<PairId, Pair>,
     pub(super) next: u64,
+    /// Told of events to come, where a thread waits for them.
+    pub(super) clock: Option<Arc<Clock>>,
 }
 
 /// What to do once the state is unlocked again.
@@ -105,12 +98,14 @@ pub(super) enum After {
         Vec<Completion>,
     ),
     Call(Box<dyn FnOnce() + Send>),
+    /// The endpoint's thread is to end.
+    Stop,
 }
 
 impl After {
     pub(super) fn run(self) {
         match self {
-            Self::Nothing => {}
+            Self::Nothing | Self::Stop => {}
             Self::Message(handler, conn, message) => {
                 handler.message(&conn, &message);
             }
@@ -142,7 +137,16 @@ impl State {
             endpoints: Vec::new(),
             pairs: BTreeMap::new(),
             next: 1,
+            clock: None,
         }
+    }
+
+    /// The time it is.
+    pub(super) fn look(&mut self) -> u64 {
+        if let Some(clock) = &self.clock {
+            self.now = self.now.max(nanos(clock.began.elapsed()));
+        }
+        self.now
     }
 
     pub(super) fn add(
@@ -159,6 +163,7 @@ impl State {
             handler,
             regions: HashMap::new(),
             up: true,
+            inbox: None,
         });
         (self.endpoints.len() - 1, self.unique(), counters)
     }
@@ -166,10 +171,25 @@ impl State {
     pub(super) fn step(&mut self) -> Option<After> {
         let ((at, _), what) = self.queue.pop_first()?;
         self.now = self.now.max(at);
-        Some(match what {
-            What::Arrive { pair, from, parcel } => self.arrive(pair, from, parcel),
-            What::Call(call) => After::Call(call),
-        })
+        Some(self.happen(what))
+    }
+
+    fn happen(&mut self, what: What) -> After {
+        let (pair, from, parcel) = match what {
+            What::Arrive { pair, from, parcel } => (pair, from, parcel),
+            What::Call(call) => return After::Call(call),
+        };
+        let to = 1 - from;
+        let endpoint = self.pairs.get(&pair).map(|p| p.ends[to].endpoint);
+        let after = self.arrive(pair, from, parcel);
+        match endpoint.and_then(|id| self.endpoints[id].inbox.as_ref()) {
+            Some(inbox) if !matches!(after, After::Nothing) => {
+                // It has no end while the endpoint is up.
+                let _ = inbox.send(((pair, to), after));
+                After::Nothing
+            }
+            _ => after,
+        }
     }
 
     /// Lets the next parcel of the lane from `end` arrive now.
@@ -183,16 +203,13 @@ impl State {
             What::Call(_) => false,
         };
         let key = *self.queue.iter().find(|(_, what)| in_lane(what))?.0;
-        match self.queue.remove(&key)? {
-            What::Arrive { pair, from, parcel } => Some(self.arrive(pair, from, parcel)),
-            What::Call(call) => Some(After::Call(call)),
-        }
+        let what = self.queue.remove(&key)?;
+        Some(self.happen(what))
     }
 
     pub(super) fn crash(&mut self, addr: &str) {
         let Some(id) = self.find(addr) else { return };
-        self.endpoints[id].up = false;
-        self.endpoints[id].regions.clear();
+        self.endpoints[id].go_down();
         let pairs: Vec<PairId> = self.pairs.keys().copied().collect();
         for pair in pairs {
             for end in 0..2 {
@@ -224,6 +241,9 @@ impl State {
     pub(super) fn schedule(&mut self, at: u64, what: What) {
         self.seq += 1;
         self.queue.insert((at, self.seq), what);
+        if let Some(clock) = &self.clock {
+            clock.changed.notify_all();
+        }
     }
 
     pub(super) fn is_up(&self, endpoint: EndpointId) -> bool {
@@ -251,7 +271,7 @@ impl State {
         let delay = self
             .rng
             .between(nanos(self.config.min_delay), nanos(self.config.max_delay));
-        let now = self.now;
+        let now = self.look();
         let lane = usize::from(matches!(parcel, Parcel::Results { .. }));
         let Some(state) = self.pairs.get_mut(&pair) else {
             return;
