@@ -1,12 +1,10 @@
 //! What of an inode's lease is delegated to the kernel, and who used it meanwhile.
 
-use crate::cache::inode::Inode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rt::sync::{Condvar, Mutex};
 use rt::time::Instant;
-
 
 /// Visits in a row, with nobody else in between, after which a visitor takes the lease.
 const STAY: u32 = 4;
@@ -167,14 +165,14 @@ impl LentState {
 }
 
 /// A call that is being carried out: nothing is lent meanwhile.
-pub(crate) struct Calling<'a>(&'a Inode);
+pub(crate) struct Calling<'a>(pub(crate) &'a Lent);
 
 impl Drop for Calling<'_> {
     fn drop(&mut self) {
-        let mut lent = self.0.lent.state.lock();
+        let mut lent = self.0.state.lock();
         lent.calling -= 1;
         if lent.calling == 0 {
-            self.0.lent.changed.notify_all();
+            self.0.changed.notify_all();
         }
     }
 }

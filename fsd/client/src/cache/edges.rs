@@ -6,17 +6,14 @@
 //! so its pages are invalidated aside with a bounded wait. But a folio is locked before the daemon hears of the write: so an
 //! invalidation that meets one is left behind when a write begins to wait, and another one goes around its pages.
 
-use crate::cache::pages::PAGE;
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rt::channel::bounded;
 use rt::sync::{Condvar, Mutex};
 
+use crate::cache::pages::{PAGE, page_of};
 
-use crate::cache::pages::page_of;
 /// The pages (first, last) that the kernel may keep locked during a write through its page cache: one folio, if the write
 /// does not cover it and it was not up to date. That is the last page of a write that begins at the beginning of a page. One
 /// that begins elsewhere is sent folio by folio, and since Linux 6.17 a folio may be as large as the write.
@@ -122,7 +119,6 @@ pub(crate) fn around(edges: &[Pages]) -> Vec<(u64, u64)> {
     ranges.push((from, 0));
     ranges
 }
-
 
 #[cfg(test)]
 mod tests {

@@ -1,8 +1,8 @@
 //! Where the blocks of a file are, as far as known. Pure.
 
-use crate::data::space::least_frame;
 use std::collections::{BTreeMap, BTreeSet};
 
+use fsd_proto::layout::{BLOCK, CLASSES, class_for};
 use fsd_proto::wire::Frame;
 
 fn is_short(frame: &Frame) -> bool {
@@ -103,6 +103,22 @@ impl FrameMap {
     pub fn any_lost(&self, first: u64, last: u64) -> bool {
         self.lost.range(first..=last).next().is_some()
     }
+}
+
+/// The frame size for a block whose data ends `end` bytes into it. Later blocks of a file are allocated
+/// whole: such a file is likely to grow on.
+#[must_use]
+pub fn frame_size(block: u64, end: u64) -> u32 {
+    if block > 0 { BLOCK as u32 } else { least_frame(end) }
+}
+
+/// The smallest frame for data that ends `end` bytes into its block. From half a block on it is a whole one, which saves moving it.
+#[must_use]
+pub fn least_frame(end: u64) -> u32 {
+    if end >= BLOCK / 2 {
+        return BLOCK as u32;
+    }
+    class_for(end as u32).map_or(BLOCK as u32, |c| CLASSES[c])
 }
 
 #[cfg(test)]

@@ -1,9 +1,8 @@
 //! What goes along with an exclusive lease that is given up.
 
-use crate::cache::inode::Inode;
-use crate::cache::inode::State;
 use lockmgr::Relinquish;
 
+use crate::cache::inode::{Inode, State};
 use fsd_proto::wire::AttrUpdate;
 
 impl Inode {
@@ -74,7 +73,7 @@ mod tests {
     use super::super::inode::{Granted, Source};
     use super::super::inode_table::InodeTable;
     use super::*;
-    use crate::ctx::Ctx;
+    use crate::session::ctx::Ctx;
     use fsd_proto::wire::Attr;
 
     fn attr(version: u64, size: u64) -> Attr {

@@ -1,23 +1,18 @@
 //! A mount's idea of an inode: what it has cached of it, and for which version of the lease it holds.
 
-use crate::cache::claims::Claims;
-use crate::cache::claims::Purpose;
-use crate::cache::claims::Span;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use lockmgr::RecordId;
+use rt::sync::{Condvar, Mutex, MutexGuard};
+
+use crate::cache::claims::{Claims, Purpose, Span};
 use crate::cache::dir_cache::DirCache;
 use crate::cache::errseq::ErrorSequence;
 use crate::cache::frames::FrameMap;
 use crate::cache::lazy::Lazy;
 use crate::cache::pages::Pages;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::net::Owner;
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-
-use rt::sync::{Condvar, Mutex, MutexGuard};
-
-use lockmgr::RecordId;
-
+use crate::session::ctx::{Ctx, Res};
 use fsd_proto::ino;
 use fsd_proto::wire::{Attr, AttrUpdate, Frame};
 

@@ -1,15 +1,13 @@
 //! The inodes a mount knows.
 
-use crate::cache::inode::Inode;
-use crate::cache::inode::Source;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use lockmgr::RecordId;
 use rt::sync::RwLock;
 
-use lockmgr::RecordId;
-
+use crate::cache::inode::{Inode, Source};
 use fsd_proto::ino;
 
 /// Nobody refers to it but the table, and nothing of it is only here. Under the table's lock: a reference

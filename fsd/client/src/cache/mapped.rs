@@ -10,15 +10,13 @@
 //! applies the queue first, in order. On other mounts the stores are seen when they are applied: a shared writable mapping on a
 //! stock kernel promises no more.
 
-use crate::cache::write::Queued;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use lockmgr::Mode;
 use rt::sync::{Condvar, Mutex};
 
-use fsd_node::config::CacheMode;
+use crate::cache::write::Queued;
 use fsd_proto::rpc::Errno;
 
 /// A reply that either the writer or a revocation gives.
@@ -173,12 +171,12 @@ impl MappedWrites {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
+    use crate::cache::write::WriteFlags;
 
     fn write(offset: u64, byte: u8, len: usize) -> Queued {
         Queued {

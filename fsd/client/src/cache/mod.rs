@@ -18,29 +18,24 @@ pub mod range;
 pub mod suid;
 pub mod write;
 
-use crate::cache::inode::Granted;
-use crate::cache::inode::Inode;
-use crate::cache::inode::Locked;
-use crate::cache::inode::Source;
-use crate::cache::inode::State;
-use crate::cache::inode_table::InodeTable;
-use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
-use crate::session::ctx::fail;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::AtomicUsize;
 use std::collections::HashMap;
-use rt::time::Instant;
-use rt::sync::Mutex;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use lockmgr::{Guard, LeaseError, Mode};
 use rt::channel::Sender;
-use fsd_proto::rpc::Errno;
-use fsd_proto::rpc::RpcError;
-use fsd_proto::wire::Attr;
+use rt::sync::Mutex;
+use rt::time::Instant;
+
+use crate::cache::inode::{Granted, Inode, Locked, Source, State};
+use crate::cache::inode_table::InodeTable;
+use crate::session::ctx::{Ctx, Res, Stop, fail};
+use crate::session::{Guards, Session, lease_errno};
 use fsd_proto::ask;
+use fsd_proto::rpc::{Errno, RpcError};
+use fsd_proto::wire::Attr;
+
 /// Longest file, bytes.
 pub const MAX_FILE_SIZE: u64 = 1 << 60;
 
@@ -155,5 +150,77 @@ impl Cache {
                 source: Source::Server,
             }));
         }
+    }
+
+    /// Enters under an inode's lease, getting it if need be.
+    ///
+    /// # Errors
+    /// Park; or the lease could not be had.
+    pub fn lease(&self, ctx: &Ctx<'_>, inode: &Inode, mode: Mode) -> Res<Guard> {
+        let record = inode.record();
+        if self.session.fate.doomed.load(Ordering::Relaxed) {
+            return fail(libc::EIO);
+        }
+        if let Some(guard) = self.session.leases.try_enter(record, mode) {
+            return Ok(guard);
+        }
+        ctx.may_wait()?;
+        if !self.session.net.knows_record(record) {
+            self.session.net.find_record(record)?;
+        }
+        let failed = &inode.lease_failed;
+        let entered = self.session.leases.enter(record, mode, self.patience(failed));
+        match &entered {
+            Ok(_) => failed.store(0, Ordering::Relaxed),
+            Err(LeaseError::Timeout { .. } | LeaseError::Unreachable { .. }) => {
+                failed.store(self.session.now().max(1), Ordering::Relaxed);
+            }
+            Err(_) => {}
+        }
+        entered.map_err(|e| Stop::Errno(lease_errno(&e)))
+    }
+
+    /// How long to wait for a lease; `failed`: when that was last in vain. The kernel sends changes of one directory one after the other: who
+    /// comes when one has just given up has waited beside it, behind the kernel's lock, and waits only a little more.
+    fn patience(&self, failed: &AtomicU64) -> Duration {
+        const JUST_NOW: Duration = Duration::from_secs(1);
+        let at = failed.load(Ordering::Relaxed);
+        if at > 0 && self.session.now().saturating_sub(at) < JUST_NOW.as_nanos() as u64 {
+            return self.session.lease_wait / 30;
+        }
+        self.session.lease_wait
+    }
+
+    /// Enters under several leases, in the order that all mounts keep (so that none waits for another in
+    /// a circle). An inode named twice gets the stronger mode, and one guard.
+    ///
+    /// # Errors
+    /// As [`Client::lease`].
+    pub fn lease_all(&self, ctx: &Ctx<'_>, wanted: &[(&Inode, Mode)]) -> Res<Guards> {
+        let mut order: Vec<(&Inode, Mode)> = Vec::with_capacity(wanted.len());
+        for &(inode, mode) in wanted {
+            match order.iter_mut().find(|(i, _)| i.record() == inode.record()) {
+                Some(known) if mode == Mode::Exclusive => known.1 = mode,
+                Some(_) => {}
+                None => order.push((inode, mode)),
+            }
+        }
+        order.sort_by_key(|(i, _)| i.record().0);
+        let mut guards = Vec::with_capacity(order.len());
+        for (inode, mode) in order {
+            guards.push((inode.ino, self.lease(ctx, inode, mode)?));
+        }
+        Ok(Guards(guards))
+    }
+
+    /// Whether the exclusive lease is here, so that a write need not wait.
+    #[must_use]
+    pub fn may_write_at_once(&self, inode: &Inode) -> bool {
+        let held = self.session.leases.held(inode.record());
+        held.is_some_and(|(mode, _)| mode == Mode::Exclusive)
+    }
+
+    pub(crate) fn holds(&self, inode: &Inode) -> bool {
+        self.session.leases.held(inode.record()).is_some()
     }
 }

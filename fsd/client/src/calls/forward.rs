@@ -5,23 +5,6 @@
 //! visitor take the lease where visits would cost more: one that comes alone, reads that nobody writes between, a
 //! kernel that writes at the owner's, a file that grows. A hint that is wrong costs a message.
 
-use crate::cache::Cache;
-use crate::cache::inode::Inode;
-use crate::calls::here::Admission;
-use crate::calls::here::Here;
-use crate::calls::here::called_write;
-use crate::calls::here::mode_of;
-use crate::calls::space::SpaceCalls;
-use crate::data::reading::Reads;
-use crate::data::stored::Stored;
-use crate::data::writing::Writing;
-use crate::kernel::delegations::Delegations;
-use crate::kernel::extension::Extension;
-use crate::namespace::xattrs::Xattrs;
-use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,6 +16,18 @@ use rdma_transport::Op;
 use rt::sync::Mutex;
 use rt::time::Instant;
 
+use crate::cache::Cache;
+use crate::cache::inode::Inode;
+use crate::calls::here::{Admission, Here, called_write, mode_of};
+use crate::calls::space::SpaceCalls;
+use crate::data::reading::Reads;
+use crate::data::stored::Stored;
+use crate::data::writing::Writing;
+use crate::kernel::delegations::Delegations;
+use crate::kernel::extension::Extension;
+use crate::namespace::xattrs::Xattrs;
+use crate::session::Session;
+use crate::session::ctx::{Ctx, Res, Stop};
 use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, Responder, RpcError};
 use fsd_proto::wire::{Act, Visited};
@@ -89,8 +84,10 @@ impl Forward {
         }
         let inode = self.cache.inode(call.ino);
         let here = match mode_of(&call) {
-            Mode::Shared => self.session.holds(&inode),
-            Mode::Exclusive => self.session.leases
+            Mode::Shared => self.cache.holds(&inode),
+            Mode::Exclusive => self
+                .session
+                .leases
                 .held(inode.record())
                 .is_some_and(|(mode, _)| mode == Mode::Exclusive),
         };
@@ -117,7 +114,7 @@ impl Forward {
         let number = self.away.begin(call);
         let (me, theirs) = (Arc::clone(self), Arc::clone(ext));
         let asked = self.session.net.ask_peer(NodeId(peer), request, move |result| {
-            if theirs.away.end(number) {
+            if me.away.end(number) {
                 me.sent(&theirs, call, peer, hops, result);
             }
         });
@@ -140,7 +137,9 @@ impl Forward {
                 Answer::Done(data.len() as u32)
             }
             (Asked::Write { .. }, Ok(Visited::Written)) => Answer::Done(call.len),
-            (_, Ok(Visited::Elsewhere(Some(next)))) if hops > 1 && next != peer && next != self.session.node.0 => {
+            (_, Ok(Visited::Elsewhere(Some(next))))
+                if hops > 1 && next != peer && next != self.session.node.0 =>
+            {
                 return self.send(ext, call, next, hops - 1);
             }
             (_, Ok(Visited::Elsewhere(_))) if hops > 0 => return self.look_up(ext, call),
@@ -160,10 +159,13 @@ impl Forward {
     /// Reads in the lease's record who owns it, and sends the call there.
     fn look_up(self: &Arc<Self>, ext: &Arc<Extension>, call: Call) {
         let (me, ext) = (Arc::clone(self), Arc::clone(ext));
-        self.session.threads.workers.run(move || match me.owner_of(call.ino) {
-            Some(owner) if owner != me.session.node.0 => me.send(&ext, call, owner, 0),
-            _ => me.here.call_here(&ext, call),
-        });
+        self.session
+            .threads
+            .workers
+            .run(move || match me.owner_of(call.ino) {
+                Some(owner) if owner != me.session.node.0 => me.send(&ext, call, owner, 0),
+                _ => me.here.call_here(&ext, call),
+            });
     }
 
     fn owner_of(&self, ino: u64) -> Option<u16> {
@@ -224,7 +226,7 @@ impl Forward {
             return Ok(guard);
         }
         ctx.may_wait()?;
-        match self.session.lease(&Ctx::on_loop(&ext.waiting_visits), inode, least) {
+        match self.cache.lease(&Ctx::on_loop(&ext.waiting_visits), inode, least) {
             Err(Stop::Park) => Ok(None),
             entered => entered.map(Some),
         }
@@ -244,7 +246,7 @@ impl Forward {
         };
         let writes = matches!(act, Act::Write { .. });
         let Some(guard) = self.enter_for_visit(ctx, ext, &inode, writes)? else {
-            let held = self.session.holds(&inode);
+            let held = self.cache.holds(&inode);
             return Ok(if held {
                 Visited::Take
             } else {
@@ -254,7 +256,10 @@ impl Forward {
         if writes {
             self.xattrs.drop_capability(ctx, &inode, &guard)?;
         }
-        let Admission::Go(_calling) = self.here.admit(ext, &inode, distfuse_abi::Mode::Exclusive, writes) else {
+        let Admission::Go(_calling) = self
+            .here
+            .admit(ext, &inode, distfuse_abi::Mode::Exclusive, writes)
+        else {
             return Ok(Visited::Take);
         };
         if inode.lent.state.lock().visitors.are_enough(from, writes) {
@@ -263,8 +268,11 @@ impl Forward {
         let done = match act {
             Act::Read(len) => {
                 let mut data = vec![0; (*len as usize).min(distfuse_abi::layout::BUFFER_SIZE)];
-                let mut state = self.reads.claim_to_read(ctx, &inode, guard.version(), offset, data.len())?;
-                self.reads.read_held(ctx, &inode, &mut state, offset, &mut data, true)?;
+                let mut state = self
+                    .reads
+                    .claim_to_read(ctx, &inode, guard.version(), offset, data.len())?;
+                self.reads
+                    .read_held(ctx, &inode, &mut state, offset, &mut data, true)?;
                 Visited::Read(data)
             }
             Act::Write { data, kill_priv } => {
@@ -274,7 +282,8 @@ impl Forward {
                 if offset.checked_add(data.len() as u64).is_none_or(|end| end > size) {
                     return Ok(Visited::Take);
                 }
-                self.here.call_write(ctx, &inode, &mut state, &called_write(offset, data, *kill_priv))?;
+                self.here
+                    .call_write(ctx, &inode, &mut state, &called_write(offset, data, *kill_priv))?;
                 match self.writing.flush_pages(ctx, &inode, &mut state) {
                     Ok(()) => Visited::Written,
                     // It is written here, and may be seen, and may not last.
@@ -308,5 +317,4 @@ mod tests {
         assert_eq!(away.give_up(Duration::ZERO), [call]);
         assert!(!away.end(second));
     }
-
 }

@@ -1,23 +1,22 @@
 //! Delegating what tasks in the kernel wait for.
 
+use std::sync::Arc;
+
+use lockmgr::Mode;
+
 use crate::cache::Cache;
-use crate::cache::claims::Purpose;
-use crate::cache::claims::Span;
+use crate::cache::claims::{Purpose, Span};
 use crate::cache::inode::Inode;
 use crate::cache::range::range_of;
 use crate::calls::space::SpaceCalls;
 use crate::data::reservations::Reservations;
 use crate::data::space::Space;
-use crate::kernel::delegations::Delegations;
-use crate::kernel::delegations::Lending;
+use crate::kernel::delegations::{Delegations, Lending};
 use crate::kernel::extension::Extension;
 use crate::kernel::recalls::Recalls;
 use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
-use std::sync::Arc;
-use lockmgr::Mode;
+use crate::session::ctx::{Ctx, Res, Stop};
+
 /// Delegating what the kernel asks for.
 pub struct Grants {
     pub(crate) session: Arc<Session>,
@@ -50,7 +49,9 @@ impl Grants {
         match self.lend_now(&Ctx::on_loop(&ext.nobody_waits), ext, &inode, mode) {
             Err(Stop::Park) => {
                 let (me, ext) = (Arc::clone(self), Arc::clone(ext));
-                self.session.threads.workers
+                self.session
+                    .threads
+                    .workers
                     .run(move || finish(&ext, me.lend_now(&Ctx::on_worker(), &ext, &inode, mode)));
             }
             result => finish(ext, result),
@@ -60,7 +61,7 @@ impl Grants {
     fn lend_now(&self, ctx: &Ctx<'_>, ext: &Extension, inode: &Arc<Inode>, mode: Mode) -> Res<()> {
         loop {
             let lending = {
-                let guard = self.session.lease(ctx, inode, mode)?;
+                let guard = self.cache.lease(ctx, inode, mode)?;
                 // Not in the middle of a change. And nothing is set aside beside one.
                 let mut state = inode.claim(ctx, guard.version(), Span::ALL, Purpose::Change)?;
                 // Who looks at what is gone is shown the last of it.
@@ -73,7 +74,8 @@ impl Grants {
                     self.reservations.promise_first_page(inode, &mut state);
                 }
                 let about = (&attr, range_of(&state));
-                self.delegations.lend(ext, inode, mode, guard.version(), about, true)?
+                self.delegations
+                    .lend(ext, inode, mode, guard.version(), about, true)?
             };
             match lending {
                 Lending::Done { .. } => return Ok(()),
@@ -84,7 +86,9 @@ impl Grants {
                 Lending::Full { victim } => {
                     let victim = self.cache.inode(victim);
                     // Where that takes nothing but a word, the task need not wait for another thread.
-                    if !self.space.bank.is_lent(victim.ino) && self.recalls.take_back_at_once(ext, &victim, None) {
+                    if !self.space.bank.is_lent(victim.ino)
+                        && self.recalls.take_back_at_once(ext, &victim, None)
+                    {
                         victim.lent.again();
                         continue;
                     }

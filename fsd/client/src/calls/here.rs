@@ -5,32 +5,24 @@
 //! operations are calls until a few have come under one hold of the mount's lease; then it is lent again (rent skis
 //! until the rent would have bought them: that costs at most twice what knowing the future would have cost).
 
+use std::sync::Arc;
+
+use distfuse_abi::{Act, Answer, Call};
+use lockmgr::Mode;
+
 use crate::cache::Cache;
 use crate::cache::delegation::Calling;
-use crate::cache::inode::Inode;
-use crate::cache::inode::Locked;
-use crate::cache::write::Write;
-use crate::cache::write::WriteFlags;
+use crate::cache::inode::{Inode, Locked};
+use crate::cache::write::{Write, WriteFlags};
 use crate::data::reading::Reads;
 use crate::data::space::Space;
 use crate::data::writing::Writing;
-use crate::kernel::Kernel;
-use crate::kernel::delegations::Delegations;
-use crate::kernel::delegations::to_kernel_mode;
+use crate::kernel::delegations::{Delegations, to_kernel_mode};
 use crate::kernel::extension::Extension;
 use crate::namespace::xattrs::Xattrs;
 use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
-use crate::session::ctx::is_full;
-use std::sync::Arc;
-
-use distfuse_abi::{Act, Answer, Call, Command};
-use lockmgr::Mode;
-
+use crate::session::ctx::{Ctx, Res, Stop, is_full};
 use fsd_proto::rpc::Errno;
-
 
 /// The lease that a call takes.
 pub(crate) fn mode_of(call: &Call) -> Mode {
@@ -68,7 +60,9 @@ impl Here {
                 let (me, ext) = (Arc::clone(self), Arc::clone(ext));
                 self.session.threads.workers.run(move || {
                     let ctx = Ctx::on_worker();
-                    let result = me.space.with_frees(&ctx, is_full, || me.call_now(&ctx, &ext, &call));
+                    let result = me
+                        .space
+                        .with_frees(&ctx, is_full, || me.call_now(&ctx, &ext, &call));
                     ext.answer(&call, answer_of(result));
                 });
             }
@@ -81,7 +75,7 @@ impl Here {
         let mode = mode_of(call);
         let writes = mode == Mode::Exclusive;
         loop {
-            let guard = self.session.lease(ctx, &inode, mode)?;
+            let guard = self.cache.lease(ctx, &inode, mode)?;
             if writes {
                 self.xattrs.drop_capability(ctx, &inode, &guard)?;
             }
@@ -101,7 +95,8 @@ impl Here {
                     let len = call.len as usize;
                     let mut state = self.reads.claim_to_read(ctx, &inode, version, call.offset, len)?;
                     let mut data = vec![0; call.len as usize];
-                    self.reads.read_held(ctx, &inode, &mut state, call.offset, &mut data, true)?;
+                    self.reads
+                        .read_held(ctx, &inode, &mut state, call.offset, &mut data, true)?;
                     ext.attachment.fill_buffer(call.number, &data);
                     data.len() as u32
                 }
@@ -165,7 +160,7 @@ impl Here {
             lent.asked = None;
         }
         lent.calling += 1;
-        Admission::Go(Calling(inode))
+        Admission::Go(Calling(&inode.lent))
     }
 }
 

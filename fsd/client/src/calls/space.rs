@@ -1,29 +1,24 @@
 //! Space for what tasks are about to write through the kernel's page cache.
 
+use std::sync::Arc;
+
+use distfuse_abi::{Answer, Call};
+use lockmgr::Mode;
+use rt::sync::Mutex;
+
 use crate::cache::Cache;
 use crate::cache::inode::Inode;
 use crate::cache::range::range_at;
-use crate::data::reservations::AT_ONCE;
-use crate::data::reservations::Reservations;
-use crate::data::reservations::SHARE;
+use crate::data::reservations::{AT_ONCE, Reservations, SHARE};
 use crate::data::space::Space;
 use crate::data::stored::Stored;
-use crate::kernel::delegations::Delegations;
-use crate::kernel::delegations::Lending;
+use crate::kernel::delegations::{Delegations, Lending};
 use crate::kernel::extension::Extension;
 use crate::kernel::recalls::Recalls;
 use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
-use crate::session::ctx::fail;
-use crate::session::ctx::is_full;
-use std::sync::Arc;
-use lockmgr::Mode;
+use crate::session::ctx::{Ctx, Res, Stop, fail, is_full};
 use fsd_proto::rpc::Errno;
-use distfuse_abi::Call;
-use rt::sync::Mutex;
-use distfuse_abi::Answer;
+
 /// Space for what the kernel is about to write.
 pub struct SpaceCalls {
     /// Held while reservations are recalled.
@@ -50,7 +45,9 @@ impl SpaceCalls {
                         Ok(Answer::Done(covered)) => u64::from(*covered) < wanted,
                         result => is_full(result),
                     };
-                    let mut result = me.space.with_frees(&ctx, lacks, || me.space_now(&ctx, &ext, &call));
+                    let mut result = me
+                        .space
+                        .with_frees(&ctx, lacks, || me.space_now(&ctx, &ext, &call));
                     if result == fail(libc::ENOSPC) && me.recall_space(&ext, Some(call.ino)) {
                         result = me.space_now(&ctx, &ext, &call);
                     }
@@ -66,11 +63,13 @@ impl SpaceCalls {
     fn space_now(&self, ctx: &Ctx<'_>, ext: &Extension, call: &Call) -> Res<Answer> {
         let inode = self.cache.inode(call.ino);
         loop {
-            let guard = self.session.lease(ctx, &inode, Mode::Exclusive)?;
+            let guard = self.cache.lease(ctx, &inode, Mode::Exclusive)?;
             if let Some(_arranging) = inode.lent.arrange() {
                 let mut state = self.stored.claim_to_change(ctx, &inode, guard.version())?;
                 let attr = self.cache.load_attr(ctx, &inode, &mut state)?;
-                let covered = self.reservations.promise(ctx, &inode, &mut state, call.offset, u64::from(call.len))?;
+                let covered =
+                    self.reservations
+                        .promise(ctx, &inode, &mut state, call.offset, u64::from(call.len))?;
                 let range = range_at(&state, call.offset);
                 match self.delegations.lend(
                     ext,
@@ -130,7 +129,9 @@ impl SpaceCalls {
         }
         let (me, ext) = (Arc::clone(self), Arc::clone(ext));
         self.session.threads.workers.run(move || {
-            for inode in me.space.bank
+            for inode in me
+                .space
+                .bank
                 .all_lent()
                 .into_iter()
                 .filter_map(|ino| me.cache.inodes.find(ino))

@@ -1,23 +1,17 @@
 //! `fallocate`: frames before there is data, zeros, holes.
 
-use crate::cache::inode::Inode;
-use crate::cache::inode::Locked;
-use crate::cache::inode::State;
+use std::sync::Arc;
+
+use crate::cache::frames::frame_size;
+use crate::cache::inode::{Inode, Locked, State};
 use crate::data::discard::Discards;
 use crate::data::space::Space;
-use crate::data::space::frame_size;
 use crate::data::stored::Stored;
 use crate::data::writing::Whole;
 use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::fail;
-use std::sync::Arc;
-use lockmgr::Mode;
-
+use crate::session::ctx::{Ctx, Res, fail};
 use fsd_proto::ino;
-use fsd_proto::layout::BLOCK;
-use fsd_proto::layout::HEADROOM_SLABS;
+use fsd_proto::layout::{BLOCK, HEADROOM_SLABS};
 
 pub(crate) const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
 pub(crate) const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE;
@@ -106,7 +100,8 @@ impl Allocator {
         let mut lacks: Vec<u64> = (0..nodes)
             .map(|node| range.blocks_on(node, shard % nodes, nodes) * BLOCK)
             .collect();
-        let mut has = |block: u64, bytes: u64| lacks[usize::from(self.session.storage_of(inode.ino, block))] -= bytes;
+        let mut has =
+            |block: u64, bytes: u64| lacks[usize::from(self.session.storage_of(inode.ino, block))] -= bytes;
         if range.first == 0 {
             // Only the first block of a file may do with less than a whole one.
             has(0, BLOCK - u64::from(range.size(0)));

@@ -1,21 +1,19 @@
 //! Taking data away: truncation, holes, zeros.
 
+use std::sync::Arc;
+
 use crate::cache::Cache;
-use crate::cache::inode::Inode;
-use crate::cache::inode::Locked;
+use crate::cache::inode::{Inode, Locked};
 use crate::cache::pages::PAGE;
 use crate::data::reservations::Reservations;
-use crate::data::stored::Stored;
-use crate::data::stored::frames_in;
-use crate::data::writing::Whole;
-use crate::data::writing::Writing;
+use crate::data::stored::{Stored, frames_in};
+use crate::data::writing::{Whole, Writing};
 use crate::kernel::delegations::Delegations;
 use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use std::sync::Arc;
-use fsd_proto::layout::BLOCK;
+use crate::session::ctx::{Ctx, Res};
 use fsd_proto::ask;
+use fsd_proto::layout::BLOCK;
+
 /// Data that is taken away.
 pub struct Discards {
     pub(crate) session: Arc<Session>,

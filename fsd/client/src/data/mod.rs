@@ -10,16 +10,17 @@ pub mod writing;
 
 use std::sync::Arc;
 
-use crate::session::Session;
+use allocation::Allocator;
+use discard::Discards;
+use reading::Reads;
+use reservations::Reservations;
+use stored::Stored;
+use writing::Writing;
+
 use crate::cache::Cache;
 use crate::kernel::Kernel;
+use crate::session::Session;
 use space::Space;
-use stored::Stored;
-use reservations::Reservations;
-use reading::Reads;
-use writing::Writing;
-use discard::Discards;
-use allocation::Allocator;
 
 /// Data: from the most basic to what uses it.
 pub struct Data {
@@ -43,13 +44,56 @@ impl Data {
     /// The room, with nothing in it.
     #[must_use]
     pub fn new(session: &Arc<Session>, cache: &Arc<Cache>, kernel: &Kernel) -> Self {
-        let space = Arc::new(Space { bank: Default::default(), closes_awaited: Default::default(), session: Arc::clone(session) });
-        let stored = Arc::new(Stored { session: Arc::clone(session), space: Arc::clone(&space) });
-        let reservations = Arc::new(Reservations { session: Arc::clone(session), cache: Arc::clone(cache), delegations: Arc::clone(&kernel.delegations), space: Arc::clone(&space), stored: Arc::clone(&stored) });
-        let reads = Arc::new(Reads { session: Arc::clone(session), cache: Arc::clone(cache), stored: Arc::clone(&stored) });
-        let writing = Arc::new(Writing { session: Arc::clone(session), cache: Arc::clone(cache), kernel: Arc::clone(&kernel.caches), space: Arc::clone(&space), stored: Arc::clone(&stored) });
-        let discards = Arc::new(Discards { session: Arc::clone(session), cache: Arc::clone(cache), delegations: Arc::clone(&kernel.delegations), stored: Arc::clone(&stored), reservations: Arc::clone(&reservations), writing: Arc::clone(&writing) });
-        let allocator = Arc::new(Allocator { session: Arc::clone(session), space: Arc::clone(&space), stored: Arc::clone(&stored), discards: Arc::clone(&discards) });
-        Self { space, stored, reservations, reads, writing, discards, allocator }
+        let space = Arc::new(Space {
+            bank: Default::default(),
+            closes_awaited: Default::default(),
+            session: Arc::clone(session),
+        });
+        let stored = Arc::new(Stored {
+            session: Arc::clone(session),
+            space: Arc::clone(&space),
+        });
+        let reservations = Arc::new(Reservations {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            delegations: Arc::clone(&kernel.delegations),
+            space: Arc::clone(&space),
+            stored: Arc::clone(&stored),
+        });
+        let reads = Arc::new(Reads {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            stored: Arc::clone(&stored),
+        });
+        let writing = Arc::new(Writing {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            kernel: Arc::clone(&kernel.caches),
+            space: Arc::clone(&space),
+            stored: Arc::clone(&stored),
+        });
+        let discards = Arc::new(Discards {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            delegations: Arc::clone(&kernel.delegations),
+            stored: Arc::clone(&stored),
+            reservations: Arc::clone(&reservations),
+            writing: Arc::clone(&writing),
+        });
+        let allocator = Arc::new(Allocator {
+            session: Arc::clone(session),
+            space: Arc::clone(&space),
+            stored: Arc::clone(&stored),
+            discards: Arc::clone(&discards),
+        });
+        Self {
+            space,
+            stored,
+            reservations,
+            reads,
+            writing,
+            discards,
+            allocator,
+        }
     }
 }

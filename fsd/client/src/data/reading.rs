@@ -1,19 +1,15 @@
 //! Reading under a lease that is held.
 
+use std::sync::Arc;
+
 use crate::cache::Cache;
-use crate::cache::claims::Purpose;
-use crate::cache::claims::Span;
-use crate::cache::inode::Inode;
-use crate::cache::inode::Locked;
-use crate::cache::inode::State;
-use crate::cache::pages::PAGE;
-use crate::cache::pages::page_from;
-use crate::cache::pages::page_of;
+use crate::cache::claims::{Purpose, Span};
+use crate::cache::inode::{Inode, Locked, State};
+use crate::cache::pages::{PAGE, page_from, page_of};
 use crate::data::stored::Stored;
 use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use std::sync::Arc;
+use crate::session::ctx::{Ctx, Res};
+
 /// Reads.
 pub struct Reads {
     pub(crate) session: Arc<Session>,

@@ -14,33 +14,18 @@
 //! More than is asked for is promised as long as the storage nodes have plenty: an eighth of what they have at a time, so
 //! that what one mount hoards shrinks as the pool fills.
 
-use crate::cache::Cache;
-use crate::cache::MAX_FILE_SIZE;
-use crate::cache::inode::Inode;
-use crate::cache::inode::Locked;
-use crate::cache::inode::State;
-use crate::cache::pages::PAGE;
-use crate::cache::range::beyond;
-use crate::cache::range::covered;
-use crate::cache::range::promised;
-use crate::cache::range::range_at;
-use crate::cache::range::range_of;
-use crate::data::space::CHUNK;
-use crate::data::space::Space;
-use crate::data::space::frame_size;
-use crate::data::stored::Stored;
-use crate::data::stored::stretches;
-use crate::kernel::delegations::Delegations;
-use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
-use crate::session::ctx::fail;
 use std::sync::Arc;
 
-use distfuse_abi::{Answer, Call};
-use lockmgr::Mode;
-
+use crate::cache::frames::frame_size;
+use crate::cache::inode::{Inode, Locked, State};
+use crate::cache::pages::PAGE;
+use crate::cache::range::{beyond, covered, promised, range_at, range_of};
+use crate::cache::{Cache, MAX_FILE_SIZE};
+use crate::data::space::{CHUNK, Space};
+use crate::data::stored::{Stored, stretches};
+use crate::kernel::delegations::Delegations;
+use crate::session::Session;
+use crate::session::ctx::{Ctx, Res, Stop, fail};
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
 
@@ -155,7 +140,11 @@ impl Reservations {
     /// Promises what is in the bank; false if it is not enough.
     fn promise_block(&self, inode: &Inode, state: &mut State, block: u64, size: u64) -> bool {
         let lacks = size - promised(state, block).min(size);
-        if !self.space.bank.take(self.session.storage_of(inode.ino, block), lacks) {
+        if !self
+            .space
+            .bank
+            .take(self.session.storage_of(inode.ino, block), lacks)
+        {
             return false;
         }
         let had = promised(state, block);
@@ -167,7 +156,10 @@ impl Reservations {
     /// The first page of a file that is open to be written is promised if that costs nothing, for most files are small. Under
     /// a lease.
     pub(crate) fn promise_first_page(&self, inode: &Inode, state: &mut State) {
-        let loaded = state.frames.loaded.contains(&self.session.storage_of(inode.ino, 0));
+        let loaded = state
+            .frames
+            .loaded
+            .contains(&self.session.storage_of(inode.ino, 0));
         let known = loaded && state.attr.is_some_and(|a| state.frames.layout == Some(a.layout));
         if known && covered(state, 0) == 0 && inode.opens.try_lock().is_some_and(|o| o.writers > 0) {
             self.promise_block(inode, state, 0, PAGE);
@@ -248,7 +240,8 @@ impl Reservations {
     pub fn release_promises(&self, inode: &Inode, state: &mut State, blocks: &[u64]) {
         for block in blocks {
             if let Some(bytes) = state.frames.unreserve(*block) {
-                self.space.bank
+                self.space
+                    .bank
                     .put(self.session.storage_of(inode.ino, *block), u64::from(bytes));
             }
         }

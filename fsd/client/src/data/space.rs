@@ -4,21 +4,16 @@
 //! block (`FrameMap::reserved`); what was promised and is not needed comes back to the bank, and what lies there unused
 //! goes back to the storage node.
 
-use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::fail;
-use std::sync::Arc;
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rt::sync::Mutex;
 use rt::time::Instant;
 
+use crate::session::Session;
+use crate::session::ctx::{Ctx, Res, fail};
 use fsd_proto::ask;
-use fsd_proto::layout::BLOCK;
-use fsd_proto::layout::{CLASSES, class_for};
 use fsd_proto::wire::PoolSpace;
 
 /// Reserved in one request, bytes.
@@ -169,22 +164,6 @@ impl SpaceBank {
     }
 }
 
-/// The frame size for a block whose data ends `end` bytes into it. Later blocks of a file are allocated
-/// whole: such a file is likely to grow on.
-#[must_use]
-pub fn frame_size(block: u64, end: u64) -> u32 {
-    if block > 0 { BLOCK as u32 } else { least_frame(end) }
-}
-
-/// The smallest frame for data that ends `end` bytes into its block. From half a block on it is a whole one, which saves moving it.
-#[must_use]
-pub fn least_frame(end: u64) -> u32 {
-    if end >= BLOCK / 2 {
-        return BLOCK as u32;
-    }
-    class_for(end as u32).map_or(BLOCK as u32, |c| CLASSES[c])
-}
-
 /// Space set aside on the storage nodes.
 pub struct Space {
     /// What is set aside.
@@ -209,7 +188,9 @@ impl Space {
     /// # Errors
     /// It cannot be reached.
     pub fn ask_for_space(&self, node: u16, needed: u64, wanted: u64) -> Res<u64> {
-        let granted = self.session.net
+        let granted = self
+            .session
+            .net
             .ask_storage(node, ask::storage::Reserve { needed, wanted })?;
         self.bank.granted(node, granted);
         Ok(granted)
@@ -279,7 +260,11 @@ impl Space {
 
     /// Tells a storage node that what was set aside, and is in no account any more, is not needed.
     pub fn give_space_back(&self, node: u16, bytes: u64) {
-        if let Err(error) = self.session.net.ask_storage(node, ask::storage::Unreserve { bytes }) {
+        if let Err(error) = self
+            .session
+            .net
+            .ask_storage(node, ask::storage::Unreserve { bytes })
+        {
             tracing::debug!("reservation not given back to storage node {node}: {error}");
         }
     }
@@ -299,7 +284,6 @@ impl Space {
             self.give_space_back(node, bytes);
         }
     }
-
 }
 
 #[cfg(test)]

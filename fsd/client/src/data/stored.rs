@@ -1,26 +1,17 @@
 //! Reading data, and finding and allocating the frames it lives in.
 
-use crate::cache::claims::Purpose;
-use crate::cache::claims::Span;
-use crate::cache::inode::Inode;
-use crate::cache::inode::Locked;
-use crate::cache::inode::State;
-use crate::cache::write::Write;
-use crate::data::space::Space;
-use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
-use crate::session::ctx::fail;
-use std::sync::Arc;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use lockmgr::Mode;
 use rdma_transport::{Op, TransportError};
 use rt::time::Instant;
 
-use fsd_node::config::CacheMode;
+use crate::cache::claims::{Purpose, Span};
+use crate::cache::inode::{Inode, Locked, State};
+use crate::data::space::Space;
+use crate::session::Session;
+use crate::session::ctx::{Ctx, Res, Stop, fail};
 use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
@@ -90,7 +81,8 @@ impl Stored {
     ) -> Res<()> {
         state.check_layout();
         let nodes = u64::from(self.session.net.storage_count());
-        let here = (first..=last.min(first + nodes - 1)).map(|block| self.session.storage_of(inode.ino, block));
+        let here =
+            (first..=last.min(first + nodes - 1)).map(|block| self.session.storage_of(inode.ino, block));
         let lacking: Vec<u16> = here.filter(|n| !state.frames.loaded.contains(n)).collect();
         if lacking.is_empty() {
             return Ok(());
@@ -121,7 +113,9 @@ impl Stored {
             first,
             count: LOOKUP_COUNT,
         };
-        let begun = self.session.net
+        let begun = self
+            .session
+            .net
             .ask_each(nodes.iter().map(|&node| (node, part(0))).collect());
         let whole = nodes.iter().zip(begun).map(|(&node, begin)| {
             let mut all = begin?;
@@ -141,7 +135,13 @@ impl Stored {
     /// # Errors
     /// As [`Client::load_frames`].
     pub fn load_all_frames(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<()> {
-        self.load_frames(ctx, inode, state, 0, u64::from(self.session.net.storage_count()) - 1)
+        self.load_frames(
+            ctx,
+            inode,
+            state,
+            0,
+            u64::from(self.session.net.storage_count()) - 1,
+        )
     }
 
     /// Allocates frames for blocks, which are claimed: (block, least size). Exact bookkeeping of blocks and reservations.
@@ -323,7 +323,10 @@ impl Stored {
                 return fail(libc::EIO);
             };
             let offset = frame.offset + at;
-            writes.add(self.session.storage_of(inode.ino, block), PoolOp::Write { offset, from });
+            writes.add(
+                self.session.storage_of(inode.ino, block),
+                PoolOp::Write { offset, from },
+            );
         }
         state.unlocked(|| self.transfer_all(ctx, writes))
     }

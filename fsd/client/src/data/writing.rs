@@ -1,35 +1,21 @@
 //! Changing data: write, truncate, punch; and bringing dirty pages to the storage nodes.
 
-use crate::cache::Cache;
-use crate::cache::MAX_FILE_SIZE;
-use crate::cache::claims::Purpose;
-use crate::cache::claims::Span;
-use crate::cache::inode::Inode;
-use crate::cache::inode::Locked;
-use crate::cache::inode::State;
-use crate::cache::mapped::MappedWrites;
-use crate::cache::pages::PAGE;
-use crate::cache::pages::page_from;
-use crate::cache::pages::page_of;
-use crate::cache::write::Queued;
-use crate::cache::write::Write;
-use crate::data::space::Space;
-use crate::data::stored::Stored;
-use crate::data::stored::stretches;
-use crate::kernel::caches::KernelCaches;
-use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
-use crate::session::ctx::fail;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use lockmgr::{Guard, Mode};
-
+use crate::cache::claims::{Purpose, Span};
+use crate::cache::inode::{Inode, Locked, State};
+use crate::cache::mapped::MappedWrites;
+use crate::cache::pages::{PAGE, page_from, page_of};
+use crate::cache::write::{Queued, Write};
+use crate::cache::{Cache, MAX_FILE_SIZE};
+use crate::data::space::Space;
+use crate::data::stored::{Stored, stretches};
+use crate::kernel::caches::KernelCaches;
+use crate::session::Session;
+use crate::session::ctx::{Ctx, Res, Stop, fail};
 use fsd_node::config::CacheMode;
-use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
 
@@ -94,7 +80,8 @@ impl Writing {
     ) -> Res<Locked<'a>> {
         let mut state = inode.lock(ctx, version)?;
         let queued = inode.mapped.get().is_some_and(|m| !m.is_empty());
-        let full = self.cache.cached_pages.load(Ordering::Relaxed) > self.cache.max_pages && state.pages.dirty() > 0;
+        let full =
+            self.cache.cached_pages.load(Ordering::Relaxed) > self.cache.max_pages && state.pages.dirty() > 0;
         let span = if queued || full {
             Span::ALL
         } else {

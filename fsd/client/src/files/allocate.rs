@@ -1,29 +1,24 @@
 //! `fallocate`.
 
-use crate::cache::Cache;
-use crate::cache::MAX_FILE_SIZE;
+use std::sync::Arc;
+
+use lockmgr::Mode;
+
 use crate::cache::inode::Inode;
 use crate::cache::suid::kill_suid_for;
-use crate::data::allocation::Allocator;
-use crate::data::allocation::KEEP;
-use crate::data::allocation::PUNCH;
-use crate::data::allocation::ZERO;
+use crate::cache::{Cache, MAX_FILE_SIZE};
+use crate::data::allocation::{Allocator, KEEP, PUNCH, ZERO};
 use crate::data::discard::Discards;
 use crate::data::space::Space;
 use crate::data::stored::Stored;
-use crate::data::writing::Whole;
-use crate::data::writing::Writing;
+use crate::data::writing::{Whole, Writing};
 use crate::kernel::caches::KernelCaches;
 use crate::kernel::delegations::Delegations;
 use crate::namespace::xattrs::Xattrs;
 use crate::session::Session;
 use crate::session::caller::Caller;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::fail;
-use crate::session::ctx::is_full;
-use std::sync::Arc;
-use lockmgr::Mode;
+use crate::session::ctx::{Ctx, Res, fail, is_full};
+
 /// `fallocate`.
 pub struct Allocations {
     pub(crate) session: Arc<Session>,
@@ -74,7 +69,7 @@ impl Allocations {
         mode: i32,
         caller: Caller,
     ) -> Res<()> {
-        let guard = self.session.lease(ctx, inode, Mode::Exclusive)?;
+        let guard = self.cache.lease(ctx, inode, Mode::Exclusive)?;
         self.xattrs.drop_capability(ctx, inode, &guard)?;
         let result = {
             let mut state = self.stored.claim_to_change(ctx, inode, guard.version())?;
@@ -82,9 +77,11 @@ impl Allocations {
             self.writing.take_mapped(ctx, inode, &mut state)?;
             self.delegations.space_changes(inode);
             let result = if mode & PUNCH != 0 {
-                self.discards.discard(ctx, inode, &mut state, offset, end, Whole::Free)
+                self.discards
+                    .discard(ctx, inode, &mut state, offset, end, Whole::Free)
             } else {
-                self.allocator.provide(ctx, inode, &mut state, (offset, end), mode & ZERO != 0)
+                self.allocator
+                    .provide(ctx, inode, &mut state, (offset, end), mode & ZERO != 0)
             };
             self.delegations.space_settled(inode, &state);
             if result.is_ok()

@@ -5,18 +5,15 @@
 //! is closed again; of a directory, at once and aside. An access time is changed under the exclusive lease like any other
 //! attribute, so of what many mounts read the first one pays, once after each change.
 
-use crate::cache::inode::Inode;
-use crate::files::attrs::Attrs;
-use crate::files::attrs::SetAttr;
-use crate::files::attrs::SetTime;
-use crate::opens::handles::Handle;
-use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
 use std::sync::Arc;
 
 use rustix::mount::MountFlags;
 
+use crate::cache::inode::Inode;
+use crate::files::attrs::{Attrs, SetAttr, SetTime};
+use crate::opens::handles::Handle;
+use crate::session::Session;
+use crate::session::ctx::{Ctx, Res};
 use fsd_proto::wire::{Attr, Kind, Time};
 
 /// An access time is renewed after so long, nanoseconds.
@@ -80,7 +77,9 @@ impl Accesses {
     pub fn directory_accessed(self: &Arc<Self>, inode: &Arc<Inode>, flags: i32) {
         if self.access_times.directories && flags & libc::O_NOATIME == 0 && self.access_is_due(inode) {
             let (me, inode) = (Arc::clone(self), Arc::clone(inode));
-            self.session.threads.workers
+            self.session
+                .threads
+                .workers
                 .run(move || me.set_access_time(&Ctx::on_worker(), &inode));
         }
     }
@@ -91,7 +90,8 @@ impl Accesses {
             .try_lock_raw()
             .filter(|state| !state.gone)
             .and_then(|s| s.attr);
-        known.is_some_and(|attr| self.access_times.of_kind(attr.kind) && is_due(&attr, self.session.net.now()))
+        known
+            .is_some_and(|attr| self.access_times.of_kind(attr.kind) && is_due(&attr, self.session.net.now()))
     }
 
     fn set_access_time(&self, ctx: &Ctx<'_>, inode: &Inode) {

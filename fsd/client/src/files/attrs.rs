@@ -1,31 +1,22 @@
 //! Attributes: getattr, setattr.
 
-use crate::cache::Cache;
-use crate::cache::MAX_FILE_SIZE;
-use crate::cache::claims::Purpose;
-use crate::cache::claims::Span;
-use crate::cache::inode::Inode;
-use crate::cache::inode::State;
-use crate::cache::suid::kill_suid;
-use crate::cache::suid::kill_suid_for;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lockmgr::Mode;
+
+use crate::cache::claims::{Purpose, Span};
+use crate::cache::inode::{Inode, State};
+use crate::cache::suid::{kill_suid, kill_suid_for};
+use crate::cache::{Cache, MAX_FILE_SIZE};
 use crate::data::discard::Discards;
 use crate::kernel::caches::KernelCaches;
 use crate::kernel::delegations::Delegations;
 use crate::namespace::xattrs::Xattrs;
 use crate::session::Session;
 use crate::session::caller::Caller;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::fail;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
-
-use lockmgr::Mode;
-
+use crate::session::ctx::{Ctx, Res, fail};
 use fsd_node::config::CacheMode;
-use fsd_proto::ask;
-use fsd_proto::rpc::{Errno, RpcError};
 use fsd_proto::wire::{Attr, Kind, Time};
 
 /// A time to be set.
@@ -106,7 +97,7 @@ impl Attrs {
         inode: &Inode,
         answer: impl FnOnce(&Attr, Duration) -> T,
     ) -> Res<T> {
-        let guard = self.session.lease(ctx, inode, Mode::Shared)?;
+        let guard = self.cache.lease(ctx, inode, Mode::Shared)?;
         let (attr, ttl) = {
             let mut state = inode.lock(ctx, guard.version())?;
             let attr = self.cache.load_last_attr(ctx, inode, &mut state)?;
@@ -133,7 +124,7 @@ impl Attrs {
         set: &SetAttr,
         answer: impl FnOnce(&Attr, Duration) -> T,
     ) -> Res<T> {
-        let guard = self.session.lease(ctx, inode, Mode::Exclusive)?;
+        let guard = self.cache.lease(ctx, inode, Mode::Exclusive)?;
         if set.size.is_some() {
             self.xattrs.drop_capability(ctx, inode, &guard)?;
         }

@@ -1,13 +1,15 @@
 //! Whole files: flush, fsync, lseek, copy_file_range.
 
-use crate::session::Versions;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use lockmgr::Mode;
+
 use crate::cache::Cache;
 use crate::cache::inode::Inode;
-use crate::cache::pages::PAGE;
-use crate::cache::pages::page_of;
+use crate::cache::pages::{PAGE, page_of};
 use crate::cache::suid::kill_suid_for;
-use crate::cache::write::Write;
-use crate::cache::write::WriteFlags;
+use crate::cache::write::{Write, WriteFlags};
 use crate::data::discard::Discards;
 use crate::data::reading::Reads;
 use crate::data::stored::Stored;
@@ -16,20 +18,12 @@ use crate::files::atime::Accesses;
 use crate::kernel::caches::KernelCaches;
 use crate::kernel::delegations::Delegations;
 use crate::namespace::xattrs::Xattrs;
-use crate::opens::handles::Handle;
-use crate::opens::handles::OpenFiles;
-use crate::session::Session;
+use crate::opens::handles::{Handle, OpenFiles};
 use crate::session::caller::Caller;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::fail;
+use crate::session::ctx::{Ctx, Res, fail};
+use crate::session::{Session, Versions};
 use crate::storing::push::Push;
 use fsd_node::config::CacheMode;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-
-use lockmgr::Mode;
-
 use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::wire::Kind;
@@ -70,7 +64,9 @@ impl Files {
                     },
                 )
             };
-            let flushed = self.session.net
+            let flushed = self
+                .session
+                .net
                 .ask_each((0..self.session.net.storage_count()).map(flush).collect());
             flushed.into_iter().collect::<Result<Vec<()>, _>>()?;
         }
@@ -104,13 +100,16 @@ impl Files {
     /// # Errors
     /// Park; `ENXIO`, `EINVAL`.
     pub fn lseek(&self, ctx: &Ctx<'_>, inode: &Inode, offset: i64, whence: i32) -> Res<i64> {
-        let guard = self.session.lease(ctx, inode, Mode::Shared)?;
-        let mut state = self.reads.claim_to_read(ctx, inode, guard.version(), 0, usize::MAX)?;
+        let guard = self.cache.lease(ctx, inode, Mode::Shared)?;
+        let mut state = self
+            .reads
+            .claim_to_read(ctx, inode, guard.version(), 0, usize::MAX)?;
         let size = self.cache.load_attr(ctx, inode, &mut state)?.size;
         let Some(from) = u64::try_from(offset).ok().filter(|&o| o < size) else {
             return fail(libc::ENXIO);
         };
-        self.stored.load_frames(ctx, inode, &mut state, 0, (size - 1) / BLOCK)?;
+        self.stored
+            .load_frames(ctx, inode, &mut state, 0, (size - 1) / BLOCK)?;
         // Data: what a frame covers, and cached dirty pages.
         let covered = |at: u64| -> Option<u64> {
             let frame_end = state
@@ -175,13 +174,18 @@ impl Files {
     ) -> Res<u32> {
         const MOST: u64 = 8 << 20;
         ctx.may_wait()?;
-        let guards = self.session.lease_all(ctx, &[(from, Mode::Shared), (to, Mode::Exclusive)])?;
+        let guards = self
+            .cache
+            .lease_all(ctx, &[(from, Mode::Shared), (to, Mode::Exclusive)])?;
         self.xattrs.drop_capability(ctx, to, &guards)?;
         let mut data = vec![0; len.min(MOST) as usize];
         {
             let version = guards.version_of(from.ino);
-            let mut state = self.reads.claim_to_read(ctx, from, version, from_offset, data.len())?;
-            self.reads.read_held(ctx, from, &mut state, from_offset, &mut data, true)?;
+            let mut state = self
+                .reads
+                .claim_to_read(ctx, from, version, from_offset, data.len())?;
+            self.reads
+                .read_held(ctx, from, &mut state, from_offset, &mut data, true)?;
         }
         {
             let write = Write {
@@ -189,7 +193,9 @@ impl Files {
                 data: &data,
                 flags: WriteFlags::default(),
             };
-            let mut state = self.writing.claim_to_write(ctx, to, guards.version_of(to.ino), &write)?;
+            let mut state = self
+                .writing
+                .claim_to_write(ctx, to, guards.version_of(to.ino), &write)?;
             self.writing.write_held(ctx, to, &mut state, &write)?;
             if let Some(attr) = state.attr.as_mut() {
                 kill_suid_for(attr, caller);
@@ -214,12 +220,15 @@ impl Files {
         fills: bool,
         answer: impl FnOnce(&[u8]) -> T,
     ) -> Res<T> {
-        let guard = self.session.lease(ctx, inode, Mode::Shared)?;
+        let guard = self.cache.lease(ctx, inode, Mode::Shared)?;
         {
-            let mut state = self.reads.claim_to_read(ctx, inode, guard.version(), offset, buffer.len())?;
+            let mut state = self
+                .reads
+                .claim_to_read(ctx, inode, guard.version(), offset, buffer.len())?;
             // Not what the kernel is about to keep: it would be here twice, and copied once more.
             let keep = !fills || self.kernel.mode == CacheMode::Direct;
-            self.reads.read_held(ctx, inode, &mut state, offset, buffer, keep)?;
+            self.reads
+                .read_held(ctx, inode, &mut state, offset, buffer, keep)?;
         }
         if fills && self.kernel.mode != CacheMode::Writeback {
             inode
@@ -244,7 +253,7 @@ impl Files {
     pub fn open(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, flags: i32, caller: Caller) -> Res<(u64, bool)> {
         let truncate = flags & libc::O_TRUNC != 0 && flags & libc::O_ACCMODE != libc::O_RDONLY;
         let mode = if truncate { Mode::Exclusive } else { Mode::Shared };
-        let guard = self.session.lease(ctx, inode, mode)?;
+        let guard = self.cache.lease(ctx, inode, mode)?;
         if truncate {
             self.xattrs.drop_capability(ctx, inode, &guard)?;
         }

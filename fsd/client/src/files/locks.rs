@@ -1,12 +1,6 @@
 //! File locks: the metadata server keeps them; the mount remembers what it holds, to tell a server that
 //! has restarted, and which open file each was taken through.
 
-use crate::session::Session;
-use crate::session::caller::Caller;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
-use crate::session::ctx::fail;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -14,6 +8,9 @@ use std::time::Duration;
 
 use rt::sync::Mutex;
 
+use crate::session::Session;
+use crate::session::caller::Caller;
+use crate::session::ctx::{Ctx, Res, Stop, fail};
 use fsd_proto::ask;
 use fsd_proto::locks::LockTable;
 use fsd_proto::rpc::{Errno, RpcError};
@@ -277,11 +274,13 @@ impl Locks {
                 waiter.cancelled = true;
             }
             // The answer to the waiting request then comes as EINTR, or it had been granted.
-            self.session.net.meta_async(ask::meta::CancelLock { lock }, |result| {
-                if let Err(error) = result {
-                    tracing::debug!("a request for a file lock cannot be taken back: {error}");
-                }
-            });
+            self.session
+                .net
+                .meta_async(ask::meta::CancelLock { lock }, |result| {
+                    if let Err(error) = result {
+                        tracing::debug!("a request for a file lock cannot be taken back: {error}");
+                    }
+                });
         }
     }
 
@@ -295,7 +294,8 @@ impl Locks {
         }
         ctx.may_wait()?;
         self.file_locks.forget(ino, owner);
-        self.session.net
+        self.session
+            .net
             .meta(ask::meta::ReleaseLocks { ino, owner })
             .map(drop)
             .map_err(Stop::from)
@@ -324,7 +324,7 @@ mod tests {
             owner,
             flock: false,
         };
-        Client::lock_spec(9, owner, 1, (start, start + 9), kind)
+        Locks::lock_spec(9, owner, 1, (start, start + 9), kind)
     }
 
     #[test]

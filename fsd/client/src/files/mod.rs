@@ -9,20 +9,20 @@ pub mod writes;
 
 use std::sync::Arc;
 
-use crate::session::Session;
-use crate::cache::Cache;
-use crate::kernel::Kernel;
-use crate::data::Data;
-use crate::opens::Opens;
-use crate::namespace::Namespace;
-use crate::storing::Storing;
-use attrs::Attrs;
-use atime::Accesses;
-use locks::Locks;
-use files::Files;
-use writes::Writes;
 use allocate::Allocations;
-use atime::AccessTimes;
+use attrs::Attrs;
+use files::Files;
+use locks::Locks;
+use writes::Writes;
+
+use crate::cache::Cache;
+use crate::data::Data;
+use crate::kernel::Kernel;
+use crate::namespace::Namespace;
+use crate::opens::Opens;
+use crate::session::Session;
+use crate::storing::Storing;
+use atime::{AccessTimes, Accesses};
 
 /// Operations on files.
 pub struct FileOperations {
@@ -43,13 +43,75 @@ pub struct FileOperations {
 impl FileOperations {
     /// The room, with nothing in it.
     #[must_use]
-    pub fn new(session: &Arc<Session>, cache: &Arc<Cache>, kernel: &Kernel, data: &Data, opens: &Opens, namespace: &Namespace, storing: &Storing, access_times: AccessTimes) -> Self {
-        let attrs = Arc::new(Attrs { session: Arc::clone(session), cache: Arc::clone(cache), kernel: Arc::clone(&kernel.caches), delegations: Arc::clone(&kernel.delegations), discards: Arc::clone(&data.discards), xattrs: Arc::clone(&namespace.xattrs) });
-        let accesses = Arc::new(Accesses { access_times, session: Arc::clone(session), attrs: Arc::clone(&attrs) });
-        let locks = Arc::new(Locks { file_locks: Default::default(), session: Arc::clone(session) });
-        let files = Arc::new(Files { session: Arc::clone(session), cache: Arc::clone(cache), kernel: Arc::clone(&kernel.caches), delegations: Arc::clone(&kernel.delegations), stored: Arc::clone(&data.stored), reads: Arc::clone(&data.reads), writing: Arc::clone(&data.writing), discards: Arc::clone(&data.discards), open_files: Arc::clone(&opens.open_files), xattrs: Arc::clone(&namespace.xattrs), push: Arc::clone(&storing.push), accesses: Arc::clone(&accesses) });
-        let writes = Arc::new(Writes { session: Arc::clone(session), cache: Arc::clone(cache), kernel: Arc::clone(&kernel.caches), space: Arc::clone(&data.space), stored: Arc::clone(&data.stored), writing: Arc::clone(&data.writing), xattrs: Arc::clone(&namespace.xattrs) });
-        let allocations = Arc::new(Allocations { session: Arc::clone(session), cache: Arc::clone(cache), kernel: Arc::clone(&kernel.caches), delegations: Arc::clone(&kernel.delegations), space: Arc::clone(&data.space), stored: Arc::clone(&data.stored), writing: Arc::clone(&data.writing), discards: Arc::clone(&data.discards), allocator: Arc::clone(&data.allocator), xattrs: Arc::clone(&namespace.xattrs) });
-        Self { attrs, accesses, locks, files, writes, allocations }
+    pub fn new(
+        session: &Arc<Session>,
+        cache: &Arc<Cache>,
+        kernel: &Kernel,
+        data: &Data,
+        opens: &Opens,
+        namespace: &Namespace,
+        storing: &Storing,
+        access_times: AccessTimes,
+    ) -> Self {
+        let attrs = Arc::new(Attrs {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            kernel: Arc::clone(&kernel.caches),
+            delegations: Arc::clone(&kernel.delegations),
+            discards: Arc::clone(&data.discards),
+            xattrs: Arc::clone(&namespace.xattrs),
+        });
+        let accesses = Arc::new(Accesses {
+            access_times,
+            session: Arc::clone(session),
+            attrs: Arc::clone(&attrs),
+        });
+        let locks = Arc::new(Locks {
+            file_locks: Default::default(),
+            session: Arc::clone(session),
+        });
+        let files = Arc::new(Files {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            kernel: Arc::clone(&kernel.caches),
+            delegations: Arc::clone(&kernel.delegations),
+            stored: Arc::clone(&data.stored),
+            reads: Arc::clone(&data.reads),
+            writing: Arc::clone(&data.writing),
+            discards: Arc::clone(&data.discards),
+            open_files: Arc::clone(&opens.open_files),
+            xattrs: Arc::clone(&namespace.xattrs),
+            push: Arc::clone(&storing.push),
+            accesses: Arc::clone(&accesses),
+        });
+        let writes = Arc::new(Writes {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            kernel: Arc::clone(&kernel.caches),
+            space: Arc::clone(&data.space),
+            stored: Arc::clone(&data.stored),
+            writing: Arc::clone(&data.writing),
+            xattrs: Arc::clone(&namespace.xattrs),
+        });
+        let allocations = Arc::new(Allocations {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            kernel: Arc::clone(&kernel.caches),
+            delegations: Arc::clone(&kernel.delegations),
+            space: Arc::clone(&data.space),
+            stored: Arc::clone(&data.stored),
+            writing: Arc::clone(&data.writing),
+            discards: Arc::clone(&data.discards),
+            allocator: Arc::clone(&data.allocator),
+            xattrs: Arc::clone(&namespace.xattrs),
+        });
+        Self {
+            attrs,
+            accesses,
+            locks,
+            files,
+            writes,
+            allocations,
+        }
     }
 }

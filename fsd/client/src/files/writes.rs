@@ -1,7 +1,12 @@
 //! The `write` system call, and writes of mapped pages.
 
-use crate::cache::edges::edge_of;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use lockmgr::{Guard, Mode};
+
 use crate::cache::Cache;
+use crate::cache::edges::edge_of;
 use crate::cache::inode::Inode;
 use crate::cache::write::Write;
 use crate::data::space::Space;
@@ -10,16 +15,10 @@ use crate::data::writing::Writing;
 use crate::kernel::caches::KernelCaches;
 use crate::namespace::xattrs::Xattrs;
 use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
-use crate::session::ctx::is_full;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use lockmgr::Mode;
-use lockmgr::Guard;
+use crate::session::ctx::{Ctx, Res, Stop, is_full};
 use fsd_node::config::CacheMode;
 use fsd_proto::rpc::Errno;
+
 /// The `write` system call.
 pub struct Writes {
     pub(crate) session: Arc<Session>,
@@ -37,7 +36,8 @@ impl Writes {
     /// # Errors
     /// Park; `EFBIG`, `ENOSPC`, I/O errors.
     pub fn write(&self, ctx: &Ctx<'_>, inode: &Inode, write: &Write<'_>) -> Res<u32> {
-        self.space.with_frees(ctx, is_full, || self.write_at_once(ctx, inode, write))
+        self.space
+            .with_frees(ctx, is_full, || self.write_at_once(ctx, inode, write))
     }
 
     fn write_at_once(&self, ctx: &Ctx<'_>, inode: &Inode, write: &Write<'_>) -> Res<u32> {
@@ -59,7 +59,8 @@ impl Writes {
             } else {
                 write.offset
             };
-            self.writing.write_held(ctx, inode, &mut state, &Write { offset, ..*write })?;
+            self.writing
+                .write_held(ctx, inode, &mut state, &Write { offset, ..*write })?;
             offset
         };
         self.cache.note_dirty(inode.ino);
@@ -115,7 +116,7 @@ impl Writes {
         if let Some(pages) = edge {
             inode.edges.begin(pages);
         }
-        let guard = self.session.lease(ctx, inode, Mode::Exclusive);
+        let guard = self.cache.lease(ctx, inode, Mode::Exclusive);
         if let Some(pages) = edge {
             inode.edges.end(pages);
         }

@@ -1,7 +1,5 @@
 //! Attributes of inodes and of the file system, and the targets of links.
 
-use crate::Client;
-use crate::files::attrs::SetAttr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +7,8 @@ use fuser::{INodeNo, ReplyAttr, ReplyData, ReplyStatfs};
 
 use super::convert::attr_of;
 use super::serve;
+use crate::client::Client;
+use crate::files::attrs::SetAttr;
 use fsd_proto::ask;
 use fsd_proto::wire::Attr;
 
@@ -20,15 +20,19 @@ fn send_attr(reply: &mut Option<ReplyAttr>, attr: &Attr, ttl: Duration) {
 
 pub(super) fn getattr(client: &Arc<Client>, ino: INodeNo, reply: ReplyAttr) {
     serve(client, reply, ReplyAttr::error, move |c, ctx, reply| {
-        c.files.attrs.getattr(ctx, &c.cache.inode(ino.0), |attr, ttl| send_attr(reply, attr, ttl))
+        c.files.attrs.getattr(ctx, &c.cache.inode(ino.0), |attr, ttl| {
+            send_attr(reply, attr, ttl)
+        })
     });
 }
 
 pub(super) fn setattr(client: &Arc<Client>, ino: INodeNo, set: SetAttr, reply: ReplyAttr) {
     serve(client, reply, ReplyAttr::error, move |c, ctx, reply| {
-        c.files.attrs.setattr(ctx, &c.cache.inode(ino.0), &set, |attr, ttl| {
-            send_attr(reply, attr, ttl)
-        })
+        c.files
+            .attrs
+            .setattr(ctx, &c.cache.inode(ino.0), &set, |attr, ttl| {
+                send_attr(reply, attr, ttl)
+            })
     });
 }
 

@@ -1,11 +1,11 @@
 //! What the kernel's library says and what the file system says, turned into one another.
 
-use crate::files::attrs::SetTime;
-use crate::session::caller::Caller;
 use std::time::SystemTime;
 
 use fuser::{FileAttr, FileType, INodeNo, Request, TimeOrNow};
 
+use crate::files::attrs::SetTime;
+use crate::session::caller::Caller;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{Attr, Kind, Time};

@@ -1,23 +1,19 @@
 //! Reading and writing.
 
-use crate::Client;
-use crate::cache::MAX_FILE_SIZE;
-use crate::cache::inode::Inode;
-use crate::cache::write::Queued;
-use crate::cache::write::Write;
-use crate::fuse::buffers;
-use crate::opens::handles::Handle;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Permits;
-use crate::session::ctx::Stop;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use fuser::{INodeNo, ReplyData, ReplyWrite, Request};
 
-use super::convert::caller_of;
-use super::convert::error_of;
+use super::convert::{caller_of, error_of};
 use super::serve;
+use crate::cache::MAX_FILE_SIZE;
+use crate::cache::inode::Inode;
+use crate::cache::write::{Queued, Write};
+use crate::client::Client;
+use crate::fuse::buffers;
+use crate::opens::handles::Handle;
+use crate::session::ctx::{Ctx, Permits, Stop};
 use fsd_node::config::CacheMode;
 
 /// `fills`: the kernel puts what it gets into its page cache.
@@ -31,11 +27,14 @@ pub(super) fn read(
 ) {
     serve(client, reply, ReplyData::error, move |c, ctx, reply| {
         let mut buffer = buffers::take(size as usize);
-        let result = c.files.files.read(ctx, &c.cache.inode(ino.0), offset, &mut buffer, fills, |data| {
-            if let Some(reply) = reply.take() {
-                reply.data(data);
-            }
-        });
+        let result = c
+            .files
+            .files
+            .read(ctx, &c.cache.inode(ino.0), offset, &mut buffer, fills, |data| {
+                if let Some(reply) = reply.take() {
+                    reply.data(data);
+                }
+            });
         buffers::give(buffer);
         result
     });
@@ -47,7 +46,10 @@ pub(super) fn write(client: &Arc<Client>, ino: INodeNo, write: &Write<'_>, mappe
     let inode = client.cache.inode(ino.0);
     // The data is only borrowed here: the first attempt uses it in place.
     if !mapped {
-        let first = client.files.writes.write(&Ctx::on_loop(&client.session.threads.permits), &inode, write);
+        let first = client
+            .files
+            .writes
+            .write(&Ctx::on_loop(&client.session.threads.permits), &inode, write);
         return match first {
             Ok(n) => reply.written(n),
             Err(Stop::Errno(e)) => reply.error(error_of(e)),
@@ -78,12 +80,12 @@ pub(super) fn write_sync(client: &Arc<Client>, handle: Arc<Handle>, write: &Writ
 fn write_later(client: &Arc<Client>, inode: Arc<Inode>, queued: Queued, reply: ReplyWrite) {
     let me = Arc::clone(client);
     me.session.counters.parked.fetch_add(1, Ordering::Relaxed);
-    client.session.threads.workers.run(
-        move || match me.files.writes.write(&Ctx::on_worker(), &inode, &queued.write()) {
+    client.session.threads.workers.run(move || {
+        match me.files.writes.write(&Ctx::on_worker(), &inode, &queued.write()) {
             Ok(n) => reply.written(n),
             Err(stop) => reply.error(error_of(stop.errno())),
-        },
-    );
+        }
+    });
 }
 
 /// A write of mapped pages: answered when applied, or when a revocation cannot wait for that. So it is known to revocations before it
@@ -94,7 +96,7 @@ fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, repl
         Ok(()) => reply.written(len),
         Err(error) => reply.error(error_of(error)),
     }));
-    if at_once && client.session.may_write_at_once(&inode) {
+    if at_once && client.cache.may_write_at_once(&inode) {
         // Not to wait for anything: a revocation may wait for this. The kernel extension writes back before the lease is
         // given up, so there it does not.
         let never = Permits::new(0, 0);
@@ -103,7 +105,11 @@ fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, repl
         } else {
             &never
         };
-        match client.files.writes.write_pages(&Ctx::on_loop(permits), &inode, write) {
+        match client
+            .files
+            .writes
+            .write_pages(&Ctx::on_loop(permits), &inode, write)
+        {
             Err(Stop::Park) => {}
             result => {
                 let result = result.map(drop).map_err(Stop::errno);
@@ -116,7 +122,10 @@ fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, repl
     }
     inode.mapped.enqueue(number, Queued::from(write));
     let me = Arc::clone(client);
-    client.session.threads.workers
+    client
+        .session
+        .threads
+        .workers
         .run(move || me.files.writes.bring_mapped(&Ctx::on_worker(), &inode, number));
 }
 
@@ -134,7 +143,10 @@ pub(super) fn copy_file_range(
     let caller = caller_of(req);
     serve(client, reply, ReplyWrite::error, move |c, ctx, reply| {
         let (from, to) = (c.cache.inode(ino_in.0), c.cache.inode(ino_out.0));
-        let n = c.files.files.copy_range(ctx, (&from, offset_in), (&to, offset_out), len, caller)?;
+        let n = c
+            .files
+            .files
+            .copy_range(ctx, (&from, offset_in), (&to, offset_out), len, caller)?;
         if let Some(reply) = reply.take() {
             reply.written(n);
         }

@@ -1,9 +1,5 @@
 //! Open directories.
 
-use super::done;
-use crate::Client;
-use crate::namespace::dirs::COOKIE_DOT;
-use crate::namespace::dirs::COOKIE_DOTDOT;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
@@ -11,7 +7,9 @@ use std::sync::Arc;
 use fuser::{FileHandle, FileType, FopenFlags, INodeNo, OpenFlags, ReplyDirectory, ReplyEmpty, ReplyOpen};
 
 use super::convert::kind_of;
-use super::serve;
+use super::{done, serve};
+use crate::client::Client;
+use crate::namespace::dirs::{COOKIE_DOT, COOKIE_DOTDOT};
 use fsd_proto::wire::Kind;
 
 pub(super) fn opendir(client: &Arc<Client>, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {

@@ -1,11 +1,5 @@
 //! Open files, and what is done to a whole file.
 
-use super::NAME_TTL;
-use crate::namespace::dirs::ATTEMPTS;
-use super::done;
-use crate::Client;
-use crate::namespace::names::New;
-use crate::session::ctx::Stop;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
@@ -15,9 +9,12 @@ use fuser::{
     ReplyOpen, Request,
 };
 
-use super::convert::attr_of;
-use super::convert::caller_of;
-use super::serve;
+use super::convert::{attr_of, caller_of};
+use super::{NAME_TTL, done, serve};
+use crate::client::Client;
+use crate::namespace::dirs::ATTEMPTS;
+use crate::namespace::names::New;
+use crate::session::ctx::Stop;
 use fsd_node::config::CacheMode;
 use fsd_proto::ino;
 use fsd_proto::rpc::Errno;
@@ -83,9 +80,12 @@ pub(super) fn create(
             }
             // Somebody else was faster: open what is there now.
             let mut found = None;
-            match c.namespace.directories.lookup(ctx, &dir, &name, caller.pid, |inode, attr, _| {
-                found = Some((Arc::clone(inode), *attr))
-            }) {
+            match c
+                .namespace
+                .directories
+                .lookup(ctx, &dir, &name, caller.pid, |inode, attr, _| {
+                    found = Some((Arc::clone(inode), *attr))
+                }) {
                 Err(Stop::Errno(Errno(libc::ENOENT))) => continue,
                 other => other?,
             }
@@ -105,7 +105,11 @@ pub(super) fn flush(client: &Arc<Client>, fh: FileHandle, lock_owner: LockOwner,
     let handle = client.opens.open_files.handles.get(fh.0);
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
         if let Some(handle) = &handle {
-            c.files.locks.release_locks(ctx, handle.inode.ino, c.files.locks.lock_owner(lock_owner.0, false))?;
+            c.files.locks.release_locks(
+                ctx,
+                handle.inode.ino,
+                c.files.locks.lock_owner(lock_owner.0, false),
+            )?;
             c.files.files.flush(ctx, handle)?;
         }
         done(reply);
@@ -122,7 +126,9 @@ pub(super) fn release(
 ) {
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
         if let Some(owner) = lock_owner {
-            c.files.locks.release_locks(ctx, ino.0, c.files.locks.lock_owner(owner.0, true))?;
+            c.files
+                .locks
+                .release_locks(ctx, ino.0, c.files.locks.lock_owner(owner.0, true))?;
         }
         c.files.locks.release_locks_through(ctx, ino.0, fh.0)?;
         c.opens.open_files.release(ctx, fh.0)?;
@@ -134,7 +140,9 @@ pub(super) fn release(
 pub(super) fn fsync(client: &Arc<Client>, ino: INodeNo, fh: FileHandle, reply: ReplyEmpty) {
     let handle = client.opens.open_files.handles.get(fh.0);
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.files.files.fsync(ctx, &c.cache.inode(ino.0), handle.as_ref().map(|h| &h.seen))?;
+        c.files
+            .files
+            .fsync(ctx, &c.cache.inode(ino.0), handle.as_ref().map(|h| &h.seen))?;
         done(reply);
         Ok(())
     });
@@ -151,7 +159,9 @@ pub(super) fn fallocate(
 ) {
     let caller = caller_of(req);
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.files.allocations.fallocate(ctx, &c.cache.inode(ino.0), (offset, length), mode, caller)?;
+        c.files
+            .allocations
+            .fallocate(ctx, &c.cache.inode(ino.0), (offset, length), mode, caller)?;
         done(reply);
         Ok(())
     });

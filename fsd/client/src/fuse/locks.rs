@@ -1,14 +1,13 @@
 //! File locks.
 
-use super::done;
-use crate::Client;
-use crate::files::locks::type_of;
 use std::sync::Arc;
 
 use fuser::{FileHandle, LockOwner, ReplyEmpty, ReplyLock, Request};
 
 use super::convert::error_of;
-use super::serve;
+use super::{done, serve};
+use crate::client::Client;
+use crate::files::locks::type_of;
 use fsd_proto::wire::LockSpec;
 
 /// In `fuse_lk_in`: the lock is one of flock(2) (`linux/fuse.h`).
@@ -78,10 +77,13 @@ pub(super) fn getlk(client: &Arc<Client>, lock: LockSpec, reply: ReplyLock) {
 /// `sleep`: wait for a lock that is taken.
 pub(super) fn setlk(client: &Arc<Client>, lock: LockSpec, handle: u64, sleep: bool, reply: ReplyEmpty) {
     if sleep && lock.kind.is_some() {
-        return client.files.locks.setlk_wait(lock, handle, move |result| match result {
-            Ok(()) => reply.ok(),
-            Err(e) => reply.error(error_of(e)),
-        });
+        return client
+            .files
+            .locks
+            .setlk_wait(lock, handle, move |result| match result {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(error_of(e)),
+            });
     }
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
         c.files.locks.setlk(ctx, lock, handle)?;

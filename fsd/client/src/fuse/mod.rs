@@ -8,23 +8,18 @@ mod buffers;
 mod convert;
 mod data;
 mod dirs;
+pub mod events;
 mod files;
 mod locks;
 mod names;
 mod xattrs;
 
-use crate::Client;
-use crate::files::attrs::SetAttr;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
-use crate::files::locks::kind_of;
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, INodeNo, InitFlags, IoctlFlags,
     KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr,
@@ -32,6 +27,10 @@ use fuser::{
     ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+use crate::client::Client;
+use crate::files::attrs::SetAttr;
+use crate::files::locks::kind_of;
+use crate::session::ctx::{Ctx, Res, Stop};
 use convert::{caller_of, error_of, from_library, time_of};
 use fsd_node::config::CacheMode;
 
@@ -107,7 +106,9 @@ impl Filesystem for FsdFs {
         if self.client.kernel.caches.mode == CacheMode::Writeback {
             wanted |= InitFlags::FUSE_WRITEBACK_CACHE;
         }
-        if self.client.kernel.caches.mode == CacheMode::Writeback || self.client.opens.open_files.shared_mappings {
+        if self.client.kernel.caches.mode == CacheMode::Writeback
+            || self.client.opens.open_files.shared_mappings
+        {
             // Without it the kernel refuses to map what was opened past the page cache, which is what other mounts have open.
             wanted |= InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         }

@@ -1,8 +1,5 @@
 //! Names: looking up, making, removing, renaming.
 
-use super::done;
-use crate::Client;
-use crate::namespace::names::New;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -12,11 +9,12 @@ use std::time::Duration;
 use fuser::{Generation, INodeNo, RenameFlags, ReplyEmpty, ReplyEntry, Request};
 
 use super::convert::attr_of;
-use super::serve;
+use super::{NAME_TTL, done, serve};
+use crate::client::Client;
+use crate::namespace::names::New;
 use fsd_proto::ino;
 use fsd_proto::wire::{Attr, Kind};
 
-use super::NAME_TTL;
 fn send_entry(reply: &mut Option<ReplyEntry>, attr: &Attr, ttl: Duration) {
     if let Some(reply) = reply.take() {
         reply.entry_with_ttls(
@@ -34,13 +32,18 @@ pub(super) fn lookup(client: &Arc<Client>, req: &Request, parent: INodeNo, name:
     serve(client, reply, ReplyEntry::error, move |c, ctx, reply| {
         if matches!(&name[..], b"." | b"..") {
             // The kernel has forgotten an inode that somebody has a handle of.
-            return c.namespace.directories.lookup_by_number(ctx, parent, &name, thread, |_, attr, ttl| {
-                send_entry(reply, attr, ttl)
-            });
+            return c
+                .namespace
+                .directories
+                .lookup_by_number(ctx, parent, &name, thread, |_, attr, ttl| {
+                    send_entry(reply, attr, ttl)
+                });
         }
-        c.namespace.directories.lookup(ctx, &c.cache.inode(parent), &name, thread, |_, attr, ttl| {
-            send_entry(reply, attr, ttl)
-        })
+        c.namespace
+            .directories
+            .lookup(ctx, &c.cache.inode(parent), &name, thread, |_, attr, ttl| {
+                send_entry(reply, attr, ttl)
+            })
     });
 }
 
@@ -48,10 +51,12 @@ fn make(client: &Arc<Client>, req: &Request, parent: INodeNo, name: &OsStr, mut 
     let (name, parent) = (name.as_bytes().to_vec(), parent.0);
     (new.uid, new.gid) = (req.uid(), req.gid());
     serve(client, reply, ReplyEntry::error, move |c, ctx, reply| {
-        c.namespace.names.create(ctx, &c.cache.inode(parent), &name, &new, |inode, attr| {
-            send_entry(reply, attr, c.kernel.caches.attr_ttl(inode, attr.kind));
-            Ok(())
-        })
+        c.namespace
+            .names
+            .create(ctx, &c.cache.inode(parent), &name, &new, |inode, attr| {
+                send_entry(reply, attr, c.kernel.caches.attr_ttl(inode, attr.kind));
+                Ok(())
+            })
     });
 }
 
@@ -128,7 +133,9 @@ pub(super) fn remove(
     let thread = req.pid();
     let (name, parent) = (name.as_bytes().to_vec(), parent.0);
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.namespace.names.remove(ctx, &c.cache.inode(parent), &name, directory, thread)?;
+        c.namespace
+            .names
+            .remove(ctx, &c.cache.inode(parent), &name, directory, thread)?;
         done(reply);
         Ok(())
     });
@@ -146,7 +153,9 @@ pub(super) fn rename(
     let (name, newname) = (name.as_bytes().to_vec(), newname.as_bytes().to_vec());
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
         let (from, to) = (c.cache.inode(parent.0), c.cache.inode(newparent.0));
-        c.namespace.names.rename(ctx, (&from, &name), (&to, &newname), flags.bits(), thread)?;
+        c.namespace
+            .names
+            .rename(ctx, (&from, &name), (&to, &newname), flags.bits(), thread)?;
         done(reply);
         Ok(())
     });

@@ -1,14 +1,13 @@
 //! Extended attributes.
 
-use super::done;
-use crate::Client;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
 use fuser::{INodeNo, ReplyEmpty, ReplyXattr, Request};
 
-use super::serve;
+use super::{done, serve};
+use crate::client::Client;
 
 fn send_xattr(reply: &mut Option<ReplyXattr>, value: &[u8], size: u32) {
     let Some(reply) = reply.take() else { return };
@@ -31,7 +30,9 @@ pub(super) fn setxattr(
 ) {
     let (name, value) = (name.as_bytes().to_vec(), value.to_vec());
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.namespace.xattrs.setxattr(ctx, &c.cache.inode(ino.0), &name, &value, flags)?;
+        c.namespace
+            .xattrs
+            .setxattr(ctx, &c.cache.inode(ino.0), &name, &value, flags)?;
         done(reply);
         Ok(())
     });
@@ -49,7 +50,10 @@ pub(super) fn getxattr(client: &Arc<Client>, ino: INodeNo, name: &OsStr, size: u
 pub(super) fn listxattr(client: &Arc<Client>, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
     let privileged = req.uid() == 0;
     serve(client, reply, ReplyXattr::error, move |c, ctx, reply| {
-        let names = c.namespace.xattrs.listxattr(ctx, &c.cache.inode(ino.0), privileged)?;
+        let names = c
+            .namespace
+            .xattrs
+            .listxattr(ctx, &c.cache.inode(ino.0), privileged)?;
         send_xattr(reply, &names, size);
         Ok(())
     });
@@ -58,7 +62,9 @@ pub(super) fn listxattr(client: &Arc<Client>, req: &Request, ino: INodeNo, size:
 pub(super) fn removexattr(client: &Arc<Client>, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
     let name = name.as_bytes().to_vec();
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.namespace.xattrs.removexattr(ctx, &c.cache.inode(ino.0), &name)?;
+        c.namespace
+            .xattrs
+            .removexattr(ctx, &c.cache.inode(ino.0), &name)?;
         done(reply);
         Ok(())
     });

@@ -1,23 +1,21 @@
 //! What the kernel caches, and is told to drop.
 
-
-use crate::cache::edges::EDGE_WAIT;
-use crate::cache::edges::around;
-use crate::cache::inode::Inode;
-use crate::cache::inode::State;
-use crate::cache::pages::PAGE;
-use crate::session::Session;
-use std::sync::Arc;
-use std::sync::OnceLock;
-use std::sync::atomic::Ordering;
-use std::sync::atomic::AtomicBool;
-use std::time::Duration;
-use rt::channel::bounded;
-use fsd_node::config::CacheMode;
-use fsd_proto::wire::Kind;
-use fuser::INodeNo;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use fuser::INodeNo;
+use rt::channel::bounded;
+
+use crate::cache::edges::{EDGE_WAIT, around};
+use crate::cache::inode::{Inode, State};
+use crate::cache::pages::PAGE;
+use crate::session::Session;
+use fsd_node::config::CacheMode;
+use fsd_proto::wire::Kind;
+
 /// Time to live of attributes that a lease protects: until told otherwise.
 pub const LEASED_TTL: Duration = Duration::from_secs(24 * 3600);
 

@@ -1,26 +1,20 @@
 //! Lending what the mount holds.
 
-use crate::cache::Cache;
-use crate::cache::inode::Inode;
-use crate::cache::inode::Locked;
-use crate::cache::inode::State;
-use crate::cache::range::range_of;
-use crate::kernel::extension::Extension;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::fail;
-use std::sync::OnceLock;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use distfuse_abi::{Error, Grant, Revoked};
 use lockmgr::Mode;
 use rt::time::Instant;
 
+use crate::cache::Cache;
+use crate::cache::inode::{Inode, Locked, State};
+use crate::cache::range::range_of;
+use crate::kernel::extension::{Extension, attributes};
+use crate::session::ctx::{Ctx, Res, fail};
 use fsd_proto::wire::{Attr, Kind};
 
-use crate::kernel::extension::attributes;
 pub(crate) fn to_kernel_mode(mode: Option<Mode>) -> distfuse_abi::Mode {
     match mode {
         None => distfuse_abi::Mode::None,

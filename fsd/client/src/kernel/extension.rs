@@ -16,26 +16,19 @@
 //! | the same, and workers | set space aside before the kernel takes writes in (`space`) |
 //! | requests | lend what the kernel will want next: a file just made, or looked up |
 
-
-use crate::session::ctx::Permits;
-use distfuse_abi::Call;
 use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
 
-use distfuse_abi::{Answer, Attachment, Attributes, Command, Counters, Error, Event, Options};
+use distfuse_abi::{Answer, Attachment, Attributes, Call, Command, Counters, Error, Options};
 use rt::sync::{Condvar, Mutex};
-use rt::time::Instant;
 
+use crate::session::ctx::Permits;
 use fsd_proto::wire::{Attr, Time};
-
-/// How long the thread for events sleeps at most, so that it ends with its mount.
-const LOOK: Duration = Duration::from_secs(5);
 
 /// Calls that may be under way; further ones ask for the lease.
 const CALLS: u32 = 64;
@@ -59,7 +52,7 @@ pub struct Extension {
 }
 
 #[derive(Debug, Default)]
-struct Answers {
+pub(crate) struct Answers {
     pub(crate) flushed: HashMap<u32, Flushed>,
     /// Moves with every answer.
     pub(crate) seen: u64,

@@ -1,13 +1,5 @@
 //! Taking back what was lent.
 
-use crate::cache::Cache;
-use crate::cache::delegation::LentState;
-use crate::cache::inode::Inode;
-use crate::kernel::delegations::Delegations;
-use crate::kernel::delegations::to_kernel_mode;
-use crate::kernel::extension::Extension;
-use crate::kernel::extension::Flushed;
-use crate::session::Session;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -16,6 +8,12 @@ use distfuse_abi::{Command, Error, Revoked};
 use lockmgr::Mode;
 use rt::time::Instant;
 
+use crate::cache::Cache;
+use crate::cache::delegation::LentState;
+use crate::cache::inode::Inode;
+use crate::kernel::delegations::{Delegations, to_kernel_mode};
+use crate::kernel::extension::{Extension, Flushed};
+use crate::session::Session;
 use fsd_proto::rpc::Errno;
 
 /// Tasks that asked for a lease have this long to come in before it is taken back: else two mounts that want the
@@ -270,7 +268,9 @@ impl Recalls {
     /// The kernel has forgotten an inode: its entry can serve another. If what it wrote is not known to have come, that
     /// is waited for elsewhere: a revocation once begun must be ended, or nobody is ever lent the inode again.
     pub fn forget_lent(self: &Arc<Self>, inode: &Arc<Inode>) {
-        let Some(ext) = self.delegations.extension.get() else { return };
+        let Some(ext) = self.delegations.extension.get() else {
+            return;
+        };
         if ext.attachment.table().word(inode.ino).is_none() {
             return;
         }

@@ -1,33 +1,32 @@
 //! Joining a cluster and leaving it: everything of a mount but the kernel.
 
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use lockmgr::msg::LeaseMsg;
-use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
-use rdma_transport::{Connection, Fabric, RemoteAddr};
+
+use lockmgr::{LeaseManager, ManagerConfig, NodeId};
+use rdma_transport::Fabric;
 use rt::channel::RecvTimeoutError;
 use rt::thread::JoinHandle;
 use rt::time::Instant;
 use rustix::mount::MountFlags;
-use fsd_node::config::{CacheMode, Config, FabricChoice};
-use fsd_node::endpoint::{Endpoint, Network};
-use fsd_node::ports::Ports;
-use fsd_proto::ask;
-use fsd_proto::clock::Skew;
-use fsd_proto::rpc::{Errno, Responder, RpcError, Service};
-use fsd_proto::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
-use super::MountError;
+
+use super::error::MountError;
 use super::service::{Front, Places};
-use crate::Client;
 use crate::cache::Cache;
 use crate::cache::pages::PAGE;
+use crate::client::Client;
 use crate::revoke::revoker::Revoker;
-use crate::session::{Counters, Fate, Session, Threads};
 use crate::session::ctx::Permits;
 use crate::session::net::{JoinError, Net, NetConfig, Owner};
 use crate::session::workers::Workers;
+use crate::session::{Counters, Fate, Session, Threads};
+use fsd_node::config::{CacheMode, Config, FabricChoice};
+use fsd_node::endpoint::{Endpoint, Network};
+use fsd_proto::ask;
+use fsd_proto::rpc::{Errno, RpcError, Service};
+use fsd_proto::wire::Role;
+
 /// Event loops that never wait.
 pub(super) const SPARE_LOOPS: usize = 1;
 /// Longest wait for requests under way when leaving.
@@ -114,7 +113,9 @@ pub(super) fn join(
     net.set_owner(Arc::downgrade(&owner));
 
     let writer = Arc::clone(&client);
-    let mut threads = vec![thread("fsd-writeback", move || writer.storing.writeback.writeback_loop(&wake))?];
+    let mut threads = vec![thread("fsd-writeback", move || {
+        writer.storing.writeback.writeback_loop(&wake)
+    })?];
     let leases = Arc::clone(&client.session.leases);
     threads.push(thread("fsd-leases", move || leases.run_timers())?);
     Ok((client, threads))

@@ -3,6 +3,7 @@
 mod error;
 mod join;
 pub mod kernel_mount;
+mod listen;
 pub mod mountpoint;
 mod service;
 
@@ -10,32 +11,26 @@ pub use error::MountError;
 pub use join::Detached;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use lockmgr::msg::LeaseMsg;
-use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
-use rdma_transport::{Connection, Fabric, RemoteAddr};
-use rt::channel::RecvTimeoutError;
+
+use rdma_transport::Fabric;
 use rt::thread::JoinHandle;
-use rt::time::Instant;
 use rustix::mount::MountFlags;
-use fsd_node::config::{CacheMode, Config, FabricChoice};
-use fsd_node::endpoint::{Endpoint, Network};
-use fsd_node::ports::Ports;
-use fsd_proto::ask;
-use fsd_proto::clock::Skew;
-use fsd_proto::rpc::{Errno, Responder, RpcError, Service};
-use fsd_proto::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
-use crate::Client;
-use crate::calls;
+
+use crate::client::Client;
+use crate::fuse::{FsdFs, events};
 use crate::kernel::extension::Extension;
-use crate::fuse::FsdFs;
-use crate::session::listen::open_endpoint;
+use crate::mount::listen::open_endpoint;
+use fsd_node::config::{CacheMode, Config};
+use fsd_node::endpoint::Endpoint;
+use fsd_proto::rpc::Service;
 use join::{SPARE_LOOPS, join, leave, thread};
 use kernel_mount::Mounted;
 use mountpoint::{check_point, set_read_ahead};
 use service::Front;
+
 /// Longest wait for open files to be closed when leaving.
 const OPEN_WAIT: Duration = Duration::from_secs(5);
 
@@ -208,7 +203,7 @@ impl Mount {
             let _ = client.kernel.delegations.extension.set(Arc::clone(&ext));
             let client = Arc::downgrade(&client);
             // Ends with the mount in the kernel, which may be later than this one.
-            thread("fsd-kernel", move || calls::run(&client, &ext))?;
+            thread("fsd-kernel", move || events::run(&client, &ext))?;
         }
         let session = session.spawn().map_err(MountError::Thread)?;
         tracing::info!("mount {} on {} ({mode:?})", node.0, point.display());

@@ -1,10 +1,9 @@
 //! The place in the name space where a mount appears.
 
-use crate::mount::MountError;
-use crate::mount::kernel_mount::Mounted;
-use crate::mount::kernel_mount::escaped;
 use std::path::{Path, PathBuf};
 
+use crate::mount::error::MountError;
+use crate::mount::kernel_mount::{Mounted, escaped};
 
 /// Checks a mount point before anything is started.
 ///

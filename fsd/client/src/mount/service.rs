@@ -1,26 +1,18 @@
 //! What others ask of a mount, and what its connections tell it.
 
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::Duration;
+
 use lockmgr::msg::LeaseMsg;
-use lockmgr::{Directory, LeaseError, LeaseManager, ManagerConfig, NodeId, RecordId};
-use rdma_transport::{Connection, Fabric, RemoteAddr};
-use rt::channel::RecvTimeoutError;
-use rt::thread::JoinHandle;
-use rt::time::Instant;
-use rustix::mount::MountFlags;
-use fsd_node::config::{CacheMode, Config, FabricChoice};
-use fsd_node::endpoint::{Endpoint, Network};
-use fsd_node::ports::Ports;
-use fsd_proto::ask;
-use fsd_proto::clock::Skew;
-use fsd_proto::rpc::{Errno, Responder, RpcError, Service};
-use fsd_proto::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
-use crate::Client;
+use lockmgr::{Directory, LeaseError, NodeId, RecordId};
+use rdma_transport::{Connection, RemoteAddr};
+
 use crate::cache::lazy::Lazy;
+use crate::client::Client;
 use crate::session::net::{Net, Owner};
+use fsd_proto::rpc::{Errno, Responder, Service};
+use fsd_proto::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
+
 /// Connects the router to the client, which is made later.
 pub(super) struct Front {
     pub(super) client: OnceLock<Weak<Client>>,
@@ -62,7 +54,9 @@ impl Service for Front {
         else {
             return;
         };
-        if let Some(inode) = LeaseMsg::record_of(body).and_then(|record| client.cache.inodes.by_record(record)) {
+        if let Some(inode) =
+            LeaseMsg::record_of(body).and_then(|record| client.cache.inodes.by_record(record))
+        {
             inode.heard_of(node);
         }
         if let Err(error) = client.session.leases.message(NodeId(node), body) {

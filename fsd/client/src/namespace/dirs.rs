@@ -1,28 +1,21 @@
 //! Looking names up and listing directories.
 
-use crate::cache::Cache;
-use crate::cache::dir_cache::Listing;
-use crate::cache::inode::Inode;
-use crate::cache::inode::Locked;
-use crate::kernel::caches::KernelCaches;
-use crate::kernel::delegations::Delegations;
-use crate::opens::pins::Pinning;
-use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
-use crate::session::ctx::fail;
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use fuser::INodeNo;
 use lockmgr::Mode;
 use rt::time::Instant;
 
+use crate::cache::Cache;
+use crate::cache::dir_cache::Listing;
+use crate::cache::inode::{Inode, Locked};
+use crate::kernel::caches::KernelCaches;
+use crate::kernel::delegations::Delegations;
+use crate::opens::pins::Pinning;
+use crate::session::Session;
+use crate::session::ctx::{Ctx, Res, Stop, fail};
 use fsd_proto::ask;
 use fsd_proto::layout::NAME_MAX;
 use fsd_proto::rpc::{Errno, RpcError};
@@ -110,7 +103,7 @@ impl Directories {
     /// # Errors
     /// As [`Client::entry_held`].
     pub fn entry(&self, ctx: &Ctx<'_>, dir: &Inode, name: &[u8]) -> Res<Option<(u64, Kind)>> {
-        let guard = self.session.lease(ctx, dir, Mode::Shared)?;
+        let guard = self.cache.lease(ctx, dir, Mode::Shared)?;
         let mut state = dir.lock(ctx, guard.version())?;
         let found = self.entry_held(ctx, dir, &mut state, name)?;
         self.delegations.lend_names(ctx, dir, guard.version(), &mut state);
@@ -136,7 +129,7 @@ impl Directories {
                 return fail(libc::ENOENT);
             };
             let inode = self.cache.inode(number);
-            let guard = self.session.lease(ctx, &inode, Mode::Shared)?;
+            let guard = self.cache.lease(ctx, &inode, Mode::Shared)?;
             let attr = {
                 let mut state = inode.lock(ctx, guard.version())?;
                 let attr = self.cache.load_attr(ctx, &inode, &mut state);
@@ -148,7 +141,8 @@ impl Directories {
                         // Asked for next, when the link may be gone already.
                         self.target_held(ctx, &inode, &mut state)?;
                     }
-                    self.delegations.lend_ahead(&inode, Mode::Shared, guard.version(), attr, &state);
+                    self.delegations
+                        .lend_ahead(&inode, Mode::Shared, guard.version(), attr, &state);
                 }
                 attr
             };
@@ -205,7 +199,7 @@ impl Directories {
             found => found?,
         };
         let inode = self.cache.inode(number);
-        let guard = self.session.lease(ctx, &inode, Mode::Shared)?;
+        let guard = self.cache.lease(ctx, &inode, Mode::Shared)?;
         let attr = {
             let mut state = inode.lock(ctx, guard.version())?;
             self.cache.load_attr(ctx, &inode, &mut state)?
@@ -225,7 +219,7 @@ impl Directories {
     /// # Errors
     /// Park; `ENOENT`, `ENOTDIR`.
     pub fn listing(&self, ctx: &Ctx<'_>, dir: &Inode) -> Res<Listing> {
-        let guard = self.session.lease(ctx, dir, Mode::Shared)?;
+        let guard = self.cache.lease(ctx, dir, Mode::Shared)?;
         let mut state = dir.lock(ctx, guard.version())?;
         if let Some(listing) = &state.dir.listing {
             return Ok(Arc::clone(listing));
@@ -283,7 +277,7 @@ impl Directories {
     /// # Errors
     /// Park; `EINVAL` for anything else.
     pub fn readlink(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<Vec<u8>> {
-        let guard = self.session.lease(ctx, inode, Mode::Shared)?;
+        let guard = self.cache.lease(ctx, inode, Mode::Shared)?;
         let mut state = inode.lock(ctx, guard.version())?;
         self.target_held(ctx, inode, &mut state)
     }

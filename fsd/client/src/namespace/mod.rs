@@ -7,15 +7,16 @@ pub mod xattrs;
 
 use std::sync::Arc;
 
-use crate::session::Session;
-use crate::cache::Cache;
-use crate::kernel::Kernel;
-use crate::data::Data;
-use crate::opens::Opens;
-use transactions::Transactions;
 use dirs::Directories;
 use names::Names;
+use transactions::Transactions;
 use xattrs::Xattrs;
+
+use crate::cache::Cache;
+use crate::data::Data;
+use crate::kernel::Kernel;
+use crate::opens::Opens;
+use crate::session::Session;
 
 /// Names.
 pub struct Namespace {
@@ -32,11 +33,47 @@ pub struct Namespace {
 impl Namespace {
     /// The room, with nothing in it.
     #[must_use]
-    pub fn new(session: &Arc<Session>, cache: &Arc<Cache>, kernel: &Kernel, data: &Data, opens: &Opens) -> Self {
-        let transactions = Arc::new(Transactions { seqs: Default::default(), session: Arc::clone(session), kernel: Arc::clone(&kernel.caches), delegations: Arc::clone(&kernel.delegations) });
-        let directories = Arc::new(Directories { session: Arc::clone(session), cache: Arc::clone(cache), kernel: Arc::clone(&kernel.caches), delegations: Arc::clone(&kernel.delegations), pinning: Arc::clone(&opens.pinning) });
-        let names = Arc::new(Names { new_inos: Default::default(), session: Arc::clone(session), cache: Arc::clone(cache), kernel: Arc::clone(&kernel.caches), delegations: Arc::clone(&kernel.delegations), reservations: Arc::clone(&data.reservations), pinning: Arc::clone(&opens.pinning), transactions: Arc::clone(&transactions), directories: Arc::clone(&directories) });
-        let xattrs = Arc::new(Xattrs { session: Arc::clone(session), cache: Arc::clone(cache), transactions: Arc::clone(&transactions) });
-        Self { transactions, directories, names, xattrs }
+    pub fn new(
+        session: &Arc<Session>,
+        cache: &Arc<Cache>,
+        kernel: &Kernel,
+        data: &Data,
+        opens: &Opens,
+    ) -> Self {
+        let transactions = Arc::new(Transactions {
+            seqs: Default::default(),
+            session: Arc::clone(session),
+            kernel: Arc::clone(&kernel.caches),
+            delegations: Arc::clone(&kernel.delegations),
+        });
+        let directories = Arc::new(Directories {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            kernel: Arc::clone(&kernel.caches),
+            delegations: Arc::clone(&kernel.delegations),
+            pinning: Arc::clone(&opens.pinning),
+        });
+        let names = Arc::new(Names {
+            new_inos: Default::default(),
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            kernel: Arc::clone(&kernel.caches),
+            delegations: Arc::clone(&kernel.delegations),
+            reservations: Arc::clone(&data.reservations),
+            pinning: Arc::clone(&opens.pinning),
+            transactions: Arc::clone(&transactions),
+            directories: Arc::clone(&directories),
+        });
+        let xattrs = Arc::new(Xattrs {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            transactions: Arc::clone(&transactions),
+        });
+        Self {
+            transactions,
+            directories,
+            names,
+            xattrs,
+        }
     }
 }

@@ -1,23 +1,6 @@
 //! Changing the namespace: create, link, unlink, rmdir, rename.
 
-use crate::namespace::dirs::ATTEMPTS;
-use crate::session::Versions;
-use crate::cache::Cache;
-use crate::cache::inode::Inode;
-use crate::cache::lazy::Lazy;
-use crate::data::reservations::Reservations;
-use crate::kernel::caches::KernelCaches;
-use crate::kernel::delegations::Delegations;
-use crate::namespace::dirs::Directories;
-use crate::namespace::transactions::Transactions;
-use crate::opens::pins::Pinning;
-use crate::session::Guards;
-use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
-use crate::session::ctx::fail;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -25,10 +8,20 @@ use std::time::Duration;
 use lockmgr::Mode;
 use rt::sync::Mutex;
 
-use fsd_proto::ask;
-use fsd_proto::ino;
+use crate::cache::Cache;
+use crate::cache::inode::Inode;
+use crate::cache::lazy::Lazy;
+use crate::data::reservations::Reservations;
+use crate::kernel::caches::KernelCaches;
+use crate::kernel::delegations::Delegations;
+use crate::namespace::dirs::{ATTEMPTS, Directories};
+use crate::namespace::transactions::Transactions;
+use crate::opens::pins::Pinning;
+use crate::session::ctx::{Ctx, Res, Stop, fail};
+use crate::session::{Guards, Session, Versions};
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{Attr, Created, Kind, NamespaceOp, Touched};
+use fsd_proto::wire::{Attr, Created, Kind, NamespaceOp};
+use fsd_proto::{ask, ino};
 
 /// Inode numbers fetched at once, and the number left at which more are fetched. The server makes durable that it has given
 /// them out, which takes as long as its disk does; so that is not waited for.
@@ -85,7 +78,8 @@ impl Names {
             };
             if left < LOW && number.is_some() && !self.new_inos.fetching.swap(true, Ordering::AcqRel) {
                 let numbers = Arc::clone(&self.new_inos);
-                self.session.net
+                self.session
+                    .net
                     .meta_async(ReserveInodes { count: NUMBERS }, move |answer| {
                         // Who comes to the end of those that are left asks himself, and is told what is wrong.
                         if let Ok(range) = answer {
@@ -142,8 +136,8 @@ impl Names {
     ) -> Res<T> {
         let inode = self.cache.inode(number);
         // Nobody else knows the number yet, so this waits for nobody and may come before the directory.
-        let own = self.session.lease(ctx, &inode, Mode::Exclusive)?;
-        let guards = self.session.lease_all(ctx, &[(dir, Mode::Exclusive)])?;
+        let own = self.cache.lease(ctx, &inode, Mode::Exclusive)?;
+        let guards = self.cache.lease_all(ctx, &[(dir, Mode::Exclusive)])?;
         let above = {
             let mut state = dir.lock(ctx, guards.version_of(dir.ino))?;
             if state.gone {
@@ -194,7 +188,8 @@ impl Names {
             }
             state.xattrs = Some(std::collections::BTreeMap::new());
             state.target = (new.kind == Kind::Symlink).then(|| new.target.clone());
-            self.delegations.lend_ahead(&inode, Mode::Exclusive, own.version(), &attr, &state);
+            self.delegations
+                .lend_ahead(&inode, Mode::Exclusive, own.version(), &attr, &state);
         }
         inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
         let done = answer(&inode, &attr);
@@ -226,7 +221,9 @@ impl Names {
         answer: impl FnOnce(&Arc<Inode>, &Attr, Duration) -> T,
     ) -> Res<T> {
         ctx.may_wait()?;
-        let guards = self.session.lease_all(ctx, &[(dir, Mode::Exclusive), (inode, Mode::Exclusive)])?;
+        let guards = self
+            .cache
+            .lease_all(ctx, &[(dir, Mode::Exclusive), (inode, Mode::Exclusive)])?;
         let op = NamespaceOp::Link {
             ino: inode.ino,
             parent: dir.ino,
@@ -258,7 +255,10 @@ impl Names {
         expected: Option<u64>,
     ) -> Res<bool> {
         let mut state = dir.lock(ctx, guards.version_of(dir.ino))?;
-        let found = self.directories.entry_held(ctx, dir, &mut state, name)?.map(|(ino, _)| ino);
+        let found = self
+            .directories
+            .entry_held(ctx, dir, &mut state, name)?
+            .map(|(ino, _)| ino);
         Ok(found == expected)
     }
 
@@ -278,7 +278,9 @@ impl Names {
                 _ => {}
             }
             let victim = self.cache.inode(number);
-            let guards = self.session.lease_all(ctx, &[(dir, Mode::Exclusive), (&victim, Mode::Exclusive)])?;
+            let guards = self
+                .cache
+                .lease_all(ctx, &[(dir, Mode::Exclusive), (&victim, Mode::Exclusive)])?;
             if !self.hold_name(ctx, dir, name, &guards, Some(number))? {
                 continue;
             }
@@ -387,7 +389,7 @@ impl Names {
                 (&*moved, Mode::Exclusive),
             ];
             wanted.extend(other.as_deref().map(|o| (o, Mode::Exclusive)));
-            let guards = self.session.lease_all(ctx, &wanted)?;
+            let guards = self.cache.lease_all(ctx, &wanted)?;
             if !self.hold_name(ctx, dir, name, &guards, Some(number))?
                 || !self.hold_name(ctx, to, to_name, &guards, target.map(|(n, _)| n))?
             {

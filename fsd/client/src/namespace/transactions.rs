@@ -1,22 +1,19 @@
 //! Transactions: changes that the metadata server makes, under leases that are held.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use rt::sync::Mutex;
+
 use crate::cache::inode::Inode;
 use crate::cache::lazy::Lazy;
 use crate::kernel::caches::KernelCaches;
 use crate::kernel::delegations::Delegations;
-use crate::session::Session;
-use crate::session::Versions;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use std::sync::Arc;
-use fsd_proto::wire::Attr;
-use fsd_proto::wire::Kind;
-use fsd_proto::wire::Touched;
-use fsd_proto::wire::NamespaceOp;
-use fsd_proto::wire::Created;
+use crate::session::ctx::{Ctx, Res};
+use crate::session::{Session, Versions};
 use fsd_proto::ask;
-use rt::sync::Mutex;
-use std::collections::BTreeSet;
+use fsd_proto::wire::{Attr, Created, Kind, NamespaceOp, Touched};
+
 /// Numbers of transactions, and which are still unanswered.
 #[derive(Debug, Default)]
 pub struct Sequence(Mutex<(u64, BTreeSet<u64>)>);
@@ -109,7 +106,8 @@ impl Transactions {
                 None => {
                     if let Some(gone) = state.attr.take() {
                         state.last = Some(Box::new(gone));
-                        self.delegations.lent_attr_changed(inode, &Attr { nlink: 0, ..gone });
+                        self.delegations
+                            .lent_attr_changed(inode, &Attr { nlink: 0, ..gone });
                     }
                 }
             }

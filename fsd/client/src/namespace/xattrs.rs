@@ -1,19 +1,15 @@
 //! Extended attributes.
 
-use crate::cache::Cache;
-use crate::cache::inode::Inode;
-use crate::namespace::transactions::Transactions;
-use crate::session::Session;
-use crate::session::Versions;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
-use crate::session::ctx::fail;
-use std::sync::Arc;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use lockmgr::Mode;
 
+use crate::cache::Cache;
+use crate::cache::inode::Inode;
+use crate::namespace::transactions::Transactions;
+use crate::session::ctx::{Ctx, Res, Stop, fail};
+use crate::session::{Session, Versions};
 use fsd_proto::ask;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::NamespaceOp;
@@ -44,7 +40,7 @@ impl Xattrs {
         inode: &Inode,
         look: impl FnOnce(&BTreeMap<Vec<u8>, Vec<u8>>) -> T,
     ) -> Res<T> {
-        let guard = self.session.lease(ctx, inode, Mode::Shared)?;
+        let guard = self.cache.lease(ctx, inode, Mode::Shared)?;
         self.xattrs_held(ctx, inode, &guard, look)
     }
 
@@ -172,7 +168,7 @@ impl Xattrs {
 
     fn change_xattr(&self, ctx: &Ctx<'_>, inode: &Inode, op: NamespaceOp) -> Res<()> {
         ctx.may_wait()?;
-        let guards = self.session.lease_all(ctx, &[(inode, Mode::Exclusive)])?;
+        let guards = self.cache.lease_all(ctx, &[(inode, Mode::Exclusive)])?;
         self.change_xattr_held(ctx, inode, &guards, op)
     }
 

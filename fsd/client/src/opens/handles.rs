@@ -1,45 +1,22 @@
 //! Open files: handles, and what the lease record says of who has a file open.
 
-use crate::cache::inode::Inode;
-use crate::data::reservations::Reservations;
-use crate::kernel::caches::KernelCaches;
-use crate::opens::pins::Pinning;
-use crate::opens::pins::pinned;
-use crate::opens::record::OpenRecords;
-use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::session::ctx::fail;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use lockmgr::{Mode, RecordLayout};
-use rdma_transport::Op;
 use rt::sync::Mutex;
 use rt::time::Instant;
 
+use crate::cache::inode::Inode;
+use crate::data::reservations::Reservations;
+use crate::kernel::caches::KernelCaches;
+use crate::opens::pins::Pinning;
+use crate::opens::record::{FLAG_UNLINKED, ONE_WRITER, OpenRecords, RecordChange, pinned};
+use crate::session::Session;
+use crate::session::ctx::{Ctx, Res, fail};
 use fsd_node::config::CacheMode;
-use fsd_proto::ask;
-use fsd_proto::rpc::Errno;
 use fsd_proto::wire::Kind;
-
-/// In word 1 of a lease record: the inode has no name left, or is about to lose its last.
-pub const FLAG_UNLINKED: u64 = 1;
-/// In word 1 of a lease record: unit of the number of mounts that have the file open for writing.
-pub const ONE_WRITER: u64 = 1 << 32;
-
-/// What changes in the words of a lease record that say who has the file open, each by one or not at all.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct RecordChange {
-    /// This mount's bit in the opens bitmap.
-    pub open: i8,
-    /// The number of mounts that have it open for writing.
-    pub writers: i8,
-    /// The number of mounts that pin it.
-    pub pins: i8,
-}
 
 /// An open file or directory.
 #[derive(Debug)]
@@ -295,7 +272,6 @@ impl OpenFiles {
         }
         Ok(())
     }
-
 }
 
 #[cfg(test)]

@@ -6,13 +6,14 @@ pub mod record;
 
 use std::sync::Arc;
 
-use crate::session::Session;
-use crate::cache::Cache;
-use crate::kernel::Kernel;
-use crate::data::Data;
-use record::OpenRecords;
-use pins::Pinning;
 use handles::OpenFiles;
+use pins::Pinning;
+use record::OpenRecords;
+
+use crate::cache::Cache;
+use crate::data::Data;
+use crate::kernel::Kernel;
+use crate::session::Session;
 
 /// Open files.
 pub struct Opens {
@@ -27,10 +28,38 @@ pub struct Opens {
 impl Opens {
     /// The room, with nothing in it.
     #[must_use]
-    pub fn new(session: &Arc<Session>, cache: &Arc<Cache>, kernel: &Kernel, data: &Data, cache_shared: bool, shared_mappings: bool) -> Self {
-        let records = Arc::new(OpenRecords { session: Arc::clone(session) });
-        let pinning = Arc::new(Pinning { pins: Default::default(), session: Arc::clone(session), cache: Arc::clone(cache), reservations: Arc::clone(&data.reservations), records: Arc::clone(&records) });
-        let open_files = Arc::new(OpenFiles { handles: Default::default(), cache_shared, shared_mappings, session: Arc::clone(session), kernel: Arc::clone(&kernel.caches), reservations: Arc::clone(&data.reservations), records: Arc::clone(&records), pinning: Arc::clone(&pinning) });
-        Self { records, pinning, open_files }
+    pub fn new(
+        session: &Arc<Session>,
+        cache: &Arc<Cache>,
+        kernel: &Kernel,
+        data: &Data,
+        cache_shared: bool,
+        shared_mappings: bool,
+    ) -> Self {
+        let records = Arc::new(OpenRecords {
+            session: Arc::clone(session),
+        });
+        let pinning = Arc::new(Pinning {
+            pins: Default::default(),
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            reservations: Arc::clone(&data.reservations),
+            records: Arc::clone(&records),
+        });
+        let open_files = Arc::new(OpenFiles {
+            handles: Default::default(),
+            cache_shared,
+            shared_mappings,
+            session: Arc::clone(session),
+            kernel: Arc::clone(&kernel.caches),
+            reservations: Arc::clone(&data.reservations),
+            records: Arc::clone(&records),
+            pinning: Arc::clone(&pinning),
+        });
+        Self {
+            records,
+            pinning,
+            open_files,
+        }
     }
 }

@@ -7,17 +7,6 @@
 //! the name itself, look-ups of other threads count the same way. A pin is dropped a little later; the last one
 //! to go removes the inode, as the last close of an unlinked file does.
 
-use crate::cache::Cache;
-use crate::cache::inode::Inode;
-use crate::cache::inode::Opens;
-use crate::data::reservations::Reservations;
-use crate::opens::handles::FLAG_UNLINKED;
-use crate::opens::handles::RecordChange;
-use crate::opens::record::OpenRecords;
-use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use fsd_proto::ask;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,20 +14,16 @@ use std::time::Duration;
 use rt::sync::Mutex;
 use rt::time::Instant;
 
-
-/// In word 1 of a lease record: unit of the number of mounts that pin the inode.
-pub const ONE_PIN: u64 = 1 << 8;
-/// The bits of that number.
-const PINS: u64 = 0xff_ffff << 8;
+use crate::cache::Cache;
+use crate::cache::inode::{Inode, Opens};
+use crate::data::reservations::Reservations;
+use crate::opens::record::{FLAG_UNLINKED, OpenRecords, RecordChange, pinned};
+use crate::session::Session;
+use crate::session::ctx::{Ctx, Res};
+use fsd_proto::ask;
 
 /// For so long an inode is kept for it.
 const KEEP: Duration = Duration::from_secs(2);
-
-/// Does a flags word say that somebody pins the inode?
-#[must_use]
-pub fn pinned(flags: u64) -> bool {
-    flags & PINS != 0
-}
 
 /// The inodes that this mount pins, in the order in which their pins end.
 #[derive(Debug, Default)]
@@ -228,7 +213,8 @@ impl Pinning {
     /// The last close of a file without a name.
     pub(crate) fn reap(&self, inode: &Arc<Inode>) {
         let gone = Arc::clone(inode);
-        self.session.net
+        self.session
+            .net
             .meta_async(ask::meta::Reap { ino: inode.ino }, move |result| {
                 if let Err(error) = result {
                     tracing::warn!("orphan {:#x} not removed: {error}", gone.ino);
@@ -241,10 +227,11 @@ impl Pinning {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::opens::record::{ONE_PIN, ONE_WRITER};
 
     #[test]
     fn pins_are_counted_beside_flags_and_writers() {
-        let word = FLAG_UNLINKED | (super::super::opens::ONE_WRITER * 3);
+        let word = FLAG_UNLINKED | (ONE_WRITER * 3);
         assert!(!pinned(word) && pinned(word + ONE_PIN) && !pinned(word + ONE_PIN - ONE_PIN));
     }
 }

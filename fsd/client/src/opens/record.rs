@@ -1,16 +1,41 @@
 //! The words of a lease record that say who has the file open.
 
-use crate::cache::inode::Inode;
-use crate::opens::handles::ONE_WRITER;
-use crate::opens::handles::RecordChange;
-use crate::opens::pins::ONE_PIN;
-use crate::session::Session;
-use crate::session::ctx::Res;
-use crate::session::ctx::Stop;
 use std::sync::Arc;
+
 use lockmgr::RecordLayout;
 use rdma_transport::Op;
+
+use crate::cache::inode::Inode;
+use crate::session::Session;
+use crate::session::ctx::{Res, Stop};
 use fsd_proto::rpc::Errno;
+
+/// The bits of that number.
+const PINS: u64 = 0xff_ffff << 8;
+/// In word 1 of a lease record: unit of the number of mounts that pin the inode.
+pub const ONE_PIN: u64 = 1 << 8;
+/// Does a flags word say that somebody pins the inode?
+#[must_use]
+pub fn pinned(flags: u64) -> bool {
+    flags & PINS != 0
+}
+
+/// In word 1 of a lease record: the inode has no name left, or is about to lose its last.
+pub const FLAG_UNLINKED: u64 = 1;
+/// In word 1 of a lease record: unit of the number of mounts that have the file open for writing.
+pub const ONE_WRITER: u64 = 1 << 32;
+
+/// What changes in the words of a lease record that say who has the file open, each by one or not at all.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RecordChange {
+    /// This mount's bit in the opens bitmap.
+    pub open: i8,
+    /// The number of mounts that have it open for writing.
+    pub writers: i8,
+    /// The number of mounts that pin it.
+    pub pins: i8,
+}
+
 /// The words of a lease record that say who has the file open.
 pub struct OpenRecords {
     pub(crate) session: Arc<Session>,
@@ -22,7 +47,9 @@ impl OpenRecords {
         inode: &Inode,
         offset: u64,
     ) -> Res<(Arc<dyn rdma_transport::Connection>, rdma_transport::RemoteAddr)> {
-        let (conn, at) = self.session.net
+        let (conn, at) = self
+            .session
+            .net
             .record(inode.record())
             .map_err(|e| Stop::Errno(crate::session::lease_errno(&e)))?;
         Ok((conn, at.plus(offset)))

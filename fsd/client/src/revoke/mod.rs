@@ -5,15 +5,15 @@ pub mod trim;
 
 use std::sync::Arc;
 
-use crate::session::Session;
-use crate::cache::Cache;
-use crate::kernel::Kernel;
-use crate::data::Data;
-use crate::opens::Opens;
-use crate::storing::Storing;
-use trim::Forgetting;
 use revoker::Revocations;
-use trim::Trim;
+
+use crate::cache::Cache;
+use crate::data::Data;
+use crate::kernel::Kernel;
+use crate::opens::Opens;
+use crate::session::Session;
+use crate::storing::Storing;
+use trim::{Forgetting, Trim};
 
 /// Giving up.
 pub struct Revoke {
@@ -26,9 +26,35 @@ pub struct Revoke {
 impl Revoke {
     /// The room, with nothing in it.
     #[must_use]
-    pub fn new(session: &Arc<Session>, cache: &Arc<Cache>, kernel: &Kernel, data: &Data, opens: &Opens, storing: &Storing, trim: Trim) -> Self {
-        let forgetting = Arc::new(Forgetting { trim, session: Arc::clone(session), cache: Arc::clone(cache), recalls: Arc::clone(&kernel.recalls) });
-        let revocations = Arc::new(Revocations { session: Arc::clone(session), cache: Arc::clone(cache), kernel: Arc::clone(&kernel.caches), delegations: Arc::clone(&kernel.delegations), recalls: Arc::clone(&kernel.recalls), reservations: Arc::clone(&data.reservations), writing: Arc::clone(&data.writing), pinning: Arc::clone(&opens.pinning), push: Arc::clone(&storing.push) });
-        Self { forgetting, revocations }
+    pub fn new(
+        session: &Arc<Session>,
+        cache: &Arc<Cache>,
+        kernel: &Kernel,
+        data: &Data,
+        opens: &Opens,
+        storing: &Storing,
+        trim: Trim,
+    ) -> Self {
+        let forgetting = Arc::new(Forgetting {
+            trim,
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            recalls: Arc::clone(&kernel.recalls),
+        });
+        let revocations = Arc::new(Revocations {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            kernel: Arc::clone(&kernel.caches),
+            delegations: Arc::clone(&kernel.delegations),
+            recalls: Arc::clone(&kernel.recalls),
+            reservations: Arc::clone(&data.reservations),
+            writing: Arc::clone(&data.writing),
+            pinning: Arc::clone(&opens.pinning),
+            push: Arc::clone(&storing.push),
+        });
+        Self {
+            forgetting,
+            revocations,
+        }
     }
 }

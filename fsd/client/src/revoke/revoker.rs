@@ -11,12 +11,16 @@
 //! * a write of mapped pages is answered at once (see `mapped`);
 //! * reads wait only while no lease is held, and then nothing is invalidated.
 
-use crate::Client;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
+
+use lockmgr::{LeaseUser, Mode, RecordId, Relinquish};
+use rt::channel::bounded;
+use rt::time::Instant;
+
 use crate::cache::Cache;
-use crate::cache::inode::Granted;
-use crate::cache::inode::Inode;
-use crate::cache::inode::Source;
-use crate::cache::inode::State;
+use crate::cache::inode::{Granted, Inode, Source, State};
 use crate::cache::pages::PAGE;
 use crate::data::reservations::Reservations;
 use crate::data::writing::Writing;
@@ -27,17 +31,8 @@ use crate::opens::pins::Pinning;
 use crate::session::Session;
 use crate::session::ctx::Ctx;
 use crate::storing::push::Push;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock, Weak};
-use std::time::Duration;
-
-use lockmgr::{LeaseUser, Mode, RecordId, Relinquish};
-use rt::channel::bounded;
-use rt::time::Instant;
-
 use fsd_proto::ino;
 use fsd_proto::layout::BLOCK;
-use fsd_proto::rpc::Errno;
 use fsd_proto::wire::Attr;
 
 /// How long the kernel gets to take in the attributes of an answer before it is told to drop them; only
@@ -130,7 +125,8 @@ pub struct Revocations {
 impl Revocations {
     /// As [`Client::revoke_at_once`], of an inode that may be lent to the kernel.
     fn revoke_lent_at_once(self: &Arc<Self>, id: RecordId, from: Mode, to: Option<Mode>) -> bool {
-        let (Some(ext), Some(inode)) = (self.delegations.extension.get(), self.cache.inodes.by_record(id)) else {
+        let (Some(ext), Some(inode)) = (self.delegations.extension.get(), self.cache.inodes.by_record(id))
+        else {
             return self.revoke_at_once(id, from, to);
         };
         if !self.recalls.take_back_at_once(ext, &inode, to) {
@@ -168,7 +164,9 @@ impl Revocations {
                 && !inode.kernel.pages.load(Ordering::SeqCst)
                 && inode.kernel.fills.load(Ordering::SeqCst) == fills);
         let ready = inode.try_claim_raw().filter(|s| {
-            quiet && self.flushes_at_once(&inode, s, from) && (to.is_some() || self.pinning.pin_at_once(&inode))
+            quiet
+                && self.flushes_at_once(&inode, s, from)
+                && (to.is_some() || self.pinning.pin_at_once(&inode))
         });
         let Some(mut state) = ready else {
             self.session.leases.open_gate(id);
@@ -178,7 +176,11 @@ impl Revocations {
             // Attributes only: takes no lock in the kernel.
             self.kernel.invalidate_attrs(&inode);
         }
-        if self.writing.flush_pages(&Ctx::on_worker(), &inode, &mut state).is_err() {
+        if self
+            .writing
+            .flush_pages(&Ctx::on_worker(), &inode, &mut state)
+            .is_err()
+        {
             drop(state);
             self.session.leases.open_gate(id);
             return false;
@@ -196,7 +198,9 @@ impl Revocations {
         if self.delegations.extension.get().is_some() || inode.kernel.cached.load(Ordering::SeqCst) == 0 {
             return Duration::ZERO;
         }
-        let since = self.session.now()
+        let since = self
+            .session
+            .now()
             .saturating_sub(inode.kernel.answered.load(Ordering::SeqCst));
         SETTLE.saturating_sub(Duration::from_nanos(since))
     }
@@ -221,13 +225,17 @@ impl Revocations {
     /// Drops the kernel's pages on the thread that brings answers from the fabric, where that cannot wait
     /// for such an answer: reads under way find all they need here and in local memory.
     fn drop_pages_at_once(self: &Arc<Self>, inode: &Arc<Inode>, from: Mode) -> bool {
-        if from != Mode::Shared || !self.session.local_memory() || inode.edges.get().is_some_and(|e| !e.is_empty()) {
+        if from != Mode::Shared
+            || !self.session.local_memory()
+            || inode.edges.get().is_some_and(|e| !e.is_empty())
+        {
             return false;
         }
         let all_here = inode
             .try_lock_raw()
             .is_some_and(|s| s.is_mapped(self.session.net.storage_count()));
-        let connected = (0..self.session.net.storage_count()).all(|n| self.session.net.storage_now(n).is_some());
+        let connected =
+            (0..self.session.net.storage_count()).all(|n| self.session.net.storage_now(n).is_some());
         // Whoever opens or closes the file just now holds `opens`, perhaps waiting for the fabric. Who has it open for writing may have it
         // mapped, through the page cache or not: dropping a page that is dirty there waits for its WRITE, which waits for a lease.
         let writers = inode.opens.try_lock().is_none_or(|o| o.page_writers > 0);
@@ -254,7 +262,11 @@ impl Revocations {
                 let block = page * PAGE / BLOCK;
                 let needed = state.frames.size_for(block, page * PAGE % BLOCK + PAGE);
                 state.frames.known().get(&block).is_some_and(|f| f.size >= needed)
-                    && self.session.net.storage_now(self.session.storage_of(inode.ino, block)).is_some()
+                    && self
+                        .session
+                        .net
+                        .storage_now(self.session.storage_of(inode.ino, block))
+                        .is_some()
             })
     }
 
@@ -381,18 +393,21 @@ impl Revocations {
         }
         // What was promised to the kernel it has used, or never will.
         self.reservations.release_reservations(inode, state, 0);
-        let version = self.session.leases.held(inode.record()).map(|(_, version)| version);
+        let version = self
+            .session
+            .leases
+            .held(inode.record())
+            .map(|(_, version)| version);
         let how = inode.hand_over(state, version);
         self.cache.dirty.lock().remove(&inode.ino);
         how
     }
-
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inode_table::InodeTable;
+    use crate::cache::inode_table::InodeTable;
 
     #[test]
     fn attributes_that_come_with_a_lease_nobody_waits_for_are_kept() {

@@ -1,15 +1,15 @@
 //! Forgetting inodes that neither the kernel nor an open file refers to: with their caches go their leases,
 //! which other mounts then need not ask for.
 
-use crate::cache::Cache;
-use crate::cache::inode::Inode;
-use crate::kernel::recalls::Recalls;
-use crate::session::Session;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rt::sync::Mutex;
 
+use crate::cache::Cache;
+use crate::cache::inode::Inode;
+use crate::kernel::recalls::Recalls;
+use crate::session::Session;
 use fsd_proto::ino;
 
 /// So many files without names are forgotten together.

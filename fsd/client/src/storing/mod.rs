@@ -6,12 +6,13 @@ pub mod writeback;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::session::Session;
+use push::Push;
+use writeback::Writeback;
+
 use crate::cache::Cache;
 use crate::data::Data;
 use crate::opens::Opens;
-use push::Push;
-use writeback::Writeback;
+use crate::session::Session;
 
 /// What is dirty.
 pub struct Storing {
@@ -24,9 +25,30 @@ pub struct Storing {
 impl Storing {
     /// The room, with nothing in it.
     #[must_use]
-    pub fn new(session: &Arc<Session>, cache: &Arc<Cache>, data: &Data, opens: &Opens, writeback_after: Duration) -> Self {
-        let push = Arc::new(Push { attr_push: Default::default(), session: Arc::clone(session), cache: Arc::clone(cache), stored: Arc::clone(&data.stored), writing: Arc::clone(&data.writing) });
-        let writeback = Arc::new(Writeback { writeback_after, session: Arc::clone(session), cache: Arc::clone(cache), space: Arc::clone(&data.space), stored: Arc::clone(&data.stored), writing: Arc::clone(&data.writing), pinning: Arc::clone(&opens.pinning), push: Arc::clone(&push) });
+    pub fn new(
+        session: &Arc<Session>,
+        cache: &Arc<Cache>,
+        data: &Data,
+        opens: &Opens,
+        writeback_after: Duration,
+    ) -> Self {
+        let push = Arc::new(Push {
+            attr_push: Default::default(),
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            stored: Arc::clone(&data.stored),
+            writing: Arc::clone(&data.writing),
+        });
+        let writeback = Arc::new(Writeback {
+            writeback_after,
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            space: Arc::clone(&data.space),
+            stored: Arc::clone(&data.stored),
+            writing: Arc::clone(&data.writing),
+            pinning: Arc::clone(&opens.pinning),
+            push: Arc::clone(&push),
+        });
         Self { push, writeback }
     }
 }

@@ -1,18 +1,17 @@
 //! Telling the metadata server what has changed under exclusive leases: after a tenure, before a record
 //! becomes free, and for fsync.
 
+use std::sync::{Arc, Weak};
+
+use lockmgr::{Mode, RecordId};
+use rt::sync::Mutex;
+
 use crate::cache::Cache;
 use crate::cache::inode::Inode;
 use crate::data::stored::Stored;
 use crate::data::writing::Writing;
 use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use rt::sync::Mutex;
-use std::sync::{Arc, Weak};
-
-use lockmgr::{Mode, RecordId};
-
+use crate::session::ctx::{Ctx, Res};
 use fsd_proto::ask;
 use fsd_proto::wire::AttrUpdate;
 
@@ -112,7 +111,7 @@ impl Push {
         };
         let guard = match self.session.leases.try_enter(record, Mode::Exclusive) {
             Some(guard) => guard,
-            None if wait && unsure() => self.session.lease(ctx, inode, Mode::Exclusive)?,
+            None if wait && unsure() => self.cache.lease(ctx, inode, Mode::Exclusive)?,
             None => return Ok(()),
         };
         let _order = self.attr_push.lock();

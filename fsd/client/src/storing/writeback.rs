@@ -1,16 +1,5 @@
 //! The writeback thread: bounds how long, and how much, data stays in this mount's memory only.
 
-use crate::cache::Cache;
-use crate::cache::inode::Inode;
-use crate::cache::inode::Locked;
-use crate::data::space::Space;
-use crate::data::stored::Stored;
-use crate::data::writing::Writing;
-use crate::opens::pins::Pinning;
-use crate::session::Session;
-use crate::session::ctx::Ctx;
-use crate::session::ctx::Res;
-use crate::storing::push::Push;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,6 +9,15 @@ use lockmgr::{Guard, Mode};
 use rt::channel::{Receiver, RecvTimeoutError};
 use rt::time::Instant;
 
+use crate::cache::Cache;
+use crate::cache::inode::{Inode, Locked};
+use crate::data::space::Space;
+use crate::data::stored::Stored;
+use crate::data::writing::Writing;
+use crate::opens::pins::Pinning;
+use crate::session::Session;
+use crate::session::ctx::{Ctx, Res};
+use crate::storing::push::Push;
 use fsd_proto::ask;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{AttrUpdate, BlockWant};
@@ -81,7 +79,9 @@ impl Writeback {
             } else {
                 wake.recv().map_err(|_| RecvTimeoutError::Disconnected)
             };
-            if matches!(event, Err(RecvTimeoutError::Disconnected)) || self.session.fate.stopping.load(Ordering::Acquire) {
+            if matches!(event, Err(RecvTimeoutError::Disconnected))
+                || self.session.fate.stopping.load(Ordering::Acquire)
+            {
                 return;
             }
             self.pinning.drop_pins(false);
@@ -104,7 +104,9 @@ impl Writeback {
 
     fn write_old(&self) {
         let full = self.cache.cached_pages.load(Ordering::Relaxed) > self.cache.max_pages / 2;
-        let old: Vec<u64> = self.cache.dirty
+        let old: Vec<u64> = self
+            .cache
+            .dirty
             .lock()
             .iter()
             .filter(|(_, since)| full || since.elapsed() >= self.writeback_after)

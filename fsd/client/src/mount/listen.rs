@@ -1,12 +1,12 @@
 //! Where a mount is reached by others.
 
-use crate::mount::MountError;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
 
 use rdma_transport::TransportError;
 
+use crate::mount::error::MountError;
 use fsd_node::config::{Config, FabricChoice};
 use fsd_node::endpoint::Endpoint;
 use fsd_proto::rpc::Service;

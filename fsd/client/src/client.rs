@@ -1,0 +1,139 @@
+//! All rooms of a mount.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use lockmgr::Mode;
+use rustix::mount::MountFlags;
+
+use crate::cache::Cache;
+use crate::calls::Calls;
+use crate::data::Data;
+use crate::files::FileOperations;
+use crate::files::atime::AccessTimes;
+use crate::kernel::Kernel;
+use crate::namespace::Namespace;
+use crate::opens::Opens;
+use crate::revoke::Revoke;
+use crate::revoke::trim::Trim;
+use crate::session::Session;
+use crate::storing::Storing;
+use fsd_node::config::{CacheMode, Config};
+use fsd_proto::wire::MountStatus;
+
+/// Everything a mount consists of.
+pub struct Client {
+    /// Connections and leases.
+    pub session: Arc<Session>,
+    /// What is cached.
+    pub cache: Arc<Cache>,
+    /// The kernel's caches.
+    pub kernel: Kernel,
+    /// Data.
+    pub data: Data,
+    /// Open files.
+    pub opens: Opens,
+    /// Names.
+    pub namespace: Namespace,
+    /// What is dirty.
+    pub storing: Storing,
+    /// Operations on files.
+    pub files: FileOperations,
+    /// Giving up and forgetting.
+    pub revoke: Revoke,
+    /// Calls of the kernel extension.
+    pub calls: Calls,
+}
+
+impl Client {
+    /// The rooms on top of a session and a cache: `mode` is how the kernel caches, `flags` are those of the mount.
+    #[must_use]
+    pub fn new(
+        session: &Arc<Session>,
+        cache: &Arc<Cache>,
+        config: &Config,
+        (mode, cache_shared, flags): (CacheMode, bool, MountFlags),
+    ) -> Self {
+        let settings = &config.mount;
+        let kernel = Kernel::new(session, cache, mode);
+        let data = Data::new(session, cache, &kernel);
+        let opens = Opens::new(
+            session,
+            cache,
+            &kernel,
+            &data,
+            cache_shared,
+            settings.shared_mappings,
+        );
+        let namespace = Namespace::new(session, cache, &kernel, &data, &opens);
+        let writeback_after = Duration::from_millis(settings.writeback_ms);
+        let storing = Storing::new(session, cache, &data, &opens, writeback_after);
+        let access_times = AccessTimes::of(flags);
+        let files = FileOperations::new(
+            session,
+            cache,
+            &kernel,
+            &data,
+            &opens,
+            &namespace,
+            &storing,
+            access_times,
+        );
+        let trim = Trim::new(settings.max_inodes);
+        let revoke = Revoke::new(session, cache, &kernel, &data, &opens, &storing, trim);
+        let calls = Calls::new(session, cache, &kernel, &data, &namespace);
+        Self {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            kernel,
+            data,
+            opens,
+            namespace,
+            storing,
+            files,
+            revoke,
+            calls,
+        }
+    }
+
+    /// What `fsd status` shows.
+    #[must_use]
+    ///
+    /// Asks the servers whether they are there: not for a thread that brings their answers.
+    pub fn status(&self) -> MountStatus {
+        let leases = self.session.leases.snapshot();
+        let count = |mode| leases.iter().filter(|l| l.mode == Some(mode)).count() as u64;
+        let mut cache = format!("{:?}", self.kernel.caches.mode).to_lowercase();
+        if self.opens.open_files.cache_shared {
+            cache += " with shared files";
+        }
+        MountStatus {
+            node: self.session.node.0,
+            cache,
+            shared: count(Mode::Shared),
+            exclusive: count(Mode::Exclusive),
+            waiting: leases.iter().map(|l| l.waiting as u64).sum(),
+            inodes: self.cache.inodes.len() as u64,
+            cached_bytes: self.cache.cached_pages.load(Ordering::Relaxed) as u64 * crate::cache::pages::PAGE,
+            dirty_files: self.cache.dirty.lock().len() as u64,
+            requests: self.session.counters.requests.load(Ordering::Relaxed),
+            parked: self.session.counters.parked.load(Ordering::Relaxed),
+            messages: self.session.net.messages(),
+            revocations: self.session.counters.revocations.load(Ordering::Relaxed),
+            repeats: self.session.counters.repeats.load(Ordering::Relaxed),
+            sent: self.session.counters.sent.load(Ordering::Relaxed),
+            visits: self.session.counters.visits.load(Ordering::Relaxed),
+            kernel: self
+                .kernel
+                .delegations
+                .extension
+                .get()
+                .map_or_else(Vec::new, |ext| {
+                    let counters = ext.counters();
+                    counters.iter().map(|(name, n)| (name.to_owned(), n)).collect()
+                }),
+            troubles: self.session.net.unreachable(),
+        }
+    }
+}
