@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use fsd_client::net::{JoinError, Net, NetConfig};
-use fsd_client::workers::Workers;
+use fsd_client::session::net::{JoinError, Net, NetConfig};
+use fsd_client::session::workers::Workers;
 use fsd_meta::MetaServer;
 use fsd_node::config::Config;
 use fsd_node::endpoint::Endpoint;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use lockmgr::Mode;
 use rustix::mount::MountFlags;
 
-use crate::cache::Cache;
+use crate::cache::{Base, Cache};
 use crate::calls::Calls;
 use crate::data::Data;
 use crate::files::FileOperations;
@@ -50,42 +50,25 @@ impl Client {
     /// The rooms on top of a session and a cache: `mode` is how the kernel caches, `flags` are those of the mount.
     #[must_use]
     pub fn new(
-        session: &Arc<Session>,
-        cache: &Arc<Cache>,
+        base: &Base,
         config: &Config,
         (mode, cache_shared, flags): (CacheMode, bool, MountFlags),
     ) -> Self {
         let settings = &config.mount;
-        let kernel = Kernel::new(session, cache, mode);
-        let data = Data::new(session, cache, &kernel);
-        let opens = Opens::new(
-            session,
-            cache,
-            &kernel,
-            &data,
-            cache_shared,
-            settings.shared_mappings,
-        );
-        let namespace = Namespace::new(session, cache, &kernel, &data, &opens);
+        let kernel = Kernel::new(base, mode);
+        let data = Data::new(base, &kernel);
+        let opens = Opens::new(base, &kernel, &data, cache_shared, settings.shared_mappings);
+        let namespace = Namespace::new(base, &kernel, &data, &opens);
         let writeback_after = Duration::from_millis(settings.writeback_ms);
-        let storing = Storing::new(session, cache, &data, &opens, writeback_after);
+        let storing = Storing::new(base, &data, &opens, writeback_after);
         let access_times = AccessTimes::of(flags);
-        let files = FileOperations::new(
-            session,
-            cache,
-            &kernel,
-            &data,
-            &opens,
-            &namespace,
-            &storing,
-            access_times,
-        );
+        let files = FileOperations::new(base, &kernel, &data, &opens, &namespace, &storing, access_times);
         let trim = Trim::new(settings.max_inodes);
-        let revoke = Revoke::new(session, cache, &kernel, &data, &opens, &storing, trim);
-        let calls = Calls::new(session, cache, &kernel, &data, &namespace);
+        let revoke = Revoke::new(base, &kernel, &data, &opens, &storing, trim);
+        let calls = Calls::new(base, &kernel, &data, &namespace);
         Self {
-            session: Arc::clone(session),
-            cache: Arc::clone(cache),
+            session: Arc::clone(&base.session),
+            cache: Arc::clone(&base.cache),
             kernel,
             data,
             opens,

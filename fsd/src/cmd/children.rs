@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 
 use super::temporary::Temporary;
-use fsd_client::kernel_mount::Mounted;
+use fsd_client::mount::kernel_mount::Mounted;
 
 /// How long a child may take to be ready, or to end.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -128,7 +128,7 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
             std::fs::create_dir(point).with_context(|| format!("cannot make {}", point.display()))?;
             made.push(point.clone());
         }
-        fsd_client::mountpoint::check_point(point, false)?;
+        fsd_client::mount::mountpoint::check_point(point, false)?;
     }
     let state = match &args.state {
         Some(dir) => {

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use rand::Rng;
 
-use fsd_client::listen::is_here;
+use fsd_client::mount::listen::is_here;
 use fsd_node::config::{Config, FabricChoice, StorageConfig};
 use fsd_storage::label::Label;
 

@@ -14,7 +14,7 @@ use anyhow::Context;
 use rustix::mount::UnmountFlags;
 
 use super::leftovers;
-use fsd_client::kernel_mount::escaped;
+use fsd_client::mount::kernel_mount::escaped;
 use fsd_node::memory;
 
 /// How the names begin.

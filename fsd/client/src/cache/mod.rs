@@ -39,6 +39,14 @@ use fsd_proto::wire::Attr;
 /// Longest file, bytes.
 pub const MAX_FILE_SIZE: u64 = 1 << 60;
 
+/// What all rooms stand on.
+pub struct Base {
+    /// Connections and threads.
+    pub session: Arc<Session>,
+    /// What is cached.
+    pub cache: Arc<Cache>,
+}
+
 /// What a mount has cached, and under which version.
 pub struct Cache {
     /// The inodes.

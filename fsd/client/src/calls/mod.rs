@@ -9,11 +9,10 @@ use std::sync::Arc;
 
 use rt::sync::Mutex;
 
-use crate::cache::Cache;
+use crate::cache::Base;
 use crate::data::Data;
 use crate::kernel::Kernel;
 use crate::namespace::Namespace;
-use crate::session::Session;
 use forward::{Away, Forward};
 use grants::Grants;
 use here::Here;
@@ -34,13 +33,7 @@ pub struct Calls {
 impl Calls {
     /// The room.
     #[must_use]
-    pub fn new(
-        session: &Arc<Session>,
-        cache: &Arc<Cache>,
-        kernel: &Kernel,
-        data: &Data,
-        namespace: &Namespace,
-    ) -> Self {
+    pub fn new(Base { session, cache }: &Base, kernel: &Kernel, data: &Data, namespace: &Namespace) -> Self {
         let space_calls = Arc::new(SpaceCalls {
             recalling: Mutex::default(),
             session: Arc::clone(session),

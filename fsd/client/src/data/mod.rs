@@ -17,9 +17,8 @@ use reservations::Reservations;
 use stored::Stored;
 use writing::Writing;
 
-use crate::cache::Cache;
+use crate::cache::Base;
 use crate::kernel::Kernel;
-use crate::session::Session;
 use space::Space;
 
 /// Data: from the most basic to what uses it.
@@ -43,7 +42,7 @@ pub struct Data {
 impl Data {
     /// The room, with nothing in it.
     #[must_use]
-    pub fn new(session: &Arc<Session>, cache: &Arc<Cache>, kernel: &Kernel) -> Self {
+    pub fn new(Base { session, cache }: &Base, kernel: &Kernel) -> Self {
         let space = Arc::new(Space {
             bank: Default::default(),
             closes_awaited: Default::default(),

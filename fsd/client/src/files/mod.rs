@@ -3,24 +3,23 @@
 pub mod allocate;
 pub mod atime;
 pub mod attrs;
-pub mod files;
 pub mod locks;
+pub mod opened;
 pub mod writes;
 
 use std::sync::Arc;
 
 use allocate::Allocations;
 use attrs::Attrs;
-use files::Files;
 use locks::Locks;
+use opened::Files;
 use writes::Writes;
 
-use crate::cache::Cache;
+use crate::cache::Base;
 use crate::data::Data;
 use crate::kernel::Kernel;
 use crate::namespace::Namespace;
 use crate::opens::Opens;
-use crate::session::Session;
 use crate::storing::Storing;
 use atime::{AccessTimes, Accesses};
 
@@ -33,7 +32,7 @@ pub struct FileOperations {
     /// File locks.
     pub locks: Arc<Locks>,
     /// Opening, reading, syncing.
-    pub files: Arc<Files>,
+    pub opened: Arc<Files>,
     /// `write`.
     pub writes: Arc<Writes>,
     /// `fallocate`.
@@ -44,8 +43,7 @@ impl FileOperations {
     /// The room, with nothing in it.
     #[must_use]
     pub fn new(
-        session: &Arc<Session>,
-        cache: &Arc<Cache>,
+        Base { session, cache }: &Base,
         kernel: &Kernel,
         data: &Data,
         opens: &Opens,
@@ -70,7 +68,7 @@ impl FileOperations {
             file_locks: Default::default(),
             session: Arc::clone(session),
         });
-        let files = Arc::new(Files {
+        let opened = Arc::new(Files {
             session: Arc::clone(session),
             cache: Arc::clone(cache),
             kernel: Arc::clone(&kernel.caches),
@@ -109,7 +107,7 @@ impl FileOperations {
             attrs,
             accesses,
             locks,
-            files,
+            opened,
             writes,
             allocations,
         }

@@ -29,7 +29,7 @@ pub(super) fn read(
         let mut buffer = buffers::take(size as usize);
         let result = c
             .files
-            .files
+            .opened
             .read(ctx, &c.cache.inode(ino.0), offset, &mut buffer, fills, |data| {
                 if let Some(reply) = reply.take() {
                     reply.data(data);
@@ -67,7 +67,7 @@ pub(super) fn write_sync(client: &Arc<Client>, handle: Arc<Handle>, write: &Writ
         let ctx = Ctx::on_worker();
         let written = me.files.writes.write(&ctx, &handle.inode, &queued.write());
         let durable = written.and_then(|n| {
-            me.files.files.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
+            me.files.opened.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
             Ok(n)
         });
         match durable {
@@ -145,7 +145,7 @@ pub(super) fn copy_file_range(
         let (from, to) = (c.cache.inode(ino_in.0), c.cache.inode(ino_out.0));
         let n = c
             .files
-            .files
+            .opened
             .copy_range(ctx, (&from, offset_in), (&to, offset_out), len, caller)?;
         if let Some(reply) = reply.take() {
             reply.written(n);

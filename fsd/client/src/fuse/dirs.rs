@@ -80,7 +80,7 @@ pub(super) fn releasedir(client: &Arc<Client>, fh: FileHandle, reply: ReplyEmpty
 
 pub(super) fn fsyncdir(client: &Arc<Client>, ino: INodeNo, reply: ReplyEmpty) {
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.files.files.fsync(ctx, &c.cache.inode(ino.0), None)?;
+        c.files.opened.fsync(ctx, &c.cache.inode(ino.0), None)?;
         done(reply);
         Ok(())
     });

@@ -32,7 +32,7 @@ fn open_flags(mode: CacheMode, cached: bool) -> FopenFlags {
 pub(super) fn open(client: &Arc<Client>, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
     let caller = caller_of(req);
     serve(client, reply, ReplyOpen::error, move |c, ctx, reply| {
-        let (fh, cached) = c.files.files.open(ctx, &c.cache.inode(ino.0), flags.0, caller)?;
+        let (fh, cached) = c.files.opened.open(ctx, &c.cache.inode(ino.0), flags.0, caller)?;
         if let Some(reply) = reply.take() {
             reply.opened(FileHandle(fh), open_flags(c.kernel.caches.mode, cached));
         }
@@ -90,7 +90,7 @@ pub(super) fn create(
                 other => other?,
             }
             if let Some((inode, attr)) = found {
-                match c.files.files.open(ctx, &inode, flags, caller) {
+                match c.files.opened.open(ctx, &inode, flags, caller) {
                     Err(Stop::Errno(Errno(libc::ESTALE))) => continue,
                     opened => send(&attr, opened?),
                 }
@@ -110,7 +110,7 @@ pub(super) fn flush(client: &Arc<Client>, fh: FileHandle, lock_owner: LockOwner,
                 handle.inode.ino,
                 c.files.locks.lock_owner(lock_owner.0, false),
             )?;
-            c.files.files.flush(ctx, handle)?;
+            c.files.opened.flush(ctx, handle)?;
         }
         done(reply);
         Ok(())
@@ -141,7 +141,7 @@ pub(super) fn fsync(client: &Arc<Client>, ino: INodeNo, fh: FileHandle, reply: R
     let handle = client.opens.open_files.handles.get(fh.0);
     serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
         c.files
-            .files
+            .opened
             .fsync(ctx, &c.cache.inode(ino.0), handle.as_ref().map(|h| &h.seen))?;
         done(reply);
         Ok(())
@@ -169,7 +169,7 @@ pub(super) fn fallocate(
 
 pub(super) fn lseek(client: &Arc<Client>, ino: INodeNo, offset: i64, whence: i32, reply: ReplyLseek) {
     serve(client, reply, ReplyLseek::error, move |c, ctx, reply| {
-        let at = c.files.files.lseek(ctx, &c.cache.inode(ino.0), offset, whence)?;
+        let at = c.files.opened.lseek(ctx, &c.cache.inode(ino.0), offset, whence)?;
         if let Some(reply) = reply.take() {
             reply.offset(at);
         }

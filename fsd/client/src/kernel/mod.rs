@@ -7,8 +7,7 @@ pub mod recalls;
 
 use std::sync::{Arc, OnceLock};
 
-use crate::cache::Cache;
-use crate::session::Session;
+use crate::cache::Base;
 use caches::KernelCaches;
 use delegations::Delegations;
 use fsd_node::config::CacheMode;
@@ -27,7 +26,7 @@ pub struct Kernel {
 impl Kernel {
     /// The room, with no kernel yet.
     #[must_use]
-    pub fn new(session: &Arc<Session>, cache: &Arc<Cache>, mode: CacheMode) -> Self {
+    pub fn new(Base { session, cache }: &Base, mode: CacheMode) -> Self {
         let caches = Arc::new(KernelCaches {
             mode,
             notifier: OnceLock::new(),

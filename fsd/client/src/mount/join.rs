@@ -13,8 +13,8 @@ use rustix::mount::MountFlags;
 
 use super::error::MountError;
 use super::service::{Front, Places};
-use crate::cache::Cache;
 use crate::cache::pages::PAGE;
+use crate::cache::{Base, Cache};
 use crate::client::Client;
 use crate::revoke::revoker::Revoker;
 use crate::session::ctx::Permits;
@@ -106,7 +106,11 @@ pub(super) fn join(
         max_pages: (config.mount.buffer_cache.0 / PAGE) as usize,
         session: Arc::clone(&session),
     });
-    let client = Arc::new(Client::new(&session, &cache, config, (mode, cache_shared, flags)));
+    let client = Arc::new(Client::new(
+        &Base { session, cache },
+        config,
+        (mode, cache_shared, flags),
+    ));
     revoker.set(&client.revoke.revocations);
     let _ = front.client.set(Arc::downgrade(&client));
     let owner: Arc<dyn Owner> = Arc::clone(&client) as Arc<dyn Owner>;

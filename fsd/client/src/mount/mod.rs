@@ -3,7 +3,7 @@
 mod error;
 mod join;
 pub mod kernel_mount;
-mod listen;
+pub mod listen;
 pub mod mountpoint;
 mod service;
 

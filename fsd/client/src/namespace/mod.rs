@@ -12,11 +12,10 @@ use names::Names;
 use transactions::Transactions;
 use xattrs::Xattrs;
 
-use crate::cache::Cache;
+use crate::cache::Base;
 use crate::data::Data;
 use crate::kernel::Kernel;
 use crate::opens::Opens;
-use crate::session::Session;
 
 /// Names.
 pub struct Namespace {
@@ -33,13 +32,7 @@ pub struct Namespace {
 impl Namespace {
     /// The room, with nothing in it.
     #[must_use]
-    pub fn new(
-        session: &Arc<Session>,
-        cache: &Arc<Cache>,
-        kernel: &Kernel,
-        data: &Data,
-        opens: &Opens,
-    ) -> Self {
+    pub fn new(Base { session, cache }: &Base, kernel: &Kernel, data: &Data, opens: &Opens) -> Self {
         let transactions = Arc::new(Transactions {
             seqs: Default::default(),
             session: Arc::clone(session),

@@ -10,10 +10,9 @@ use handles::OpenFiles;
 use pins::Pinning;
 use record::OpenRecords;
 
-use crate::cache::Cache;
+use crate::cache::Base;
 use crate::data::Data;
 use crate::kernel::Kernel;
-use crate::session::Session;
 
 /// Open files.
 pub struct Opens {
@@ -29,8 +28,7 @@ impl Opens {
     /// The room, with nothing in it.
     #[must_use]
     pub fn new(
-        session: &Arc<Session>,
-        cache: &Arc<Cache>,
+        Base { session, cache }: &Base,
         kernel: &Kernel,
         data: &Data,
         cache_shared: bool,

@@ -7,11 +7,10 @@ use std::sync::Arc;
 
 use revoker::Revocations;
 
-use crate::cache::Cache;
+use crate::cache::Base;
 use crate::data::Data;
 use crate::kernel::Kernel;
 use crate::opens::Opens;
-use crate::session::Session;
 use crate::storing::Storing;
 use trim::{Forgetting, Trim};
 
@@ -27,8 +26,7 @@ impl Revoke {
     /// The room, with nothing in it.
     #[must_use]
     pub fn new(
-        session: &Arc<Session>,
-        cache: &Arc<Cache>,
+        Base { session, cache }: &Base,
         kernel: &Kernel,
         data: &Data,
         opens: &Opens,

@@ -9,10 +9,9 @@ use std::time::Duration;
 use push::Push;
 use writeback::Writeback;
 
-use crate::cache::Cache;
+use crate::cache::Base;
 use crate::data::Data;
 use crate::opens::Opens;
-use crate::session::Session;
 
 /// What is dirty.
 pub struct Storing {
@@ -26,8 +25,7 @@ impl Storing {
     /// The room, with nothing in it.
     #[must_use]
     pub fn new(
-        session: &Arc<Session>,
-        cache: &Arc<Cache>,
+        Base { session, cache }: &Base,
         data: &Data,
         opens: &Opens,
         writeback_after: Duration,

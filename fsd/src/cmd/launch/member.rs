@@ -158,7 +158,7 @@ fn free_ports() -> anyhow::Result<[u16; 2]> {
 /// Something failed, here or elsewhere; everything started here has been taken down.
 pub fn run(member: &Member<'_>) -> anyhow::Result<(u8, u8)> {
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
-    let ip = fsd_client::listen::route_to(&member.rendezvous)
+    let ip = fsd_client::mount::listen::route_to(&member.rendezvous)
         .with_context(|| format!("no route to the rendezvous {}", member.rendezvous))?;
     let listen = std::net::SocketAddr::new(ip, 0).to_string();
     let endpoint = Endpoint::open(

@@ -32,7 +32,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use coordinator::Coordinator;
-use fsd_client::listen::is_here;
+use fsd_client::mount::listen::is_here;
 use fsd_node::config::{
     CacheMode, Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, Size, StorageConfig,
 };
