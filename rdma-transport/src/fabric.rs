@@ -260,11 +260,6 @@ pub trait Connection: Send + Sync {
     /// # Errors
     /// Invalid (too long), Disconnected.
     fn send(&self, message: &[u8]) -> Result<(), TransportError>;
-    /// A write, then a message that arrives after the write took effect; one doorbell.
-    ///
-    /// # Errors
-    /// As [`Connection::execute`] and [`Connection::send`].
-    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError>;
     /// What the connection has done so far.
     fn stats(&self) -> FabricStats {
         FabricStats::default()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
-use rdma_transport::{AsyncOp, Completion, ConnId, Connection, Op, RemoteAddr, TransportError};
+use rdma_transport::{AsyncOp, Completion, ConnId, Connection, Op, TransportError};
 use serde::de::DeserializeOwned;
 
 use fsd_proto::rpc::Errno;
@@ -58,9 +58,6 @@ impl Connection for FakeConn {
             self.answers.lock().insert(number, body.to_vec());
         }
         Ok(())
-    }
-    fn write_notify(&self, _: RemoteAddr, _: &[u8], _: &[u8]) -> Result<(), TransportError> {
-        Err(TransportError::Shutdown)
     }
     fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);

@@ -100,9 +100,6 @@ impl<T: Submit> Connection for Conn<T> {
     fn send(&self, _: &[u8]) -> Result<(), TransportError> {
         unreachable!("messages go through the directory")
     }
-    fn write_notify(&self, _: RemoteAddr, _: &[u8], _: &[u8]) -> Result<(), TransportError> {
-        unreachable!("the lease manager writes with atomics only")
-    }
     fn close(&self) {}
 }
 

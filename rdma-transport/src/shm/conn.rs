@@ -441,12 +441,6 @@ impl Connection for ShmConn {
         self.send_message(message)
     }
 
-    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        self.execute(&mut [Op::Write { at, from }])?;
-        self.send(message)
-    }
-
     fn close(&self) {
         self.fail(disconnected(&self.base.addr, "closed on this side"));
         if !common::on_progress_thread() && !self.wait_quiet(None, Instant::now() + FENCE) {

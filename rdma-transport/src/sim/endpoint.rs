@@ -9,7 +9,7 @@ use crate::handshake::Peer;
 use crate::mem::SharedMem;
 use crate::{
     Access, AsyncOp, Completion, ConnId, Connection, Fabric, FabricConfig, FabricKind, FabricStats, Limits,
-    Op, RegionKey, RemoteAddr, TransportError,
+    Op, RegionKey, TransportError,
 };
 
 pub(super) struct SimFabric {
@@ -229,12 +229,6 @@ impl Connection for SimConn {
         }
         state.ship(self.pair, self.end, Parcel::Message(message.into()));
         Ok(())
-    }
-
-    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        self.execute(&mut [Op::Write { at, from }])?;
-        self.send(message)
     }
 
     fn close(&self) {

@@ -16,7 +16,7 @@ use super::tx::{Out, Tx};
 use crate::base::{ConnBase, Endpoint};
 use crate::common::{self, disconnected};
 use crate::mem::SharedMem;
-use crate::{AsyncOp, Completion, ConnId, Connection, FabricStats, Op, RemoteAddr, TransportError};
+use crate::{AsyncOp, Completion, ConnId, Connection, FabricStats, Op, TransportError};
 
 /// Senders of messages wait while more than this is queued.
 const QUEUE: usize = 1024 * 1024;
@@ -312,19 +312,6 @@ impl Connection for TcpConn {
             return Err(why);
         }
         drop(tx);
-        self.base.counters.sent(message.len());
-        Ok(())
-    }
-
-    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        let bytes = common::check_ops(&[Op::Write { at, from }])?;
-        if common::on_progress_thread() {
-            self.write_behind(at, from, message)?;
-        } else {
-            self.round_trip(&mut [Op::Write { at, from }], Some(message))?;
-        }
-        self.base.counters.did_ops(1, bytes);
         self.base.counters.sent(message.len());
         Ok(())
     }

@@ -77,8 +77,6 @@ impl Waiter {
 pub(super) enum Owner {
     Blocked(Arc<Waiter>),
     Async(Completion, Vec<OpResult>),
-    /// A write from a progress thread that nobody waits for.
-    Nobody,
 }
 
 pub(super) struct Batch {
@@ -105,7 +103,6 @@ impl Batch {
         match self.owner {
             Owner::Blocked(waiter) => waiter.finish(result.map(|()| self.olds)),
             Owner::Async(done, results) => done(result.map(|()| results)),
-            Owner::Nobody => {}
         }
     }
 }

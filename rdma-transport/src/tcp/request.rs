@@ -5,24 +5,20 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::conn::TcpConn;
-use super::frame::{Desc, DescKind, Header};
+use super::frame::{Desc, Header};
 use super::pending::{Batch, Expected, Owner, Slot, Waiter};
 use super::tx::Out;
 use crate::common;
 use crate::mem::Lent;
-use crate::{Op, RemoteAddr, TransportError};
+use crate::{Op, TransportError};
 
 /// Writes up to this length are copied into the frame; longer ones go out of the caller's buffer.
 const COPY: usize = 16 * 1024;
 /// Most bytes asked for and not yet received.
 pub(super) const READS: usize = 64 * 1024 * 1024;
 impl TcpConn {
-    /// Sends a batch (and a message behind it) and waits for its results.
-    pub(super) fn round_trip(
-        &self,
-        ops: &mut [Op<'_>],
-        message: Option<&[u8]>,
-    ) -> Result<(), TransportError> {
+    /// Sends a batch and waits for its results.
+    pub(super) fn round_trip(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         let id = self.next_batch.fetch_add(1, Ordering::Relaxed);
         let mut bytes = Header::ops(id, ops.len()).encode().to_vec();
         for op in ops.iter() {
@@ -58,10 +54,6 @@ impl TcpConn {
                 len: desc.len as u64,
             });
         }
-        if let Some(message) = message {
-            bytes.extend_from_slice(&Header::message(message.len()).encode());
-            bytes.extend_from_slice(message);
-        }
         outs.push(Out::Bytes(bytes));
         let waiter = Arc::new(Waiter::default());
         let batch = Batch::new(id, Owner::Blocked(Arc::clone(&waiter)), expected);
@@ -96,35 +88,6 @@ impl TcpConn {
         self.pending.lock().0.retain(|b| b.id != id);
     }
 
-    /// A write that nobody waits for, with a message behind it; for progress threads.
-    pub(super) fn write_behind(
-        &self,
-        at: RemoteAddr,
-        from: &[u8],
-        message: &[u8],
-    ) -> Result<(), TransportError> {
-        let id = self.next_batch.fetch_add(1, Ordering::Relaxed);
-        let mut bytes = Header::ops(id, 1).encode().to_vec();
-        Desc {
-            kind: DescKind::Write,
-            len: from.len(),
-            at,
-            a: 0,
-            b: 0,
-        }
-        .encode(&mut bytes);
-        bytes.extend_from_slice(from);
-        bytes.extend_from_slice(&Header::message(message.len()).encode());
-        bytes.extend_from_slice(message);
-        let expected = vec![Expected {
-            slot: Slot::Write,
-            at,
-            len: from.len() as u64,
-        }];
-        self.post(Batch::new(id, Owner::Nobody, expected), vec![Out::Bytes(bytes)])
-            .map_err(|back| back.1)
-    }
-
     /// Waits until `bytes` more may be asked for.
     fn reserve(&self, bytes: usize) -> Result<(), TransportError> {
         let deadline = Instant::now() + self.core.base.config.timeout;
@@ -146,10 +109,10 @@ impl TcpConn {
     pub(super) fn run(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         let reads = read_bytes(ops);
         if reads <= COPY {
-            return self.round_trip(ops, None);
+            return self.round_trip(ops);
         }
         self.reserve(reads)?;
-        let result = self.round_trip(ops, None);
+        let result = self.round_trip(ops);
         *self.reading.lock() -= reads;
         self.read_done.notify_all();
         result

@@ -17,7 +17,7 @@ use super::unit::{Action, Data, Due, Owner, Request};
 use super::wire::{self, Control, Kind};
 use crate::base::{ConnBase, Endpoint};
 use crate::common::{self, disconnected};
-use crate::{AsyncOp, Completion, ConnId, Connection, FabricStats, Op, RemoteAddr, TransportError};
+use crate::{AsyncOp, Completion, ConnId, Connection, FabricStats, Op, TransportError};
 
 /// How long what is under way may take to arrive when this side closes.
 const LINGER: Duration = Duration::from_millis(200);
@@ -312,12 +312,11 @@ impl VerbsConn {
         self.room.notify_all();
     }
 
-    /// Queues requests, then a message if there is one, and posts what can be posted.
+    /// Queues requests and posts what can be posted.
     pub(super) fn enqueue(
         &self,
         requests: Vec<Request>,
         owner: Owner,
-        message: Option<&[u8]>,
     ) -> Result<(), (Owner, TransportError)> {
         let mut tx = self.tx.lock();
         if tx.closed || !self.alive() {
@@ -325,9 +324,6 @@ impl VerbsConn {
             return Err((owner, self.base.dead()));
         }
         tx.add_unit(requests, owner);
-        if let Some(message) = message {
-            tx.add_message(message);
-        }
         self.pump(tx);
         Ok(())
     }
@@ -379,7 +375,7 @@ impl Connection for VerbsConn {
         if !self.alive() {
             return Err(self.base.dead());
         }
-        self.run(ops, None)?;
+        self.run(ops)?;
         self.base.counters.did_ops(ops.len(), bytes);
         Ok(())
     }
@@ -408,7 +404,7 @@ impl Connection for VerbsConn {
             empty,
             attended,
         };
-        match self.enqueue(requests, owner, None) {
+        match self.enqueue(requests, owner) {
             Ok(()) => {
                 self.base.counters.did_ops(batch.len(), moved);
                 if !looked_for {
@@ -483,22 +479,6 @@ impl Connection for VerbsConn {
                 return Err(why);
             }
         }
-        Ok(())
-    }
-
-    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        let bytes = common::check_ops(&[Op::Write { at, from }])?;
-        if !self.alive() {
-            return Err(self.base.dead());
-        }
-        if common::on_progress_thread() {
-            self.write_behind(at, from, message)?;
-        } else {
-            self.run(&mut [Op::Write { at, from }], Some(message))?;
-        }
-        self.base.counters.did_ops(1, bytes);
-        self.base.counters.sent(message.len());
         Ok(())
     }
 

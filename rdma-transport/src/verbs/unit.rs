@@ -163,7 +163,6 @@ pub(super) enum Owner {
         /// The caller looks for it itself.
         attended: Option<Arc<Attended>>,
     },
-    Nobody,
 }
 
 /// Requests that complete together.
@@ -231,7 +230,6 @@ impl Unit {
                     attended,
                 });
             }
-            Owner::Nobody => {}
         }
         None
     }

@@ -121,7 +121,6 @@ pub fn limits_are_enforced(world: &World) {
     let invalid =
         |r: Result<(), TransportError>| assert!(matches!(r, Err(TransportError::Invalid(_))), "{r:?}");
     invalid(conn.send(&vec![0; limits.max_message + 1]));
-    invalid(conn.write_notify(at, b"x", &vec![0; limits.max_message + 1]));
     invalid(faa(&*conn, at.plus(4), 1).map(drop));
     invalid(cas(&*conn, at.plus(1), 0, 1).map(drop));
     let long = vec![0; limits.max_transfer + 1];

@@ -81,7 +81,7 @@ clauses! {
     everywhere:
         basics::operations, basics::submitted_operations, basics::boundaries, basics::limits_are_enforced,
         basics::self_connection, basics::large_transfers, basics::counters,
-        ordering::messages_are_fifo, ordering::message_after_write, ordering::write_notify,
+        ordering::messages_are_fifo, ordering::message_after_write,
         ordering::operations_in_order, ordering::callbacks_may_use_the_fabric, ordering::concurrent_atomics,
         endings::out_of_range, endings::access_rights, endings::unknown_region, endings::region_disappears,
         endings::submitted_to_unknown_region, endings::closed_by_connector, endings::closed_by_listener,
