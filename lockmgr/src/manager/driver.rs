@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use rdma_transport::{OpResult, TransportError};
+use rdma_transport::Outcome;
 
 use super::LeaseManager;
 use crate::LeaseError;
@@ -293,7 +293,7 @@ impl LeaseManager {
         let (me, lease) = (self.me.clone(), Arc::clone(lease));
         conn.submit(
             wire::operations(&ops, at, layout, node),
-            Box::new(move |results: Result<Vec<OpResult>, TransportError>| {
+            Box::new(move |results: Outcome| {
                 // Without a manager there is nobody left to tell.
                 let Some(me) = me.upgrade() else { return };
                 match results {

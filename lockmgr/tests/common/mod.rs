@@ -55,6 +55,9 @@ impl Memory {
                     .unwrap_or_else(|x| x),
             ),
             AsyncOp::Faa { at, add } => OpResult::Old(self.word(at).fetch_add(add, SeqCst)),
+            AsyncOp::Read { .. } | AsyncOp::Write { .. } => {
+                unreachable!("the lease manager uses words only")
+            }
         }
     }
 

@@ -9,6 +9,7 @@ mod effects;
 mod endings;
 mod endpoint;
 mod net;
+mod remote;
 mod rng;
 mod state;
 

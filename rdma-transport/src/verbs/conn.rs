@@ -12,12 +12,13 @@ use super::attend::{self, Attendance};
 use super::control::Stream;
 use super::endpoint::Core;
 use super::ffi::{Cq, Qp, Route};
+use super::submit::Prepared;
 use super::tx::{Broken, Known, Reaped, Suspect, Tx};
-use super::unit::{Action, Data, Due, Owner, Request};
+use super::unit::{Due, Owner, Request};
 use super::wire::{self, Control, Kind};
 use crate::base::{ConnBase, Endpoint};
 use crate::common::{self, disconnected};
-use crate::{AsyncOp, Completion, ConnId, Connection, FabricStats, Op, TransportError};
+use crate::{AsyncOp, BatchError, Completion, ConnId, Connection, FabricStats, Op, TransportError};
 
 /// How long what is under way may take to arrive when this side closes.
 const LINGER: Duration = Duration::from_millis(200);
@@ -327,30 +328,6 @@ impl VerbsConn {
         self.pump(tx);
         Ok(())
     }
-
-    /// A batch of word operations as requests, and the places of those that read nothing.
-    fn requests(&self, batch: &[AsyncOp]) -> Result<(Vec<Request>, Vec<usize>), TransportError> {
-        let mut requests = Vec::with_capacity(batch.len());
-        let mut empty = Vec::new();
-        for (n, op) in batch.iter().enumerate() {
-            let (action, at, len) = match *op {
-                AsyncOp::ReadWords { words: 0, .. } => {
-                    empty.push(n);
-                    continue;
-                }
-                AsyncOp::ReadWords { at, words } => (Action::Read, at, words * 8),
-                AsyncOp::Cas { at, expect, new } => (Action::Cas { expect, new }, at, 8),
-                AsyncOp::Faa { at, add } => (Action::Faa { add }, at, 8),
-            };
-            requests.push(Request {
-                action,
-                at,
-                len,
-                data: Data::Cell(self.core.cells.take(len as usize)?),
-            });
-        }
-        Ok((requests, empty))
-    }
 }
 
 impl Connection for VerbsConn {
@@ -383,36 +360,35 @@ impl Connection for VerbsConn {
     fn submit(&self, batch: Vec<AsyncOp>, done: Completion) {
         let moved = match common::check_batch(&batch) {
             Ok(bytes) => bytes,
-            Err(invalid) => return done(Err(invalid)),
+            Err(invalid) => return done(Err(BatchError::unstarted(invalid, batch))),
         };
-        if batch.is_empty() {
-            return done(if self.alive() {
-                Ok(Vec::new())
-            } else {
-                Err(self.base.dead())
-            });
+        if !self.alive() {
+            return done(Err(BatchError::unstarted(self.base.dead(), batch)));
         }
-        let (requests, empty) = match self.requests(&batch) {
+        let count = batch.len();
+        if count == 0 {
+            return done(Ok(Vec::new()));
+        }
+        let Prepared { requests, asked } = match self.prepare(batch) {
             Ok(prepared) => prepared,
-            Err(why) => return done(Err(why)),
+            Err(failed) => return done(Err(failed)),
         };
         let attended = attend::current(self.place());
         // The progress thread sees to it by itself before it sleeps, and so does who attends to it.
         let looked_for = attended.is_some() || common::on_progress_thread();
         let owner = Owner::Async {
             done,
-            empty,
+            asked,
             attended,
         };
         match self.enqueue(requests, owner) {
             Ok(()) => {
-                self.base.counters.did_ops(batch.len(), moved);
+                self.base.counters.did_ops(count, moved);
                 if !looked_for {
                     self.arm();
                 }
             }
-            Err((Owner::Async { done, .. }, why)) => done(Err(why)),
-            Err(_) => {}
+            Err((owner, why)) => owner.refuse(why),
         }
     }
 

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::cells::{Cell, LARGE};
 use super::conn::VerbsConn;
-use super::unit::{Action, Data, Owner, Request, Waiter};
+use super::unit::{Action, Data, Done, Owner, Request};
 use crate::common;
+use crate::waiter::Waiter;
 use crate::{Op, TransportError};
 
 /// Bytes that are posted together, requests that are, and how often that may be under way for one caller.
@@ -27,7 +28,7 @@ struct Piece {
 }
 
 struct Ahead {
-    waiter: Arc<Waiter>,
+    waiter: Arc<Waiter<Done>>,
     pieces: Vec<Piece>,
 }
 
@@ -76,7 +77,7 @@ impl VerbsConn {
     }
 
     /// Waits for a unit, driving the completion queue for as long as it is worth not to sleep.
-    fn wait(&self, waiter: &Waiter, deadline: Instant) -> Result<Vec<Request>, TransportError> {
+    fn wait(&self, waiter: &Waiter<Done>, deadline: Instant) -> Result<Vec<Request>, TransportError> {
         let start = Instant::now();
         let spin = self.patience(self.core.base.config.spin);
         loop {
@@ -92,7 +93,7 @@ impl VerbsConn {
             std::thread::yield_now();
         }
         self.arm();
-        match waiter.wait(deadline) {
+        match waiter.wait(Duration::ZERO, deadline) {
             Some(outcome) => {
                 self.took(start.elapsed());
                 outcome

@@ -138,7 +138,10 @@ pub fn limits_are_enforced(world: &World) {
         vec![AsyncOp::Faa { at, add: 1 }; limits.max_batch + 1],
     ] {
         let (tx, rx) = mpsc::channel();
-        conn.submit(bad, Box::new(move |result| tx.send(result.map(drop)).unwrap()));
+        conn.submit(
+            bad,
+            Box::new(move |result| tx.send(result.map(drop).map_err(|e| e.why)).unwrap()),
+        );
         world.settle();
         invalid(rx.recv().unwrap());
     }
