@@ -122,39 +122,37 @@ fn aligned(at: RemoteAddr) -> Result<(), TransportError> {
     )))
 }
 
-/// What is known of a batch before anything is done: how many operations, and bytes moved so far.
-struct Size {
-    bytes: usize,
+/// Bytes that a batch moves.
+#[derive(Default)]
+struct Size(usize);
+
+#[cold]
+fn too_many(ops: usize) -> TransportError {
+    TransportError::Invalid(format!(
+        "a batch of {ops} operations, {} are possible",
+        LIMITS.max_batch
+    ))
 }
 
 impl Size {
-    fn of_batch(ops: usize) -> Result<Self, TransportError> {
-        if ops <= LIMITS.max_batch {
-            return Ok(Self { bytes: 0 });
-        }
-        Err(TransportError::Invalid(format!(
-            "a batch of {ops} operations, {} are possible",
-            LIMITS.max_batch
-        )))
-    }
-
+    #[inline]
     fn add(&mut self, len: usize) -> Result<(), TransportError> {
-        if len > LIMITS.max_transfer {
-            return Err(TransportError::Invalid(format!(
-                "a transfer of {len} bytes, {} are possible",
-                LIMITS.max_transfer
-            )));
+        self.0 += len;
+        if len <= LIMITS.max_transfer && self.0 <= LIMITS.max_batch_bytes {
+            return Ok(());
         }
-        self.bytes += len;
-        if self.bytes > LIMITS.max_batch_bytes {
-            return Err(TransportError::Invalid(format!(
-                "a batch that moves more than {} bytes",
-                LIMITS.max_batch_bytes
-            )));
-        }
-        Ok(())
+        Err(self.too_much(len))
     }
 
+    #[cold]
+    fn too_much(&self, len: usize) -> TransportError {
+        TransportError::Invalid(format!(
+            "a transfer of {len} bytes in a batch of {}: {} and {} are possible",
+            self.0, LIMITS.max_transfer, LIMITS.max_batch_bytes
+        ))
+    }
+
+    #[inline]
     fn add_words(&mut self, at: RemoteAddr, words: u32) -> Result<(), TransportError> {
         aligned(at)?;
         if words > MAX_WORDS {
@@ -167,8 +165,12 @@ impl Size {
 }
 
 /// Checks what can be checked before anything is done; also the bytes moved.
+#[inline]
 pub(crate) fn check_ops(ops: &[Op<'_>]) -> Result<u64, TransportError> {
-    let mut size = Size::of_batch(ops.len())?;
+    if ops.len() > LIMITS.max_batch {
+        return Err(too_many(ops.len()));
+    }
+    let mut size = Size::default();
     for op in ops {
         match op {
             Op::Read { into, .. } => size.add(into.len())?,
@@ -176,12 +178,15 @@ pub(crate) fn check_ops(ops: &[Op<'_>]) -> Result<u64, TransportError> {
             Op::Cas { at, .. } | Op::Faa { at, .. } => size.add_words(*at, 1)?,
         }
     }
-    Ok(size.bytes as u64)
+    Ok(size.0 as u64)
 }
 
 /// As [`check_ops`].
 pub(crate) fn check_batch(batch: &[AsyncOp]) -> Result<u64, TransportError> {
-    let mut size = Size::of_batch(batch.len())?;
+    if batch.len() > LIMITS.max_batch {
+        return Err(too_many(batch.len()));
+    }
+    let mut size = Size::default();
     for op in batch {
         match op {
             AsyncOp::Read { into: buffer, .. } | AsyncOp::Write { from: buffer, .. } => {
@@ -191,7 +196,7 @@ pub(crate) fn check_batch(batch: &[AsyncOp]) -> Result<u64, TransportError> {
             AsyncOp::Cas { at, .. } | AsyncOp::Faa { at, .. } => size.add_words(*at, 1)?,
         }
     }
-    Ok(size.bytes as u64)
+    Ok(size.0 as u64)
 }
 
 pub(crate) fn check_message(message: &[u8]) -> Result<(), TransportError> {

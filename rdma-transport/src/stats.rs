@@ -67,21 +67,25 @@ pub(crate) struct Counters {
     pub(crate) failed_handshakes: AtomicU64,
 }
 
+#[inline]
 pub(crate) fn count(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Ordering::Relaxed);
 }
 
 impl Counters {
+    #[inline]
     pub(crate) fn did_ops(&self, ops: usize, bytes: u64) {
         count(&self.ops, ops as u64);
         count(&self.op_bytes, bytes);
     }
 
+    #[inline]
     pub(crate) fn sent(&self, bytes: usize) {
         count(&self.messages_sent, 1);
         count(&self.message_bytes_sent, bytes as u64);
     }
 
+    #[inline]
     pub(crate) fn received(&self, bytes: usize) {
         count(&self.messages_received, 1);
         count(&self.message_bytes_received, bytes as u64);

@@ -349,14 +349,22 @@ impl ShmConn {
         )
     }
 
+    // Inlined, as it is the whole way of a blocking operation.
+    #[inline(always)]
+    fn read(&self, at: RemoteAddr, into: &mut [u8]) -> Result<(), TransportError> {
+        self.on_region(at, into.len(), |a| a.read, |mem, off| mem.read_at(off, into))
+    }
+
+    #[inline(always)]
+    fn write(&self, at: RemoteAddr, from: &[u8]) -> Result<(), TransportError> {
+        self.on_region(at, from.len(), |a| a.write, |mem, off| mem.write_at(off, from))
+    }
+
+    #[inline(always)]
     fn run(&self, op: &mut Op<'_>) -> Result<(), TransportError> {
         match op {
-            Op::Read { at, into } => {
-                self.on_region(*at, into.len(), |a| a.read, |mem, off| mem.read_at(off, into))
-            }
-            Op::Write { at, from } => {
-                self.on_region(*at, from.len(), |a| a.write, |mem, off| mem.write_at(off, from))
-            }
+            Op::Read { at, into } => self.read(*at, into),
+            Op::Write { at, from } => self.write(*at, from),
             Op::Cas { at, expect, new, old } => self.cas(*at, *expect, *new).map(|v| *old = v),
             Op::Faa { at, add, old } => self.faa(*at, *add).map(|v| *old = v),
         }
@@ -365,11 +373,11 @@ impl ShmConn {
     /// Executes an operation; if it fails its buffer comes back with the error.
     fn run_async(&self, op: AsyncOp) -> Result<OpResult, (TransportError, Option<Buffer>)> {
         match op {
-            AsyncOp::Read { at, mut into } => match self.run(&mut Op::Read { at, into: &mut into }) {
+            AsyncOp::Read { at, mut into } => match self.read(at, &mut into) {
                 Ok(()) => Ok(OpResult::Read(into)),
                 Err(why) => Err((why, Some(into))),
             },
-            AsyncOp::Write { at, from } => match self.run(&mut Op::Write { at, from: &from }) {
+            AsyncOp::Write { at, from } => match self.write(at, &from) {
                 Ok(()) => Ok(OpResult::Written(from)),
                 Err(why) => Err((why, Some(from))),
             },
