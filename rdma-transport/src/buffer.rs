@@ -25,6 +25,7 @@ const SLAB: usize = 1 << 20;
 const KEPT: usize = 64 << 20;
 
 /// What makes a slab known to an adapter.
+#[cfg_attr(not(feature = "verbs"), allow(dead_code))]
 pub(crate) struct Registration {
     /// Tells adapters' protection domains apart.
     pub(crate) domain: usize,
@@ -37,6 +38,7 @@ pub(crate) struct Registration {
 /// Registers a slab with an adapter.
 pub(crate) type Register = Box<dyn Fn(&Arc<SharedMem>) -> Result<Registration, TransportError> + Send + Sync>;
 
+#[cfg_attr(not(feature = "verbs"), allow(dead_code))]
 struct Slab {
     /// Before the memory, which the adapter must have let go of.
     registration: Option<Registration>,

@@ -31,6 +31,7 @@ impl<T> Waiter<T> {
     }
 
     /// The value if it is there, without a lock if it is not.
+    #[cfg_attr(not(feature = "verbs"), allow(dead_code))]
     pub(crate) fn take(&self) -> Option<T> {
         if self.done.load(Ordering::Acquire) {
             self.value.lock().take()
