@@ -11,8 +11,8 @@ use rt::time::Instant;
 use crate::LeaseError;
 use crate::fsm::{Event, Fsm, Violation};
 use crate::gate::Gate;
+use crate::hint::Hint;
 use crate::ids::{Mode, RecordId};
-use crate::table::Hint;
 
 /// Gets the result of an asynchronous enter.
 pub type EnterFn = Box<dyn FnOnce(Result<Guard, LeaseError>) + Send>;

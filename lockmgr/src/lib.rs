@@ -15,6 +15,7 @@
 pub mod error;
 pub mod fsm;
 mod gate;
+mod hint;
 pub mod ids;
 mod lease;
 pub mod manager;

@@ -7,20 +7,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rt::sync::RwLock;
 
-use crate::ids::{NodeId, RecordId};
+use crate::hint::Hint;
+use crate::ids::RecordId;
 use crate::lease::LeaseHandle;
 
 const SHARDS: usize = 64;
 /// Forgotten records of which version and owner are remembered, per shard. Not to remember costs a round trip at the
 /// next acquisition, no more.
 const HINTS: usize = 256;
-
-/// What is remembered of a record: the version of its data, and who owned the word last.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Hint {
-    pub(crate) version: u64,
-    pub(crate) owner: Option<NodeId>,
-}
 
 /// Record numbers are dense, not hostile: one multiplication spreads them.
 #[derive(Default)]

@@ -31,7 +31,7 @@ struct Link {
 impl Submit for Link {
     fn submit(&self, batch: Vec<AsyncOp>, done: Completion) {
         if *self.down.lock() {
-            return done(Err(TransportError::Shutdown));
+            return done(Err(TransportError::Shutdown.into()));
         }
         done(Ok(batch.iter().map(|op| self.memory.run(op)).collect()));
     }

@@ -94,7 +94,7 @@ impl Submit for Link {
             });
         } else {
             drop(net);
-            done(Err(broken()));
+            done(Err(broken().into()));
         }
     }
 }
@@ -310,7 +310,7 @@ impl World {
                 std::mem::take(&mut net.batches[i])
             };
             self.nodes[i].storage_lost(SHARD);
-            lost.into_iter().for_each(|b| (b.done)(Err(broken())));
+            lost.into_iter().for_each(|b| (b.done)(Err(broken().into())));
             return;
         }
         let finished = {

@@ -11,9 +11,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::common::{self, Counters, ended};
+use crate::buffer::BufferPool;
+use crate::common::{self, ended};
 use crate::handshake::{Local, Peer, Provider};
 use crate::pool::Handshakes;
+use crate::stats;
+use crate::stats::Counters;
 use crate::{ConnId, FabricConfig, FabricStats, Handler, TransportError};
 
 /// A peer that does not finish its handshake in this time is dropped.
@@ -24,6 +27,7 @@ pub(crate) struct Base<I> {
     pub(crate) config: FabricConfig,
     pub(crate) handler: Arc<dyn Handler>,
     pub(crate) counters: Counters,
+    pub(crate) buffers: Arc<BufferPool>,
     identity: Mutex<Vec<u8>>,
     instance: u64,
     /// None: the progress thread has ended.
@@ -37,8 +41,13 @@ pub(crate) struct Base<I> {
 }
 
 impl<I> Base<I> {
-    pub(crate) fn new(config: FabricConfig, handler: Arc<dyn Handler>) -> Result<Self, TransportError> {
+    pub(crate) fn new(
+        config: FabricConfig,
+        handler: Arc<dyn Handler>,
+        buffers: Arc<BufferPool>,
+    ) -> Result<Self, TransportError> {
         Ok(Self {
+            buffers,
             identity: Mutex::new(config.identity.clone()),
             config,
             handler,
@@ -155,7 +164,7 @@ pub(crate) trait Endpoint: Send + Sync + Sized + 'static {
         match self.base().installs.lock().as_mut() {
             Some(installs) => {
                 // Before anybody can be told of it.
-                common::count(&self.base().counters.connections, 1);
+                stats::count(&self.base().counters.connections, 1);
                 installs.push(install);
             }
             None => return Err(TransportError::Shutdown),

@@ -2,20 +2,22 @@
 
 use std::cell::Cell;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
-use crate::{AsyncOp, Limits, Op, RegionKey, RemoteAddr, TransportError};
+use crate::error::TransportError;
+use crate::fabric::Limits;
+use crate::ops::{AsyncOp, Op, RegionKey, RemoteAddr};
 
 /// The limits of the providers in this crate.
 pub(crate) const LIMITS: Limits = Limits {
     max_message: 128 * 1024 + 64,
     max_batch: 64,
     max_transfer: 16 * 1024 * 1024,
+    max_batch_bytes: 64 * 1024 * 1024,
 };
 
 /// Most words of one [`AsyncOp::ReadWords`].
@@ -120,64 +122,81 @@ fn aligned(at: RemoteAddr) -> Result<(), TransportError> {
     )))
 }
 
-/// Checks what can be checked before anything is done; also the bytes moved.
-pub(crate) fn check_ops(ops: &[Op<'_>]) -> Result<u64, TransportError> {
-    if ops.len() > LIMITS.max_batch {
-        return Err(TransportError::Invalid(format!(
-            "a batch of {} operations, {} are possible",
-            ops.len(),
-            LIMITS.max_batch
-        )));
+/// Bytes that a batch moves.
+#[derive(Default)]
+struct Size(usize);
+
+#[cold]
+fn too_many(ops: usize) -> TransportError {
+    TransportError::Invalid(format!(
+        "a batch of {ops} operations, {} are possible",
+        LIMITS.max_batch
+    ))
+}
+
+impl Size {
+    #[inline]
+    fn add(&mut self, len: usize) -> Result<(), TransportError> {
+        self.0 += len;
+        if len <= LIMITS.max_transfer && self.0 <= LIMITS.max_batch_bytes {
+            return Ok(());
+        }
+        Err(self.too_much(len))
     }
-    let mut bytes = 0;
-    for op in ops {
-        let len = match op {
-            Op::Read { into, .. } => into.len(),
-            Op::Write { from, .. } => from.len(),
-            Op::Cas { at, .. } | Op::Faa { at, .. } => {
-                aligned(*at)?;
-                8
-            }
-        };
-        if len > LIMITS.max_transfer {
+
+    #[cold]
+    fn too_much(&self, len: usize) -> TransportError {
+        TransportError::Invalid(format!(
+            "a transfer of {len} bytes in a batch of {}: {} and {} are possible",
+            self.0, LIMITS.max_transfer, LIMITS.max_batch_bytes
+        ))
+    }
+
+    #[inline]
+    fn add_words(&mut self, at: RemoteAddr, words: u32) -> Result<(), TransportError> {
+        aligned(at)?;
+        if words > MAX_WORDS {
             return Err(TransportError::Invalid(format!(
-                "a transfer of {len} bytes, {} are possible",
-                LIMITS.max_transfer
+                "a read of {words} words, {MAX_WORDS} are possible"
             )));
         }
-        bytes += len as u64;
+        self.add(words as usize * 8)
     }
-    Ok(bytes)
+}
+
+/// Checks what can be checked before anything is done; also the bytes moved.
+#[inline]
+pub(crate) fn check_ops(ops: &[Op<'_>]) -> Result<u64, TransportError> {
+    if ops.len() > LIMITS.max_batch {
+        return Err(too_many(ops.len()));
+    }
+    let mut size = Size::default();
+    for op in ops {
+        match op {
+            Op::Read { into, .. } => size.add(into.len())?,
+            Op::Write { from, .. } => size.add(from.len())?,
+            Op::Cas { at, .. } | Op::Faa { at, .. } => size.add_words(*at, 1)?,
+        }
+    }
+    Ok(size.0 as u64)
 }
 
 /// As [`check_ops`].
 pub(crate) fn check_batch(batch: &[AsyncOp]) -> Result<u64, TransportError> {
     if batch.len() > LIMITS.max_batch {
-        return Err(TransportError::Invalid(format!(
-            "a batch of {} operations, {} are possible",
-            batch.len(),
-            LIMITS.max_batch
-        )));
+        return Err(too_many(batch.len()));
     }
-    let mut bytes = 0;
+    let mut size = Size::default();
     for op in batch {
         match op {
-            AsyncOp::ReadWords { at, words } => {
-                aligned(*at)?;
-                if *words > MAX_WORDS {
-                    return Err(TransportError::Invalid(format!(
-                        "a read of {words} words, {MAX_WORDS} are possible"
-                    )));
-                }
-                bytes += u64::from(*words) * 8;
+            AsyncOp::Read { into: buffer, .. } | AsyncOp::Write { from: buffer, .. } => {
+                size.add(buffer.len())?;
             }
-            AsyncOp::Cas { at, .. } | AsyncOp::Faa { at, .. } => {
-                aligned(*at)?;
-                bytes += 8;
-            }
+            AsyncOp::ReadWords { at, words } => size.add_words(*at, *words)?,
+            AsyncOp::Cas { at, .. } | AsyncOp::Faa { at, .. } => size.add_words(*at, 1)?,
         }
     }
-    Ok(bytes)
+    Ok(size.0 as u64)
 }
 
 pub(crate) fn check_message(message: &[u8]) -> Result<(), TransportError> {
@@ -189,126 +208,4 @@ pub(crate) fn check_message(message: &[u8]) -> Result<(), TransportError> {
         message.len(),
         LIMITS.max_message
     )))
-}
-
-/// What an endpoint or a connection has done so far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct FabricStats {
-    /// One-sided operations started from here.
-    pub ops: u64,
-    /// Bytes those moved.
-    pub op_bytes: u64,
-    /// Messages sent.
-    pub messages_sent: u64,
-    /// Bytes in them.
-    pub message_bytes_sent: u64,
-    /// Messages received.
-    pub messages_received: u64,
-    /// Bytes in them.
-    pub message_bytes_received: u64,
-    /// System calls made to wake a sleeping peer.
-    pub doorbells: u64,
-    /// Times the progress thread came out of its sleep (endpoints only).
-    pub wakeups: u64,
-    /// Connections set up, either way (endpoints only).
-    pub connections: u64,
-    /// Peers turned away because of their key (endpoints only).
-    pub wrong_keys: u64,
-    /// Other attempts to connect that came to nothing (endpoints only).
-    pub failed_handshakes: u64,
-}
-
-impl FabricStats {
-    /// The sum.
-    #[must_use]
-    pub fn plus(self, other: Self) -> Self {
-        Self {
-            ops: self.ops + other.ops,
-            op_bytes: self.op_bytes + other.op_bytes,
-            messages_sent: self.messages_sent + other.messages_sent,
-            message_bytes_sent: self.message_bytes_sent + other.message_bytes_sent,
-            messages_received: self.messages_received + other.messages_received,
-            message_bytes_received: self.message_bytes_received + other.message_bytes_received,
-            doorbells: self.doorbells + other.doorbells,
-            wakeups: self.wakeups + other.wakeups,
-            connections: self.connections + other.connections,
-            wrong_keys: self.wrong_keys + other.wrong_keys,
-            failed_handshakes: self.failed_handshakes + other.failed_handshakes,
-        }
-    }
-}
-
-/// The counters behind [`FabricStats`].
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    pub(crate) ops: AtomicU64,
-    pub(crate) op_bytes: AtomicU64,
-    pub(crate) messages_sent: AtomicU64,
-    pub(crate) message_bytes_sent: AtomicU64,
-    pub(crate) messages_received: AtomicU64,
-    pub(crate) message_bytes_received: AtomicU64,
-    pub(crate) doorbells: AtomicU64,
-    pub(crate) wakeups: AtomicU64,
-    pub(crate) connections: AtomicU64,
-    pub(crate) wrong_keys: AtomicU64,
-    pub(crate) failed_handshakes: AtomicU64,
-}
-
-pub(crate) fn count(counter: &AtomicU64, by: u64) {
-    counter.fetch_add(by, Ordering::Relaxed);
-}
-
-impl Counters {
-    pub(crate) fn did_ops(&self, ops: usize, bytes: u64) {
-        count(&self.ops, ops as u64);
-        count(&self.op_bytes, bytes);
-    }
-
-    pub(crate) fn sent(&self, bytes: usize) {
-        count(&self.messages_sent, 1);
-        count(&self.message_bytes_sent, bytes as u64);
-    }
-
-    pub(crate) fn received(&self, bytes: usize) {
-        count(&self.messages_received, 1);
-        count(&self.message_bytes_received, bytes as u64);
-    }
-
-    pub(crate) fn snapshot(&self) -> FabricStats {
-        let get = |c: &AtomicU64| c.load(Ordering::Relaxed);
-        FabricStats {
-            ops: get(&self.ops),
-            op_bytes: get(&self.op_bytes),
-            messages_sent: get(&self.messages_sent),
-            message_bytes_sent: get(&self.message_bytes_sent),
-            messages_received: get(&self.messages_received),
-            message_bytes_received: get(&self.message_bytes_received),
-            doorbells: get(&self.doorbells),
-            wakeups: get(&self.wakeups),
-            connections: get(&self.connections),
-            wrong_keys: get(&self.wrong_keys),
-            failed_handshakes: get(&self.failed_handshakes),
-        }
-    }
-
-    /// Adds the counters of a connection that has ended.
-    pub(crate) fn fold(&self, ended: &FabricStats) {
-        count(&self.ops, ended.ops);
-        count(&self.op_bytes, ended.op_bytes);
-        count(&self.messages_sent, ended.messages_sent);
-        count(&self.message_bytes_sent, ended.message_bytes_sent);
-        count(&self.messages_received, ended.messages_received);
-        count(&self.message_bytes_received, ended.message_bytes_received);
-        count(&self.doorbells, ended.doorbells);
-    }
-
-    /// Counts a failed handshake and says so where an operator looks.
-    pub(crate) fn handshake_failed(&self, error: &TransportError) {
-        if matches!(error, TransportError::WrongKey { .. }) {
-            count(&self.wrong_keys, 1);
-        } else {
-            count(&self.failed_handshakes, 1);
-        }
-        tracing::warn!("connection not accepted: {error}");
-    }
 }

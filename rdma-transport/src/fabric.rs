@@ -3,58 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::buffer::Buffer;
+use crate::error::TransportError;
 use crate::mem::SharedMem;
-use crate::{FabricStats, TransportError};
-
-/// Names a registered region of one endpoint; unguessable enough not to collide between incarnations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RegionKey(pub u64);
-
-/// A place in a peer's registered memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct RemoteAddr {
-    /// Region at the peer.
-    pub key: RegionKey,
-    /// Offset in that region, bytes.
-    pub offset: u64,
-}
-
-impl RemoteAddr {
-    /// The address `delta` bytes further on.
-    #[must_use]
-    pub fn plus(self, delta: u64) -> Self {
-        Self {
-            key: self.key,
-            offset: self.offset.wrapping_add(delta),
-        }
-    }
-}
-
-/// What remote sides may do with a region.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Access {
-    /// One-sided reads.
-    pub read: bool,
-    /// One-sided writes.
-    pub write: bool,
-    /// Compare-and-swap, fetch-and-add.
-    pub atomic: bool,
-}
-
-impl Access {
-    /// Everything.
-    pub const ALL: Self = Self {
-        read: true,
-        write: true,
-        atomic: true,
-    };
-    /// Reads only.
-    pub const READ: Self = Self {
-        read: true,
-        write: false,
-        atomic: false,
-    };
-}
+use crate::ops::{Access, AsyncOp, Completion, Op, RegionKey};
+use crate::stats::FabricStats;
 
 /// Which provider an endpoint is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -78,87 +31,9 @@ pub struct Limits {
     pub max_batch: usize,
     /// Longest single read or write, bytes (at least 16 MiB).
     pub max_transfer: usize,
+    /// Most bytes that the reads and writes of one batch move together (at least 64 MiB).
+    pub max_batch_bytes: usize,
 }
-
-/// One operation of a blocking batch, with the caller's buffers.
-#[derive(Debug)]
-pub enum Op<'a> {
-    /// Remote memory → `into`.
-    Read {
-        /// Source.
-        at: RemoteAddr,
-        /// Destination; its length is the length of the read.
-        into: &'a mut [u8],
-    },
-    /// `from` → remote memory.
-    Write {
-        /// Destination.
-        at: RemoteAddr,
-        /// Source.
-        from: &'a [u8],
-    },
-    /// 64-bit compare-and-swap (8-byte aligned, host byte order); `old` gets the value found.
-    Cas {
-        /// The word.
-        at: RemoteAddr,
-        /// Value it must have.
-        expect: u64,
-        /// Value it then gets.
-        new: u64,
-        /// Value that was found.
-        old: u64,
-    },
-    /// 64-bit fetch-and-add, wrapping; `old` gets the value before.
-    Faa {
-        /// The word.
-        at: RemoteAddr,
-        /// What to add (two's complement to subtract).
-        add: u64,
-        /// Value before.
-        old: u64,
-    },
-}
-
-/// One operation of an asynchronous batch; owns what it needs.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum AsyncOp {
-    /// Read `words` consecutive u64 (at most 64), each 8-byte aligned and never torn.
-    ReadWords {
-        /// First word.
-        at: RemoteAddr,
-        /// How many.
-        words: u32,
-    },
-    /// As [`Op::Cas`].
-    Cas {
-        /// The word.
-        at: RemoteAddr,
-        /// Value it must have.
-        expect: u64,
-        /// Value it then gets.
-        new: u64,
-    },
-    /// As [`Op::Faa`].
-    Faa {
-        /// The word.
-        at: RemoteAddr,
-        /// What to add.
-        add: u64,
-    },
-}
-
-/// Result of one [`AsyncOp`], in the order of the batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum OpResult {
-    /// The words read.
-    Words(Vec<u64>),
-    /// The value before a compare-and-swap or fetch-and-add.
-    Old(u64),
-}
-
-/// Called exactly once for a submitted batch: from the submitting thread before `submit` or the
-/// [`Connection::attend`] around it returns, or from the endpoint's progress thread. It must not block.
-pub type Completion = Box<dyn FnOnce(Result<Vec<OpResult>, TransportError>) + Send>;
 
 /// Identifies a connection within its endpoint for ever (never reused).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -214,6 +89,12 @@ pub trait Fabric: Send + Sync {
     /// # Errors
     /// [`TransportError::Invalid`] if the key is not registered.
     fn deregister(&self, key: RegionKey) -> Result<(), TransportError>;
+    /// Memory of `len` bytes, with whatever contents, that the adapter of this endpoint, if it has one, reads and writes
+    /// in place; up to [`Limits::max_transfer`].
+    ///
+    /// # Errors
+    /// [`TransportError::Invalid`] if it is too long, [`TransportError::Os`] where the system refuses.
+    fn buffer(&self, len: usize) -> Result<Buffer, TransportError>;
     /// Connects to a peer (or to this endpoint itself) and runs the key handshake. Blocks.
     ///
     /// # Errors
@@ -244,12 +125,13 @@ pub trait Connection: Send + Sync {
     /// The first failure; the connection is then in error (except for [`TransportError::Invalid`], where
     /// nothing was done).
     fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError>;
-    /// Starts a batch of word operations with one doorbell; `done` gets the results.
+    /// Starts a batch with one doorbell; `done` gets the results. Never blocks on the peer, however much is under way:
+    /// who submits bounds it. A peer that says nothing is given up when the connection is (see [`crate::gather`]).
     fn submit(&self, batch: Vec<AsyncOp>, done: Completion);
     /// Calls `start`, which may submit batches on this connection, and then looks for their completions on this thread
     /// until `done` says that enough has come or it is better to sleep; their completions may be called here meanwhile.
     /// For callers that would wait anyway: it saves waking the progress thread, and being woken by it. Whatever has
-    /// not come when this returns comes as always. Must not be called from a [`Handler`] callback or a [`Completion`].
+    /// not come when this returns comes as always. Attending to several connections is one call within the other. Must not be called from a [`Handler`] callback or a [`Completion`].
     fn attend(&self, start: &mut dyn FnMut(), done: &dyn Fn() -> bool) {
         let _already = done;
         start();
@@ -260,11 +142,6 @@ pub trait Connection: Send + Sync {
     /// # Errors
     /// Invalid (too long), Disconnected.
     fn send(&self, message: &[u8]) -> Result<(), TransportError>;
-    /// A write, then a message that arrives after the write took effect; one doorbell.
-    ///
-    /// # Errors
-    /// As [`Connection::execute`] and [`Connection::send`].
-    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError>;
     /// What the connection has done so far.
     fn stats(&self) -> FabricStats {
         FabricStats::default()

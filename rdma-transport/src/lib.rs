@@ -13,30 +13,35 @@
 #![forbid(clippy::todo)]
 
 mod base;
+mod buffer;
 mod common;
 mod deserted;
 mod error;
 mod fabric;
+mod gather;
 mod handshake;
 pub mod mem;
 mod open;
+mod ops;
 mod options;
 mod pool;
 mod shm;
 pub mod sim;
+mod stats;
 mod stream;
 mod tcp;
 #[cfg(test)]
 mod test_util;
 #[cfg(feature = "verbs")]
 mod verbs;
+mod waiter;
 
-pub use common::FabricStats;
+pub use buffer::Buffer;
 pub use deserted::is_deserted;
 pub use error::TransportError;
-pub use fabric::{
-    Access, AsyncOp, Completion, ConnId, Connection, Fabric, FabricConfig, FabricKind, Handler, Limits, Op,
-    OpResult, RegionKey, RemoteAddr,
-};
+pub use fabric::{ConnId, Connection, Fabric, FabricConfig, FabricKind, Handler, Limits};
+pub use gather::gather;
 pub use open::{open, open_verbs};
+pub use ops::{Access, AsyncOp, BatchError, Completion, Op, OpResult, Outcome, RegionKey, RemoteAddr};
 pub use options::VerbsOptions;
+pub use stats::FabricStats;

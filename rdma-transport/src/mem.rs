@@ -196,6 +196,11 @@ impl SharedMem {
         self.fd.as_fd()
     }
 
+    /// The pointer to `len` bytes at `off`, for memory that the caller has to itself.
+    pub(crate) fn pointer(&self, off: usize, len: usize) -> Result<NonNull<u8>, TransportError> {
+        self.at(off, len)
+    }
+
     /// Where it is mapped.
     #[cfg(feature = "verbs")]
     pub(crate) fn address(&self) -> u64 {

@@ -67,8 +67,6 @@ struct Game {
     left: u64,
     sent: Instant,
     latency: Option<Latency>,
-    /// Each message goes after a write of this.
-    payload: Option<(RemoteAddr, Vec<u8>)>,
     message: Vec<u8>,
 }
 
@@ -80,10 +78,7 @@ struct Player {
 impl Game {
     fn serve(&mut self, conn: &dyn Connection) -> Result<(), TransportError> {
         self.sent = Instant::now();
-        match &self.payload {
-            Some((at, from)) => conn.write_notify(*at, from, &self.message),
-            None => conn.send(&self.message),
-        }
+        conn.send(&self.message)
     }
 }
 
@@ -114,14 +109,8 @@ impl Handler for Player {
 }
 
 impl Player {
-    fn play(
-        &self,
-        conn: &dyn Connection,
-        rounds: u64,
-        payload: Option<(RemoteAddr, Vec<u8>)>,
-    ) -> anyhow::Result<Latency> {
+    fn play(&self, conn: &dyn Connection, rounds: u64) -> anyhow::Result<Latency> {
         let mut game = self.game.lock();
-        game.payload = payload;
         game.left = rounds;
         game.latency = Some(Latency::new()?);
         game.serve(conn)?;
@@ -192,7 +181,6 @@ impl Probe {
                 left: 0,
                 sent: Instant::now(),
                 latency: None,
-                payload: None,
                 message: vec![7; 64],
             }),
             over: Condvar::new(),
@@ -289,15 +277,7 @@ fn latencies(
     };
     row("fetch-and-add".into(), &time(n, group, faa)?);
     let rounds = u64::from(n);
-    row(
-        "send 64 B and its echo".into(),
-        &p.player.play(conn, rounds, None)?,
-    );
-    let page = Some((at, vec![3u8; 4096]));
-    row(
-        "write_notify 4 KiB and its echo".into(),
-        &p.player.play(conn, rounds, page)?,
-    );
+    row("send 64 B and its echo".into(), &p.player.play(conn, rounds)?);
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rdma_transport::{AsyncOp, Completion, ConnId, Connection, Op, RemoteAddr, TransportError};
+use rdma_transport::{AsyncOp, Completion, ConnId, Connection, Op, TransportError};
 use rt::sync::Mutex;
 use serde::de::DeserializeOwned;
 
@@ -58,9 +58,6 @@ impl Connection for FakeConn {
             self.answers.lock().insert(number, body.to_vec());
         }
         Ok(())
-    }
-    fn write_notify(&self, _: RemoteAddr, _: &[u8], _: &[u8]) -> Result<(), TransportError> {
-        Err(TransportError::Shutdown)
     }
     fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);

@@ -2,7 +2,8 @@
 
 use super::Fsm;
 use super::batch::{Batch, BatchKind, BatchState, Outcome, WordOp, WordOps};
-use super::types::{Action, Answer, Config, Flaw, Phase, Readers, Via, Violation};
+use super::types::{Action, Answer, Config, Flaw, Phase, Readers, Via};
+use super::violation::Violation;
 use crate::ids::{Mode, NodeId, NodeSet};
 use crate::msg::Body;
 use crate::record::OwnerWord;

@@ -17,12 +17,14 @@
 mod acquire;
 mod batch;
 mod reconcile;
-pub(crate) mod rename;
 mod serve;
+pub(crate) mod symmetry;
 mod types;
+mod violation;
 
 pub use batch::{Batch, BatchKind, BatchState, Outcome, WordOp, WordOps};
-pub use types::{Action, Config, Event, Flaw, Phase, Violation};
+pub use types::{Action, Config, Event, Flaw, Phase};
+pub use violation::Violation;
 
 use crate::ids::{Mode, NodeId, NodeSet};
 use crate::msg::{Body, Payload, Waiter};

@@ -8,7 +8,8 @@
 
 use super::Fsm;
 use super::batch::{Batch, BatchKind, BatchState, Outcome, WordOp, WordOps};
-use super::types::{Action, Config, Flaw, Violation};
+use super::types::{Action, Config, Flaw};
+use super::violation::Violation;
 
 impl Fsm {
     pub(super) fn batch_lost(&mut self) -> Result<(), Violation> {

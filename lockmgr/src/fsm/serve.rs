@@ -2,7 +2,8 @@
 
 use super::Fsm;
 use super::batch::{BatchKind, WordOp, WordOps};
-use super::types::{Action, Config, Flaw, Phase, Readers, Violation};
+use super::types::{Action, Config, Flaw, Phase, Readers};
+use super::violation::Violation;
 use crate::ids::{Mode, NodeSet};
 use crate::msg::{Body, Payload};
 use crate::record::OwnerWord;

@@ -1,54 +1,21 @@
 //! Applies events, executes actions.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use rdma_transport::{OpResult, TransportError};
-use rt::sync::Mutex;
+use rdma_transport::Outcome;
 use rt::time::Instant;
 
 use super::LeaseManager;
 use crate::LeaseError;
 use crate::fsm::{Action, Event, Violation, WordOps};
+use crate::hint::Hint;
 use crate::ids::{Mode, NodeId, RecordId};
 use crate::lease::{LeaseHandle, Parked, Record, Wish, rank};
 use crate::msg::{Body, LeaseMsg};
-use crate::table::Hint;
 use crate::timers::Timer;
 use crate::wire;
-
-/// What is known about the storage nodes.
-#[derive(Default)]
-pub(super) struct Storage(Mutex<HashMap<u32, Shard>>);
-
-#[derive(Default)]
-struct Shard {
-    /// Counts reconnections: a batch that fails after the next one began is looked into at once.
-    connection: u64,
-    lost: bool,
-}
-
-impl Storage {
-    pub(super) fn lost(&self, shard: u32) {
-        self.0.lock().entry(shard).or_default().lost = true;
-    }
-
-    pub(super) fn reconnected(&self, shard: u32) {
-        let mut shards = self.0.lock();
-        let shard = shards.entry(shard).or_default();
-        shard.connection += 1;
-        shard.lost = false;
-    }
-
-    fn connection(&self, shard: u32) -> u64 {
-        self.0.lock().get(&shard).map_or(0, |s| s.connection)
-    }
-
-    fn is_lost(&self, shard: u32) -> bool {
-        self.0.lock().get(&shard).is_some_and(|s| s.lost)
-    }
-}
 
 impl LeaseManager {
     /// An event of a record that need not be in the table.
@@ -166,7 +133,7 @@ impl LeaseManager {
         let settle = std::mem::take(&mut record.settle);
         let fsm = &record.fsm;
         let at_rest = fsm.is_at_rest();
-        let leaving = self.leaving.load(Ordering::SeqCst).then_some(Wish::Release);
+        let leaving = self.leave.begun().then_some(Wish::Release);
         if let (true, Some(held), Some(wish)) = (at_rest, fsm.held(), leaving.or(record.wish)) {
             if !fsm.is_used() {
                 return Some(Event::Used);
@@ -293,7 +260,7 @@ impl LeaseManager {
         let (me, lease) = (self.me.clone(), Arc::clone(lease));
         conn.submit(
             wire::operations(&ops, at, layout, node),
-            Box::new(move |results: Result<Vec<OpResult>, TransportError>| {
+            Box::new(move |results: Outcome| {
                 // Without a manager there is nobody left to tell.
                 let Some(me) = me.upgrade() else { return };
                 match results {
@@ -352,8 +319,8 @@ impl LeaseManager {
     }
 
     pub(super) fn check_left(&self) {
-        if self.leaving.load(Ordering::SeqCst) && self.table.is_empty() {
-            let left = self.left.lock().take();
+        if self.leave.begun() && self.table.is_empty() {
+            let left = self.leave.then();
             if let Some(f) = left {
                 f();
             }

@@ -9,9 +9,11 @@
 
 mod driver;
 mod interface;
+mod leave;
 mod stats;
+mod storage;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -26,10 +28,11 @@ use crate::msg::{Body, LeaseMsg, MAX_PAYLOAD};
 use crate::table::Table;
 use crate::timers::{Timer, Timers};
 
-use driver::Storage;
 pub use interface::{Directory, LeaseUser, ManagerConfig, Relinquish};
+use leave::Leave;
 use stats::Counters;
 pub use stats::{LeaseInfo, Stats};
+use storage::Storage;
 
 /// See the module.
 pub struct LeaseManager {
@@ -46,8 +49,7 @@ pub struct LeaseManager {
     tickets: AtomicU64,
     storage: Storage,
     gone: Mutex<NodeSet>,
-    leaving: AtomicBool,
-    left: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    leave: Leave,
     counters: Counters,
 }
 
@@ -83,8 +85,7 @@ impl LeaseManager {
             tickets: AtomicU64::new(0),
             storage: Storage::default(),
             gone: Mutex::new(NodeSet::new()),
-            leaving: AtomicBool::new(false),
-            left: Mutex::new(None),
+            leave: Leave::default(),
             counters: Counters::default(),
         }))
     }
@@ -149,7 +150,7 @@ impl LeaseManager {
     /// [`LeaseError::Violation`], and at the deadline [`LeaseError::Timeout`], [`LeaseError::Unreachable`]
     /// or [`LeaseError::StorageLost`].
     pub fn enter_async(&self, id: RecordId, mode: Mode, deadline: Instant, f: EnterFn) {
-        if self.leaving.load(Ordering::SeqCst) {
+        if self.leave.begun() {
             return f(Err(LeaseError::Leaving));
         }
         if let Some(guard) = self.try_enter(id, mode) {
@@ -176,7 +177,7 @@ impl LeaseManager {
                 continue;
             }
             let refused = match record.broken {
-                _ if self.leaving.load(Ordering::SeqCst) => Some(LeaseError::Leaving),
+                _ if self.leave.begun() => Some(LeaseError::Leaving),
                 Some(violation) => Some(LeaseError::Violation {
                     record: id,
                     violation,
@@ -421,8 +422,7 @@ impl LeaseManager {
     /// released, then `f` runs. Peers that read the owner word earlier may still ask; their messages must be
     /// handed to [`Self::message`] until they know that this node has left.
     pub fn leave(&self, f: Box<dyn FnOnce() + Send>) {
-        *self.left.lock() = Some(f);
-        self.leaving.store(true, Ordering::SeqCst);
+        self.leave.begin(f);
         for lease in self.table.all() {
             let parked: Vec<Parked> = lease.record.lock().parked.drain(..).collect();
             self.refuse(parked, &LeaseError::Leaving);
@@ -476,5 +476,21 @@ impl LeaseManager {
             let record = lease.record.lock();
             record.fsm.held().map(|mode| (mode, record.fsm.version()))
         })
+    }
+
+    /// The records in the table.
+    #[must_use]
+    pub fn snapshot(&self) -> Vec<LeaseInfo> {
+        self.table
+            .all()
+            .iter()
+            .map(|lease| LeaseInfo::of(lease))
+            .collect()
+    }
+
+    /// Counters since the start.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.counters.stats(&self.table)
     }
 }

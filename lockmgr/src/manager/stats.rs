@@ -2,8 +2,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::LeaseManager;
 use crate::ids::{Mode, RecordId};
+use crate::lease::LeaseHandle;
+use crate::table::Table;
 
 #[derive(Default)]
 pub(super) struct Counters {
@@ -61,48 +62,40 @@ pub struct LeaseInfo {
     pub state: &'static str,
 }
 
-impl LeaseManager {
-    /// The records in the table.
-    #[must_use]
-    pub fn snapshot(&self) -> Vec<LeaseInfo> {
-        let leases = self.table.all();
-        leases
-            .iter()
-            .map(|lease| {
-                let record = lease.record.lock();
-                LeaseInfo {
-                    id: lease.id(),
-                    mode: record.fsm.held(),
-                    version: record.fsm.version(),
-                    waiting: record.parked.len(),
-                    queued: record.fsm.queued(),
-                    in_flight: lease.gate.count(),
-                    state: if record.broken.is_some() {
-                        "broken"
-                    } else {
-                        record.fsm.phase().name()
-                    },
-                }
-            })
-            .collect()
+impl LeaseInfo {
+    pub(super) fn of(lease: &LeaseHandle) -> Self {
+        let record = lease.record.lock();
+        Self {
+            id: lease.id(),
+            mode: record.fsm.held(),
+            version: record.fsm.version(),
+            waiting: record.parked.len(),
+            queued: record.fsm.queued(),
+            in_flight: lease.gate.count(),
+            state: if record.broken.is_some() {
+                "broken"
+            } else {
+                record.fsm.phase().name()
+            },
+        }
     }
+}
 
-    /// Counters since the start.
-    #[must_use]
-    pub fn stats(&self) -> Stats {
-        let c = &self.counters;
+impl Counters {
+    /// With the leases in the table, which count their hits themselves.
+    pub(super) fn stats(&self, table: &Table) -> Stats {
         let get = |a: &AtomicU64| a.load(Ordering::Relaxed);
-        let live: u64 = self.table.all().iter().map(|l| get(&l.hits)).sum();
+        let live: u64 = table.all().iter().map(|l| get(&l.hits)).sum();
         Stats {
-            cached_hits: get(&c.hits) + live,
-            acquires: get(&c.acquires),
-            grants: get(&c.grants),
-            revokes_served: get(&c.revokes),
-            hand_overs: get(&c.hand_overs),
-            messages_sent: get(&c.sent),
-            messages_received: get(&c.received),
-            batches: get(&c.batches),
-            violations: get(&c.violations),
+            cached_hits: get(&self.hits) + live,
+            acquires: get(&self.acquires),
+            grants: get(&self.grants),
+            revokes_served: get(&self.revokes),
+            hand_overs: get(&self.hand_overs),
+            messages_sent: get(&self.sent),
+            messages_received: get(&self.received),
+            batches: get(&self.batches),
+            violations: get(&self.violations),
         }
     }
 }

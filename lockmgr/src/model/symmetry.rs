@@ -4,30 +4,30 @@ use std::hash::{Hash, Hasher};
 
 use super::state::{NODES, Node, Options, State};
 use crate::fsm::Outcome;
-use crate::fsm::rename::Rename;
+use crate::fsm::symmetry::Symmetry;
 use crate::ids::NodeId;
 
 impl State {
     fn permuted(&self, p: [usize; NODES]) -> Self {
         let f = |n: NodeId| NodeId(p[usize::from(n.0)] as u16);
         let mut s = self.clone();
-        s.word = self.word.rename(&f);
+        s.word = self.word.exchanged(&f);
         let moved = |set: u8| (0..NODES).map(|i| (set >> i & 1) << p[i]).sum();
         s.bits = moved(self.bits);
         s.far = moved(self.far);
         for i in 0..NODES {
             let node = &self.nodes[i];
             s.nodes[p[i]] = Node {
-                fsm: node.fsm.rename(&f),
+                fsm: node.fsm.exchanged(&f),
                 outcome: Outcome {
-                    owner: node.outcome.owner.map(|w| w.rename(&f)),
-                    holders: node.outcome.holders.as_ref().map(|h| h.rename(&f)),
+                    owner: node.outcome.owner.map(|w| w.exchanged(&f)),
+                    holders: node.outcome.holders.as_ref().map(|h| h.exchanged(&f)),
                     bit: node.outcome.bit,
                 },
                 ..node.clone()
             };
             for j in 0..NODES {
-                s.channels[p[i]][p[j]] = self.channels[i][j].iter().map(|b| b.rename(&f)).collect();
+                s.channels[p[i]][p[j]] = self.channels[i][j].iter().map(|b| b.exchanged(&f)).collect();
             }
         }
         s

@@ -17,8 +17,10 @@ use crate::base::{ConnBase, Endpoint};
 use crate::common::{self, disconnected, remote_access};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
+use crate::stats;
 use crate::{
-    Access, AsyncOp, Completion, ConnId, Connection, FabricStats, Op, OpResult, RemoteAddr, TransportError,
+    Access, AsyncOp, BatchError, Buffer, Completion, ConnId, Connection, FabricStats, Op, OpResult,
+    RemoteAddr, TransportError,
 };
 
 /// Longest time `close` waits for operations of the peer that are being executed at that moment.
@@ -347,24 +349,47 @@ impl ShmConn {
         )
     }
 
+    // Inlined, as it is the whole way of a blocking operation.
+    #[inline(always)]
+    fn read(&self, at: RemoteAddr, into: &mut [u8]) -> Result<(), TransportError> {
+        self.on_region(at, into.len(), |a| a.read, |mem, off| mem.read_at(off, into))
+    }
+
+    #[inline(always)]
+    fn write(&self, at: RemoteAddr, from: &[u8]) -> Result<(), TransportError> {
+        self.on_region(at, from.len(), |a| a.write, |mem, off| mem.write_at(off, from))
+    }
+
+    #[inline(always)]
     fn run(&self, op: &mut Op<'_>) -> Result<(), TransportError> {
         match op {
-            Op::Read { at, into } => {
-                self.on_region(*at, into.len(), |a| a.read, |mem, off| mem.read_at(off, into))
-            }
-            Op::Write { at, from } => {
-                self.on_region(*at, from.len(), |a| a.write, |mem, off| mem.write_at(off, from))
-            }
+            Op::Read { at, into } => self.read(*at, into),
+            Op::Write { at, from } => self.write(*at, from),
             Op::Cas { at, expect, new, old } => self.cas(*at, *expect, *new).map(|v| *old = v),
             Op::Faa { at, add, old } => self.faa(*at, *add).map(|v| *old = v),
         }
     }
 
-    fn run_async(&self, op: &AsyncOp) -> Result<OpResult, TransportError> {
+    /// Executes an operation; if it fails its buffer comes back with the error.
+    fn run_async(&self, op: AsyncOp) -> Result<OpResult, (TransportError, Option<Buffer>)> {
         match op {
-            AsyncOp::ReadWords { at, words } => self.words(*at, *words).map(OpResult::Words),
-            AsyncOp::Cas { at, expect, new } => self.cas(*at, *expect, *new).map(OpResult::Old),
-            AsyncOp::Faa { at, add } => self.faa(*at, *add).map(OpResult::Old),
+            AsyncOp::Read { at, mut into } => match self.read(at, &mut into) {
+                Ok(()) => Ok(OpResult::Read(into)),
+                Err(why) => Err((why, Some(into))),
+            },
+            AsyncOp::Write { at, from } => match self.write(at, &from) {
+                Ok(()) => Ok(OpResult::Written(from)),
+                Err(why) => Err((why, Some(from))),
+            },
+            AsyncOp::ReadWords { at, words } => self
+                .words(at, words)
+                .map(OpResult::Words)
+                .map_err(|why| (why, None)),
+            AsyncOp::Cas { at, expect, new } => self
+                .cas(at, expect, new)
+                .map(OpResult::Old)
+                .map_err(|why| (why, None)),
+            AsyncOp::Faa { at, add } => self.faa(at, add).map(OpResult::Old).map_err(|why| (why, None)),
         }
     }
 
@@ -372,7 +397,7 @@ impl ShmConn {
     pub(super) fn ring_bell(&self) {
         let sleeping = self.peer_dir.sleeping();
         if sleeping.load(Ordering::SeqCst) != 0 && sleeping.swap(0, Ordering::SeqCst) != 0 {
-            common::count(&self.base.counters.doorbells, 1);
+            stats::count(&self.base.counters.doorbells, 1);
             // A full counter means that it will wake up anyway.
             let _full = rustix::io::write(&self.peer_bell, &1u64.to_ne_bytes());
         }
@@ -419,32 +444,32 @@ impl Connection for ShmConn {
     fn submit(&self, batch: Vec<AsyncOp>, done: Completion) {
         let bytes = match common::check_batch(&batch) {
             Ok(bytes) => bytes,
-            Err(invalid) => return done(Err(invalid)),
+            Err(invalid) => return done(Err(BatchError::unstarted(invalid, batch))),
         };
         if !self.alive() {
-            return done(Err(self.base.dead()));
+            return done(Err(BatchError::unstarted(self.base.dead(), batch)));
         }
-        let results: Result<Vec<_>, _> = batch.iter().map(|op| self.run_async(op)).collect();
-        match results {
-            Ok(results) => {
-                self.base.counters.did_ops(batch.len(), bytes);
-                done(Ok(results));
-            }
-            Err(error) => {
-                self.fail(error.clone());
-                done(Err(error));
+        let count = batch.len();
+        let mut results = Vec::with_capacity(count);
+        let mut ops = batch.into_iter();
+        while let Some(op) = ops.next() {
+            match self.run_async(op) {
+                Ok(result) => results.push(result),
+                Err((why, buffer)) => {
+                    self.fail(why.clone());
+                    let before = results.into_iter().filter_map(OpResult::into_buffer);
+                    let behind = ops.filter_map(AsyncOp::into_buffer);
+                    let buffers = before.chain(buffer).chain(behind).collect();
+                    return done(Err(BatchError { why, buffers }));
+                }
             }
         }
+        self.base.counters.did_ops(count, bytes);
+        done(Ok(results));
     }
 
     fn send(&self, message: &[u8]) -> Result<(), TransportError> {
         self.send_message(message)
-    }
-
-    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        self.execute(&mut [Op::Write { at, from }])?;
-        self.send(message)
     }
 
     fn close(&self) {

@@ -16,6 +16,7 @@ use super::layout::{Channel, Directory, SLOTS, Side, slot_of};
 use super::listen::listen;
 use super::progress;
 use crate::base::{self, Base, Endpoint};
+use crate::buffer::{Buffer, BufferPool};
 use crate::common::{self, LIMITS};
 use crate::handshake::{self, Provider};
 use crate::mem::SharedMem;
@@ -76,7 +77,7 @@ pub(super) fn start(config: FabricConfig, handler: Arc<dyn Handler>) -> Result<S
     let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
         .map_err(|e| TransportError::os("create an eventfd", &e.into()))?;
     let core = Arc::new(Core {
-        base: Base::new(config, handler)?,
+        base: Base::new(config, handler, BufferPool::new(None))?,
         directory: Directory::create()?,
         bell,
         listener: Mutex::new(Some(listener)),
@@ -379,6 +380,10 @@ impl Fabric for ShmFabric {
             }
         }
         Ok(())
+    }
+
+    fn buffer(&self, len: usize) -> Result<Buffer, TransportError> {
+        self.core.base.buffers.take(len)
     }
 
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {

@@ -13,6 +13,7 @@ use super::endpoint::{Core, Install};
 use super::listen::accept_one;
 use super::ring::Consumer;
 use crate::common::{self, LIMITS};
+use crate::stats;
 use crate::{Connection, TransportError};
 
 const BELL: u64 = u64::MAX;
@@ -106,7 +107,7 @@ impl Progress {
             || self.links.iter().any(|l| l.conn.flush());
         if !missed {
             self.poll_sockets(waiting.then_some(Duration::from_millis(1)));
-            common::count(&self.core.base.counters.wakeups, 1);
+            stats::count(&self.core.base.counters.wakeups, 1);
         }
         sleeping.store(0, Ordering::SeqCst);
     }

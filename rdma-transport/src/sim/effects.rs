@@ -2,38 +2,20 @@
 
 use std::sync::atomic::Ordering;
 
+use super::remote::{RemoteOp, RemoteResult};
 use super::state::{End, EndpointId, PairId, Parcel, State};
 use crate::common::remote_access;
 use crate::mem::SharedMem;
-use crate::{Access, AsyncOp, Op, OpResult, RemoteAddr, TransportError};
+use crate::{Access, Op, RemoteAddr, TransportError};
 
 impl State {
     /// An operation takes effect at the target.
-    pub(super) fn take_op(&mut self, pair: PairId, from: End, op: &AsyncOp, batch: u64, last: bool) {
+    pub(super) fn take_op(&mut self, pair: PairId, from: End, op: &RemoteOp, batch: u64, last: bool) {
         let Some(state) = self.pairs.get(&pair) else {
             return;
         };
         let target = state.ends[1 - from].endpoint;
-        let result = match op {
-            AsyncOp::ReadWords { at, words } => {
-                let words = *words as usize;
-                self.on_region(
-                    target,
-                    *at,
-                    words * 8,
-                    |a| a.read,
-                    |mem, off| {
-                        let word = |i| Ok(mem.word(off + i * 8)?.load(Ordering::SeqCst));
-                        (0..words)
-                            .map(word)
-                            .collect::<Result<_, TransportError>>()
-                            .map(OpResult::Words)
-                    },
-                )
-            }
-            AsyncOp::Cas { at, expect, new } => self.cas(target, *at, *expect, *new).map(OpResult::Old),
-            AsyncOp::Faa { at, add } => self.faa(target, *at, *add).map(OpResult::Old),
-        };
+        let result = self.remote(target, op);
         let Some(state) = self.pairs.get_mut(&pair) else {
             return;
         };
@@ -66,6 +48,47 @@ impl State {
                     },
                 );
             }
+        }
+    }
+
+    fn remote(&self, target: EndpointId, op: &RemoteOp) -> Result<RemoteResult, TransportError> {
+        match op {
+            RemoteOp::Read { at, len } => {
+                let mut bytes = vec![0; *len];
+                self.on_region(
+                    target,
+                    *at,
+                    *len,
+                    |a| a.read,
+                    |mem, off| mem.read_at(off, &mut bytes),
+                )?;
+                Ok(RemoteResult::Bytes(bytes))
+            }
+            RemoteOp::Write { at, bytes } => {
+                self.on_region(
+                    target,
+                    *at,
+                    bytes.len(),
+                    |a| a.write,
+                    |mem, off| mem.write_at(off, bytes),
+                )?;
+                Ok(RemoteResult::Written)
+            }
+            RemoteOp::ReadWords { at, words } => self.on_region(
+                target,
+                *at,
+                *words * 8,
+                |a| a.read,
+                |mem, off| {
+                    let word = |i| Ok(mem.word(off + i * 8)?.load(Ordering::SeqCst));
+                    (0..*words)
+                        .map(word)
+                        .collect::<Result<_, TransportError>>()
+                        .map(RemoteResult::Words)
+                },
+            ),
+            RemoteOp::Cas { at, expect, new } => self.cas(target, *at, *expect, *new).map(RemoteResult::Old),
+            RemoteOp::Faa { at, add } => self.faa(target, *at, *add).map(RemoteResult::Old),
         }
     }
 

@@ -14,10 +14,7 @@ impl State {
         let end = &mut state.ends[end];
         end.alive = false;
         let why = end.why.get_or_insert(why).clone();
-        let completions = std::mem::take(&mut end.batches)
-            .into_values()
-            .filter_map(|(done, _)| done)
-            .collect();
+        let batches = std::mem::take(&mut end.batches).into_values().collect();
         end.conn = None;
         let over = state
             .ends
@@ -27,7 +24,7 @@ impl State {
             self.pairs.remove(&pair);
         }
         match dynamic {
-            Some((handler, conn)) => After::Disconnected(handler, conn, why, completions),
+            Some((handler, conn)) => After::Disconnected(handler, conn, why, batches),
             None => After::Nothing,
         }
     }

@@ -8,12 +8,14 @@ use rt::thread::JoinHandle;
 use super::net::NetRef;
 use super::place::Inbox;
 use super::state::{After, End, EndpointId, PairId, Parcel};
-use crate::common::{self, Counters, LIMITS, disconnected};
+use crate::common::{self, LIMITS, disconnected};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
+use crate::stats;
+use crate::stats::Counters;
 use crate::{
-    Access, AsyncOp, Completion, ConnId, Connection, Fabric, FabricConfig, FabricKind, FabricStats, Limits,
-    Op, RegionKey, RemoteAddr, TransportError,
+    Access, AsyncOp, BatchError, Buffer, Completion, ConnId, Connection, Fabric, FabricConfig, FabricKind,
+    FabricStats, Limits, Op, RegionKey, TransportError,
 };
 
 pub(super) struct SimFabric {
@@ -79,6 +81,13 @@ impl Fabric for SimFabric {
         )))
     }
 
+    fn buffer(&self, len: usize) -> Result<Buffer, TransportError> {
+        if len > LIMITS.max_transfer {
+            return Err(TransportError::Invalid(format!("a buffer of {len} bytes")));
+        }
+        Ok(vec![0; len].into())
+    }
+
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {
         let net = self.net.get()?;
         net.travel();
@@ -120,7 +129,7 @@ impl Fabric for SimFabric {
         let theirs = state.identity(target);
         let here = ConnId(serial);
         let there = ConnId(state.unique());
-        common::count(&self.counters.connections, 1);
+        stats::count(&self.counters.connections, 1);
         Ok(state.pair(
             &self.net,
             (self.id, here),
@@ -213,17 +222,17 @@ impl Connection for SimConn {
     fn submit(&self, batch: Vec<AsyncOp>, done: Completion) {
         let bytes = match common::check_batch(&batch) {
             Ok(bytes) => bytes,
-            Err(invalid) => return done(Err(invalid)),
+            Err(invalid) => return done(Err(BatchError::unstarted(invalid, batch))),
         };
         let net = match self.net.get() {
             Ok(net) => net,
-            Err(gone) => return done(Err(gone)),
+            Err(gone) => return done(Err(BatchError::unstarted(gone, batch))),
         };
         let mut state = net.0.lock();
         if !state.alive(self.pair, self.end) {
             let dead = state.dead(self.pair, self.end);
             drop(state);
-            return done(Err(dead));
+            return done(Err(BatchError::unstarted(dead, batch)));
         }
         self.counters.did_ops(batch.len(), bytes);
         if let Some(counters) = state.counters(self.pair, self.end) {
@@ -245,12 +254,6 @@ impl Connection for SimConn {
         }
         state.ship(self.pair, self.end, Parcel::Message(message.into()));
         Ok(())
-    }
-
-    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        self.execute(&mut [Op::Write { at, from }])?;
-        self.send(message)
     }
 
     fn close(&self) {

@@ -10,6 +10,7 @@ mod endings;
 mod endpoint;
 mod net;
 mod place;
+mod remote;
 mod rng;
 mod state;
 

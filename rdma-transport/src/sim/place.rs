@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rt::sync::Condvar;
 
 use super::state::{After, End, PairId};
-use crate::common::Counters;
+use crate::stats::Counters;
 use crate::mem::SharedMem;
 use crate::{Access, Connection, Handler, TransportError};
 

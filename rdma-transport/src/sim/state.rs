@@ -7,12 +7,15 @@ use std::time::Duration;
 use super::endpoint::SimConn;
 use super::net::{NetRef, SimConfig};
 use super::place::{Clock, EndpointState};
+use super::remote::{RemoteOp, RemoteResult, outcome};
 use super::rng::Rng;
-use crate::common::{self, Counters, disconnected, ended};
+use crate::common::{disconnected, ended};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
+use crate::stats;
+use crate::stats::Counters;
 use crate::{
-    Access, AsyncOp, Completion, ConnId, Connection, FabricConfig, Handler, OpResult, RegionKey,
+    Access, AsyncOp, BatchError, Completion, ConnId, Connection, FabricConfig, Handler, Outcome, RegionKey,
     TransportError,
 };
 
@@ -27,7 +30,7 @@ pub(super) type End = usize;
 pub(super) enum Parcel {
     /// One operation of a batch; its last one sends the results back.
     Op {
-        op: AsyncOp,
+        op: RemoteOp,
         batch: u64,
         last: bool,
     },
@@ -35,7 +38,7 @@ pub(super) enum Parcel {
     /// Results of a batch, on their way back.
     Results {
         batch: u64,
-        results: Result<Vec<OpResult>, TransportError>,
+        results: Result<Vec<RemoteResult>, TransportError>,
     },
     /// The other end has accepted us: its handler learns of the connection first of all.
     Connected,
@@ -53,6 +56,12 @@ pub(super) enum What {
     Call(Box<dyn FnOnce() + Send>),
 }
 
+/// A batch that an end waits for.
+pub(super) struct Batch {
+    pub(super) done: Completion,
+    pub(super) ops: Vec<AsyncOp>,
+}
+
 pub(super) struct EndState {
     pub(super) endpoint: EndpointId,
     pub(super) conn: Option<Arc<SimConn>>,
@@ -62,9 +71,9 @@ pub(super) struct EndState {
     pub(super) why: Option<TransportError>,
     /// When the last parcel of each lane from here arrives: requests and messages, results.
     pub(super) last: [u64; 2],
-    pub(super) batches: BTreeMap<u64, (Option<Completion>, Vec<OpResult>)>,
+    pub(super) batches: BTreeMap<u64, Batch>,
     /// Results gathered here for the other end's batch.
-    pub(super) gathering: Vec<OpResult>,
+    pub(super) gathering: Vec<RemoteResult>,
 }
 
 pub(super) struct Pair {
@@ -90,13 +99,8 @@ pub(super) enum After {
     Nothing,
     Message(Arc<dyn Handler>, Arc<dyn Connection>, Box<[u8]>),
     Connected(Arc<dyn Handler>, Arc<dyn Connection>),
-    Done(Completion, Result<Vec<OpResult>, TransportError>),
-    Disconnected(
-        Arc<dyn Handler>,
-        Arc<dyn Connection>,
-        TransportError,
-        Vec<Completion>,
-    ),
+    Done(Completion, Outcome),
+    Disconnected(Arc<dyn Handler>, Arc<dyn Connection>, TransportError, Vec<Batch>),
     Call(Box<dyn FnOnce() + Send>),
     /// The endpoint's thread is to end.
     Stop,
@@ -111,9 +115,12 @@ impl After {
             }
             Self::Connected(handler, conn) => handler.connected(&conn),
             Self::Done(done, result) => done(result),
-            Self::Disconnected(handler, conn, why, completions) => {
-                for done in completions {
-                    done(Err(ended(&conn.peer_addr(), &why)));
+            Self::Disconnected(handler, conn, why, batches) => {
+                for batch in batches {
+                    (batch.done)(Err(BatchError::unstarted(
+                        ended(&conn.peer_addr(), &why),
+                        batch.ops,
+                    )));
                 }
                 handler.disconnected(&conn, &why);
             }
@@ -222,7 +229,7 @@ impl State {
 
     /// Counts a peer turned away.
     pub(super) fn wrong_key(&self, id: EndpointId) {
-        common::count(&self.endpoints[id].counters.wrong_keys, 1);
+        stats::count(&self.endpoints[id].counters.wrong_keys, 1);
     }
 
     pub(super) fn identity(&self, id: EndpointId) -> Vec<u8> {
@@ -293,9 +300,13 @@ impl State {
     pub(super) fn ship_batch(&mut self, pair: PairId, end: End, ops: Vec<AsyncOp>, done: Completion) {
         let batch = self.unique();
         let count = ops.len();
-        if let Some(state) = self.pairs.get_mut(&pair) {
-            state.ends[end].batches.insert(batch, (Some(done), Vec::new()));
-        }
+        let remote: Vec<RemoteOp> = if let Some(state) = self.pairs.get_mut(&pair) {
+            let remote = ops.iter().map(RemoteOp::of).collect();
+            state.ends[end].batches.insert(batch, Batch { done, ops });
+            remote
+        } else {
+            Vec::new()
+        };
         if count == 0 {
             self.ship(
                 pair,
@@ -306,7 +317,7 @@ impl State {
                 },
             );
         }
-        for (i, op) in ops.into_iter().enumerate() {
+        for (i, op) in remote.into_iter().enumerate() {
             self.ship(
                 pair,
                 end,
@@ -362,8 +373,8 @@ impl State {
                     .and_then(|p| p.ends[to].batches.remove(&batch));
                 let failed = results.as_ref().err().cloned();
                 let after = match taken {
-                    Some((Some(done), _)) => After::Done(done, results),
-                    _ => After::Nothing,
+                    Some(batch) => After::Done(batch.done, outcome(batch.ops, results)),
+                    None => After::Nothing,
                 };
                 if let Some(why) = failed {
                     self.down_both(pair, &why);

@@ -2,26 +2,25 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 use rustix::net::Shutdown;
 
 use super::endpoint::Core;
-use super::frame::{Desc, Header};
-use super::pending::{Batch, Expected, Owner, Pending, Slot};
-use super::request;
-use super::tx::{Out, Tx};
+use super::frame::Header;
+use super::pending::{Batch, Pending};
+use super::tx::{Out, READS, Tx};
 use crate::base::{ConnBase, Endpoint};
 use crate::common::{self, disconnected};
 use crate::mem::SharedMem;
-use crate::{AsyncOp, Completion, ConnId, Connection, FabricStats, Op, RemoteAddr, TransportError};
+use crate::{AsyncOp, BatchError, Completion, ConnId, Connection, FabricStats, Op, TransportError};
 
 /// Senders of messages wait while more than this is queued.
 const QUEUE: usize = 1024 * 1024;
 /// Most bytes of results a peer may leave unread; twice what ours ever asks for, and some.
-const UNREAD: usize = 3 * request::READS;
+const UNREAD: usize = 3 * READS;
 
 pub(super) struct TcpConn {
     pub(super) base: ConnBase,
@@ -32,9 +31,6 @@ pub(super) struct TcpConn {
     room: Condvar,
     pub(super) pending: Mutex<Pending>,
     pub(super) next_batch: AtomicU64,
-    /// Bytes asked for by blocking reads.
-    pub(super) reading: Mutex<usize>,
-    pub(super) read_done: Condvar,
     /// Held while an operation of the peer is executed.
     executing: Mutex<()>,
 }
@@ -49,8 +45,6 @@ impl TcpConn {
             room: Condvar::new(),
             pending: Mutex::new(Pending::default()),
             next_batch: AtomicU64::new(1),
-            reading: Mutex::new(0),
-            read_done: Condvar::new(),
             executing: Mutex::new(()),
         })
     }
@@ -154,7 +148,7 @@ impl TcpConn {
 
     /// Takes a result that is complete, telling its owner if it was the last of its batch.
     pub(super) fn complete(&self, bytes: &[u8]) -> Result<(), TransportError> {
-        let tx = self.tx.lock();
+        let mut tx = self.tx.lock();
         let done = self
             .pending
             .lock()
@@ -162,6 +156,7 @@ impl TcpConn {
             .map_err(|bad| self.base.protocol(bad))?;
         let Some(batch) = done else { return Ok(()) };
         let early = tx.lends(batch.id);
+        let sent = tx.answered(self.sock.as_fd(), batch.reads);
         drop(tx);
         if early {
             let why = self.base.protocol("a result before its operation was sent");
@@ -173,7 +168,7 @@ impl TcpConn {
             return Err(why);
         }
         batch.finish(Ok(()));
-        Ok(())
+        sent.map_err(|e| disconnected(&self.base.addr, &e.to_string()))
     }
 
     /// The target has refused the current operation.
@@ -182,7 +177,7 @@ impl TcpConn {
         let Some(batch) = batch else {
             return self.base.protocol("a result nobody waits for");
         };
-        let why = match batch.expected.get(batch.next) {
+        let why = match batch.current() {
             Some(e) => common::remote_access(e.at, e.len, reason),
             None => self.base.protocol("a result too many"),
         };
@@ -199,8 +194,9 @@ impl TcpConn {
             drop(tx);
             return Err(Box::new((batch, self.base.dead())));
         }
+        let reads = batch.reads;
         self.pending.lock().0.push_back(batch);
-        if let Err(e) = tx.send_all(self.sock.as_fd(), outs) {
+        if let Err(e) = tx.ask(self.sock.as_fd(), reads, outs) {
             drop(tx);
             // The progress thread tells the owner.
             self.fail(disconnected(&self.base.addr, &e.to_string()));
@@ -231,55 +227,28 @@ impl Connection for TcpConn {
         if !self.alive() {
             return Err(self.base.dead());
         }
-        let count = ops.len();
-        let mut rest = ops;
-        while !rest.is_empty() {
-            // Batches that read very much are asked for in parts: the target must not have to hold it all.
-            let mut reads = 0;
-            let part = rest.iter().take_while(|op| {
-                reads += request::read_bytes(std::slice::from_ref(op));
-                reads <= request::READS
-            });
-            let part = part.count().max(1);
-            let (now, later) = rest.split_at_mut(part);
-            self.run(now)?;
-            rest = later;
+        if !ops.is_empty() {
+            self.round_trip(ops)?;
         }
-        self.base.counters.did_ops(count, bytes);
+        self.base.counters.did_ops(ops.len(), bytes);
         Ok(())
     }
 
     fn submit(&self, batch: Vec<AsyncOp>, done: Completion) {
         let moved = match common::check_batch(&batch) {
             Ok(bytes) => bytes,
-            Err(invalid) => return done(Err(invalid)),
+            Err(invalid) => return done(Err(BatchError::unstarted(invalid, batch))),
         };
         if batch.is_empty() {
             return done(if self.alive() {
                 Ok(Vec::new())
             } else {
-                Err(self.base.dead())
+                Err(BatchError::unstarted(self.base.dead(), batch))
             });
         }
-        let id = self.next_batch.fetch_add(1, Ordering::Relaxed);
-        let mut bytes = Header::ops(id, batch.len()).encode().to_vec();
-        let mut expected = Vec::with_capacity(batch.len());
-        for op in &batch {
-            let desc = Desc::of_async(op);
-            desc.encode(&mut bytes);
-            let slot = match op {
-                AsyncOp::ReadWords { words, .. } => Slot::Words(*words as usize),
-                AsyncOp::Cas { .. } | AsyncOp::Faa { .. } => Slot::Word,
-            };
-            expected.push(Expected {
-                slot,
-                at: desc.at,
-                len: desc.len as u64,
-            });
-        }
-        let owner = Owner::Async(done, Vec::with_capacity(batch.len()));
-        match self.post(Batch::new(id, owner, expected), vec![Out::Bytes(bytes)]) {
-            Ok(()) => self.base.counters.did_ops(batch.len(), moved),
+        let count = batch.len();
+        match self.start(batch, done) {
+            Ok(()) => self.base.counters.did_ops(count, moved),
             Err(back) => {
                 let (batch, error) = *back;
                 batch.finish(Err(error));
@@ -292,7 +261,7 @@ impl Connection for TcpConn {
         let head = Header::message(message.len()).encode();
         let mut tx = self.tx.lock();
         let mut deadline = None;
-        while tx.queued() > QUEUE && !common::on_progress_thread() && self.alive() {
+        while tx.backlog() > QUEUE && !common::on_progress_thread() && self.alive() {
             let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.core.base.config.timeout);
             if self.room.wait_until(&mut tx, deadline).timed_out() {
                 drop(tx);
@@ -305,26 +274,13 @@ impl Connection for TcpConn {
             drop(tx);
             return Err(self.base.dead());
         }
-        if let Err(e) = tx.send(self.sock.as_fd(), &head, message) {
+        if let Err(e) = tx.send_behind(self.sock.as_fd(), &head, message) {
             drop(tx);
             let why = disconnected(&self.base.addr, &e.to_string());
             self.fail(why.clone());
             return Err(why);
         }
         drop(tx);
-        self.base.counters.sent(message.len());
-        Ok(())
-    }
-
-    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        let bytes = common::check_ops(&[Op::Write { at, from }])?;
-        if common::on_progress_thread() {
-            self.write_behind(at, from, message)?;
-        } else {
-            self.round_trip(&mut [Op::Write { at, from }], Some(message))?;
-        }
-        self.base.counters.did_ops(1, bytes);
         self.base.counters.sent(message.len());
         Ok(())
     }

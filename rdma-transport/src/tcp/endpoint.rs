@@ -13,6 +13,7 @@ use rustix::net::Shutdown;
 use super::conn::TcpConn;
 use super::progress;
 use crate::base::{self, Base, ConnBase, Endpoint};
+use crate::buffer::{Buffer, BufferPool};
 use crate::common::{self, LIMITS};
 use crate::handshake::{self, Peer, Provider};
 use crate::mem::SharedMem;
@@ -60,7 +61,7 @@ pub(crate) fn open(
     let waker = Waker::new(poll.registry(), progress::WAKER)
         .map_err(|e| TransportError::os("create an eventfd", &e))?;
     let core = Arc::new(Core {
-        base: Base::new(config, handler)?,
+        base: Base::new(config, handler, BufferPool::new(None))?,
         local_addr,
         listener: Mutex::new(Some(listener)),
         waker,
@@ -179,6 +180,10 @@ impl Fabric for TcpFabric {
                 key.0
             ))),
         }
+    }
+
+    fn buffer(&self, len: usize) -> Result<Buffer, TransportError> {
+        self.core.base.buffers.take(len)
     }
 
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {

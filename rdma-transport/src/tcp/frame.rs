@@ -159,6 +159,20 @@ impl Desc {
 
     pub(super) fn of_async(op: &AsyncOp) -> Self {
         match op {
+            AsyncOp::Read { at, into } => Self {
+                kind: DescKind::Read,
+                len: into.len(),
+                at: *at,
+                a: 0,
+                b: 0,
+            },
+            AsyncOp::Write { at, from } => Self {
+                kind: DescKind::Write,
+                len: from.len(),
+                at: *at,
+                a: 0,
+                b: 0,
+            },
             AsyncOp::ReadWords { at, words } => Self {
                 kind: DescKind::Words,
                 len: *words as usize * 8,

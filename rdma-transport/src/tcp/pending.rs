@@ -3,21 +3,19 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-
-use parking_lot::{Condvar, Mutex};
 
 use super::frame::{Header, OK};
+use crate::buffer::Buffer;
+use crate::error::TransportError;
 use crate::mem::Lent;
-use crate::{Completion, OpResult, RemoteAddr, TransportError};
+use crate::ops::{BatchError, Completion, OpResult, RemoteAddr};
 
-/// Where the result of one operation goes.
+/// Where the result of one operation goes. Buffers of asynchronous operations wait here; a blocked caller has lent
+/// its own, and gets no result for them.
 #[derive(Debug)]
 pub(super) enum Slot {
-    Read(Lent),
-    Write,
+    Read(Lent, Option<Buffer>),
+    Write(Option<Buffer>),
     Word,
     Words(usize),
 }
@@ -25,10 +23,17 @@ pub(super) enum Slot {
 impl Slot {
     fn len(&self) -> usize {
         match self {
-            Self::Read(lent) => lent.len(),
-            Self::Write => 0,
+            Self::Read(lent, _) => lent.len(),
+            Self::Write(_) => 0,
             Self::Word => 8,
             Self::Words(n) => n * 8,
+        }
+    }
+
+    fn into_buffer(self) -> Option<Buffer> {
+        match self {
+            Self::Read(_, buffer) | Self::Write(buffer) => buffer,
+            Self::Word | Self::Words(_) => None,
         }
     }
 }
@@ -42,71 +47,48 @@ pub(super) struct Expected {
     pub(super) len: u64,
 }
 
-/// What a blocked caller waits on.
-#[derive(Debug, Default)]
-pub(super) struct Waiter {
-    done: AtomicBool,
-    result: Mutex<Option<Result<Vec<u64>, TransportError>>>,
-    cond: Condvar,
-}
-
-impl Waiter {
-    fn finish(&self, result: Result<Vec<u64>, TransportError>) {
-        *self.result.lock() = Some(result);
-        self.done.store(true, Ordering::Release);
-        self.cond.notify_one();
-    }
-
-    /// The values before each atomic, or None at the deadline.
-    pub(super) fn wait(&self, spin: Duration, deadline: Instant) -> Option<Result<Vec<u64>, TransportError>> {
-        let start = Instant::now();
-        while !self.done.load(Ordering::Acquire) && start.elapsed() < spin {
-            // The thread that brings the result may need this core.
-            std::thread::yield_now();
-        }
-        let mut result = self.result.lock();
-        while result.is_none() {
-            if self.cond.wait_until(&mut result, deadline).timed_out() {
-                break;
-            }
-        }
-        result.take()
-    }
-}
-
-pub(super) enum Owner {
-    Blocked(Arc<Waiter>),
-    Async(Completion, Vec<OpResult>),
-    /// A write from a progress thread that nobody waits for.
-    Nobody,
-}
-
 pub(super) struct Batch {
     pub(super) id: u64,
-    pub(super) owner: Owner,
-    pub(super) expected: Vec<Expected>,
-    pub(super) olds: Vec<u64>,
-    pub(super) next: usize,
+    /// Bytes of results that count against what may be asked for at once.
+    pub(super) reads: usize,
+    done: Completion,
+    expected: VecDeque<Expected>,
+    /// Results that have come.
+    next: usize,
+    results: Vec<OpResult>,
 }
 
 impl Batch {
-    pub(super) fn new(id: u64, owner: Owner, expected: Vec<Expected>) -> Self {
+    pub(super) fn new(id: u64, reads: usize, expected: VecDeque<Expected>, done: Completion) -> Self {
         Self {
             id,
-            owner,
+            reads,
+            done,
+            results: Vec::with_capacity(expected.len()),
             expected,
-            olds: Vec::new(),
             next: 0,
         }
     }
 
+    /// The operation whose result comes next.
+    pub(super) fn current(&self) -> Option<&Expected> {
+        self.expected.front()
+    }
+
     /// Tells the owner. Called without any lock held.
     pub(super) fn finish(self, result: Result<(), TransportError>) {
-        match self.owner {
-            Owner::Blocked(waiter) => waiter.finish(result.map(|()| self.olds)),
-            Owner::Async(done, results) => done(result.map(|()| results)),
-            Owner::Nobody => {}
-        }
+        let outcome = match result {
+            Ok(()) => Ok(self.results),
+            Err(why) => {
+                let came = self.results.into_iter().filter_map(OpResult::into_buffer);
+                let rest = self.expected.into_iter().filter_map(|e| e.slot.into_buffer());
+                Err(BatchError {
+                    why,
+                    buffers: came.chain(rest).collect(),
+                })
+            }
+        };
+        (self.done)(outcome);
     }
 }
 
@@ -121,7 +103,7 @@ impl Pending {
     /// Whether a result that begins is the one that comes next.
     pub(super) fn check(&self, header: &Header) -> Result<(), Bad> {
         let batch = self.0.front().ok_or("a result nobody asked for")?;
-        let expected = batch.expected.get(batch.next).ok_or("a result too many")?;
+        let expected = batch.current().ok_or("a result too many")?;
         if header.batch != batch.id || usize::from(header.index) != batch.next {
             return Err("a result out of order");
         }
@@ -133,55 +115,58 @@ impl Pending {
 
     /// Puts bytes read into the caller's buffer.
     pub(super) fn fill(&mut self, off: usize, bytes: &[u8]) -> Result<(), Bad> {
-        match self.current() {
-            Some(Slot::Read(lent)) => {
+        match self.reading() {
+            Some(lent) => {
                 if lent.fill(off, bytes) {
                     Ok(())
                 } else {
                     Err("a result beyond its buffer")
                 }
             }
-            _ => Err("a result nobody waits for"),
+            None => Err("a result nobody waits for"),
         }
     }
 
     /// Receives bytes read straight into the caller's buffer.
     pub(super) fn recv(&mut self, sock: BorrowedFd<'_>, off: usize) -> io::Result<usize> {
-        match self.current() {
-            Some(Slot::Read(lent)) => lent.recv_from(sock, off),
-            _ => Err(io::Error::other("a result nobody waits for")),
+        match self.reading() {
+            Some(lent) => lent.recv_from(sock, off),
+            None => Err(io::Error::other("a result nobody waits for")),
         }
     }
 
-    fn current(&mut self) -> Option<&mut Slot> {
-        let batch = self.0.front_mut()?;
-        batch.expected.get_mut(batch.next).map(|e| &mut e.slot)
+    /// The buffer that the current result goes straight to, if it does.
+    fn reading(&mut self) -> Option<&mut Lent> {
+        match &mut self.0.front_mut()?.expected.front_mut()?.slot {
+            Slot::Read(lent, _) => Some(lent),
+            _ => None,
+        }
     }
 
     /// Whether the current result goes straight to a caller's buffer.
     pub(super) fn streams(&mut self) -> bool {
-        matches!(self.current(), Some(Slot::Read(_)))
+        self.reading().is_some()
     }
 
     /// Takes a complete result (`bytes` is empty for reads, which are in place); the batch if that was its last.
     pub(super) fn complete(&mut self, bytes: &[u8]) -> Result<Option<Batch>, Bad> {
         let batch = self.0.front_mut().ok_or("a result nobody waits for")?;
-        let expected = batch.expected.get(batch.next).ok_or("a result too many")?;
+        let expected = batch.expected.pop_front().ok_or("a result too many")?;
+        batch.next += 1;
         let (words, _) = bytes.as_chunks::<8>();
         let mut words = words.iter().map(|w| u64::from_le_bytes(*w));
-        match (&expected.slot, &mut batch.owner) {
-            (Slot::Read(_) | Slot::Write, _) => {}
-            (Slot::Word, Owner::Async(_, results)) => {
-                results.push(OpResult::Old(words.next().ok_or("a word is missing")?));
-            }
-            (Slot::Words(_), Owner::Async(_, results)) => results.push(OpResult::Words(words.collect())),
-            (Slot::Word | Slot::Words(_), _) => batch.olds.push(words.next().ok_or("a word is missing")?),
+        match expected.slot {
+            Slot::Read(_, buffer) => batch.results.extend(buffer.map(OpResult::Read)),
+            Slot::Write(buffer) => batch.results.extend(buffer.map(OpResult::Written)),
+            Slot::Word => batch
+                .results
+                .push(OpResult::Old(words.next().ok_or("a word is missing")?)),
+            Slot::Words(_) => batch.results.push(OpResult::Words(words.collect())),
         }
-        batch.next += 1;
-        if batch.next < batch.expected.len() {
-            Ok(None)
-        } else {
+        if batch.expected.is_empty() {
             Ok(self.0.pop_front())
+        } else {
+            Ok(None)
         }
     }
 }

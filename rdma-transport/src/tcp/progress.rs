@@ -15,6 +15,7 @@ use super::endpoint::{Core, Install};
 use super::rx::{Rx, Turn};
 use crate::base::{ConnBase, Endpoint};
 use crate::common;
+use crate::stats;
 use crate::{Connection, TransportError};
 
 pub(super) const WAKER: Token = Token(usize::MAX);
@@ -76,7 +77,7 @@ impl Progress {
                 }
             }
             if timeout != Some(Duration::ZERO) {
-                common::count(&self.core.base.counters.wakeups, 1);
+                stats::count(&self.core.base.counters.wakeups, 1);
             }
             for event in &events {
                 match event.token() {

@@ -1,90 +1,160 @@
 //! Batches on their way out, and callers who wait for them.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::conn::TcpConn;
-use super::frame::{Desc, DescKind, Header};
-use super::pending::{Batch, Expected, Owner, Slot, Waiter};
+use super::frame::{Desc, Header};
+use super::pending::{Batch, Expected, Slot};
 use super::tx::Out;
 use crate::common;
+use crate::error::TransportError;
 use crate::mem::Lent;
-use crate::{Op, RemoteAddr, TransportError};
+use crate::ops::{AsyncOp, Completion, Op, OpResult, Outcome};
+use crate::waiter::Waiter;
 
-/// Writes up to this length are copied into the frame; longer ones go out of the caller's buffer.
+/// Writes up to this length are copied into the frame; longer ones go out of the caller's buffer. Reads up to this
+/// length together do not count against [`READS`](super::tx::READS).
 const COPY: usize = 16 * 1024;
-/// Most bytes asked for and not yet received.
-pub(super) const READS: usize = 64 * 1024 * 1024;
-impl TcpConn {
-    /// Sends a batch (and a message behind it) and waits for its results.
-    pub(super) fn round_trip(
-        &self,
-        ops: &mut [Op<'_>],
-        message: Option<&[u8]>,
-    ) -> Result<(), TransportError> {
-        let id = self.next_batch.fetch_add(1, Ordering::Relaxed);
-        let mut bytes = Header::ops(id, ops.len()).encode().to_vec();
-        for op in ops.iter() {
-            Desc::of(op).encode(&mut bytes);
+/// Longest time that a blocked caller looks for its results before it sleeps.
+const SPIN: Duration = Duration::from_micros(50);
+
+/// A batch as it is sent.
+struct Frame {
+    id: u64,
+    /// Bytes of the frame that are not yet in `outs`.
+    bytes: Vec<u8>,
+    outs: Vec<Out>,
+    expected: VecDeque<Expected>,
+    /// Bytes that it asks for.
+    reads: usize,
+}
+
+impl Frame {
+    fn new(id: u64, descs: impl ExactSizeIterator<Item = Desc>) -> Self {
+        let mut bytes = Header::ops(id, descs.len()).encode().to_vec();
+        descs.for_each(|desc| desc.encode(&mut bytes));
+        Self {
+            id,
+            bytes,
+            outs: Vec::with_capacity(2),
+            expected: VecDeque::new(),
+            reads: 0,
         }
-        let mut outs = Vec::with_capacity(2);
-        let mut expected = Vec::with_capacity(ops.len());
+    }
+
+    fn expect(&mut self, desc: Desc, slot: Slot) {
+        if let Slot::Read(lent, _) = &slot {
+            self.reads += lent.len();
+        }
+        self.expected.push_back(Expected {
+            slot,
+            at: desc.at,
+            len: desc.len as u64,
+        });
+    }
+
+    /// Appends the bytes of a write.
+    ///
+    /// # Safety
+    /// `from` must stay as it is until the batch is finished.
+    unsafe fn write(&mut self, from: &[u8]) {
+        if from.len() <= COPY {
+            return self.bytes.extend_from_slice(from);
+        }
+        self.outs.push(Out::Bytes(std::mem::take(&mut self.bytes)));
+        // SAFETY: a batch is finished only when the queue lends nothing of it any more (`TcpConn::complete`), or has
+        // been emptied (`Tx::close`).
+        let lent = unsafe { Lent::readable(from) };
+        self.outs.push(Out::Lent { lent, batch: self.id });
+    }
+
+    fn finish(mut self, done: Completion) -> (Batch, Vec<Out>) {
+        self.outs.push(Out::Bytes(self.bytes));
+        let reads = if self.reads > COPY { self.reads } else { 0 };
+        (Batch::new(self.id, reads, self.expected, done), self.outs)
+    }
+}
+
+impl TcpConn {
+    fn next_batch(&self) -> u64 {
+        self.next_batch.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Sends a batch that owns its buffers.
+    pub(super) fn start(
+        &self,
+        batch: Vec<AsyncOp>,
+        done: Completion,
+    ) -> Result<(), Box<(Batch, TransportError)>> {
+        let mut frame = Frame::new(self.next_batch(), batch.iter().map(Desc::of_async));
+        for op in batch {
+            let desc = Desc::of_async(&op);
+            let slot = match op {
+                AsyncOp::Read { mut into, .. } => {
+                    // SAFETY: the slot has the buffer, too, and nobody looks at that before it is given out of the slot.
+                    let lent = unsafe { Lent::writable(&mut into) };
+                    Slot::Read(lent, Some(into))
+                }
+                AsyncOp::Write { from, .. } => {
+                    // SAFETY: the slot has the buffer until the batch is finished.
+                    unsafe { frame.write(&from) };
+                    Slot::Write(Some(from))
+                }
+                AsyncOp::ReadWords { words, .. } => Slot::Words(words as usize),
+                AsyncOp::Cas { .. } | AsyncOp::Faa { .. } => Slot::Word,
+            };
+            frame.expect(desc, slot);
+        }
+        let (batch, outs) = frame.finish(done);
+        self.post(batch, outs)
+    }
+
+    /// Sends a batch that borrows its buffers, and waits for its results.
+    pub(super) fn round_trip(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
+        let id = self.next_batch();
+        let mut frame = Frame::new(id, ops.iter().map(Desc::of));
         for op in ops.iter_mut() {
             let desc = Desc::of(op);
             let slot = match op {
                 Op::Read { into, .. } => {
                     // SAFETY: this function does not return before the batch is out of `pending`: its result
                     // has come, or `abandon` has taken it out under the lock its users hold.
-                    Slot::Read(unsafe { Lent::writable(into) })
-                }
-                Op::Write { from, .. } if from.len() <= COPY => {
-                    bytes.extend_from_slice(from);
-                    Slot::Write
+                    Slot::Read(unsafe { Lent::writable(into) }, None)
                 }
                 Op::Write { from, .. } => {
-                    outs.push(Out::Bytes(std::mem::take(&mut bytes)));
-                    // SAFETY: as above for `tx`: results are accepted only once the queue lends nothing of
-                    // this batch (`complete`), and `fail` empties the queue.
-                    let lent = unsafe { Lent::readable(from) };
-                    outs.push(Out::Lent { lent, batch: id });
-                    Slot::Write
+                    // SAFETY: as above.
+                    unsafe { frame.write(from) };
+                    Slot::Write(None)
                 }
                 Op::Cas { .. } | Op::Faa { .. } => Slot::Word,
             };
-            expected.push(Expected {
-                slot,
-                at: desc.at,
-                len: desc.len as u64,
-            });
+            frame.expect(desc, slot);
         }
-        if let Some(message) = message {
-            bytes.extend_from_slice(&Header::message(message.len()).encode());
-            bytes.extend_from_slice(message);
-        }
-        outs.push(Out::Bytes(bytes));
-        let waiter = Arc::new(Waiter::default());
-        let batch = Batch::new(id, Owner::Blocked(Arc::clone(&waiter)), expected);
-        if let Err(back) = self.post(batch, outs) {
-            return Err(back.1);
-        }
+        let waiter = Arc::new(Waiter::<Outcome>::default());
+        let told = Arc::clone(&waiter);
+        let (batch, outs) = frame.finish(Box::new(move |outcome| told.put(outcome)));
+        self.post(batch, outs).map_err(|back| back.1)?;
         let timeout = self.core.base.config.timeout;
-        let spin = self.core.base.config.spin.min(Duration::from_micros(50));
-        let result = match waiter.wait(spin, Instant::now() + timeout) {
-            Some(result) => result,
+        let spin = self.core.base.config.spin.min(SPIN);
+        let results = match waiter.wait(spin, Instant::now() + timeout) {
+            Some(outcome) => outcome.map_err(|error| error.why)?,
             None => {
                 let why = common::timed_out(&self.base.addr, timeout);
                 self.fail(why.clone());
                 self.abandon(id);
-                Err(why)
+                return Err(why);
             }
         };
-        let mut olds = result?.into_iter();
+        let mut results = results.into_iter();
         for op in ops.iter_mut() {
             if let Op::Cas { old, .. } | Op::Faa { old, .. } = op {
-                *old = olds
-                    .next()
-                    .ok_or_else(|| self.base.protocol("a result is missing"))?;
+                let Some(OpResult::Old(found)) = results.next() else {
+                    return Err(self.base.protocol("a result is missing"));
+                };
+                *old = found;
             }
         }
         Ok(())
@@ -95,75 +165,4 @@ impl TcpConn {
         self.tx.lock().close();
         self.pending.lock().0.retain(|b| b.id != id);
     }
-
-    /// A write that nobody waits for, with a message behind it; for progress threads.
-    pub(super) fn write_behind(
-        &self,
-        at: RemoteAddr,
-        from: &[u8],
-        message: &[u8],
-    ) -> Result<(), TransportError> {
-        let id = self.next_batch.fetch_add(1, Ordering::Relaxed);
-        let mut bytes = Header::ops(id, 1).encode().to_vec();
-        Desc {
-            kind: DescKind::Write,
-            len: from.len(),
-            at,
-            a: 0,
-            b: 0,
-        }
-        .encode(&mut bytes);
-        bytes.extend_from_slice(from);
-        bytes.extend_from_slice(&Header::message(message.len()).encode());
-        bytes.extend_from_slice(message);
-        let expected = vec![Expected {
-            slot: Slot::Write,
-            at,
-            len: from.len() as u64,
-        }];
-        self.post(Batch::new(id, Owner::Nobody, expected), vec![Out::Bytes(bytes)])
-            .map_err(|back| back.1)
-    }
-
-    /// Waits until `bytes` more may be asked for.
-    fn reserve(&self, bytes: usize) -> Result<(), TransportError> {
-        let deadline = Instant::now() + self.core.base.config.timeout;
-        let mut reading = self.reading.lock();
-        while *reading > 0 && *reading + bytes > READS {
-            if !self.alive() {
-                return Err(self.base.dead());
-            }
-            if self.read_done.wait_until(&mut reading, deadline).timed_out() {
-                let why = common::timed_out(&self.base.addr, self.core.base.config.timeout);
-                self.fail(why.clone());
-                return Err(why);
-            }
-        }
-        *reading += bytes;
-        Ok(())
-    }
-
-    pub(super) fn run(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
-        let reads = read_bytes(ops);
-        if reads <= COPY {
-            return self.round_trip(ops, None);
-        }
-        self.reserve(reads)?;
-        let result = self.round_trip(ops, None);
-        *self.reading.lock() -= reads;
-        self.read_done.notify_all();
-        result
-    }
-}
-
-pub(super) fn read_bytes(ops: &[Op<'_>]) -> usize {
-    ops.iter()
-        .map(|op| {
-            if let Op::Read { into, .. } = op {
-                into.len()
-            } else {
-                0
-            }
-        })
-        .sum()
 }

@@ -158,7 +158,7 @@ fn answered(answer: &[u8], hang: bool) -> (TransportError, TransportError) {
     drop((big, into));
     conn.submit(
         vec![AsyncOp::Faa { at, add: 1 }],
-        Box::new(move |r| tell.send(r.unwrap_err()).unwrap()),
+        Box::new(move |r| tell.send(r.unwrap_err().why).unwrap()),
     );
     let second = told.recv_timeout(Duration::from_secs(5)).unwrap();
     until("end", || seen.ended.lock().len() == 1);

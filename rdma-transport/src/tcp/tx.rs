@@ -9,6 +9,8 @@ use rustix::net::{SendAncillaryBuffer, SendFlags};
 
 use crate::mem::{Lent, SharedMem};
 
+/// Most bytes of results asked for and not yet received.
+pub(super) const READS: usize = 64 * 1024 * 1024;
 /// Small pieces are put together up to this size.
 const GATHER: usize = 64 * 1024;
 
@@ -16,7 +18,7 @@ const GATHER: usize = 64 * 1024;
 #[derive(Debug)]
 pub(super) enum Out {
     Bytes(Vec<u8>),
-    /// The buffer of a caller who is blocked until its batch is done.
+    /// A buffer that stays where it is until its batch is done.
     Lent {
         lent: Lent,
         batch: u64,
@@ -40,7 +42,28 @@ pub(super) struct Tx {
     sent: usize,
     /// Bytes in the queue, lent ones not counted.
     queued: usize,
+    /// Bytes of results asked for.
+    reading: usize,
+    /// What must not be sent before some of those have come, in its order; with it what is behind it. Results for
+    /// the peer pass: both sides may be at this limit.
+    held: VecDeque<Held>,
+    /// Bytes in there, as in `queued`.
+    held_bytes: usize,
     closed: bool,
+}
+
+/// A batch, or a message, that waits for results of earlier ones.
+#[derive(Debug)]
+struct Held {
+    reads: usize,
+    outs: Vec<Out>,
+}
+
+impl Held {
+    fn bytes(&self) -> usize {
+        let copied = self.outs.iter().filter(|o| matches!(o, Out::Bytes(_)));
+        copied.map(Out::len).sum()
+    }
 }
 
 fn again(error: &io::Error) -> bool {
@@ -52,23 +75,74 @@ impl Tx {
         self.closed
     }
 
+    /// Bytes that the socket has not taken; lent ones do not count.
     pub(super) fn queued(&self) -> usize {
         self.queued
+    }
+
+    /// As [`Tx::queued`], with what waits for results.
+    pub(super) fn backlog(&self) -> usize {
+        self.queued + self.held_bytes
     }
 
     /// Drops everything; what was lent is not looked at again.
     pub(super) fn close(&mut self) {
         self.closed = true;
         self.queue.clear();
+        self.held.clear();
         self.sent = 0;
         self.queued = 0;
+        self.held_bytes = 0;
     }
 
     /// Whether bytes lent for `batch` are still to be sent.
     pub(super) fn lends(&self, batch: u64) -> bool {
-        self.queue
-            .iter()
-            .any(|out| matches!(out, Out::Lent { batch: b, .. } if *b == batch))
+        let held = self.held.iter().flat_map(|h| &h.outs);
+        let mut outs = self.queue.iter().chain(held);
+        outs.any(|out| matches!(out, Out::Lent { batch: b, .. } if *b == batch))
+    }
+
+    /// Whether so many bytes of results may be asked for now.
+    fn admits(&self, reads: usize) -> bool {
+        reads == 0 || self.reading == 0 || self.reading + reads <= READS
+    }
+
+    fn hold(&mut self, reads: usize, outs: Vec<Out>) {
+        let held = Held { reads, outs };
+        self.held_bytes += held.bytes();
+        self.held.push_back(held);
+    }
+
+    /// Sends a batch that asks for so many bytes, now or when there is room for its results.
+    pub(super) fn ask(&mut self, sock: BorrowedFd<'_>, reads: usize, outs: Vec<Out>) -> io::Result<()> {
+        if !self.held.is_empty() || !self.admits(reads) {
+            self.hold(reads, outs);
+            return Ok(());
+        }
+        self.reading += reads;
+        self.send_all(sock, outs)
+    }
+
+    /// Results of so many bytes have come.
+    pub(super) fn answered(&mut self, sock: BorrowedFd<'_>, reads: usize) -> io::Result<()> {
+        self.reading = self.reading.saturating_sub(reads);
+        while self.held.front().is_some_and(|h| self.admits(h.reads)) {
+            if let Some(held) = self.held.pop_front() {
+                self.held_bytes -= held.bytes();
+                self.reading += held.reads;
+                self.send_all(sock, held.outs)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends a message behind everything that was asked for before.
+    pub(super) fn send_behind(&mut self, sock: BorrowedFd<'_>, head: &[u8], body: &[u8]) -> io::Result<()> {
+        if self.held.is_empty() {
+            return self.send(sock, head, body);
+        }
+        self.hold(0, vec![Out::Bytes([head, body].concat())]);
+        Ok(())
     }
 
     fn push_bytes(&mut self, bytes: &[u8]) {
@@ -111,7 +185,7 @@ impl Tx {
     }
 
     /// Queues pieces and sends as much as the socket takes.
-    pub(super) fn send_all(&mut self, sock: BorrowedFd<'_>, outs: Vec<Out>) -> io::Result<()> {
+    fn send_all(&mut self, sock: BorrowedFd<'_>, outs: Vec<Out>) -> io::Result<()> {
         for out in outs {
             match out {
                 Out::Bytes(bytes) if self.queue.is_empty() => {

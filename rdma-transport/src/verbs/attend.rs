@@ -29,38 +29,41 @@ impl Attended {
 }
 
 thread_local! {
-    /// What the thread attends to: a connection, by its address, and where its completions go.
-    static CURRENT: RefCell<Option<(usize, Arc<Attended>)>> = const { RefCell::new(None) };
+    /// What the thread attends to: connections, by their addresses, and where their completions go.
+    static CURRENT: RefCell<Vec<(usize, Arc<Attended>)>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Where completions of this thread's batches on a connection go, if it attends to them.
 pub(super) fn current(conn: usize) -> Option<Arc<Attended>> {
-    CURRENT.with_borrow(|current| match current {
-        Some((attended, queue)) if *attended == conn => Some(Arc::clone(queue)),
-        _ => None,
+    CURRENT.with_borrow(|current| {
+        let (_, queue) = current.iter().find(|(attended, _)| *attended == conn)?;
+        Some(Arc::clone(queue))
     })
 }
 
 /// As long as it lives the thread attends to a connection.
-pub(super) struct Attendance(Arc<Attended>);
+pub(super) struct Attendance {
+    conn: usize,
+    queue: Arc<Attended>,
+}
 
 impl Attendance {
-    /// None if the thread attends to some connection already.
+    /// None if the thread attends to it already.
     pub(super) fn begin(conn: usize) -> Option<Self> {
         CURRENT.with_borrow_mut(|current| {
-            if current.is_some() {
+            if current.iter().any(|(attended, _)| *attended == conn) {
                 return None;
             }
-            let attended = Arc::new(Attended(Mutex::new(Some(VecDeque::new()))));
-            *current = Some((conn, Arc::clone(&attended)));
-            Some(Self(attended))
+            let queue = Arc::new(Attended(Mutex::new(Some(VecDeque::new()))));
+            current.push((conn, Arc::clone(&queue)));
+            Some(Self { conn, queue })
         })
     }
 
     /// Calls the completions that have come; false if there are none.
     pub(super) fn call(&self) -> bool {
         let mut called = false;
-        while let Some(due) = self.0.next() {
+        while let Some(due) = self.queue.next() {
             due.call();
             called = true;
         }
@@ -70,8 +73,8 @@ impl Attendance {
 
 impl Drop for Attendance {
     fn drop(&mut self) {
-        CURRENT.set(None);
-        let rest = self.0.0.lock().take();
+        CURRENT.with_borrow_mut(|current| current.retain(|(conn, _)| *conn != self.conn));
+        let rest = self.queue.0.lock().take();
         for due in rest.into_iter().flatten() {
             due.call();
         }

@@ -12,12 +12,13 @@ use super::attend::{self, Attendance};
 use super::control::Stream;
 use super::endpoint::Core;
 use super::ffi::{Cq, Qp, Route};
+use super::submit::Prepared;
 use super::tx::{Broken, Known, Reaped, Suspect, Tx};
-use super::unit::{Action, Data, Due, Owner, Request};
+use super::unit::{Due, Owner, Request};
 use super::wire::{self, Control, Kind};
 use crate::base::{ConnBase, Endpoint};
 use crate::common::{self, disconnected};
-use crate::{AsyncOp, Completion, ConnId, Connection, FabricStats, Op, RemoteAddr, TransportError};
+use crate::{AsyncOp, BatchError, Completion, ConnId, Connection, FabricStats, Op, TransportError};
 
 /// How long what is under way may take to arrive when this side closes.
 const LINGER: Duration = Duration::from_millis(200);
@@ -312,12 +313,11 @@ impl VerbsConn {
         self.room.notify_all();
     }
 
-    /// Queues requests, then a message if there is one, and posts what can be posted.
+    /// Queues requests and posts what can be posted.
     pub(super) fn enqueue(
         &self,
         requests: Vec<Request>,
         owner: Owner,
-        message: Option<&[u8]>,
     ) -> Result<(), (Owner, TransportError)> {
         let mut tx = self.tx.lock();
         if tx.closed || !self.alive() {
@@ -325,35 +325,8 @@ impl VerbsConn {
             return Err((owner, self.base.dead()));
         }
         tx.add_unit(requests, owner);
-        if let Some(message) = message {
-            tx.add_message(message);
-        }
         self.pump(tx);
         Ok(())
-    }
-
-    /// A batch of word operations as requests, and the places of those that read nothing.
-    fn requests(&self, batch: &[AsyncOp]) -> Result<(Vec<Request>, Vec<usize>), TransportError> {
-        let mut requests = Vec::with_capacity(batch.len());
-        let mut empty = Vec::new();
-        for (n, op) in batch.iter().enumerate() {
-            let (action, at, len) = match *op {
-                AsyncOp::ReadWords { words: 0, .. } => {
-                    empty.push(n);
-                    continue;
-                }
-                AsyncOp::ReadWords { at, words } => (Action::Read, at, words * 8),
-                AsyncOp::Cas { at, expect, new } => (Action::Cas { expect, new }, at, 8),
-                AsyncOp::Faa { at, add } => (Action::Faa { add }, at, 8),
-            };
-            requests.push(Request {
-                action,
-                at,
-                len,
-                data: Data::Cell(self.core.cells.take(len as usize)?),
-            });
-        }
-        Ok((requests, empty))
     }
 }
 
@@ -379,7 +352,7 @@ impl Connection for VerbsConn {
         if !self.alive() {
             return Err(self.base.dead());
         }
-        self.run(ops, None)?;
+        self.run(ops)?;
         self.base.counters.did_ops(ops.len(), bytes);
         Ok(())
     }
@@ -387,36 +360,35 @@ impl Connection for VerbsConn {
     fn submit(&self, batch: Vec<AsyncOp>, done: Completion) {
         let moved = match common::check_batch(&batch) {
             Ok(bytes) => bytes,
-            Err(invalid) => return done(Err(invalid)),
+            Err(invalid) => return done(Err(BatchError::unstarted(invalid, batch))),
         };
-        if batch.is_empty() {
-            return done(if self.alive() {
-                Ok(Vec::new())
-            } else {
-                Err(self.base.dead())
-            });
+        if !self.alive() {
+            return done(Err(BatchError::unstarted(self.base.dead(), batch)));
         }
-        let (requests, empty) = match self.requests(&batch) {
+        let count = batch.len();
+        if count == 0 {
+            return done(Ok(Vec::new()));
+        }
+        let Prepared { requests, asked } = match self.prepare(batch) {
             Ok(prepared) => prepared,
-            Err(why) => return done(Err(why)),
+            Err(failed) => return done(Err(failed)),
         };
         let attended = attend::current(self.place());
         // The progress thread sees to it by itself before it sleeps, and so does who attends to it.
         let looked_for = attended.is_some() || common::on_progress_thread();
         let owner = Owner::Async {
             done,
-            empty,
+            asked,
             attended,
         };
-        match self.enqueue(requests, owner, None) {
+        match self.enqueue(requests, owner) {
             Ok(()) => {
-                self.base.counters.did_ops(batch.len(), moved);
+                self.base.counters.did_ops(count, moved);
                 if !looked_for {
                     self.arm();
                 }
             }
-            Err((Owner::Async { done, .. }, why)) => done(Err(why)),
-            Err(_) => {}
+            Err((owner, why)) => owner.refuse(why),
         }
     }
 
@@ -483,22 +455,6 @@ impl Connection for VerbsConn {
                 return Err(why);
             }
         }
-        Ok(())
-    }
-
-    fn write_notify(&self, at: RemoteAddr, from: &[u8], message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        let bytes = common::check_ops(&[Op::Write { at, from }])?;
-        if !self.alive() {
-            return Err(self.base.dead());
-        }
-        if common::on_progress_thread() {
-            self.write_behind(at, from, message)?;
-        } else {
-            self.run(&mut [Op::Write { at, from }], Some(message))?;
-        }
-        self.base.counters.did_ops(1, bytes);
-        self.base.counters.sent(message.len());
         Ok(())
     }
 

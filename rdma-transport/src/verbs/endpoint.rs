@@ -13,13 +13,14 @@ use rustix::net::Shutdown;
 use super::cells::Cells;
 use super::conn::VerbsConn;
 use super::device::{self, Device};
-use super::ffi::{Channel, Mr, Wc};
+use super::ffi::{Channel, Mr, Pd, Wc};
 use super::progress;
 use super::receive::Receive;
 use super::region;
 use super::unit::Due;
 use super::wire::{Control, Place};
 use crate::base::{Base, Endpoint};
+use crate::buffer::{Buffer, BufferPool, Registration};
 use crate::common::{self, LIMITS};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
@@ -85,7 +86,7 @@ pub(crate) fn open(
         std::net::Ipv6Addr::from(device.gid)
     );
     let core = Arc::new(Core {
-        base: Base::new(config, handler)?,
+        base: Base::new(config, handler, buffers(&device.pd))?,
         options: options.clone(),
         local,
         local_addr: local.to_string(),
@@ -108,6 +109,24 @@ pub(crate) fn open(
     Ok(Arc::new(VerbsFabric { core }))
 }
 
+/// Tells a protection domain from all others as long as anything is registered in it.
+fn domain_of(pd: &Arc<Pd>) -> usize {
+    Arc::as_ptr(pd).addr()
+}
+
+/// Buffers that the adapter uses in place.
+fn buffers(pd: &Arc<Pd>) -> Arc<BufferPool> {
+    let pd = Arc::clone(pd);
+    BufferPool::new(Some(Box::new(move |mem| {
+        let mr = region::local(&pd, mem)?;
+        Ok(Registration {
+            domain: domain_of(&pd),
+            lkey: mr.lkey(),
+            _keep: Box::new(mr),
+        })
+    })))
+}
+
 impl Endpoint for Core {
     type Install = Arc<VerbsConn>;
 
@@ -123,6 +142,11 @@ impl Endpoint for Core {
 }
 
 impl Core {
+    /// The protection domain, as buffers know it.
+    pub(super) fn domain(&self) -> usize {
+        domain_of(&self.device.pd)
+    }
+
     /// What the device has said is wrong with it.
     pub(super) fn trouble(&self) -> Option<String> {
         let name = &self.device.pd.context.name;
@@ -236,6 +260,10 @@ impl Fabric for VerbsFabric {
             }
         }
         Ok(())
+    }
+
+    fn buffer(&self, len: usize) -> Result<Buffer, TransportError> {
+        self.core.base.buffers.take(len)
     }
 
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {

@@ -19,6 +19,7 @@ mod receive;
 mod region;
 mod request;
 mod setup;
+mod submit;
 mod tx;
 mod unit;
 mod wire;

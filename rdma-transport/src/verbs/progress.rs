@@ -20,6 +20,7 @@ use super::tx::Known;
 use super::wire::{self, Control, Kind};
 use crate::base::Endpoint;
 use crate::common::{self, LIMITS};
+use crate::stats;
 use crate::{Connection, TransportError};
 
 pub(super) const WAKER: Token = Token(usize::MAX);
@@ -104,7 +105,7 @@ impl Progress {
                 }
             }
             if timeout != Some(Duration::ZERO) {
-                common::count(&self.core.base.counters.wakeups, 1);
+                stats::count(&self.core.base.counters.wakeups, 1);
             }
             self.react(&events);
             if self.core.base.take_news() {

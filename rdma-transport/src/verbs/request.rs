@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::cells::{Cell, LARGE};
 use super::conn::VerbsConn;
-use super::unit::{Action, Data, Owner, Request, Waiter};
+use super::unit::{Action, Data, Done, Owner, Request};
 use crate::common;
-use crate::{Op, RemoteAddr, TransportError};
+use crate::waiter::Waiter;
+use crate::{Op, TransportError};
 
 /// Bytes that are posted together, requests that are, and how often that may be under way for one caller.
 const UNIT: usize = 4 * LARGE;
@@ -27,7 +28,7 @@ struct Piece {
 }
 
 struct Ahead {
-    waiter: Arc<Waiter>,
+    waiter: Arc<Waiter<Done>>,
     pieces: Vec<Piece>,
 }
 
@@ -42,8 +43,8 @@ struct Run<'a> {
 }
 
 impl VerbsConn {
-    /// Runs a batch, then sends a message if there is one, and waits for the batch.
-    pub(super) fn run(&self, ops: &mut [Op<'_>], message: Option<&[u8]>) -> Result<(), TransportError> {
+    /// Runs a batch and waits for it.
+    pub(super) fn run(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         let mut run = Run {
             conn: self,
             deadline: Instant::now() + self.core.base.config.timeout,
@@ -52,23 +53,7 @@ impl VerbsConn {
             bytes: 0,
             ahead: VecDeque::new(),
         };
-        run.all(ops, message)
-    }
-
-    /// A write that nobody waits for, with a message behind it; for progress threads.
-    pub(super) fn write_behind(
-        &self,
-        at: RemoteAddr,
-        from: &[u8],
-        message: &[u8],
-    ) -> Result<(), TransportError> {
-        let mut requests = Vec::new();
-        for (n, piece) in from.chunks(LARGE).enumerate() {
-            let cell = self.core.cells.take(piece.len())?;
-            requests.push(write(at.plus((n * LARGE) as u64), piece, cell)?);
-        }
-        self.enqueue(requests, Owner::Nobody, Some(message))
-            .map_err(|(_, why)| why)
+        run.all(ops)
     }
 
     /// How long to look for a completion before sleeping: sleeping costs two changes of threads, so it is worth
@@ -92,7 +77,7 @@ impl VerbsConn {
     }
 
     /// Waits for a unit, driving the completion queue for as long as it is worth not to sleep.
-    fn wait(&self, waiter: &Waiter, deadline: Instant) -> Result<Vec<Request>, TransportError> {
+    fn wait(&self, waiter: &Waiter<Done>, deadline: Instant) -> Result<Vec<Request>, TransportError> {
         let start = Instant::now();
         let spin = self.patience(self.core.base.config.spin);
         loop {
@@ -108,7 +93,7 @@ impl VerbsConn {
             std::thread::yield_now();
         }
         self.arm();
-        match waiter.wait(deadline) {
+        match waiter.wait(Duration::ZERO, deadline) {
             Some(outcome) => {
                 self.took(start.elapsed());
                 outcome
@@ -123,26 +108,16 @@ impl VerbsConn {
     }
 }
 
-fn write(at: RemoteAddr, from: &[u8], cell: Cell) -> Result<Request, TransportError> {
-    cell.fill(0, from)?;
-    Ok(Request {
-        action: Action::Write,
-        at,
-        len: length(from.len()),
-        data: Data::Cell(cell),
-    })
-}
-
 fn length(len: usize) -> u32 {
     u32::try_from(len).unwrap_or(u32::MAX)
 }
 
 impl Run<'_> {
-    fn all(&mut self, ops: &mut [Op<'_>], message: Option<&[u8]>) -> Result<(), TransportError> {
+    fn all(&mut self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         for n in 0..ops.len() {
             self.add(ops, n)?;
         }
-        self.post(message)?;
+        self.post()?;
         while !self.ahead.is_empty() {
             self.settle(ops)?;
         }
@@ -179,7 +154,7 @@ impl Run<'_> {
         while off < whole {
             let len = (whole - off).min(LARGE);
             if self.bytes + len > UNIT || self.requests.len() >= REQUESTS {
-                self.post(None)?;
+                self.post()?;
             }
             let data = match &ops[n] {
                 Op::Write { from, .. } if len <= self.conn.inline => {
@@ -218,20 +193,20 @@ impl Run<'_> {
                 let why = common::timed_out(&self.conn.base.addr, self.conn.core.base.config.timeout);
                 return Err(why);
             }
-            self.post(None)?;
+            self.post()?;
             self.settle(ops)?;
         }
     }
 
-    fn post(&mut self, message: Option<&[u8]>) -> Result<(), TransportError> {
-        if self.requests.is_empty() && message.is_none() {
+    fn post(&mut self) -> Result<(), TransportError> {
+        if self.requests.is_empty() {
             return Ok(());
         }
         let waiter = Arc::new(Waiter::default());
         let requests = std::mem::take(&mut self.requests);
         self.bytes = 0;
         self.conn
-            .enqueue(requests, Owner::Blocked(Arc::clone(&waiter)), message)
+            .enqueue(requests, Owner::Blocked(Arc::clone(&waiter)))
             .map_err(|(_, why)| self.first_failure(why))?;
         self.ahead.push_back(Ahead {
             waiter,

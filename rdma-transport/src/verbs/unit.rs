@@ -1,16 +1,15 @@
 //! Operations on their way: what is posted together and completes together, and who waits for it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
-
-use parking_lot::{Condvar, Mutex};
 
 use super::attend::Attended;
 use super::cells::Cell;
 use super::ffi::{Local, Verb};
 use super::wire::Place;
-use crate::{Completion, OpResult, RemoteAddr, TransportError};
+use crate::buffer::Buffer;
+use crate::error::TransportError;
+use crate::ops::{BatchError, Completion, OpResult, Outcome, RemoteAddr};
+use crate::waiter::Waiter;
 
 /// What an operation does; its length and memory are in the [`Request`].
 #[derive(Debug, Clone, Copy)]
@@ -26,6 +25,11 @@ pub(super) enum Data {
     Cell(Cell),
     /// Copied when it is posted.
     Inline(Vec<u8>),
+    /// Part of a buffer that the unit's owner holds, in registered memory.
+    Registered {
+        addr: u64,
+        lkey: u32,
+    },
 }
 
 /// One operation, or a piece of a long one.
@@ -86,13 +90,20 @@ impl Request {
                 bytes.extend_from_slice(data);
                 Local::Inline { off, len: data.len() }
             }
+            Data::Registered { addr, lkey } => Local::Mem {
+                addr: *addr,
+                len: self.len,
+                lkey: *lkey,
+            },
         }
     }
 
     fn cell(&self) -> Result<&Cell, TransportError> {
         match &self.data {
             Data::Cell(cell) => Ok(cell),
-            Data::Inline(_) => Err(TransportError::Invalid("a result without memory".to_owned())),
+            Data::Inline(_) | Data::Registered { .. } => {
+                Err(TransportError::Invalid("a result without memory".to_owned()))
+            }
         }
     }
 
@@ -106,64 +117,112 @@ impl Request {
         let words = self.cell()?.words(1)?;
         words.first().copied().ok_or(TransportError::Shutdown)
     }
+}
 
-    fn result(&self) -> Result<OpResult, TransportError> {
-        match self.action {
-            Action::Cas { .. } | Action::Faa { .. } => self.old().map(OpResult::Old),
-            Action::Read | Action::Write => Ok(OpResult::Words(self.cell()?.words(self.len as usize / 8)?)),
+/// What a blocked caller gets.
+pub(super) type Done = Result<Vec<Request>, TransportError>;
+
+/// What an operation of an asynchronous batch gives back.
+pub(super) enum Gives {
+    Read(Buffer),
+    Written(Buffer),
+    Words,
+    Old,
+}
+
+/// An operation of an asynchronous batch, and how many of the unit's requests it has become.
+pub(super) struct Asked {
+    pub(super) gives: Gives,
+    pub(super) requests: usize,
+}
+
+impl Asked {
+    /// The result, once its requests are done. A buffer that is not registered gets what was read into cells.
+    fn result(self, requests: &[Request]) -> Result<OpResult, (TransportError, Option<Buffer>)> {
+        match self.gives {
+            Gives::Read(mut buffer) => {
+                let mut off = 0;
+                for request in requests {
+                    let end = off + request.len as usize;
+                    if let (Data::Cell(cell), Some(into)) = (&request.data, buffer.get_mut(off..end))
+                        && let Err(why) = cell.copy_to(into)
+                    {
+                        return Err((why, Some(buffer)));
+                    }
+                    off = end;
+                }
+                Ok(OpResult::Read(buffer))
+            }
+            Gives::Written(buffer) => Ok(OpResult::Written(buffer)),
+            Gives::Words => requests
+                .first()
+                .map_or(Ok(Vec::new()), |r| r.cell()?.words(r.len as usize / 8))
+                .map(OpResult::Words)
+                .map_err(|why| (why, None)),
+            Gives::Old => requests
+                .first()
+                .ok_or(TransportError::Shutdown)
+                .and_then(Request::old)
+                .map(OpResult::Old)
+                .map_err(|why| (why, None)),
+        }
+    }
+
+    pub(super) fn into_buffer(self) -> Option<Buffer> {
+        match self.gives {
+            Gives::Read(buffer) | Gives::Written(buffer) => Some(buffer),
+            Gives::Words | Gives::Old => None,
         }
     }
 }
 
-type Outcome = Result<Vec<Request>, TransportError>;
-
-/// What a blocked caller waits on.
-#[derive(Default)]
-pub(super) struct Waiter {
-    done: AtomicBool,
-    outcome: Mutex<Option<Outcome>>,
-    cond: Condvar,
-}
-
-impl Waiter {
-    fn finish(&self, outcome: Outcome) {
-        *self.outcome.lock() = Some(outcome);
-        self.done.store(true, Ordering::Release);
-        self.cond.notify_one();
-    }
-
-    /// The outcome if it is there.
-    pub(super) fn take(&self) -> Option<Outcome> {
-        if self.done.load(Ordering::Acquire) {
-            self.outcome.lock().take()
-        } else {
-            None
+/// What became of an asynchronous batch, with its buffers.
+fn outcome(asked: Vec<Asked>, requests: &[Request], result: Result<(), TransportError>) -> Outcome {
+    let mut failed = result.err();
+    let mut results = Vec::with_capacity(asked.len());
+    let mut buffers = Vec::new();
+    let mut rest = requests;
+    for asked in asked {
+        let (own, behind) = rest.split_at(asked.requests.min(rest.len()));
+        rest = behind;
+        if failed.is_some() {
+            buffers.extend(asked.into_buffer());
+            continue;
         }
-    }
-
-    /// The outcome, or None at the deadline.
-    pub(super) fn wait(&self, deadline: Instant) -> Option<Outcome> {
-        let mut outcome = self.outcome.lock();
-        while outcome.is_none() {
-            if self.cond.wait_until(&mut outcome, deadline).timed_out() {
-                break;
+        match asked.result(own) {
+            Ok(result) => results.push(result),
+            Err((why, buffer)) => {
+                buffers.extend(results.drain(..).filter_map(OpResult::into_buffer));
+                buffers.extend(buffer);
+                failed = Some(why);
             }
         }
-        outcome.take()
+    }
+    match failed {
+        Some(why) => Err(BatchError { why, buffers }),
+        None => Ok(results),
     }
 }
 
 /// Who is told.
 pub(super) enum Owner {
-    Blocked(Arc<Waiter>),
+    Blocked(Arc<Waiter<Done>>),
     Async {
         done: Completion,
-        /// The places, in ascending order, of reads of nothing, which are not requests.
-        empty: Vec<usize>,
+        asked: Vec<Asked>,
         /// The caller looks for it itself.
         attended: Option<Arc<Attended>>,
     },
-    Nobody,
+}
+
+impl Owner {
+    /// Tells it that nothing was started.
+    pub(super) fn refuse(self, why: TransportError) {
+        match self {
+            Self::Blocked(waiter) => waiter.put(Err(why)),
+            Self::Async { done, asked, .. } => done(outcome(asked, &[], Err(why))),
+        }
+    }
 }
 
 /// Requests that complete together.
@@ -181,13 +240,13 @@ pub(super) struct Unit {
 /// A completion that is to be called: by the caller that attends to it, else on the progress thread.
 pub(super) struct Due {
     done: Completion,
-    result: Result<Vec<OpResult>, TransportError>,
+    outcome: Outcome,
     attended: Option<Arc<Attended>>,
 }
 
 impl Due {
     pub(super) fn call(self) {
-        (self.done)(self.result);
+        (self.done)(self.outcome);
     }
 
     /// Gives it to who attends to it; returns it if nobody does.
@@ -208,31 +267,19 @@ impl Unit {
     /// Tells the owner, or returns what is to be called.
     pub(super) fn finish(self, result: Result<(), TransportError>) -> Option<Due> {
         match self.owner {
-            Owner::Blocked(waiter) => waiter.finish(result.map(|()| self.requests)),
+            Owner::Blocked(waiter) => {
+                waiter.put(result.map(|()| self.requests));
+                None
+            }
             Owner::Async {
                 done,
-                empty,
+                asked,
                 attended,
-            } => {
-                let result = result.and_then(|()| {
-                    let mut results = self
-                        .requests
-                        .iter()
-                        .map(Request::result)
-                        .collect::<Result<Vec<_>, _>>()?;
-                    for place in empty {
-                        results.insert(place.min(results.len()), OpResult::Words(Vec::new()));
-                    }
-                    Ok(results)
-                });
-                return Some(Due {
-                    done,
-                    result,
-                    attended,
-                });
-            }
-            Owner::Nobody => {}
+            } => Some(Due {
+                done,
+                outcome: outcome(asked, &self.requests, result),
+                attended,
+            }),
         }
-        None
     }
 }

@@ -106,7 +106,10 @@ pub fn submitted_to_unknown_region(world: &World) {
         vec![AsyncOp::Faa { at, add: 1 }],
     ] {
         let tx = tx.clone();
-        conn.submit(batch, Box::new(move |result| tx.send(result.map(drop)).unwrap()));
+        conn.submit(
+            batch,
+            Box::new(move |result| tx.send(result.map(drop).map_err(|e| e.why)).unwrap()),
+        );
     }
     world.assert_ended_once(&[&target, &source]);
     rx.try_recv().unwrap().unwrap();
@@ -157,7 +160,7 @@ fn closed(world: &World, by_connector: bool) {
     let (tx, rx) = mpsc::channel();
     conn.submit(
         vec![AsyncOp::Faa { at, add: 1 }],
-        Box::new(move |r| tx.send(r.map(drop)).unwrap()),
+        Box::new(move |r| tx.send(r.map(drop).map_err(|e| e.why)).unwrap()),
     );
     gone(rx.recv().unwrap());
     assert_eq!(mem.word(0).unwrap().load(std::sync::atomic::Ordering::SeqCst), 0);

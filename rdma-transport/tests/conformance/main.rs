@@ -6,6 +6,7 @@
 
 mod basics;
 mod children;
+mod data;
 mod endings;
 mod hello;
 mod load;
@@ -41,6 +42,7 @@ const NOT_ON_SIM: &[(&str, &str)] = &[
     ("shutdown_frees_everything", "no threads, no descriptors"),
     ("dead_process_frees_address", "process death"),
     ("unresponsive_peer_times_out", "nothing is ever unresponsive"),
+    ("silent_peer_is_given_up", "as above"),
 ];
 
 macro_rules! clauses {
@@ -81,8 +83,10 @@ clauses! {
     everywhere:
         basics::operations, basics::submitted_operations, basics::boundaries, basics::limits_are_enforced,
         basics::self_connection, basics::large_transfers, basics::counters,
-        ordering::messages_are_fifo, ordering::message_after_write, ordering::write_notify,
+        ordering::messages_are_fifo, ordering::message_after_write,
         ordering::operations_in_order, ordering::callbacks_may_use_the_fabric, ordering::concurrent_atomics,
+        data::mixed_batch, data::in_order, data::many_at_once, data::more_than_fits, data::gathered,
+        data::failures_return_buffers, data::dead_connections_return_buffers, data::limits,
         endings::out_of_range, endings::access_rights, endings::unknown_region, endings::region_disappears,
         endings::submitted_to_unknown_region, endings::closed_by_connector, endings::closed_by_listener,
         endings::shutdown_ends_connections, endings::newer_connection_replaces_older,
@@ -92,6 +96,7 @@ clauses! {
         processes::processes_share_atomics, processes::killed_peer, processes::killed_peer_says_what_it_said,
         processes::idle_costs_nothing, processes::shutdown_frees_everything,
         processes::dead_process_frees_address, processes::unresponsive_peer_times_out,
+        processes::silent_peer_is_given_up,
         hello::wrong_version, hello::garbage_and_half_greetings, hello::slow_greeting_blocks_nobody,
         load::flood_both_ways, load::blocked_senders_get_through, load::words_are_never_torn,
         load::deregister_waits_for_operations;

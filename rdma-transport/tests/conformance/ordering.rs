@@ -22,8 +22,8 @@ pub fn messages_are_fifo(world: &World) {
     }
 }
 
-/// Counts messages that came before the write they announce.
-fn watch(world: &World, use_notify: bool) {
+/// A message that follows a write comes after it: none arrives before the write it announces.
+pub fn message_after_write(world: &World) {
     let (target, _source, conn, _) = world.pair();
     let (mem, at) = target.memory(64 * 1024);
     let early = Arc::new(AtomicU64::new(0));
@@ -39,27 +39,15 @@ fn watch(world: &World, use_notify: bool) {
     });
     for n in 1..=200u64 {
         let bytes = vec![n as u8; 32 * 1024];
-        if use_notify {
-            conn.write_notify(at.plus(8), &bytes, &n.to_le_bytes()).unwrap();
-        } else {
-            conn.execute(&mut [Op::Write {
-                at: at.plus(8),
-                from: &bytes,
-            }])
-            .unwrap();
-            conn.send(&n.to_le_bytes()).unwrap();
-        }
+        conn.execute(&mut [Op::Write {
+            at: at.plus(8),
+            from: &bytes,
+        }])
+        .unwrap();
+        conn.send(&n.to_le_bytes()).unwrap();
     }
     world.until("all messages", || target.seen.count() == 200);
     assert_eq!(early.load(Ordering::SeqCst), 0);
-}
-
-pub fn message_after_write(world: &World) {
-    watch(world, false);
-}
-
-pub fn write_notify(world: &World) {
-    watch(world, true);
 }
 
 pub fn operations_in_order(world: &World) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use rdma_transport::{AsyncOp, FabricConfig, FabricKind, Op, TransportError};
+use rdma_transport::{AsyncOp, FabricConfig, FabricKind, Op, TransportError, gather};
 use rustix::process::Signal;
 
 use crate::children::{Helper, place};
@@ -68,7 +68,7 @@ pub fn killed_peer(world: &World) {
                         Box::new(move |r| {
                             ended.fetch_add(1, Ordering::SeqCst);
                             if let Err(e) = r {
-                                assert!(matches!(e, TransportError::Disconnected { .. }), "{e:?}");
+                                assert!(matches!(e.why, TransportError::Disconnected { .. }), "{e:?}");
                             }
                         }),
                     );
@@ -180,5 +180,32 @@ pub fn unresponsive_peer_times_out(world: &World) {
     assert!(matches!(error, TransportError::Timeout { .. }), "{error:?}");
     assert!(start.elapsed() < Duration::from_secs(5));
     world.assert_ended_once(&[&source]);
+    helper.kill();
+}
+
+pub fn silent_peer_is_given_up(world: &World) {
+    // One peer answers, the other is stopped: what was asked of that one fails in time and gives its buffers back.
+    let (target, source, conn, _) = world.pair();
+    let (_mem, at) = target.memory(1 << 20);
+    let mut helper = Helper::start(world, "target", &[]);
+    let (addr, stopped) = place(&helper.line());
+    let other = source.fabric.connect(&addr).unwrap();
+    faa(&*other, stopped, 1).unwrap();
+    helper.signal(Signal::STOP);
+    let read = |at, len| AsyncOp::Read {
+        at,
+        into: source.fabric.buffer(len).unwrap(),
+    };
+    let batches = vec![(conn, vec![read(at, 1 << 20)]), (other, vec![read(stopped, 8)])];
+    let outcomes = gather(batches, Duration::from_millis(300));
+    assert!(outcomes[0].is_ok(), "{outcomes:?}");
+    match &outcomes[1] {
+        // Shared memory does not need the peer's help, nor does an adapter.
+        Ok(_) => assert_ne!(world.kind, FabricKind::Tcp),
+        Err(error) => {
+            assert!(matches!(error.why, TransportError::Timeout { .. }), "{error:?}");
+            assert_eq!(error.buffers.iter().map(|b| b.len()).collect::<Vec<_>>(), [8]);
+        }
+    }
     helper.kill();
 }

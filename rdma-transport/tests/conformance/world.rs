@@ -174,6 +174,17 @@ impl World {
         }
     }
 
+    /// As [`World::until`], for what a thread brings about: there may be nothing to step in between.
+    pub fn until_or_idle(&self, what: &str, holds: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !holds() {
+            assert!(start.elapsed() < PATIENCE, "waited in vain: {what}");
+            if !self.net.as_ref().is_some_and(SimNet::step) {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+    }
+
     /// Gives things that must not happen a chance to happen.
     pub fn settle(&self) {
         match &self.net {

@@ -1,4 +1,4 @@
-//! Renaming of nodes, for the symmetry reduction of the model checker.
+//! Nodes exchanged for each other: the model checker looks at one of the states that differ only in which node is which.
 
 use super::Fsm;
 use super::batch::{Batch, WordOp, WordOps};
@@ -7,37 +7,37 @@ use crate::ids::{NodeId, NodeSet};
 use crate::msg::{Body, Waiter};
 use crate::record::OwnerWord;
 
-/// Gives every node another name.
-pub(crate) trait Rename {
-    fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self;
+/// What names nodes, with every node exchanged for another.
+pub(crate) trait Symmetry {
+    fn exchanged(&self, f: &impl Fn(NodeId) -> NodeId) -> Self;
 }
 
-impl Rename for NodeSet {
-    fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
+impl Symmetry for NodeSet {
+    fn exchanged(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
         self.iter().map(f).collect()
     }
 }
 
 /// A set of near nodes, a bit each.
-impl Rename for u16 {
-    fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
+impl Symmetry for u16 {
+    fn exchanged(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
         let nodes = (0..Self::BITS as Self).filter(|n| self >> n & 1 == 1);
         nodes.map(|n| 1 << f(NodeId(n)).0).sum()
     }
 }
 
-impl Rename for OwnerWord {
-    fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
+impl Symmetry for OwnerWord {
+    fn exchanged(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
         Self {
             writer: self.writer.map(f),
-            near: self.near.rename(f),
+            near: self.near.exchanged(f),
             ..*self
         }
     }
 }
 
-impl Rename for Vec<Waiter> {
-    fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
+impl Symmetry for Vec<Waiter> {
+    fn exchanged(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
         self.iter()
             .map(|w| Waiter {
                 node: f(w.node),
@@ -47,8 +47,8 @@ impl Rename for Vec<Waiter> {
     }
 }
 
-impl Rename for Body {
-    fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
+impl Symmetry for Body {
+    fn exchanged(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
         match self {
             Self::GrantX {
                 version,
@@ -57,8 +57,8 @@ impl Rename for Body {
                 payload,
             } => Self::GrantX {
                 version: *version,
-                granted: granted.rename(f),
-                queue: queue.rename(f),
+                granted: granted.exchanged(f),
+                queue: queue.exchanged(f),
                 payload: payload.clone(),
             },
             other => other.clone(),
@@ -66,16 +66,16 @@ impl Rename for Body {
     }
 }
 
-impl Rename for WordOps {
-    fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
+impl Symmetry for WordOps {
+    fn exchanged(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
         let op = |op: WordOp| match op {
             WordOp::Cas { expect, new } => WordOp::Cas {
-                expect: expect.rename(f),
-                new: new.rename(f),
+                expect: expect.exchanged(f),
+                new: new.exchanged(f),
             },
             WordOp::Move { from, to, bit } => WordOp::Move {
-                from: from.rename(f),
-                to: to.rename(f),
+                from: from.exchanged(f),
+                to: to.exchanged(f),
                 bit,
             },
             other => other,
@@ -87,8 +87,8 @@ impl Rename for WordOps {
     }
 }
 
-impl Rename for Fsm {
-    fn rename(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
+impl Symmetry for Fsm {
+    fn exchanged(&self, f: &impl Fn(NodeId) -> NodeId) -> Self {
         Self {
             phase: match self.phase {
                 Phase::Waiting { at } => Phase::Waiting { at: f(at) },
@@ -97,10 +97,10 @@ impl Rename for Fsm {
                 other => other,
             },
             payload: self.payload.clone(),
-            queue: self.queue.rename(f),
-            granted: self.granted.rename(f),
-            answers: self.answers.rename(f),
-            revokers: self.revokers.rename(f),
+            queue: self.queue.exchanged(f),
+            granted: self.granted.exchanged(f),
+            answers: self.answers.exchanged(f),
+            revokers: self.revokers.exchanged(f),
             via: self.via.as_ref().map(|v| Via {
                 granter: f(v.granter),
                 version: v.version,
@@ -115,8 +115,8 @@ impl Rename for Fsm {
                         payload,
                     } => Answer::Exclusive {
                         version: *version,
-                        granted: granted.rename(f),
-                        queue: queue.rename(f),
+                        granted: granted.exchanged(f),
+                        queue: queue.exchanged(f),
                         payload: payload.clone(),
                     },
                     other => other.clone(),
@@ -125,11 +125,11 @@ impl Rename for Fsm {
             }),
             last_owner: self.last_owner.map(f),
             seen: Readers {
-                near: self.seen.near.rename(f),
+                near: self.seen.near.exchanged(f),
                 ..self.seen
             },
             batch: self.batch.map(|b| Batch {
-                ops: b.ops.rename(f),
+                ops: b.ops.exchanged(f),
                 ..b
             }),
             ..*self
