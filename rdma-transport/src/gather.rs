@@ -1,9 +1,10 @@
 //! Batches on several connections, under way at the same time.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use rt::sync::{Condvar, Mutex};
+use rt::time::Instant;
 
 use crate::error::TransportError;
 use crate::fabric::Connection;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use rt::sync::Condvar;
 
 use super::state::{After, End, PairId};
-use crate::stats::Counters;
 use crate::mem::SharedMem;
+use crate::stats::Counters;
 use crate::{Access, Connection, Handler, TransportError};
 
 pub(super) struct EndpointState {

@@ -6,6 +6,7 @@ pub mod reading;
 pub mod reservations;
 pub mod space;
 pub mod stored;
+pub mod transfer;
 pub mod writing;
 
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use discard::Discards;
 use reading::Reads;
 use reservations::Reservations;
 use stored::Stored;
+use transfer::Transfer;
 use writing::Writing;
 
 use crate::cache::Base;
@@ -48,7 +50,11 @@ impl Data {
             closes_awaited: Default::default(),
             session: Arc::clone(session),
         });
+        let transfer = Arc::new(Transfer {
+            session: Arc::clone(session),
+        });
         let stored = Arc::new(Stored {
+            transfer,
             session: Arc::clone(session),
             space: Arc::clone(&space),
         });

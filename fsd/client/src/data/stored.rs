@@ -2,30 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
-
-use rdma_transport::{Op, TransportError};
-use rt::time::Instant;
 
 use crate::cache::claims::{Purpose, Span};
 use crate::cache::inode::{Inode, Locked, State};
 use crate::data::space::Space;
+use crate::data::transfer::{PoolOp, Transfer, Transfers};
 use crate::session::Session;
-use crate::session::ctx::{Ctx, Res, Stop, fail};
+use crate::session::ctx::{Ctx, Res, fail};
 use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
-use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{BlockFrame, BlockWant, Frame};
 
 /// Frames asked for in one request.
 const LOOKUP_COUNT: u32 = 4096;
 /// Frames allocated in one request.
 const ALLOCATED_AT_ONCE: usize = 512;
-/// Transfers in one batch; with the counter of a slab for each it stays below any fabric's limit.
-const BATCH: usize = 32;
-/// How long one-sided operations are repeated on new connections before they fail.
-const DATA_TIMEOUT: Duration = Duration::from_secs(20);
-
 /// One stretch of a transfer within one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stretch {
@@ -64,6 +55,7 @@ pub fn stretches(offset: u64, len: usize) -> impl Iterator<Item = Stretch> {
 pub struct Stored {
     pub(crate) session: Arc<Session>,
     pub(crate) space: Arc<Space>,
+    pub(crate) transfer: Arc<Transfer>,
 }
 
 impl Stored {
@@ -186,89 +178,6 @@ impl Stored {
         result
     }
 
-    /// Runs one-sided operations against a storage node's pool; repeats them on a new connection where
-    /// the old one broke (reads and writes of file data may be done twice).
-    ///
-    /// # Errors
-    /// Park; the node cannot be reached within the time limit.
-    pub fn transfer(&self, ctx: &Ctx<'_>, node: u16, mut ops: Vec<PoolOp<'_>>) -> Res<()> {
-        if !self.session.local_memory() {
-            ctx.may_wait()?;
-        }
-        let deadline = Instant::now() + DATA_TIMEOUT;
-        loop {
-            let session = match self.session.net.storage_now(node) {
-                Some(session) => session,
-                None => {
-                    ctx.may_wait()?;
-                    self.session.net.storage(node)?
-                }
-            };
-            let mut failed = None;
-            for part in ops.chunks_mut(BATCH) {
-                let mut batch: Vec<Op<'_>> = Vec::with_capacity(part.len() + 8);
-                let mut slabs: Vec<u64> = Vec::new();
-                for op in part.iter_mut() {
-                    match op {
-                        PoolOp::Read { offset, into } => {
-                            batch.push(Op::Read {
-                                at: session.pool(*offset),
-                                into,
-                            });
-                        }
-                        PoolOp::Write { offset, from } => {
-                            batch.push(Op::Write {
-                                at: session.pool(*offset),
-                                from,
-                            });
-                            if !slabs.contains(&(*offset / BLOCK)) {
-                                slabs.push(*offset / BLOCK);
-                            }
-                        }
-                    }
-                }
-                // After the writes of the batch, so that the flusher never takes a slab for clean too early.
-                for slab in slabs {
-                    batch.push(Op::Faa {
-                        at: session.dirty(slab * BLOCK),
-                        add: 1,
-                        old: 0,
-                    });
-                }
-                if let Err(error) = session.conn.execute(&mut batch) {
-                    failed = Some(error);
-                    break;
-                }
-            }
-            match failed {
-                None => return Ok(()),
-                Some(error @ TransportError::Invalid(_)) => {
-                    tracing::error!("storage node {node}: {error}");
-                    return fail(libc::EIO);
-                }
-                Some(error) => {
-                    tracing::debug!("storage node {node}: {error}");
-                    if Instant::now() > deadline {
-                        return Err(Stop::Errno(Errno(libc::EIO)));
-                    }
-                    ctx.may_wait()?;
-                    rt::thread::sleep(Duration::from_millis(10));
-                }
-            }
-        }
-    }
-
-    /// As [`Client::transfer`], against several storage nodes.
-    ///
-    /// # Errors
-    /// As [`Client::transfer`].
-    pub fn transfer_all(&self, ctx: &Ctx<'_>, transfers: Transfers<'_>) -> Res<()> {
-        for (node, ops) in transfers.0 {
-            self.transfer(ctx, node, ops)?;
-        }
-        Ok(())
-    }
-
     /// Reads stored data of a range that is claimed into `out`, not looking at cached pages; holes read as zeros.
     ///
     /// # Errors
@@ -306,7 +215,7 @@ impl Stored {
                 reads.add(node, PoolOp::Read { offset, into: data });
             }
         }
-        state.unlocked(|| self.transfer_all(ctx, reads))
+        state.unlocked(|| self.transfer.all(ctx, reads))
     }
 
     /// Writes into frames of claimed blocks, which are there: (block, offset in it, data).
@@ -328,7 +237,7 @@ impl Stored {
                 PoolOp::Write { offset, from },
             );
         }
-        state.unlocked(|| self.transfer_all(ctx, writes))
+        state.unlocked(|| self.transfer.all(ctx, writes))
     }
 
     /// Claims all of a file for a change, under the exclusive lease of `version`.
@@ -337,36 +246,6 @@ impl Stored {
     /// Park.
     pub fn claim_to_change<'a>(&self, ctx: &Ctx<'_>, inode: &'a Inode, version: u64) -> Res<Locked<'a>> {
         inode.claim(ctx, version, Span::ALL, Purpose::Change)
-    }
-}
-
-/// A one-sided operation on a storage node's pool.
-#[derive(Debug)]
-pub enum PoolOp<'a> {
-    /// Reads.
-    Read {
-        /// Offset in the pool.
-        offset: u64,
-        /// Destination.
-        into: &'a mut [u8],
-    },
-    /// Writes.
-    Write {
-        /// Offset in the pool.
-        offset: u64,
-        /// Source.
-        from: &'a [u8],
-    },
-}
-
-/// Operations on the pools of several storage nodes.
-#[derive(Debug, Default)]
-pub struct Transfers<'a>(BTreeMap<u16, Vec<PoolOp<'a>>>);
-
-impl<'a> Transfers<'a> {
-    /// One more, on storage node `node`.
-    pub fn add(&mut self, node: u16, op: PoolOp<'a>) {
-        self.0.entry(node).or_default().push(op);
     }
 }
 

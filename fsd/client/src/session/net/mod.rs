@@ -16,7 +16,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use lockmgr::NodeId;
-use rdma_transport::{Connection, Fabric, TransportError};
+use rdma_transport::{Buffer, Connection, Fabric, TransportError};
 use rt::sync::{Mutex, RwLock};
 use rt::time::Instant;
 
@@ -269,8 +269,16 @@ impl Net {
         }
     }
 
+    /// Memory that the fabric reads and writes in place.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn buffer(&self, len: usize) -> Result<Buffer, TransportError> {
+        self.fabric.buffer(len)
+    }
+
     /// Longest wait for an answer.
-    pub(super) fn timeout(&self) -> Duration {
+    pub fn timeout(&self) -> Duration {
         if self.hurried.load(Ordering::Acquire) {
             HURRY.min(self.timeout)
         } else {
