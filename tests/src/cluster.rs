@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 
 use crate::process::{Process, fsd_binary, tail};
+use crate::proxy::Proxies;
 
 /// How long a process may take to end by itself.
 const END_LIMIT: Duration = Duration::from_secs(20);
@@ -121,6 +122,8 @@ pub struct Options {
     pub shared_mappings: bool,
     /// The metadata server's disk has this many MiB only.
     pub meta_disk_mib: Option<u64>,
+    /// Mounts reach the servers through proxies; over TCP.
+    pub proxied: bool,
 }
 
 impl Options {
@@ -152,6 +155,7 @@ impl Default for Options {
             spin_us: 20,
             shared_mappings: false,
             meta_disk_mib: None,
+            proxied: false,
         }
     }
 }
@@ -199,6 +203,7 @@ pub struct Cluster {
     _meta_disk: Option<Disk>,
     base: tempfile::TempDir,
     memory: tempfile::TempDir,
+    proxies: Option<Proxies>,
     running: Mutex<BTreeMap<Role, Process>>,
 }
 
@@ -218,17 +223,25 @@ impl Cluster {
         let meta_disk = options
             .meta_disk_mib
             .map(|mib| Disk::of(base.path().join("meta"), mib));
-        let cluster = Self {
+        let mut cluster = Self {
             options,
             _meta_disk: meta_disk.transpose()?,
             base,
             memory,
+            proxies: None,
             running: Mutex::default(),
         };
         for i in 0..cluster.options.mounts {
             std::fs::create_dir_all(cluster.mount(i))?;
         }
-        std::fs::write(cluster.config(), cluster.settings()?)?;
+        let settings = cluster.settings()?;
+        std::fs::write(cluster.config(), &settings)?;
+        if cluster.options.proxied {
+            let (proxies, of_meta, of_mounts) = Proxies::start(&settings)?;
+            std::fs::write(cluster.config_of(Role::Meta), of_meta)?;
+            std::fs::write(cluster.config_of(Role::Mount(0)), of_mounts)?;
+            cluster.proxies = Some(proxies);
+        }
         let key = cluster.path("cluster.key").to_string_lossy().into_owned();
         cluster.tool(&["keygen", &key])?;
         cluster.tool(&["format", "--config", &cluster.config().to_string_lossy()])?;
@@ -295,6 +308,23 @@ impl Cluster {
     #[must_use]
     pub fn config(&self) -> PathBuf {
         self.path("cluster.toml")
+    }
+
+    /// The configuration file that a role is started with.
+    fn config_of(&self, role: Role) -> PathBuf {
+        match role {
+            Role::Meta if self.options.proxied => self.path("meta.toml"),
+            Role::Mount(_) if self.options.proxied => self.path("mounts.toml"),
+            _ => self.config(),
+        }
+    }
+
+    /// The proxies that mounts reach the servers through.
+    ///
+    /// # Errors
+    /// There are none ([`Options::proxied`]).
+    pub fn proxies(&self) -> anyhow::Result<&Proxies> {
+        self.proxies.as_ref().context("this cluster has no proxies")
     }
 
     /// Where the storage nodes keep their registered memory.
@@ -367,7 +397,7 @@ impl Cluster {
         if self.running().contains_key(&role) {
             return Ok(());
         }
-        let config = self.config().display().to_string();
+        let config = self.config_of(role).display().to_string();
         let mut args: Vec<String> = match role {
             Role::Meta => vec!["meta".into()],
             Role::Storage(id) => vec!["storage".into(), "--id".into(), id.to_string()],

@@ -20,4 +20,6 @@ pub mod linear;
 pub mod model;
 pub mod pressure;
 pub mod process;
+pub mod proxy;
+pub mod side_by_side;
 pub mod sys;

@@ -30,6 +30,7 @@ mod names_held;
 mod posix;
 mod pressure;
 mod privileges;
+mod side_by_side;
 mod status;
 mod stopping;
 mod storage;
