@@ -102,7 +102,7 @@ impl Client {
             dirty_files: self.cache.dirty.lock().len() as u64,
             requests: self.session.counters.requests.load(Ordering::Relaxed),
             parked: self.session.counters.parked.load(Ordering::Relaxed),
-            messages: self.session.net.messages(),
+            messages: self.session.net.ways.messages(),
             revocations: self.session.counters.revocations.load(Ordering::Relaxed),
             repeats: self.session.counters.repeats.load(Ordering::Relaxed),
             sent: self.session.counters.sent.load(Ordering::Relaxed),

@@ -118,7 +118,7 @@ impl Cache {
             }
             ctx.may_wait()?;
             let asked = state.changes();
-            let answer = state.unlocked(|| self.session.net.meta(ask::meta::GetAttr { ino: inode.ino }));
+            let answer = state.unlocked(|| self.session.net.meta.ask(ask::meta::GetAttr { ino: inode.ino }));
             match answer {
                 // Another task has changed them since they were asked for.
                 Ok(_) if state.changes() != asked => {}
@@ -173,8 +173,8 @@ impl Cache {
             return Ok(guard);
         }
         ctx.may_wait()?;
-        if !self.session.net.knows_record(record) {
-            self.session.net.find_record(record)?;
+        if !self.session.net.storage.knows_record(record) {
+            self.session.net.storage.find_record(record)?;
         }
         let failed = &inode.lease_failed;
         let entered = self.session.leases.enter(record, mode, self.patience(failed));

@@ -113,7 +113,7 @@ impl Forward {
         };
         let number = self.away.begin(call);
         let (me, theirs) = (Arc::clone(self), Arc::clone(ext));
-        let asked = self.session.net.ask_peer(NodeId(peer), request, move |result| {
+        let asked = self.session.net.peers.ask(NodeId(peer), request, move |result| {
             if me.away.end(number) {
                 me.sent(&theirs, call, peer, hops, result);
             }
@@ -169,7 +169,12 @@ impl Forward {
     }
 
     fn owner_of(&self, ino: u64) -> Option<u16> {
-        let (conn, record) = self.session.net.record(fsd_proto::ino::record(ino)).ok()?;
+        let (conn, record) = self
+            .session
+            .net
+            .storage
+            .record(fsd_proto::ino::record(ino))
+            .ok()?;
         let mut word = [0; 8];
         let at = record.plus(RecordLayout::OWNER);
         conn.execute(&mut [Op::Read { at, into: &mut word }]).ok()?;

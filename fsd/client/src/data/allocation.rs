@@ -95,7 +95,7 @@ impl Allocator {
     fn lacking(&self, inode: &Inode, state: &State, range: Range) -> Vec<u64> {
         let (shard, nodes) = (
             u64::from(ino::shard(inode.ino)),
-            u64::from(self.session.net.storage_count()),
+            u64::from(self.session.net.storage.count()),
         );
         let mut lacks: Vec<u64> = (0..nodes)
             .map(|node| range.blocks_on(node, shard % nodes, nodes) * BLOCK)

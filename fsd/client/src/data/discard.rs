@@ -117,7 +117,7 @@ impl Discards {
         let ino = inode.ino;
         let frees = nodes.into_iter();
         let frees = frees.map(|node| (node, ask::storage::Free { ino, first, last }));
-        let done = state.unlocked(|| self.session.net.ask_each(frees.collect()));
+        let done = state.unlocked(|| self.session.net.storage.ask_each(frees.collect()));
         done.into_iter().collect::<Result<Vec<_>, _>>()?;
         for (block, _) in frames_in(state, first, last) {
             state.drop_frame(block);

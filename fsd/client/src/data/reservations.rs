@@ -115,7 +115,7 @@ impl Reservations {
         needed: &[(u64, u64)],
         more: &[u64],
     ) -> Res<()> {
-        for node in 0..self.session.net.storage_count() {
+        for node in 0..self.session.net.storage.count() {
             let here = |block: u64| self.session.storage_of(inode.ino, block) == node;
             let lacks = |block: u64, size: u64| size - promised(state, block).min(size);
             let need: u64 = needed

@@ -179,7 +179,7 @@ impl Space {
     /// # Errors
     /// It cannot be reached.
     pub fn pool_space(&self, node: u16) -> Res<PoolSpace> {
-        Ok(self.session.net.ask_storage(node, ask::storage::Space {})?)
+        Ok(self.session.net.storage.ask(node, ask::storage::Space {})?)
     }
 
     /// Has a storage node set aside what is `needed` for this mount, or less, or up to what is `wanted`;
@@ -191,7 +191,8 @@ impl Space {
         let granted = self
             .session
             .net
-            .ask_storage(node, ask::storage::Reserve { needed, wanted })?;
+            .storage
+            .ask(node, ask::storage::Reserve { needed, wanted })?;
         self.bank.granted(node, granted);
         Ok(granted)
     }
@@ -231,7 +232,7 @@ impl Space {
             rt::thread::sleep(CLOSE_WAIT);
         }
         waits.done += 1;
-        let Ok(orphans) = self.session.net.meta(ask::meta::Settle {}) else {
+        let Ok(orphans) = self.session.net.meta.ask(ask::meta::Settle {}) else {
             return false;
         };
         if orphans > 0 && waits.done >= CLOSE_WAITS {
@@ -263,7 +264,8 @@ impl Space {
         if let Err(error) = self
             .session
             .net
-            .ask_storage(node, ask::storage::Unreserve { bytes })
+            .storage
+            .ask(node, ask::storage::Unreserve { bytes })
         {
             tracing::debug!("reservation not given back to storage node {node}: {error}");
         }

@@ -72,7 +72,7 @@ impl Stored {
         last: u64,
     ) -> Res<()> {
         state.check_layout();
-        let nodes = u64::from(self.session.net.storage_count());
+        let nodes = u64::from(self.session.net.storage.count());
         let here =
             (first..=last.min(first + nodes - 1)).map(|block| self.session.storage_of(inode.ino, block));
         let lacking: Vec<u16> = here.filter(|n| !state.frames.loaded.contains(n)).collect();
@@ -108,12 +108,13 @@ impl Stored {
         let begun = self
             .session
             .net
+            .storage
             .ask_each(nodes.iter().map(|&node| (node, part(0))).collect());
         let whole = nodes.iter().zip(begun).map(|(&node, begin)| {
             let mut all = begin?;
             let mut full = all.len() == LOOKUP_COUNT as usize;
             while let Some(end) = all.last().filter(|_| full) {
-                let more = self.session.net.ask_storage(node, part(end.block + 1))?;
+                let more = self.session.net.storage.ask(node, part(end.block + 1))?;
                 full = more.len() == LOOKUP_COUNT as usize;
                 all.extend(more);
             }
@@ -132,7 +133,7 @@ impl Stored {
             inode,
             state,
             0,
-            u64::from(self.session.net.storage_count()) - 1,
+            u64::from(self.session.net.storage.count()) - 1,
         )
     }
 
@@ -162,7 +163,7 @@ impl Stored {
                 asked.push((node, ask::storage::Allocate { wants, reserved }));
             }
         }
-        let answers = state.unlocked(|| self.session.net.ask_each(asked.clone()));
+        let answers = state.unlocked(|| self.session.net.storage.ask_each(asked.clone()));
         let mut result = Ok(());
         for ((node, request), answer) in asked.into_iter().zip(answers) {
             match answer {

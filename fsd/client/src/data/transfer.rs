@@ -90,7 +90,7 @@ impl Transfer {
         let mut asked: Vec<(u16, usize)> = Vec::new();
         let mut batches = Vec::new();
         for (&node, ops) in &transfers.0 {
-            let Some(session) = self.session.net.storage_now(node) else {
+            let Some(session) = self.session.net.storage.session_now(node) else {
                 continue;
             };
             for part in ops.chunks(BATCH) {
@@ -101,7 +101,7 @@ impl Transfer {
                 batches.push((Arc::clone(&session.conn), batch));
             }
         }
-        let outcomes = gather(batches, self.session.net.timeout());
+        let outcomes = gather(batches, self.session.net.ways.timeout());
         let mut failed: Vec<u16> = Vec::new();
         let mut begun: BTreeMap<u16, usize> = BTreeMap::new();
         for ((node, len), outcome) in asked.into_iter().zip(outcomes) {
@@ -125,10 +125,10 @@ impl Transfer {
             batch.push(match op {
                 PoolOp::Read { offset, into } => AsyncOp::Read {
                     at: session.pool(*offset),
-                    into: self.session.net.buffer(into.len())?,
+                    into: self.session.net.ways.buffer(into.len())?,
                 },
                 PoolOp::Write { offset, from } => {
-                    let mut buffer = self.session.net.buffer(from.len())?;
+                    let mut buffer = self.session.net.ways.buffer(from.len())?;
                     buffer.copy_from_slice(from);
                     AsyncOp::Write {
                         at: session.pool(*offset),
@@ -152,11 +152,11 @@ impl Transfer {
         }
         let deadline = Instant::now() + DATA_TIMEOUT;
         loop {
-            let session = match self.session.net.storage_now(node) {
+            let session = match self.session.net.storage.session_now(node) {
                 Some(session) => session,
                 None => {
                     ctx.may_wait()?;
-                    self.session.net.storage(node)?
+                    self.session.net.storage.session(node)?
                 }
             };
             let mut parts = ops.chunks_mut(BATCH);

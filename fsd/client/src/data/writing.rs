@@ -150,7 +150,7 @@ impl Writing {
             attr.size = attr.size.max(end);
             // Pages that are written back are not written now: the kernel tells the times of that itself.
             if !(self.kernel.mode == CacheMode::Writeback && flags.cached) {
-                attr.mtime = self.session.net.now();
+                attr.mtime = self.session.net.meta.now();
                 attr.ctime = attr.mtime;
             }
             if flags.kill_suid {

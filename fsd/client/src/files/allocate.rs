@@ -90,7 +90,7 @@ impl Allocations {
                 if mode & KEEP == 0 {
                     attr.size = attr.size.max(end);
                 }
-                attr.mtime = self.session.net.now();
+                attr.mtime = self.session.net.meta.now();
                 attr.ctime = attr.mtime;
                 kill_suid_for(attr, caller);
                 state.touch();

@@ -90,8 +90,9 @@ impl Accesses {
             .try_lock_raw()
             .filter(|state| !state.gone)
             .and_then(|s| s.attr);
-        known
-            .is_some_and(|attr| self.access_times.of_kind(attr.kind) && is_due(&attr, self.session.net.now()))
+        known.is_some_and(|attr| {
+            self.access_times.of_kind(attr.kind) && is_due(&attr, self.session.net.meta.now())
+        })
     }
 
     fn set_access_time(&self, ctx: &Ctx<'_>, inode: &Inode) {

@@ -154,7 +154,7 @@ impl Attrs {
                 }
                 self.discards.truncate(ctx, inode, &mut state, size)?;
             }
-            Self::apply(&mut state, set, self.session.net.now());
+            Self::apply(&mut state, set, self.session.net.meta.now());
             state.touch();
             let attr = state.attr.unwrap_or(before);
             self.delegations.lent_attr_changed(inode, &attr);

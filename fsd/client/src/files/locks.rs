@@ -155,7 +155,7 @@ impl Locks {
     /// Park.
     pub fn getlk(&self, ctx: &Ctx<'_>, lock: LockSpec) -> Res<Option<LockSpec>> {
         ctx.may_wait()?;
-        Ok(self.session.net.meta(ask::meta::GetLock { lock })?)
+        Ok(self.session.net.meta.ask(ask::meta::GetLock { lock })?)
     }
 
     /// `F_SETLK`, `flock` with `LOCK_NB`, and unlocking, through an open file.
@@ -164,7 +164,10 @@ impl Locks {
     /// Park; `EAGAIN`.
     pub fn setlk(&self, ctx: &Ctx<'_>, lock: LockSpec, handle: u64) -> Res<()> {
         ctx.may_wait()?;
-        self.session.net.meta(ask::meta::SetLock { lock, wait: false })?;
+        self.session
+            .net
+            .meta
+            .ask(ask::meta::SetLock { lock, wait: false })?;
         self.file_locks.note(&lock, handle);
         Ok(())
     }
@@ -184,7 +187,7 @@ impl Locks {
             cancelled: false,
         };
         self.file_locks.waiting.lock().insert(id, waiter);
-        if self.session.net.has_meta() {
+        if self.session.net.meta.is_up() {
             self.ask_for_lock(id);
         } else {
             let me = Arc::clone(self);
@@ -200,7 +203,7 @@ impl Locks {
         };
         let me = Arc::downgrade(self);
         let request = ask::meta::SetLock { lock, wait: true };
-        let sent = self.session.net.meta_slow(request, move |result| {
+        let sent = self.session.net.meta.ask_slow(request, move |result| {
             if let Some(client) = Weak::upgrade(&me) {
                 client.lock_answered(id, result);
             }
@@ -276,7 +279,8 @@ impl Locks {
             // The answer to the waiting request then comes as EINTR, or it had been granted.
             self.session
                 .net
-                .meta_async(ask::meta::CancelLock { lock }, |result| {
+                .meta
+                .ask_async(ask::meta::CancelLock { lock }, |result| {
                     if let Err(error) = result {
                         tracing::debug!("a request for a file lock cannot be taken back: {error}");
                     }
@@ -296,7 +300,8 @@ impl Locks {
         self.file_locks.forget(ino, owner);
         self.session
             .net
-            .meta(ask::meta::ReleaseLocks { ino, owner })
+            .meta
+            .ask(ask::meta::ReleaseLocks { ino, owner })
             .map(drop)
             .map_err(Stop::from)
     }

@@ -67,10 +67,11 @@ impl Files {
             let flushed = self
                 .session
                 .net
-                .ask_each((0..self.session.net.storage_count()).map(flush).collect());
+                .storage
+                .ask_each((0..self.session.net.storage.count()).map(flush).collect());
             flushed.into_iter().collect::<Result<Vec<()>, _>>()?;
         }
-        self.session.net.meta(ask::meta::Sync {})?;
+        self.session.net.meta.ask(ask::meta::Sync {})?;
         if let Some(seen) = seen {
             inode.errors.check(seen)?;
         }
@@ -270,7 +271,7 @@ impl Files {
             if truncate && attr.kind == Kind::File {
                 self.discards.truncate(ctx, inode, &mut state, 0)?;
                 if let Some(attr) = state.attr.as_mut() {
-                    attr.mtime = self.session.net.now();
+                    attr.mtime = self.session.net.meta.now();
                     attr.ctime = attr.mtime;
                     kill_suid_for(attr, caller);
                 }

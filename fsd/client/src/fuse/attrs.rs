@@ -50,12 +50,12 @@ pub(super) fn statfs(client: &Arc<Client>, reply: ReplyStatfs) {
     serve(client, reply, ReplyStatfs::error, move |c, ctx, reply| {
         ctx.may_wait()?;
         let (mut total, mut free) = (0, 0);
-        for node in 0..c.session.net.storage_count() {
+        for node in 0..c.session.net.storage.count() {
             let space = c.data.space.pool_space(node)?;
             total += space.total;
             free += space.free;
         }
-        let meta = c.session.net.meta(ask::meta::StatFs {})?;
+        let meta = c.session.net.meta.ask(ask::meta::StatFs {})?;
         if let Some(reply) = reply.take() {
             let (unit, inodes, free_inodes) = in_32_bits(total, meta.inodes, meta.free);
             let free = free / u64::from(unit);

@@ -114,7 +114,7 @@ pub(super) fn join(
     revoker.set(&client.revoke.revocations);
     let _ = front.client.set(Arc::downgrade(&client));
     let owner: Arc<dyn Owner> = Arc::clone(&client) as Arc<dyn Owner>;
-    net.set_owner(Arc::downgrade(&owner));
+    net.ways.set_owner(Arc::downgrade(&owner));
 
     let writer = Arc::clone(&client);
     let mut threads = vec![thread("fsd-writeback", move || {
@@ -148,7 +148,7 @@ pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn 
     client.storing.writeback.write_all();
     if client.cache.dirty.lock().is_empty() {
         // Nothing is lost any more, whoever is not there.
-        client.session.net.hurry();
+        client.session.net.ways.hurry();
     }
     client.data.space.return_space();
     let (tx, rx) = rt::channel::bounded(1);
@@ -166,7 +166,7 @@ pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn 
             tracing::error!("not all leases could be given up: this mount will be taken for dead");
         }
     } else {
-        if let Err(error) = client.session.net.meta(ask::meta::Leave {}) {
+        if let Err(error) = client.session.net.meta.ask(ask::meta::Leave {}) {
             tracing::warn!("leaving: {error}");
         }
         // Others may have read our name in a lease record just before it was freed, and ask us.
@@ -178,7 +178,7 @@ pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn 
     for thread in threads {
         let _ = thread.join();
     }
-    client.session.net.stop();
+    client.session.net.ways.stop();
     client.session.threads.workers.close(CLOSE_WAIT);
     client.session.threads.revokers.close(CLOSE_WAIT);
     client.session.threads.invalidators.close(CLOSE_WAIT);

@@ -255,7 +255,7 @@ impl Mount {
             if let Some(session) = self.session.take() {
                 std::mem::forget(session);
             }
-            self.client.session.net.stop();
+            self.client.session.net.ways.stop();
             return self.fabric.shutdown();
         }
         if let Some(session) = self.session.take() {

@@ -76,11 +76,11 @@ pub(super) struct Places(pub(super) Arc<Net>);
 
 impl Directory for Places {
     fn record(&self, id: RecordId) -> Result<(Arc<dyn Connection>, RemoteAddr), LeaseError> {
-        self.0.record(id)
+        self.0.storage.record(id)
     }
 
     fn send(&self, to: NodeId, msg: &[u8]) -> Result<(), LeaseError> {
-        self.0.send_lease(to, msg);
+        self.0.peers.send_lease(to, msg);
         Ok(())
     }
 }

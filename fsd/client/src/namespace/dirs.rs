@@ -69,7 +69,7 @@ impl Directories {
             name: name.to_vec(),
         };
         let asked = state.changes();
-        let answer = state.unlocked(|| self.session.net.meta(request));
+        let answer = state.unlocked(|| self.session.net.meta.ask(request));
         // What other tasks have changed since is not known to it: it is no more than what was so for a moment.
         let lasting = state.changes() == asked;
         let found = match answer {
@@ -194,7 +194,7 @@ impl Directories {
             }
         };
         // Whoever has a handle made the number up, perhaps: there need not be such a record.
-        match self.session.net.meta(ask::meta::GetAttr { ino: number }) {
+        match self.session.net.meta.ask(ask::meta::GetAttr { ino: number }) {
             Err(RpcError::Errno(Errno(libc::ENOENT))) => return fail(libc::ESTALE),
             found => found?,
         };
@@ -260,7 +260,7 @@ impl Directories {
         let mut names = Vec::new();
         let mut after = Vec::new();
         loop {
-            let (entries, all) = self.session.net.meta(ask::meta::ReadDir { ino, after })?;
+            let (entries, all) = self.session.net.meta.ask(ask::meta::ReadDir { ino, after })?;
             after = entries.last().map(|(e, _)| e.name.clone()).unwrap_or_default();
             for (entry, attr) in entries {
                 names.push(entry);
@@ -291,7 +291,7 @@ impl Directories {
             return fail(libc::EINVAL);
         }
         ctx.may_wait()?;
-        let target = state.unlocked(|| self.session.net.meta(ask::meta::ReadLink { ino: inode.ino }))?;
+        let target = state.unlocked(|| self.session.net.meta.ask(ask::meta::ReadLink { ino: inode.ino }))?;
         state.target = Some(target.clone());
         Ok(target)
     }

@@ -80,7 +80,8 @@ impl Names {
                 let numbers = Arc::clone(&self.new_inos);
                 self.session
                     .net
-                    .meta_async(ReserveInodes { count: NUMBERS }, move |answer| {
+                    .meta
+                    .ask_async(ReserveInodes { count: NUMBERS }, move |answer| {
                         // Who comes to the end of those that are left asks himself, and is told what is wrong.
                         if let Ok(range) = answer {
                             numbers.free.lock().extend(range.inos);
@@ -92,7 +93,7 @@ impl Names {
                 return Ok(number);
             }
             ctx.may_wait()?;
-            let range = self.session.net.meta(ReserveInodes { count: NUMBERS })?;
+            let range = self.session.net.meta.ask(ReserveInodes { count: NUMBERS })?;
             self.new_inos.free.lock().extend(range.inos);
         }
     }
@@ -182,7 +183,7 @@ impl Names {
             state.attr = Some(attr);
             state.modified = true;
             state.check_layout();
-            state.frames.loaded.extend(0..self.session.net.storage_count());
+            state.frames.loaded.extend(0..self.session.net.storage.count());
             if new.kind == Kind::Directory {
                 state.dir.complete = true;
             }

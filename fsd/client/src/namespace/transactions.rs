@@ -64,11 +64,11 @@ impl Transactions {
         let request = ask::meta::Namespace {
             seq,
             acknowledged,
-            now: self.session.net.now(),
+            now: self.session.net.meta.now(),
             touched,
             op,
         };
-        let reply = self.session.net.meta(request);
+        let reply = self.session.net.meta.ask(request);
         self.seqs.end(seq);
         let created = match reply {
             Ok(created) => created,

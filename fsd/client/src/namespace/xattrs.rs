@@ -63,7 +63,11 @@ impl Xattrs {
             state.changes()
         };
         ctx.may_wait()?;
-        let pairs = self.session.net.meta(ask::meta::GetXattrs { ino: inode.ino })?;
+        let pairs = self
+            .session
+            .net
+            .meta
+            .ask(ask::meta::GetXattrs { ino: inode.ino })?;
         let loaded: BTreeMap<_, _> = pairs.into_iter().collect();
         let found = look(&loaded);
         // Nobody else has changed them under our lease, but another request of this mount may have.

@@ -215,7 +215,8 @@ impl Pinning {
         let gone = Arc::clone(inode);
         self.session
             .net
-            .meta_async(ask::meta::Reap { ino: inode.ino }, move |result| {
+            .meta
+            .ask_async(ask::meta::Reap { ino: inode.ino }, move |result| {
                 if let Err(error) = result {
                     tracing::warn!("orphan {:#x} not removed: {error}", gone.ino);
                 }

@@ -50,6 +50,7 @@ impl OpenRecords {
         let (conn, at) = self
             .session
             .net
+            .storage
             .record(inode.record())
             .map_err(|e| Stop::Errno(crate::session::lease_errno(&e)))?;
         Ok((conn, at.plus(offset)))

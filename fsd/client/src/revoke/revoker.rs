@@ -233,9 +233,9 @@ impl Revocations {
         }
         let all_here = inode
             .try_lock_raw()
-            .is_some_and(|s| s.is_mapped(self.session.net.storage_count()));
+            .is_some_and(|s| s.is_mapped(self.session.net.storage.count()));
         let connected =
-            (0..self.session.net.storage_count()).all(|n| self.session.net.storage_now(n).is_some());
+            (0..self.session.net.storage.count()).all(|n| self.session.net.storage.session_now(n).is_some());
         // Whoever opens or closes the file just now holds `opens`, perhaps waiting for the fabric. Who has it open for writing may have it
         // mapped, through the page cache or not: dropping a page that is dirty there waits for its WRITE, which waits for a lease.
         let writers = inode.opens.try_lock().is_none_or(|o| o.page_writers > 0);
@@ -256,7 +256,7 @@ impl Revocations {
             return true;
         }
         self.session.local_memory()
-            && state.is_mapped(self.session.net.storage_count())
+            && state.is_mapped(self.session.net.storage.count())
             && state.pages.dirty() <= 16
             && state.pages.dirty_pages().all(|(page, _)| {
                 let block = page * PAGE / BLOCK;
@@ -265,7 +265,8 @@ impl Revocations {
                     && self
                         .session
                         .net
-                        .storage_now(self.session.storage_of(inode.ino, block))
+                        .storage
+                        .session_now(self.session.storage_of(inode.ino, block))
                         .is_some()
             })
     }

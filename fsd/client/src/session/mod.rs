@@ -112,7 +112,7 @@ impl Session {
     /// The storage node of a block.
     #[must_use]
     pub fn storage_of(&self, number: u64, block: u64) -> u16 {
-        let n = u64::from(self.net.storage_count());
+        let n = u64::from(self.net.storage.count());
         ((u64::from(ino::shard(number)) + block) % n) as u16
     }
 

@@ -35,7 +35,7 @@ impl Push {
             *update
         };
         let (me, inode) = (Arc::downgrade(self), Arc::clone(inode));
-        self.session.net.meta_async(
+        self.session.net.meta.ask_async(
             ask::meta::Update {
                 updates: vec![update],
             },
@@ -82,7 +82,7 @@ impl Push {
             push.waiting.as_deref().or(push.sent.as_deref()).copied()
         };
         if let Some(update) = update {
-            self.session.net.meta(ask::meta::Update {
+            self.session.net.meta.ask(ask::meta::Update {
                 updates: vec![update],
             })?;
             {
@@ -129,7 +129,7 @@ impl Push {
                 ..AttrUpdate::from(&attr)
             };
             let updates = vec![update];
-            state.unlocked(|| self.session.net.meta(ask::meta::Update { updates }))?;
+            state.unlocked(|| self.session.net.meta.ask(ask::meta::Update { updates }))?;
             state.told(&attr);
         }
         state.from_owner = false;

@@ -163,7 +163,7 @@ impl Writeback {
         if updates.is_empty() {
             return;
         }
-        let answer = self.session.net.meta(ask::meta::Update { updates });
+        let answer = self.session.net.meta.ask(ask::meta::Update { updates });
         for (inode, attr) in told {
             match &answer {
                 Ok(()) => inode.lock_raw().told(&attr),
@@ -222,7 +222,7 @@ impl Writeback {
         });
         let requests: Vec<_> = requests.collect();
         let answers = unlocked_all(states.values_mut().collect(), || {
-            self.session.net.ask_each(requests.clone())
+            self.session.net.storage.ask_each(requests.clone())
         });
         let mut result = Ok(());
         for ((node, request), answer) in requests.iter().zip(answers) {

@@ -2,16 +2,11 @@
 //! longer undo it, and told again to a server that has lost it.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rdma_transport::Connection;
 use rt::sync::Mutex;
 
-use super::Net;
-use fsd_proto::ask;
-use fsd_proto::rpc::RpcError;
-use fsd_proto::wire::{JoinReply, Logged, MetaReply, MetaRequest};
+use fsd_proto::wire::{Logged, MetaRequest};
 
 /// Bytes of transactions told in one message.
 const PART: usize = 48 << 10;
@@ -19,14 +14,14 @@ const PART: usize = 48 << 10;
 /// Transactions by their place in the server's order.
 #[derive(Debug, Default)]
 pub struct Log {
-    entries: Mutex<BTreeMap<u64, MetaRequest>>,
+    pub(super) entries: Mutex<BTreeMap<u64, MetaRequest>>,
     /// Up to here the server has said that its order is durable.
-    durable: AtomicU64,
+    pub(super) durable: AtomicU64,
 }
 
 impl Log {
     /// A transaction has been answered; those up to `durable` need not be kept any more.
-    fn note(&self, order: u64, durable: u64, request: &MetaRequest) {
+    pub(super) fn note(&self, order: u64, durable: u64, request: &MetaRequest) {
         self.heard(durable);
         let mut entries = self.entries.lock();
         if order > durable {
@@ -50,12 +45,12 @@ impl Log {
         self.durable.load(Ordering::Acquire)
     }
 
-    fn get(&self, order: u64) -> Option<MetaRequest> {
+    pub(super) fn get(&self, order: u64) -> Option<MetaRequest> {
         self.entries.lock().get(&order).cloned()
     }
 
     /// All behind a place, in parts that fit into messages.
-    fn parts_after(&self, executed: u64) -> Vec<Vec<Logged>> {
+    pub(super) fn parts_after(&self, executed: u64) -> Vec<Vec<Logged>> {
         let (mut parts, mut bytes) = (vec![Vec::new()], 0);
         for (&order, request) in self.entries.lock().range(executed + 1..) {
             let logged = Logged {
@@ -73,47 +68,6 @@ impl Log {
             }
         }
         parts
-    }
-}
-
-impl Net {
-    /// Takes an answer out of what comes with it, and notes what has to be kept.
-    pub(super) fn taken(&self, request: &MetaRequest, reply: MetaReply) -> MetaReply {
-        let MetaReply::Ordered {
-            order,
-            durable,
-            reply,
-        } = reply
-        else {
-            return reply;
-        };
-        self.log.note(order, durable, request);
-        *reply
-    }
-
-    /// Tells a server that has restarted what it may have lost, and waits until that has been carried out again.
-    pub(super) fn tell_again(&self, conn: &Arc<dyn Connection>, joined: &JoinReply) -> Result<(), RpcError> {
-        let mut parts = self.log.parts_after(joined.executed);
-        if !joined.awaited && parts.iter().all(Vec::is_empty) {
-            return Ok(());
-        }
-        let last = parts.pop().unwrap_or_default();
-        for entries in parts {
-            let request = MetaRequest::Replay { entries, last: false };
-            self.calls.call::<_, MetaReply>(conn, &request, self.timeout())?;
-        }
-        let request = ask::meta::Replay {
-            entries: last,
-            last: true,
-        };
-        // The others have to come, too, or to be given up.
-        let failed = ask::ask_on(&self.calls, conn, request, self.patience())?;
-        for (place, error) in failed {
-            if let (Some(request), Some(owner)) = (self.log.get(place), self.owner()) {
-                owner.transaction_lost(&request, error);
-            }
-        }
-        Ok(())
     }
 }
 

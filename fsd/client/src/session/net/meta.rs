@@ -1,13 +1,16 @@
 //! The connection to the metadata server.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use rdma_transport::Connection;
+use rt::sync::{Mutex, RwLock};
 use rt::time::Instant;
 
-use super::{Net, RETRY};
+use super::clock::Clock;
+use super::log::Log;
+use super::ways::{RETRY, Ways};
 use fsd_proto::ask;
 use fsd_proto::clock::{Skew, Verdict};
 use fsd_proto::rpc::{Errno, RpcError};
@@ -23,13 +26,38 @@ pub trait AskMeta: ask::Request<Message = MetaRequest, Answer = MetaReply> {}
 
 impl<R: ask::Request<Message = MetaRequest, Answer = MetaReply>> AskMeta for R {}
 
-impl Net {
+/// The way to the metadata server.
+pub struct MetaLink {
+    me: Weak<Self>,
+    ways: Arc<Ways>,
+    pub(super) addr: String,
+    pub(super) conn: RwLock<Option<Arc<dyn Connection>>>,
+    connecting: Mutex<()>,
+    pub(super) log: Log,
+    pub(super) clock: Clock,
+    pub(super) joined: OnceLock<JoinReply>,
+}
+
+impl MetaLink {
+    pub(super) fn new(ways: &Arc<Ways>, addr: String) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
+            ways: Arc::clone(ways),
+            addr,
+            conn: RwLock::new(None),
+            connecting: Mutex::new(()),
+            log: Log::default(),
+            clock: Clock::default(),
+            joined: OnceLock::new(),
+        })
+    }
+
     /// Connects to the metadata server, trying until the deadline: it may just be starting again.
-    pub(super) fn connect_meta(&self, deadline: Instant) -> Result<Arc<dyn Connection>, RpcError> {
+    pub(super) fn connect(&self, deadline: Instant) -> Result<Arc<dyn Connection>, RpcError> {
         loop {
-            match self.fabric.connect(&self.meta_addr) {
+            match self.ways.fabric.connect(&self.addr) {
                 Ok(conn) => return Ok(conn),
-                Err(error) => self.pause(deadline, error)?,
+                Err(error) => self.ways.pause(deadline, error)?,
             }
         }
     }
@@ -50,7 +78,7 @@ impl Net {
             // The one that measures first: what happens between the two makes the bounds wider, not wrong.
             let start = Instant::now();
             let sent = Time::now();
-            let theirs = ask::ask_on(&self.calls, conn, ask::meta::Clock {}, self.timeout())?;
+            let theirs = ask::ask_on(&self.ways.calls, conn, ask::meta::Clock {}, self.ways.timeout())?;
             skew = skew.and(Skew::of_exchange(sent, theirs, start.elapsed()));
             if skew.verdict() != Verdict::Unsure || begun.elapsed() > EXCHANGES_FOR {
                 break;
@@ -67,35 +95,35 @@ impl Net {
         again: Option<(u16, u8)>,
         skew: Skew,
     ) -> Result<JoinReply, RpcError> {
-        let locks = self.owner().map(|o| o.held_locks()).unwrap_or_default();
+        let locks = self.ways.owner().map(|o| o.held_locks()).unwrap_or_default();
         let request = ask::meta::Join {
             again,
-            life: self.life,
-            listen: self.fabric.local_addr(),
-            name: self.name.clone(),
+            life: self.ways.life,
+            listen: self.ways.fabric.local_addr(),
+            name: self.ways.name.clone(),
             skew,
             locks,
             durable: self.log.durable(),
         };
-        ask::ask_on(&self.calls, conn, request, self.timeout())
+        ask::ask_on(&self.ways.calls, conn, request, self.ways.timeout())
     }
 
-    pub(super) fn meta_conn(&self, deadline: Instant) -> Result<Arc<dyn Connection>, RpcError> {
-        if let Some(conn) = self.meta.read().as_ref().filter(|c| c.is_alive()) {
+    pub(super) fn connection(&self, deadline: Instant) -> Result<Arc<dyn Connection>, RpcError> {
+        if let Some(conn) = self.conn.read().as_ref().filter(|c| c.is_alive()) {
             return Ok(Arc::clone(conn));
         }
-        let _one = self.meta_connecting.lock();
-        if let Some(conn) = self.meta.read().as_ref().filter(|c| c.is_alive()) {
+        let _one = self.connecting.lock();
+        if let Some(conn) = self.conn.read().as_ref().filter(|c| c.is_alive()) {
             return Ok(Arc::clone(conn));
         }
         let joined = self.joined.get().ok_or(RpcError::Errno(Errno(libc::ENOTCONN)))?;
-        let conn = self.connect_meta(deadline)?;
+        let conn = self.connect(deadline)?;
         // It is let in whatever that says, and had better not be late for that.
         let skew = self.compare_clocks(&conn, 1)?;
         let back = self.join_on(&conn, Some((joined.node, joined.incarnation)), skew)?;
         self.tell_again(&conn, &back)?;
         tracing::info!("connected to the metadata server again");
-        *self.meta.write() = Some(Arc::clone(&conn));
+        *self.conn.write() = Some(Arc::clone(&conn));
         Ok(conn)
     }
 
@@ -103,18 +131,18 @@ impl Net {
     ///
     /// # Errors
     /// Its refusal, or no answer within the time limit.
-    pub fn meta<R: AskMeta>(&self, request: R) -> Result<R::Reply, RpcError> {
-        ask::answer_to::<R>(self.meta_message(&request.message())?)
+    pub fn ask<R: AskMeta>(&self, request: R) -> Result<R::Reply, RpcError> {
+        ask::answer_to::<R>(self.ask_message(&request.message())?)
     }
 
     /// As [`Net::meta`], with what goes over the wire.
-    fn meta_message(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
-        let patience = self.patience();
+    fn ask_message(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
+        let patience = self.ways.patience();
         let deadline = Instant::now() + patience;
         loop {
-            let conn = self.meta_conn(deadline)?;
-            match self.calls.call(&conn, request, patience) {
-                Err(RpcError::Transport(error)) => self.pause(deadline, error)?,
+            let conn = self.connection(deadline)?;
+            match self.ways.calls.call(&conn, request, patience) {
+                Err(RpcError::Transport(error)) => self.ways.pause(deadline, error)?,
                 other => return other.map(|reply| self.taken(request, reply)),
             }
         }
@@ -124,10 +152,10 @@ impl Net {
     ///
     /// # Errors
     /// Its refusal; the mount stops.
-    fn meta_hard(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
+    fn ask_hard(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
         loop {
-            match self.meta_message(request) {
-                Err(error) if error.is_transport() && !self.stopping.load(Ordering::Acquire) => {
+            match self.ask_message(request) {
+                Err(error) if error.is_transport() && !self.ways.stopping.load(Ordering::Acquire) => {
                     tracing::warn!("the metadata server cannot be reached, and is asked again: {error}");
                     rt::thread::sleep(RETRY);
                 }
@@ -138,19 +166,19 @@ impl Net {
 
     /// Sends a request to the metadata server; `done` gets the answer on some thread. A connection that
     /// breaks meanwhile makes it a background request, which waits for the server as long as the mount lives.
-    pub fn meta_async<R: AskMeta>(
+    pub fn ask_async<R: AskMeta>(
         &self,
         request: R,
         done: impl FnOnce(Result<R::Reply, RpcError>) + Send + 'static,
     ) {
         let request = request.message();
         let done = move |result: Result<MetaReply, RpcError>| done(result.and_then(ask::answer_to::<R>));
-        let conn = self.meta.read().as_ref().filter(|c| c.is_alive()).cloned();
-        let (me, workers) = (Weak::clone(&self.me), self.workers.clone());
+        let conn = self.conn.read().as_ref().filter(|c| c.is_alive()).cloned();
+        let (me, workers) = (Weak::clone(&self.me), self.ways.workers.clone());
         let later = move |request: MetaRequest, done: Box<dyn FnOnce(Result<MetaReply, RpcError>) + Send>| {
             workers.run(move || {
                 if let Some(net) = me.upgrade() {
-                    done(net.meta_hard(&request));
+                    done(net.ask_hard(&request));
                 }
             });
         };
@@ -160,7 +188,8 @@ impl Net {
             Some(conn) => {
                 let again = request.clone();
                 let net = Weak::clone(&self.me);
-                self.calls
+                self.ways
+                    .calls
                     .call_async(&conn, &request, move |result| match (result, net.upgrade()) {
                         (Err(RpcError::Transport(_)), _) => later(again, done),
                         (Ok(reply), Some(net)) => done(Ok(net.taken(&again, reply))),
@@ -173,27 +202,99 @@ impl Net {
 
     /// Is there a connection to the metadata server, as far as is known?
     #[must_use]
-    pub fn has_meta(&self) -> bool {
-        self.meta.read().as_ref().is_some_and(|c| c.is_alive())
+    pub fn is_up(&self) -> bool {
+        self.conn.read().as_ref().is_some_and(|c| c.is_alive())
     }
 
     /// A request whose answer may take for ever (waiting for a file lock).
     ///
     /// # Errors
     /// The connection failed at once.
-    pub fn meta_slow<R: AskMeta>(
+    pub fn ask_slow<R: AskMeta>(
         &self,
         request: R,
         done: impl FnOnce(Result<R::Reply, RpcError>) + Send + 'static,
     ) -> Result<(), RpcError> {
-        let conn = self.meta_conn(Instant::now() + self.timeout())?;
-        self.calls.call_async(
+        let conn = self.connection(Instant::now() + self.ways.timeout())?;
+        self.ways.calls.call_async(
             &conn,
             &request.message(),
             move |result: Result<MetaReply, RpcError>| {
                 done(result.and_then(ask::answer_to::<R>));
             },
         );
+        Ok(())
+    }
+
+    /// The time to give a file.
+    #[must_use]
+    pub fn now(&self) -> Time {
+        if self.clock.is_old() && !self.clock.asking.swap(true, Ordering::AcqRel) {
+            self.compare_again();
+        }
+        self.clock.now()
+    }
+
+    /// Asks for the server's time; the answer comes when it comes.
+    fn compare_again(&self) {
+        let me = Weak::clone(&self.me);
+        let (start, sent) = (Instant::now(), Time::now());
+        self.ask_async(ask::meta::Clock {}, move |answer| {
+            let Some(net) = me.upgrade() else { return };
+            let clock = &net.clock;
+            let took = start.elapsed();
+            match answer {
+                // One that was asked for again on another connection says little.
+                Ok(theirs) if took < Duration::from_secs(1) => {
+                    clock.set(Skew::of_exchange(sent, theirs, took));
+                }
+                _ => clock.compared.store(
+                    u64::try_from(clock.began.elapsed().as_millis()).unwrap_or(u64::MAX),
+                    Ordering::Relaxed,
+                ),
+            }
+            clock.asking.store(false, Ordering::Release);
+        });
+    }
+
+    /// Takes an answer out of what comes with it, and notes what has to be kept.
+    pub(super) fn taken(&self, request: &MetaRequest, reply: MetaReply) -> MetaReply {
+        let MetaReply::Ordered {
+            order,
+            durable,
+            reply,
+        } = reply
+        else {
+            return reply;
+        };
+        self.log.note(order, durable, request);
+        *reply
+    }
+
+    /// Tells a server that has restarted what it may have lost, and waits until that has been carried out again.
+    pub(super) fn tell_again(&self, conn: &Arc<dyn Connection>, joined: &JoinReply) -> Result<(), RpcError> {
+        let mut parts = self.log.parts_after(joined.executed);
+        if !joined.awaited && parts.iter().all(Vec::is_empty) {
+            return Ok(());
+        }
+        let last = parts.pop().unwrap_or_default();
+        for entries in parts {
+            let request = MetaRequest::Replay { entries, last: false };
+            self.ways
+                .calls
+                .call::<_, MetaReply>(conn, &request, self.ways.timeout())?;
+        }
+        let request = ask::meta::Replay {
+            entries: last,
+            last: true,
+        };
+        // The others have to come, too, or to be given up.
+        let failed = ask::ask_on(&self.ways.calls, conn, request, self.ways.patience())?;
+        for (place, error) in failed {
+            if let (Some(request), Some(owner)) = (self.log.get(place), self.ways.owner()) {
+                owner.transaction_lost(&request, error);
+            }
+        }
         Ok(())
     }
 }

@@ -1,13 +1,15 @@
 //! The connections to the other mounts.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 use lockmgr::NodeId;
 use rdma_transport::Connection;
+use rt::sync::Mutex;
 
-use super::{Net, RETRY};
+use super::meta::MetaLink;
+use super::ways::{RETRY, Ways};
 use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, RpcError};
 use fsd_proto::wire::{self, FrameKind, MountRequest, PeerState};
@@ -20,7 +22,24 @@ pub(super) struct Peer {
     connecting: bool,
 }
 
-impl Net {
+/// The ways to the other mounts.
+pub struct Peers {
+    me: Weak<Self>,
+    ways: Arc<Ways>,
+    meta: Arc<MetaLink>,
+    pub(super) peers: Mutex<HashMap<NodeId, Peer>>,
+}
+
+impl Peers {
+    pub(super) fn new(ways: &Arc<Ways>, meta: &Arc<MetaLink>) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
+            ways: Arc::clone(ways),
+            meta: Arc::clone(meta),
+            peers: Mutex::default(),
+        })
+    }
+
     /// Sends a lease message to another mount; messages to one mount keep their order.
     pub fn send_lease(&self, to: NodeId, message: &[u8]) {
         let frame = wire::plain(FrameKind::Lease, message);
@@ -36,7 +55,7 @@ impl Net {
         if !peer.connecting {
             peer.connecting = true;
             let me = Weak::clone(&self.me);
-            self.workers.run(move || {
+            self.ways.workers.run(move || {
                 if let Some(net) = me.upgrade() {
                     net.reach(to);
                 }
@@ -45,7 +64,7 @@ impl Net {
     }
 
     /// Asks another mount; `done` gets the answer on some thread. None, and `done` is not called, without a connection.
-    pub fn ask_peer<R>(
+    pub fn ask<R>(
         &self,
         to: NodeId,
         request: R,
@@ -57,7 +76,7 @@ impl Net {
         let peers = self.peers.lock();
         let conn = peers.get(&to)?.conn.as_ref().filter(|c| c.is_alive()).cloned()?;
         drop(peers);
-        self.calls.call_async(
+        self.ways.calls.call_async(
             &conn,
             &request.message(),
             move |result: Result<R::Answer, RpcError>| {
@@ -85,7 +104,7 @@ impl Net {
                         peer.conn = Some(conn);
                         peer.connecting = false;
                         drop(peers);
-                        if let Some(owner) = self.owner() {
+                        if let Some(owner) = self.ways.owner() {
                             owner.peer_back(to);
                         }
                         return;
@@ -93,10 +112,10 @@ impl Net {
                 }
                 Err((error, final_)) => {
                     drop(peers);
-                    if let Some(owner) = self.owner() {
+                    if let Some(owner) = self.ways.owner() {
                         owner.peer_gone(to);
                     }
-                    if final_ || self.stopping.load(Ordering::Acquire) {
+                    if final_ || self.ways.stopping.load(Ordering::Acquire) {
                         tracing::warn!("mount {} cannot be reached: {error}", to.0);
                         if let Some(peer) = self.peers.lock().get_mut(&to) {
                             peer.queue.clear();
@@ -111,9 +130,10 @@ impl Net {
     }
 
     fn connect_peer(&self, to: NodeId) -> Result<Arc<dyn Connection>, (RpcError, bool)> {
-        match self.meta(ask::meta::Peer { node: to.0 }) {
+        match self.meta.ask(ask::meta::Peer { node: to.0 }) {
             Ok((_, PeerState::Dead)) => Err((RpcError::Errno(Errno(libc::EHOSTDOWN)), true)),
             Ok((listen, _)) => self
+                .ways
                 .fabric
                 .connect(&listen)
                 .map_err(|error| (error.into(), false)),

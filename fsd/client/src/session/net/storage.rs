@@ -9,13 +9,12 @@ use rdma_transport::{Connection, RegionKey, RemoteAddr, TransportError};
 use rt::sync::{Mutex, RwLock};
 use rt::time::Instant;
 
-use super::Net;
-use fsd_proto::ask;
-use fsd_proto::ino;
+use super::meta::MetaLink;
+use super::ways::Ways;
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::stores::older_store;
-use fsd_proto::stores::other_store;
+use fsd_proto::stores::{older_store, other_store};
 use fsd_proto::wire::{Attached, StorageInfo, StorageReply, StorageRequest};
+use fsd_proto::{ask, ino};
 
 /// A connection to a storage node, with the keys of its regions.
 pub struct StorageSession {
@@ -91,9 +90,26 @@ impl StorageLink {
     }
 }
 
-impl Net {
+/// The ways to the storage nodes.
+pub struct StorageLinks {
+    ways: Arc<Ways>,
+    meta: Arc<MetaLink>,
+    pub(super) links: OnceLock<Vec<StorageLink>>,
+    pub(super) record_bytes: AtomicU64,
+}
+
+impl StorageLinks {
+    pub(super) fn new(ways: &Arc<Ways>, meta: &Arc<MetaLink>) -> Self {
+        Self {
+            ways: Arc::clone(ways),
+            meta: Arc::clone(meta),
+            links: OnceLock::new(),
+            record_bytes: AtomicU64::new(64),
+        }
+    }
+
     fn link(&self, id: u16) -> Result<&StorageLink, RpcError> {
-        self.storage
+        self.links
             .get()
             .and_then(|links| links.iter().find(|l| l.id == id))
             .ok_or(RpcError::Errno(Errno(libc::ENOTCONN)))
@@ -101,13 +117,13 @@ impl Net {
 
     /// Number of storage nodes.
     #[must_use]
-    pub fn storage_count(&self) -> u16 {
-        self.storage.get().map_or(1, |links| links.len() as u16)
+    pub fn count(&self) -> u16 {
+        self.links.get().map_or(1, |links| links.len() as u16)
     }
 
     /// The session with a storage node, if it is up.
     #[must_use]
-    pub fn storage_now(&self, id: u16) -> Option<Arc<StorageSession>> {
+    pub fn session_now(&self, id: u16) -> Option<Arc<StorageSession>> {
         let link = self.link(id).ok()?;
         link.session
             .read()
@@ -120,43 +136,48 @@ impl Net {
     ///
     /// # Errors
     /// It cannot be reached within the time limit.
-    pub fn storage(&self, id: u16) -> Result<Arc<StorageSession>, RpcError> {
-        if let Some(session) = self.storage_now(id) {
+    pub fn session(&self, id: u16) -> Result<Arc<StorageSession>, RpcError> {
+        if let Some(session) = self.session_now(id) {
             return Ok(session);
         }
         let link = self.link(id)?;
         let _one = link.connecting.lock();
-        if let Some(session) = self.storage_now(id) {
+        if let Some(session) = self.session_now(id) {
             return Ok(session);
         }
-        let deadline = Instant::now() + self.timeout();
+        let deadline = Instant::now() + self.ways.timeout();
         let again = link.session.read().is_some();
         loop {
             match self.attach(link) {
                 Ok(session) => {
                     let session = Arc::new(session);
                     let before = link.session.write().replace(Arc::clone(&session));
-                    if let (Some(before), Some(owner)) = (before, self.owner())
+                    if let (Some(before), Some(owner)) = (before, self.ways.owner())
                         && before.attached.table != session.attached.table
                     {
                         owner.leases_lost(id);
                         return Err(RpcError::Errno(Errno(libc::EIO)));
                     }
-                    if again && let Some(owner) = self.owner() {
+                    if again && let Some(owner) = self.ways.owner() {
                         tracing::info!("connected to storage node {id} again");
                         owner.storage_back(id);
                     }
                     return Ok(session);
                 }
-                Err(RpcError::Transport(error)) => self.pause(deadline, error)?,
+                Err(RpcError::Transport(error)) => self.ways.pause(deadline, error)?,
                 Err(error) => return Err(error),
             }
         }
     }
 
     fn attach(&self, link: &StorageLink) -> Result<StorageSession, RpcError> {
-        let conn = self.fabric.connect(&link.addr)?;
-        let attached = ask::ask_on(&self.calls, &conn, ask::storage::Attach {}, self.timeout())?;
+        let conn = self.ways.fabric.connect(&link.addr)?;
+        let attached = ask::ask_on(
+            &self.ways.calls,
+            &conn,
+            ask::storage::Attach {},
+            self.ways.timeout(),
+        )?;
         let expected = link.store.get_or_init(|| attached.store.clone());
         if *expected != attached.store {
             return Err(link.refuse(&conn, other_store(link.id, &link.addr, &attached.store, expected)));
@@ -188,10 +209,10 @@ impl Net {
     /// A storage node that comes back may do so with an older copy of its store: the metadata server knows better than this
     /// mount how new it must be.
     fn refresh_generation(&self, link: &StorageLink) {
-        if link.session.read().is_none() || !self.has_meta() {
+        if link.session.read().is_none() || !self.meta.is_up() {
             return;
         }
-        if let Ok((storage, _)) = self.meta(ask::meta::Cluster {})
+        if let Ok((storage, _)) = self.meta.ask(ask::meta::Cluster {})
             && let Some(info) = storage.iter().find(|info| info.id == link.id)
         {
             link.generation.fetch_max(info.generation, Ordering::AcqRel);
@@ -200,7 +221,7 @@ impl Net {
 
     fn load_segment(&self, session: &StorageSession, segment: u32) -> Result<(), RpcError> {
         let request = ask::storage::LeaseSegment { segment };
-        let key = ask::ask_on(&self.calls, &session.conn, request, self.timeout())?;
+        let key = ask::ask_on(&self.ways.calls, &session.conn, request, self.ways.timeout())?;
         session.segments.write().insert(segment, RegionKey(key));
         Ok(())
     }
@@ -209,16 +230,16 @@ impl Net {
     ///
     /// # Errors
     /// Its refusal, or no answer within the time limit.
-    pub fn ask_storage<R>(&self, id: u16, request: R) -> Result<R::Reply, RpcError>
+    pub fn ask<R>(&self, id: u16, request: R) -> Result<R::Reply, RpcError>
     where
         R: ask::Request<Message = StorageRequest, Answer = StorageReply>,
     {
         let request = request.message();
-        let deadline = Instant::now() + self.timeout();
+        let deadline = Instant::now() + self.ways.timeout();
         loop {
-            let session = self.storage(id)?;
-            match self.calls.call(&session.conn, &request, self.timeout()) {
-                Err(RpcError::Transport(error)) => self.pause(deadline, error)?,
+            let session = self.session(id)?;
+            match self.ways.calls.call(&session.conn, &request, self.ways.timeout()) {
+                Err(RpcError::Transport(error)) => self.ways.pause(deadline, error)?,
                 other => return ask::answer_to::<R>(other?),
             }
         }
@@ -232,18 +253,18 @@ impl Net {
         let begun: Vec<_> = requests
             .into_iter()
             .map(|(id, request)| {
-                let session = self.storage_now(id);
+                let session = self.session_now(id);
                 let pending =
-                    session.and_then(|s| self.calls.begin(&s.conn, &request.clone().message()).ok());
+                    session.and_then(|s| self.ways.calls.begin(&s.conn, &request.clone().message()).ok());
                 (id, request, pending)
             })
             .collect();
         begun
             .into_iter()
             .map(
-                |(id, request, pending)| match pending.map(|p| p.wait(self.timeout())) {
+                |(id, request, pending)| match pending.map(|p| p.wait(self.ways.timeout())) {
                     // There was no connection, or it has broken.
-                    None | Some(Err(RpcError::Transport(_))) => self.ask_storage(id, request),
+                    None | Some(Err(RpcError::Transport(_))) => self.ask(id, request),
                     Some(answer) => ask::answer_to::<R>(answer?),
                 },
             )
@@ -263,7 +284,7 @@ impl Net {
     /// Is the place of a lease record known?
     #[must_use]
     pub fn knows_record(&self, record: RecordId) -> bool {
-        self.storage_now(ino::record_shard(record))
+        self.session_now(ino::record_shard(record))
             .is_some_and(|s| self.place(&s, record).is_some())
     }
 
@@ -272,15 +293,15 @@ impl Net {
     /// # Errors
     /// Its storage node cannot be reached or refuses.
     pub fn find_record(&self, record: RecordId) -> Result<(), RpcError> {
-        let deadline = Instant::now() + self.timeout();
+        let deadline = Instant::now() + self.ways.timeout();
         loop {
-            let session = self.storage(ino::record_shard(record))?;
+            let session = self.session(ino::record_shard(record))?;
             if self.place(&session, record).is_some() {
                 return Ok(());
             }
             let segment = (ino::record_index(record) / u64::from(session.attached.segment_records)) as u32;
             match self.load_segment(&session, segment) {
-                Err(RpcError::Transport(error)) => self.pause(deadline, error)?,
+                Err(RpcError::Transport(error)) => self.ways.pause(deadline, error)?,
                 Err(error) => return Err(error),
                 Ok(()) => {}
             }
@@ -300,7 +321,7 @@ impl Net {
         if self.link(shard).is_err() {
             return Err(LeaseError::NoSuchRecord { record });
         }
-        let session = self.storage_now(shard).ok_or_else(lost)?;
+        let session = self.session_now(shard).ok_or_else(lost)?;
         let addr = self.place(&session, record).ok_or_else(lost)?;
         Ok((Arc::clone(&session.conn), addr))
     }

@@ -1,0 +1,155 @@
+//! What all connections of a mount have in common: the endpoint, how long is waited, who is told.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
+
+use lockmgr::NodeId;
+use rdma_transport::{Buffer, Fabric, TransportError};
+use rt::time::Instant;
+
+use crate::session::workers::Workers;
+use fsd_node::endpoint::Endpoint;
+use fsd_proto::rpc::{Calls, Errno, RpcError};
+use fsd_proto::wire::{Hello, LockSpec, MetaRequest, Role};
+
+/// Pause between attempts to reach a server again.
+pub(super) const RETRY: Duration = Duration::from_millis(50);
+/// Longest wait for an answer of a mount that leaves with nothing left to lose.
+const HURRY: Duration = Duration::from_secs(1);
+/// How much longer than for an answer a mount waits for those of a former life to come back or be given up.
+pub(super) const JOIN_GRACE: Duration = Duration::from_secs(15);
+
+/// What the connections need to know of the mount.
+pub trait Owner: Send + Sync {
+    /// File locks held, to be told to a metadata server that has restarted.
+    fn held_locks(&self) -> Vec<LockSpec>;
+    /// The connection to a storage node broke.
+    fn storage_lost(&self, shard: u16);
+    /// A metadata server that has lost a transaction, which it had answered, cannot carry it out again.
+    fn transaction_lost(&self, request: &MetaRequest, error: Errno);
+    /// There is a new connection to a storage node.
+    fn storage_back(&self, shard: u16);
+    /// A storage node came back without its leases: ours on it are worth nothing.
+    fn leases_lost(&self, shard: u16);
+    /// Another mount cannot be reached.
+    fn peer_gone(&self, node: NodeId);
+    /// Another mount can be reached (again).
+    fn peer_back(&self, node: NodeId);
+}
+
+/// What [`Net::new`](super::Net::new) needs.
+pub struct NetConfig {
+    /// Cluster name.
+    pub cluster: String,
+    /// Address of the metadata server.
+    pub meta_addr: String,
+    /// Longest wait for an answer.
+    pub timeout: Duration,
+    /// Host and mount point.
+    pub name: String,
+}
+
+/// An endpoint, and how it is used.
+pub struct Ways {
+    pub(super) calls: Arc<Calls>,
+    pub(super) fabric: Arc<dyn Fabric>,
+    pub(super) cluster: String,
+    pub(super) name: String,
+    timeout: Duration,
+    /// Nobody is waited for who is not there.
+    hurried: AtomicBool,
+    pub(super) life: u64,
+    pub(super) workers: Workers,
+    owner: OnceLock<Weak<dyn Owner>>,
+    pub(super) stopping: AtomicBool,
+}
+
+impl Ways {
+    pub(super) fn new(config: NetConfig, endpoint: &Endpoint, workers: Workers) -> Self {
+        Self {
+            calls: Arc::clone(&endpoint.calls),
+            fabric: Arc::clone(&endpoint.fabric),
+            cluster: config.cluster,
+            name: config.name,
+            timeout: config.timeout,
+            hurried: AtomicBool::new(false),
+            life: endpoint.life,
+            workers,
+            owner: OnceLock::new(),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    /// Who is told of lost and regained connections.
+    pub fn set_owner(&self, owner: Weak<dyn Owner>) {
+        let _ = self.owner.set(owner);
+    }
+
+    pub(super) fn owner(&self) -> Option<Arc<dyn Owner>> {
+        self.owner.get().and_then(Weak::upgrade)
+    }
+
+    /// Messages and one-sided operations so far.
+    #[must_use]
+    pub fn messages(&self) -> u64 {
+        let stats = self.fabric.stats();
+        stats.messages_sent + stats.ops
+    }
+
+    pub(super) fn hello(&self, node: Option<u16>) -> Hello {
+        Hello::new(&self.cluster, Role::Client(node), self.life)
+    }
+
+    /// Waits a little before another attempt, if the error may pass and there is time.
+    pub(super) fn pause(&self, deadline: Instant, error: TransportError) -> Result<(), RpcError> {
+        let passing = match &error {
+            TransportError::Unreachable { .. }
+            | TransportError::Disconnected { .. }
+            | TransportError::Timeout { .. } => true,
+            TransportError::Refused { reason, .. } => fsd_proto::rpc::is_not_yet(reason),
+            _ => false,
+        };
+        if !passing || Instant::now() + RETRY > deadline || self.stopping.load(Ordering::Acquire) {
+            return Err(error.into());
+        }
+        rt::thread::sleep(RETRY);
+        Ok(())
+    }
+
+    /// Memory that the fabric reads and writes in place.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn buffer(&self, len: usize) -> Result<Buffer, TransportError> {
+        self.fabric.buffer(len)
+    }
+
+    /// Longest wait for an answer.
+    pub fn timeout(&self) -> Duration {
+        if self.hurried.load(Ordering::Acquire) {
+            HURRY.min(self.timeout)
+        } else {
+            self.timeout
+        }
+    }
+
+    /// Longest wait for the metadata server: one that has restarted may wait for other mounts before it answers.
+    pub(super) fn patience(&self) -> Duration {
+        if self.hurried.load(Ordering::Acquire) {
+            self.timeout()
+        } else {
+            self.timeout + JOIN_GRACE
+        }
+    }
+
+    /// The mount leaves and has nothing left to lose.
+    pub fn hurry(&self) {
+        self.hurried.store(true, Ordering::Release);
+    }
+
+    /// No more attempts to reach anybody again.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+    }
+}
