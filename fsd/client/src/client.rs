@@ -1,7 +1,7 @@
 //! All rooms of a mount.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use lockmgr::Mode;
@@ -13,6 +13,7 @@ use crate::data::Data;
 use crate::files::FileOperations;
 use crate::files::atime::AccessTimes;
 use crate::kernel::Kernel;
+use crate::kernel::extension::Extension;
 use crate::namespace::Namespace;
 use crate::opens::Opens;
 use crate::revoke::Revoke;
@@ -42,8 +43,8 @@ pub struct Client {
     pub files: FileOperations,
     /// Giving up and forgetting.
     pub revoke: Revoke,
-    /// Calls of the kernel extension.
-    pub calls: Calls,
+    /// Calls of the kernel extension, where it is attached.
+    pub calls: OnceLock<Calls>,
 }
 
 impl Client {
@@ -65,7 +66,6 @@ impl Client {
         let files = FileOperations::new(base, &kernel, &data, &opens, &namespace, &storing, access_times);
         let trim = Trim::new(settings.max_inodes);
         let revoke = Revoke::new(base, &kernel, &data, &opens, &storing, trim);
-        let calls = Calls::new(base, &kernel, &data, &namespace);
         Self {
             session: Arc::clone(&base.session),
             cache: Arc::clone(&base.cache),
@@ -76,8 +76,19 @@ impl Client {
             storing,
             files,
             revoke,
-            calls,
+            calls: OnceLock::new(),
         }
+    }
+
+    /// The kernel extension is attached; before anybody uses the mount.
+    pub fn attach(&self, ext: &Arc<Extension>) {
+        let base = Base {
+            session: Arc::clone(&self.session),
+            cache: Arc::clone(&self.cache),
+        };
+        let kernel = self.kernel.attach(&base, ext);
+        let calls = Calls::new(&base, &kernel, &self.data, &self.namespace);
+        let _ = self.calls.set(calls);
     }
 
     /// What `fsd status` shows.
@@ -107,15 +118,7 @@ impl Client {
             repeats: self.session.counters.repeats.load(Ordering::Relaxed),
             sent: self.session.counters.sent.load(Ordering::Relaxed),
             visits: self.session.counters.visits.load(Ordering::Relaxed),
-            kernel: self
-                .kernel
-                .delegations
-                .extension
-                .get()
-                .map_or_else(Vec::new, |ext| {
-                    let counters = ext.counters();
-                    counters.iter().map(|(name, n)| (name.to_owned(), n)).collect()
-                }),
+            kernel: self.kernel.front.counters(),
             troubles: self.session.net.unreachable(),
         }
     }

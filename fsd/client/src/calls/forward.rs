@@ -195,9 +195,7 @@ impl Forward {
 
     /// Another mount wants something done under the lease that it thinks is here. Called on a thread that must not wait.
     pub fn receive(self: &Arc<Self>, from: u16, ino: u64, offset: u64, act: Act, responder: Responder) {
-        let Some(ext) = self.delegations.extension.get() else {
-            return responder.reply(&Ok(Visited::Take));
-        };
+        let ext = &self.delegations.ext;
         // Writing has to wait for the storage nodes, and must not begin twice.
         if matches!(act, Act::Read(_))
             && let Ok(done) = self.visit(&Ctx::on_loop(&ext.nobody_waits), ext, from, ino, offset, &act)

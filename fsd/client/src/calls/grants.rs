@@ -46,19 +46,19 @@ impl Grants {
             Ok(()) => ext.wake(ino, None),
             Err(stop) => ext.wake(ino, Some(stop.errno().0)),
         };
-        match self.lend_now(&Ctx::on_loop(&ext.nobody_waits), ext, &inode, mode) {
+        match self.lend_now(&Ctx::on_loop(&ext.nobody_waits), &inode, mode) {
             Err(Stop::Park) => {
                 let (me, ext) = (Arc::clone(self), Arc::clone(ext));
                 self.session
                     .threads
                     .workers
-                    .run(move || finish(&ext, me.lend_now(&Ctx::on_worker(), &ext, &inode, mode)));
+                    .run(move || finish(&ext, me.lend_now(&Ctx::on_worker(), &inode, mode)));
             }
             result => finish(ext, result),
         }
     }
 
-    fn lend_now(&self, ctx: &Ctx<'_>, ext: &Extension, inode: &Arc<Inode>, mode: Mode) -> Res<()> {
+    fn lend_now(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, mode: Mode) -> Res<()> {
         loop {
             let lending = {
                 let guard = self.cache.lease(ctx, inode, mode)?;
@@ -74,8 +74,7 @@ impl Grants {
                     self.reservations.promise_first_page(inode, &mut state);
                 }
                 let about = (&attr, range_of(&state));
-                self.delegations
-                    .lend(ext, inode, mode, guard.version(), about, true)?
+                self.delegations.lend(inode, mode, guard.version(), about, true)?
             };
             match lending {
                 Lending::Done { .. } => return Ok(()),
@@ -86,14 +85,12 @@ impl Grants {
                 Lending::Full { victim } => {
                     let victim = self.cache.inode(victim);
                     // Where that takes nothing but a word, the task need not wait for another thread.
-                    if !self.space.bank.is_lent(victim.ino)
-                        && self.recalls.take_back_at_once(ext, &victim, None)
-                    {
+                    if !self.space.bank.is_lent(victim.ino) && self.recalls.take_back_at_once(&victim, None) {
                         victim.lent.again();
                         continue;
                     }
                     ctx.may_wait()?;
-                    self.space_calls.take_space_back(ext, &victim, None);
+                    self.space_calls.take_space_back(&victim, None);
                 }
             }
         }

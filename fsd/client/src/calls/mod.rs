@@ -11,7 +11,7 @@ use rt::sync::Mutex;
 
 use crate::cache::Base;
 use crate::data::Data;
-use crate::kernel::Kernel;
+use crate::kernel::extended::Extended;
 use crate::namespace::Namespace;
 use forward::{Away, Forward};
 use grants::Grants;
@@ -33,7 +33,12 @@ pub struct Calls {
 impl Calls {
     /// The room.
     #[must_use]
-    pub fn new(Base { session, cache }: &Base, kernel: &Kernel, data: &Data, namespace: &Namespace) -> Self {
+    pub fn new(
+        Base { session, cache }: &Base,
+        kernel: &Extended,
+        data: &Data,
+        namespace: &Namespace,
+    ) -> Self {
         let space_calls = Arc::new(SpaceCalls {
             recalling: Mutex::default(),
             session: Arc::clone(session),

@@ -48,7 +48,7 @@ impl SpaceCalls {
                     let mut result = me
                         .space
                         .with_frees(&ctx, lacks, || me.space_now(&ctx, &ext, &call));
-                    if result == fail(libc::ENOSPC) && me.recall_space(&ext, Some(call.ino)) {
+                    if result == fail(libc::ENOSPC) && me.recall_space(Some(call.ino)) {
                         result = me.space_now(&ctx, &ext, &call);
                     }
                     ext.answer(&call, super::here::answer_of(result));
@@ -71,14 +71,10 @@ impl SpaceCalls {
                     self.reservations
                         .promise(ctx, &inode, &mut state, call.offset, u64::from(call.len))?;
                 let range = range_at(&state, call.offset);
-                match self.delegations.lend(
-                    ext,
-                    &inode,
-                    Mode::Exclusive,
-                    guard.version(),
-                    (&attr, range),
-                    true,
-                )? {
+                match self
+                    .delegations
+                    .lend(&inode, Mode::Exclusive, guard.version(), (&attr, range), true)?
+                {
                     Lending::Done { wake } => {
                         if wake {
                             ext.wake(call.ino, None);
@@ -98,7 +94,7 @@ impl SpaceCalls {
 
     /// Takes back what is promised to the kernel, and with it the exclusive leases lent for it; of all inodes but one.
     /// False: there was nothing. The caller may hold nothing that a request of the kernel could wait for.
-    fn recall_space(&self, ext: &Extension, but: Option<u64>) -> bool {
+    fn recall_space(&self, but: Option<u64>) -> bool {
         let _one = self.recalling.lock();
         let mut any = false;
         for ino in self.space.bank.all_lent() {
@@ -110,14 +106,14 @@ impl SpaceCalls {
                 self.space.bank.unlend(ino);
                 continue;
             };
-            self.take_space_back(ext, &inode, Some(Mode::Shared));
+            self.take_space_back(&inode, Some(Mode::Shared));
         }
         any
     }
 
     /// Takes back what the kernel was lent of an inode, and what is promised with it. The mount's lease stays.
-    pub(crate) fn take_space_back(&self, ext: &Extension, inode: &Arc<Inode>, to: Option<Mode>) {
-        self.recalls.take_back(ext, inode, to);
+    pub(crate) fn take_space_back(&self, inode: &Arc<Inode>, to: Option<Mode>) {
+        self.recalls.take_back(inode, to);
         self.reservations.release_unused(inode, &mut inode.claim_raw());
         inode.lent.again();
     }
@@ -127,7 +123,7 @@ impl SpaceCalls {
         if self.recalling.is_locked() || self.space.bank.held().iter().all(|(_, bytes)| *bytes == 0) {
             return;
         }
-        let (me, ext) = (Arc::clone(self), Arc::clone(ext));
+        let (me, _ext) = (Arc::clone(self), Arc::clone(ext));
         self.session.threads.workers.run(move || {
             for inode in me
                 .space
@@ -143,7 +139,7 @@ impl SpaceCalls {
                 me.space.return_space();
             }
             if me.holds_too_much() {
-                me.recall_space(&ext, None);
+                me.recall_space(None);
                 me.space.return_space();
             }
         });

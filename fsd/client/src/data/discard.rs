@@ -8,7 +8,7 @@ use crate::cache::pages::PAGE;
 use crate::data::reservations::Reservations;
 use crate::data::stored::{Stored, frames_in};
 use crate::data::writing::{Whole, Writing};
-use crate::kernel::delegations::Delegations;
+use crate::kernel::front::Front;
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res};
 use fsd_proto::ask;
@@ -18,7 +18,7 @@ use fsd_proto::layout::BLOCK;
 pub struct Discards {
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
-    pub(crate) delegations: Arc<Delegations>,
+    pub(crate) front: Arc<Front>,
     pub(crate) stored: Arc<Stored>,
     pub(crate) reservations: Arc<Reservations>,
     pub(crate) writing: Arc<Writing>,
@@ -32,13 +32,11 @@ impl Discards {
     pub fn truncate(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>, size: u64) -> Res<()> {
         self.writing.take_mapped(ctx, inode, state)?;
         let old = self.cache.load_attr(ctx, inode, state)?.size;
-        if self.delegations.extension.get().is_some() {
-            inode.lent.resize();
-        }
+        self.front.size_changes(inode);
         if size < old {
-            self.delegations.space_changes(inode);
+            self.front.space_changes(inode);
             let discarded = self.discard(ctx, inode, state, size, u64::MAX, Whole::Free);
-            self.delegations.space_settled(inode, state);
+            self.front.space_settled(inode, state);
             discarded?;
         }
         if let Some(attr) = state.attr.as_mut() {

@@ -61,7 +61,7 @@ impl Data {
         let reservations = Arc::new(Reservations {
             session: Arc::clone(session),
             cache: Arc::clone(cache),
-            delegations: Arc::clone(&kernel.delegations),
+            front: Arc::clone(&kernel.front),
             space: Arc::clone(&space),
             stored: Arc::clone(&stored),
         });
@@ -80,7 +80,7 @@ impl Data {
         let discards = Arc::new(Discards {
             session: Arc::clone(session),
             cache: Arc::clone(cache),
-            delegations: Arc::clone(&kernel.delegations),
+            front: Arc::clone(&kernel.front),
             stored: Arc::clone(&stored),
             reservations: Arc::clone(&reservations),
             writing: Arc::clone(&writing),

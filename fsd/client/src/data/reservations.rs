@@ -19,11 +19,11 @@ use std::sync::Arc;
 use crate::cache::frames::frame_size;
 use crate::cache::inode::{Inode, Locked, State};
 use crate::cache::pages::PAGE;
-use crate::cache::range::{beyond, covered, promised, range_at, range_of};
+use crate::cache::range::{beyond, covered, promised, range_at};
 use crate::cache::{Cache, MAX_FILE_SIZE};
 use crate::data::space::{CHUNK, Space};
 use crate::data::stored::{Stored, stretches};
-use crate::kernel::delegations::Delegations;
+use crate::kernel::front::Front;
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res, Stop, fail};
 use fsd_proto::layout::BLOCK;
@@ -40,7 +40,7 @@ pub(crate) const SHARE: u64 = 4;
 pub struct Reservations {
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
-    pub(crate) delegations: Arc<Delegations>,
+    pub(crate) front: Arc<Front>,
     pub(crate) space: Arc<Space>,
     pub(crate) stored: Arc<Stored>,
 }
@@ -168,11 +168,11 @@ impl Reservations {
 
     /// A file was opened to be written, under a lease that the kernel may have already.
     pub fn space_for_writer(&self, inode: &Inode) {
-        if self.delegations.lent_exclusively(inode)
+        if self.front.may_write(inode)
             && let Some(mut state) = inode.try_claim_raw()
         {
             self.promise_first_page(inode, &mut state);
-            self.delegations.tell_space(inode, range_of(&state));
+            self.front.space_settled(inode, &state);
         }
     }
 
@@ -191,9 +191,9 @@ impl Reservations {
         if opens.writers > 0 {
             return;
         }
-        self.delegations.space_changes(inode);
+        self.front.space_changes(inode);
         self.release_unused(inode, &mut state);
-        self.delegations.space_settled(inode, &state);
+        self.front.space_settled(inode, &state);
     }
 
     /// Takes promises back that no dirty page of this mount needs.
@@ -222,7 +222,7 @@ impl Reservations {
         let before = state.pages.len();
         state.pages.clear();
         self.cache.count_pages(before, 0);
-        self.delegations.space_changes(inode);
+        self.front.space_changes(inode);
         self.release_reservations(inode, state, 0);
     }
 

@@ -13,7 +13,7 @@ use crate::data::space::Space;
 use crate::data::stored::Stored;
 use crate::data::writing::{Whole, Writing};
 use crate::kernel::caches::KernelCaches;
-use crate::kernel::delegations::Delegations;
+use crate::kernel::front::Front;
 use crate::namespace::xattrs::Xattrs;
 use crate::session::Session;
 use crate::session::caller::Caller;
@@ -24,7 +24,7 @@ pub struct Allocations {
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
     pub(crate) kernel: Arc<KernelCaches>,
-    pub(crate) delegations: Arc<Delegations>,
+    pub(crate) front: Arc<Front>,
     pub(crate) space: Arc<Space>,
     pub(crate) stored: Arc<Stored>,
     pub(crate) writing: Arc<Writing>,
@@ -75,7 +75,7 @@ impl Allocations {
             let mut state = self.stored.claim_to_change(ctx, inode, guard.version())?;
             self.cache.load_attr(ctx, inode, &mut state)?;
             self.writing.take_mapped(ctx, inode, &mut state)?;
-            self.delegations.space_changes(inode);
+            self.front.space_changes(inode);
             let result = if mode & PUNCH != 0 {
                 self.discards
                     .discard(ctx, inode, &mut state, offset, end, Whole::Free)
@@ -83,7 +83,7 @@ impl Allocations {
                 self.allocator
                     .provide(ctx, inode, &mut state, (offset, end), mode & ZERO != 0)
             };
-            self.delegations.space_settled(inode, &state);
+            self.front.space_settled(inode, &state);
             if result.is_ok()
                 && let Some(attr) = state.attr.as_mut()
             {
@@ -96,7 +96,7 @@ impl Allocations {
                 state.touch();
             }
             if let Some(attr) = &state.attr {
-                self.delegations.lent_attr_changed(inode, attr);
+                self.front.attributes_changed(inode, attr);
             }
             result
         };

@@ -11,7 +11,7 @@ use crate::cache::suid::{kill_suid, kill_suid_for};
 use crate::cache::{Cache, MAX_FILE_SIZE};
 use crate::data::discard::Discards;
 use crate::kernel::caches::KernelCaches;
-use crate::kernel::delegations::Delegations;
+use crate::kernel::front::Front;
 use crate::namespace::xattrs::Xattrs;
 use crate::session::Session;
 use crate::session::caller::Caller;
@@ -81,7 +81,7 @@ pub struct Attrs {
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
     pub(crate) kernel: Arc<KernelCaches>,
-    pub(crate) delegations: Arc<Delegations>,
+    pub(crate) front: Arc<Front>,
     pub(crate) discards: Arc<Discards>,
     pub(crate) xattrs: Arc<Xattrs>,
 }
@@ -157,7 +157,7 @@ impl Attrs {
             Self::apply(&mut state, set, self.session.net.meta.now());
             state.touch();
             let attr = state.attr.unwrap_or(before);
-            self.delegations.lent_attr_changed(inode, &attr);
+            self.front.attributes_changed(inode, &attr);
             state.shown(&attr)
         };
         self.cache.note_dirty(inode.ino);

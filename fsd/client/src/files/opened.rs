@@ -16,7 +16,7 @@ use crate::data::stored::Stored;
 use crate::data::writing::Writing;
 use crate::files::atime::Accesses;
 use crate::kernel::caches::KernelCaches;
-use crate::kernel::delegations::Delegations;
+use crate::kernel::front::Front;
 use crate::namespace::xattrs::Xattrs;
 use crate::opens::handles::{Handle, OpenFiles};
 use crate::session::caller::Caller;
@@ -33,7 +33,7 @@ pub struct Files {
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
     pub(crate) kernel: Arc<KernelCaches>,
-    pub(crate) delegations: Arc<Delegations>,
+    pub(crate) front: Arc<Front>,
     pub(crate) stored: Arc<Stored>,
     pub(crate) reads: Arc<Reads>,
     pub(crate) writing: Arc<Writing>,
@@ -87,7 +87,7 @@ impl Files {
             ctx.may_wait()?;
             mapped.drain();
         }
-        if self.delegations.extension.get().is_some() && handle.inode.lent.is_taken_back() {
+        if self.front.is_recalling(&handle.inode) {
             // Perhaps not the application, but the kernel extension on its way to give a lease back. It must not be
             // the only one to be told; an application that closes is told, and nobody after it can be.
             return Ok(handle.inode.errors.peek(&handle.seen)?);
@@ -277,7 +277,7 @@ impl Files {
                 }
                 state.touch();
                 if let Some(attr) = &state.attr {
-                    self.delegations.lent_attr_changed(inode, attr);
+                    self.front.attributes_changed(inode, attr);
                 }
             }
             attr.kind

@@ -19,9 +19,11 @@ pub fn run(client: &Weak<Client>, ext: &Arc<Extension>) {
     loop {
         if looked.elapsed() >= LOOK {
             looked = Instant::now();
-            if let Some(client) = client.upgrade() {
-                client.calls.forward.give_up_calls(ext);
-                client.calls.space_calls.share_space(ext);
+            if let Some(client) = client.upgrade()
+                && let Some(calls) = client.calls.get()
+            {
+                calls.forward.give_up_calls(ext);
+                calls.space_calls.share_space(ext);
             }
         }
         let event = match ext.attachment.next_event(Some(LOOK)) {
@@ -37,12 +39,12 @@ pub fn run(client: &Weak<Client>, ext: &Arc<Extension>) {
             }
         };
         match event {
-            Event::Need { ino, mode } => match client.upgrade() {
-                Some(client) => client.calls.grants.lend_to_waiters(ext, ino, mode),
+            Event::Need { ino, mode } => match client.upgrade().as_ref().and_then(|c| c.calls.get()) {
+                Some(calls) => calls.grants.lend_to_waiters(ext, ino, mode),
                 None => ext.wake(ino, Some(libc::ENOTCONN)),
             },
-            Event::Call(call) => match client.upgrade() {
-                Some(client) => client.calls.forward.answer_call(ext, call),
+            Event::Call(call) => match client.upgrade().as_ref().and_then(|c| c.calls.get()) {
+                Some(calls) => calls.forward.answer_call(ext, call),
                 None => ext.answer(&call, Answer::Failed(libc::ENOTCONN)),
             },
             Event::Drained { .. } => ext.note(None),

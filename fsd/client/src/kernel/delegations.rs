@@ -1,18 +1,17 @@
 //! Lending what the mount holds.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use distfuse_abi::{Error, Grant, Revoked};
 use lockmgr::Mode;
 use rt::time::Instant;
 
-use crate::cache::Cache;
-use crate::cache::inode::{Inode, Locked, State};
+use crate::cache::inode::{Inode, State};
 use crate::cache::range::range_of;
 use crate::kernel::extension::{Extension, attributes};
-use crate::session::ctx::{Ctx, Res, fail};
+use crate::session::ctx::{Res, fail};
 use fsd_proto::wire::{Attr, Kind};
 
 pub(crate) fn to_kernel_mode(mode: Option<Mode>) -> distfuse_abi::Mode {
@@ -43,9 +42,8 @@ pub(crate) enum Lending {
 
 /// What of its leases a mount has delegated to the kernel extension.
 pub struct Delegations {
-    /// The kernel extension, in mode [`CacheMode::Writeback`](fsd_node::config::CacheMode::Writeback).
-    pub extension: OnceLock<Arc<Extension>>,
-    pub(crate) cache: Arc<Cache>,
+    /// The kernel extension.
+    pub ext: Arc<Extension>,
 }
 
 impl Delegations {
@@ -53,13 +51,13 @@ impl Delegations {
     /// can be stored.
     pub(crate) fn lend(
         &self,
-        ext: &Extension,
         inode: &Inode,
         mode: Mode,
         version: u64,
         (attr, space): (&Attr, (u64, u64)),
         asked: bool,
     ) -> Res<Lending> {
+        let ext = &self.ext;
         let mut lent = inode.lent.state.lock();
         if (lent.taking && lent.arranging == 0) || lent.calling > 0 {
             return Ok(Lending::Taking);
@@ -109,9 +107,10 @@ impl Delegations {
     /// Lends what the kernel is about to want, if that costs nothing: `held` of a file whose attributes these are, or a
     /// directory, for the names in it. With the inode locked, so that they are the last ones.
     pub fn lend_ahead(&self, inode: &Inode, held: Mode, version: u64, attr: &Attr, state: &State) {
-        let Some(ext) = self.extension.get().filter(|_| is_lent(attr.kind)) else {
+        let ext = &self.ext;
+        if !is_lent(attr.kind) {
             return;
-        };
+        }
         // Names are changed by requests, under the mount's own lease: the kernel never needs more than to share it.
         let held = if attr.kind == Kind::Directory {
             Mode::Shared
@@ -124,29 +123,22 @@ impl Delegations {
             return self.lent_attr_changed(inode, attr);
         }
         if let Ok(Lending::Done { wake: true }) =
-            self.lend(ext, inode, held, version, (attr, range_of(state)), false)
+            self.lend(inode, held, version, (attr, range_of(state)), false)
             && word.is_some()
         {
             ext.wake(inode.ino, None);
         }
     }
 
-    /// Lends a directory in which a name has been looked up: the next look-up of it the kernel need not send. Under its lease.
-    pub fn lend_names(&self, ctx: &Ctx<'_>, dir: &Inode, version: u64, state: &mut Locked<'_>) {
-        let Some(ext) = self.extension.get() else { return };
-        let word = ext.attachment.table().word(dir.ino);
-        if word.is_some_and(|word| word.mode() >= to_kernel_mode(Some(Mode::Shared))) {
-            return;
-        }
-        // Where that would take a request, some other time.
-        if let Ok(attr) = self.cache.load_attr(ctx, dir, state) {
-            self.lend_ahead(dir, Mode::Shared, version, &attr, state);
-        }
+    /// Would the kernel keep names of a directory in which one has been looked up, if that were lent to it?
+    pub fn wants_names(&self, dir: &Inode) -> bool {
+        let word = self.ext.attachment.table().word(dir.ino);
+        word.is_none_or(|word| word.mode() < to_kernel_mode(Some(Mode::Shared)))
     }
 
     /// What names a directory has is not known: what the kernel knows of them goes. Under the mount's lease.
     pub fn forget_names(&self, dir: &Inode) {
-        let Some(ext) = self.extension.get() else { return };
+        let ext = &self.ext;
         // The next grant is of another version, whatever the record says.
         dir.lent.state.lock().caches = None;
         // Besides whoever may be taking it back, too, and waits for the mount's lease meanwhile. Nobody is inside for long.
@@ -164,9 +156,10 @@ impl Delegations {
     /// The attributes, which have been changed here: the kernel, if it has been lent the inode, gets them with the answer,
     /// and from the entry should it begin anew. With the inode locked.
     pub fn lent_attr_changed(&self, inode: &Inode, attr: &Attr) {
-        if let Some(ext) = self.extension.get().filter(|_| is_lent(attr.kind)) {
+        if is_lent(attr.kind) {
             // What has no entry is not lent.
-            let _ = ext
+            let _ = self
+                .ext
                 .attachment
                 .table()
                 .set_attributes(inode.ino, &attributes(attr));
@@ -174,21 +167,12 @@ impl Delegations {
     }
 
     pub(crate) fn lent_exclusively(&self, inode: &Inode) -> bool {
-        self.extension.get().is_some_and(|ext| {
-            let word = ext.attachment.table().word(inode.ino);
-            word.is_some_and(|word| word.mode() == distfuse_abi::Mode::Exclusive)
-        })
+        let word = self.ext.attachment.table().word(inode.ino);
+        word.is_some_and(|word| word.mode() == distfuse_abi::Mode::Exclusive)
     }
 
     pub(crate) fn tell_space(&self, inode: &Inode, range: (u64, u64)) {
-        if let Some(ext) = self.extension.get() {
-            ext.attachment.table().set_space(inode.ino, range);
-        }
-    }
-
-    /// Before blocks of a file lose their frames, or promises: the kernel is told of none, until [`Client::space_settled`].
-    pub fn space_changes(&self, inode: &Inode) {
-        self.tell_space(inode, (0, 0));
+        self.ext.attachment.table().set_space(inode.ino, range);
     }
 
     /// After blocks of a file have got or lost their frames.

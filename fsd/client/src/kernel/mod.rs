@@ -2,10 +2,16 @@
 
 pub mod caches;
 pub mod delegations;
+pub mod extended;
 pub mod extension;
+pub mod front;
 pub mod recalls;
 
 use std::sync::{Arc, OnceLock};
+
+use extended::Extended;
+use extension::Extension;
+use front::Front;
 
 use crate::cache::Base;
 use caches::KernelCaches;
@@ -17,34 +23,33 @@ use recalls::Recalls;
 pub struct Kernel {
     /// Page and attribute caches of any kernel.
     pub caches: Arc<KernelCaches>,
-    /// What is delegated to the kernel extension.
-    pub delegations: Arc<Delegations>,
-    /// Taking that back.
-    pub recalls: Arc<Recalls>,
+    /// What is done for the extension, if there is one.
+    pub front: Arc<Front>,
 }
 
 impl Kernel {
-    /// The room, with no kernel yet.
+    /// The room, with a stock kernel.
     #[must_use]
-    pub fn new(Base { session, cache }: &Base, mode: CacheMode) -> Self {
+    pub fn new(Base { session, .. }: &Base, mode: CacheMode) -> Self {
         let caches = Arc::new(KernelCaches {
             mode,
             notifier: OnceLock::new(),
             session: Arc::clone(session),
         });
-        let delegations = Arc::new(Delegations {
-            extension: OnceLock::new(),
-            cache: Arc::clone(cache),
-        });
+        let front = Arc::default();
+        Self { caches, front }
+    }
+
+    /// The extension is attached; before anybody uses the mount.
+    pub fn attach(&self, Base { session, cache }: &Base, ext: &Arc<Extension>) -> Arc<Extended> {
+        let delegations = Arc::new(Delegations { ext: Arc::clone(ext) });
         let recalls = Arc::new(Recalls {
             session: Arc::clone(session),
             cache: Arc::clone(cache),
             delegations: Arc::clone(&delegations),
         });
-        Self {
-            caches,
-            delegations,
-            recalls,
-        }
+        let extended = Arc::new(Extended { delegations, recalls });
+        self.front.attach(Arc::clone(&extended) as _);
+        extended
     }
 }

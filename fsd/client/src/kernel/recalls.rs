@@ -65,7 +65,8 @@ pub struct Recalls {
 impl Recalls {
     /// Takes back what the kernel was lent, down to `to`, where that takes neither a system call nor a wait. If so,
     /// nothing is lent until [`super::Lent::again`].
-    pub fn take_back_at_once(&self, ext: &Extension, inode: &Inode, to: Option<Mode>) -> bool {
+    pub fn take_back_at_once(&self, inode: &Inode, to: Option<Mode>) -> bool {
+        let ext = &self.delegations.ext;
         let Some(mut lent) = inode.lent.state.try_lock() else {
             return false;
         };
@@ -92,7 +93,8 @@ impl Recalls {
 
     /// Takes back what the kernel was lent, down to `to`; waits for that. Nothing is lent until
     /// [`super::Lent::again`].
-    pub fn take_back(&self, ext: &Extension, inode: &Arc<Inode>, to: Option<Mode>) {
+    pub fn take_back(&self, inode: &Arc<Inode>, to: Option<Mode>) {
+        let ext = &self.delegations.ext;
         let target = to_kernel_mode(to);
         let (asked, tenure) = {
             let mut lent = inode.lent.state.lock();
@@ -268,20 +270,18 @@ impl Recalls {
     /// The kernel has forgotten an inode: its entry can serve another. If what it wrote is not known to have come, that
     /// is waited for elsewhere: a revocation once begun must be ended, or nobody is ever lent the inode again.
     pub fn forget_lent(self: &Arc<Self>, inode: &Arc<Inode>) {
-        let Some(ext) = self.delegations.extension.get() else {
-            return;
-        };
+        let ext = &self.delegations.ext;
         if ext.attachment.table().word(inode.ino).is_none() {
             return;
         }
-        if self.take_back_at_once(ext, inode, None) {
+        if self.take_back_at_once(inode, None) {
             ext.attachment.table().evict(inode.ino);
             inode.lent.again();
             return;
         }
         let (me, ext, inode) = (Arc::clone(self), Arc::clone(ext), Arc::clone(inode));
         self.session.threads.revokers.run(move || {
-            me.take_back(&ext, &inode, None);
+            me.take_back(&inode, None);
             ext.attachment.table().evict(inode.ino);
             inode.lent.again();
         });

@@ -200,7 +200,7 @@ impl Mount {
                 Duration::from_micros(config.spin_us),
             );
             let ext = Arc::new(ext.inspect_err(|_| mounted.iter().for_each(Mounted::unmount))?);
-            let _ = client.kernel.delegations.extension.set(Arc::clone(&ext));
+            client.attach(&ext);
             let client = Arc::downgrade(&client);
             // Ends with the mount in the kernel, which may be later than this one.
             thread("fsd-kernel", move || events::run(&client, &ext))?;

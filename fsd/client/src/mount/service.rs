@@ -11,7 +11,7 @@ use crate::cache::lazy::Lazy;
 use crate::client::Client;
 use crate::session::net::{Net, Owner};
 use fsd_proto::rpc::{Errno, Responder, Service};
-use fsd_proto::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role};
+use fsd_proto::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role, Visited};
 
 /// Connects the router to the client, which is made later.
 pub(super) struct Front {
@@ -42,7 +42,11 @@ impl Service for Front {
                 }
             }
             (Ok(MountRequest::Visit { ino, offset, act }), Role::Client(Some(node))) => {
-                client.calls.forward.receive(node, ino, offset, act, responder);
+                match client.calls.get() {
+                    Some(calls) => calls.forward.receive(node, ino, offset, act, responder),
+                    // Without the extension nothing is forwarded: the lease is to be taken.
+                    None => responder.reply(&Ok(Visited::Take)),
+                }
             }
             _ => refuse(responder, libc::EPROTO),
         }

@@ -12,7 +12,7 @@ use crate::cache::Cache;
 use crate::cache::dir_cache::Listing;
 use crate::cache::inode::{Inode, Locked};
 use crate::kernel::caches::KernelCaches;
-use crate::kernel::delegations::Delegations;
+use crate::kernel::front::Front;
 use crate::opens::pins::Pinning;
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res, Stop, fail};
@@ -37,7 +37,7 @@ pub struct Directories {
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
     pub(crate) kernel: Arc<KernelCaches>,
-    pub(crate) delegations: Arc<Delegations>,
+    pub(crate) front: Arc<Front>,
     pub(crate) pinning: Arc<Pinning>,
 }
 
@@ -106,7 +106,13 @@ impl Directories {
         let guard = self.cache.lease(ctx, dir, Mode::Shared)?;
         let mut state = dir.lock(ctx, guard.version())?;
         let found = self.entry_held(ctx, dir, &mut state, name)?;
-        self.delegations.lend_names(ctx, dir, guard.version(), &mut state);
+        // Where that would take a request, some other time.
+        if self.front.wants_names(dir)
+            && let Ok(attr) = self.cache.load_attr(ctx, dir, &mut state)
+        {
+            self.front
+                .delegate_ahead(dir, Mode::Shared, guard.version(), &attr, &state);
+        }
         Ok(found)
     }
 
@@ -141,8 +147,8 @@ impl Directories {
                         // Asked for next, when the link may be gone already.
                         self.target_held(ctx, &inode, &mut state)?;
                     }
-                    self.delegations
-                        .lend_ahead(&inode, Mode::Shared, guard.version(), attr, &state);
+                    self.front
+                        .delegate_ahead(&inode, Mode::Shared, guard.version(), attr, &state);
                 }
                 attr
             };

@@ -37,13 +37,13 @@ impl Namespace {
             seqs: Default::default(),
             session: Arc::clone(session),
             kernel: Arc::clone(&kernel.caches),
-            delegations: Arc::clone(&kernel.delegations),
+            front: Arc::clone(&kernel.front),
         });
         let directories = Arc::new(Directories {
             session: Arc::clone(session),
             cache: Arc::clone(cache),
             kernel: Arc::clone(&kernel.caches),
-            delegations: Arc::clone(&kernel.delegations),
+            front: Arc::clone(&kernel.front),
             pinning: Arc::clone(&opens.pinning),
         });
         let names = Arc::new(Names {
@@ -51,7 +51,7 @@ impl Namespace {
             session: Arc::clone(session),
             cache: Arc::clone(cache),
             kernel: Arc::clone(&kernel.caches),
-            delegations: Arc::clone(&kernel.delegations),
+            front: Arc::clone(&kernel.front),
             reservations: Arc::clone(&data.reservations),
             pinning: Arc::clone(&opens.pinning),
             transactions: Arc::clone(&transactions),

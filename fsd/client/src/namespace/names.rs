@@ -13,7 +13,7 @@ use crate::cache::inode::Inode;
 use crate::cache::lazy::Lazy;
 use crate::data::reservations::Reservations;
 use crate::kernel::caches::KernelCaches;
-use crate::kernel::delegations::Delegations;
+use crate::kernel::front::Front;
 use crate::namespace::dirs::{ATTEMPTS, Directories};
 use crate::namespace::transactions::Transactions;
 use crate::opens::pins::Pinning;
@@ -60,7 +60,7 @@ pub struct Names {
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
     pub(crate) kernel: Arc<KernelCaches>,
-    pub(crate) delegations: Arc<Delegations>,
+    pub(crate) front: Arc<Front>,
     pub(crate) reservations: Arc<Reservations>,
     pub(crate) pinning: Arc<Pinning>,
     pub(crate) transactions: Arc<Transactions>,
@@ -189,8 +189,8 @@ impl Names {
             }
             state.xattrs = Some(std::collections::BTreeMap::new());
             state.target = (new.kind == Kind::Symlink).then(|| new.target.clone());
-            self.delegations
-                .lend_ahead(&inode, Mode::Exclusive, own.version(), &attr, &state);
+            self.front
+                .delegate_ahead(&inode, Mode::Exclusive, own.version(), &attr, &state);
         }
         inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
         let done = answer(&inode, &attr);

@@ -8,7 +8,7 @@ use rt::sync::Mutex;
 use crate::cache::inode::Inode;
 use crate::cache::lazy::Lazy;
 use crate::kernel::caches::KernelCaches;
-use crate::kernel::delegations::Delegations;
+use crate::kernel::front::Front;
 use crate::session::ctx::{Ctx, Res};
 use crate::session::{Session, Versions};
 use fsd_proto::ask;
@@ -38,7 +38,7 @@ pub struct Transactions {
     pub seqs: Sequence,
     pub(crate) session: Arc<Session>,
     pub(crate) kernel: Arc<KernelCaches>,
-    pub(crate) delegations: Arc<Delegations>,
+    pub(crate) front: Arc<Front>,
 }
 
 impl Transactions {
@@ -84,7 +84,7 @@ impl Transactions {
                         .or(state.last.as_deref().copied())
                         .is_some_and(|a| a.kind == Kind::Directory)
                     {
-                        self.delegations.forget_names(inode);
+                        self.front.forget_names(inode);
                     }
                 }
                 return Err(error.into());
@@ -99,15 +99,14 @@ impl Transactions {
                 Some(new) => {
                     merge(&mut state.attr, new);
                     if let Some(attr) = &state.attr {
-                        self.delegations.lent_attr_changed(inode, attr);
+                        self.front.attributes_changed(inode, attr);
                     }
                 }
                 None if inode_kept(&created, inode.ino) => {}
                 None => {
                     if let Some(gone) = state.attr.take() {
                         state.last = Some(Box::new(gone));
-                        self.delegations
-                            .lent_attr_changed(inode, &Attr { nlink: 0, ..gone });
+                        self.front.attributes_changed(inode, &Attr { nlink: 0, ..gone });
                     }
                 }
             }

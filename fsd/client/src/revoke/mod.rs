@@ -37,14 +37,13 @@ impl Revoke {
             trim,
             session: Arc::clone(session),
             cache: Arc::clone(cache),
-            recalls: Arc::clone(&kernel.recalls),
+            front: Arc::clone(&kernel.front),
         });
         let revocations = Arc::new(Revocations {
             session: Arc::clone(session),
             cache: Arc::clone(cache),
             kernel: Arc::clone(&kernel.caches),
-            delegations: Arc::clone(&kernel.delegations),
-            recalls: Arc::clone(&kernel.recalls),
+            front: Arc::clone(&kernel.front),
             reservations: Arc::clone(&data.reservations),
             writing: Arc::clone(&data.writing),
             pinning: Arc::clone(&opens.pinning),

@@ -25,8 +25,7 @@ use crate::cache::pages::PAGE;
 use crate::data::reservations::Reservations;
 use crate::data::writing::Writing;
 use crate::kernel::caches::KernelCaches;
-use crate::kernel::delegations::Delegations;
-use crate::kernel::recalls::Recalls;
+use crate::kernel::front::Front;
 use crate::opens::pins::Pinning;
 use crate::session::Session;
 use crate::session::ctx::Ctx;
@@ -114,8 +113,7 @@ pub struct Revocations {
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
     pub(crate) kernel: Arc<KernelCaches>,
-    pub(crate) delegations: Arc<Delegations>,
-    pub(crate) recalls: Arc<Recalls>,
+    pub(crate) front: Arc<Front>,
     pub(crate) reservations: Arc<Reservations>,
     pub(crate) writing: Arc<Writing>,
     pub(crate) pinning: Arc<Pinning>,
@@ -125,15 +123,14 @@ pub struct Revocations {
 impl Revocations {
     /// As [`Client::revoke_at_once`], of an inode that may be lent to the kernel.
     fn revoke_lent_at_once(self: &Arc<Self>, id: RecordId, from: Mode, to: Option<Mode>) -> bool {
-        let (Some(ext), Some(inode)) = (self.delegations.extension.get(), self.cache.inodes.by_record(id))
-        else {
+        let Some(inode) = self.cache.inodes.by_record(id) else {
             return self.revoke_at_once(id, from, to);
         };
-        if !self.recalls.take_back_at_once(ext, &inode, to) {
+        if !self.front.recall_at_once(&inode, to) {
             return false;
         }
         let done = self.revoke_at_once(id, from, to);
-        inode.lent.again();
+        self.front.resume(&inode);
         done
     }
 
@@ -195,7 +192,7 @@ impl Revocations {
     /// How long the kernel is still to be left alone. An invalidation that overtakes an answer makes it
     /// drop the file size in it, and a read through the page cache then ends where the file ended before.
     fn unsettled(&self, inode: &Inode) -> Duration {
-        if self.delegations.extension.get().is_some() || inode.kernel.cached.load(Ordering::SeqCst) == 0 {
+        if self.front.has_leases() || inode.kernel.cached.load(Ordering::SeqCst) == 0 {
             return Duration::ZERO;
         }
         let since = self
@@ -284,9 +281,7 @@ impl Revocations {
             self.close_and_drain(id);
             return self.relinquish(id, Relinquish::default());
         };
-        if let Some(ext) = self.delegations.extension.get() {
-            self.recalls.take_back(ext, &inode, to);
-        }
+        self.front.recall(&inode, to);
         if to.is_none() {
             rt::thread::sleep(self.unsettled(&inode));
             inode.kernel.revoking.store(true, Ordering::SeqCst);
@@ -329,9 +324,7 @@ impl Revocations {
             inode.kernel.revoking.store(false, Ordering::SeqCst);
         }
         self.relinquish_and_push(&inode, how, to);
-        if let Some(lent) = inode.lent.get() {
-            lent.again();
-        }
+        self.front.resume(&inode);
     }
 
     /// Gives the lease down. The metadata server is told of attributes at once if another mount may take the

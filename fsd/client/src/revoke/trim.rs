@@ -8,7 +8,7 @@ use rt::sync::Mutex;
 
 use crate::cache::Cache;
 use crate::cache::inode::Inode;
-use crate::kernel::recalls::Recalls;
+use crate::kernel::front::Front;
 use crate::session::Session;
 use fsd_proto::ino;
 
@@ -58,7 +58,7 @@ pub struct Forgetting {
     pub trim: Trim,
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
-    pub(crate) recalls: Arc<Recalls>,
+    pub(crate) front: Arc<Front>,
 }
 
 impl Forgetting {
@@ -76,7 +76,7 @@ impl Forgetting {
             return;
         }
         self.cache.inodes.forgotten(&inode);
-        self.recalls.forget_lent(&inode);
+        self.front.forgotten(&inode);
         let gone = inode.try_lock_raw().is_some_and(|state| state.gone);
         let many_gone = gone && self.trim.note_gone(number);
         let candidates = self.trim.candidates.fetch_add(1, Ordering::Relaxed) + 1;
