@@ -1,11 +1,12 @@
 //! Giving leases up, and forgetting inodes.
 
+pub mod revocation;
 pub mod revoker;
 pub mod trim;
 
 use std::sync::Arc;
 
-use revoker::Revocations;
+use revocation::Revocations;
 
 use crate::cache::Base;
 use crate::data::Data;
