@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use fsd_client::Client;
 use fsd_client::attrs::SetAttr;
 use fsd_client::caller::Caller;
 use fsd_client::ctx::{Ctx, Res, Stop};
@@ -9,7 +10,6 @@ use fsd_client::inode::Inode;
 use fsd_client::names::New;
 use fsd_client::opens::Handle;
 use fsd_client::write::WriteFlags;
-use fsd_client::Client;
 use fsd_proto::ino::ROOT;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::Kind;

@@ -1,0 +1,325 @@
+//! Tasks of all mounts on the same few files: whatever they see must be what one machine could have shown (linearizability).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use fsd_client::Client;
+use rt::sync::Mutex;
+use system_tests::linear::{Event, check};
+
+use crate::chance::{below, once_in, one_of, wait};
+use crate::content::{CELL, Content};
+use crate::model::{Directory, Op, State};
+use crate::task::{File, Sys, Task};
+
+/// Names that the tasks use: few, so that they meet.
+pub const NAMES: [&str; 3] = ["a", "b", "c"];
+/// Cells at which writes begin: within a page, across pages, across blocks, far out.
+const PLACES: [u64; 8] = [0, 3, 511, 512, 1020, 32_767, 32_768, 70_000];
+/// How long writes are.
+const LENGTHS: [u64; 5] = [1, 2, 8, 600, 5000];
+/// No call may take longer.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// What the tasks of one phase share.
+pub struct Shared {
+    clock: AtomicU64,
+    handles: AtomicU32,
+    stamps: AtomicU64,
+    history: Mutex<Vec<Event<Op>>>,
+    /// What there was when it began.
+    start: State,
+}
+
+/// A task in its phase.
+struct Player<'a> {
+    task: Task,
+    shared: &'a Shared,
+    open: Vec<(u32, File)>,
+    id: u32,
+}
+
+fn cells(bytes: u64) -> u64 {
+    bytes / CELL
+}
+
+impl Shared {
+    /// A phase that begins with these files.
+    #[must_use]
+    pub fn new(files: &[(usize, Content)], first_stamp: u64) -> Arc<Self> {
+        Arc::new(Self {
+            clock: AtomicU64::new(0),
+            handles: AtomicU32::new(1),
+            stamps: AtomicU64::new(first_stamp),
+            history: Mutex::default(),
+            start: State::with(files),
+        })
+    }
+
+    fn tick(&self) -> u64 {
+        self.clock.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The next stamp.
+    #[must_use]
+    pub fn stamp(&self) -> u64 {
+        self.stamps.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Calls so far.
+    #[must_use]
+    pub fn calls(&self) -> usize {
+        self.history.lock().len()
+    }
+
+    /// Plays a task's part.
+    pub fn play(&self, client: &Arc<Client>, id: u32, calls: u32) {
+        let mut player = Player::new(self, client, id);
+        for _ in 0..calls {
+            if once_in(8) {
+                wait(Duration::from_millis(2));
+            }
+            player.call();
+        }
+        while let Some((number, file)) = player.open.pop() {
+            player.close(number, file);
+        }
+    }
+
+    /// Looks at everything, when nobody changes anything, and checks what all have seen. What there is now.
+    pub fn settle(&self, client: &Arc<Client>) -> Vec<(usize, Content)> {
+        let mut player = Player::new(self, client, 99);
+        let mut files = Vec::new();
+        let listed = player.list();
+        for name in listed {
+            player.open(name, false);
+            if let Some((number, file)) = player.open.pop() {
+                let content = player.read(number, &file, 0, 200_000);
+                player.close(number, file);
+                files.push((name, content));
+            }
+        }
+        let history = std::mem::take(&mut *self.history.lock());
+        if let Err(index) = check(&Directory(self.start.clone()), &history) {
+            rt::sim::fail(format!(
+                "no single machine could have shown this; stuck at {:?}\nfrom {:?}\n{}",
+                history.get(index),
+                self.start,
+                tell(&history)
+            ));
+        }
+        files
+    }
+}
+
+/// A history, a line for each call.
+fn tell(history: &[Event<Op>]) -> String {
+    let mut order: Vec<&Event<Op>> = history.iter().collect();
+    order.sort_by_key(|e| e.called);
+    let line = |e: &&Event<Op>| {
+        format!(
+            "  {:>4} - {:>4} {:?}\n",
+            e.called,
+            e.returned.unwrap_or(9999),
+            e.op
+        )
+    };
+    order.iter().map(line).collect()
+}
+
+impl<'a> Player<'a> {
+    fn new(shared: &'a Shared, client: &Arc<Client>, id: u32) -> Self {
+        Self {
+            task: Task::new(client, id),
+            shared,
+            open: Vec::new(),
+            id,
+        }
+    }
+
+    /// Does something and writes down what came of it; what must not be ends the simulation.
+    fn record<T>(
+        &self,
+        call: impl FnOnce(&Task) -> Sys<T>,
+        op: impl FnOnce(&Sys<T>) -> Option<Op>,
+    ) -> Sys<T> {
+        let (called, began) = (self.shared.tick(), rt::sim::elapsed());
+        let result = call(&self.task);
+        let took = rt::sim::elapsed() - began;
+        let returned = Some(self.shared.tick());
+        let op = op(&result);
+        rt::sim::note(&format!(
+            "task {} {called}: {}",
+            self.id,
+            op.as_ref().map_or_else(|| "?".into(), |op| format!("{op:?}"))
+        ));
+        if took > LONGEST {
+            rt::sim::fail(format!("a call took {took:?}: {op:?}"));
+        }
+        match op {
+            Some(op) => self.shared.history.lock().push(Event { op, called, returned }),
+            None => rt::sim::fail(format!("task {}: error {:?}", self.id, result.as_ref().err())),
+        }
+        result
+    }
+
+    fn call(&mut self) {
+        let name = below(NAMES.len() as u64) as usize;
+        if self.open.is_empty() || (self.open.len() < 3 && once_in(4)) {
+            return match below(3) {
+                0 => self.create(name),
+                _ => self.open(name, once_in(6)),
+            };
+        }
+        let slot = below(self.open.len() as u64) as usize;
+        match below(20) {
+            0..=4 => self.write(slot),
+            5..=6 => self.append(slot),
+            7..=11 => {
+                let (number, file) = &self.open[slot];
+                let _ = self.read(*number, file, one_of(&PLACES), one_of(&LENGTHS));
+            }
+            12 => self.truncate(slot),
+            13 => self.fstat(slot),
+            14 => self.stat(name),
+            15 => self.unlink(name),
+            16 => self.rename(name, below(NAMES.len() as u64) as usize),
+            17 => self.fsync(slot),
+            18 => drop(self.list()),
+            _ => {
+                let (number, file) = self.open.swap_remove(slot);
+                self.close(number, file);
+            }
+        }
+    }
+
+    fn handle(&self) -> u32 {
+        self.shared.handles.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn opened(&mut self, number: u32, file: Sys<File>) {
+        if let Ok(file) = file {
+            self.open.push((number, file));
+        }
+    }
+
+    fn create(&mut self, name: usize) {
+        let number = self.handle();
+        let made = self.record(
+            |t| t.create(NAMES[name]),
+            |r| Some(Op::Create(name, r.as_ref().map(|_| number).map_err(|e| *e))),
+        );
+        self.opened(number, made);
+    }
+
+    fn open(&mut self, name: usize, truncates: bool) {
+        let number = self.handle();
+        let flags = libc::O_RDWR | if truncates { libc::O_TRUNC } else { 0 };
+        let called = self.shared.tick();
+        let found = self.record(
+            |t| t.open(NAMES[name], flags),
+            |r| Some(Op::Open(name, r.as_ref().map(|_| number).map_err(|e| *e))),
+        );
+        if truncates && found.is_ok() {
+            // The name is looked up first, and what it named then is cut off.
+            let (op, returned) = (Op::Truncate(number, 0), Some(self.shared.tick()));
+            let cut = Event {
+                op,
+                called,
+                returned,
+            };
+            self.shared.history.lock().push(cut);
+        }
+        self.opened(number, found);
+    }
+
+    fn close(&self, number: u32, file: File) {
+        let _ = self.record(|t| t.close(file), |r| r.is_ok().then_some(Op::Close(number)));
+    }
+
+    fn write(&self, slot: usize) {
+        let (number, file) = &self.open[slot];
+        let (from, n, stamp) = (one_of(&PLACES), one_of(&LENGTHS), self.shared.stamp());
+        let _ = self.record(
+            |t| t.write(file, from * CELL, &Content::bytes(n, stamp), false),
+            |r| (*r == Ok((n * CELL) as u32)).then_some(Op::Write(*number, from, n, stamp)),
+        );
+    }
+
+    fn append(&self, slot: usize) {
+        let (number, file) = &self.open[slot];
+        let (n, stamp) = (one_of(&LENGTHS), self.shared.stamp());
+        let _ = self.record(
+            |t| t.write(file, 0, &Content::bytes(n, stamp), true),
+            |r| (*r == Ok((n * CELL) as u32)).then_some(Op::Append(*number, n, stamp)),
+        );
+    }
+
+    fn read(&self, number: u32, file: &File, from: u64, n: u64) -> Content {
+        let mut content = Content::default();
+        let _ = self.record(
+            |t| t.read(file, from * CELL, (n * CELL) as usize),
+            |r| {
+                content = Content::parse(r.as_ref().ok()?).ok()?;
+                Some(Op::Read(number, from, n, content.clone()))
+            },
+        );
+        content
+    }
+
+    fn truncate(&self, slot: usize) {
+        let (number, file) = &self.open[slot];
+        let to = one_of(&PLACES);
+        let _ = self.record(
+            |t| t.truncate(file, to * CELL),
+            |r| r.is_ok().then_some(Op::Truncate(*number, to)),
+        );
+    }
+
+    fn fstat(&self, slot: usize) {
+        let (number, file) = &self.open[slot];
+        let _ = self.record(
+            |t| t.fstat(file),
+            |r| {
+                r.as_ref()
+                    .ok()
+                    .map(|(size, links)| Op::Fstat(*number, cells(*size), *links))
+            },
+        );
+    }
+
+    fn stat(&self, name: usize) {
+        let _ = self.record(|t| t.stat(NAMES[name]), |r| Some(Op::Stat(name, r.map(cells))));
+    }
+
+    fn unlink(&self, name: usize) {
+        let _ = self.record(|t| t.unlink(NAMES[name]), |r| Some(Op::Unlink(name, *r)));
+    }
+
+    fn rename(&self, from: usize, to: usize) {
+        let _ = self.record(
+            |t| t.rename(NAMES[from], NAMES[to]),
+            |r| Some(Op::Rename(from, to, *r)),
+        );
+    }
+
+    fn fsync(&self, slot: usize) {
+        let (_, file) = &self.open[slot];
+        // It changes nothing that anybody sees.
+        let done = self.task.fsync(file);
+        if let Err(error) = done {
+            rt::sim::fail(format!("task {}: fsync: error {error}", self.id));
+        }
+    }
+
+    fn list(&self) -> Vec<usize> {
+        let mut names = Vec::new();
+        let _ = self.record(Task::names, |r| {
+            let place = |name: &String| NAMES.iter().position(|n| n == name);
+            names = r.as_ref().ok()?.iter().filter_map(place).collect();
+            Some(Op::List(names.clone()))
+        });
+        names
+    }
+}
