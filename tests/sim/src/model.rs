@@ -28,14 +28,16 @@ pub enum Op {
     Truncate(u32, u64),
     /// fstat: size in cells; links.
     Fstat(u32, u64, u32),
-    /// stat: size in cells.
-    Stat(usize, Result<u64, i32>),
+    /// A look at the size through a handle, in cells.
+    Size(u32, u64),
+    /// stat of a name that is none.
+    Stat(usize, i32),
     /// unlink.
     Unlink(usize, Done),
     /// rename.
     Rename(usize, usize, Done),
-    /// readdir.
-    List(Vec<usize>),
+    /// readdir: of one name, whether it was there. Of names that come and go meanwhile, each may be seen or not.
+    Has(usize, bool),
 }
 
 /// The state of all.
@@ -87,7 +89,7 @@ impl State {
                 Some(())
             }
             Op::Open(name, Err(libc::ENOENT))
-            | Op::Stat(name, Err(libc::ENOENT))
+            | Op::Stat(name, libc::ENOENT)
             | Op::Unlink(name, Err(libc::ENOENT))
             | Op::Rename(name, _, Err(libc::ENOENT)) => (!self.names.contains_key(name)).then_some(()),
             Op::Close(handle) => self.handles.remove(handle).map(drop),
@@ -114,10 +116,7 @@ impl State {
                 let size = self.of(*handle)?.len();
                 (size == *cells && u32::from(named) == *links).then_some(())
             }
-            Op::Stat(name, Ok(cells)) => {
-                let file = self.names.get(name)?;
-                (self.files.get(file)?.len() == *cells).then_some(())
-            }
+            Op::Size(handle, cells) => (self.of(*handle)?.len() == *cells).then_some(()),
             Op::Unlink(name, Ok(())) => self.names.remove(name).map(drop),
             Op::Rename(from, to, Ok(())) => {
                 let file = *self.names.get(from)?;
@@ -127,7 +126,7 @@ impl State {
                 }
                 Some(())
             }
-            Op::List(names) => names.iter().eq(self.names.keys()).then_some(()),
+            Op::Has(name, there) => (self.names.contains_key(name) == *there).then_some(()),
             _ => None,
         }
     }

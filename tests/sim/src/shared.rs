@@ -138,30 +138,36 @@ impl<'a> Player<'a> {
         }
     }
 
-    /// Does something and writes down what came of it; what must not be ends the simulation.
-    fn record<T>(
+    /// Does something and writes down what came of it, as what happened at some moments within the call; what must not be ends
+    /// the simulation.
+    fn record_all<T>(
         &self,
         call: impl FnOnce(&Task) -> Sys<T>,
-        op: impl FnOnce(&Sys<T>) -> Option<Op>,
+        ops: impl FnOnce(&Sys<T>) -> Vec<Op>,
     ) -> Sys<T> {
         let (called, began) = (self.shared.tick(), rt::sim::elapsed());
         let result = call(&self.task);
         let took = rt::sim::elapsed() - began;
         let returned = Some(self.shared.tick());
-        let op = op(&result);
-        rt::sim::note(&format!(
-            "task {} {called}: {}",
-            self.id,
-            op.as_ref().map_or_else(|| "?".into(), |op| format!("{op:?}"))
-        ));
+        let ops = ops(&result);
+        rt::sim::note(&format!("task {} {called}: {ops:?}", self.id));
         if took > LONGEST {
-            rt::sim::fail(format!("a call took {took:?}: {op:?}"));
+            rt::sim::fail(format!("task {}: a call took {took:?}: {ops:?}", self.id));
         }
-        match op {
-            Some(op) => self.shared.history.lock().push(Event { op, called, returned }),
-            None => rt::sim::fail(format!("task {}: error {:?}", self.id, result.as_ref().err())),
+        if ops.is_empty() {
+            rt::sim::fail(format!("task {}: error {:?}", self.id, result.as_ref().err()));
         }
+        let events = ops.into_iter().map(|op| Event { op, called, returned });
+        self.shared.history.lock().extend(events);
         result
+    }
+
+    fn record<T>(
+        &self,
+        call: impl FnOnce(&Task) -> Sys<T>,
+        op: impl FnOnce(&Sys<T>) -> Option<Op>,
+    ) -> Sys<T> {
+        self.record_all(call, |result| op(result).into_iter().collect())
     }
 
     fn call(&mut self) {
@@ -216,21 +222,17 @@ impl<'a> Player<'a> {
     fn open(&mut self, name: usize, truncates: bool) {
         let number = self.handle();
         let flags = libc::O_RDWR | if truncates { libc::O_TRUNC } else { 0 };
-        let called = self.shared.tick();
-        let found = self.record(
+        let found = self.record_all(
             |t| t.open(NAMES[name], flags),
-            |r| Some(Op::Open(name, r.as_ref().map(|_| number).map_err(|e| *e))),
+            |r| {
+                let mut ops = vec![Op::Open(name, r.as_ref().map(|_| number).map_err(|e| *e))];
+                if truncates && r.is_ok() {
+                    // The name is looked up first, and what it named then is cut off.
+                    ops.push(Op::Truncate(number, 0));
+                }
+                ops
+            },
         );
-        if truncates && found.is_ok() {
-            // The name is looked up first, and what it named then is cut off.
-            let (op, returned) = (Op::Truncate(number, 0), Some(self.shared.tick()));
-            let cut = Event {
-                op,
-                called,
-                returned,
-            };
-            self.shared.history.lock().push(cut);
-        }
         self.opened(number, found);
     }
 
@@ -290,7 +292,19 @@ impl<'a> Player<'a> {
     }
 
     fn stat(&self, name: usize) {
-        let _ = self.record(|t| t.stat(NAMES[name]), |r| Some(Op::Stat(name, r.map(cells))));
+        let number = self.handle();
+        let _ = self.record_all(
+            |t| t.stat(NAMES[name]),
+            |r| match r {
+                // The name is looked up first, and then the attributes of what it named.
+                Ok(size) => vec![
+                    Op::Open(name, Ok(number)),
+                    Op::Size(number, cells(*size)),
+                    Op::Close(number),
+                ],
+                Err(e) => vec![Op::Stat(name, *e)],
+            },
+        );
     }
 
     fn unlink(&self, name: usize) {
@@ -315,10 +329,11 @@ impl<'a> Player<'a> {
 
     fn list(&self) -> Vec<usize> {
         let mut names = Vec::new();
-        let _ = self.record(Task::names, |r| {
-            let place = |name: &String| NAMES.iter().position(|n| n == name);
-            names = r.as_ref().ok()?.iter().filter_map(place).collect();
-            Some(Op::List(names.clone()))
+        let _ = self.record_all(Task::names, |r| {
+            let Ok(listed) = r else { return Vec::new() };
+            let there = |name: usize| listed.iter().any(|n| n == NAMES[name]);
+            names = (0..NAMES.len()).filter(|name| there(*name)).collect();
+            (0..NAMES.len()).map(|name| Op::Has(name, there(name))).collect()
         });
         names
     }
