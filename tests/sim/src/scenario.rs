@@ -56,13 +56,13 @@ fn play(seed: u64, size: Size, flaws: Flaws) {
         let mut tasks = Vec::new();
         for n in 0..size.tasks {
             for (m, mount) in mounts.iter().enumerate() {
-                let (shared, client) = (Arc::clone(&shared), Arc::clone(&mount.client));
+                let (shared, mounted) = (Arc::clone(&shared), mount.mounted.clone());
                 let id = 100 * (m as u32 + 1) + n;
                 tasks.push(rt::sim::spawn_in(
                     mount.group(),
                     &format!("task{id}"),
                     move || {
-                        shared.play(&client, id, size.calls);
+                        shared.play(&mounted, id, size.calls);
                     },
                 ));
             }
@@ -70,7 +70,7 @@ fn play(seed: u64, size: Size, flaws: Flaws) {
         for task in tasks {
             let _ = task.join();
         }
-        files = shared.settle(&mounts[phase as usize % mounts.len()].client);
+        files = shared.settle(&mounts[phase as usize % mounts.len()].mounted);
     }
     for mount in mounts {
         mount.stop();

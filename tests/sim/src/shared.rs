@@ -4,14 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use fsd_client::Client;
 use rt::sync::Mutex;
 use system_tests::linear::{Event, check};
 
 use crate::chance::{below, once_in, one_of, wait};
 use crate::content::{CELL, Content};
 use crate::model::{Directory, Op, State};
-use crate::task::{File, Sys, Task};
+use crate::task::{File, Mounted, Sys, Task};
 
 /// Names that the tasks use: few, so that they meet.
 pub const NAMES: [&str; 3] = ["a", "b", "c"];
@@ -74,8 +73,8 @@ impl Shared {
     }
 
     /// Plays a task's part.
-    pub fn play(&self, client: &Arc<Client>, id: u32, calls: u32) {
-        let mut player = Player::new(self, client, id);
+    pub fn play(&self, mount: &Mounted, id: u32, calls: u32) {
+        let mut player = Player::new(self, mount, id);
         for _ in 0..calls {
             if once_in(8) {
                 wait(Duration::from_millis(2));
@@ -88,8 +87,8 @@ impl Shared {
     }
 
     /// Looks at everything, when nobody changes anything, and checks what all have seen. What there is now.
-    pub fn settle(&self, client: &Arc<Client>) -> Vec<(usize, Content)> {
-        let mut player = Player::new(self, client, 99);
+    pub fn settle(&self, mount: &Mounted) -> Vec<(usize, Content)> {
+        let mut player = Player::new(self, mount, 99);
         let mut files = Vec::new();
         let listed = player.list();
         for name in listed {
@@ -129,9 +128,9 @@ fn tell(history: &[Event<Op>]) -> String {
 }
 
 impl<'a> Player<'a> {
-    fn new(shared: &'a Shared, client: &Arc<Client>, id: u32) -> Self {
+    fn new(shared: &'a Shared, mount: &Mounted, id: u32) -> Self {
         Self {
-            task: Task::new(client, id),
+            task: Task::new(mount, id),
             shared,
             open: Vec::new(),
             id,

@@ -1,5 +1,6 @@
 //! A task of a mount: what system calls do, on the client's functions, as the FUSE layer and the kernel call them.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fsd_client::Client;
@@ -13,14 +14,40 @@ use fsd_client::write::WriteFlags;
 use fsd_proto::ino::ROOT;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::Kind;
+use rt::sync::{Mutex, RwLock};
 
 /// Result of a system call.
 pub type Sys<T> = Result<T, i32>;
 
+/// The locks of a mount that its kernel takes around requests.
+#[derive(Default)]
+pub struct Kernel {
+    /// The root directory's.
+    dir: RwLock<()>,
+    /// Those of files.
+    files: Mutex<BTreeMap<u64, Arc<Mutex<()>>>>,
+}
+
+impl Kernel {
+    fn file(&self, ino: u64) -> Arc<Mutex<()>> {
+        Arc::clone(self.files.lock().entry(ino).or_default())
+    }
+}
+
 /// A task.
 pub struct Task {
     client: Arc<Client>,
+    kernel: Arc<Kernel>,
     thread: u32,
+}
+
+/// What tasks need of a mount.
+#[derive(Clone)]
+pub struct Mounted {
+    /// What does its work.
+    pub client: Arc<Client>,
+    /// What its kernel keeps.
+    pub kernel: Arc<Kernel>,
 }
 
 /// An open file.
@@ -33,9 +60,10 @@ pub struct File {
 impl Task {
     /// A task of a mount; `thread` is its own.
     #[must_use]
-    pub fn new(client: &Arc<Client>, thread: u32) -> Self {
+    pub fn new(mount: &Mounted, thread: u32) -> Self {
         Self {
-            client: Arc::clone(client),
+            client: Arc::clone(&mount.client),
+            kernel: Arc::clone(&mount.kernel),
             thread,
         }
     }
@@ -87,6 +115,12 @@ impl Task {
         Ok(found)
     }
 
+    /// As part of a path: others may look up at the same time, but change nothing.
+    fn walk(&self, name: &str) -> Sys<(Arc<Inode>, u64)> {
+        let _shared = self.kernel.dir.read();
+        self.lookup(name)
+    }
+
     fn forget(&self, inode: &Inode) {
         self.client.forget(inode.ino, 1);
     }
@@ -106,7 +140,7 @@ impl Task {
     /// As open(2).
     pub fn open(&self, name: &str, flags: i32) -> Sys<File> {
         self.again(|| {
-            let (inode, _) = self.lookup(name)?;
+            let (inode, _) = self.walk(name)?;
             match self.serve(|c, ctx| c.open(ctx, &inode, flags, self.caller())) {
                 Ok((number, _)) => self.file(inode, number),
                 Err(e) => {
@@ -130,6 +164,7 @@ impl Task {
             rdev: 0,
             target: Vec::new(),
         };
+        let _alone = self.kernel.dir.write();
         let (inode, number) = self.serve(|c, ctx| {
             let mut made = None;
             c.create(ctx, &self.root(), name.as_bytes(), &new, |inode, _| {
@@ -172,6 +207,8 @@ impl Task {
             cached: false,
             sync: false,
         };
+        let lock = self.kernel.file(file.inode.ino);
+        let _alone = lock.lock();
         self.serve(|c, ctx| c.write(ctx, &file.inode, offset, data, how))
     }
 
@@ -185,6 +222,8 @@ impl Task {
             caller: self.caller(),
             ..SetAttr::default()
         };
+        let lock = self.kernel.file(file.inode.ino);
+        let _alone = lock.lock();
         self.serve(|c, ctx| c.setattr(ctx, &file.inode, &set, |_, _| ()))
     }
 
@@ -202,7 +241,7 @@ impl Task {
     /// As stat(2).
     pub fn stat(&self, name: &str) -> Sys<u64> {
         self.again(|| {
-            let (inode, size) = self.lookup(name)?;
+            let (inode, size) = self.walk(name)?;
             self.forget(&inode);
             Ok(size)
         })
@@ -213,6 +252,8 @@ impl Task {
     /// # Errors
     /// As fsync(2).
     pub fn fsync(&self, file: &File) -> Sys<()> {
+        let lock = self.kernel.file(file.inode.ino);
+        let _alone = lock.lock();
         self.serve(|c, ctx| c.fsync(ctx, &file.inode, Some(&file.handle.seen)))
     }
 
@@ -230,6 +271,7 @@ impl Task {
     /// As unlink(2).
     pub fn unlink(&self, name: &str) -> Sys<()> {
         self.again(|| {
+            let _alone = self.kernel.dir.write();
             let (inode, _) = self.lookup(name)?;
             let removed =
                 self.serve(|c, ctx| c.remove(ctx, &self.root(), name.as_bytes(), false, self.thread));
@@ -244,6 +286,7 @@ impl Task {
     /// As rename(2).
     pub fn rename(&self, from: &str, to: &str) -> Sys<()> {
         self.again(|| {
+            let _alone = self.kernel.dir.write();
             let (inode, _) = self.lookup(from)?;
             let replaced = self.lookup(to);
             let renamed = self.serve(|c, ctx| {
@@ -269,6 +312,7 @@ impl Task {
     /// # Errors
     /// As readdir(3).
     pub fn names(&self) -> Sys<Vec<String>> {
+        let _shared = self.kernel.dir.read();
         let listing = self.serve(|c, ctx| c.listing(ctx, &self.root()))?;
         let names = listing
             .values()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use fsd_client::{Client, Detached};
+use fsd_client::Detached;
 use fsd_meta::MetaServer;
 use fsd_meta::server::Base as MetaBase;
 use fsd_node::config::{CacheMode, Config};
@@ -18,6 +18,7 @@ use rt::sync::Mutex;
 
 use crate::disk::{Ledger, Platter, SimDisk};
 use crate::flaws::Flaws;
+use crate::task::Mounted;
 
 const KEY: &[u8] = b"a key for simulations only";
 
@@ -70,8 +71,8 @@ pub struct World {
 
 /// A mount.
 pub struct Mount {
-    /// What does its work.
-    pub client: Arc<Client>,
+    /// What tasks need of it.
+    pub mounted: Mounted,
     detached: Detached,
     life: Life,
 }
@@ -235,7 +236,10 @@ impl World {
         });
         let detached = started.join().expect("no panic").expect("the mount joins");
         Mount {
-            client: Arc::clone(detached.client()),
+            mounted: Mounted {
+                client: Arc::clone(detached.client()),
+                kernel: Arc::default(),
+            },
             detached,
             life,
         }

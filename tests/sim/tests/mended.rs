@@ -18,7 +18,7 @@ fn simulate(body: impl FnOnce(&std::sync::Arc<World>) + Send + 'static) {
 fn a_rename_onto_itself_loses_nothing() {
     simulate(|world| {
         let mount = world.mount("a");
-        let task = Task::new(&mount.client, 1);
+        let task = Task::new(&mount.mounted, 1);
         let file = task.create("one").unwrap();
         task.write(&file, 0, b"hello", false).unwrap();
         task.rename("one", "one").unwrap();

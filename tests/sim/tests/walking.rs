@@ -16,7 +16,7 @@ fn one_file_goes_through_everything() {
         let world = World::new(1, 1, Flaws::default());
         world.start();
         let mount = world.mount("a");
-        let task = Task::new(&mount.client, 1);
+        let task = Task::new(&mount.mounted, 1);
         let file = task.create("one").unwrap();
         assert_eq!(task.write(&file, 5, b"hello", false), Ok(5));
         assert_eq!(task.read(&file, 4, 100), Ok(b"\0hello".to_vec()));
