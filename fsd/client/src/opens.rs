@@ -108,6 +108,16 @@ fn through_stock_cache(flags: i32, shared: bool, written: bool, cache_shared: bo
 }
 
 impl Client {
+    /// Waits until the storage node that has an inode's record is there: one that is just being started again is no error yet. Not while
+    /// `opens` is locked, nor on a thread that brings answers from the fabric.
+    fn reach_record(&self, inode: &Inode) -> Res<()> {
+        let record = inode.record();
+        if !self.net.knows_record(record) {
+            self.net.find_record(record)?;
+        }
+        Ok(())
+    }
+
     fn word(
         &self,
         inode: &Inode,
@@ -204,6 +214,7 @@ impl Client {
     /// The storage node cannot be reached.
     pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
         ctx.may_wait()?;
+        self.reach_record(inode)?;
         self.set_flag(inode, FLAG_UNLINKED, true)?;
         let used = self.is_used(inode, thread);
         if used.is_err() {
@@ -265,26 +276,29 @@ impl Client {
 
     /// Others had the file open. The kernel tells a daemon late of the last close: a file that another mount has just written and closed is
     /// not to be taken for open, or it could not be mapped. Looks for a moment, and not at every open of one that stays open.
-    fn look_again(&self, inode: &Inode, enough: &impl Fn(bool, bool) -> bool) -> Res<(bool, bool)> {
+    fn look_again(&self, inode: &Inode, enough: &impl Fn(bool, bool) -> bool) -> (bool, bool) {
         const LOOKS: usize = 5;
         const PAUSE: Duration = Duration::from_micros(200);
         const NOT_BEFORE: Duration = Duration::from_secs(1);
         let mut seen = (true, true);
         let mut opens = inode.opens.lock();
         if opens.looked_again.is_some_and(|at| at.elapsed() < NOT_BEFORE) {
-            return Ok(seen);
+            return seen;
         }
         for _ in 0..LOOKS {
             rt::thread::sleep(PAUSE);
-            let (flags, bitmap) = self.change_record(inode, RecordChange::default())?;
+            // While its storage node is away nobody closes it either.
+            let Ok((flags, bitmap)) = self.change_record(inode, RecordChange::default()) else {
+                break;
+            };
             let written = flags / ONE_WRITER > u64::from(opens.writer_counted);
             seen = (self.opened_elsewhere(&bitmap), written);
             if enough(seen.0, seen.1) {
-                return Ok(seen);
+                return seen;
             }
         }
         opens.looked_again = Some(Instant::now());
-        Ok(seen)
+        seen
     }
 
     /// Makes a handle for an inode whose lease is held. Returns its number and whether the kernel may cache.
@@ -297,6 +311,7 @@ impl Client {
         let writer = is_file && access != libc::O_RDONLY;
         let (mut cached, mut page_writer) = (false, false);
         if is_file {
+            self.reach_record(inode)?;
             let (shared, written) = self.count_open(inode, writer)?;
             cached = match self.mode {
                 // The kernel extension enters the lease for each call, O_DIRECT included.
@@ -306,7 +321,7 @@ impl Client {
                         |shared, written| through_stock_cache(flags, shared, written, self.cache_shared);
                     through(shared, written)
                         || (through(false, false) && {
-                            let (shared, written) = self.look_again(inode, &through)?;
+                            let (shared, written) = self.look_again(inode, &through);
                             through(shared, written)
                         })
                 }
@@ -398,6 +413,9 @@ impl Client {
         let inode = &handle.inode;
         if !self.local_memory() && inode.opens.lock().count == 1 {
             ctx.may_wait()?;
+        }
+        if inode.opens.lock().count == 1 {
+            self.reach_record(inode)?;
         }
         let Some(handle) = self.handles.remove(number) else {
             return Ok(());

@@ -4,6 +4,7 @@
 pub mod chance;
 pub mod content;
 pub mod disk;
+pub mod faults;
 pub mod flaws;
 pub mod model;
 pub mod scenario;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rt::sim::{Report, Settings};
 
+use crate::faults::Trouble;
 use crate::flaws::Flaws;
 use crate::shared::Shared;
 use crate::world::{Mount, World};
@@ -52,7 +53,12 @@ fn play(seed: u64, size: Size, flaws: Flaws) {
         .collect();
     let mut files = Vec::new();
     for phase in 0..size.phases {
-        let shared = Shared::new(&files, 1 + u64::from(phase) * 1_000_000);
+        let trouble = Trouble::drawn();
+        let shared = Shared::new(
+            &files,
+            1 + u64::from(phase) * 1_000_000,
+            trouble.loses_connections(),
+        );
         let mut tasks = Vec::new();
         for n in 0..size.tasks {
             for (m, mount) in mounts.iter().enumerate() {
@@ -67,6 +73,7 @@ fn play(seed: u64, size: Size, flaws: Flaws) {
                 ));
             }
         }
+        trouble.make(&world, Duration::from_millis(6));
         for task in tasks {
             let _ = task.join();
         }

@@ -27,6 +27,8 @@ pub struct Shared {
     handles: AtomicU32,
     stamps: AtomicU64,
     history: Mutex<Vec<Event<Op>>>,
+    /// A storage node dies: what is under way may be an I/O error.
+    troubled: bool,
     /// What there was when it began.
     start: State,
 }
@@ -46,8 +48,9 @@ fn cells(bytes: u64) -> u64 {
 impl Shared {
     /// A phase that begins with these files.
     #[must_use]
-    pub fn new(files: &[(usize, Content)], first_stamp: u64) -> Arc<Self> {
+    pub fn new(files: &[(usize, Content)], first_stamp: u64, troubled: bool) -> Arc<Self> {
         Arc::new(Self {
+            troubled,
             clock: AtomicU64::new(0),
             handles: AtomicU32::new(1),
             stamps: AtomicU64::new(first_stamp),
@@ -138,23 +141,28 @@ impl<'a> Player<'a> {
     }
 
     /// Does something and writes down what came of it, as what happened at some moments within the call; what must not be ends
-    /// the simulation.
+    /// the simulation. `unknown` is what a call does that ends with an I/O error because a storage node died in the middle of it:
+    /// perhaps it took effect, perhaps not, or later.
     fn record_all<T>(
         &self,
         call: impl FnOnce(&Task) -> Sys<T>,
+        unknown: Option<Op>,
         ops: impl FnOnce(&Sys<T>) -> Vec<Op>,
     ) -> Sys<T> {
         let (called, began) = (self.shared.tick(), rt::sim::elapsed());
         let result = call(&self.task);
         let took = rt::sim::elapsed() - began;
-        let returned = Some(self.shared.tick());
-        let ops = ops(&result);
-        rt::sim::note(&format!("task {} {called}: {ops:?}", self.id));
+        let mut returned = Some(self.shared.tick());
+        let mut ops = ops(&result);
+        if let (true, Err(libc::EIO)) = (self.shared.troubled, &result) {
+            returned = None;
+            ops = unknown.into_iter().collect();
+        } else if ops.is_empty() {
+            rt::sim::fail(format!("task {}: error {:?}", self.id, result.as_ref().err()));
+        }
+        rt::sim::note(&format!("task {} {called} - {returned:?}: {ops:?}", self.id));
         if took > LONGEST {
             rt::sim::fail(format!("task {}: a call took {took:?}: {ops:?}", self.id));
-        }
-        if ops.is_empty() {
-            rt::sim::fail(format!("task {}: error {:?}", self.id, result.as_ref().err()));
         }
         let events = ops.into_iter().map(|op| Event { op, called, returned });
         self.shared.history.lock().extend(events);
@@ -166,7 +174,17 @@ impl<'a> Player<'a> {
         call: impl FnOnce(&Task) -> Sys<T>,
         op: impl FnOnce(&Sys<T>) -> Option<Op>,
     ) -> Sys<T> {
-        self.record_all(call, |result| op(result).into_iter().collect())
+        self.record_all(call, None, |result| op(result).into_iter().collect())
+    }
+
+    /// A change that is made, or not made.
+    fn change<T>(
+        &self,
+        call: impl FnOnce(&Task) -> Sys<T>,
+        op: Op,
+        done: impl FnOnce(&Sys<T>) -> Option<Op>,
+    ) -> Sys<T> {
+        self.record_all(call, Some(op), |result| done(result).into_iter().collect())
     }
 
     fn call(&mut self) {
@@ -211,9 +229,11 @@ impl<'a> Player<'a> {
 
     fn create(&mut self, name: usize) {
         let number = self.handle();
-        let made = self.record(
+        let op = |r: &Sys<File>| Op::Create(name, r.as_ref().map(|_| number).map_err(|e| *e));
+        let made = self.change(
             |t| t.create(NAMES[name]),
-            |r| Some(Op::Create(name, r.as_ref().map(|_| number).map_err(|e| *e))),
+            Op::Create(name, Ok(number)),
+            |r| Some(op(r)),
         );
         self.opened(number, made);
     }
@@ -223,6 +243,7 @@ impl<'a> Player<'a> {
         let flags = libc::O_RDWR | if truncates { libc::O_TRUNC } else { 0 };
         let found = self.record_all(
             |t| t.open(NAMES[name], flags),
+            None,
             |r| {
                 let mut ops = vec![Op::Open(name, r.as_ref().map(|_| number).map_err(|e| *e))];
                 if truncates && r.is_ok() {
@@ -236,24 +257,29 @@ impl<'a> Player<'a> {
     }
 
     fn close(&self, number: u32, file: File) {
-        let _ = self.record(|t| t.close(file), |r| r.is_ok().then_some(Op::Close(number)));
+        let closed = Op::Close(number);
+        let _ = self.change(|t| t.close(file), closed.clone(), |r| r.is_ok().then_some(closed));
     }
 
     fn write(&self, slot: usize) {
         let (number, file) = &self.open[slot];
         let (from, n, stamp) = (one_of(&PLACES), one_of(&LENGTHS), self.shared.stamp());
-        let _ = self.record(
+        let op = Op::Write(*number, from, n, stamp);
+        let _ = self.change(
             |t| t.write(file, from * CELL, &Content::bytes(n, stamp), false),
-            |r| (*r == Ok((n * CELL) as u32)).then_some(Op::Write(*number, from, n, stamp)),
+            op.clone(),
+            |r| (*r == Ok((n * CELL) as u32)).then_some(op),
         );
     }
 
     fn append(&self, slot: usize) {
         let (number, file) = &self.open[slot];
         let (n, stamp) = (one_of(&LENGTHS), self.shared.stamp());
-        let _ = self.record(
+        let op = Op::Append(*number, n, stamp);
+        let _ = self.change(
             |t| t.write(file, 0, &Content::bytes(n, stamp), true),
-            |r| (*r == Ok((n * CELL) as u32)).then_some(Op::Append(*number, n, stamp)),
+            op.clone(),
+            |r| (*r == Ok((n * CELL) as u32)).then_some(op),
         );
     }
 
@@ -272,9 +298,11 @@ impl<'a> Player<'a> {
     fn truncate(&self, slot: usize) {
         let (number, file) = &self.open[slot];
         let to = one_of(&PLACES);
-        let _ = self.record(
+        let op = Op::Truncate(*number, to);
+        let _ = self.change(
             |t| t.truncate(file, to * CELL),
-            |r| r.is_ok().then_some(Op::Truncate(*number, to)),
+            op.clone(),
+            |r| r.is_ok().then_some(op),
         );
     }
 
@@ -294,6 +322,7 @@ impl<'a> Player<'a> {
         let number = self.handle();
         let _ = self.record_all(
             |t| t.stat(NAMES[name]),
+            None,
             |r| match r {
                 // The name is looked up first, and then the attributes of what it named.
                 Ok(size) => vec![
@@ -307,28 +336,29 @@ impl<'a> Player<'a> {
     }
 
     fn unlink(&self, name: usize) {
-        let _ = self.record(|t| t.unlink(NAMES[name]), |r| Some(Op::Unlink(name, *r)));
+        let op = |r: &Sys<()>| Op::Unlink(name, *r);
+        let _ = self.change(|t| t.unlink(NAMES[name]), op(&Ok(())), |r| Some(op(r)));
     }
 
     fn rename(&self, from: usize, to: usize) {
-        let _ = self.record(
-            |t| t.rename(NAMES[from], NAMES[to]),
-            |r| Some(Op::Rename(from, to, *r)),
-        );
+        let op = |r: &Sys<()>| Op::Rename(from, to, *r);
+        let _ = self.change(|t| t.rename(NAMES[from], NAMES[to]), op(&Ok(())), |r| Some(op(r)));
     }
 
     fn fsync(&self, slot: usize) {
         let (_, file) = &self.open[slot];
         // It changes nothing that anybody sees.
         let done = self.task.fsync(file);
-        if let Err(error) = done {
+        if let Err(error) = done
+            && !(self.shared.troubled && error == libc::EIO)
+        {
             rt::sim::fail(format!("task {}: fsync: error {error}", self.id));
         }
     }
 
     fn list(&self) -> Vec<usize> {
         let mut names = Vec::new();
-        let _ = self.record_all(Task::names, |r| {
+        let _ = self.record_all(Task::names, None, |r| {
             let Ok(listed) = r else { return Vec::new() };
             let there = |name: usize| listed.iter().any(|n| n == NAMES[name]);
             names = (0..NAMES.len()).filter(|name| there(*name)).collect();
