@@ -6,10 +6,11 @@ use std::sync::Arc;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::crash_world::{Disks, NODES, Server, Table, join};
+use super::crash_world::{Disks, NODES, Server, join};
 use super::records::{Dirent, Inode, decode, key};
 use super::server::Flaw;
 use fsd_node::fake_conn::FakeConn;
+use fsd_node::fake_disk::Table;
 use fsd_node::store::Store;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;

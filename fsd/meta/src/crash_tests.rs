@@ -9,11 +9,12 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::crash_cluster::{Mount, World, inodes, names, new_inode, plain, scratch, visible};
-use super::crash_world::{Cuts, Disks, Luck, NODES, STORES, Server, Table, block_of, join, node_of};
+use super::crash_world::{Cuts, Disks, NODES, STORES, Server, block_of, join, node_of};
 use super::order::remember;
 use super::records::{decode, key};
 use super::server::Flaw;
 use fsd_node::fake_conn::FakeConn;
+use fsd_node::fake_disk::{Luck, Table};
 use fsd_node::store::Store;
 use fsd_proto::ino;
 use fsd_proto::layout::BLOCK;
@@ -288,11 +289,11 @@ fn crashes(seed: u64, steps: usize, flaw: Option<Flaw>) -> Result<usize, String>
         }
         let full = cuts.left(0, Luck::All, &mut rng);
         for lucks in [
-            [Luck::Nothing; STORES],
+            [Luck::None; STORES],
             [Luck::Some; STORES],
-            [Luck::Nothing, Luck::All, Luck::All],
+            [Luck::None, Luck::All, Luck::All],
             [Luck::Some, Luck::All, Luck::Some],
-            [Luck::All, Luck::Nothing, Luck::Some],
+            [Luck::All, Luck::None, Luck::Some],
         ] {
             let tables = std::array::from_fn(|which| cuts.left(which, lucks[which], &mut rng));
             let all = vec![true; world.mounts.len()];
@@ -371,7 +372,7 @@ fn next_place(flaw: Option<Flaw>) -> (u64, u64) {
     let (_, failed, request) = world.mounts[1].log.pop().unwrap();
     let mut cuts = Cuts::new(world.disks.journal.events());
     while cuts.step().is_some() {}
-    let left = cuts.left(0, Luck::Nothing, &mut world.rng);
+    let left = cuts.left(0, Luck::None, &mut world.rng);
     world.disks = Disks::with([left, Table::new(), Table::new()]);
     let memory = scratch();
     world.server = Server::start(&world.disks, memory.path(), flaw);

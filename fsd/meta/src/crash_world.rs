@@ -1,7 +1,7 @@
 //! Stores that remember what was done to them, the states a power cut can leave of them, and a cluster on top: a metadata
 //! server without threads, storage nodes that are tables, mounts that keep what they were answered.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -20,13 +20,12 @@ use super::sessions::GRACE;
 use super::window::Window;
 use fsd_node::config::Config;
 use fsd_node::fake_conn::FakeConn;
-use fsd_node::store::{Batch, Pair, Store, StoreError};
+use fsd_node::fake_disk::{FakeStore, Luck, Seen, Table, apply, cut_batches};
+use fsd_node::store::{Batch, Store};
 use fsd_proto::clock::Skew;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::{Errno, Responder, RpcError};
 use fsd_proto::wire::{Hello, MetaReply, MetaRequest, Role, StorageReply, StorageRequest};
-
-pub type Table = BTreeMap<Vec<u8>, Vec<u8>>;
 
 /// Storage nodes; the stores are the metadata server's and theirs.
 pub const NODES: usize = 2;
@@ -50,65 +49,6 @@ impl Journal {
     pub fn events(&self) -> Vec<Event> {
         self.0.lock().clone()
     }
-}
-
-pub struct FakeStore {
-    which: usize,
-    table: Mutex<Table>,
-    journal: Arc<Journal>,
-}
-
-pub fn apply(table: &mut Table, batch: &Batch) {
-    for (key, value) in batch.ops() {
-        match value {
-            Some(value) => table.insert(key.clone(), value.clone()),
-            None => table.remove(key),
-        };
-    }
-}
-
-impl FakeStore {
-    pub fn table(&self) -> Table {
-        self.table.lock().clone()
-    }
-}
-
-impl Store for FakeStore {
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        Ok(self.table.lock().get(key).cloned())
-    }
-
-    fn scan(&self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<Pair>, StoreError> {
-        let table = self.table.lock();
-        let range = table.range(from.to_vec()..to.to_vec()).take(limit);
-        Ok(range.map(|(k, v)| (k.clone(), v.clone())).collect())
-    }
-
-    fn apply(&self, batch: Batch) -> Result<(), StoreError> {
-        apply(&mut self.table.lock(), &batch);
-        self.journal.0.lock().push(Event::Batch(self.which, batch));
-        Ok(())
-    }
-
-    fn sync(&self) -> Result<(), StoreError> {
-        self.journal.0.lock().push(Event::Sync(self.which));
-        Ok(())
-    }
-
-    fn room(&self) -> Result<(), StoreError> {
-        Ok(())
-    }
-}
-
-/// How much of what a host had not synced is there after a crash.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Luck {
-    /// Power: nothing.
-    Nothing,
-    /// Power: so many of the batches, in order.
-    Some,
-    /// The process only: everything.
-    All,
 }
 
 /// Goes through a journal.
@@ -145,16 +85,10 @@ impl Cuts {
 
     /// What a store has if its host crashes now.
     pub fn left(&self, which: usize, luck: Luck, rng: &mut StdRng) -> Table {
-        let rest = &self.rest[which];
-        let lands = match luck {
-            Luck::Nothing => 0,
-            Luck::Some => rng.random_range(0..=rest.len()),
-            Luck::All => rest.len(),
-        };
         let mut table = self.durable[which].clone();
-        for batch in &rest[..lands] {
-            apply(&mut table, batch);
-        }
+        cut_batches(&mut table, &self.rest[which], luck, &mut |n| {
+            rng.random_range(0..n)
+        });
         table
     }
 }
@@ -258,11 +192,14 @@ impl Disks {
     pub fn with(tables: [Table; STORES]) -> Self {
         let journal = Arc::new(Journal::default());
         let mut stores = tables.into_iter().enumerate().map(|(which, table)| {
-            Arc::new(FakeStore {
-                which,
-                table: Mutex::new(table),
-                journal: Arc::clone(&journal),
-            })
+            let journal = Arc::clone(&journal);
+            Arc::new(FakeStore::watched(table, move |seen| {
+                journal.0.lock().push(match seen {
+                    Seen::Batch(batch) => Event::Batch(which, batch),
+                    Seen::Sync => Event::Sync(which),
+                });
+                Ok(())
+            }))
         });
         let mut next = || stores.next().unwrap();
         Self {

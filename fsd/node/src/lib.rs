@@ -5,6 +5,8 @@ pub mod config;
 pub mod endpoint;
 #[cfg(feature = "testing")]
 pub mod fake_conn;
+#[cfg(feature = "testing")]
+pub mod fake_disk;
 pub mod files;
 pub mod memory;
 pub mod ports;

@@ -1,6 +1,6 @@
 //! A disk and a store that remember what was done to them, and the states a power cut can leave of both.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::io::{Error, ErrorKind};
 use std::sync::{Arc, OnceLock};
 
@@ -9,24 +9,15 @@ use rand::rngs::StdRng;
 use rt::sync::Mutex;
 
 use super::disk::Disk;
-use fsd_node::store::{Batch, Pair, Store, StoreError};
-
-const PAGE: usize = 4096;
-/// What a disk writes at once.
-const SECTOR: usize = 512;
-
-/// Contents of the backing file, by page.
-pub type Image = BTreeMap<u64, Arc<[u8; PAGE]>>;
-/// Contents of the store.
-pub type Table = BTreeMap<Vec<u8>, Vec<u8>>;
+use fsd_node::fake_disk::{self, Change, FakeStore, Image, Luck, Seen, Table};
+use fsd_node::fake_disk::{apply, cut, cut_batches, ends_before, land, read, write};
+use fsd_node::store::Batch;
 
 /// Something that reaches a disk.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// Bytes written to the backing file.
-    Write(u64, Arc<[u8]>),
-    /// A range given back.
-    Hole(u64, u64),
+    /// A change of the backing file.
+    Disk(Change),
     /// The backing file has been synced.
     DiskSync,
     /// A batch of the store.
@@ -62,26 +53,6 @@ impl Journal {
         if let Some(meanwhile) = self.meanwhile.get() {
             meanwhile();
         }
-    }
-}
-
-fn read(image: &Image, offset: u64, into: &mut [u8]) {
-    for (i, byte) in into.iter_mut().enumerate() {
-        let at = offset + i as u64;
-        *byte = image
-            .get(&(at / PAGE as u64))
-            .map_or(0, |page| page[at as usize % PAGE]);
-    }
-}
-
-fn write(image: &mut Image, offset: u64, from: &[u8]) {
-    for (i, chunk) in from.chunks(SECTOR).enumerate() {
-        let at = offset + (i * SECTOR) as u64;
-        let page = image
-            .entry(at / PAGE as u64)
-            .or_insert_with(|| Arc::new([0; PAGE]));
-        let start = at as usize % PAGE;
-        Arc::make_mut(page)[start..start + chunk.len()].copy_from_slice(chunk);
     }
 }
 
@@ -123,8 +94,7 @@ impl FakeDisk {
         let mut byte = [0];
         let mut image = self.image.lock();
         read(&image, offset, &mut byte);
-        let page = image.get_mut(&(offset / PAGE as u64)).unwrap();
-        Arc::make_mut(page)[offset as usize % PAGE] = byte[0] ^ 4;
+        write(&mut image, offset, &[byte[0] ^ 4]);
     }
 }
 
@@ -137,12 +107,11 @@ impl Disk for FakeDisk {
             }
             *left -= 1;
         }
-        let pages = offset / PAGE as u64..(offset + into.len() as u64).div_ceil(PAGE as u64);
-        if pages.clone().any(|p| self.bad.lock().contains(&p)) {
+        if fake_disk::pages(offset, into.len()).any(|p| self.bad.lock().contains(&p)) {
             return Err(Error::from_raw_os_error(libc::EIO));
         }
         let image = self.image.lock();
-        if !pages.clone().all(|p| image.contains_key(&p)) && image.keys().all(|&p| p < pages.end - 1) {
+        if ends_before(&image, offset, into.len()) {
             return Err(ErrorKind::UnexpectedEof.into());
         }
         read(&image, offset, into);
@@ -152,7 +121,7 @@ impl Disk for FakeDisk {
     fn write(&self, offset: u64, from: &[u8]) -> std::io::Result<()> {
         if let Some(journal) = &self.journal {
             journal.meanwhile();
-            journal.add(Event::Write(offset, from.into()));
+            journal.add(Event::Disk(Change::Write(offset, from.into())));
         }
         write(&mut self.image.lock(), offset, from);
         Ok(())
@@ -170,7 +139,7 @@ impl Disk for FakeDisk {
 
     fn give_back(&self, offset: u64, len: u64) -> std::io::Result<()> {
         if let Some(journal) = &self.journal {
-            journal.add(Event::Hole(offset, len));
+            journal.add(Event::Disk(Change::Hole(offset, len)));
         }
         write(&mut self.image.lock(), offset, &vec![0; len as usize]);
         Ok(())
@@ -179,70 +148,19 @@ impl Disk for FakeDisk {
     fn uncache(&self, _offset: u64, _len: u64) {}
 }
 
-/// The index's store: batches survive the process when applied, the machine when synced.
-#[derive(Default)]
-pub struct FakeStore {
-    table: Mutex<Table>,
-    journal: Option<Arc<Journal>>,
-}
-
-impl FakeStore {
-    /// One that writes down what is done to it.
-    pub fn recording(journal: &Arc<Journal>) -> Self {
-        Self {
-            journal: Some(Arc::clone(journal)),
-            ..Self::default()
-        }
-    }
-
-    /// One with contents.
-    pub fn with(table: Table) -> Self {
-        Self {
-            table: Mutex::new(table),
-            journal: None,
-        }
-    }
-}
-
-fn apply(table: &mut Table, batch: &Batch) {
-    for (key, value) in batch.ops() {
-        match value {
-            Some(value) => table.insert(key.clone(), value.clone()),
-            None => table.remove(key),
-        };
-    }
-}
-
-impl Store for FakeStore {
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        Ok(self.table.lock().get(key).cloned())
-    }
-
-    fn scan(&self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<Pair>, StoreError> {
-        let table = self.table.lock();
-        let range = table.range(from.to_vec()..to.to_vec()).take(limit);
-        Ok(range.map(|(k, v)| (k.clone(), v.clone())).collect())
-    }
-
-    fn apply(&self, batch: Batch) -> Result<(), StoreError> {
-        apply(&mut self.table.lock(), &batch);
-        if let Some(journal) = &self.journal {
-            journal.add(Event::Batch(batch));
+/// The index's store, whose changes are written down: batches survive the process when applied, the machine when synced.
+pub fn recording_store(journal: &Arc<Journal>) -> FakeStore {
+    let journal = Arc::clone(journal);
+    FakeStore::watched(Table::new(), move |seen| {
+        match seen {
+            Seen::Batch(batch) => journal.add(Event::Batch(batch)),
+            Seen::Sync => {
+                journal.add(Event::StoreSync);
+                journal.meanwhile();
+            }
         }
         Ok(())
-    }
-
-    fn sync(&self) -> Result<(), StoreError> {
-        if let Some(journal) = &self.journal {
-            journal.add(Event::StoreSync);
-            journal.meanwhile();
-        }
-        Ok(())
-    }
-
-    fn room(&self) -> Result<(), StoreError> {
-        Ok(())
-    }
+    })
 }
 
 /// Goes through a journal and makes the states that a power cut after each event can leave.
@@ -253,19 +171,8 @@ pub struct Cuts {
     image: Image,
     table: Table,
     /// … and what may or may not be.
-    writes: Vec<Event>,
+    writes: Vec<Change>,
     batches: Vec<Batch>,
-}
-
-/// How much of what was not synced reached the disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Luck {
-    /// Nothing.
-    None,
-    /// All of it.
-    All,
-    /// Each write or not, or parts of it; so many of the batches, in order.
-    Some,
 }
 
 impl Cuts {
@@ -286,11 +193,11 @@ impl Cuts {
         let event = self.events.get(self.at)?.clone();
         self.at += 1;
         match event {
-            Event::Write(..) | Event::Hole(..) => self.writes.push(event),
+            Event::Disk(change) => self.writes.push(change),
             Event::Batch(batch) => self.batches.push(batch),
             Event::DiskSync => {
-                for event in self.writes.drain(..) {
-                    land(&mut self.image, &event, &mut |_| true);
+                for change in self.writes.drain(..) {
+                    land(&mut self.image, &change, &mut |_| true);
                 }
             }
             Event::StoreSync => {
@@ -305,47 +212,9 @@ impl Cuts {
     /// A state that is left if the power goes now.
     pub fn state(&self, luck: Luck, rng: &mut StdRng) -> (Image, Table) {
         let (mut image, mut table) = (self.image.clone(), self.table.clone());
-        for event in &self.writes {
-            // Whole, not at all, its beginning, or any sectors of it.
-            let sectors = match event {
-                Event::Write(_, bytes) => bytes.len() / SECTOR,
-                _ => 1,
-            };
-            let (kind, cut) = (rng.random_range(0..4), rng.random_range(0..=sectors));
-            land(&mut image, event, &mut |sector| match luck {
-                Luck::None => false,
-                Luck::All => true,
-                Luck::Some => match kind {
-                    0 => true,
-                    1 => false,
-                    2 => sector < cut,
-                    _ => rng.random(),
-                },
-            });
-        }
-        let batches = match luck {
-            Luck::None => 0,
-            Luck::All => self.batches.len(),
-            Luck::Some => rng.random_range(0..=self.batches.len()),
-        };
-        for batch in &self.batches[..batches] {
-            apply(&mut table, batch);
-        }
+        let mut chance = |n| rng.random_range(0..n);
+        cut(&mut image, &self.writes, luck, &mut chance);
+        cut_batches(&mut table, &self.batches, luck, &mut chance);
         (image, table)
-    }
-}
-
-/// Parts of a write reach the disk.
-fn land(image: &mut Image, event: &Event, lands: &mut dyn FnMut(usize) -> bool) {
-    match event {
-        Event::Write(offset, bytes) => {
-            for (i, sector) in bytes.chunks(SECTOR).enumerate() {
-                if lands(i) {
-                    write(image, offset + (i * SECTOR) as u64, sector);
-                }
-            }
-        }
-        Event::Hole(offset, len) if lands(0) => write(image, *offset, &vec![0; *len as usize]),
-        _ => {}
     }
 }

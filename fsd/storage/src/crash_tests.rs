@@ -11,10 +11,11 @@ use rdma_transport::ConnId;
 use rt::sync::Mutex;
 
 use super::blocks::{Blocks, Flaw};
-use super::crash_disk::{Cuts, Event, FakeDisk, FakeStore, Image, Journal, Luck, Table};
+use super::crash_disk::{Cuts, Event, FakeDisk, Journal, recording_store};
 use super::index::Place;
 use super::load::Parts;
 use super::scrub::Scrub;
+use fsd_node::fake_disk::{Change, FakeStore, Image, Luck, Table};
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{BlockWant, Frame};
@@ -94,7 +95,7 @@ impl World {
         let journal = Arc::new(Journal::default());
         let dir = scratch();
         let disk = Arc::new(FakeDisk::recording(&journal));
-        let store = Arc::new(FakeStore::recording(&journal));
+        let store = Arc::new(recording_store(&journal));
         let world = Arc::new(Self {
             blocks: open(dir.path(), disk, store, flaw),
             journal: Arc::clone(&journal),
@@ -253,7 +254,10 @@ fn power_cuts(seed: u64, steps: usize, flaw: Option<Flaw>) -> Result<(usize, usi
     }
     let mut rng = StdRng::seed_from_u64(seed ^ 0x5eed);
     let events = world.journal.events();
-    let holes = events.iter().filter(|e| matches!(e, Event::Hole(..))).count();
+    let holes = events
+        .iter()
+        .filter(|e| matches!(e, Event::Disk(Change::Hole(..))))
+        .count();
     let mut cuts = Cuts::new(events);
     let mut states = 0;
     while let Some(at) = cuts.step() {
@@ -300,7 +304,7 @@ fn a_process_that_dies_loses_nothing_at_all() {
         let journal = Arc::new(Journal::default());
         let dir = scratch();
         let disk = Arc::new(FakeDisk::recording(&journal));
-        let store = Arc::new(FakeStore::recording(&journal));
+        let store = Arc::new(recording_store(&journal));
         let mut rng = StdRng::seed_from_u64(seed);
         let mut expected: BTreeMap<Place, Vec<u8>> = BTreeMap::new();
         for round in 0..5u8 {

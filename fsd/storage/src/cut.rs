@@ -62,9 +62,10 @@ mod tests {
     use std::path::Path;
     use std::sync::Arc;
 
-    use super::super::crash_disk::{FakeDisk, FakeStore};
+    use super::super::crash_disk::FakeDisk;
     use super::super::crash_tests::{CONN, contents, open, put, scratch};
     use super::*;
+    use fsd_node::fake_disk::FakeStore;
     use fsd_proto::wire::BlockWant;
 
     #[test]

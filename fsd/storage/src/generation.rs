@@ -169,7 +169,7 @@ impl Generation {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::crash_disk::FakeStore;
+    use fsd_node::fake_disk::FakeStore;
 
     #[test]
     fn an_older_copy_is_told_by_the_memory_of_this_boot() {

@@ -292,7 +292,7 @@ impl LeaseTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::crash_disk::FakeStore;
+    use fsd_node::fake_disk::FakeStore;
 
     #[test]
     fn records_are_counted_for_each_who_holds_them() {

@@ -402,6 +402,9 @@ impl Inode {
             && granted.attr.version == version
             && granted.attr.ino == self.ino
             && !state.attr_dirty
+            // What the server said with a look-up may be from before it was told of changes in the middle of this tenure, which
+            // do not move the version.
+            && (granted.source != Source::Server || state.attr.is_none())
         {
             // What this mount gave itself, keeping a shared lease, it has told the server already.
             state.from_owner = granted.source == Source::Owner && state.attr.is_none();
@@ -487,6 +490,24 @@ impl Drop for Locked<'_> {
 mod tests {
     use super::*;
     use fsd_proto::wire::Kind;
+
+    #[test]
+    fn what_a_look_up_brings_late_does_not_undo_what_was_written() {
+        let inode = Inode::new(5);
+        let offer = |size| {
+            *inode.granted.lock() = Some(Box::new(Granted {
+                attr: Attr::of_file(5, 3, size),
+                source: Source::Server,
+            }));
+        };
+        let size = || inode.lock(&Ctx::on_worker(), 3).unwrap().attr.map(|a| a.size);
+        offer(10);
+        assert_eq!(size(), Some(10));
+        // Written, and pushed in the middle of the tenure; then comes what the server said before that.
+        inode.lock_raw().attr = Some(Attr::of_file(5, 3, 20));
+        offer(10);
+        assert_eq!(size(), Some(20));
+    }
 
     #[test]
     fn an_inode_is_small() {

@@ -396,9 +396,17 @@ impl Names {
             {
                 continue;
             }
+            if target.is_some_and(|(n, _)| n == number) {
+                // Two names of one inode: a transaction that changes nothing tells no attributes, and those of an inode that it
+                // does not tell of are taken for gone, with what only this mount knows of its size.
+                return if flags & libc::RENAME_NOREPLACE == 0 {
+                    Ok(())
+                } else {
+                    fail(libc::EEXIST)
+                };
+            }
             let (mut last, mut keep) = (false, false);
             if let (Some(other), Some((_, other_kind)), false) = (&other, target, exchange)
-                && other.ino != moved.ino
                 && flags & libc::RENAME_NOREPLACE == 0
             {
                 (last, keep) =
@@ -418,7 +426,7 @@ impl Names {
             if to.ino != dir.ino {
                 held.push(to);
             }
-            if let Some(other) = other.as_deref().filter(|o| o.ino != moved.ino) {
+            if let Some(other) = other.as_deref() {
                 held.push(other);
             }
             let result = self.transactions.namespace(ctx, &held, &guards, op);
@@ -433,9 +441,6 @@ impl Names {
                 }
                 (Err(stop), _) => return Err(stop),
             };
-            if created.cookie == 0 {
-                return Ok(()); // two names of one inode
-            }
             {
                 let mut state = dir.lock(ctx, guards.version_of(dir.ino))?;
                 match (exchange, target) {

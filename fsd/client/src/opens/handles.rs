@@ -135,26 +135,29 @@ impl OpenFiles {
 
     /// Others had the file open. The kernel tells a daemon late of the last close: a file that another mount has just written and closed is
     /// not to be taken for open, or it could not be mapped. Looks for a moment, and not at every open of one that stays open.
-    fn look_again(&self, inode: &Inode, enough: &impl Fn(bool, bool) -> bool) -> Res<(bool, bool)> {
+    fn look_again(&self, inode: &Inode, enough: &impl Fn(bool, bool) -> bool) -> (bool, bool) {
         const LOOKS: usize = 5;
         const PAUSE: Duration = Duration::from_micros(200);
         const NOT_BEFORE: Duration = Duration::from_secs(1);
         let mut seen = (true, true);
         let mut opens = inode.opens.lock();
         if opens.looked_again.is_some_and(|at| at.elapsed() < NOT_BEFORE) {
-            return Ok(seen);
+            return seen;
         }
         for _ in 0..LOOKS {
             rt::thread::sleep(PAUSE);
-            let (flags, bitmap) = self.records.change_record(inode, RecordChange::default())?;
+            // While its storage node is away nobody closes it either.
+            let Ok((flags, bitmap)) = self.records.change_record(inode, RecordChange::default()) else {
+                break;
+            };
             let written = flags / ONE_WRITER > u64::from(opens.writer_counted);
             seen = (self.records.opened_elsewhere(&bitmap), written);
             if enough(seen.0, seen.1) {
-                return Ok(seen);
+                return seen;
             }
         }
         opens.looked_again = Some(Instant::now());
-        Ok(seen)
+        seen
     }
 
     /// Makes a handle for an inode whose lease is held. Returns its number and whether the kernel may cache.
@@ -167,6 +170,7 @@ impl OpenFiles {
         let writer = is_file && access != libc::O_RDONLY;
         let (mut cached, mut page_writer) = (false, false);
         if is_file {
+            self.records.reach_record(inode)?;
             let (shared, written) = self.count_open(inode, writer)?;
             cached = match self.kernel.mode {
                 // The kernel extension enters the lease for each call, O_DIRECT included.
@@ -176,7 +180,7 @@ impl OpenFiles {
                         |shared, written| through_stock_cache(flags, shared, written, self.cache_shared);
                     through(shared, written)
                         || (through(false, false) && {
-                            let (shared, written) = self.look_again(inode, &through)?;
+                            let (shared, written) = self.look_again(inode, &through);
                             through(shared, written)
                         })
                 }
@@ -229,6 +233,9 @@ impl OpenFiles {
         let inode = &handle.inode;
         if !self.session.local_memory() && inode.opens.lock().count == 1 {
             ctx.may_wait()?;
+        }
+        if inode.opens.lock().count == 1 {
+            self.records.reach_record(inode)?;
         }
         let Some(handle) = self.handles.remove(number) else {
             return Ok(());

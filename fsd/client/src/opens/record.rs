@@ -42,6 +42,16 @@ pub struct OpenRecords {
 }
 
 impl OpenRecords {
+    /// Waits until the storage node that has an inode's record is there: one that is just being started again is no error yet. Not
+    /// while `opens` is locked, nor on a thread that brings answers from the fabric.
+    pub(crate) fn reach_record(&self, inode: &Inode) -> Res<()> {
+        let (record, storage) = (inode.record(), &self.session.net.storage);
+        if !storage.knows_record(record) {
+            storage.find_record(record)?;
+        }
+        Ok(())
+    }
+
     fn word(
         &self,
         inode: &Inode,

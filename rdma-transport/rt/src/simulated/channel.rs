@@ -173,6 +173,12 @@ impl<T> Receiver<T> {
         Ok(what)
     }
 
+    /// Is there nothing in it now?
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.real().is_empty()
+    }
+
     /// All that there is.
     pub fn try_iter(&self) -> impl Iterator<Item = T> + '_ {
         std::iter::from_fn(|| self.try_recv().ok())

@@ -37,6 +37,7 @@ impl Settings {
 /// # Panics
 /// The system has no threads left.
 pub fn run(settings: Settings, root: impl FnOnce() + Send + 'static) -> Report {
+    let _one = super::affinity::one_processor();
     let (over, ended) = std::sync::mpsc::channel();
     let core = Core::new(settings, over);
     let starter = Me {

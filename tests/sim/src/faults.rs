@@ -1,0 +1,89 @@
+//! Servers that die and come back while tasks are at work.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fsd_node::fake_disk::Luck;
+
+use crate::chance::{below, once_in, one_of, wait};
+use crate::world::World;
+
+/// What happens to servers in a phase.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trouble {
+    /// Nothing.
+    None,
+    /// The metadata server's process dies.
+    MetaDies,
+    /// The metadata server's host loses power.
+    MetaPower,
+    /// A storage node's process dies.
+    NodeDies,
+    /// One after the other, any of these.
+    Any,
+}
+
+impl Trouble {
+    /// As the seed says.
+    #[must_use]
+    pub fn drawn() -> Self {
+        one_of(&[
+            Self::None,
+            Self::None,
+            Self::MetaDies,
+            Self::MetaPower,
+            Self::NodeDies,
+            Self::Any,
+        ])
+    }
+
+    /// May a storage node die?
+    #[must_use]
+    pub fn loses_connections(self) -> bool {
+        matches!(self, Self::NodeDies | Self::Any)
+    }
+
+    /// Makes it, once or a few times.
+    pub fn make(self, world: &Arc<World>, longest: Duration) {
+        let times = match self {
+            Self::None => 0,
+            _ => 1 + below(2),
+        };
+        for _ in 0..times {
+            wait(longest);
+            let what = match self {
+                Self::Any => one_of(&[Self::MetaDies, Self::MetaPower, Self::NodeDies]),
+                one => one,
+            };
+            rt::sim::note(&format!("{what:?}"));
+            match what {
+                Self::NodeDies => {
+                    let n = below(world.nodes() as u64) as usize;
+                    world.crash_node(n, Luck::All);
+                    pause();
+                    world.start_node(n);
+                }
+                Self::MetaDies => {
+                    world.crash_meta(Luck::All);
+                    pause();
+                    world.start_meta();
+                }
+                _ => {
+                    world.crash_meta(one_of(&[Luck::None, Luck::Some]));
+                    pause();
+                    world.start_meta();
+                }
+            }
+            rt::sim::note(&"it is back");
+        }
+    }
+}
+
+/// While nobody is there: often not long enough for anybody to notice.
+fn pause() {
+    if once_in(2) {
+        wait(Duration::from_millis(2));
+    } else {
+        wait(Duration::from_secs(3));
+    }
+}

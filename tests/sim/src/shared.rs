@@ -1,0 +1,369 @@
+//! Tasks of all mounts on the same few files: whatever they see must be what one machine could have shown (linearizability).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use rt::sync::Mutex;
+use system_tests::linear::{Event, check};
+
+use crate::chance::{below, once_in, one_of, wait};
+use crate::content::{CELL, Content};
+use crate::model::{Directory, Op, State};
+use crate::task::{File, Mounted, Sys, Task};
+
+/// Names that the tasks use: few, so that they meet.
+pub const NAMES: [&str; 3] = ["a", "b", "c"];
+/// Cells at which writes begin: within a page, across pages, across blocks, far out.
+const PLACES: [u64; 8] = [0, 3, 511, 512, 1020, 32_767, 32_768, 70_000];
+/// How long writes are.
+const LENGTHS: [u64; 5] = [1, 2, 8, 600, 5000];
+/// No call may take longer.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// What the tasks of one phase share.
+pub struct Shared {
+    clock: AtomicU64,
+    handles: AtomicU32,
+    stamps: AtomicU64,
+    history: Mutex<Vec<Event<Op>>>,
+    /// A storage node dies: what is under way may be an I/O error.
+    troubled: bool,
+    /// What there was when it began.
+    start: State,
+}
+
+/// A task in its phase.
+struct Player<'a> {
+    task: Task,
+    shared: &'a Shared,
+    open: Vec<(u32, File)>,
+    id: u32,
+}
+
+fn cells(bytes: u64) -> u64 {
+    bytes / CELL
+}
+
+impl Shared {
+    /// A phase that begins with these files.
+    #[must_use]
+    pub fn new(files: &[(usize, Content)], first_stamp: u64, troubled: bool) -> Arc<Self> {
+        Arc::new(Self {
+            troubled,
+            clock: AtomicU64::new(0),
+            handles: AtomicU32::new(1),
+            stamps: AtomicU64::new(first_stamp),
+            history: Mutex::default(),
+            start: State::with(files),
+        })
+    }
+
+    fn tick(&self) -> u64 {
+        self.clock.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The next stamp.
+    #[must_use]
+    pub fn stamp(&self) -> u64 {
+        self.stamps.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Calls so far.
+    #[must_use]
+    pub fn calls(&self) -> usize {
+        self.history.lock().len()
+    }
+
+    /// Plays a task's part.
+    pub fn play(&self, mount: &Mounted, id: u32, calls: u32) {
+        let mut player = Player::new(self, mount, id);
+        for _ in 0..calls {
+            if once_in(8) {
+                wait(Duration::from_millis(2));
+            }
+            player.call();
+        }
+        while let Some((number, file)) = player.open.pop() {
+            player.close(number, file);
+        }
+    }
+
+    /// Looks at everything, when nobody changes anything, and checks what all have seen. What there is now.
+    pub fn settle(&self, mount: &Mounted) -> Vec<(usize, Content)> {
+        let mut player = Player::new(self, mount, 99);
+        let mut files = Vec::new();
+        let listed = player.list();
+        for name in listed {
+            player.open(name, false);
+            if let Some((number, file)) = player.open.pop() {
+                let content = player.read(number, &file, 0, 200_000);
+                player.close(number, file);
+                files.push((name, content));
+            }
+        }
+        let history = std::mem::take(&mut *self.history.lock());
+        if let Err(index) = check(&Directory(self.start.clone()), &history) {
+            rt::sim::fail(format!(
+                "no single machine could have shown this; stuck at {:?}\nfrom {:?}\n{}",
+                history.get(index),
+                self.start,
+                tell(&history)
+            ));
+        }
+        files
+    }
+}
+
+/// A history, a line for each call.
+fn tell(history: &[Event<Op>]) -> String {
+    let mut order: Vec<&Event<Op>> = history.iter().collect();
+    order.sort_by_key(|e| e.called);
+    let line = |e: &&Event<Op>| {
+        format!(
+            "  {:>4} - {:>4} {:?}\n",
+            e.called,
+            e.returned.unwrap_or(9999),
+            e.op
+        )
+    };
+    order.iter().map(line).collect()
+}
+
+impl<'a> Player<'a> {
+    fn new(shared: &'a Shared, mount: &Mounted, id: u32) -> Self {
+        Self {
+            task: Task::new(mount, id),
+            shared,
+            open: Vec::new(),
+            id,
+        }
+    }
+
+    /// Does something and writes down what came of it, as what happened at some moments within the call; what must not be ends
+    /// the simulation. `unknown` is what a call does that ends with an I/O error because a storage node died in the middle of it:
+    /// perhaps it took effect, perhaps not, or later.
+    fn record_all<T>(
+        &self,
+        call: impl FnOnce(&Task) -> Sys<T>,
+        unknown: Option<Op>,
+        ops: impl FnOnce(&Sys<T>) -> Vec<Op>,
+    ) -> Sys<T> {
+        let (called, began) = (self.shared.tick(), rt::sim::elapsed());
+        let result = call(&self.task);
+        let took = rt::sim::elapsed() - began;
+        let mut returned = Some(self.shared.tick());
+        let mut ops = ops(&result);
+        if let (true, Err(libc::EIO)) = (self.shared.troubled, &result) {
+            returned = None;
+            ops = unknown.into_iter().collect();
+        } else if ops.is_empty() {
+            rt::sim::fail(format!("task {}: error {:?}", self.id, result.as_ref().err()));
+        }
+        rt::sim::note(&format!("task {} {called} - {returned:?}: {ops:?}", self.id));
+        if took > LONGEST {
+            rt::sim::fail(format!("task {}: a call took {took:?}: {ops:?}", self.id));
+        }
+        let events = ops.into_iter().map(|op| Event { op, called, returned });
+        self.shared.history.lock().extend(events);
+        result
+    }
+
+    fn record<T>(
+        &self,
+        call: impl FnOnce(&Task) -> Sys<T>,
+        op: impl FnOnce(&Sys<T>) -> Option<Op>,
+    ) -> Sys<T> {
+        self.record_all(call, None, |result| op(result).into_iter().collect())
+    }
+
+    /// A change that is made, or not made.
+    fn change<T>(
+        &self,
+        call: impl FnOnce(&Task) -> Sys<T>,
+        op: Op,
+        done: impl FnOnce(&Sys<T>) -> Option<Op>,
+    ) -> Sys<T> {
+        self.record_all(call, Some(op), |result| done(result).into_iter().collect())
+    }
+
+    fn call(&mut self) {
+        let name = below(NAMES.len() as u64) as usize;
+        if self.open.is_empty() || (self.open.len() < 3 && once_in(4)) {
+            return match below(3) {
+                0 => self.create(name),
+                _ => self.open(name, once_in(6)),
+            };
+        }
+        let slot = below(self.open.len() as u64) as usize;
+        match below(20) {
+            0..=4 => self.write(slot),
+            5..=6 => self.append(slot),
+            7..=11 => {
+                let (number, file) = &self.open[slot];
+                let _ = self.read(*number, file, one_of(&PLACES), one_of(&LENGTHS));
+            }
+            12 => self.truncate(slot),
+            13 => self.fstat(slot),
+            14 => self.stat(name),
+            15 => self.unlink(name),
+            16 => self.rename(name, below(NAMES.len() as u64) as usize),
+            17 => self.fsync(slot),
+            18 => drop(self.list()),
+            _ => {
+                let (number, file) = self.open.swap_remove(slot);
+                self.close(number, file);
+            }
+        }
+    }
+
+    fn handle(&self) -> u32 {
+        self.shared.handles.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn opened(&mut self, number: u32, file: Sys<File>) {
+        if let Ok(file) = file {
+            self.open.push((number, file));
+        }
+    }
+
+    fn create(&mut self, name: usize) {
+        let number = self.handle();
+        let op = |r: &Sys<File>| Op::Create(name, r.as_ref().map(|_| number).map_err(|e| *e));
+        let made = self.change(
+            |t| t.create(NAMES[name]),
+            Op::Create(name, Ok(number)),
+            |r| Some(op(r)),
+        );
+        self.opened(number, made);
+    }
+
+    fn open(&mut self, name: usize, truncates: bool) {
+        let number = self.handle();
+        let flags = libc::O_RDWR | if truncates { libc::O_TRUNC } else { 0 };
+        let found = self.record_all(
+            |t| t.open(NAMES[name], flags),
+            None,
+            |r| {
+                let mut ops = vec![Op::Open(name, r.as_ref().map(|_| number).map_err(|e| *e))];
+                if truncates && r.is_ok() {
+                    // The name is looked up first, and what it named then is cut off.
+                    ops.push(Op::Truncate(number, 0));
+                }
+                ops
+            },
+        );
+        self.opened(number, found);
+    }
+
+    fn close(&self, number: u32, file: File) {
+        let closed = Op::Close(number);
+        let _ = self.change(|t| t.close(file), closed.clone(), |r| r.is_ok().then_some(closed));
+    }
+
+    fn write(&self, slot: usize) {
+        let (number, file) = &self.open[slot];
+        let (from, n, stamp) = (one_of(&PLACES), one_of(&LENGTHS), self.shared.stamp());
+        let op = Op::Write(*number, from, n, stamp);
+        let _ = self.change(
+            |t| t.write(file, from * CELL, &Content::bytes(n, stamp), false),
+            op.clone(),
+            |r| (*r == Ok((n * CELL) as u32)).then_some(op),
+        );
+    }
+
+    fn append(&self, slot: usize) {
+        let (number, file) = &self.open[slot];
+        let (n, stamp) = (one_of(&LENGTHS), self.shared.stamp());
+        let op = Op::Append(*number, n, stamp);
+        let _ = self.change(
+            |t| t.write(file, 0, &Content::bytes(n, stamp), true),
+            op.clone(),
+            |r| (*r == Ok((n * CELL) as u32)).then_some(op),
+        );
+    }
+
+    fn read(&self, number: u32, file: &File, from: u64, n: u64) -> Content {
+        let mut content = Content::default();
+        let _ = self.record(
+            |t| t.read(file, from * CELL, (n * CELL) as usize),
+            |r| {
+                content = Content::parse(r.as_ref().ok()?).ok()?;
+                Some(Op::Read(number, from, n, content.clone()))
+            },
+        );
+        content
+    }
+
+    fn truncate(&self, slot: usize) {
+        let (number, file) = &self.open[slot];
+        let to = one_of(&PLACES);
+        let op = Op::Truncate(*number, to);
+        let _ = self.change(
+            |t| t.truncate(file, to * CELL),
+            op.clone(),
+            |r| r.is_ok().then_some(op),
+        );
+    }
+
+    fn fstat(&self, slot: usize) {
+        let (number, file) = &self.open[slot];
+        let _ = self.record(
+            |t| t.fstat(file),
+            |r| {
+                r.as_ref()
+                    .ok()
+                    .map(|(size, links)| Op::Fstat(*number, cells(*size), *links))
+            },
+        );
+    }
+
+    fn stat(&self, name: usize) {
+        let number = self.handle();
+        let _ = self.record_all(
+            |t| t.stat(NAMES[name]),
+            None,
+            |r| match r {
+                // The name is looked up first, and then the attributes of what it named.
+                Ok(size) => vec![
+                    Op::Open(name, Ok(number)),
+                    Op::Size(number, cells(*size)),
+                    Op::Close(number),
+                ],
+                Err(e) => vec![Op::Stat(name, *e)],
+            },
+        );
+    }
+
+    fn unlink(&self, name: usize) {
+        let op = |r: &Sys<()>| Op::Unlink(name, *r);
+        let _ = self.change(|t| t.unlink(NAMES[name]), op(&Ok(())), |r| Some(op(r)));
+    }
+
+    fn rename(&self, from: usize, to: usize) {
+        let op = |r: &Sys<()>| Op::Rename(from, to, *r);
+        let _ = self.change(|t| t.rename(NAMES[from], NAMES[to]), op(&Ok(())), |r| Some(op(r)));
+    }
+
+    fn fsync(&self, slot: usize) {
+        let (_, file) = &self.open[slot];
+        // It changes nothing that anybody sees.
+        let done = self.task.fsync(file);
+        if let Err(error) = done
+            && !(self.shared.troubled && error == libc::EIO)
+        {
+            rt::sim::fail(format!("task {}: fsync: error {error}", self.id));
+        }
+    }
+
+    fn list(&self) -> Vec<usize> {
+        let mut names = Vec::new();
+        let _ = self.record_all(Task::names, None, |r| {
+            let Ok(listed) = r else { return Vec::new() };
+            let there = |name: usize| listed.iter().any(|n| n == NAMES[name]);
+            names = (0..NAMES.len()).filter(|name| there(*name)).collect();
+            (0..NAMES.len()).map(|name| Op::Has(name, there(name))).collect()
+        });
+        names
+    }
+}

@@ -1,0 +1,267 @@
+//! The cluster: a metadata server, storage nodes and mounts, each a group of threads on one simulated network.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use fsd_client::Detached;
+use fsd_meta::MetaServer;
+use fsd_meta::server::Base as MetaBase;
+use fsd_node::config::{CacheMode, Config};
+use fsd_node::fake_disk::Luck;
+use fsd_storage::StorageNode;
+use fsd_storage::label::Label;
+use fsd_storage::server::Base as StorageBase;
+use rdma_transport::sim::{SimConfig, SimNet};
+use rt::sync::Mutex;
+
+use crate::disk::{Ledger, Platter, SimDisk};
+use crate::flaws::Flaws;
+use crate::task::Mounted;
+
+const KEY: &[u8] = b"a key for simulations only";
+
+/// One life of a process.
+struct Life {
+    group: u32,
+    addr: String,
+    alive: Arc<AtomicBool>,
+}
+
+impl Life {
+    fn new(groups: &AtomicU32, addr: String) -> Self {
+        Self {
+            group: groups.fetch_add(1, Ordering::Relaxed),
+            addr,
+            alive: Arc::new(AtomicBool::new(true)),
+        }
+    }
+
+    /// The process is no more.
+    fn end(&self, net: &SimNet) {
+        self.alive.store(false, Ordering::Relaxed);
+        net.crash(&self.addr);
+        rt::sim::kill(self.group);
+    }
+}
+
+struct Host<S> {
+    running: Option<(S, Life)>,
+}
+
+struct Node {
+    label: Label,
+    platter: Arc<Platter>,
+    ledger: Arc<Ledger>,
+    host: Mutex<Host<StorageNode>>,
+}
+
+/// The cluster.
+pub struct World {
+    net: SimNet,
+    config: Arc<Config>,
+    dir: tempfile::TempDir,
+    flaws: Flaws,
+    groups: AtomicU32,
+    ledger: Arc<Ledger>,
+    meta: Mutex<Host<MetaServer>>,
+    nodes: Vec<Node>,
+}
+
+/// A mount.
+pub struct Mount {
+    /// What tasks need of it.
+    pub mounted: Mounted,
+    detached: Detached,
+    life: Life,
+}
+
+fn config(dir: &Path, nodes: usize) -> Config {
+    let shm = dir.join("memory").display().to_string();
+    let mut text = format!(
+        "cluster = \"sim\"\nkey_file = \"key\"\nfabric = \"tcp\"\ntimeout_ms = 10000\n\
+         [lease]\nwait_ms = 30000\n[mount]\nloops = 3\n\
+         [meta]\nlisten = \"meta:1\"\ndir = \"meta\"\nmemory_dir = \"{shm}/meta\"\n"
+    );
+    for node in 0..nodes {
+        text += &format!(
+            "[[storage]]\nid = {node}\nlisten = \"storage{node}:1\"\ndir = \"{node}\"\npool = \"16MiB\"\nmemory_dir = \"{shm}/{node}\"\n"
+        );
+        std::fs::create_dir_all(format!("{shm}/{node}")).expect("memory");
+    }
+    std::fs::create_dir_all(format!("{shm}/meta")).expect("memory");
+    let path = dir.join("cluster.toml");
+    std::fs::write(&path, text).expect("configuration");
+    Config::load(&path).expect("configuration")
+}
+
+impl World {
+    /// A formatted cluster in which nothing runs.
+    #[must_use]
+    pub fn new(seed: u64, nodes: usize, flaws: Flaws) -> Arc<Self> {
+        let dir = tempfile::Builder::new()
+            .prefix("fsd-sim-")
+            .tempdir_in("/dev/shm")
+            .expect("a directory in /dev/shm");
+        let config = Arc::new(config(dir.path(), nodes));
+        let delays = SimConfig {
+            min_delay: Duration::from_micros(2),
+            max_delay: Duration::from_micros(40),
+        };
+        let ledger = Arc::new(Ledger::default());
+        let alive = Arc::new(AtomicBool::new(true));
+        fsd_meta::server::make(&ledger.open(&alive), &config, "sim").expect("format");
+        let nodes = config.storage.iter().map(|section| Node {
+            label: Label::new(&config, section),
+            platter: Arc::default(),
+            ledger: Arc::default(),
+            host: Mutex::new(Host { running: None }),
+        });
+        Arc::new(Self {
+            net: SimNet::threaded(seed, delays).expect("threads"),
+            nodes: nodes.collect(),
+            config,
+            dir,
+            flaws,
+            groups: AtomicU32::new(1),
+            ledger,
+            meta: Mutex::new(Host { running: None }),
+        })
+    }
+
+    /// Storage nodes.
+    #[must_use]
+    pub fn nodes(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// What a storage node keeps its blocks on.
+    #[must_use]
+    pub fn platter(&self, node: usize) -> &Platter {
+        &self.nodes[node].platter
+    }
+
+    /// Starts the metadata server.
+    pub fn start_meta(self: &Arc<Self>) {
+        let life = Life::new(&self.groups, self.config.meta.listen.clone());
+        let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
+        let started = rt::sim::spawn_in(life.group, "meta", move || {
+            let base = MetaBase {
+                store: Arc::new(me.ledger.open(&alive)),
+                network: &me.net,
+                flaw: me.flaws.meta,
+            };
+            MetaServer::start_on(base, &me.config, KEY.to_vec(), false)
+        });
+        let server = started
+            .join()
+            .expect("no panic")
+            .expect("the metadata server starts");
+        self.meta.lock().running = Some((server, life));
+    }
+
+    /// Starts a storage node.
+    pub fn start_node(self: &Arc<Self>, n: usize) {
+        let life = Life::new(&self.groups, self.config.storage[n].listen.clone());
+        let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
+        let started = rt::sim::spawn_in(life.group, &format!("storage{n}"), move || {
+            let node = &me.nodes[n];
+            let base = StorageBase {
+                label: node.label.clone(),
+                disk: Arc::new(SimDisk::new(&node.platter, &alive)),
+                disk_path: me.config.storage[n].dir.join("pool.data"),
+                store: Arc::new(node.ledger.open(&alive)),
+                network: &me.net,
+                flaw: me.flaws.storage,
+            };
+            StorageNode::start_on(base, &me.config, &me.config.storage[n], KEY.to_vec(), false)
+        });
+        let server = started
+            .join()
+            .expect("no panic")
+            .expect("the storage node starts");
+        self.nodes[n].host.lock().running = Some((server, life));
+    }
+
+    /// Starts all servers.
+    pub fn start(self: &Arc<Self>) {
+        self.start_meta();
+        for n in 0..self.nodes() {
+            self.start_node(n);
+        }
+    }
+
+    fn forget_memory(&self, of: &str) {
+        let dir = self.dir.path().join("memory").join(of);
+        std::fs::remove_dir_all(&dir).expect("memory");
+        std::fs::create_dir(&dir).expect("memory");
+    }
+
+    /// The metadata server dies; with less than [`Luck::All`], its host does.
+    pub fn crash_meta(&self, luck: Luck) {
+        let running = self.meta.lock().running.take();
+        let Some((server, life)) = running else { return };
+        life.end(&self.net);
+        drop(server);
+        self.ledger.cut(luck);
+        if luck != Luck::All {
+            self.forget_memory("meta");
+        }
+    }
+
+    /// A storage node dies; with less than [`Luck::All`], its host does.
+    pub fn crash_node(&self, n: usize, luck: Luck) {
+        let node = &self.nodes[n];
+        let running = node.host.lock().running.take();
+        let Some((server, life)) = running else { return };
+        life.end(&self.net);
+        drop(server);
+        node.platter.cut(luck);
+        node.ledger.cut(luck);
+        if luck != Luck::All {
+            self.forget_memory(&n.to_string());
+        }
+    }
+
+    /// Starts a mount.
+    pub fn mount(self: &Arc<Self>, name: &str) -> Mount {
+        let life = Life::new(
+            &self.groups,
+            format!("{name}-{}:1", self.groups.load(Ordering::Relaxed)),
+        );
+        let (me, addr) = (Arc::clone(self), life.addr.clone());
+        let started = rt::sim::spawn_in(life.group, name, move || {
+            Detached::start(&me.net, &me.config, KEY.to_vec(), addr, CacheMode::Direct)
+        });
+        let detached = started.join().expect("no panic").expect("the mount joins");
+        Mount {
+            mounted: Mounted {
+                client: Arc::clone(detached.client()),
+                kernel: Arc::default(),
+            },
+            detached,
+            life,
+        }
+    }
+
+    /// A mount's process dies.
+    pub fn kill_mount(&self, mount: Mount) {
+        mount.life.end(&self.net);
+    }
+}
+
+impl Mount {
+    /// Leaves in order.
+    pub fn stop(self) {
+        let detached = self.detached;
+        let stopped = rt::sim::spawn_in(self.life.group, "leaving", move || detached.stop());
+        stopped.join().expect("no panic");
+    }
+
+    /// The group of its threads.
+    #[must_use]
+    pub fn group(&self) -> u32 {
+        self.life.group
+    }
+}
