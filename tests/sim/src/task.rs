@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fsd_client::Client;
-use fsd_client::attrs::SetAttr;
-use fsd_client::caller::Caller;
-use fsd_client::ctx::{Ctx, Res, Stop};
-use fsd_client::inode::Inode;
-use fsd_client::names::New;
-use fsd_client::opens::Handle;
-use fsd_client::write::WriteFlags;
+use fsd_client::cache::inode::Inode;
+use fsd_client::cache::write::{Write, WriteFlags};
+use fsd_client::files::attrs::SetAttr;
+use fsd_client::namespace::names::New;
+use fsd_client::opens::handles::Handle;
+use fsd_client::session::caller::Caller;
+use fsd_client::session::ctx::{Ctx, Res, Stop};
 use fsd_proto::ino::ROOT;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::Kind;
@@ -78,7 +78,7 @@ impl Task {
     /// On an event loop if that may be, else on a worker.
     fn serve<T>(&self, mut step: impl FnMut(&Arc<Client>, &Ctx<'_>) -> Res<T>) -> Sys<T> {
         rt::sim::point();
-        let first = step(&self.client, &Ctx::on_loop(&self.client.permits));
+        let first = step(&self.client, &Ctx::on_loop(&self.client.session.threads.permits));
         let result = match first {
             Err(Stop::Park) => step(&self.client, &Ctx::on_worker()),
             other => other,
@@ -99,12 +99,12 @@ impl Task {
     }
 
     fn root(&self) -> Arc<Inode> {
-        self.client.inode(ROOT)
+        self.client.cache.inode(ROOT)
     }
 
     fn lookup(&self, name: &str) -> Sys<(Arc<Inode>, u64)> {
         let found = self.serve(|c, ctx| {
-            c.lookup(
+            c.namespace.directories.lookup(
                 ctx,
                 &self.root(),
                 name.as_bytes(),
@@ -122,11 +122,17 @@ impl Task {
     }
 
     fn forget(&self, inode: &Inode) {
-        self.client.forget(inode.ino, 1);
+        self.client.revoke.forgetting.forget(inode.ino, 1);
     }
 
     fn file(&self, inode: Arc<Inode>, number: u64) -> Sys<File> {
-        let handle = self.client.handles.get(number).ok_or(libc::EBADF)?;
+        let handle = self
+            .client
+            .opens
+            .open_files
+            .handles
+            .get(number)
+            .ok_or(libc::EBADF)?;
         Ok(File {
             inode,
             number,
@@ -141,7 +147,7 @@ impl Task {
     pub fn open(&self, name: &str, flags: i32) -> Sys<File> {
         self.again(|| {
             let (inode, _) = self.walk(name)?;
-            match self.serve(|c, ctx| c.open(ctx, &inode, flags, self.caller())) {
+            match self.serve(|c, ctx| c.files.opened.open(ctx, &inode, flags, self.caller())) {
                 Ok((number, _)) => self.file(inode, number),
                 Err(e) => {
                     self.forget(&inode);
@@ -167,11 +173,13 @@ impl Task {
         let _alone = self.kernel.dir.write();
         let (inode, number) = self.serve(|c, ctx| {
             let mut made = None;
-            c.create(ctx, &self.root(), name.as_bytes(), &new, |inode, _| {
-                let (number, _) = c.make_handle(inode, Kind::File, libc::O_RDWR)?;
-                made = Some((Arc::clone(inode), number));
-                Ok(())
-            })?;
+            c.namespace
+                .names
+                .create(ctx, &self.root(), name.as_bytes(), &new, |inode, _| {
+                    let (number, _) = c.opens.open_files.make_handle(inode, Kind::File, libc::O_RDWR)?;
+                    made = Some((Arc::clone(inode), number));
+                    Ok(())
+                })?;
             made.ok_or(Stop::Errno(Errno(libc::EPROTO)))
         })?;
         self.file(inode, number)
@@ -179,8 +187,8 @@ impl Task {
 
     /// `close`.
     pub fn close(&self, file: File) -> Sys<()> {
-        let flushed = self.serve(|c, ctx| c.flush(ctx, &file.handle));
-        let released = self.serve(|c, ctx| c.release(ctx, file.number));
+        let flushed = self.serve(|c, ctx| c.files.opened.flush(ctx, &file.handle));
+        let released = self.serve(|c, ctx| c.opens.open_files.release(ctx, file.number));
         self.forget(&file.inode);
         flushed.and(released)
     }
@@ -192,7 +200,9 @@ impl Task {
     pub fn read(&self, file: &File, offset: u64, len: usize) -> Sys<Vec<u8>> {
         self.serve(|c, ctx| {
             let mut buffer = vec![0; len];
-            c.read(ctx, &file.inode, offset, &mut buffer, false, <[u8]>::to_vec)
+            c.files
+                .opened
+                .read(ctx, &file.inode, offset, &mut buffer, false, <[u8]>::to_vec)
         })
     }
 
@@ -201,15 +211,17 @@ impl Task {
     /// # Errors
     /// As pwrite(2).
     pub fn write(&self, file: &File, offset: u64, data: &[u8], append: bool) -> Sys<u32> {
-        let how = WriteFlags {
-            append,
-            kill_suid: false,
-            cached: false,
-            sync: false,
+        let write = Write {
+            offset,
+            data,
+            flags: WriteFlags {
+                append,
+                ..WriteFlags::default()
+            },
         };
         let lock = self.kernel.file(file.inode.ino);
         let _alone = lock.lock();
-        self.serve(|c, ctx| c.write(ctx, &file.inode, offset, data, how))
+        self.serve(|c, ctx| c.files.writes.write(ctx, &file.inode, &write))
     }
 
     /// `ftruncate`.
@@ -224,7 +236,7 @@ impl Task {
         };
         let lock = self.kernel.file(file.inode.ino);
         let _alone = lock.lock();
-        self.serve(|c, ctx| c.setattr(ctx, &file.inode, &set, |_, _| ()))
+        self.serve(|c, ctx| c.files.attrs.setattr(ctx, &file.inode, &set, |_, _| ()))
     }
 
     /// Size and links, as `fstat` has them.
@@ -232,7 +244,11 @@ impl Task {
     /// # Errors
     /// As fstat(2).
     pub fn fstat(&self, file: &File) -> Sys<(u64, u32)> {
-        self.serve(|c, ctx| c.getattr(ctx, &file.inode, |attr, _| (attr.size, attr.nlink)))
+        self.serve(|c, ctx| {
+            c.files
+                .attrs
+                .getattr(ctx, &file.inode, |attr, _| (attr.size, attr.nlink))
+        })
     }
 
     /// Size, as `stat` has it.
@@ -254,7 +270,7 @@ impl Task {
     pub fn fsync(&self, file: &File) -> Sys<()> {
         let lock = self.kernel.file(file.inode.ino);
         let _alone = lock.lock();
-        self.serve(|c, ctx| c.fsync(ctx, &file.inode, Some(&file.handle.seen)))
+        self.serve(|c, ctx| c.files.opened.fsync(ctx, &file.inode, Some(&file.handle.seen)))
     }
 
     /// `fsync` of the directory.
@@ -262,7 +278,7 @@ impl Task {
     /// # Errors
     /// As fsync(2).
     pub fn fsync_dir(&self) -> Sys<()> {
-        self.serve(|c, ctx| c.fsync(ctx, &self.root(), None))
+        self.serve(|c, ctx| c.files.opened.fsync(ctx, &self.root(), None))
     }
 
     /// `unlink`.
@@ -273,8 +289,11 @@ impl Task {
         self.again(|| {
             let _alone = self.kernel.dir.write();
             let (inode, _) = self.lookup(name)?;
-            let removed =
-                self.serve(|c, ctx| c.remove(ctx, &self.root(), name.as_bytes(), false, self.thread));
+            let removed = self.serve(|c, ctx| {
+                c.namespace
+                    .names
+                    .remove(ctx, &self.root(), name.as_bytes(), false, self.thread)
+            });
             self.forget(&inode);
             removed
         })
@@ -291,7 +310,7 @@ impl Task {
             let replaced = self.lookup(to);
             let renamed = self.serve(|c, ctx| {
                 let root = self.root();
-                c.rename(
+                c.namespace.names.rename(
                     ctx,
                     (&root, from.as_bytes()),
                     (&root, to.as_bytes()),
@@ -313,7 +332,7 @@ impl Task {
     /// As readdir(3).
     pub fn names(&self) -> Sys<Vec<String>> {
         let _shared = self.kernel.dir.read();
-        let listing = self.serve(|c, ctx| c.listing(ctx, &self.root()))?;
+        let listing = self.serve(|c, ctx| c.namespace.directories.listing(ctx, &self.root()))?;
         let names = listing
             .values()
             .map(|(name, _, _)| String::from_utf8_lossy(name).into_owned());

@@ -417,7 +417,6 @@ impl Inode {
 /// The locked state of an inode, perhaps with a range of the file claimed.
 ///
 /// Nobody waits for a server with the mutex locked: [`Locked::unlocked`] lets it go for that, and the claim stays.
-#[derive(Debug)]
 pub struct Locked<'a> {
     inode: &'a Inode,
     state: MutexGuard<'a, State>,

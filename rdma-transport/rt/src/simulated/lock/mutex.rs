@@ -77,6 +77,19 @@ impl<T: ?Sized + std::fmt::Debug> std::fmt::Debug for Mutex<T> {
     }
 }
 
+impl<T: ?Sized> MutexGuard<'_, T> {
+    /// Does something with the mutex unlocked, and takes it again.
+    #[track_caller]
+    pub fn unlocked<R>(guard: &mut Self, act: impl FnOnce() -> R) -> R {
+        let at = Location::caller();
+        guard.real = None;
+        released(guard.lock.address());
+        let done = act();
+        guard.real = Some(guard.lock.lock_real(at));
+        done
+    }
+}
+
 impl<T: ?Sized> Deref for MutexGuard<'_, T> {
     type Target = T;
     fn deref(&self) -> &T {
