@@ -12,12 +12,15 @@
 
 mod conn;
 mod control;
+mod core;
 mod endpoint;
+mod host;
 mod layout;
 mod listen;
 mod progress;
 mod ring;
 mod send;
+mod setup;
 
 pub(crate) use endpoint::open;
 

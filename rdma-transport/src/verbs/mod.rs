@@ -6,14 +6,19 @@
 //! receives messages, and sees to completions that nobody polls for.
 #![deny(unsafe_code)]
 
+mod adapter;
 mod attend;
 mod cells;
 mod conn;
+mod connection;
 mod control;
 mod device;
 mod endpoint;
 #[allow(unsafe_code)]
 mod ffi;
+mod incoming;
+mod pace;
+mod pair;
 mod progress;
 mod receive;
 mod region;

@@ -9,8 +9,8 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use crate::TransportError;
 use crate::common;
+use crate::error::TransportError;
 use crate::handshake::{MAX_MESSAGE, Pipe};
 
 /// Listens on `host:port`, without blocking; also the address with the real port.
@@ -97,6 +97,7 @@ pub(crate) fn framed(message: &[u8]) -> Vec<u8> {
 }
 
 /// Handshake messages on a stream: a length (u32), then the message.
+#[derive(Clone)]
 pub(crate) struct FramedPipe {
     pub(crate) sock: Arc<OwnedFd>,
     pub(crate) addr: String,
