@@ -5,12 +5,15 @@
 //! everything that a real fabric may reorder is reordered sooner or later, and the same seed gives the same run.
 //! Nothing happens by itself: the test calls [`SimNet::step`].
 
+mod config;
 mod effects;
 mod endings;
 mod endpoint;
 mod net;
+mod netref;
 mod remote;
 mod rng;
 mod state;
 
-pub use net::{SimConfig, SimNet};
+pub use config::SimConfig;
+pub use net::SimNet;

@@ -1,35 +1,20 @@
 //! The simulated network as the test sees it.
 
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::config::SimConfig;
 use super::endpoint::SimFabric;
-use super::state::{After, End, PairId, State, What, nanos};
-use crate::{Fabric, FabricConfig, Handler, Op, TransportError};
-
-/// How the simulated network behaves.
-#[derive(Debug, Clone, Copy)]
-pub struct SimConfig {
-    /// Shortest time anything takes from one endpoint to another.
-    pub min_delay: Duration,
-    /// Longest time.
-    pub max_delay: Duration,
-}
-
-impl Default for SimConfig {
-    fn default() -> Self {
-        Self {
-            min_delay: Duration::from_micros(1),
-            max_delay: Duration::from_micros(20),
-        }
-    }
-}
+use super::netref::NetRef;
+use super::state::{State, What, nanos};
+use crate::error::TransportError;
+use crate::fabric::{Fabric, FabricConfig, Handler};
 
 /// A deterministic network of endpoints in one process. Clones are the same network.
 #[derive(Clone)]
-pub struct SimNet(pub(super) Arc<Mutex<State>>);
+pub struct SimNet(Arc<Mutex<State>>);
 
 impl std::fmt::Debug for SimNet {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -66,7 +51,7 @@ impl SimNet {
         let (id, instance, counters) = state.add(&config, handler);
         drop(state);
         Ok(Arc::new(SimFabric::new(
-            self.weak(),
+            NetRef::of(&self.0),
             id,
             instance,
             counters,
@@ -104,41 +89,5 @@ impl SimNet {
     /// had sent, a random first part of each connection still takes effect; then its peers see the end.
     pub fn crash(&self, addr: &str) {
         self.0.lock().crash(addr);
-    }
-
-    /// Runs what this end has under way towards the other, then `ops` at once.
-    pub(super) fn execute(&self, pair: PairId, end: End, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
-        while let Some(after) = self.pull(pair, end) {
-            after.run();
-        }
-        let mut state = self.0.lock();
-        for op in ops {
-            if let Err(error) = state.execute_one(pair, end, op) {
-                if !matches!(error, TransportError::Disconnected { .. }) {
-                    state.down_both(pair, &error);
-                }
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes the next parcel out of the lane from `end` and lets it arrive now.
-    fn pull(&self, pair: PairId, end: End) -> Option<After> {
-        self.0.lock().pull(pair, end)
-    }
-
-    pub(super) fn weak(&self) -> NetRef {
-        NetRef(Arc::downgrade(&self.0))
-    }
-}
-
-/// How endpoints and connections refer to the net: it must not live on because of them.
-#[derive(Clone)]
-pub(super) struct NetRef(Weak<Mutex<State>>);
-
-impl NetRef {
-    pub(super) fn get(&self) -> Result<SimNet, TransportError> {
-        self.0.upgrade().map(SimNet).ok_or(TransportError::Shutdown)
     }
 }
