@@ -25,4 +25,6 @@ mod setup;
 pub(crate) use endpoint::open;
 
 #[cfg(test)]
+mod fuzz_tests;
+#[cfg(test)]
 mod tests;

@@ -174,3 +174,34 @@ impl Pipe for FramedPipe {
         self.addr.clone()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::test_util::allocating;
+
+    proptest! {
+        #[test]
+        fn whatever_length_is_announced(len in prop_oneof![0u32..5000, any::<u32>()], body in 0usize..6000) {
+            let (mut theirs, ours) = UnixStream::pair().unwrap();
+            theirs.write_all(&len.to_le_bytes()).unwrap();
+            theirs.write_all(&vec![1; body]).unwrap();
+            drop(theirs);
+            let timeout = Duration::from_secs(5);
+            let mut pipe = FramedPipe {
+                sock: Arc::new(ours.into()),
+                addr: "fuzz".to_owned(),
+                deadline: Instant::now() + timeout,
+                timeout,
+            };
+            let (message, most) = allocating(|| pipe.recv());
+            prop_assert_eq!(message.is_ok(), len as usize <= body.min(MAX_MESSAGE));
+            prop_assert!(most < 2 * MAX_MESSAGE, "{most} bytes");
+        }
+    }
+}

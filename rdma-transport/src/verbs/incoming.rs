@@ -99,7 +99,7 @@ fn act(conn: &VerbsConn, adapter: &Adapter, frame: &Control) {
 
 /// Puts messages together out of fragments.
 #[derive(Default)]
-struct Assembly {
+pub(super) struct Assembly {
     bytes: Vec<u8>,
     /// Length of the message that is coming in.
     wanted: Option<usize>,
@@ -107,7 +107,7 @@ struct Assembly {
 
 impl Assembly {
     /// Adds a fragment; the message if that is complete.
-    fn add(&mut self, fragment: &[u8]) -> Result<Option<Vec<u8>>, &'static str> {
+    pub(super) fn add(&mut self, fragment: &[u8]) -> Result<Option<Vec<u8>>, &'static str> {
         let (kind, _, body) = wire::parse(fragment).ok_or("a malformed fragment")?;
         let wanted = match (kind, self.wanted) {
             (Kind::First(len), None) if len as usize <= LIMITS.max_message => {

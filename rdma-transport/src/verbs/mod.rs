@@ -32,4 +32,6 @@ mod wire;
 pub(crate) use endpoint::open;
 
 #[cfg(test)]
+mod fuzz_tests;
+#[cfg(test)]
 mod tests;
