@@ -173,6 +173,32 @@ impl ConnBase {
     }
 }
 
+/// The methods of [`crate::Connection`] that a `base: ConnBase` answers.
+macro_rules! answered_by_base {
+    () => {
+        fn id(&self) -> $crate::ConnId {
+            self.base.id
+        }
+
+        fn peer_identity(&self) -> &[u8] {
+            &self.base.peer.identity
+        }
+
+        fn peer_addr(&self) -> String {
+            self.base.addr.clone()
+        }
+
+        fn is_alive(&self) -> bool {
+            self.base.alive()
+        }
+
+        fn stats(&self) -> $crate::FabricStats {
+            self.base.counters.snapshot()
+        }
+    };
+}
+pub(crate) use answered_by_base;
+
 /// The serials of the connections we have made to an endpoint instance and still believe in.
 pub(crate) fn serials_to<'a>(conns: impl Iterator<Item = &'a ConnBase>, instance: u64) -> Vec<u64> {
     conns

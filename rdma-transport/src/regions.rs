@@ -47,6 +47,7 @@ impl<M> Regions<M> {
         look(self.0.read().get(&key.0))
     }
 
+    #[cfg(feature = "verbs")]
     pub(crate) fn clear(&self) {
         self.0.write().clear();
     }

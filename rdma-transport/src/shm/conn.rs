@@ -13,7 +13,7 @@ use super::control::{self, Notice};
 use super::host::Host;
 use super::layout::{Channel, Directory, SLOTS, Side, slot_of};
 use super::send::{Outbox, Sent, Unsent};
-use crate::base::ConnBase;
+use crate::base::{ConnBase, answered_by_base};
 use crate::buffer::Buffer;
 use crate::common::{self, disconnected, remote_access};
 use crate::error::TransportError;
@@ -21,7 +21,7 @@ use crate::fabric::{ConnId, Connection};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
 use crate::ops::{Access, AsyncOp, BatchError, Completion, Op, OpResult, RemoteAddr};
-use crate::stats::{self, FabricStats};
+use crate::stats;
 
 /// Longest time `close` waits for operations of the peer that are being executed at that moment.
 const FENCE: Duration = Duration::from_secs(1);
@@ -428,21 +428,7 @@ impl ShmConn {
 }
 
 impl Connection for ShmConn {
-    fn id(&self) -> ConnId {
-        self.base.id
-    }
-
-    fn peer_identity(&self) -> &[u8] {
-        &self.base.peer.identity
-    }
-
-    fn peer_addr(&self) -> String {
-        self.base.addr.clone()
-    }
-
-    fn is_alive(&self) -> bool {
-        self.alive()
-    }
+    answered_by_base!();
 
     fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         let bytes = common::check_ops(ops)?;
@@ -509,9 +495,5 @@ impl Connection for ShmConn {
                 self.base.addr
             );
         }
-    }
-
-    fn stats(&self) -> FabricStats {
-        self.base.counters.snapshot()
     }
 }

@@ -6,7 +6,9 @@ mod host;
 mod progress;
 mod socket;
 
-pub(crate) use core::{Core, Greeted, Linked};
+#[cfg(feature = "verbs")]
+pub(crate) use core::Greeted;
+pub(crate) use core::{Core, Linked};
 pub(crate) use door::Listening;
 pub(crate) use host::Host;
 #[cfg(feature = "verbs")]

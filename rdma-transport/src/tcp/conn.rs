@@ -12,13 +12,12 @@ use super::frame::Header;
 use super::pending::{Batch, Pending};
 use super::request;
 use super::tx::{Out, READS, Tx};
-use crate::base::ConnBase;
+use crate::base::{ConnBase, answered_by_base};
 use crate::common::{self, disconnected};
 use crate::error::TransportError;
-use crate::fabric::{ConnId, Connection};
+use crate::fabric::Connection;
 use crate::mem::SharedMem;
 use crate::ops::{AsyncOp, BatchError, Completion, Op, Outcome};
-use crate::stats::FabricStats;
 use crate::stream::{Host, Linked};
 use crate::waiter::Waiter;
 
@@ -257,21 +256,7 @@ impl Linked for TcpConn {
 }
 
 impl Connection for TcpConn {
-    fn id(&self) -> ConnId {
-        self.base.id
-    }
-
-    fn peer_identity(&self) -> &[u8] {
-        &self.base.peer.identity
-    }
-
-    fn peer_addr(&self) -> String {
-        self.base.addr.clone()
-    }
-
-    fn is_alive(&self) -> bool {
-        self.alive()
-    }
+    answered_by_base!();
 
     fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         let bytes = common::check_ops(ops)?;
@@ -339,9 +324,5 @@ impl Connection for TcpConn {
 
     fn close(&self) {
         self.fail(disconnected(&self.base.addr, "closed on this side"));
-    }
-
-    fn stats(&self) -> FabricStats {
-        self.base.counters.snapshot()
     }
 }

@@ -81,7 +81,7 @@ impl VerbsConn {
             return;
         }
         self.base.die();
-        self.tx.lock().closed = true;
+        self.tx.lock().end.closed = true;
         self.room.notify_all();
         self.host.wake();
     }
@@ -154,8 +154,8 @@ impl VerbsConn {
             Broken::Lost(reason) => Some(self.unreachable(&reason)),
             Broken::Suspect(suspect) => {
                 // Is it the region that has gone, or everything? The peer's answer decides.
-                tx.closed = true;
-                tx.suspect = Some(suspect);
+                tx.end.closed = true;
+                tx.end.suspect = Some(suspect);
                 self.doubtful.store(true, Ordering::SeqCst);
                 let asked = self.stream.send(&Control::Where(suspect.at.key.0));
                 self.host.wake();
@@ -163,7 +163,7 @@ impl VerbsConn {
             }
         });
         if let Some(why) = why {
-            tx.closed = true;
+            tx.end.closed = true;
             if self.base.condemn(why) {
                 // Before anybody is told what it ended with.
                 self.base.die();
@@ -224,13 +224,13 @@ impl VerbsConn {
     /// The peer has told what a region key stands for.
     pub(super) fn on_place(&self, key: u64, known: Known) {
         let mut tx = self.tx.lock();
-        if let Some(Suspect { at, len }) = tx.suspect.filter(|s| s.at.key.0 == key) {
+        if let Some(Suspect { at, len }) = tx.end.suspect.filter(|s| s.at.key.0 == key) {
             let reason = match known {
                 Known::Nowhere => "no such region",
                 _ => "the target's adapter does not permit it",
             };
             let why = common::remote_access(at, len, reason);
-            tx.guilty = Some(why.clone());
+            tx.end.guilty = Some(why.clone());
             drop(tx);
             return self.fail(why);
         }
@@ -252,7 +252,7 @@ impl VerbsConn {
     pub(super) fn take_all(&self) -> (Vec<Unit>, Option<TransportError>) {
         let mut tx = self.tx.lock();
         self.under_way.store(0, Ordering::SeqCst);
-        (tx.take_all(), tx.guilty.take())
+        (tx.take_all(), tx.end.guilty.take())
     }
 
     /// Queues requests and posts what can be posted.
@@ -262,7 +262,7 @@ impl VerbsConn {
         owner: Owner,
     ) -> Result<(), (Owner, TransportError)> {
         let mut tx = self.tx.lock();
-        if tx.closed || !self.alive() {
+        if tx.end.closed || !self.alive() {
             drop(tx);
             return Err((owner, self.base.dead()));
         }
@@ -283,7 +283,7 @@ impl VerbsConn {
             self.reap();
         }
         let mut tx = self.tx.lock();
-        if tx.closed || !self.alive() {
+        if tx.end.closed || !self.alive() {
             drop(tx);
             return Err(self.base.dead());
         }
@@ -303,7 +303,7 @@ impl VerbsConn {
         let deadline = Instant::now() + self.host.base.config.timeout;
         tx = self.tx.lock();
         while !tx.is_sent(number) {
-            if tx.closed {
+            if tx.end.closed {
                 drop(tx);
                 return Err(self.base.dead());
             }

@@ -9,12 +9,11 @@ use super::conn::VerbsConn;
 use super::request;
 use super::submit::{self, Prepared};
 use super::unit::Owner;
-use crate::base::ConnBase;
+use crate::base::{ConnBase, answered_by_base};
 use crate::common::{self, disconnected};
 use crate::error::TransportError;
-use crate::fabric::{ConnId, Connection};
+use crate::fabric::Connection;
 use crate::ops::{AsyncOp, BatchError, Completion, Op};
-use crate::stats::FabricStats;
 use crate::stream::Linked;
 
 /// How long what is under way may take to arrive when this side closes.
@@ -59,21 +58,7 @@ impl Linked for VerbsConn {
 }
 
 impl Connection for VerbsConn {
-    fn id(&self) -> ConnId {
-        self.base.id
-    }
-
-    fn peer_identity(&self) -> &[u8] {
-        &self.base.peer.identity
-    }
-
-    fn peer_addr(&self) -> String {
-        self.base.addr.clone()
-    }
-
-    fn is_alive(&self) -> bool {
-        self.alive()
-    }
+    answered_by_base!();
 
     fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         let bytes = common::check_ops(ops)?;
@@ -162,9 +147,5 @@ impl Connection for VerbsConn {
             std::thread::sleep(Duration::from_micros(100));
         }
         self.cut();
-    }
-
-    fn stats(&self) -> FabricStats {
-        self.base.counters.snapshot()
     }
 }
