@@ -5,9 +5,10 @@ use std::collections::hash_map::Entry;
 
 use parking_lot::RwLock;
 
-use crate::common;
+use crate::common::{self, remote_access};
 use crate::error::TransportError;
-use crate::ops::{Access, RegionKey};
+use crate::mem::SharedMem;
+use crate::ops::{Access, RegionKey, RemoteAddr};
 
 /// `M` is the memory as the provider keeps it.
 pub(crate) struct Regions<M>(RwLock<HashMap<u64, (M, Access)>>);
@@ -50,5 +51,22 @@ impl<M> Regions<M> {
     #[cfg(feature = "verbs")]
     pub(crate) fn clear(&self) {
         self.0.write().clear();
+    }
+}
+
+/// Where an operation's memory begins in a region, or why the region refuses it.
+#[inline]
+pub(crate) fn place_in(
+    (mem, access): (&SharedMem, Access),
+    at: RemoteAddr,
+    len: usize,
+    permits: impl Fn(Access) -> bool,
+) -> Result<usize, TransportError> {
+    if !permits(access) {
+        return Err(remote_access(at, len as u64, "the region does not permit this"));
+    }
+    match usize::try_from(at.offset) {
+        Ok(off) if mem.contains(off, len) => Ok(off),
+        _ => Err(remote_access(at, len as u64, "outside of the region")),
     }
 }

@@ -21,6 +21,7 @@ use crate::fabric::{ConnId, Connection};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
 use crate::ops::{Access, AsyncOp, BatchError, Completion, Op, OpResult, RemoteAddr};
+use crate::regions::place_in;
 use crate::stats;
 
 /// Longest time `close` waits for operations of the peer that are being executed at that moment.
@@ -274,15 +275,7 @@ impl ShmConn {
                 Err(self.base.dead())
             };
         };
-        if !permits(mapped.access) {
-            return refused("the region does not permit this");
-        }
-        let Some(offset) = usize::try_from(at.offset)
-            .ok()
-            .filter(|o| mapped.mem.contains(*o, len))
-        else {
-            return refused("outside of the region");
-        };
+        let offset = place_in((&mapped.mem, mapped.access), at, len, permits)?;
         let slot = slot_of(at.key.0);
         let in_flight = self.channel.in_flight(self.side, slot);
         // First counted, then checked: who withdraws the permission and then sees no count is safe.

@@ -18,7 +18,6 @@ use crate::base::{self, Base};
 use crate::common;
 use crate::error::TransportError;
 use crate::fabric::Connection;
-use crate::handshake::Peer;
 use crate::mem::SharedMem;
 use crate::ops::{Access, RegionKey};
 use crate::stats::FabricStats;
@@ -78,8 +77,10 @@ impl Core {
         })
     }
 
-    /// Makes a new connection known: it learns of all regions, and of all future ones.
-    pub(super) fn link(&self, conn: &Arc<ShmConn>) {
+    /// Makes a new connection known: it learns of all regions, and of all future ones. If the peer has connected to us,
+    /// also what it had before, which ends now: found under the same lock, so that of two connections that begin at
+    /// the same time one is the older.
+    pub(super) fn link(&self, conn: &Arc<ShmConn>) -> Vec<Arc<ShmConn>> {
         let mut links = self.links.lock();
         for region in links.regions.iter().flatten() {
             let len = region.mem.len() as u64;
@@ -92,7 +93,10 @@ impl Core {
                 Some(&region.mem),
             );
         }
+        let over = |c: &&Arc<ShmConn>| conn.base.incoming && c.base.superseded_by(&conn.base.peer);
+        let superseded = links.conns.iter().filter(over).cloned().collect();
         links.conns.push(Arc::clone(conn));
+        superseded
     }
 
     pub(super) fn unlink(&self, conn: &Arc<ShmConn>) {
@@ -187,13 +191,6 @@ impl Core {
             }
         }
         Ok(())
-    }
-
-    /// Connections that end now that this peer has connected anew.
-    pub(super) fn superseded_by(&self, peer: &Peer) -> Vec<Arc<ShmConn>> {
-        let links = self.links.lock();
-        let over = |c: &&Arc<ShmConn>| c.base.superseded_by(peer);
-        links.conns.iter().filter(over).cloned().collect()
     }
 
     /// Serials of the connections to an endpoint instance.

@@ -66,13 +66,12 @@ fn welcome(core: &Arc<Core>, mut pipe: HandshakePipe) -> Result<(), TransportErr
         sock: Arc::clone(&pipe.sock),
         peer: verified.peer,
     };
-    let superseded = core.superseded_by(&parts.peer);
+    let conn = ShmConn::new(core.host.base.next_id(), &core.host, parts);
+    let superseded = core.link(&conn);
     for old in &superseded {
         // Returns when nothing of the old connection can land any more.
         old.close();
     }
-    let conn = ShmConn::new(core.host.base.next_id(), &core.host, parts);
-    core.link(&conn);
     conn.notify(Notice::Ready, None);
     let ready = conn.await_ready(pipe.deadline);
     core.install_if(ready, conn, superseded)

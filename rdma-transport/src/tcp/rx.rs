@@ -17,7 +17,7 @@ use crate::error::TransportError;
 use crate::fabric::{Connection, Handler};
 use crate::mem::SharedMem;
 use crate::ops::{Access, RemoteAddr};
-use crate::regions::Regions;
+use crate::regions::{Regions, place_in};
 
 /// Holds the longest frame that is not streamed, with room for what follows it.
 const BUFFER: usize = 256 * 1024;
@@ -427,17 +427,11 @@ fn on_region<R>(
     permits: impl Fn(Access) -> bool,
     act: impl FnOnce(&Arc<SharedMem>, usize) -> R,
 ) -> Result<R, TransportError> {
-    let refused = |why: &str| Err(remote_access(at, len as u64, why));
-    regions.with(at.key, |found| {
-        let Some((mem, access)) = found else {
-            return refused("no such region");
-        };
-        if !permits(*access) {
-            return refused("the region does not permit this");
+    regions.with(at.key, |found| match found {
+        Some((mem, access)) => {
+            let off = place_in((mem, *access), at, len, permits)?;
+            Ok(act(mem, off))
         }
-        match usize::try_from(at.offset) {
-            Ok(off) if mem.contains(off, len) => Ok(act(mem, off)),
-            _ => refused("outside of the region"),
-        }
+        None => Err(remote_access(at, len as u64, "no such region")),
     })
 }
