@@ -324,6 +324,7 @@ mod tests {
             });
         prop_oneof![
             mode().prop_map(Body::Want),
+            mode().prop_map(Body::Ask),
             Just(Body::Revoke),
             Just(Body::Done),
             (0..=OwnerWord::MAX_VERSION, payload())

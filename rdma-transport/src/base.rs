@@ -1,46 +1,34 @@
 //! What every endpoint and every connection keeps, whatever it talks over.
 //!
-//! A provider adds how bytes get to the peer. That a connection has one reason for its end, that
-//! connections reach the progress thread one way, and that an endpoint shuts down once is the same for all.
+//! A provider adds how bytes get to the peer. That a connection has one reason for its end, and that an endpoint shuts
+//! down once, is the same for all.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use crate::buffer::BufferPool;
 use crate::common::{self, ended};
 use crate::handshake::{Local, Peer, Provider};
-use crate::pool::Handshakes;
-use crate::stats;
 use crate::stats::Counters;
 use crate::{ConnId, FabricConfig, FabricStats, Handler, TransportError};
 
-/// A peer that does not finish its handshake in this time is dropped.
-const HANDSHAKE: Duration = Duration::from_secs(5);
-
-/// What every endpoint keeps. `I` is what it hands to its progress thread when a connection is new.
-pub(crate) struct Base<I> {
+/// What every endpoint keeps.
+pub(crate) struct Base {
     pub(crate) config: FabricConfig,
     pub(crate) handler: Arc<dyn Handler>,
     pub(crate) counters: Counters,
     pub(crate) buffers: Arc<BufferPool>,
     identity: Mutex<Vec<u8>>,
     instance: u64,
-    /// None: the progress thread has ended.
-    installs: Mutex<Option<Vec<I>>>,
     /// The progress thread is to look around.
     news: AtomicBool,
     stopping: AtomicBool,
     next_conn: AtomicU64,
-    handshakes: Arc<Handshakes>,
-    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-impl<I> Base<I> {
+impl Base {
     pub(crate) fn new(
         config: FabricConfig,
         handler: Arc<dyn Handler>,
@@ -53,12 +41,9 @@ impl<I> Base<I> {
             handler,
             counters: Counters::default(),
             instance: u64::from_le_bytes(common::random()?),
-            installs: Mutex::new(Some(Vec::new())),
             news: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             next_conn: AtomicU64::new(1),
-            handshakes: Arc::default(),
-            thread: Mutex::new(None),
         })
     }
 
@@ -104,32 +89,9 @@ impl<I> Base<I> {
         self.has_news() && self.news.swap(false, Ordering::SeqCst)
     }
 
-    /// The connections that are new since the last time.
-    pub(crate) fn take_installs(&self) -> Vec<I> {
-        let mut installs = self.installs.lock();
-        installs.as_mut().map(std::mem::take).unwrap_or_default()
-    }
-
-    /// As [`Base::take_installs`]; there will be no more.
-    pub(crate) fn take_last_installs(&self) -> Vec<I> {
-        self.installs.lock().take().unwrap_or_default()
-    }
-
-    /// Starts the progress thread.
-    pub(crate) fn start(
-        &self,
-        name: &str,
-        run: impl FnOnce() + Send + 'static,
-    ) -> Result<(), TransportError> {
-        let thread = std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
-                common::mark_progress_thread();
-                run();
-            })
-            .map_err(|e| TransportError::os("start the progress thread", &e))?;
-        *self.thread.lock() = Some(thread);
-        Ok(())
+    /// The progress thread is to look around; who sets this wakes it.
+    pub(crate) fn set_news(&self) {
+        self.news.store(true, Ordering::SeqCst);
     }
 
     /// Begins the end. False if it has begun before.
@@ -140,68 +102,6 @@ impl<I> Base<I> {
     /// The sum over the endpoint and the connections it has.
     pub(crate) fn stats<'a>(&self, conns: impl Iterator<Item = &'a ConnBase>) -> FabricStats {
         conns.fold(self.counters.snapshot(), |sum, c| sum.plus(c.counters.snapshot()))
-    }
-}
-
-/// A provider's endpoint.
-pub(crate) trait Endpoint: Send + Sync + Sized + 'static {
-    /// What it hands to its progress thread when a connection is new.
-    type Install: Send;
-
-    fn base(&self) -> &Base<Self::Install>;
-
-    /// Brings the progress thread out of its sleep.
-    fn ring(&self);
-
-    /// Makes the progress thread look around, whatever it is doing.
-    fn wake(&self) {
-        self.base().news.store(true, Ordering::SeqCst);
-        self.ring();
-    }
-
-    /// Hands a connection to the progress thread.
-    fn install(&self, install: Self::Install) -> Result<(), TransportError> {
-        match self.base().installs.lock().as_mut() {
-            Some(installs) => {
-                // Before anybody can be told of it.
-                stats::count(&self.base().counters.connections, 1);
-                installs.push(install);
-            }
-            None => return Err(TransportError::Shutdown),
-        }
-        self.wake();
-        Ok(())
-    }
-
-    /// Welcomes an incoming socket on a thread of its own; `welcome` gets its deadline and how long that is.
-    fn shake_hands(
-        self: &Arc<Self>,
-        sock: Arc<OwnedFd>,
-        welcome: impl FnOnce(&Arc<Self>, Instant, Duration) -> Result<(), TransportError> + Send + 'static,
-    ) {
-        let me = Arc::clone(self);
-        self.base().handshakes.start(sock, move || {
-            let base = me.base();
-            let timeout = HANDSHAKE.min(base.config.timeout);
-            if let Err(error) = welcome(&me, Instant::now() + timeout, timeout)
-                && !base.stopped()
-            {
-                base.counters.handshake_failed(&error);
-            }
-        });
-    }
-
-    /// Ends what runs on threads; called once, after [`Base::begin_stop`]. `addr` is for the log.
-    fn end_threads(&self, addr: &str) {
-        self.base().handshakes.stop();
-        self.wake();
-        let thread = self.base().thread.lock().take();
-        if let Some(thread) = thread
-            && !common::on_progress_thread()
-            && thread.join().is_err()
-        {
-            tracing::error!("the progress thread of {addr} panicked");
-        }
     }
 }
 
@@ -272,6 +172,32 @@ impl ConnBase {
         self.incoming && self.peer.superseded_by(newer)
     }
 }
+
+/// The methods of [`crate::Connection`] that a `base: ConnBase` answers.
+macro_rules! answered_by_base {
+    () => {
+        fn id(&self) -> $crate::ConnId {
+            self.base.id
+        }
+
+        fn peer_identity(&self) -> &[u8] {
+            &self.base.peer.identity
+        }
+
+        fn peer_addr(&self) -> String {
+            self.base.addr.clone()
+        }
+
+        fn is_alive(&self) -> bool {
+            self.base.alive()
+        }
+
+        fn stats(&self) -> $crate::FabricStats {
+            self.base.counters.snapshot()
+        }
+    };
+}
+pub(crate) use answered_by_base;
 
 /// The serials of the connections we have made to an endpoint instance and still believe in.
 pub(crate) fn serials_to<'a>(conns: impl Iterator<Item = &'a ConnBase>, instance: u64) -> Vec<u64> {

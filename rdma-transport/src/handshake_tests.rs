@@ -170,3 +170,72 @@ fn who_replaces_whom() {
         "nobody in particular"
     );
 }
+
+mod fuzz {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::test_util::allocating;
+
+    /// Says what it was given, whatever it is told.
+    struct Parrot(Vec<Vec<u8>>);
+
+    impl Pipe for Parrot {
+        fn send(&mut self, _message: &[u8]) -> Result<(), TransportError> {
+            Ok(())
+        }
+        fn recv(&mut self) -> Result<Vec<u8>, TransportError> {
+            self.0.pop().ok_or(TransportError::Shutdown)
+        }
+        fn addr(&self) -> String {
+            "parrot".to_owned()
+        }
+    }
+
+    /// Bytes that may begin like a message.
+    fn message() -> impl Strategy<Value = Vec<u8>> {
+        let tail = prop::collection::vec(any::<u8>(), 0..300);
+        (any::<bool>(), prop::option::of(Just(VERSION)), 0u8..5, tail).prop_map(
+            |(magic, version, byte, tail)| {
+                let mut out = Vec::new();
+                if magic {
+                    out.extend_from_slice(MAGIC);
+                    version.into_iter().for_each(|v| out.extend(v.to_le_bytes()));
+                    out.push(byte);
+                }
+                out.extend(tail);
+                out
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_other_side_says(said in prop::collection::vec(message(), 0..4)) {
+            let local = Local {
+                provider: Provider::Tcp,
+                key: vec![7; 32],
+                identity: b"fuzzed".to_vec(),
+                instance: 1,
+            };
+            let (passed, most) = allocating(|| {
+                let served = server(&mut Parrot(said.clone()), &local, &|_| Ok(())).is_ok();
+                let connected = client(&mut Parrot(said.clone()), &local, 1, &|_| Vec::new()).is_ok();
+                served || connected
+            });
+            prop_assert!(!passed, "without the key");
+            prop_assert!(most < 64 * 1024, "{most} bytes");
+        }
+
+        #[test]
+        fn bodies(bytes in prop::collection::vec(any::<u8>(), 0..400), count in 0u16..200) {
+            let mut proof = vec![1; 16];
+            proof.extend(count.to_le_bytes());
+            proof.extend(&bytes);
+            let (_any, most) = allocating(|| {
+                (parse_challenge(&bytes), parse_proof(&bytes), parse_proof(&proof), opening(&bytes, "x").is_ok())
+            });
+            prop_assert!(most < 16 * 1024, "{most} bytes");
+        }
+    }
+}

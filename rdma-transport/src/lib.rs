@@ -25,6 +25,7 @@ mod open;
 mod ops;
 mod options;
 mod pool;
+mod regions;
 mod shm;
 pub mod sim;
 mod stats;
@@ -32,6 +33,7 @@ mod stream;
 mod tcp;
 #[cfg(test)]
 mod test_util;
+mod threads;
 #[cfg(feature = "verbs")]
 mod verbs;
 mod waiter;

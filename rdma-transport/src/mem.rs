@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::TransportError;
 
@@ -317,12 +317,6 @@ impl SharedMem {
         );
         // SAFETY: in bounds, aligned, and the mapping outlives the borrow of `self`.
         unsafe { self.base.add(off).cast::<AtomicU64>().as_ref() }
-    }
-
-    /// Asks for huge pages; the kernel may decline, which costs speed only.
-    pub fn advise_hugepages(&self) -> bool {
-        // SAFETY: the range is this mapping; the advice changes no contents.
-        unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.len, Advice::LinuxHugepage) }.is_ok()
     }
 
     /// Receives from a nonblocking socket straight into the memory.

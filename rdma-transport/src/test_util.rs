@@ -1,5 +1,7 @@
 //! What the tests inside of this crate share.
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -71,4 +73,49 @@ impl Junk {
     pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
         (0..len).map(|_| self.next() as u8).collect()
     }
+}
+
+thread_local! {
+    /// Bytes that this thread has allocated and not freed, and the most that these were.
+    static ALLOCATED: Cell<(isize, isize)> = const { Cell::new((0, 0)) };
+}
+
+struct Watched;
+
+#[global_allocator]
+static WATCHED: Watched = Watched;
+
+fn note(bytes: isize) {
+    // Threads that are just ending are not watched.
+    let _ended = ALLOCATED.try_with(|a| {
+        let (now, most) = a.get();
+        a.set((now + bytes, most.max(now + bytes)));
+    });
+}
+
+// SAFETY: the system's allocator does the work; what is noted is a number in a cell.
+unsafe impl GlobalAlloc for Watched {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        note(layout.size() as isize);
+        // SAFETY: passed on as it came.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        note(-(layout.size() as isize));
+        // SAFETY: passed on as it came.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+/// What `act` returns, and how much more memory this thread had at the most while it ran.
+pub(crate) fn allocating<R>(act: impl FnOnce() -> R) -> (R, usize) {
+    let before = ALLOCATED.with(|a| {
+        let (now, _) = a.get();
+        a.set((now, now));
+        now
+    });
+    let result = act();
+    let most = ALLOCATED.with(|a| a.get().1);
+    (result, usize::try_from(most - before).unwrap_or(0))
 }

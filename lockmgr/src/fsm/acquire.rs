@@ -26,7 +26,7 @@ impl Fsm {
     /// a round trip to the record is saved.
     pub(super) fn ask(&mut self, mode: Mode, owner: NodeId, out: &mut Vec<Action>) {
         self.phase = Phase::Waiting { at: owner };
-        self.asking = true;
+        self.search.asking = true;
         out.push(Action::Send {
             to: owner,
             body: Body::Ask(mode),
@@ -36,11 +36,11 @@ impl Fsm {
     /// Nothing more comes from this node. If it was asked on a guess, the record is looked at instead; if it had
     /// granted or named this node already, that is found there.
     pub(super) fn gone(&mut self, cfg: &Config, node: NodeId, out: &mut Vec<Action>) {
-        if self.last_owner == Some(node) {
-            self.last_owner = None;
+        if self.search.last_owner == Some(node) {
+            self.search.last_owner = None;
         }
-        if self.asking && self.phase == (Phase::Waiting { at: node }) {
-            self.asking = false;
+        if self.search.asking && self.phase == (Phase::Waiting { at: node }) {
+            self.search.asking = false;
             self.start(cfg, out);
         }
     }
@@ -48,7 +48,7 @@ impl Fsm {
     /// Starts, or starts again, what is wanted.
     pub(super) fn start(&mut self, cfg: &Config, out: &mut Vec<Action>) {
         self.phase = Phase::Acquiring;
-        self.via = None;
+        self.search.via = None;
         match self.want {
             Some(Mode::Shared) => self.post_shared(cfg, out),
             Some(Mode::Exclusive) => {
@@ -57,7 +57,8 @@ impl Fsm {
                 } else {
                     0
                 };
-                let expect = OwnerWord::free(self.last_version).read_by(self.seen.near | own, self.seen.far);
+                let expect = OwnerWord::free(self.last_version)
+                    .read_by(self.search.seen.near | own, self.search.seen.far);
                 self.post_exclusive(cfg, expect, out);
             }
             None => self.phase = Phase::Rest,
@@ -162,7 +163,7 @@ impl Fsm {
             self.post(BatchKind::SharedAcquire, WordOps::one(cas), out);
             return Ok(());
         }
-        let via = self.via.take();
+        let via = self.search.via.take();
         let granter = via.as_ref().map(|v| v.granter);
         let held = match owner.writer {
             None => true,
@@ -190,7 +191,7 @@ impl Fsm {
                 self.want = None;
                 self.phase = Phase::Rest;
                 self.last_version = version;
-                self.seen = Readers::in_word(owner);
+                self.search.seen = Readers::in_word(owner);
                 out.push(Action::Granted {
                     mode: Mode::Shared,
                     version,
@@ -234,8 +235,8 @@ impl Fsm {
                 }
                 _ => {}
             }
-            self.word_version = found.version;
-            self.word_far = found.far;
+            self.own.word_version = found.version;
+            self.own.word_far = found.far;
             self.own(cfg, readers, found.version, out);
             return Ok(());
         }
@@ -266,7 +267,7 @@ impl Fsm {
 
     /// The word is ours, the data have this version. Exclusive, unless somebody may still hold it shared.
     pub(super) fn own(&mut self, cfg: &Config, holders: NodeSet, version: u64, out: &mut Vec<Action>) {
-        self.new_version = version;
+        self.own.new_version = version;
         let mut pending = holders;
         pending.remove(cfg.node);
         // Recovery: the dead are removed as well.
@@ -286,14 +287,14 @@ impl Fsm {
 
     pub(super) fn become_exclusive(&mut self, out: &mut Vec<Action>) {
         self.held = Some(Mode::Exclusive);
-        self.last_owner = None;
+        self.search.last_owner = None;
         self.used = false;
         self.want = None;
         self.phase = Phase::Rest;
-        self.last_version = self.new_version;
+        self.last_version = self.own.new_version;
         out.push(Action::Granted {
             mode: Mode::Exclusive,
-            version: self.new_version,
+            version: self.own.new_version,
             payload: self.payload.take(),
         });
     }
@@ -308,7 +309,7 @@ impl Fsm {
     ) -> Result<(), Violation> {
         match answer {
             Answer::Shared { version, payload } => {
-                self.via = Some(Via {
+                self.search.via = Some(Via {
                     granter: from,
                     version,
                     payload,
@@ -323,16 +324,17 @@ impl Fsm {
             } => {
                 // Recovery: entries of the dead and of older epochs are dropped from both queues.
                 if self
+                    .own
                     .queue
                     .iter()
                     .any(|own| queue.iter().any(|w| w.node == own.node))
                 {
                     return Err(Violation::QueuedTwice);
                 }
-                let own = std::mem::replace(&mut self.queue, queue);
-                self.queue.extend(own);
-                self.word_version = version;
-                self.word_far = cfg.any_far(&granted) && !cfg.flaw(Flaw::FarForgotten);
+                let own = std::mem::replace(&mut self.own.queue, queue);
+                self.own.queue.extend(own);
+                self.own.word_version = version;
+                self.own.word_far = cfg.any_far(&granted) && !cfg.flaw(Flaw::FarForgotten);
                 self.payload = payload;
                 let granted = if cfg.flaw(Flaw::GrantedForgotten) {
                     NodeSet::new()

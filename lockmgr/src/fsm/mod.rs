@@ -28,7 +28,7 @@ pub use violation::Violation;
 
 use crate::ids::{Mode, NodeId, NodeSet};
 use crate::msg::{Body, Payload, Waiter};
-use types::{Answer, Readers, Via};
+use types::{Answer, Own, Search};
 
 /// The state of one record on one node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
@@ -44,34 +44,14 @@ pub struct Fsm {
     bit: bool,
     /// Version of the user's cached data, and the one an exclusive acquisition expects.
     last_version: u64,
-    /// As owner: the version in the word.
-    word_version: u64,
-    /// As owner: what the word says of far holders.
-    word_far: bool,
-    /// Who else was reading when this node got its shared lease.
-    seen: Readers,
-    /// As owner, after the flush: the version of the data.
-    new_version: u64,
-    /// As owner, after the flush: the word must not be freed before the user confirms.
-    unconfirmed: bool,
+    own: Own,
+    search: Search,
     /// As owner: attributes for the next grant; as grantee: those of the grant.
     payload: Option<Payload>,
-    /// As owner: who waits, in the order of arrival.
-    queue: Vec<Waiter>,
-    /// As owner, after the flush: readers that were granted.
-    granted: NodeSet,
     /// Nodes whose `Done` or `Ack` is awaited.
     answers: NodeSet,
     /// Nodes that wait for our `Done`.
     revokers: NodeSet,
-    /// The grant that the shared acquisition in flight follows up.
-    via: Option<Via>,
-    /// Who owned the word when this node last heard of it: asked first, once.
-    last_owner: Option<NodeId>,
-    /// The node waited for was asked without a look at the record.
-    asking: bool,
-    /// An answer that came before the own bit was off.
-    deferred: Option<(NodeId, Answer)>,
     batch: Option<Batch>,
 }
 
@@ -87,7 +67,10 @@ impl Fsm {
     pub fn remembering(version: u64, last_owner: Option<NodeId>) -> Self {
         Self {
             last_version: version,
-            last_owner,
+            search: Search {
+                last_owner,
+                ..Search::default()
+            },
             ..Self::default()
         }
     }
@@ -95,7 +78,7 @@ impl Fsm {
     /// Who is asked first when the next lease is wanted.
     #[must_use]
     pub fn last_owner(&self) -> Option<NodeId> {
-        self.last_owner
+        self.search.last_owner
     }
 
     /// The lease held.
@@ -137,7 +120,7 @@ impl Fsm {
     /// How many nodes wait in the queue here.
     #[must_use]
     pub fn queued(&self) -> usize {
-        self.queue.len()
+        self.own.queue.len()
     }
 
     /// Nodes whose answer is awaited.
@@ -154,7 +137,7 @@ impl Fsm {
     #[must_use]
     pub fn asked(&self) -> Option<NodeId> {
         match self.phase {
-            Phase::Waiting { at } if self.asking => Some(at),
+            Phase::Waiting { at } if self.search.asking => Some(at),
             _ => None,
         }
     }
@@ -171,7 +154,7 @@ impl Fsm {
         matches!(self.phase, Phase::Rest | Phase::Keeping)
             && self.want.is_none()
             && self.batch.is_none()
-            && self.queue.is_empty()
+            && self.own.queue.is_empty()
             && self.revokers.is_empty()
     }
 
@@ -229,7 +212,7 @@ impl Fsm {
                 self.want = Some(mode);
                 if self.owns() {
                     self.take_back(cfg, out);
-                } else if let Some(owner) = self.last_owner.take()
+                } else if let Some(owner) = self.search.last_owner.take()
                     && cfg.ask_first
                     && self.held.is_none()
                 {
@@ -300,36 +283,23 @@ impl Fsm {
         // Recovery: drop a WANT of an older epoch; park everything of a newer one.
         match body {
             Body::Want(mode) | Body::Ask(mode) => {
+                let waiter = Waiter {
+                    node: from,
+                    incarnation,
+                    mode,
+                    epoch,
+                };
                 // Who asks without having looked waits for nobody but an owner: if two ever took each other for it,
                 // they would wait for ever.
                 let queues = match body {
                     Body::Want(_) => self.queues(cfg),
                     _ => self.owns(),
                 };
-                if !queues {
-                    // Never forwarded: a chain of forwards can close a cycle of waiters on a free word.
-                    out.push(Action::Send {
-                        to: from,
-                        body: Body::Retry,
-                    });
-                    return Ok(());
-                }
-                if self.queue.iter().any(|w| w.node == from) {
-                    return Err(Violation::QueuedTwice);
-                }
-                self.queue.push(Waiter {
-                    node: from,
-                    incarnation,
-                    mode,
-                    epoch,
-                });
-                if matches!(self.phase, Phase::Keeping | Phase::Confirming) {
-                    self.next_step(cfg, out);
-                }
+                self.join_queue(cfg, waiter, queues, out)?;
             }
             Body::Revoke => {
                 self.revokers.insert(from);
-                self.last_owner = Some(from);
+                self.search.last_owner = Some(from);
             }
             Body::Done => {
                 if self.phase != Phase::Revoking || !self.answers.remove(from) {
@@ -381,7 +351,7 @@ impl Fsm {
     fn answer(&mut self, mode: Option<Mode>, from: NodeId, answer: Answer) -> Result<(), Violation> {
         let expected = matches!(self.phase, Phase::Waiting { .. })
             && (mode.is_none() || mode == self.want)
-            && self.deferred.is_none();
+            && self.search.deferred.is_none();
         if !expected {
             return Err(Violation::Unexpected(match answer {
                 Answer::Shared { .. } => "GRANT(S)",
@@ -389,8 +359,8 @@ impl Fsm {
                 Answer::Retry => "RETRY",
             }));
         }
-        self.asking = false;
-        self.deferred = Some((from, answer));
+        self.search.asking = false;
+        self.search.deferred = Some((from, answer));
         Ok(())
     }
 
@@ -461,16 +431,16 @@ impl Fsm {
             if self.phase == Phase::Rest
                 && self.held == Some(Mode::Exclusive)
                 && self.used
-                && !self.queue.is_empty()
+                && !self.own.queue.is_empty()
             {
-                let readers_only = self.queue.iter().all(|w| w.mode == Mode::Shared);
+                let readers_only = self.own.queue.iter().all(|w| w.mode == Mode::Shared);
                 let to = (readers_only && cfg.keep_shared).then_some(Mode::Shared);
                 self.begin_flush(to, out);
                 continue;
             }
             if matches!(self.phase, Phase::Waiting { .. })
                 && self.batch.is_none()
-                && let Some((from, answer)) = self.deferred.take()
+                && let Some((from, answer)) = self.search.deferred.take()
             {
                 self.take_answer(cfg, from, answer, out)?;
                 continue;
@@ -482,11 +452,11 @@ impl Fsm {
     /// Back to rest with nothing left of a tenure.
     fn rest(&mut self) {
         self.phase = Phase::Rest;
-        self.word_version = 0;
-        self.word_far = false;
-        self.new_version = 0;
-        self.unconfirmed = false;
+        self.own.word_version = 0;
+        self.own.word_far = false;
+        self.own.new_version = 0;
+        self.own.unconfirmed = false;
         self.payload = None;
-        self.granted = NodeSet::new();
+        self.own.granted = NodeSet::new();
     }
 }

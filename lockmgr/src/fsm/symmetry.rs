@@ -2,7 +2,7 @@
 
 use super::Fsm;
 use super::batch::{Batch, WordOp, WordOps};
-use super::types::{Answer, Phase, Readers, Via};
+use super::types::{Answer, Own, Phase, Readers, Search, Via};
 use crate::ids::{NodeId, NodeSet};
 use crate::msg::{Body, Waiter};
 use crate::record::OwnerWord;
@@ -97,37 +97,43 @@ impl Symmetry for Fsm {
                 other => other,
             },
             payload: self.payload.clone(),
-            queue: self.queue.exchanged(f),
-            granted: self.granted.exchanged(f),
+            own: Own {
+                queue: self.own.queue.exchanged(f),
+                granted: self.own.granted.exchanged(f),
+                ..self.own.clone()
+            },
+            search: Search {
+                via: self.search.via.as_ref().map(|v| Via {
+                    granter: f(v.granter),
+                    version: v.version,
+                    payload: v.payload.clone(),
+                }),
+                deferred: self.search.deferred.as_ref().map(|(from, answer)| {
+                    let answer = match answer {
+                        Answer::Exclusive {
+                            version,
+                            granted,
+                            queue,
+                            payload,
+                        } => Answer::Exclusive {
+                            version: *version,
+                            granted: granted.exchanged(f),
+                            queue: queue.exchanged(f),
+                            payload: payload.clone(),
+                        },
+                        other => other.clone(),
+                    };
+                    (f(*from), answer)
+                }),
+                last_owner: self.search.last_owner.map(f),
+                seen: Readers {
+                    near: self.search.seen.near.exchanged(f),
+                    ..self.search.seen
+                },
+                ..self.search.clone()
+            },
             answers: self.answers.exchanged(f),
             revokers: self.revokers.exchanged(f),
-            via: self.via.as_ref().map(|v| Via {
-                granter: f(v.granter),
-                version: v.version,
-                payload: v.payload.clone(),
-            }),
-            deferred: self.deferred.as_ref().map(|(from, answer)| {
-                let answer = match answer {
-                    Answer::Exclusive {
-                        version,
-                        granted,
-                        queue,
-                        payload,
-                    } => Answer::Exclusive {
-                        version: *version,
-                        granted: granted.exchanged(f),
-                        queue: queue.exchanged(f),
-                        payload: payload.clone(),
-                    },
-                    other => other.clone(),
-                };
-                (f(*from), answer)
-            }),
-            last_owner: self.last_owner.map(f),
-            seen: Readers {
-                near: self.seen.near.exchanged(f),
-                ..self.seen
-            },
             batch: self.batch.map(|b| Batch {
                 ops: b.ops.exchanged(f),
                 ..b

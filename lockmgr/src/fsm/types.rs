@@ -266,6 +266,38 @@ impl Phase {
     }
 }
 
+/// What a node keeps as owner of the word.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub(super) struct Own {
+    /// The version in the word.
+    pub(super) word_version: u64,
+    /// What the word says of far holders.
+    pub(super) word_far: bool,
+    /// After the flush: the version of the data.
+    pub(super) new_version: u64,
+    /// After the flush: the word must not be freed before the user confirms.
+    pub(super) unconfirmed: bool,
+    /// Who waits, in the order of arrival.
+    pub(super) queue: Vec<Waiter>,
+    /// After the flush: readers that were granted.
+    pub(super) granted: NodeSet,
+}
+
+/// What a node knows of the owner and of other readers while it is not the owner.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub(super) struct Search {
+    /// Who else was reading when this node got its shared lease.
+    pub(super) seen: Readers,
+    /// The grant that the shared acquisition in flight follows up.
+    pub(super) via: Option<Via>,
+    /// Who owned the word when this node last heard of it: asked first, once.
+    pub(super) last_owner: Option<NodeId>,
+    /// The node waited for was asked without a look at the record.
+    pub(super) asking: bool,
+    /// An answer that came before the own bit was off.
+    pub(super) deferred: Option<(NodeId, Answer)>,
+}
+
 /// Who else reads, as far as a node with a shared lease knows: what it expects of the word when it upgrades.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub(super) struct Readers {

@@ -6,7 +6,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
-use super::state::{Options, Problem, State};
+use super::options::{Options, Problem};
+use super::state::State;
 
 /// A problem, and a way to it; the shortest one, unless the search was depth first.
 #[derive(Debug, Clone)]

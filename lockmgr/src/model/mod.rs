@@ -16,11 +16,13 @@
 //! graph of all states is searched for cycles; there being none, every execution ends.
 
 mod explore;
+mod node;
+mod options;
 mod state;
 mod symmetry;
 
 pub use explore::{Found, Report, explore};
-pub use state::{Options, Problem};
+pub use options::{Options, Problem};
 
 #[cfg(test)]
 mod tests;

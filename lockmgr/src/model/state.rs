@@ -2,118 +2,15 @@
 
 use std::collections::VecDeque;
 
-use crate::fsm::{Action, Config, Event, Fsm, Outcome, Phase, Violation, WordOp};
+use super::node::{Node, config};
+use super::options::{NODES, Options, Problem};
+use crate::fsm::{Action, Event, Outcome, Phase, WordOp};
 use crate::ids::{Mode, NodeId, NodeSet};
 use crate::msg::Body;
 use crate::record::OwnerWord;
 
-/// Nodes in the model.
-pub(super) const NODES: usize = 3;
 /// A channel never grows beyond this in a correct protocol of three nodes.
 const MAX_CHANNEL: usize = 6;
-
-/// What is explored.
-#[derive(Debug, Clone, Copy)]
-pub struct Options {
-    /// How many leases each node asks for.
-    pub budget: [u8; NODES],
-    /// Owners keep a shared lease when only readers wait.
-    pub keep_shared: bool,
-    /// They keep the word as well (only with `keep_shared`).
-    pub keep_word: bool,
-    /// Nodes ask the last owner known before they look at the record.
-    pub ask_first: bool,
-    /// How many nodes have their holder bit in the owner word: the first ones.
-    pub near: u8,
-    /// Exclusive tenures may end without a modification.
-    pub unmodified: bool,
-    /// Leases may be released or downgraded with nobody asking.
-    pub voluntary: bool,
-    /// Every modification must be confirmed before the word is freed.
-    pub confirm: bool,
-    /// Nodes may leave: they release everything and ask for nothing more.
-    pub leave: bool,
-    /// How many batches may be lost with their connection.
-    pub losses: u8,
-    /// Rules to break (see [`crate::fsm::Flaw`]); no effect unless built for tests or with feature `flaws`.
-    pub flaws: u32,
-    /// Nodes with equal budgets are interchangeable.
-    pub symmetry: bool,
-    /// Needs far less memory; traces are not the shortest.
-    pub depth_first: bool,
-    /// Give up after so many states.
-    pub max_states: usize,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            budget: [2, 2, 1],
-            keep_shared: true,
-            keep_word: true,
-            ask_first: true,
-            near: NODES as u8,
-            unmodified: false,
-            voluntary: true,
-            confirm: false,
-            leave: false,
-            losses: 0,
-            flaws: 0,
-            symmetry: true,
-            depth_first: false,
-            max_states: 200_000_000,
-        }
-    }
-}
-
-/// What is wrong with a state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Problem {
-    /// Two leases that exclude each other.
-    MutualExclusion,
-    /// Valid caches show old data.
-    Stale,
-    /// The state machine holds a lease for another version than it told the user.
-    WrongVersion,
-    /// Attributes of another version than the one granted.
-    WrongPayload,
-    /// A fetch-and-add carried out of its bit.
-    Carry,
-    /// The version of the word went back.
-    VersionBack,
-    /// A free word with a version that nobody confirmed.
-    Unconfirmed,
-    /// The state machine found a rule broken.
-    Violation(Violation),
-    /// A channel grows without bound.
-    ChannelFull,
-    /// Nothing can happen, but somebody waits.
-    Stuck,
-    /// Nothing can happen, but the bits or the word do not show the leases.
-    RecordWrong,
-    /// An execution that never ends.
-    Cycle,
-    /// Too many states.
-    Limit,
-}
-
-#[derive(Clone, PartialEq, Eq, Hash)]
-pub(super) struct Node {
-    pub(super) fsm: Fsm,
-    /// Operations of the batch that have taken effect.
-    pub(super) done: u8,
-    pub(super) outcome: Outcome,
-    /// Version under which the user keeps its caches, and whether they show what was last written.
-    pub(super) cached: u64,
-    pub(super) fresh: bool,
-    pub(super) modified: bool,
-    /// The user has been asked to bring its caches down.
-    pub(super) asked: bool,
-    /// Versions that are on their way to the authority.
-    pub(super) confirm: Vec<u64>,
-    pub(super) left: bool,
-    pub(super) budget: u8,
-}
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct State {
@@ -150,42 +47,9 @@ enum Step {
     Gone(usize, usize),
 }
 
-pub(super) fn config(options: &Options, i: usize) -> Config {
-    let mut cfg = Config::new(NodeId(i as u16), 1);
-    cfg.keep_shared = options.keep_shared;
-    cfg.keep_word = options.keep_word;
-    cfg.ask_first = options.ask_first;
-    cfg.near_nodes = options.near.into();
-    #[cfg(any(test, feature = "flaws"))]
-    {
-        cfg.flaws = options.flaws;
-    }
-    cfg
-}
-
-impl Node {
-    /// The user tells the authority about a version.
-    fn push(&mut self, version: u64) {
-        if !self.confirm.contains(&version) {
-            self.confirm.push(version);
-        }
-    }
-}
-
 impl State {
     pub(super) fn initial(options: &Options) -> Self {
-        let node = |i: usize| Node {
-            fsm: Fsm::new(),
-            done: 0,
-            outcome: Outcome::default(),
-            cached: 0,
-            fresh: true,
-            modified: false,
-            asked: false,
-            confirm: Vec::new(),
-            left: false,
-            budget: options.budget[i],
-        };
+        let node = |i: usize| Node::new(options.budget[i]);
         Self {
             word: OwnerWord::free(0),
             bits: 0,
@@ -434,6 +298,27 @@ impl State {
         (last && over).then_some(at)
     }
 
+    /// What can become of the batch in flight.
+    fn batch_steps(&self, i: usize, out: &mut Vec<Step>) {
+        let node = &self.nodes[i];
+        if let Some(batch) = node.fsm.batch() {
+            match batch.posted() {
+                None => out.push(Step::Reconnect(i)),
+                Some(ops) => {
+                    let complete = usize::from(node.done) == ops.iter().count();
+                    out.push(if complete {
+                        Step::Completion(i)
+                    } else {
+                        Step::Operation(i)
+                    });
+                    if self.losses > 0 {
+                        out.push(Step::Loss(i));
+                    }
+                }
+            }
+        }
+    }
+
     /// The steps possible, and whether any of them is one that happens by itself.
     fn steps(&self, options: &Options, out: &mut Vec<Step>) -> bool {
         let mut inevitable = false;
@@ -441,22 +326,7 @@ impl State {
             let node = &self.nodes[i];
             let fsm = &node.fsm;
             let before = out.len();
-            if let Some(batch) = fsm.batch() {
-                match batch.posted() {
-                    None => out.push(Step::Reconnect(i)),
-                    Some(ops) => {
-                        let complete = usize::from(node.done) == ops.iter().count();
-                        out.push(if complete {
-                            Step::Completion(i)
-                        } else {
-                            Step::Operation(i)
-                        });
-                        if self.losses > 0 {
-                            out.push(Step::Loss(i));
-                        }
-                    }
-                }
-            }
+            self.batch_steps(i, out);
             for from in 0..NODES {
                 if !self.channels[from][i].is_empty() {
                     out.push(Step::Message(from, i));

@@ -2,7 +2,9 @@
 
 use std::hash::{Hash, Hasher};
 
-use super::state::{NODES, Node, Options, State};
+use super::node::Node;
+use super::options::{NODES, Options};
+use super::state::State;
 use crate::fsm::Outcome;
 use crate::fsm::symmetry::Symmetry;
 use crate::ids::NodeId;

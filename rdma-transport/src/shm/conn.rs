@@ -5,23 +5,24 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, RwLock};
+use parking_lot::{Mutex, RwLock};
 use rustix::event::PollFlags;
 use rustix::net::Shutdown;
 
 use super::control::{self, Notice};
-use super::endpoint::Core;
+use super::host::Host;
 use super::layout::{Channel, Directory, SLOTS, Side, slot_of};
-use super::send::Sending;
-use crate::base::{ConnBase, Endpoint};
+use super::send::{Outbox, Sent, Unsent};
+use crate::base::{ConnBase, answered_by_base};
+use crate::buffer::Buffer;
 use crate::common::{self, disconnected, remote_access};
+use crate::error::TransportError;
+use crate::fabric::{ConnId, Connection};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
+use crate::ops::{Access, AsyncOp, BatchError, Completion, Op, OpResult, RemoteAddr};
+use crate::regions::place_in;
 use crate::stats;
-use crate::{
-    Access, AsyncOp, BatchError, Buffer, Completion, ConnId, Connection, FabricStats, Op, OpResult,
-    RemoteAddr, TransportError,
-};
 
 /// Longest time `close` waits for operations of the peer that are being executed at that moment.
 const FENCE: Duration = Duration::from_secs(1);
@@ -36,7 +37,7 @@ struct Mapped {
 
 pub(super) struct ShmConn {
     pub(super) base: ConnBase,
-    pub(super) core: Arc<Core>,
+    host: Arc<Host>,
     pub(super) side: Side,
     pub(super) channel: Channel,
     peer_dir: Directory,
@@ -45,10 +46,7 @@ pub(super) struct ShmConn {
     /// Held while a packet is taken from the socket and acted upon: packets count in their order.
     receiving: Mutex<()>,
     maps: RwLock<Vec<Option<Arc<Mapped>>>>,
-    pub(super) sending: Mutex<Sending>,
-    pub(super) room: Condvar,
-    /// Somebody waits for room: the progress thread looks after it.
-    pub(super) waiting: AtomicBool,
+    outbox: Outbox,
     /// The peer is gone: none of its threads executes anything any more.
     hung_up: AtomicBool,
     /// The peer has told of all its regions.
@@ -67,10 +65,10 @@ pub(super) struct Parts {
 }
 
 impl ShmConn {
-    pub(super) fn new(id: ConnId, core: &Arc<Core>, parts: Parts) -> Arc<Self> {
+    pub(super) fn new(id: ConnId, host: &Arc<Host>, parts: Parts) -> Arc<Self> {
         Arc::new(Self {
             base: ConnBase::new(id, parts.peer, parts.side == Side::Listening, parts.addr),
-            core: Arc::clone(core),
+            host: Arc::clone(host),
             side: parts.side,
             channel: parts.channel,
             peer_dir: parts.peer_dir,
@@ -78,17 +76,15 @@ impl ShmConn {
             sock: parts.sock,
             receiving: Mutex::new(()),
             maps: RwLock::new(Vec::new()),
-            sending: Mutex::new(Sending::default()),
-            room: Condvar::new(),
-            waiting: AtomicBool::new(false),
+            outbox: Outbox::new(parts.side),
             hung_up: AtomicBool::new(false),
             ready: AtomicBool::new(false),
         })
     }
 
     #[cfg(test)]
-    pub(super) fn core_for_tests(&self) -> &Core {
-        &self.core
+    pub(super) fn host_for_tests(&self) -> &Host {
+        &self.host
     }
 
     #[cfg(test)]
@@ -112,12 +108,8 @@ impl ShmConn {
         }
         self.channel.open(self.side).store(0, Ordering::SeqCst);
         self.base.die();
-        {
-            // Under the lock, or a sender between its check and its wait would miss this.
-            let _sending = self.sending.lock();
-            self.room.notify_all();
-        }
-        self.core.wake();
+        self.outbox.wake_all();
+        self.host.wake();
     }
 
     /// Whether no operation of the peer is being executed on our memory.
@@ -154,7 +146,7 @@ impl ShmConn {
     /// Lets go of the peer's memory and tells it; the last act of a connection.
     pub(super) fn finish(&self) {
         self.maps.write().clear();
-        self.sending.lock().overflow.clear();
+        self.outbox.clear();
         // Already gone: fine.
         let _gone = rustix::net::shutdown(&*self.sock, Shutdown::Both);
     }
@@ -165,7 +157,7 @@ impl ShmConn {
             return;
         }
         let fds: Vec<_> = mem.iter().map(|m| m.fd()).collect();
-        let deadline = Instant::now() + self.core.base.config.timeout;
+        let deadline = Instant::now() + self.host.base.config.timeout;
         if let Err(e) = control::send(self.sock.as_fd(), &notice.encode(), &fds, deadline) {
             self.fail(disconnected(&self.base.addr, &format!("control socket: {e}")));
         }
@@ -183,7 +175,7 @@ impl ShmConn {
             }
             let now = Instant::now();
             if now >= deadline {
-                return Err(common::timed_out(&self.base.addr, self.core.base.config.timeout));
+                return Err(common::timed_out(&self.base.addr, self.host.base.config.timeout));
             }
             // Not up to the deadline at once: another thread may take the packet from the socket.
             let soon = deadline.min(now + Duration::from_millis(10));
@@ -283,15 +275,7 @@ impl ShmConn {
                 Err(self.base.dead())
             };
         };
-        if !permits(mapped.access) {
-            return refused("the region does not permit this");
-        }
-        let Some(offset) = usize::try_from(at.offset)
-            .ok()
-            .filter(|o| mapped.mem.contains(*o, len))
-        else {
-            return refused("outside of the region");
-        };
+        let offset = place_in((&mapped.mem, mapped.access), at, len, permits)?;
         let slot = slot_of(at.key.0);
         let in_flight = self.channel.in_flight(self.side, slot);
         // First counted, then checked: who withdraws the permission and then sees no count is safe.
@@ -403,6 +387,32 @@ impl ShmConn {
         }
     }
 
+    /// Moves queued messages into the ring; true if anything moved. Called by the progress thread in every round.
+    pub(super) fn flush(&self) -> bool {
+        match self.outbox.flush(&self.channel) {
+            Ok(moved) => {
+                if moved {
+                    self.ring_bell();
+                }
+                moved
+            }
+            Err(unsent) => {
+                // It is in error now, which is all that there is to do.
+                let _failed = self.unsent::<()>(&unsent);
+                false
+            }
+        }
+    }
+
+    /// A message could not be sent.
+    fn unsent<T>(&self, unsent: &Unsent) -> Result<T, TransportError> {
+        match unsent {
+            Unsent::Dead => Err(self.base.dead()),
+            Unsent::Broken(broken) => self.failed(self.base.protocol(*broken)),
+            Unsent::Late => self.failed(common::timed_out(&self.base.addr, self.host.base.config.timeout)),
+        }
+    }
+
     /// An operation has failed: the connection is in error.
     fn failed<T>(&self, error: TransportError) -> Result<T, TransportError> {
         self.fail(error.clone());
@@ -411,21 +421,7 @@ impl ShmConn {
 }
 
 impl Connection for ShmConn {
-    fn id(&self) -> ConnId {
-        self.base.id
-    }
-
-    fn peer_identity(&self) -> &[u8] {
-        &self.base.peer.identity
-    }
-
-    fn peer_addr(&self) -> String {
-        self.base.addr.clone()
-    }
-
-    fn is_alive(&self) -> bool {
-        self.alive()
-    }
+    answered_by_base!();
 
     fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         let bytes = common::check_ops(ops)?;
@@ -469,7 +465,19 @@ impl Connection for ShmConn {
     }
 
     fn send(&self, message: &[u8]) -> Result<(), TransportError> {
-        self.send_message(message)
+        common::check_message(message)?;
+        if !self.alive() {
+            return Err(self.base.dead());
+        }
+        let timeout = self.host.base.config.timeout;
+        match self.outbox.send(&self.channel, message, || self.alive(), timeout) {
+            Ok(Sent::InRing) => {}
+            Ok(Sent::Queued) => self.host.wake_if_sleeping(),
+            Err(unsent) => return self.unsent(&unsent),
+        }
+        self.base.counters.sent(message.len());
+        self.ring_bell();
+        Ok(())
     }
 
     fn close(&self) {
@@ -480,9 +488,5 @@ impl Connection for ShmConn {
                 self.base.addr
             );
         }
-    }
-
-    fn stats(&self) -> FabricStats {
-        self.base.counters.snapshot()
     }
 }

@@ -1,16 +1,12 @@
 //! The listening socket and the lock that goes with it.
 
-use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::os::fd::OwnedFd;
 
-use rustix::event::PollFlags;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::SocketFlags;
 
 use super::control;
-use super::endpoint::Core;
-use crate::{TransportError, common};
+use crate::error::TransportError;
 
 /// Binds the socket, replacing one that a dead process has left behind.
 pub(super) fn listen(path: &str) -> Result<(OwnedFd, OwnedFd), TransportError> {
@@ -44,23 +40,4 @@ pub(super) fn listen(path: &str) -> Result<(OwnedFd, OwnedFd), TransportError> {
     }
     rustix::net::listen(&sock, 128).map_err(|e| os("listen on", e))?;
     Ok((sock, lock))
-}
-
-/// Whether a connection waits at the listener.
-pub(super) fn accept_one(core: &Core) -> Option<OwnedFd> {
-    let listener = core.listener.lock();
-    match rustix::net::accept_with(listener.as_ref()?, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-        Ok(sock) => Some(sock),
-        Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => None,
-        Err(e) => {
-            // Out of descriptors, most likely; without a pause this would spin.
-            tracing::error!("accept a connection: {e}");
-            let _waited = common::wait(
-                core.bell.as_fd(),
-                PollFlags::IN,
-                Instant::now() + Duration::from_millis(10),
-            );
-            None
-        }
-    }
 }

@@ -12,14 +12,19 @@
 
 mod conn;
 mod control;
+mod core;
 mod endpoint;
+mod host;
 mod layout;
 mod listen;
 mod progress;
 mod ring;
 mod send;
+mod setup;
 
 pub(crate) use endpoint::open;
 
+#[cfg(test)]
+mod fuzz_tests;
 #[cfg(test)]
 mod tests;

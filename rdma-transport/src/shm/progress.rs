@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
 use super::conn::ShmConn;
-use super::endpoint::{Core, Install};
-use super::listen::accept_one;
+use super::core::{Core, Install};
 use super::ring::Consumer;
+use super::setup;
 use crate::common::{self, LIMITS};
+use crate::error::TransportError;
+use crate::fabric::Connection;
 use crate::stats;
-use crate::{Connection, TransportError};
+use crate::threads::Endpoint;
 
 const BELL: u64 = u64::MAX;
 const LISTENER: u64 = u64::MAX - 1;
@@ -43,7 +45,7 @@ struct Progress {
 pub(super) fn start(core: &Arc<Core>) -> Result<(), TransportError> {
     let os = |e: rustix::io::Errno| TransportError::os("create an epoll instance", &e.into());
     let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(os)?;
-    epoll::add(&epoll, &core.bell, EventData::new_u64(BELL), EventFlags::IN).map_err(os)?;
+    epoll::add(&epoll, &core.host.bell, EventData::new_u64(BELL), EventFlags::IN).map_err(os)?;
     if let Some(listener) = &*core.listener.lock() {
         epoll::add(&epoll, listener, EventData::new_u64(LISTENER), EventFlags::IN).map_err(os)?;
     }
@@ -53,23 +55,23 @@ pub(super) fn start(core: &Arc<Core>) -> Result<(), TransportError> {
         links: Vec::new(),
         scratch: vec![0; LIMITS.max_message],
     };
-    core.base.start("fabric-shm", move || progress.run())
+    core.threads().start("fabric-shm", move || progress.run())
 }
 
 impl Progress {
     fn run(&mut self) {
-        let spin = self.core.base.config.spin;
+        let spin = self.core.host.base.config.spin;
         let mut idle_since: Option<Instant> = None;
         let mut rounds = 0u32;
         loop {
             rounds = rounds.wrapping_add(1);
             let mut worked = self.poll_memory();
-            if self.core.base.take_news() {
+            if self.core.host.base.take_news() {
                 worked = true;
-                if self.core.base.stopped() {
+                if self.core.host.base.stopped() {
                     return self.stop();
                 }
-                self.place(self.core.base.take_installs());
+                self.place(self.core.threads().take_installs());
             }
             let waiting = self.end_dead();
             if rounds.is_multiple_of(ROUNDS) {
@@ -96,10 +98,10 @@ impl Progress {
     /// Sleeps until the doorbell or a socket has something, or at most a moment while an end is awaited.
     fn sleep(&mut self, waiting: bool) {
         let sleeping = Arc::clone(&self.core);
-        let sleeping = sleeping.directory.sleeping();
+        let sleeping = sleeping.host.directory.sleeping();
         sleeping.store(1, Ordering::SeqCst);
         // Whoever acted before seeing the flag is seen by this last look.
-        let missed = self.core.base.has_news()
+        let missed = self.core.host.base.has_news()
             || self
                 .links
                 .iter()
@@ -107,7 +109,7 @@ impl Progress {
             || self.links.iter().any(|l| l.conn.flush());
         if !missed {
             self.poll_sockets(waiting.then_some(Duration::from_millis(1)));
-            stats::count(&self.core.base.counters.wakeups, 1);
+            stats::count(&self.core.host.base.counters.wakeups, 1);
         }
         sleeping.store(0, Ordering::SeqCst);
     }
@@ -137,11 +139,11 @@ impl Progress {
                 BELL => {
                     let mut count = [0u8; 8];
                     // Emptied by somebody else: fine.
-                    let _empty = rustix::io::read(&self.core.bell, &mut count);
+                    let _empty = rustix::io::read(&self.core.host.bell, &mut count);
                 }
                 LISTENER => {
-                    if let Some(sock) = accept_one(&self.core) {
-                        self.core.accept(sock);
+                    if let Some(sock) = self.core.accept_one() {
+                        setup::accept(&self.core, sock);
                     }
                 }
                 id => {
@@ -169,7 +171,7 @@ impl Progress {
             }
             let dynamic: Arc<dyn Connection> = Arc::clone(&conn) as _;
             if conn.base.incoming {
-                self.core.base.handler.connected(&dynamic);
+                self.core.host.base.handler.connected(&dynamic);
             }
             self.links.push(Link {
                 conn,
@@ -222,13 +224,14 @@ impl Progress {
         link.conn.finish();
         self.core.unlink(&link.conn);
         self.core
+            .host
             .base
             .handler
             .disconnected(&link.dynamic, &link.conn.base.reason());
     }
 
     fn stop(&mut self) {
-        let last = self.core.base.take_last_installs();
+        let last = self.core.threads().take_last_installs();
         self.place(last);
         for link in &self.links {
             link.conn.fail(TransportError::Shutdown);
@@ -262,7 +265,7 @@ fn deliver(link: &mut Link, core: &Core, scratch: &mut [u8], budget: usize) -> b
                     conn.ring_bell();
                 }
                 conn.base.counters.received(len);
-                core.base.handler.message(&link.dynamic, &scratch[..len]);
+                core.host.base.handler.message(&link.dynamic, &scratch[..len]);
                 if !conn.alive() && !conn.hung_up() {
                     // Closed by the callback.
                     break;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::conn::ShmConn;
 use super::control::{self, Notice};
 use super::endpoint::{ShmFabric, start};
-use crate::base::Endpoint;
+use super::setup;
 use crate::mem::SharedMem;
 use crate::test_util::{Counting, Junk, config, until};
 use crate::{Access, Connection, Fabric, Op, RegionKey, RemoteAddr, TransportError};
@@ -29,7 +29,7 @@ fn survives(misdeed: impl Fn(&Arc<ShmConn>, u64)) {
     let path = dir.path().join("rogue").display().to_string();
     let rogue = start(config(&path, "rogue"), Arc::new(Counting::default())).unwrap();
     for n in 0..20u64 {
-        let conn = rogue.core.connect(&fabric.local_addr()).unwrap();
+        let conn = setup::connect(&rogue.core, &fabric.local_addr()).unwrap();
         conn.send(b"hello").unwrap();
         until("hello", || seen.messages.load(Ordering::SeqCst) > n);
         misdeed(&conn, n);
@@ -79,7 +79,7 @@ fn garbage_in_the_ring() {
                 conn.channel.tail(conn.side).store(at + 64, Ordering::SeqCst);
             }
         }
-        conn.core_for_tests().wake();
+        conn.host_for_tests().wake();
         // Whatever the sleeping flag says.
         let _full = rustix::io::write(conn.bell_for_tests(), &1u64.to_ne_bytes());
     });
@@ -111,7 +111,7 @@ fn rights_are_checked_at_every_use() {
     let (fabric, _seen) = victim(&dir);
     let mem = Arc::new(SharedMem::anonymous(4096).unwrap());
     let key = fabric.register(&mem, Access::READ).unwrap();
-    let conn = fabric.core.connect(&fabric.local_addr()).unwrap();
+    let conn = setup::connect(&fabric.core, &fabric.local_addr()).unwrap();
     let at = RemoteAddr { key, offset: 0 };
     conn.execute(&mut [Op::Read {
         at,
@@ -124,7 +124,7 @@ fn rights_are_checked_at_every_use() {
         key: RegionKey(key.0 ^ (1 << 40)),
         offset: 0,
     };
-    let conn = fabric.core.connect(&fabric.local_addr()).unwrap();
+    let conn = setup::connect(&fabric.core, &fabric.local_addr()).unwrap();
     assert!(
         conn.execute(&mut [Op::Read {
             at: unknown,

@@ -6,6 +6,7 @@ use super::remote::{RemoteOp, RemoteResult};
 use super::state::{End, EndpointId, PairId, Parcel, State};
 use crate::common::remote_access;
 use crate::mem::SharedMem;
+use crate::regions::place_in;
 use crate::{Access, Op, RemoteAddr, TransportError};
 
 impl State {
@@ -170,16 +171,10 @@ impl State {
         permits: impl Fn(Access) -> bool,
         act: impl FnOnce(&SharedMem, usize) -> Result<R, TransportError>,
     ) -> Result<R, TransportError> {
-        let refused = |why: &str| Err(remote_access(at, len as u64, why));
         let Some((mem, access)) = self.endpoints[target].regions.get(&at.key.0) else {
-            return refused("no such region");
+            return Err(remote_access(at, len as u64, "no such region"));
         };
-        if !permits(*access) {
-            return refused("the region does not permit this");
-        }
-        match usize::try_from(at.offset) {
-            Ok(off) if mem.contains(off, len) => act(mem, off),
-            _ => refused("outside of the region"),
-        }
+        let off = place_in((mem, *access), at, len, permits)?;
+        act(mem, off)
     }
 }

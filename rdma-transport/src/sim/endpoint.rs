@@ -5,9 +5,9 @@ use std::sync::Arc;
 use rt::sync::Mutex;
 use rt::thread::JoinHandle;
 
-use super::net::NetRef;
-use super::place::Inbox;
-use super::state::{After, End, EndpointId, PairId, Parcel};
+use super::netref::NetRef;
+use super::state::{After, End, EndpointId, Inbox, PairId, Parcel, State};
+use super::travel::travel;
 use crate::common::{self, LIMITS, disconnected};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
@@ -63,16 +63,16 @@ impl Fabric for SimFabric {
 
     fn set_identity(&self, identity: Vec<u8>) {
         if let Ok(net) = self.net.get() {
-            net.0.lock().set_identity(self.id, identity);
+            net.lock().set_identity(self.id, identity);
         }
     }
 
     fn register(&self, mem: &Arc<SharedMem>, access: Access) -> Result<RegionKey, TransportError> {
-        self.net.get()?.0.lock().register(self.id, mem, access)
+        self.net.get()?.lock().register(self.id, mem, access)
     }
 
     fn deregister(&self, key: RegionKey) -> Result<(), TransportError> {
-        if self.net.get()?.0.lock().deregister(self.id, key) {
+        if self.net.get()?.lock().deregister(self.id, key) {
             return Ok(());
         }
         Err(TransportError::Invalid(format!(
@@ -90,9 +90,9 @@ impl Fabric for SimFabric {
 
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {
         let net = self.net.get()?;
-        net.travel();
+        travel(&net);
         let (target, key, handler, identity) = {
-            let state = net.0.lock();
+            let state = net.lock();
             if !state.is_up(self.id) {
                 return Err(TransportError::Shutdown);
             }
@@ -106,7 +106,7 @@ impl Fabric for SimFabric {
             (target, key, handler, state.identity(self.id))
         };
         if key != self.key {
-            net.0.lock().wrong_key(target);
+            net.lock().wrong_key(target);
             return Err(TransportError::WrongKey {
                 addr: addr.to_owned(),
             });
@@ -117,7 +117,7 @@ impl Fabric for SimFabric {
                 addr: addr.to_owned(),
                 reason,
             })?;
-        let mut state = net.0.lock();
+        let mut state = net.lock();
         let serial = state.unique();
         let alive = state.links(self.id, target);
         let peer = Peer {
@@ -130,13 +130,25 @@ impl Fabric for SimFabric {
         let here = ConnId(serial);
         let there = ConnId(state.unique());
         stats::count(&self.counters.connections, 1);
-        Ok(state.pair(
-            &self.net,
-            (self.id, here),
-            (target, there),
-            [identity, theirs],
-            peer,
-        ))
+        let pair = state.unique();
+        let conn = |end: End, id: ConnId, identity: Vec<u8>, addr: &str| {
+            let counters = Arc::new(Counters::default());
+            let net = self.net.clone();
+            let conn = SimConn::new(
+                net,
+                (pair, end),
+                id,
+                identity,
+                addr.to_owned(),
+                Arc::clone(&counters),
+            );
+            (Arc::new(conn) as Arc<dyn Connection>, counters)
+        };
+        let connecting = conn(0, here, theirs, addr);
+        let listening = conn(1, there, identity, &self.addr);
+        let ours = Arc::clone(&connecting.0);
+        state.pair(pair, (self.id, connecting), (target, listening), peer);
+        Ok(ours)
     }
 
     fn stats(&self) -> FabricStats {
@@ -145,7 +157,7 @@ impl Fabric for SimFabric {
 
     fn shutdown(&self) {
         let Ok(net) = self.net.get() else { return };
-        let after = net.0.lock().shutdown(self.id);
+        let after = net.lock().shutdown(self.id);
         let Some((inbox, thread)) = self.thread.lock().take() else {
             return after.into_iter().for_each(After::run);
         };
@@ -159,6 +171,30 @@ impl Fabric for SimFabric {
     }
 }
 
+/// Runs what this end has under way towards the other, then `ops` at once.
+fn execute(net: &Mutex<State>, pair: PairId, end: End, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
+    travel(net);
+    loop {
+        let after = net.lock().pull(pair, end);
+        match after {
+            Some(after) => after.run(),
+            None => break,
+        }
+    }
+    for op in ops {
+        // Between two of them others may come.
+        let mut state = net.lock();
+        if let Err(error) = state.execute_one(pair, end, op) {
+            if !matches!(error, TransportError::Disconnected { .. }) {
+                state.down_both(pair, &error);
+            }
+            return Err(error);
+        }
+    }
+    travel(net);
+    Ok(())
+}
+
 pub(super) struct SimConn {
     net: NetRef,
     pair: PairId,
@@ -166,7 +202,7 @@ pub(super) struct SimConn {
     id: ConnId,
     identity: Vec<u8>,
     addr: String,
-    pub(super) counters: Counters,
+    counters: Arc<Counters>,
 }
 
 impl SimConn {
@@ -176,6 +212,7 @@ impl SimConn {
         id: ConnId,
         identity: Vec<u8>,
         addr: String,
+        counters: Arc<Counters>,
     ) -> Self {
         Self {
             net,
@@ -184,7 +221,7 @@ impl SimConn {
             id,
             identity,
             addr,
-            counters: Counters::default(),
+            counters,
         }
     }
 }
@@ -205,14 +242,14 @@ impl Connection for SimConn {
     fn is_alive(&self) -> bool {
         self.net
             .get()
-            .is_ok_and(|net| net.0.lock().alive(self.pair, self.end))
+            .is_ok_and(|net| net.lock().alive(self.pair, self.end))
     }
 
     fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         let bytes = common::check_ops(ops)?;
         let net = self.net.get()?;
-        net.execute(self.pair, self.end, ops)?;
-        if let Some(counters) = net.0.lock().counters(self.pair, self.end) {
+        execute(&net, self.pair, self.end, ops)?;
+        if let Some(counters) = net.lock().counters(self.pair, self.end) {
             counters.did_ops(ops.len(), bytes);
         }
         self.counters.did_ops(ops.len(), bytes);
@@ -228,7 +265,7 @@ impl Connection for SimConn {
             Ok(net) => net,
             Err(gone) => return done(Err(BatchError::unstarted(gone, batch))),
         };
-        let mut state = net.0.lock();
+        let mut state = net.lock();
         if !state.alive(self.pair, self.end) {
             let dead = state.dead(self.pair, self.end);
             drop(state);
@@ -244,7 +281,7 @@ impl Connection for SimConn {
     fn send(&self, message: &[u8]) -> Result<(), TransportError> {
         common::check_message(message)?;
         let net = self.net.get()?;
-        let mut state = net.0.lock();
+        let mut state = net.lock();
         if !state.alive(self.pair, self.end) {
             return Err(state.dead(self.pair, self.end));
         }
@@ -259,7 +296,7 @@ impl Connection for SimConn {
     fn close(&self) {
         let why = disconnected(&self.addr, "closed on this side");
         if let Ok(net) = self.net.get() {
-            net.0.lock().close_end(self.pair, self.end, why);
+            net.lock().close_end(self.pair, self.end, why);
         }
     }
 

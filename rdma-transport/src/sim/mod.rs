@@ -5,13 +5,17 @@
 //! everything that a real fabric may reorder is reordered sooner or later, and the same seed gives the same run.
 //! Nothing happens by itself: the test calls [`SimNet::step`]; but for [`SimNet::threaded`], whose time is that of `rt`.
 
+mod config;
 mod effects;
 mod endings;
 mod endpoint;
 mod net;
+mod netref;
 mod place;
 mod remote;
 mod rng;
 mod state;
+mod travel;
 
-pub use net::{SimConfig, SimNet};
+pub use config::SimConfig;
+pub use net::SimNet;

@@ -1,39 +1,24 @@
 //! The simulated network as the test sees it.
 
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rt::sync::{Condvar, Mutex};
 use rt::thread::JoinHandle;
 use rt::time::Instant;
 
+use super::config::SimConfig;
 use super::endpoint::SimFabric;
-use super::place::{Clock, Inbox};
-use super::state::{After, End, EndpointId, PairId, State, What, nanos};
+use super::netref::NetRef;
+use super::place::Clock;
+use super::state::{After, EndpointId, Inbox, State, What, nanos};
 use crate::common::mark_progress_thread;
-use crate::{Fabric, FabricConfig, Handler, Op, TransportError};
-
-/// How the simulated network behaves.
-#[derive(Debug, Clone, Copy)]
-pub struct SimConfig {
-    /// Shortest time anything takes from one endpoint to another.
-    pub min_delay: Duration,
-    /// Longest time.
-    pub max_delay: Duration,
-}
-
-impl Default for SimConfig {
-    fn default() -> Self {
-        Self {
-            min_delay: Duration::from_micros(1),
-            max_delay: Duration::from_micros(20),
-        }
-    }
-}
+use crate::error::TransportError;
+use crate::fabric::{Fabric, FabricConfig, Handler};
 
 /// A deterministic network of endpoints in one process. Clones are the same network.
 #[derive(Clone)]
-pub struct SimNet(pub(super) Arc<Mutex<State>>);
+pub struct SimNet(Arc<Mutex<State>>);
 
 impl std::fmt::Debug for SimNet {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -71,7 +56,7 @@ impl SimNet {
         let threaded = state.clock.is_some();
         drop(state);
         let thread = if threaded { Some(self.attend(id)?) } else { None };
-        let fabric = SimFabric::new(self.weak(), (id, instance), counters, config, thread);
+        let fabric = SimFabric::new(NetRef::of(&self.0), (id, instance), counters, config, thread);
         Ok(Arc::new(fabric))
     }
 
@@ -117,12 +102,12 @@ impl SimNet {
     fn attend(&self, id: EndpointId) -> Result<(Inbox, JoinHandle<()>), TransportError> {
         let (inbox, incoming) = rt::channel::unbounded();
         self.0.lock().endpoints[id].inbox = Some(inbox.clone());
-        let net = self.weak();
+        let net = NetRef::of(&self.0);
         let thread = start("fabric", move || {
             mark_progress_thread();
             while let Ok(((pair, end), after)) = incoming.recv() {
                 let ended = matches!(after, After::Message(..))
-                    && !net.get().is_ok_and(|net| net.0.lock().alive(pair, end));
+                    && !net.get().is_ok_and(|net| net.lock().alive(pair, end));
                 if let After::Stop = after {
                     return;
                 }
@@ -132,21 +117,6 @@ impl SimNet {
             }
         })?;
         Ok((inbox, thread))
-    }
-
-    /// Time that something takes to get from one endpoint to another passes, where time passes by itself.
-    pub(super) fn travel(&self) {
-        let delay = {
-            let mut state = self.0.lock();
-            if state.clock.is_none() {
-                return;
-            }
-            let config = state.config;
-            state
-                .rng
-                .between(nanos(config.min_delay), nanos(config.max_delay))
-        };
-        rt::thread::sleep(Duration::from_nanos(delay));
     }
 
     /// Virtual time since the beginning.
@@ -180,35 +150,6 @@ impl SimNet {
     pub fn crash(&self, addr: &str) {
         self.0.lock().crash(addr);
     }
-
-    /// Runs what this end has under way towards the other, then `ops` at once.
-    pub(super) fn execute(&self, pair: PairId, end: End, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
-        self.travel();
-        while let Some(after) = self.pull(pair, end) {
-            after.run();
-        }
-        for op in ops {
-            // Between two of them others may come.
-            let mut state = self.0.lock();
-            if let Err(error) = state.execute_one(pair, end, op) {
-                if !matches!(error, TransportError::Disconnected { .. }) {
-                    state.down_both(pair, &error);
-                }
-                return Err(error);
-            }
-        }
-        self.travel();
-        Ok(())
-    }
-
-    /// Takes the next parcel out of the lane from `end` and lets it arrive now.
-    fn pull(&self, pair: PairId, end: End) -> Option<After> {
-        self.0.lock().pull(pair, end)
-    }
-
-    pub(super) fn weak(&self) -> NetRef {
-        NetRef(Arc::downgrade(&self.0))
-    }
 }
 
 fn start(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, TransportError> {
@@ -216,14 +157,4 @@ fn start(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
         .name(name.into())
         .spawn(body)
         .map_err(|error| TransportError::os("start a thread", &error))
-}
-
-/// How endpoints and connections refer to the net: it must not live on because of them.
-#[derive(Clone)]
-pub(super) struct NetRef(Weak<Mutex<State>>);
-
-impl NetRef {
-    pub(super) fn get(&self) -> Result<SimNet, TransportError> {
-        self.0.upgrade().map(SimNet).ok_or(TransportError::Shutdown)
-    }
 }

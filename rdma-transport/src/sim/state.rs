@@ -4,9 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::endpoint::SimConn;
-use super::net::{NetRef, SimConfig};
-use super::place::{Clock, EndpointState};
+use super::config::SimConfig;
+use super::place::{Clock, Nobody};
 use super::remote::{RemoteOp, RemoteResult, outcome};
 use super::rng::Rng;
 use crate::common::{disconnected, ended};
@@ -15,7 +14,7 @@ use crate::mem::SharedMem;
 use crate::stats;
 use crate::stats::Counters;
 use crate::{
-    Access, AsyncOp, BatchError, Completion, ConnId, Connection, FabricConfig, Handler, Outcome, RegionKey,
+    Access, AsyncOp, BatchError, Completion, Connection, FabricConfig, Handler, Outcome, RegionKey,
     TransportError,
 };
 
@@ -64,7 +63,8 @@ pub(super) struct Batch {
 
 pub(super) struct EndState {
     pub(super) endpoint: EndpointId,
-    pub(super) conn: Option<Arc<SimConn>>,
+    pub(super) conn: Option<Arc<dyn Connection>>,
+    counters: Arc<Counters>,
     pub(super) alive: bool,
     /// Its `Down` is under way or has come.
     pub(super) ending: bool,
@@ -79,6 +79,31 @@ pub(super) struct EndState {
 pub(super) struct Pair {
     pub(super) ends: [EndState; 2],
     pub(super) peer: Peer,
+}
+
+pub(super) struct EndpointState {
+    pub(super) addr: String,
+    pub(super) key: Vec<u8>,
+    pub(super) identity: Vec<u8>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) handler: Arc<dyn Handler>,
+    pub(super) regions: HashMap<u64, (Arc<SharedMem>, Access)>,
+    pub(super) up: bool,
+    /// Where its thread finds what it is to call; none where the test calls.
+    pub(super) inbox: Option<Inbox>,
+}
+
+/// What an endpoint's thread is to call, and for which end of which connection.
+pub(super) type Inbox = rt::channel::Sender<((PairId, End), After)>;
+
+impl EndpointState {
+    /// Nothing of it is called any more, and it is not kept for that.
+    pub(super) fn go_down(&mut self) {
+        self.up = false;
+        self.regions.clear();
+        self.inbox = None;
+        self.handler = Arc::new(Nobody);
+    }
 }
 
 pub(super) struct State {
@@ -333,7 +358,7 @@ impl State {
     pub(super) fn dynamic(&self, pair: PairId, end: End) -> Option<(Arc<dyn Handler>, Arc<dyn Connection>)> {
         let state = &self.pairs.get(&pair)?.ends[end];
         let handler = Arc::clone(&self.endpoints[state.endpoint].handler);
-        Some((handler, Arc::clone(state.conn.as_ref()?) as _))
+        Some((handler, Arc::clone(state.conn.as_ref()?)))
     }
 
     fn arrive(&mut self, pair: PairId, from: End, parcel: Parcel) -> After {
@@ -388,8 +413,8 @@ impl State {
     fn received(&self, pair: PairId, end: End, bytes: usize) {
         if let Some(end) = self.pairs.get(&pair).map(|p| &p.ends[end]) {
             self.endpoints[end.endpoint].counters.received(bytes);
-            if let Some(conn) = &end.conn {
-                conn.counters.received(bytes);
+            if end.conn.is_some() {
+                end.counters.received(bytes);
             }
         }
     }
@@ -429,16 +454,14 @@ impl State {
         self.endpoints[id].regions.remove(&key.0).is_some()
     }
 
-    /// Adds a connection; its listening end learns of it through the lane.
+    /// Adds a connection, both ends with their counters; its listening end learns of it through the lane.
     pub(super) fn pair(
         &mut self,
-        net: &NetRef,
-        from: (EndpointId, ConnId),
-        to: (EndpointId, ConnId),
-        identities: [Vec<u8>; 2],
+        id: PairId,
+        from: (EndpointId, (Arc<dyn Connection>, Arc<Counters>)),
+        to: (EndpointId, (Arc<dyn Connection>, Arc<Counters>)),
         peer: Peer,
-    ) -> Arc<SimConn> {
-        let id = self.unique();
+    ) {
         let superseded: Vec<PairId> = self
             .pairs
             .iter()
@@ -452,15 +475,10 @@ impl State {
             );
             self.close_end(old, 1, why);
         }
-        let [ours, theirs] = identities;
-        let conn = |end: End, id_at: ConnId, identity: Vec<u8>, addr: String| {
-            Arc::new(SimConn::new(net.clone(), (id, end), id_at, identity, addr))
-        };
-        let connecting = conn(0, from.1, theirs, self.endpoints[to.0].addr.clone());
-        let listening = conn(1, to.1, ours, self.endpoints[from.0].addr.clone());
-        let state = |endpoint, conn| EndState {
+        let state = |(endpoint, (conn, counters))| EndState {
             endpoint,
             conn: Some(conn),
+            counters,
             alive: true,
             ending: false,
             why: None,
@@ -468,10 +486,9 @@ impl State {
             batches: BTreeMap::new(),
             gathering: Vec::new(),
         };
-        let ends = [state(from.0, Arc::clone(&connecting)), state(to.0, listening)];
+        let ends = [state(from), state(to)];
         self.pairs.insert(id, Pair { ends, peer });
         self.ship(id, 0, Parcel::Connected);
-        connecting
     }
 
     /// Serials of the live connections `from` has made to `to`.

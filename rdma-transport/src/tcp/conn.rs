@@ -2,29 +2,35 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use rustix::net::Shutdown;
 
-use super::endpoint::Core;
 use super::frame::Header;
 use super::pending::{Batch, Pending};
+use super::request;
 use super::tx::{Out, READS, Tx};
-use crate::base::{ConnBase, Endpoint};
+use crate::base::{ConnBase, answered_by_base};
 use crate::common::{self, disconnected};
+use crate::error::TransportError;
+use crate::fabric::Connection;
 use crate::mem::SharedMem;
-use crate::{AsyncOp, BatchError, Completion, ConnId, Connection, FabricStats, Op, TransportError};
+use crate::ops::{AsyncOp, BatchError, Completion, Op, Outcome};
+use crate::stream::{Host, Linked};
+use crate::waiter::Waiter;
 
 /// Senders of messages wait while more than this is queued.
 const QUEUE: usize = 1024 * 1024;
+/// Longest time that a blocked caller looks for its results before it sleeps.
+const SPIN: Duration = Duration::from_micros(50);
 /// Most bytes of results a peer may leave unread; twice what ours ever asks for, and some.
 const UNREAD: usize = 3 * READS;
 
 pub(super) struct TcpConn {
     pub(super) base: ConnBase,
-    pub(super) core: Arc<Core>,
+    pub(super) host: Arc<Host>,
     pub(super) sock: Arc<OwnedFd>,
     /// Lock order: `tx`, then `pending`.
     pub(super) tx: Mutex<Tx>,
@@ -36,10 +42,10 @@ pub(super) struct TcpConn {
 }
 
 impl TcpConn {
-    pub(super) fn new(base: ConnBase, core: &Arc<Core>, sock: Arc<OwnedFd>) -> Arc<Self> {
+    pub(super) fn new(base: ConnBase, host: &Arc<Host>, sock: Arc<OwnedFd>) -> Arc<Self> {
         Arc::new(Self {
             base,
-            core: Arc::clone(core),
+            host: Arc::clone(host),
             sock,
             tx: Mutex::new(Tx::default()),
             room: Condvar::new(),
@@ -63,7 +69,7 @@ impl TcpConn {
         drop(self.executing.lock());
         self.tx.lock().close();
         self.room.notify_all();
-        self.core.wake();
+        self.host.wake();
     }
 
     /// As `fail`, but lets what is queued (the reason, for the peer) go out; the progress thread ends the
@@ -74,19 +80,7 @@ impl TcpConn {
         }
         self.base.die();
         drop(self.executing.lock());
-        self.core.wake();
-    }
-
-    /// Ends it for good; called by the progress thread.
-    pub(super) fn finish(&self) {
-        self.tx.lock().close();
-        self.room.notify_all();
-        // Already gone: fine.
-        let _gone = rustix::net::shutdown(&*self.sock, Shutdown::Both);
-        let batches = std::mem::take(&mut self.pending.lock().0);
-        for batch in batches {
-            batch.finish(Err(self.base.dead()));
-        }
+        self.host.wake();
     }
 
     /// Executes something on our memory for the peer, unless the connection has ended.
@@ -132,13 +126,6 @@ impl TcpConn {
             return Err(self.base.protocol("the peer asks for more than it takes"));
         }
         Ok(())
-    }
-
-    /// The socket takes bytes again.
-    pub(super) fn writable(&self) {
-        // An error has put the connection into error.
-        let _failed = self.with_tx(|tx| tx.flush(self.sock.as_fd()));
-        self.room.notify_all();
     }
 
     /// Whether everything queued is out.
@@ -205,22 +192,71 @@ impl TcpConn {
     }
 }
 
+impl TcpConn {
+    fn next_batch(&self) -> u64 {
+        self.next_batch.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Sends a batch and waits for its results.
+    fn round_trip(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
+        let id = self.next_batch();
+        let waiter = Arc::new(Waiter::<Outcome>::default());
+        let told = Arc::clone(&waiter);
+        let done: Completion = Box::new(move |outcome| told.put(outcome));
+        // SAFETY: this function does not return before the batch is finished, or is out of `pending` and of the queue,
+        // each under the lock that its users hold.
+        let (batch, outs) = unsafe { request::borrowed(id, ops, done) };
+        self.post(batch, outs).map_err(|back| back.1)?;
+        let timeout = self.host.base.config.timeout;
+        let spin = self.host.base.config.spin.min(SPIN);
+        let Some(outcome) = waiter.wait(spin, Instant::now() + timeout) else {
+            let why = common::timed_out(&self.base.addr, timeout);
+            self.fail(why.clone());
+            self.tx.lock().close();
+            self.pending.lock().0.retain(|b| b.id != id);
+            return Err(why);
+        };
+        if request::put_results(outcome?, ops) {
+            Ok(())
+        } else {
+            Err(self.base.protocol("a result is missing"))
+        }
+    }
+}
+
+impl Linked for TcpConn {
+    fn base(&self) -> &ConnBase {
+        &self.base
+    }
+
+    fn sock(&self) -> &OwnedFd {
+        &self.sock
+    }
+
+    fn fail(&self, why: TransportError) {
+        TcpConn::fail(self, why);
+    }
+
+    fn writable(&self) {
+        // An error has put the connection into error.
+        let _failed = self.with_tx(|tx| tx.flush(self.sock.as_fd()));
+        self.room.notify_all();
+    }
+
+    fn finish(&self) {
+        self.tx.lock().close();
+        self.room.notify_all();
+        // Already gone: fine.
+        let _gone = rustix::net::shutdown(&*self.sock, Shutdown::Both);
+        let batches = std::mem::take(&mut self.pending.lock().0);
+        for batch in batches {
+            batch.finish(Err(self.base.dead()));
+        }
+    }
+}
+
 impl Connection for TcpConn {
-    fn id(&self) -> ConnId {
-        self.base.id
-    }
-
-    fn peer_identity(&self) -> &[u8] {
-        &self.base.peer.identity
-    }
-
-    fn peer_addr(&self) -> String {
-        self.base.addr.clone()
-    }
-
-    fn is_alive(&self) -> bool {
-        self.alive()
-    }
+    answered_by_base!();
 
     fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         let bytes = common::check_ops(ops)?;
@@ -247,7 +283,8 @@ impl Connection for TcpConn {
             });
         }
         let count = batch.len();
-        match self.start(batch, done) {
+        let (batch, outs) = request::owned(self.next_batch(), batch, done);
+        match self.post(batch, outs) {
             Ok(()) => self.base.counters.did_ops(count, moved),
             Err(back) => {
                 let (batch, error) = *back;
@@ -262,10 +299,10 @@ impl Connection for TcpConn {
         let mut tx = self.tx.lock();
         let mut deadline = None;
         while tx.backlog() > QUEUE && !common::on_progress_thread() && self.alive() {
-            let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.core.base.config.timeout);
+            let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.host.base.config.timeout);
             if self.room.wait_until(&mut tx, deadline).timed_out() {
                 drop(tx);
-                let why = common::timed_out(&self.base.addr, self.core.base.config.timeout);
+                let why = common::timed_out(&self.base.addr, self.host.base.config.timeout);
                 self.fail(why.clone());
                 return Err(why);
             }
@@ -287,9 +324,5 @@ impl Connection for TcpConn {
 
     fn close(&self) {
         self.fail(disconnected(&self.base.addr, "closed on this side"));
-    }
-
-    fn stats(&self) -> FabricStats {
-        self.base.counters.snapshot()
     }
 }

@@ -1,53 +1,25 @@
-//! The endpoint: listener, registered regions, setting up connections.
+//! The endpoint: registered regions, setting up connections.
 
-use std::collections::HashMap;
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
 
-use mio::Waker;
-use parking_lot::{Mutex, RwLock};
-use rustix::net::Shutdown;
+use mio::Poll;
 
 use super::conn::TcpConn;
-use super::progress;
-use crate::base::{self, Base, ConnBase, Endpoint};
+use super::progress::Tcp;
+use super::rx::Memory;
 use crate::buffer::{Buffer, BufferPool};
-use crate::common::{self, LIMITS};
-use crate::handshake::{self, Peer, Provider};
+use crate::common::LIMITS;
+use crate::error::TransportError;
+use crate::fabric::{Connection, Fabric, FabricConfig, FabricKind, Handler, Limits};
+use crate::handshake::Provider;
 use crate::mem::SharedMem;
-use crate::stream::{self, FramedPipe, framed, prepare};
-use crate::{
-    Access, Connection, Fabric, FabricConfig, FabricKind, FabricStats, Handler, Limits, RegionKey,
-    TransportError,
-};
-
-/// What is on its way to the progress thread.
-pub(super) enum Install {
-    /// We have connected.
-    Ours(Arc<TcpConn>),
-    /// A peer has proved itself; `welcome` goes out when its older connections have ended.
-    Theirs {
-        sock: Arc<OwnedFd>,
-        addr: String,
-        peer: Peer,
-        welcome: Vec<u8>,
-    },
-}
-
-pub(super) struct Core {
-    pub(super) base: Base<Install>,
-    local_addr: String,
-    /// None: shut down.
-    pub(super) listener: Mutex<Option<TcpListener>>,
-    pub(super) waker: Waker,
-    pub(super) regions: RwLock<HashMap<u64, (Arc<SharedMem>, Access)>>,
-    pub(super) conns: Mutex<Vec<Arc<TcpConn>>>,
-}
+use crate::ops::{Access, RegionKey};
+use crate::stats::FabricStats;
+use crate::stream::{self, Core, Host, Listening};
 
 pub(crate) struct TcpFabric {
-    core: Arc<Core>,
+    core: Arc<Core<TcpConn>>,
+    regions: Arc<Memory>,
 }
 
 /// Opens an endpoint that listens on `host:port`.
@@ -55,91 +27,17 @@ pub(crate) fn open(
     config: FabricConfig,
     handler: Arc<dyn Handler>,
 ) -> Result<Arc<dyn Fabric>, TransportError> {
-    let (listener, addr) = stream::listen(&config.listen)?;
-    let local_addr = addr.to_string();
-    let poll = mio::Poll::new().map_err(|e| TransportError::os("create an epoll instance", &e))?;
-    let waker = Waker::new(poll.registry(), progress::WAKER)
-        .map_err(|e| TransportError::os("create an eventfd", &e))?;
-    let core = Arc::new(Core {
-        base: Base::new(config, handler, BufferPool::new(None))?,
-        local_addr,
-        listener: Mutex::new(Some(listener)),
-        waker,
-        regions: RwLock::new(HashMap::new()),
-        conns: Mutex::new(Vec::new()),
-    });
-    progress::start(&core, poll)?;
-    Ok(Arc::new(TcpFabric { core }))
-}
-
-impl Endpoint for Core {
-    type Install = Install;
-
-    fn base(&self) -> &Base<Install> {
-        &self.base
-    }
-
-    fn ring(&self) {
-        if let Err(e) = self.waker.wake() {
-            tracing::error!("wake the progress thread: {e}");
-        }
-    }
-}
-
-impl Core {
-    /// Takes an incoming socket: the handshake runs on a thread of its own.
-    pub(super) fn accept(self: &Arc<Self>, stream: TcpStream) {
-        let addr = stream
-            .peer_addr()
-            .map_or_else(|_| "a peer".to_owned(), |a| a.to_string());
-        if let Err(error) = prepare(&stream, self.base.config.timeout) {
-            tracing::warn!("connection of {addr} not accepted: {error}");
-            return;
-        }
-        let sock = Arc::new(OwnedFd::from(stream));
-        self.shake_hands(Arc::clone(&sock), move |core, deadline, timeout| {
-            let mut pipe = FramedPipe {
-                sock,
-                addr,
-                deadline,
-                timeout,
-            };
-            let admit = |identity: &[u8]| core.base.handler.admit(identity);
-            let verified = handshake::server(&mut pipe, &core.base.local(Provider::Tcp), &admit)?;
-            core.install(Install::Theirs {
-                sock: pipe.sock,
-                addr: pipe.addr,
-                peer: verified.peer,
-                welcome: framed(&verified.welcome),
-            })
-        });
-    }
-
-    fn connect(self: &Arc<Self>, addr: &str) -> Result<Arc<TcpConn>, TransportError> {
-        let timeout = self.base.config.timeout;
-        let deadline = Instant::now() + timeout;
-        let stream = stream::dial(addr, None, deadline, timeout)?;
-        let sock = Arc::new(OwnedFd::from(stream));
-        let mut pipe = FramedPipe {
-            sock: Arc::clone(&sock),
-            addr: addr.to_owned(),
-            deadline,
-            timeout,
-        };
-        let serial = self.base.next_id();
-        let links_to = |instance: u64| {
-            let conns = self.conns.lock();
-            base::serials_to(conns.iter().map(|c| &c.base), instance)
-        };
-        let peer = handshake::client(&mut pipe, &self.base.local(Provider::Tcp), serial.0, &links_to)?;
-        let conn = TcpConn::new(ConnBase::new(serial, peer, false, addr.to_owned()), self, sock);
-        self.conns.lock().push(Arc::clone(&conn));
-        if let Err(why) = self.install(Install::Ours(Arc::clone(&conn))) {
-            self.conns.lock().retain(|c| !Arc::ptr_eq(c, &conn));
-            return Err(why);
-        }
-        Ok(conn)
-    }
+    let poll = Poll::new().map_err(|e| TransportError::os("create an epoll instance", &e))?;
+    let listening = Listening::on(&config.listen)?;
+    let host = Host::new(config, handler, BufferPool::new(None), &poll)?;
+    let core = Arc::new(Core::new(host, listening, Provider::Tcp));
+    let regions = Arc::new(Memory::default());
+    let drive = Tcp {
+        core: Arc::clone(&core),
+        regions: Arc::clone(&regions),
+    };
+    stream::start("fabric-tcp", drive, poll)?;
+    Ok(Arc::new(TcpFabric { core, regions }))
 }
 
 impl Fabric for TcpFabric {
@@ -148,7 +46,7 @@ impl Fabric for TcpFabric {
     }
 
     fn local_addr(&self) -> String {
-        self.core.local_addr.clone()
+        self.core.addr().to_string()
     }
 
     fn limits(&self) -> Limits {
@@ -156,56 +54,37 @@ impl Fabric for TcpFabric {
     }
 
     fn set_identity(&self, identity: Vec<u8>) {
-        self.core.base.set_identity(identity);
+        self.core.host.base.set_identity(identity);
     }
 
     fn register(&self, mem: &Arc<SharedMem>, access: Access) -> Result<RegionKey, TransportError> {
-        self.core.base.check_open()?;
-        let mut regions = self.core.regions.write();
-        loop {
-            let key = common::region_key(0)?;
-            if let std::collections::hash_map::Entry::Vacant(entry) = regions.entry(key.0) {
-                entry.insert((Arc::clone(mem), access));
-                return Ok(key);
-            }
-        }
+        self.core.host.base.check_open()?;
+        self.regions.add(Arc::clone(mem), access)
     }
 
     fn deregister(&self, key: RegionKey) -> Result<(), TransportError> {
-        // Operations hold this lock for reading while they are executed.
-        match self.core.regions.write().remove(&key.0) {
-            Some(_) => Ok(()),
-            None => Err(TransportError::Invalid(format!(
-                "region {:#x} is not registered",
-                key.0
-            ))),
-        }
+        // Operations look at the region as long as they are executed.
+        self.regions.remove(key).map(drop)
     }
 
     fn buffer(&self, len: usize) -> Result<Buffer, TransportError> {
-        self.core.base.buffers.take(len)
+        self.core.host.base.buffers.take(len)
     }
 
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {
-        self.core.base.check_open()?;
-        let conn = self.core.connect(addr)?;
+        self.core.host.base.check_open()?;
+        let (base, sock) = self.core.greet(addr, None)?.base(false);
+        let conn = TcpConn::new(base, &self.core.host, sock);
+        self.core.add(&conn)?;
         Ok(conn)
     }
 
     fn stats(&self) -> FabricStats {
-        let conns = self.core.conns.lock().clone();
-        self.core.base.stats(conns.iter().map(|c| &c.base))
+        self.core.stats()
     }
 
     fn shutdown(&self) {
-        if !self.core.base.begin_stop() {
-            return;
-        }
-        self.core.end_threads(&self.core.local_addr);
-        if let Some(listener) = self.core.listener.lock().take() {
-            // Closing alone would not do while a child that has not yet executed its program holds a copy.
-            let _freed = rustix::net::shutdown(&listener, Shutdown::Both);
-        }
+        self.core.shutdown();
     }
 }
 

@@ -16,4 +16,6 @@ mod tx;
 pub(crate) use endpoint::open;
 
 #[cfg(test)]
+mod fuzz_tests;
+#[cfg(test)]
 mod tests;

@@ -1,26 +1,16 @@
-//! Batches on their way out, and callers who wait for them.
+//! Batches as they are sent.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
-use super::conn::TcpConn;
 use super::frame::{Desc, Header};
 use super::pending::{Batch, Expected, Slot};
 use super::tx::Out;
-use crate::common;
-use crate::error::TransportError;
 use crate::mem::Lent;
-use crate::ops::{AsyncOp, Completion, Op, OpResult, Outcome};
-use crate::waiter::Waiter;
+use crate::ops::{AsyncOp, Completion, Op, OpResult};
 
 /// Writes up to this length are copied into the frame; longer ones go out of the caller's buffer. Reads up to this
 /// length together do not count against [`READS`](super::tx::READS).
 const COPY: usize = 16 * 1024;
-/// Longest time that a blocked caller looks for its results before it sleeps.
-const SPIN: Duration = Duration::from_micros(50);
-
 /// A batch as it is sent.
 struct Frame {
     id: u64,
@@ -78,91 +68,67 @@ impl Frame {
     }
 }
 
-impl TcpConn {
-    fn next_batch(&self) -> u64 {
-        self.next_batch.fetch_add(1, Ordering::Relaxed)
-    }
-
-    /// Sends a batch that owns its buffers.
-    pub(super) fn start(
-        &self,
-        batch: Vec<AsyncOp>,
-        done: Completion,
-    ) -> Result<(), Box<(Batch, TransportError)>> {
-        let mut frame = Frame::new(self.next_batch(), batch.iter().map(Desc::of_async));
-        for op in batch {
-            let desc = Desc::of_async(&op);
-            let slot = match op {
-                AsyncOp::Read { mut into, .. } => {
-                    // SAFETY: the slot has the buffer, too, and nobody looks at that before it is given out of the slot.
-                    let lent = unsafe { Lent::writable(&mut into) };
-                    Slot::Read(lent, Some(into))
-                }
-                AsyncOp::Write { from, .. } => {
-                    // SAFETY: the slot has the buffer until the batch is finished.
-                    unsafe { frame.write(&from) };
-                    Slot::Write(Some(from))
-                }
-                AsyncOp::ReadWords { words, .. } => Slot::Words(words as usize),
-                AsyncOp::Cas { .. } | AsyncOp::Faa { .. } => Slot::Word,
-            };
-            frame.expect(desc, slot);
-        }
-        let (batch, outs) = frame.finish(done);
-        self.post(batch, outs)
-    }
-
-    /// Sends a batch that borrows its buffers, and waits for its results.
-    pub(super) fn round_trip(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
-        let id = self.next_batch();
-        let mut frame = Frame::new(id, ops.iter().map(Desc::of));
-        for op in ops.iter_mut() {
-            let desc = Desc::of(op);
-            let slot = match op {
-                Op::Read { into, .. } => {
-                    // SAFETY: this function does not return before the batch is out of `pending`: its result
-                    // has come, or `abandon` has taken it out under the lock its users hold.
-                    Slot::Read(unsafe { Lent::writable(into) }, None)
-                }
-                Op::Write { from, .. } => {
-                    // SAFETY: as above.
-                    unsafe { frame.write(from) };
-                    Slot::Write(None)
-                }
-                Op::Cas { .. } | Op::Faa { .. } => Slot::Word,
-            };
-            frame.expect(desc, slot);
-        }
-        let waiter = Arc::new(Waiter::<Outcome>::default());
-        let told = Arc::clone(&waiter);
-        let (batch, outs) = frame.finish(Box::new(move |outcome| told.put(outcome)));
-        self.post(batch, outs).map_err(|back| back.1)?;
-        let timeout = self.core.base.config.timeout;
-        let spin = self.core.base.config.spin.min(SPIN);
-        let results = match waiter.wait(spin, Instant::now() + timeout) {
-            Some(outcome) => outcome.map_err(|error| error.why)?,
-            None => {
-                let why = common::timed_out(&self.base.addr, timeout);
-                self.fail(why.clone());
-                self.abandon(id);
-                return Err(why);
+/// A batch that owns its buffers, ready to be sent.
+pub(super) fn owned(id: u64, batch: Vec<AsyncOp>, done: Completion) -> (Batch, Vec<Out>) {
+    let mut frame = Frame::new(id, batch.iter().map(Desc::of_async));
+    for op in batch {
+        let desc = Desc::of_async(&op);
+        let slot = match op {
+            AsyncOp::Read { mut into, .. } => {
+                // SAFETY: the slot has the buffer, too, and nobody looks at that before it is given out of the slot.
+                let lent = unsafe { Lent::writable(&mut into) };
+                Slot::Read(lent, Some(into))
             }
+            AsyncOp::Write { from, .. } => {
+                // SAFETY: the slot has the buffer until the batch is finished.
+                unsafe { frame.write(&from) };
+                Slot::Write(Some(from))
+            }
+            AsyncOp::ReadWords { words, .. } => Slot::Words(words as usize),
+            AsyncOp::Cas { .. } | AsyncOp::Faa { .. } => Slot::Word,
         };
-        let mut results = results.into_iter();
-        for op in ops.iter_mut() {
-            if let Op::Cas { old, .. } | Op::Faa { old, .. } = op {
-                let Some(OpResult::Old(found)) = results.next() else {
-                    return Err(self.base.protocol("a result is missing"));
-                };
-                *old = found;
-            }
-        }
-        Ok(())
+        frame.expect(desc, slot);
     }
+    frame.finish(done)
+}
 
-    /// Makes sure that nobody uses the buffers of a batch any more.
-    fn abandon(&self, id: u64) {
-        self.tx.lock().close();
-        self.pending.lock().0.retain(|b| b.id != id);
+/// A batch that borrows its buffers, ready to be sent.
+///
+/// # Safety
+/// The buffers must stay as they are until the batch is finished, or is out of [`Pending`](super::pending::Pending) and
+/// its sending queue is closed.
+pub(super) unsafe fn borrowed(id: u64, ops: &mut [Op<'_>], done: Completion) -> (Batch, Vec<Out>) {
+    let mut frame = Frame::new(id, ops.iter().map(Desc::of));
+    for op in ops {
+        let desc = Desc::of(op);
+        let slot = match op {
+            Op::Read { into, .. } => {
+                // SAFETY: by the contract of this function.
+                Slot::Read(unsafe { Lent::writable(into) }, None)
+            }
+            Op::Write { from, .. } => {
+                // SAFETY: by the contract of this function.
+                unsafe { frame.write(from) };
+                Slot::Write(None)
+            }
+            Op::Cas { .. } | Op::Faa { .. } => Slot::Word,
+        };
+        frame.expect(desc, slot);
     }
+    frame.finish(done)
+}
+
+/// Puts the values before each atomic, which are all the results that a borrowing batch has, to the operations; false if
+/// one is missing.
+pub(super) fn put_results(results: Vec<OpResult>, ops: &mut [Op<'_>]) -> bool {
+    let mut results = results.into_iter();
+    for op in ops {
+        if let Op::Cas { old, .. } | Op::Faa { old, .. } = op {
+            let Some(OpResult::Old(found)) = results.next() else {
+                return false;
+            };
+            *old = found;
+        }
+    }
+    true
 }

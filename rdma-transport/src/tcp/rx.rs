@@ -11,11 +11,13 @@ use std::sync::atomic::Ordering;
 use rustix::net::RecvFlags;
 
 use super::conn::TcpConn;
-use super::endpoint::Core;
 use super::frame::{DESC, Desc, DescKind, HEADER, Header, Kind, OK, REFUSED};
 use crate::common::remote_access;
+use crate::error::TransportError;
+use crate::fabric::{Connection, Handler};
 use crate::mem::SharedMem;
-use crate::{Access, Connection, RemoteAddr, TransportError};
+use crate::ops::{Access, RemoteAddr};
+use crate::regions::{Regions, place_in};
 
 /// Holds the longest frame that is not streamed, with room for what follows it.
 const BUFFER: usize = 256 * 1024;
@@ -25,6 +27,9 @@ const BUDGET: usize = 4 * 1024 * 1024;
 const BYPASS: usize = 16 * 1024;
 /// Results are collected up to this size before they are sent.
 const REPLY: usize = 64 * 1024;
+
+/// The memory that peers reach.
+pub(super) type Memory = Regions<Arc<SharedMem>>;
 
 /// A batch of the peer being executed.
 struct Job {
@@ -84,11 +89,12 @@ impl Rx {
     }
 
     /// Receives and acts until the socket is empty or the others' turn has come.
-    pub(super) fn pump(
+    pub(super) fn receive_all(
         &mut self,
         conn: &Arc<TcpConn>,
         dynamic: &Arc<dyn Connection>,
-        core: &Core,
+        handler: &dyn Handler,
+        regions: &Memory,
     ) -> Result<Turn, TransportError> {
         let mut taken = 0;
         let turn = loop {
@@ -98,11 +104,11 @@ impl Rx {
             if !conn.alive() && !self.discarding() {
                 break Turn::Empty;
             }
-            match self.receive(conn, core) {
+            match self.receive(conn, regions) {
                 Ok(0) => break Turn::Ended,
                 Ok(n) => {
                     taken += n;
-                    self.parse(conn, dynamic, core)?;
+                    self.parse(conn, dynamic, handler, regions)?;
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break Turn::Empty,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -114,7 +120,7 @@ impl Rx {
     }
 
     /// One read from the socket, to where the bytes belong.
-    fn receive(&mut self, conn: &TcpConn, core: &Core) -> io::Result<usize> {
+    fn receive(&mut self, conn: &TcpConn, regions: &Memory) -> io::Result<usize> {
         let sock = conn.sock.as_fd();
         if self.start == self.end {
             self.start = 0;
@@ -126,7 +132,8 @@ impl Rx {
                     {
                         let (off, len) = (job.off, op.len - job.off);
                         let direct = conn.executing(|| {
-                            core.on_region(
+                            on_region(
+                                regions,
                                 op.at,
                                 op.len,
                                 |a| a.write,
@@ -167,15 +174,16 @@ impl Rx {
         &mut self,
         conn: &Arc<TcpConn>,
         dynamic: &Arc<dyn Connection>,
-        core: &Core,
+        handler: &dyn Handler,
+        regions: &Memory,
     ) -> Result<(), TransportError> {
         loop {
             if !conn.alive() && !self.discarding() {
                 return Ok(());
             }
             let go_on = match self.state {
-                State::Header => self.begin(conn, dynamic, core)?,
-                State::Ops(_) => self.work(conn, core)?,
+                State::Header => self.begin(conn, dynamic, handler)?,
+                State::Ops(_) => self.work(conn, regions)?,
                 State::Result { header, off } => self.result(conn, header, off)?,
                 State::Discard => {
                     self.start = self.end;
@@ -205,7 +213,7 @@ impl Rx {
         &mut self,
         conn: &Arc<TcpConn>,
         dynamic: &Arc<dyn Connection>,
-        core: &Core,
+        handler: &dyn Handler,
     ) -> Result<bool, TransportError> {
         let have = &self.buf[self.start..self.end];
         let Some((head, body)) = have.split_first_chunk::<HEADER>() else {
@@ -245,7 +253,7 @@ impl Rx {
                 self.flush_reply(conn)?;
                 let at = self.start + HEADER;
                 conn.base.counters.received(len);
-                core.base.handler.message(dynamic, &self.buf[at..at + len]);
+                handler.message(dynamic, &self.buf[at..at + len]);
                 self.start = at + len;
             }
         }
@@ -253,7 +261,7 @@ impl Rx {
     }
 
     /// Executes as much of the current batch as possible; false if bytes are missing.
-    fn work(&mut self, conn: &TcpConn, core: &Core) -> Result<bool, TransportError> {
+    fn work(&mut self, conn: &TcpConn, regions: &Memory) -> Result<bool, TransportError> {
         let State::Ops(job) = &mut self.state else {
             return Ok(true);
         };
@@ -267,7 +275,8 @@ impl Rx {
             let bytes = &self.buf[self.start..self.start + take];
             let off = job.off;
             let written = conn.executing(|| {
-                core.on_region(
+                on_region(
+                    regions,
                     op.at,
                     op.len,
                     |a| a.write,
@@ -287,7 +296,13 @@ impl Rx {
             }
             written
         } else if op.kind == DescKind::Read && op.len > BYPASS {
-            let found = core.on_region(op.at, op.len, |a| a.read, |mem, base| (Arc::clone(mem), base));
+            let found = on_region(
+                regions,
+                op.at,
+                op.len,
+                |a| a.read,
+                |mem, base| (Arc::clone(mem), base),
+            );
             match found {
                 Ok((mem, base)) => {
                     let head = Header::result(job.batch, job.at, OK, op.len).encode();
@@ -301,7 +316,7 @@ impl Rx {
         } else {
             let reply = &mut self.reply;
             let head = Header::result(job.batch, job.at, OK, op.len).encode();
-            let done = conn.executing(|| small(core, op, &head, reply));
+            let done = conn.executing(|| small(regions, op, &head, reply));
             let Some(done) = done else { return Ok(false) };
             done
         };
@@ -367,7 +382,7 @@ impl Rx {
 }
 
 /// Executes an operation whose result is small, appending the result.
-fn small(core: &Core, op: Desc, head: &[u8], reply: &mut Vec<u8>) -> Result<(), TransportError> {
+fn small(regions: &Memory, op: Desc, head: &[u8], reply: &mut Vec<u8>) -> Result<(), TransportError> {
     let permits = |a: Access| match op.kind {
         DescKind::Cas | DescKind::Faa => a.atomic,
         _ => a.read,
@@ -401,29 +416,22 @@ fn small(core: &Core, op: Desc, head: &[u8], reply: &mut Vec<u8>) -> Result<(), 
         reply.extend_from_slice(&value.to_le_bytes());
         Ok(())
     };
-    core.on_region(op.at, op.len, permits, act)?
+    on_region(regions, op.at, op.len, permits, act)?
 }
 
-impl Core {
-    /// Acts on a piece of a registered region, which cannot be deregistered meanwhile.
-    pub(super) fn on_region<R>(
-        &self,
-        at: RemoteAddr,
-        len: usize,
-        permits: impl Fn(Access) -> bool,
-        act: impl FnOnce(&Arc<SharedMem>, usize) -> R,
-    ) -> Result<R, TransportError> {
-        let refused = |why: &str| Err(remote_access(at, len as u64, why));
-        let regions = self.regions.read();
-        let Some((mem, access)) = regions.get(&at.key.0) else {
-            return refused("no such region");
-        };
-        if !permits(*access) {
-            return refused("the region does not permit this");
+/// Acts on a piece of a registered region, which cannot be deregistered meanwhile.
+fn on_region<R>(
+    regions: &Memory,
+    at: RemoteAddr,
+    len: usize,
+    permits: impl Fn(Access) -> bool,
+    act: impl FnOnce(&Arc<SharedMem>, usize) -> R,
+) -> Result<R, TransportError> {
+    regions.with(at.key, |found| match found {
+        Some((mem, access)) => {
+            let off = place_in((mem, *access), at, len, permits)?;
+            Ok(act(mem, off))
         }
-        match usize::try_from(at.offset) {
-            Ok(off) if mem.contains(off, len) => Ok(act(mem, off)),
-            _ => refused("outside of the region"),
-        }
-    }
+        None => Err(remote_access(at, len as u64, "no such region")),
+    })
 }

@@ -260,3 +260,48 @@ impl Tx {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn received(from: &UnixStream) -> Vec<u8> {
+        let mut bytes = [0; 64];
+        let n = std::io::Read::read(&mut &*from, &mut bytes).unwrap_or(0);
+        bytes[..n].to_vec()
+    }
+
+    fn bytes(text: &[u8]) -> Vec<Out> {
+        vec![Out::Bytes(text.to_vec())]
+    }
+
+    #[test]
+    fn what_would_ask_for_too_much_waits_and_results_pass_it() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let sock = ours.as_fd();
+        let mut tx = Tx::default();
+        tx.ask(sock, READS - 10, bytes(b"first ")).unwrap();
+        tx.ask(sock, 10, bytes(b"second ")).unwrap();
+        assert_eq!(received(&theirs), b"first second ");
+        tx.ask(sock, 1, bytes(b"third ")).unwrap();
+        tx.ask(sock, 0, bytes(b"fourth ")).unwrap();
+        tx.send_behind(sock, b"mess", b"age").unwrap();
+        assert_eq!(tx.backlog(), 20);
+        tx.send(sock, b"result", b"").unwrap();
+        assert_eq!((received(&theirs), tx.queued()), (b"result".to_vec(), 0));
+        tx.answered(sock, 10).unwrap();
+        assert_eq!(received(&theirs), b"third fourth message");
+        assert_eq!(tx.backlog(), 0);
+        // However much it is, it is asked for when nothing else is.
+        tx.answered(sock, READS - 9).unwrap();
+        tx.ask(sock, 2 * READS, bytes(b"huge")).unwrap();
+        assert_eq!(received(&theirs), b"huge");
+        tx.ask(sock, 1, bytes(b"never")).unwrap();
+        tx.close();
+        assert_eq!((received(&theirs), tx.backlog()), (Vec::new(), 0));
+    }
+}

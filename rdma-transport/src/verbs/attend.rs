@@ -6,7 +6,28 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::unit::Due;
+use crate::ops::{Completion, Outcome};
+
+/// A completion that is to be called: by the caller that attends to it, else on the progress thread.
+pub(super) struct Due {
+    pub(super) done: Completion,
+    pub(super) outcome: Outcome,
+    pub(super) attended: Option<Arc<Attended>>,
+}
+
+impl Due {
+    pub(super) fn call(self) {
+        (self.done)(self.outcome);
+    }
+
+    /// Gives it to who attends to it; returns it if nobody does.
+    pub(super) fn offer(mut self) -> Option<Self> {
+        match self.attended.take() {
+            Some(attended) => attended.put(self),
+            None => Some(self),
+        }
+    }
+}
 
 /// Where the completions of one attending caller are put.
 pub(super) struct Attended(Mutex<Option<VecDeque<Due>>>);

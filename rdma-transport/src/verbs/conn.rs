@@ -3,42 +3,34 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
 
-use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use super::attend::{self, Attendance};
+use super::adapter::Adapter;
 use super::control::Stream;
-use super::endpoint::Core;
-use super::ffi::{Cq, Qp, Route};
-use super::submit::Prepared;
+use super::pace::Pace;
+use super::pair::Pair;
+use super::receive::Receiver;
 use super::tx::{Broken, Known, Reaped, Suspect, Tx};
-use super::unit::{Due, Owner, Request};
+use super::unit::{Owner, Request, Unit};
 use super::wire::{self, Control, Kind};
-use crate::base::{ConnBase, Endpoint};
+use crate::base::ConnBase;
 use crate::common::{self, disconnected};
-use crate::{AsyncOp, BatchError, Completion, ConnId, Connection, FabricStats, Op, TransportError};
-
-/// How long what is under way may take to arrive when this side closes.
-const LINGER: Duration = Duration::from_millis(200);
+use crate::error::TransportError;
+use crate::stream::Host;
 
 pub(super) struct VerbsConn {
     pub(super) base: ConnBase,
-    pub(super) core: Arc<Core>,
-    /// None: destroyed, nothing of the peer lands any more.
-    qp: RwLock<Option<Qp>>,
-    pub(super) qpn: u32,
-    pub(super) inline: usize,
-    cq: Arc<Cq>,
-    /// The completion queue reports to the progress thread.
-    armed: AtomicBool,
+    pub(super) host: Arc<Host>,
+    pub(super) adapter: Arc<Adapter>,
+    pub(super) pair: Pair,
     tx: Mutex<Tx>,
     room: Condvar,
     /// Work requests that the adapter is at, for a look without the lock.
     under_way: AtomicUsize,
-    /// How long blocking operations have taken lately, ns.
-    pub(super) lately: AtomicU64,
+    pub(super) pace: Pace,
     /// Fragments that have arrived.
     pub(super) inbox: Mutex<VecDeque<Vec<u8>>>,
     pub(super) stream: Stream,
@@ -51,39 +43,28 @@ pub(super) struct VerbsConn {
 impl VerbsConn {
     pub(super) fn new(
         base: ConnBase,
-        core: &Arc<Core>,
+        host: &Arc<Host>,
+        adapter: &Arc<Adapter>,
         sock: Arc<OwnedFd>,
-        qp: Qp,
-        cq: Arc<Cq>,
+        pair: Pair,
         credits: u32,
     ) -> Arc<Self> {
-        let (qpn, caps) = (qp.number(), qp.caps);
-        let mut tx = Tx::new(caps.depth as usize, caps.inline as usize);
+        let mut tx = Tx::new(pair.depth, pair.inline);
         tx.add_credits(credits);
         Arc::new(Self {
             base,
-            core: Arc::clone(core),
-            qp: RwLock::new(Some(qp)),
-            qpn,
-            inline: caps.inline as usize,
-            cq,
-            armed: AtomicBool::new(false),
+            host: Arc::clone(host),
+            adapter: Arc::clone(adapter),
+            pair,
             tx: Mutex::new(tx),
             room: Condvar::new(),
             under_way: AtomicUsize::new(0),
-            lately: AtomicU64::new(0),
+            pace: Pace::default(),
             inbox: Mutex::default(),
             stream: Stream::new(sock),
             lingers: AtomicBool::new(false),
             doubtful: AtomicBool::new(false),
         })
-    }
-
-    pub(super) fn join(&self, route: &Route) -> std::io::Result<()> {
-        match &*self.qp.read() {
-            Some(qp) => qp.connect(route),
-            None => Ok(()),
-        }
     }
 
     pub(super) fn alive(&self) -> bool {
@@ -100,13 +81,13 @@ impl VerbsConn {
             return;
         }
         self.base.die();
-        self.tx.lock().closed = true;
+        self.tx.lock().end.closed = true;
         self.room.notify_all();
-        self.core.wake();
+        self.host.wake();
     }
 
     /// Posts what can be posted. The lock is given back before anybody is told of a failure.
-    pub(super) fn pump(&self, mut tx: MutexGuard<'_, Tx>) {
+    fn post_all(&self, mut tx: MutexGuard<'_, Tx>) {
         let mut reaped = Reaped::default();
         let result = self.post(&mut tx, &mut reaped);
         self.tell(tx, reaped);
@@ -116,17 +97,17 @@ impl VerbsConn {
     }
 
     fn post(&self, tx: &mut Tx, reaped: &mut Reaped) -> Result<(), TransportError> {
-        let gathered = tx.gather(&self.core.cells)?;
-        for key in gathered.ask {
+        let gathered = tx.gather(&self.adapter.cells)?;
+        for &key in &gathered.ask {
             self.stream
                 .send(&Control::Where(key))
                 .map_err(|e| self.lost(&e))?;
         }
         if !gathered.posts.is_empty() {
-            let qp = self.qp.read();
-            let Some(qp) = &*qp else { return Ok(()) };
-            qp.post(&gathered.posts, &gathered.bytes)
-                .map_err(|e| TransportError::os("post work requests", &e))?;
+            let posted = self.pair.post(&gathered);
+            if !posted.map_err(|e| TransportError::os("post work requests", &e))? {
+                return Ok(());
+            }
         }
         self.under_way.store(tx.under_way(), Ordering::SeqCst);
         // Some may be refused right here, or be empty.
@@ -141,7 +122,7 @@ impl VerbsConn {
         let mut more = true;
         let mut failed = None;
         while more {
-            more = match self.cq.poll(&mut completions) {
+            more = match self.pair.poll(&mut completions) {
                 Ok(more) => more,
                 Err(e) => {
                     failed = Some(TransportError::os("poll a completion queue", &e));
@@ -173,40 +154,37 @@ impl VerbsConn {
             Broken::Lost(reason) => Some(self.unreachable(&reason)),
             Broken::Suspect(suspect) => {
                 // Is it the region that has gone, or everything? The peer's answer decides.
-                tx.closed = true;
-                tx.suspect = Some(suspect);
+                tx.end.closed = true;
+                tx.end.suspect = Some(suspect);
                 self.doubtful.store(true, Ordering::SeqCst);
                 let asked = self.stream.send(&Control::Where(suspect.at.key.0));
-                self.core.wake();
+                self.host.wake();
                 asked.err().map(|e| self.lost(&e))
             }
         });
         if let Some(why) = why {
-            tx.closed = true;
+            tx.end.closed = true;
             if self.base.condemn(why) {
                 // Before anybody is told what it ended with.
                 self.base.die();
-                self.core.wake();
+                self.host.wake();
             }
         }
         let mut due = false;
         for (unit, failed) in reaped.over {
             // Under the lock: completions keep their order.
             let completion = unit.finish(failed.map_or(Ok(()), Err));
-            if let Some(completion) = completion.and_then(Due::offer) {
-                self.core.due.lock().push_back(completion);
-                due = true;
-            }
+            due |= completion.is_some_and(|c| self.adapter.owe(c));
         }
         drop(tx);
         self.room.notify_all();
         if due && !common::on_progress_thread() {
-            self.core.wake();
+            self.host.wake();
         }
     }
 
     fn unreachable(&self, reason: &str) -> TransportError {
-        match self.core.trouble() {
+        match self.adapter.trouble() {
             Some(trouble) => disconnected(&self.base.addr, &format!("{reason}; {trouble}")),
             None => disconnected(&self.base.addr, reason),
         }
@@ -219,9 +197,7 @@ impl VerbsConn {
     /// Lets the completion queue report to the progress thread, then looks once more: what came before is not
     /// reported.
     pub(super) fn arm(&self) {
-        if !self.armed.swap(true, Ordering::SeqCst)
-            && let Err(e) = self.cq.arm()
-        {
+        if let Err(e) = self.pair.arm() {
             self.fail(TransportError::os("arm a completion queue", &e));
         }
         self.reap();
@@ -229,7 +205,7 @@ impl VerbsConn {
 
     /// The completion queue has reported, or it is time to look.
     pub(super) fn reported(&self) {
-        self.armed.store(false, Ordering::SeqCst);
+        self.pair.reported();
         self.reap();
     }
 
@@ -238,8 +214,117 @@ impl VerbsConn {
         self.tx.lock().awaited()
     }
 
+    /// A fragment has been dealt with: its credit goes back, with others.
+    pub(super) fn dealt(&self) {
+        let mut tx = self.tx.lock();
+        tx.owe();
+        self.post_all(tx);
+    }
+
+    /// The peer has told what a region key stands for.
+    pub(super) fn on_place(&self, key: u64, known: Known) {
+        let mut tx = self.tx.lock();
+        if let Some(Suspect { at, len }) = tx.end.suspect.filter(|s| s.at.key.0 == key) {
+            let reason = match known {
+                Known::Nowhere => "no such region",
+                _ => "the target's adapter does not permit it",
+            };
+            let why = common::remote_access(at, len, reason);
+            tx.end.guilty = Some(why.clone());
+            drop(tx);
+            return self.fail(why);
+        }
+        // Regions that nobody has used are not remembered.
+        if let Some(entry) = tx.regions.get_mut(&key) {
+            *entry = known;
+            self.post_all(tx);
+        }
+    }
+
+    /// Destroys the queue pair: nothing of the peer lands after this.
+    pub(super) fn cut(&self) {
+        // Completions of this queue pair's number must not be left for another that gets it again.
+        self.adapter.receive.receive_all();
+        self.pair.destroy();
+    }
+
+    /// What is left when the queue pair is gone, and what the first of it fails with if that is known.
+    pub(super) fn take_all(&self) -> (Vec<Unit>, Option<TransportError>) {
+        let mut tx = self.tx.lock();
+        self.under_way.store(0, Ordering::SeqCst);
+        (tx.take_all(), tx.end.guilty.take())
+    }
+
+    /// Queues requests and posts what can be posted.
+    pub(super) fn enqueue(
+        &self,
+        requests: Vec<Request>,
+        owner: Owner,
+    ) -> Result<(), (Owner, TransportError)> {
+        let mut tx = self.tx.lock();
+        if tx.end.closed || !self.alive() {
+            drop(tx);
+            return Err((owner, self.base.dead()));
+        }
+        tx.add_unit(requests, owner);
+        self.post_all(tx);
+        Ok(())
+    }
+
+    /// Whether to wait for what is still under way.
+    pub(super) fn lingering(&self, deadline: Instant) -> bool {
+        self.reap();
+        self.under_way() && Instant::now() < deadline && !self.pair.destroyed()
+    }
+
+    /// [`crate::Connection::send`].
+    pub(super) fn send_message(&self, message: &[u8]) -> Result<(), TransportError> {
+        if self.under_way() {
+            self.reap();
+        }
+        let mut tx = self.tx.lock();
+        if tx.end.closed || !self.alive() {
+            drop(tx);
+            return Err(self.base.dead());
+        }
+        let number = tx.add_message(message);
+        self.post_all(tx);
+        self.base.counters.sent(message.len());
+        if common::on_progress_thread() {
+            return Ok(());
+        }
+        // What the adapter does not have dies with this process: others wait until it has it.
+        let mut tx = self.tx.lock();
+        if tx.is_sent(number) {
+            return Ok(());
+        }
+        drop(tx);
+        self.arm();
+        let deadline = Instant::now() + self.host.base.config.timeout;
+        tx = self.tx.lock();
+        while !tx.is_sent(number) {
+            if tx.end.closed {
+                drop(tx);
+                return Err(self.base.dead());
+            }
+            if self.room.wait_until(&mut tx, deadline).timed_out() {
+                drop(tx);
+                let why = common::timed_out(&self.base.addr, self.host.base.config.timeout);
+                self.fail(why.clone());
+                return Err(why);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn notify_senders(&self) {
+        self.room.notify_all();
+    }
+}
+
+impl Receiver for VerbsConn {
     /// A fragment has arrived.
-    pub(super) fn arrived(&self, fragment: Vec<u8>) {
+    fn arrived(&self, fragment: Vec<u8>) {
         let Some((kind, credits, _)) = wire::parse(&fragment) else {
             return self.fail(self.base.protocol("a malformed fragment"));
         };
@@ -256,235 +341,11 @@ impl VerbsConn {
             return self.fail(self.base.protocol("more fragments than it has credits for"));
         }
         if credits > 0 {
-            self.pump(tx);
+            self.post_all(tx);
         }
     }
 
-    /// A fragment has been dealt with: its credit goes back, with others.
-    pub(super) fn dealt(&self) {
-        let mut tx = self.tx.lock();
-        tx.owe();
-        self.pump(tx);
-    }
-
-    /// The peer has told what a region key stands for.
-    pub(super) fn told(&self, key: u64, known: Known) {
-        let mut tx = self.tx.lock();
-        if let Some(Suspect { at, len }) = tx.suspect.filter(|s| s.at.key.0 == key) {
-            let reason = match known {
-                Known::Nowhere => "no such region",
-                _ => "the target's adapter does not permit it",
-            };
-            let why = common::remote_access(at, len, reason);
-            tx.guilty = Some(why.clone());
-            drop(tx);
-            return self.fail(why);
-        }
-        // Regions that nobody has used are not remembered.
-        if let Some(entry) = tx.regions.get_mut(&key) {
-            *entry = known;
-            self.pump(tx);
-        }
-    }
-
-    /// Destroys the queue pair: nothing of the peer lands after this.
-    pub(super) fn cut(&self) {
-        // Completions of this queue pair's number must not be left for another that gets it again.
-        self.core.receive_all();
-        let qp = self.qp.write().take();
-        drop(qp);
-    }
-
-    /// Ends it for good; called by the progress thread.
-    pub(super) fn finish(&self) {
-        self.cut();
-        let (units, mut guilty) = {
-            let mut tx = self.tx.lock();
-            (tx.take_all(), tx.guilty.take())
-        };
-        self.under_way.store(0, Ordering::SeqCst);
-        self.stream.close();
-        for unit in units {
-            let why = guilty.take().unwrap_or_else(|| self.base.dead());
-            if let Some(due) = unit.finish(Err(why)).and_then(Due::offer) {
-                self.core.due.lock().push_back(due);
-            }
-        }
-        self.room.notify_all();
-    }
-
-    /// Queues requests and posts what can be posted.
-    pub(super) fn enqueue(
-        &self,
-        requests: Vec<Request>,
-        owner: Owner,
-    ) -> Result<(), (Owner, TransportError)> {
-        let mut tx = self.tx.lock();
-        if tx.closed || !self.alive() {
-            drop(tx);
-            return Err((owner, self.base.dead()));
-        }
-        tx.add_unit(requests, owner);
-        self.pump(tx);
-        Ok(())
-    }
-}
-
-impl Connection for VerbsConn {
-    fn id(&self) -> ConnId {
-        self.base.id
-    }
-
-    fn peer_identity(&self) -> &[u8] {
-        &self.base.peer.identity
-    }
-
-    fn peer_addr(&self) -> String {
-        self.base.addr.clone()
-    }
-
-    fn is_alive(&self) -> bool {
-        self.alive()
-    }
-
-    fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
-        let bytes = common::check_ops(ops)?;
-        if !self.alive() {
-            return Err(self.base.dead());
-        }
-        self.run(ops)?;
-        self.base.counters.did_ops(ops.len(), bytes);
-        Ok(())
-    }
-
-    fn submit(&self, batch: Vec<AsyncOp>, done: Completion) {
-        let moved = match common::check_batch(&batch) {
-            Ok(bytes) => bytes,
-            Err(invalid) => return done(Err(BatchError::unstarted(invalid, batch))),
-        };
-        if !self.alive() {
-            return done(Err(BatchError::unstarted(self.base.dead(), batch)));
-        }
-        let count = batch.len();
-        if count == 0 {
-            return done(Ok(Vec::new()));
-        }
-        let Prepared { requests, asked } = match self.prepare(batch) {
-            Ok(prepared) => prepared,
-            Err(failed) => return done(Err(failed)),
-        };
-        let attended = attend::current(self.place());
-        // The progress thread sees to it by itself before it sleeps, and so does who attends to it.
-        let looked_for = attended.is_some() || common::on_progress_thread();
-        let owner = Owner::Async {
-            done,
-            asked,
-            attended,
-        };
-        match self.enqueue(requests, owner) {
-            Ok(()) => {
-                self.base.counters.did_ops(count, moved);
-                if !looked_for {
-                    self.arm();
-                }
-            }
-            Err((owner, why)) => owner.refuse(why),
-        }
-    }
-
-    fn attend(&self, start: &mut dyn FnMut(), done: &dyn Fn() -> bool) {
-        let attendance = match Attendance::begin(self.place()) {
-            Some(attendance) if !common::on_progress_thread() => attendance,
-            _ => return start(),
-        };
-        let begun = Instant::now();
-        start();
-        let spin = self.patience(self.core.base.config.spin);
-        let mut measured = false;
-        while !done() {
-            self.reap();
-            if attendance.call() && !std::mem::replace(&mut measured, true) {
-                self.took(begun.elapsed());
-            }
-            if done() || begun.elapsed() >= spin {
-                break;
-            }
-            // On few cores the one we wait for may need this core.
-            std::thread::yield_now();
-        }
-        drop(attendance);
-        if self.awaited() {
-            self.arm();
-        }
-    }
-
-    fn send(&self, message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        if self.under_way() {
-            self.reap();
-        }
-        let mut tx = self.tx.lock();
-        if tx.closed || !self.alive() {
-            drop(tx);
-            return Err(self.base.dead());
-        }
-        let number = tx.add_message(message);
-        self.pump(tx);
-        self.base.counters.sent(message.len());
-        if common::on_progress_thread() {
-            return Ok(());
-        }
-        // What the adapter does not have dies with this process: others wait until it has it.
-        let mut tx = self.tx.lock();
-        if tx.is_sent(number) {
-            return Ok(());
-        }
-        drop(tx);
-        self.arm();
-        let deadline = Instant::now() + self.core.base.config.timeout;
-        tx = self.tx.lock();
-        while !tx.is_sent(number) {
-            if tx.closed {
-                drop(tx);
-                return Err(self.base.dead());
-            }
-            if self.room.wait_until(&mut tx, deadline).timed_out() {
-                drop(tx);
-                let why = common::timed_out(&self.base.addr, self.core.base.config.timeout);
-                self.fail(why.clone());
-                return Err(why);
-            }
-        }
-        Ok(())
-    }
-
-    fn close(&self) {
-        self.lingers.store(true, Ordering::SeqCst);
-        self.fail(disconnected(&self.base.addr, "closed on this side"));
-        if common::on_progress_thread() {
-            return;
-        }
-        let deadline = Instant::now() + LINGER;
-        while self.lingering(deadline) {
-            std::thread::sleep(Duration::from_micros(100));
-        }
-        self.cut();
-    }
-
-    fn stats(&self) -> FabricStats {
-        self.base.counters.snapshot()
-    }
-}
-
-impl VerbsConn {
-    /// What tells it from all other connections of this process.
-    fn place(&self) -> usize {
-        std::ptr::from_ref(self).addr()
-    }
-
-    /// Whether to wait for what is still under way.
-    pub(super) fn lingering(&self, deadline: Instant) -> bool {
-        self.reap();
-        self.under_way() && Instant::now() < deadline && self.qp.read().is_some()
+    fn broken(&self, why: TransportError) {
+        self.fail(why);
     }
 }

@@ -13,7 +13,7 @@ use super::wire::{CONTROL, Control};
 const UNREAD: usize = 1024 * 1024;
 
 /// What a read has found.
-pub(super) enum Heard {
+pub(super) enum Read {
     Frames(Vec<Control>),
     /// Nothing now.
     Nothing,
@@ -64,10 +64,10 @@ impl Stream {
     }
 
     /// Reads what there is; to be called until there is nothing.
-    pub(super) fn hear(&self) -> Heard {
+    pub(super) fn read(&self) -> Read {
         let mut bytes = [0; 4096];
         match rustix::net::recv(&*self.sock, &mut bytes, RecvFlags::DONTWAIT) {
-            Ok((0, _)) => Heard::Ended("the peer has gone".to_owned()),
+            Ok((0, _)) => Read::Ended("the peer has gone".to_owned()),
             Ok((n, _)) => {
                 let mut incoming = self.incoming.lock();
                 incoming.extend_from_slice(&bytes[..n]);
@@ -75,11 +75,11 @@ impl Stream {
                 let decoded: Option<Vec<Control>> = frames.iter().map(Control::decode).collect();
                 let rest = rest.to_vec();
                 *incoming = rest;
-                decoded.map_or(Heard::Malformed, Heard::Frames)
+                decoded.map_or(Read::Malformed, Read::Frames)
             }
-            Err(Errno::AGAIN) => Heard::Nothing,
-            Err(Errno::INTR) => Heard::Frames(Vec::new()),
-            Err(e) => Heard::Ended(format!("the peer has gone: {e}")),
+            Err(Errno::AGAIN) => Read::Nothing,
+            Err(Errno::INTR) => Read::Frames(Vec::new()),
+            Err(e) => Read::Ended(format!("the peer has gone: {e}")),
         }
     }
 

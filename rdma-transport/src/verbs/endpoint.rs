@@ -1,68 +1,28 @@
-//! The endpoint: device, listener, registered regions.
+//! The endpoint as the application sees it.
 
-use std::collections::{HashMap, VecDeque};
-use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::SyncSender;
 
-use mio::Waker;
-use parking_lot::{Mutex, RwLock};
-use rustix::net::Shutdown;
+use mio::Poll;
 
-use super::cells::Cells;
+use super::adapter::Adapter;
 use super::conn::VerbsConn;
-use super::device::{self, Device};
-use super::ffi::{Channel, Mr, Pd, Wc};
-use super::progress;
-use super::receive::Receive;
-use super::region;
-use super::unit::Due;
-use super::wire::{Control, Place};
-use crate::base::{Base, Endpoint};
-use crate::buffer::{Buffer, BufferPool, Registration};
-use crate::common::{self, LIMITS};
-use crate::handshake::Peer;
+use super::progress::{self, Verbs};
+use super::wire::Control;
+use super::{region, setup};
+use crate::buffer::Buffer;
+use crate::common::LIMITS;
+use crate::error::TransportError;
+use crate::fabric::{Connection, Fabric, FabricConfig, FabricKind, Handler, Limits};
+use crate::handshake::Provider;
 use crate::mem::SharedMem;
-use crate::stream;
-use crate::{
-    Access, Connection, Fabric, FabricConfig, FabricKind, FabricStats, Handler, Limits, RegionKey,
-    TransportError, VerbsOptions,
-};
-
-/// A peer has proved itself: its older connections are to be ended before it gets a new one.
-pub(super) struct Replace {
-    pub(super) peer: Peer,
-    pub(super) done: SyncSender<()>,
-}
-
-pub(super) struct Core {
-    pub(super) base: Base<Arc<VerbsConn>>,
-    pub(super) options: VerbsOptions,
-    pub(super) local: SocketAddr,
-    local_addr: String,
-    /// None: shut down.
-    pub(super) listener: Mutex<Option<TcpListener>>,
-    pub(super) waker: Waker,
-    pub(super) conns: Mutex<Vec<Arc<VerbsConn>>>,
-    pub(super) replacing: Mutex<Vec<Replace>>,
-    /// Connections by the number of their queue pair.
-    pub(super) by_qpn: RwLock<HashMap<u32, Arc<VerbsConn>>>,
-    /// Completions for the progress thread to call.
-    pub(super) due: Mutex<VecDeque<Due>>,
-    regions: RwLock<HashMap<u64, (Mr, Access)>>,
-    pub(super) cells: Arc<Cells>,
-    pub(super) receive: Receive,
-    /// Held while completions of the receive queue are given to their connections: keeps their order.
-    receiving: Mutex<Vec<Wc>>,
-    pub(super) channel: Arc<Channel>,
-    pub(super) port_down: AtomicBool,
-    pub(super) device_gone: AtomicBool,
-    pub(super) device: Arc<Device>,
-}
+use crate::ops::{Access, RegionKey};
+use crate::options::VerbsOptions;
+use crate::stats::FabricStats;
+use crate::stream::{self, Core, Host, Listening};
 
 pub(crate) struct VerbsFabric {
-    core: Arc<Core>,
+    core: Arc<Core<VerbsConn>>,
+    adapter: Arc<Adapter>,
 }
 
 /// Opens an endpoint that listens on `host:port`.
@@ -71,146 +31,18 @@ pub(crate) fn open(
     options: &VerbsOptions,
     handler: Arc<dyn Handler>,
 ) -> Result<Arc<dyn Fabric>, TransportError> {
-    let (listener, local) = stream::listen(&config.listen)?;
-    let device = Arc::new(device::open(local, options)?);
-    let channel = Channel::new(&device.pd.context)
-        .map_err(|e| TransportError::os("create a completion channel", &e))?;
-    let poll = mio::Poll::new().map_err(|e| TransportError::os("create an epoll instance", &e))?;
-    let waker = Waker::new(poll.registry(), progress::WAKER)
-        .map_err(|e| TransportError::os("create an eventfd", &e))?;
-    tracing::info!(
-        "listening on {local}, RDMA device {} port {} address index {} ({})",
-        device.pd.context.name,
-        device.port,
-        device.gid_index,
-        std::net::Ipv6Addr::from(device.gid)
-    );
-    let core = Arc::new(Core {
-        base: Base::new(config, handler, buffers(&device.pd))?,
-        options: options.clone(),
-        local,
-        local_addr: local.to_string(),
-        listener: Mutex::new(Some(listener)),
-        waker,
-        conns: Mutex::default(),
-        replacing: Mutex::default(),
-        by_qpn: RwLock::default(),
-        due: Mutex::default(),
-        regions: RwLock::default(),
-        cells: Cells::new(&device.pd),
-        receive: Receive::new(&device, &channel)?,
-        receiving: Mutex::default(),
-        channel,
-        port_down: AtomicBool::new(false),
-        device_gone: AtomicBool::new(false),
-        device,
-    });
-    progress::start(&core, poll)?;
-    Ok(Arc::new(VerbsFabric { core }))
-}
-
-/// Tells a protection domain from all others as long as anything is registered in it.
-fn domain_of(pd: &Arc<Pd>) -> usize {
-    Arc::as_ptr(pd).addr()
-}
-
-/// Buffers that the adapter uses in place.
-fn buffers(pd: &Arc<Pd>) -> Arc<BufferPool> {
-    let pd = Arc::clone(pd);
-    BufferPool::new(Some(Box::new(move |mem| {
-        let mr = region::local(&pd, mem)?;
-        Ok(Registration {
-            domain: domain_of(&pd),
-            lkey: mr.lkey(),
-            _keep: Box::new(mr),
-        })
-    })))
-}
-
-impl Endpoint for Core {
-    type Install = Arc<VerbsConn>;
-
-    fn base(&self) -> &Base<Self::Install> {
-        &self.base
-    }
-
-    fn ring(&self) {
-        if let Err(e) = self.waker.wake() {
-            tracing::error!("wake the progress thread: {e}");
-        }
-    }
-}
-
-impl Core {
-    /// The protection domain, as buffers know it.
-    pub(super) fn domain(&self) -> usize {
-        domain_of(&self.device.pd)
-    }
-
-    /// What the device has said is wrong with it.
-    pub(super) fn trouble(&self) -> Option<String> {
-        let name = &self.device.pd.context.name;
-        if self.device_gone.load(Ordering::SeqCst) {
-            return Some(format!("the RDMA device {name} has failed or was removed"));
-        }
-        let down = self.port_down.load(Ordering::SeqCst);
-        down.then(|| format!("port {} of the RDMA device {name} is down", self.device.port))
-    }
-
-    /// What a region key stands for.
-    pub(super) fn find(&self, key: u64) -> Control {
-        match self.regions.read().get(&key) {
-            Some((mr, access)) => Control::There(
-                key,
-                Place {
-                    base: mr.mem.address(),
-                    len: mr.mem.len() as u64,
-                    rkey: mr.rkey(),
-                    access: *access,
-                },
-            ),
-            None => Control::Nowhere(key),
-        }
-    }
-
-    /// Gives what has been received to its connections; true if there was something.
-    pub(super) fn receive_all(&self) -> bool {
-        let mut worked = false;
-        let mut completions = self.receiving.lock();
-        let mut more = true;
-        while more {
-            completions.clear();
-            more = match self.receive.cq.poll(&mut completions) {
-                Ok(more) => more,
-                Err(e) => {
-                    tracing::error!("poll the receive queue: {e}");
-                    false
-                }
-            };
-            for wc in completions.iter() {
-                worked = true;
-                let conn = self.by_qpn.read().get(&wc.qpn).cloned();
-                match (self.receive.take(wc), conn) {
-                    (Ok(Some(fragment)), Some(conn)) => conn.arrived(fragment),
-                    (Ok(_), _) => {}
-                    (Err(e), Some(conn)) => conn.fail(e),
-                    (Err(e), None) => tracing::error!("{e}"),
-                }
-            }
-        }
-        worked
-    }
-
-    /// Takes a connection out of what is found by number.
-    pub(super) fn forget(&self, conn: &Arc<VerbsConn>, broke: bool) {
-        let mut by_qpn = self.by_qpn.write();
-        if by_qpn.get(&conn.qpn).is_some_and(|c| Arc::ptr_eq(c, conn)) {
-            by_qpn.remove(&conn.qpn);
-        }
-        drop(by_qpn);
-        self.conns.lock().retain(|c| !Arc::ptr_eq(c, conn));
-        self.receive.release(broke);
-    }
+    let listening = Listening::on(&config.listen)?;
+    let adapter = Adapter::open(listening.addr(), options)?;
+    let poll = Poll::new().map_err(|e| TransportError::os("create an epoll instance", &e))?;
+    let host = Host::new(config, handler, adapter.buffers(), &poll)?;
+    let core = Arc::new(Core::new(host, listening, Provider::Verbs));
+    progress::watch(&adapter, &poll)?;
+    let drive = Verbs {
+        core: Arc::clone(&core),
+        adapter: Arc::clone(&adapter),
+    };
+    stream::start("fabric-verbs", drive, poll)?;
+    Ok(Arc::new(VerbsFabric { core, adapter }))
 }
 
 impl Fabric for VerbsFabric {
@@ -219,7 +51,7 @@ impl Fabric for VerbsFabric {
     }
 
     fn local_addr(&self) -> String {
-        self.core.local_addr.clone()
+        self.core.addr().to_string()
     }
 
     fn limits(&self) -> Limits {
@@ -227,32 +59,18 @@ impl Fabric for VerbsFabric {
     }
 
     fn set_identity(&self, identity: Vec<u8>) {
-        self.core.base.set_identity(identity);
+        self.core.host.base.set_identity(identity);
     }
 
     fn register(&self, mem: &Arc<SharedMem>, access: Access) -> Result<RegionKey, TransportError> {
-        self.core.base.check_open()?;
-        let mr = region::remote(&self.core.device, mem, access)?;
-        let mut regions = self.core.regions.write();
-        loop {
-            let key = common::region_key(0)?;
-            if let std::collections::hash_map::Entry::Vacant(entry) = regions.entry(key.0) {
-                entry.insert((mr, access));
-                return Ok(key);
-            }
-        }
+        self.core.host.base.check_open()?;
+        let mr = region::remote(&self.adapter.device, mem, access)?;
+        self.adapter.regions.add(mr, access)
     }
 
     fn deregister(&self, key: RegionKey) -> Result<(), TransportError> {
-        let removed = self.core.regions.write().remove(&key.0);
-        let Some((mr, _)) = removed else {
-            return Err(TransportError::Invalid(format!(
-                "region {:#x} is not registered",
-                key.0
-            )));
-        };
         // The adapter lets go of the memory here, after what it is just doing with it.
-        drop(mr);
+        drop(self.adapter.regions.remove(key)?);
         // The adapter's own key may be given to another region: peers must not go on using it.
         for conn in self.core.conns.lock().iter() {
             if let Err(e) = conn.stream.send(&Control::Nowhere(key.0)) {
@@ -263,31 +81,23 @@ impl Fabric for VerbsFabric {
     }
 
     fn buffer(&self, len: usize) -> Result<Buffer, TransportError> {
-        self.core.base.buffers.take(len)
+        self.core.host.base.buffers.take(len)
     }
 
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {
-        self.core.base.check_open()?;
-        let conn = self.core.connect(addr)?;
+        self.core.host.base.check_open()?;
+        let conn = setup::connect(&self.core, &self.adapter, addr)?;
         Ok(conn)
     }
 
     fn stats(&self) -> FabricStats {
-        let conns = self.core.conns.lock().clone();
-        self.core.base.stats(conns.iter().map(|c| &c.base))
+        self.core.stats()
     }
 
     fn shutdown(&self) {
-        if !self.core.base.begin_stop() {
-            return;
+        if self.core.shutdown() {
+            self.adapter.regions.clear();
         }
-        // Handshakes that wait for the progress thread are let go.
-        self.core.end_threads(&self.core.local_addr);
-        if let Some(listener) = self.core.listener.lock().take() {
-            // Closing alone would not do while a child that has not yet executed its program holds a copy.
-            let _freed = rustix::net::shutdown(&listener, Shutdown::Both);
-        }
-        self.core.regions.write().clear();
     }
 }
 

@@ -6,14 +6,19 @@
 //! receives messages, and sees to completions that nobody polls for.
 #![deny(unsafe_code)]
 
+mod adapter;
 mod attend;
 mod cells;
 mod conn;
+mod connection;
 mod control;
 mod device;
 mod endpoint;
 #[allow(unsafe_code)]
 mod ffi;
+mod incoming;
+mod pace;
+mod pair;
 mod progress;
 mod receive;
 mod region;
@@ -26,5 +31,7 @@ mod wire;
 
 pub(crate) use endpoint::open;
 
+#[cfg(test)]
+mod fuzz_tests;
 #[cfg(test)]
 mod tests;

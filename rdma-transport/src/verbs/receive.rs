@@ -3,15 +3,16 @@
 //! Each connection may have so many fragments under way as it was given credits for, and there are buffers for
 //! all of them: the queue never runs dry.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use super::device::Device;
 use super::ffi::{Channel, Cq, Mr, Srq, Wc};
 use super::region;
 use super::wire::FRAGMENT;
-use crate::TransportError;
+use crate::error::TransportError;
 use crate::mem::SharedMem;
 
 /// Fragments that a peer may send before it gets credits back.
@@ -33,6 +34,14 @@ struct Buffers {
     reserved: u32,
 }
 
+/// Whom what is received is for.
+pub(super) trait Receiver: Send + Sync {
+    /// A fragment has arrived.
+    fn arrived(&self, fragment: Vec<u8>);
+    /// It could not be received.
+    fn broken(&self, why: TransportError);
+}
+
 /// The shared receive queue of an endpoint, with its memory and its completions.
 pub(super) struct Receive {
     pub(super) srq: Arc<Srq>,
@@ -40,6 +49,10 @@ pub(super) struct Receive {
     device: Arc<Device>,
     capacity: u32,
     buffers: Mutex<Buffers>,
+    /// By the numbers of their queue pairs.
+    receivers: RwLock<HashMap<u32, Arc<dyn Receiver>>>,
+    /// Held while completions are given to their receivers: keeps their order.
+    receiving: Mutex<Vec<Wc>>,
 }
 
 impl Receive {
@@ -52,6 +65,8 @@ impl Receive {
             device: Arc::clone(device),
             capacity,
             buffers: Mutex::default(),
+            receivers: RwLock::default(),
+            receiving: Mutex::default(),
         })
     }
 
@@ -70,6 +85,48 @@ impl Receive {
         }
         buffers.reserved += BUFFERS;
         Ok(())
+    }
+
+    /// What comes for this queue pair is for `receiver` from now on.
+    pub(super) fn add_receiver(&self, number: u32, receiver: Arc<dyn Receiver>) {
+        self.receivers.write().insert(number, receiver);
+    }
+
+    /// As long as it is this one: numbers are used again.
+    pub(super) fn remove_receiver(&self, number: u32, receiver: &Arc<dyn Receiver>) {
+        let mut receivers = self.receivers.write();
+        let same = |r: &Arc<dyn Receiver>| std::ptr::addr_eq(Arc::as_ptr(r), Arc::as_ptr(receiver));
+        if receivers.get(&number).is_some_and(same) {
+            receivers.remove(&number);
+        }
+    }
+
+    /// Gives what has been received to its connections; true if there was something.
+    pub(super) fn receive_all(&self) -> bool {
+        let mut worked = false;
+        let mut completions = self.receiving.lock();
+        let mut more = true;
+        while more {
+            completions.clear();
+            more = match self.cq.poll(&mut completions) {
+                Ok(more) => more,
+                Err(e) => {
+                    tracing::error!("poll the receive queue: {e}");
+                    false
+                }
+            };
+            for wc in completions.iter() {
+                worked = true;
+                let receiver = self.receivers.read().get(&wc.qpn).cloned();
+                match (self.take(wc), receiver) {
+                    (Ok(Some(fragment)), Some(receiver)) => receiver.arrived(fragment),
+                    (Ok(_), _) => {}
+                    (Err(e), Some(receiver)) => receiver.broken(e),
+                    (Err(e), None) => tracing::error!("{e}"),
+                }
+            }
+        }
+        worked
     }
 
     /// A connection has ended. If it broke, the adapter may have kept the buffer it was just filling.
@@ -109,7 +166,7 @@ impl Receive {
     }
 
     /// The bytes received; the buffer is offered again.
-    pub(super) fn take(&self, wc: &Wc) -> Result<Option<Vec<u8>>, TransportError> {
+    fn take(&self, wc: &Wc) -> Result<Option<Vec<u8>>, TransportError> {
         let buffers = self.buffers.lock();
         let mut bytes = None;
         if wc.ok() {

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::cells::{Cell, LARGE};
@@ -16,10 +15,6 @@ use crate::{Op, TransportError};
 const UNIT: usize = 4 * LARGE;
 const REQUESTS: usize = 64;
 const AHEAD: usize = 4;
-/// Longest time to look for a completion, if operations have not taken more than half of it lately. Between emulated
-/// guests they take half a millisecond; where they take longer, processors are short and better left to others.
-const LONG: Duration = Duration::from_millis(2);
-
 /// Which part of which operation a request is.
 struct Piece {
     op: usize,
@@ -42,68 +37,46 @@ struct Run<'a> {
     ahead: VecDeque<Ahead>,
 }
 
-impl VerbsConn {
-    /// Runs a batch and waits for it.
-    pub(super) fn run(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
-        let mut run = Run {
-            conn: self,
-            deadline: Instant::now() + self.core.base.config.timeout,
-            requests: Vec::new(),
-            pieces: Vec::new(),
-            bytes: 0,
-            ahead: VecDeque::new(),
-        };
-        run.all(ops)
-    }
+/// Runs a batch and waits for it.
+pub(super) fn run(conn: &VerbsConn, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
+    let mut run = Run {
+        conn,
+        deadline: Instant::now() + conn.host.base.config.timeout,
+        requests: Vec::new(),
+        pieces: Vec::new(),
+        bytes: 0,
+        ahead: VecDeque::new(),
+    };
+    run.all(ops)
+}
 
-    /// How long to look for a completion before sleeping: sleeping costs two changes of threads, so it is worth
-    /// while to wait somewhat longer than operations have taken lately, if that is not long.
-    pub(super) fn patience(&self, spin: Duration) -> Duration {
-        let lately = Duration::from_nanos(self.lately.load(Ordering::Relaxed));
-        if spin.is_zero() || lately * 2 > LONG {
-            spin
-        } else {
-            spin.max(lately * 2)
+/// Waits for a unit, driving the completion queue for as long as it is worth not to sleep.
+fn wait(conn: &VerbsConn, waiter: &Waiter<Done>, deadline: Instant) -> Result<Vec<Request>, TransportError> {
+    let start = Instant::now();
+    let spin = conn.pace.patience(conn.host.base.config.spin);
+    loop {
+        conn.reap();
+        if let Some(outcome) = waiter.take() {
+            conn.pace.took(start.elapsed());
+            return outcome;
         }
-    }
-
-    /// An operation has taken so long.
-    pub(super) fn took(&self, time: Duration) {
-        let now = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).min(1 << 32);
-        let before = self.lately.load(Ordering::Relaxed);
-        // Not exact where several do it at once, and need not be.
-        self.lately
-            .store(before - before / 8 + now / 8, Ordering::Relaxed);
-    }
-
-    /// Waits for a unit, driving the completion queue for as long as it is worth not to sleep.
-    fn wait(&self, waiter: &Waiter<Done>, deadline: Instant) -> Result<Vec<Request>, TransportError> {
-        let start = Instant::now();
-        let spin = self.patience(self.core.base.config.spin);
-        loop {
-            self.reap();
-            if let Some(outcome) = waiter.take() {
-                self.took(start.elapsed());
-                return outcome;
-            }
-            if start.elapsed() >= spin {
-                break;
-            }
-            // On few cores the one we wait for may need this core.
-            std::thread::yield_now();
+        if start.elapsed() >= spin {
+            break;
         }
-        self.arm();
-        match waiter.wait(Duration::ZERO, deadline) {
-            Some(outcome) => {
-                self.took(start.elapsed());
-                outcome
-            }
-            None => {
-                let timeout = self.core.base.config.timeout;
-                let why = common::timed_out(&self.base.addr, timeout);
-                self.fail(why.clone());
-                Err(why)
-            }
+        // On few cores the one we wait for may need this core.
+        std::thread::yield_now();
+    }
+    conn.arm();
+    match waiter.wait(Duration::ZERO, deadline) {
+        Some(outcome) => {
+            conn.pace.took(start.elapsed());
+            outcome
+        }
+        None => {
+            let timeout = conn.host.base.config.timeout;
+            let why = common::timed_out(&conn.base.addr, timeout);
+            conn.fail(why.clone());
+            Err(why)
         }
     }
 }
@@ -128,7 +101,7 @@ impl Run<'_> {
     /// nothing more to be posted to.
     fn first_failure(&mut self, why: TransportError) -> TransportError {
         while let Some(oldest) = self.ahead.pop_front() {
-            if let Err(earlier) = self.conn.wait(&oldest.waiter, self.deadline) {
+            if let Err(earlier) = wait(self.conn, &oldest.waiter, self.deadline) {
                 return earlier;
             }
         }
@@ -157,7 +130,7 @@ impl Run<'_> {
                 self.post()?;
             }
             let data = match &ops[n] {
-                Op::Write { from, .. } if len <= self.conn.inline => {
+                Op::Write { from, .. } if len <= self.conn.pair.inline => {
                     Data::Inline(from[off..off + len].to_vec())
                 }
                 _ => Data::Cell(self.cell(len, ops)?),
@@ -186,11 +159,11 @@ impl Run<'_> {
         loop {
             let idle = self.ahead.is_empty() && self.requests.is_empty();
             let deadline = idle.then_some(self.deadline);
-            if let Some(cell) = self.conn.core.cells.take_some(len, deadline)? {
+            if let Some(cell) = self.conn.adapter.cells.take_some(len, deadline)? {
                 return Ok(cell);
             }
             if idle {
-                let why = common::timed_out(&self.conn.base.addr, self.conn.core.base.config.timeout);
+                let why = common::timed_out(&self.conn.base.addr, self.conn.host.base.config.timeout);
                 return Err(why);
             }
             self.post()?;
@@ -221,8 +194,8 @@ impl Run<'_> {
             return Ok(());
         };
         // Each part gets the whole time: many of them take longer than one.
-        let deadline = Instant::now() + self.conn.core.base.config.timeout.max(Duration::from_millis(1));
-        let requests = self.conn.wait(&oldest.waiter, deadline)?;
+        let deadline = Instant::now() + self.conn.host.base.config.timeout.max(Duration::from_millis(1));
+        let requests = wait(self.conn, &oldest.waiter, deadline)?;
         for (request, piece) in requests.iter().zip(&oldest.pieces) {
             match &mut ops[piece.op] {
                 Op::Read { into, .. } => request.copy_to(&mut into[piece.off..piece.off + piece.len])?,

@@ -1,21 +1,20 @@
-//! Setting up a connection: handshake, exchange of queue-pair data, the states of the queue pair.
+//! Setting up a connection: after the handshake the exchange of queue-pair data, the states of the queue pair.
 
-use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use super::adapter::Adapter;
 use super::conn::VerbsConn;
-use super::endpoint::{Core, Replace};
 use super::ffi::{Caps, Cq, Qp, Route};
+use super::pair::Pair;
 use super::receive::CREDITS;
 use super::wire::{FRAGMENT, Info};
-use crate::base::{self, ConnBase, Endpoint};
 use crate::common;
-use crate::handshake::{self, Peer, Pipe, Provider};
-use crate::stream::{self, FramedPipe};
-use crate::{ConnId, TransportError};
+use crate::error::TransportError;
+use crate::fabric::ConnId;
+use crate::handshake::Pipe;
+use crate::stream::{Core, FramedPipe, Greeted, Host};
 
 /// Work requests a connection may have under way.
 const DEPTH: u32 = 256;
@@ -27,19 +26,19 @@ const READY: &[u8] = b"ready";
 const SORRY: &[u8] = b"sorry: ";
 
 /// Receive buffers set aside; given back if the connection comes to nothing.
-struct Reserved(Option<Arc<Core>>);
+struct Reserved(Option<Arc<Adapter>>);
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        if let Some(core) = &self.0 {
-            core.receive.release(false);
+        if let Some(adapter) = &self.0 {
+            adapter.receive.release(false);
         }
     }
 }
 
 /// A queue pair that does not know its peer yet.
 struct Half {
-    core: Arc<Core>,
+    adapter: Arc<Adapter>,
     reserved: Reserved,
     qp: Qp,
     cq: Arc<Cq>,
@@ -47,31 +46,31 @@ struct Half {
 }
 
 impl Half {
-    fn new(core: &Arc<Core>, id: ConnId) -> Result<Self, TransportError> {
-        if let Some(trouble) = core.trouble() {
+    fn new(adapter: &Arc<Adapter>, id: ConnId) -> Result<Self, TransportError> {
+        if let Some(trouble) = adapter.trouble() {
             return Err(TransportError::Os {
                 what: "set up a queue pair".to_owned(),
                 reason: trouble,
             });
         }
-        let device = &core.device;
+        let device = &adapter.device;
         let os = |what: &str, e: std::io::Error| {
             TransportError::os(format!("{what} of {}", device.pd.context.name), &e)
         };
-        core.receive.reserve()?;
-        let reserved = Reserved(Some(Arc::clone(core)));
+        adapter.receive.reserve()?;
+        let reserved = Reserved(Some(Arc::clone(adapter)));
         let depth = DEPTH.min(device.limits.max_qp_wr).min(device.limits.max_cqe);
-        let cq = Cq::new(&core.channel, depth, id.0).map_err(|e| os("create a completion queue", e))?;
+        let cq = Cq::new(&adapter.channel, depth, id.0).map_err(|e| os("create a completion queue", e))?;
         let wanted = Caps {
             depth,
             inline: INLINE,
         };
-        let qp = Qp::new(&device.pd, &cq, &core.receive.cq, &core.receive.srq, wanted)
+        let qp = Qp::new(&device.pd, &cq, &adapter.receive.cq, &adapter.receive.srq, wanted)
             .map_err(|e| os("create a queue pair", e))?;
         qp.init(device.port).map_err(|e| os("set up a queue pair", e))?;
         let psn = u32::from_le_bytes(common::random()?) & 0xff_ffff;
         Ok(Self {
-            core: Arc::clone(core),
+            adapter: Arc::clone(adapter),
             reserved,
             qp,
             cq,
@@ -80,7 +79,7 @@ impl Half {
     }
 
     fn info(&self) -> Info {
-        let device = &self.core.device;
+        let device = &self.adapter.device;
         Info {
             gid: device.gid,
             qpn: self.qp.number(),
@@ -96,8 +95,15 @@ impl Half {
     }
 
     /// Joins it to its peer: from here on it takes what comes.
-    fn join(mut self, base: ConnBase, sock: Arc<OwnedFd>, theirs: &Info) -> Result<Joined, TransportError> {
-        let device = &self.core.device;
+    fn join(
+        mut self,
+        host: &Arc<Host>,
+        greeted: Greeted,
+        incoming: bool,
+        theirs: &Info,
+    ) -> Result<Joined, TransportError> {
+        let (base, sock) = greeted.base(incoming);
+        let device = &self.adapter.device;
         let limits = &device.limits;
         if theirs.ethernet != device.info.ethernet {
             return Err(base.protocol("an InfiniBand port cannot be reached from a RoCE port"));
@@ -114,15 +120,17 @@ impl Half {
             mtu: theirs.mtu.min(device.info.mtu),
             rd_atomic_source: limits.rd_atomic_source.min(theirs.rd_atomic),
             rd_atomic_target: limits.rd_atomic_target.min(theirs.rd_atomic_source).max(1),
-            timeout: self.core.options.timeout,
-            retry: self.core.options.retry,
+            timeout: self.adapter.options.timeout,
+            retry: self.adapter.options.retry,
         };
         self.reserved.0 = None;
-        let conn = VerbsConn::new(base, &self.core, sock, self.qp, self.cq, theirs.credits);
+        let pair = Pair::new(self.qp, self.cq);
+        let conn = VerbsConn::new(base, host, &self.adapter, sock, pair, theirs.credits);
         // Found by its number before the first message can come.
-        self.core.by_qpn.write().insert(conn.qpn, Arc::clone(&conn));
+        let receiver = Arc::clone(&conn) as _;
+        self.adapter.receive.add_receiver(conn.pair.number, receiver);
         let joined = Joined(Some(Arc::clone(&conn)));
-        conn.join(&route).map_err(|e| {
+        conn.pair.connect(&route).map_err(|e| {
             TransportError::os(format!("connect a queue pair of {}", device.pd.context.name), &e)
         })?;
         Ok(joined)
@@ -133,12 +141,11 @@ impl Half {
 struct Joined(Option<Arc<VerbsConn>>);
 
 impl Joined {
-    fn install(mut self, core: &Arc<Core>) -> Result<Arc<VerbsConn>, TransportError> {
+    fn install(mut self, core: &Core<VerbsConn>) -> Result<Arc<VerbsConn>, TransportError> {
         let Some(conn) = self.0.as_ref().map(Arc::clone) else {
             return Err(TransportError::Shutdown);
         };
-        core.conns.lock().push(Arc::clone(&conn));
-        core.install(Arc::clone(&conn))?;
+        core.add(&conn)?;
         self.0 = None;
         Ok(conn)
     }
@@ -149,13 +156,21 @@ impl Drop for Joined {
         if let Some(conn) = self.0.take() {
             conn.fail(TransportError::Shutdown);
             conn.cut();
-            conn.core.forget(&conn, false);
+            forget(&conn, false);
         }
     }
 }
 
+/// Nothing is received for a connection any more; `broke`: it did not end before it worked.
+pub(super) fn forget(conn: &Arc<VerbsConn>, broke: bool) {
+    let receiver = Arc::clone(conn) as _;
+    let receive = &conn.adapter.receive;
+    receive.remove_receiver(conn.pair.number, &receiver);
+    receive.release(broke);
+}
+
 /// The peer's queue-pair data, or its reason not to have any.
-fn hear(pipe: &mut FramedPipe) -> Result<Info, TransportError> {
+fn receive_info(pipe: &mut FramedPipe) -> Result<Info, TransportError> {
     let bytes = pipe.recv()?;
     if let Some(reason) = bytes.strip_prefix(SORRY) {
         return Err(TransportError::Refused {
@@ -169,84 +184,55 @@ fn hear(pipe: &mut FramedPipe) -> Result<Info, TransportError> {
     })
 }
 
-impl Core {
-    /// Half of a connection; the peer is told if there can be none.
-    fn half(self: &Arc<Self>, id: ConnId, pipe: &mut FramedPipe) -> Result<Half, TransportError> {
-        Half::new(self, id).inspect_err(|e| {
-            let mut sorry = SORRY.to_vec();
-            sorry.extend(e.to_string().bytes().take(1024));
-            // It is told as well as can be.
-            let _gone = pipe.send(&sorry);
-        })
-    }
+/// Half of a connection; the peer is told if there can be none.
+fn half(adapter: &Arc<Adapter>, greeted: &mut Greeted) -> Result<Half, TransportError> {
+    Half::new(adapter, greeted.id).inspect_err(|e| {
+        let mut sorry = SORRY.to_vec();
+        sorry.extend(e.to_string().bytes().take(1024));
+        // It is told as well as can be.
+        let _gone = greeted.pipe.send(&sorry);
+    })
+}
 
-    pub(super) fn connect(self: &Arc<Self>, addr: &str) -> Result<Arc<VerbsConn>, TransportError> {
-        let timeout = self.base.config.timeout;
-        let deadline = Instant::now() + timeout;
-        let from = Some(self.local.ip()).filter(|ip| !ip.is_unspecified() && !ip.is_loopback());
-        let stream = stream::dial(addr, from, deadline, timeout)?;
-        let sock = Arc::new(OwnedFd::from(stream));
-        keep_alive(&sock, timeout);
-        let mut pipe = FramedPipe {
-            sock: Arc::clone(&sock),
-            addr: addr.to_owned(),
-            deadline,
-            timeout,
-        };
-        let serial = self.base.next_id();
-        let links_to = |instance: u64| {
-            let conns = self.conns.lock();
-            base::serials_to(conns.iter().map(|c| &c.base), instance)
-        };
-        let local = self.base.local(Provider::Verbs);
-        let peer = handshake::client(&mut pipe, &local, serial.0, &links_to)?;
-        let half = self.half(serial, &mut pipe)?;
-        pipe.send(&half.info().encode())?;
-        let theirs = hear(&mut pipe)?;
-        let base = ConnBase::new(serial, peer, false, addr.to_owned());
-        let joined = half.join(base, sock, &theirs)?;
-        pipe.send(READY)?;
-        joined.install(self)
-    }
+/// Connects to a peer.
+pub(super) fn connect(
+    core: &Core<VerbsConn>,
+    adapter: &Arc<Adapter>,
+    addr: &str,
+) -> Result<Arc<VerbsConn>, TransportError> {
+    let from = Some(core.addr().ip()).filter(|ip| !ip.is_unspecified() && !ip.is_loopback());
+    let mut greeted = core.greet(addr, from)?;
+    keep_alive(&greeted.pipe.sock, core.host.base.config.timeout);
+    let half = half(adapter, &mut greeted)?;
+    greeted.pipe.send(&half.info().encode())?;
+    let theirs = receive_info(&mut greeted.pipe)?;
+    let mut pipe = greeted.pipe.clone();
+    let joined = half.join(&core.host, greeted, false, &theirs)?;
+    pipe.send(READY)?;
+    joined.install(core)
+}
 
-    /// The listening side, on a thread of its own.
-    fn welcome(self: &Arc<Self>, pipe: &mut FramedPipe) -> Result<(), TransportError> {
-        let admit = |identity: &[u8]| self.base.handler.admit(identity);
-        let verified = handshake::server(pipe, &self.base.local(Provider::Verbs), &admit)?;
-        self.replace(&verified.peer, pipe)?;
-        pipe.send(&verified.welcome)?;
-        let id = self.base.next_id();
-        let half = self.half(id, pipe)?;
-        let theirs = hear(pipe)?;
-        let ours = half.info().encode();
-        let base = ConnBase::new(id, verified.peer, true, pipe.addr());
-        let joined = half.join(base, Arc::clone(&pipe.sock), &theirs)?;
-        pipe.send(&ours)?;
-        if pipe.recv()? != READY {
-            return Err(TransportError::Protocol {
-                addr: pipe.addr(),
-                detail: "not ready".to_owned(),
-            });
-        }
-        joined.install(self).map(drop)
-    }
-
-    /// Lets the progress thread end what the peer had before.
-    fn replace(self: &Arc<Self>, peer: &Peer, pipe: &FramedPipe) -> Result<(), TransportError> {
-        let (done, ended) = mpsc::sync_channel(1);
-        self.replacing.lock().push(Replace {
-            peer: peer.clone(),
-            done,
+/// The listening side, on a thread of its own.
+pub(super) fn welcome(
+    core: &Core<VerbsConn>,
+    adapter: &Arc<Adapter>,
+    pipe: FramedPipe,
+) -> Result<(), TransportError> {
+    keep_alive(&pipe.sock, core.host.base.config.timeout);
+    let mut greeted = core.welcome(pipe)?;
+    let half = half(adapter, &mut greeted)?;
+    let theirs = receive_info(&mut greeted.pipe)?;
+    let ours = half.info().encode();
+    let mut pipe = greeted.pipe.clone();
+    let joined = half.join(&core.host, greeted, true, &theirs)?;
+    pipe.send(&ours)?;
+    if pipe.recv()? != READY {
+        return Err(TransportError::Protocol {
+            addr: pipe.addr(),
+            detail: "not ready".to_owned(),
         });
-        self.wake();
-        let left = pipe.deadline.saturating_duration_since(Instant::now());
-        ended
-            .recv_timeout(left.max(Duration::from_millis(1)))
-            .map_err(|e| match e {
-                mpsc::RecvTimeoutError::Timeout => common::timed_out(&pipe.addr, pipe.timeout),
-                mpsc::RecvTimeoutError::Disconnected => TransportError::Shutdown,
-            })
     }
+    joined.install(core).map(drop)
 }
 
 /// Without traffic on it, the stream tells that the peer's host or the network has gone.
@@ -258,26 +244,4 @@ fn keep_alive(sock: &OwnedFd, timeout: Duration) {
     if let Err(e) = set {
         tracing::debug!("keep-alive of a connection: {e}");
     }
-}
-
-/// What comes over the network from one who wants to connect.
-pub(super) fn accept(core: &Arc<Core>, stream: TcpStream) {
-    let addr = stream
-        .peer_addr()
-        .map_or_else(|_| "a peer".to_owned(), |a| a.to_string());
-    if let Err(error) = stream::prepare(&stream, core.base.config.timeout) {
-        tracing::warn!("connection of {addr} not accepted: {error}");
-        return;
-    }
-    let sock = Arc::new(OwnedFd::from(stream));
-    keep_alive(&sock, core.base.config.timeout);
-    core.shake_hands(Arc::clone(&sock), move |core, deadline, timeout| {
-        let mut pipe = FramedPipe {
-            sock,
-            addr,
-            deadline,
-            timeout,
-        };
-        core.welcome(&mut pipe)
-    });
 }

@@ -1,7 +1,7 @@
 //! Asynchronous batches: what their operations become.
 
+use super::adapter::Adapter;
 use super::cells::{Cell, LARGE};
-use super::conn::VerbsConn;
 use super::unit::{Action, Asked, Data, Gives, Request};
 use crate::buffer::Buffer;
 use crate::error::TransportError;
@@ -16,31 +16,38 @@ pub(super) struct Prepared {
     pub(super) asked: Vec<Asked>,
 }
 
-impl VerbsConn {
-    /// What is to be posted for a batch. Buffers in memory that is registered with this adapter are used in place,
-    /// others through cells.
-    pub(super) fn prepare(&self, batch: Vec<AsyncOp>) -> Result<Prepared, BatchError> {
-        let mut prepared = Prepared {
-            requests: Vec::with_capacity(batch.len()),
-            asked: Vec::with_capacity(batch.len()),
-        };
-        let mut ops = batch.into_iter();
-        while let Some(op) = ops.next() {
-            let before = prepared.requests.len();
-            let (gives, added) = self.add(&mut prepared.requests, op);
-            prepared.asked.push(Asked {
-                gives,
-                requests: prepared.requests.len() - before,
-            });
-            if let Err(why) = added {
-                let taken = prepared.asked.into_iter().filter_map(Asked::into_buffer);
-                let buffers = taken.chain(ops.filter_map(AsyncOp::into_buffer)).collect();
-                return Err(BatchError { why, buffers });
-            }
+/// What is to be posted for a batch. Buffers in memory that is registered with this adapter are used in place,
+/// others through cells.
+pub(super) fn prepare(adapter: &Adapter, inline: usize, batch: Vec<AsyncOp>) -> Result<Prepared, BatchError> {
+    let local = Local { adapter, inline };
+    let mut prepared = Prepared {
+        requests: Vec::with_capacity(batch.len()),
+        asked: Vec::with_capacity(batch.len()),
+    };
+    let mut ops = batch.into_iter();
+    while let Some(op) = ops.next() {
+        let before = prepared.requests.len();
+        let (gives, added) = local.add(&mut prepared.requests, op);
+        prepared.asked.push(Asked {
+            gives,
+            requests: prepared.requests.len() - before,
+        });
+        if let Err(why) = added {
+            let taken = prepared.asked.into_iter().filter_map(Asked::into_buffer);
+            let buffers = taken.chain(ops.filter_map(AsyncOp::into_buffer)).collect();
+            return Err(BatchError { why, buffers });
         }
-        Ok(prepared)
     }
+    Ok(prepared)
+}
 
+/// Where local memory comes from.
+struct Local<'a> {
+    adapter: &'a Adapter,
+    inline: usize,
+}
+
+impl Local<'_> {
     fn add(&self, requests: &mut Vec<Request>, op: AsyncOp) -> (Gives, Result<(), TransportError>) {
         match op {
             AsyncOp::Read { at, into } => {
@@ -90,7 +97,7 @@ impl VerbsConn {
         at: RemoteAddr,
         buffer: &Buffer,
     ) -> Result<(), TransportError> {
-        let registered = buffer.registered(self.core.domain());
+        let registered = buffer.registered(self.adapter.domain());
         let longest = if registered.is_some() { PIECE } else { LARGE };
         for (n, piece) in buffer.chunks(longest).enumerate() {
             let off = (n * longest) as u64;
@@ -120,6 +127,6 @@ impl VerbsConn {
     }
 
     fn cell(&self, len: usize) -> Result<Cell, TransportError> {
-        self.core.cells.take(len)
+        self.adapter.cells.take(len)
     }
 }

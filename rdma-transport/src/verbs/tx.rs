@@ -79,23 +79,40 @@ pub(super) struct Tx {
     units: VecDeque<Unit>,
     /// The first unit that is not wholly posted.
     posting: usize,
-    messages: VecDeque<Message>,
+    messages: Messages,
     flights: VecDeque<Flight>,
     pub(super) regions: HashMap<u64, Known>,
     next_order: u64,
     last_id: u64,
     /// Reads and atomics under way.
     fences: usize,
-    /// Fragments the peer takes.
-    credits: u32,
-    /// Fragments of the peer that are dealt with and not yet told so.
-    owed: u32,
+    credits: Credits,
     depth: usize,
     inline: usize,
-    /// Messages ever queued, messages ever posted.
+    /// A unit is refused: nothing behind it is posted any more.
+    poisoned: bool,
+    pub(super) end: End,
+}
+
+/// Messages that wait, and how many there ever were.
+#[derive(Default)]
+struct Messages {
+    waiting: VecDeque<Message>,
     queued: u64,
     sent: u64,
-    poisoned: bool,
+}
+
+#[derive(Default)]
+struct Credits {
+    /// Fragments the peer takes.
+    left: u32,
+    /// Fragments of the peer that are dealt with and not yet told so.
+    owed: u32,
+}
+
+/// How sending comes to its end.
+#[derive(Default)]
+pub(super) struct End {
     pub(super) closed: bool,
     pub(super) suspect: Option<Suspect>,
     /// What the first unit fails with, if it is the reason for the end.
@@ -107,22 +124,17 @@ impl Tx {
         Self {
             units: VecDeque::new(),
             posting: 0,
-            messages: VecDeque::new(),
+            messages: Messages::default(),
             flights: VecDeque::new(),
             regions: HashMap::new(),
             next_order: 0,
             last_id: 0,
             fences: 0,
-            credits: 0,
-            owed: 0,
+            credits: Credits::default(),
             depth,
             inline,
-            queued: 0,
-            sent: 0,
             poisoned: false,
-            closed: false,
-            suspect: None,
-            guilty: None,
+            end: End::default(),
         }
     }
 
@@ -141,17 +153,17 @@ impl Tx {
     /// Queues a message; its number, for [`Tx::is_sent`].
     pub(super) fn add_message(&mut self, message: &[u8]) -> u64 {
         let order = self.order();
-        self.messages.push_back(Message {
+        self.messages.waiting.push_back(Message {
             order,
             bytes: message.to_vec(),
             done: 0,
         });
-        self.queued += 1;
-        self.queued
+        self.messages.queued += 1;
+        self.messages.queued
     }
 
     pub(super) fn is_sent(&self, message: u64) -> bool {
-        self.sent >= message
+        self.messages.sent >= message
     }
 
     fn order(&mut self) -> u64 {
@@ -161,18 +173,18 @@ impl Tx {
 
     /// The peer takes so many fragments more. False if that is more than it can have given.
     pub(super) fn add_credits(&mut self, credits: u32) -> bool {
-        self.credits = self.credits.saturating_add(credits);
-        self.credits <= 1 << 16
+        self.credits.left = self.credits.left.saturating_add(credits);
+        self.credits.left <= 1 << 16
     }
 
     /// A fragment of the peer has been dealt with.
     pub(super) fn owe(&mut self) {
-        self.owed += 1;
+        self.credits.owed += 1;
     }
 
     /// The peer has used all its credits but so many, if this many fragments of it wait here.
     pub(super) fn within_credits(&self, waiting: usize) -> bool {
-        waiting + self.owed as usize <= CREDITS as usize
+        waiting + self.credits.owed as usize <= CREDITS as usize
     }
 
     /// How much the adapter is at.
@@ -182,17 +194,17 @@ impl Tx {
 
     /// Whether somebody waits for what comes next.
     pub(super) fn awaited(&self) -> bool {
-        !self.units.is_empty() || !self.messages.is_empty()
+        !self.units.is_empty() || !self.messages.waiting.is_empty()
     }
 
     /// Takes from the queues what can be posted now.
     pub(super) fn gather(&mut self, cells: &Arc<Cells>) -> Result<Gathered, TransportError> {
         let mut out = Gathered::default();
-        if self.closed {
+        if self.end.closed {
             return Ok(out);
         }
-        if self.owed >= CREDITS / 2 && self.flights.len() < self.depth {
-            let head = wire::header(Kind::Credit, std::mem::take(&mut self.owed));
+        if self.credits.owed >= CREDITS / 2 && self.flights.len() < self.depth {
+            let head = wire::header(Kind::Credit, std::mem::take(&mut self.credits.owed));
             self.fragment(&head, &[], cells, &mut out)?;
         }
         while self.flights.len() < self.depth {
@@ -204,13 +216,13 @@ impl Tx {
                 self.posting += 1;
             }
             let request = self.units.get(self.posting).map(|u| u.order);
-            let message = self.messages.front().map(|m| m.order);
+            let message = self.messages.waiting.front().map(|m| m.order);
             let message_first = match (message, request) {
                 (Some(m), Some(r)) => m < r,
                 (Some(_), None) => !self.poisoned,
                 (None, _) => false,
             };
-            if message_first && self.credits > 0 {
+            if message_first && self.credits.left > 0 {
                 self.post_fragment(cells, &mut out)?;
             } else if request.is_none() || self.poisoned || !self.post_request(&mut out) {
                 break;
@@ -268,7 +280,7 @@ impl Tx {
 
     /// Posts the next fragment of the first message.
     fn post_fragment(&mut self, cells: &Arc<Cells>, out: &mut Gathered) -> Result<(), TransportError> {
-        let Some(mut message) = self.messages.pop_front() else {
+        let Some(mut message) = self.messages.waiting.pop_front() else {
             return Ok(());
         };
         let body = &message.bytes[message.done..];
@@ -278,14 +290,14 @@ impl Tx {
         } else {
             Kind::More
         };
-        self.credits -= 1;
-        let head = wire::header(kind, std::mem::take(&mut self.owed));
+        self.credits.left -= 1;
+        let head = wire::header(kind, std::mem::take(&mut self.credits.owed));
         self.fragment(&head, body, cells, out)?;
         message.done += body.len();
         if message.done < message.bytes.len() {
-            self.messages.push_front(message);
+            self.messages.waiting.push_front(message);
         } else {
-            self.sent += 1;
+            self.messages.sent += 1;
         }
         Ok(())
     }
@@ -343,7 +355,7 @@ impl Tx {
             if reaped.broken.is_some() {
                 break;
             }
-            if !wc.ok() && !self.closed {
+            if !wc.ok() && !self.end.closed {
                 reaped.broken = Some(self.broke(wc));
                 break;
             }
@@ -394,8 +406,8 @@ impl Tx {
 
     /// Everything that is left, when the adapter is at none of it any more.
     pub(super) fn take_all(&mut self) -> Vec<Unit> {
-        self.closed = true;
-        self.messages.clear();
+        self.end.closed = true;
+        self.messages.waiting.clear();
         self.flights.clear();
         self.posting = 0;
         std::mem::take(&mut self.units).into()

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::attend::Attended;
+use super::attend::{Attended, Due};
 use super::cells::Cell;
 use super::ffi::{Local, Verb};
 use super::wire::Place;
@@ -235,27 +235,6 @@ pub(super) struct Unit {
     pub(super) owner: Owner,
     /// It fails with this once what was posted of it is done.
     pub(super) poison: Option<TransportError>,
-}
-
-/// A completion that is to be called: by the caller that attends to it, else on the progress thread.
-pub(super) struct Due {
-    done: Completion,
-    outcome: Outcome,
-    attended: Option<Arc<Attended>>,
-}
-
-impl Due {
-    pub(super) fn call(self) {
-        (self.done)(self.outcome);
-    }
-
-    /// Gives it to who attends to it; returns it if nobody does.
-    pub(super) fn offer(mut self) -> Option<Self> {
-        match self.attended.take() {
-            Some(attended) => attended.put(self),
-            None => Some(self),
-        }
-    }
 }
 
 impl Unit {

@@ -233,3 +233,35 @@ pub fn newer_connection_replaces_older(world: &World) {
     gone(faa(&*first, at, 1));
     gone(faa(&*second, at, 1));
 }
+
+pub fn newest_connection_stays(world: &World) {
+    // Lives of one node that connect at the same time: whatever the order, one connection is left of them.
+    for round in 0..5 {
+        let target = world.endpoint(&format!("target{round}"));
+        let addr = target.fabric.local_addr();
+        let lives: Vec<_> = (0..6)
+            .map(|n| {
+                let config = rdma_transport::FabricConfig {
+                    identity: b"node 7".to_vec(),
+                    ..world.config(&format!("life{round}{n}"))
+                };
+                world.try_open(config).unwrap()
+            })
+            .collect();
+        std::thread::scope(|scope| {
+            for life in &lives {
+                // Whose connection is replaced in the middle of its beginning is told so.
+                scope.spawn(|| drop(life.fabric.connect(&addr)));
+            }
+        });
+        let left = || {
+            let alive = |c: &&std::sync::Arc<dyn rdma_transport::Connection>| c.is_alive();
+            target.seen.connected.lock().iter().filter(alive).count()
+        };
+        world.until("one is left", || left() == 1);
+        world.settle();
+        assert_eq!(left(), 1);
+        let (begun, ended) = (target.seen.connected.lock().len(), target.seen.ended.lock().len());
+        assert_eq!(begun, ended + 1, "{:?}", target.seen.log.lock());
+    }
+}

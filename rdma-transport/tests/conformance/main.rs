@@ -39,6 +39,7 @@ const NOT_ON_SIM: &[(&str, &str)] = &[
     ("words_are_never_torn", "one thread"),
     ("deregister_waits_for_operations", "one thread"),
     ("idle_costs_nothing", "no threads"),
+    ("newest_connection_stays", "one thread"),
     ("shutdown_frees_everything", "no threads, no descriptors"),
     ("dead_process_frees_address", "process death"),
     ("unresponsive_peer_times_out", "nothing is ever unresponsive"),
@@ -99,7 +100,7 @@ clauses! {
         processes::silent_peer_is_given_up,
         hello::wrong_version, hello::garbage_and_half_greetings, hello::slow_greeting_blocks_nobody,
         load::flood_both_ways, load::blocked_senders_get_through, load::words_are_never_torn,
-        load::deregister_waits_for_operations;
+        load::deregister_waits_for_operations, endings::newest_connection_stays;
 }
 
 /// Not a test of its own: the tests start this executable again with a role for it to play.

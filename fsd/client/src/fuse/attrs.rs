@@ -6,7 +6,7 @@ use std::time::Duration;
 use fuser::{INodeNo, ReplyAttr, ReplyData, ReplyStatfs};
 
 use super::convert::attr_of;
-use super::serve;
+use super::serve::serve;
 use crate::client::Client;
 use crate::files::attrs::SetAttr;
 use fsd_proto::ask;

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use fuser::{INodeNo, ReplyData, ReplyWrite, Request};
 
 use super::convert::{caller_of, error_of};
-use super::serve;
+use super::serve::serve;
 use crate::cache::MAX_FILE_SIZE;
 use crate::cache::inode::Inode;
 use crate::cache::write::{Queued, Write};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use fuser::{FileHandle, FileType, FopenFlags, INodeNo, OpenFlags, ReplyDirectory, ReplyEmpty, ReplyOpen};
 
 use super::convert::kind_of;
-use super::{done, serve};
+use super::serve::{done, serve};
 use crate::client::Client;
 use crate::namespace::dirs::{COOKIE_DOT, COOKIE_DOTDOT};
 use fsd_proto::wire::Kind;

@@ -10,7 +10,7 @@ use fuser::{
 };
 
 use super::convert::{attr_of, caller_of};
-use super::{NAME_TTL, done, serve};
+use super::serve::{NAME_TTL, done, serve};
 use crate::client::Client;
 use crate::namespace::dirs::ATTEMPTS;
 use crate::namespace::names::New;

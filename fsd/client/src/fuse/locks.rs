@@ -5,7 +5,7 @@ use std::sync::Arc;
 use fuser::{FileHandle, LockOwner, ReplyEmpty, ReplyLock, Request};
 
 use super::convert::error_of;
-use super::{done, serve};
+use super::serve::{done, serve};
 use crate::client::Client;
 use crate::files::locks::type_of;
 use fsd_proto::wire::LockSpec;

@@ -12,13 +12,13 @@ pub mod events;
 mod files;
 mod locks;
 mod names;
+mod serve;
 mod xattrs;
 
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, INodeNo, InitFlags, IoctlFlags,
@@ -30,12 +30,9 @@ use fuser::{
 use crate::client::Client;
 use crate::files::attrs::SetAttr;
 use crate::files::locks::kind_of;
-use crate::session::ctx::{Ctx, Res, Stop};
-use convert::{caller_of, error_of, from_library, time_of};
+use convert::{caller_of, from_library, time_of};
 use fsd_node::config::CacheMode;
 
-/// Names are never cached by the kernel: taking them back could deadlock with a create under way.
-const NAME_TTL: Duration = Duration::ZERO;
 /// Longest request of the kernel, bytes.
 const MAX_REQUEST: u32 = 1 << 20;
 
@@ -49,42 +46,6 @@ impl FsdFs {
     #[must_use]
     pub fn new(client: Arc<Client>) -> Self {
         Self { client }
-    }
-}
-
-/// A request that can be tried more than once; `T` is its reply, taken when it is answered.
-fn serve<T: Send + 'static>(
-    client: &Arc<Client>,
-    reply: T,
-    refuse: fn(T, fuser::Errno),
-    mut step: impl FnMut(&Arc<Client>, &Ctx<'_>, &mut Option<T>) -> Res<()> + Send + 'static,
-) {
-    client.session.counters.requests.fetch_add(1, Ordering::Relaxed);
-    let mut reply = Some(reply);
-    let result = step(client, &Ctx::on_loop(&client.session.threads.permits), &mut reply);
-    match result {
-        Ok(()) => {}
-        Err(Stop::Park) if reply.is_some() => {
-            client.session.counters.parked.fetch_add(1, Ordering::Relaxed);
-            let me = Arc::clone(client);
-            client.session.threads.workers.run(move || {
-                let result = step(&me, &Ctx::on_worker(), &mut reply);
-                if let (Err(stop), Some(reply)) = (result, reply) {
-                    refuse(reply, error_of(stop.errno()));
-                }
-            });
-        }
-        Err(stop) => {
-            if let Some(reply) = reply {
-                refuse(reply, error_of(stop.errno()));
-            }
-        }
-    }
-}
-
-fn done(reply: &mut Option<ReplyEmpty>) {
-    if let Some(reply) = reply.take() {
-        reply.ok();
     }
 }
 

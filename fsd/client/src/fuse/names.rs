@@ -9,7 +9,7 @@ use std::time::Duration;
 use fuser::{Generation, INodeNo, RenameFlags, ReplyEmpty, ReplyEntry, Request};
 
 use super::convert::attr_of;
-use super::{NAME_TTL, done, serve};
+use super::serve::{NAME_TTL, done, serve};
 use crate::client::Client;
 use crate::namespace::names::New;
 use fsd_proto::ino;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use fuser::{INodeNo, ReplyEmpty, ReplyXattr, Request};
 
-use super::{done, serve};
+use super::serve::{done, serve};
 use crate::client::Client;
 
 fn send_xattr(reply: &mut Option<ReplyXattr>, value: &[u8], size: u32) {

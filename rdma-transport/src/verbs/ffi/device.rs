@@ -8,7 +8,7 @@ use std::sync::{Arc, Once};
 use rdma_sys as sys;
 use rustix::fs::OFlags;
 
-use super::{check, text};
+use super::status::{check, text};
 use crate::mem::SharedMem;
 
 /// `IBV_GID_TYPE_ROCE_V2`; not in the bindings.

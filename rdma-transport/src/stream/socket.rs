@@ -9,8 +9,8 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use crate::TransportError;
 use crate::common;
+use crate::error::TransportError;
 use crate::handshake::{MAX_MESSAGE, Pipe};
 
 /// Listens on `host:port`, without blocking; also the address with the real port.
@@ -97,6 +97,7 @@ pub(crate) fn framed(message: &[u8]) -> Vec<u8> {
 }
 
 /// Handshake messages on a stream: a length (u32), then the message.
+#[derive(Clone)]
 pub(crate) struct FramedPipe {
     pub(crate) sock: Arc<OwnedFd>,
     pub(crate) addr: String,
@@ -171,5 +172,36 @@ impl Pipe for FramedPipe {
 
     fn addr(&self) -> String {
         self.addr.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::test_util::allocating;
+
+    proptest! {
+        #[test]
+        fn whatever_length_is_announced(len in prop_oneof![0u32..5000, any::<u32>()], body in 0usize..6000) {
+            let (mut theirs, ours) = UnixStream::pair().unwrap();
+            theirs.write_all(&len.to_le_bytes()).unwrap();
+            theirs.write_all(&vec![1; body]).unwrap();
+            drop(theirs);
+            let timeout = Duration::from_secs(5);
+            let mut pipe = FramedPipe {
+                sock: Arc::new(ours.into()),
+                addr: "fuzz".to_owned(),
+                deadline: Instant::now() + timeout,
+                timeout,
+            };
+            let (message, most) = allocating(|| pipe.recv());
+            prop_assert_eq!(message.is_ok(), len as usize <= body.min(MAX_MESSAGE));
+            prop_assert!(most < 2 * MAX_MESSAGE, "{most} bytes");
+        }
     }
 }

@@ -1,0 +1,21 @@
+//! How the simulated network behaves.
+
+use std::time::Duration;
+
+/// How the simulated network behaves.
+#[derive(Debug, Clone, Copy)]
+pub struct SimConfig {
+    /// Shortest time anything takes from one endpoint to another.
+    pub min_delay: Duration,
+    /// Longest time.
+    pub max_delay: Duration,
+}
+
+impl Default for SimConfig {
+    fn default() -> Self {
+        Self {
+            min_delay: Duration::from_micros(1),
+            max_delay: Duration::from_micros(20),
+        }
+    }
+}
