@@ -134,6 +134,10 @@ impl Fabric for SimFabric {
         self.counters.snapshot()
     }
 
+    fn is_deserted(&self, addr: &str) -> bool {
+        self.net.get().is_ok_and(|net| net.0.lock().find(addr).is_none())
+    }
+
     fn shutdown(&self) {
         let Ok(net) = self.net.get() else { return };
         let after = net.0.lock().shutdown(self.id);

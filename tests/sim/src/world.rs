@@ -224,6 +224,27 @@ impl World {
         }
     }
 
+    /// Stops all servers in order, and has them give their memory up.
+    pub fn stop(&self) {
+        for node in &self.nodes {
+            let running = node.host.lock().running.take();
+            if let Some((server, life)) = running {
+                let stopped = rt::sim::spawn_in(life.group, "stopping", move || server.stop(true));
+                stopped.join().expect("no panic").expect("it can be stored");
+                life.end(&self.net);
+                node.platter.cut(Luck::All);
+                node.ledger.cut(Luck::All);
+            }
+        }
+        let running = self.meta.lock().running.take();
+        if let Some((server, life)) = running {
+            let stopped = rt::sim::spawn_in(life.group, "stopping", move || server.stop());
+            stopped.join().expect("no panic").expect("it can be stored");
+            life.end(&self.net);
+            self.ledger.cut(Luck::All);
+        }
+    }
+
     /// Starts a mount.
     pub fn mount(self: &Arc<Self>, name: &str) -> Mount {
         let life = Life::new(
