@@ -232,10 +232,11 @@ impl Owner {
         }
     }
 
-    /// Looks at what is there now, which is what everything goes on from.
-    pub fn check(&self, task: &Task) {
+    /// Looks at what is there now, which is what everything goes on from. `durable`: it has come from disks.
+    pub fn check(&self, task: &Task, durable: bool) {
         let mut found: Names = [None; NAMES];
-        let mut files = Vec::new();
+        let first = if durable { 0 } else { self.log.lock().files.len() };
+        let mut files: Vec<Past> = Vec::new();
         for n in 0..NAMES {
             let Some(content) = self.found(task, n) else {
                 if let Some(lost) = self.always(n) {
@@ -245,11 +246,14 @@ impl Owner {
             };
             let log = self.log.lock();
             let mut why = Vec::new();
-            let mut explained = false;
+            let (mut explained, mut states) = (false, Vec::new());
             for names in &log.names {
                 let Some(number) = names[n] else { continue };
                 match log.files[number].explains(&content) {
-                    Ok(()) => explained = true,
+                    Ok(()) => {
+                        explained = true;
+                        states.extend(log.files[number].states.iter().cloned());
+                    }
                     Err(because) => why.push(format!("file {number}: {because}")),
                 }
             }
@@ -258,14 +262,20 @@ impl Owner {
                 why.dedup();
                 rt::sim::fail(format!("{} has lost something: {why:#?}", self.name(n)));
             }
-            found[n] = Some(files.len());
-            files.push(Past {
-                states: vec![content],
-            });
+            found[n] = Some(first + files.len());
+            // What is in memory only may go back to what it was before.
+            states.dedup();
+            states.retain(|_| !durable);
+            states.push(content);
+            files.push(Past { states });
         }
         let mut log = self.log.lock();
-        log.files = files;
-        log.names = vec![found];
+        if durable {
+            log.files.clear();
+            log.names.clear();
+        }
+        log.files.extend(files);
+        log.names.push(found);
     }
 
     /// The file that a name has had all the time since it was made durable.

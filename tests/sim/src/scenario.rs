@@ -168,7 +168,7 @@ impl Play {
         self.mount();
         let task = Task::new(&self.mounts[0].mounted, 1);
         for owner in &self.owners {
-            owner.check(&task);
+            owner.check(&task, matches!(end, End::Order | End::Power(_)));
         }
         self.files = Shared::look(&self.mounts[0].mounted);
     }
