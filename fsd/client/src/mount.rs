@@ -272,11 +272,21 @@ fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle
         .map_err(MountError::Thread)
 }
 
+/// How a mount caches, and what it keeps of access times.
+struct How {
+    mode: CacheMode,
+    cache_shared: bool,
+    flags: MountFlags,
+    /// Rules of the lease manager to break, one bit each; tests only.
+    #[cfg(feature = "flaws")]
+    flaws: u32,
+}
+
 /// Joins the cluster: everything of a mount but the kernel. `name` is shown to who asks for the mounts there are.
 fn join(
     config: &Config,
     name: String,
-    (mode, cache_shared, flags): (CacheMode, bool, MountFlags),
+    how: &How,
     endpoint: &Endpoint,
     front: &Arc<Front>,
 ) -> Result<(Arc<Client>, Vec<JoinHandle<()>>), MountError> {
@@ -300,6 +310,10 @@ fn join(
     let mut manager = ManagerConfig::new(node, joined.incarnation, layout);
     manager.min_hold = Duration::from_micros(config.lease.min_hold_us);
     manager.keep_word = Duration::from_millis(config.lease.keep_ms);
+    #[cfg(feature = "flaws")]
+    {
+        manager.flaws = how.flaws;
+    }
     let leases = LeaseManager::new(
         manager,
         Arc::new(Places(Arc::clone(&net))),
@@ -309,8 +323,8 @@ fn join(
     let (wake_writeback, wake) = rt::channel::bounded(1);
     let client = Arc::new(Client {
         node,
-        mode,
-        cache_shared,
+        mode: how.mode,
+        cache_shared: how.cache_shared,
         shared_mappings: config.mount.shared_mappings,
         leases,
         net: Arc::clone(&net),
@@ -333,7 +347,7 @@ fn join(
         file_locks: Default::default(),
         pins: Default::default(),
         space: Default::default(),
-        access_times: super::atime::AccessTimes::of(flags),
+        access_times: super::atime::AccessTimes::of(how.flags),
         closes_awaited: Default::default(),
         seqs: Default::default(),
         writeback_after: Duration::from_millis(config.mount.writeback_ms),
@@ -524,8 +538,14 @@ impl Mount {
     ) -> Result<Self, MountError> {
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let name = format!("{host}:{}", point.display());
-        let shared = options.cache_shared && mode == CacheMode::Writethrough;
-        let (client, threads) = join(config, name, (mode, shared, flags), endpoint, front)?;
+        let how = How {
+            mode,
+            cache_shared: options.cache_shared && mode == CacheMode::Writethrough,
+            flags,
+            #[cfg(feature = "flaws")]
+            flaws: 0,
+        };
+        let (client, threads) = join(config, name, &how, endpoint, front)?;
         let (node, loops) = (client.node, config.mount.loops.max(SPARE_LOOPS + 1));
 
         let (session, mounted) = open_session(config, options, loops, &client, (&point, flags))?;
@@ -630,7 +650,7 @@ pub struct Detached {
 }
 
 impl Detached {
-    /// Joins the cluster, reached at `listen` in a network.
+    /// Joins the cluster, reached at `listen` in a network. `flaws` are rules of the lease manager to break, one bit each.
     ///
     /// # Errors
     /// [`MountError`]; nothing is left behind.
@@ -640,19 +660,21 @@ impl Detached {
         key: Vec<u8>,
         listen: String,
         mode: CacheMode,
+        #[cfg(feature = "flaws")] flaws: u32,
     ) -> Result<Self, MountError> {
         let front = Arc::new(Front {
             client: OnceLock::new(),
         });
         let (service, name) = (Arc::clone(&front) as Arc<dyn Service>, listen.clone());
         let endpoint = Endpoint::open_in(network, config, Role::Client(None), listen, key, service)?;
-        let joined = join(
-            config,
-            name,
-            (mode, false, MountFlags::empty()),
-            &endpoint,
-            &front,
-        );
+        let how = How {
+            mode,
+            cache_shared: false,
+            flags: MountFlags::empty(),
+            #[cfg(feature = "flaws")]
+            flaws,
+        };
+        let joined = join(config, name, &how, &endpoint, &front);
         let (client, threads) = joined.inspect_err(|_| endpoint.fabric.shutdown())?;
         Ok(Self {
             client,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use fsd_node::fake_disk::Luck;
 use rt::sim::{Report, Settings};
 
-use crate::chance::{one_of, wait};
+use crate::chance::{once_in, one_of, wait};
 use crate::content::Content;
 use crate::faults::Trouble;
 use crate::flaws::Flaws;
@@ -200,6 +200,9 @@ impl Play {
             self.world.start_meta();
         }
         for n in 0..self.world.nodes() {
+            while once_in(2) {
+                self.world.start_node_in_vain(n);
+            }
             self.world.start_node(n);
         }
     }
