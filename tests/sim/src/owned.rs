@@ -34,6 +34,33 @@ struct Log {
     stamp: u64,
 }
 
+/// How long tasks pause.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pace {
+    /// Hardly.
+    Fast,
+    /// So that servers do by themselves what they do every few seconds.
+    Slow,
+}
+
+impl Pace {
+    fn pause(self) -> Duration {
+        match self {
+            Self::Fast => Duration::from_millis(3),
+            Self::Slow => Duration::from_millis(one_of(&[20, 200, 3000])),
+        }
+    }
+
+    /// How long a phase is.
+    #[must_use]
+    pub fn phase(self) -> Duration {
+        match self {
+            Self::Fast => Duration::from_millis(40),
+            Self::Slow => Duration::from_secs(8),
+        }
+    }
+}
+
 /// An owner of files.
 pub struct Owner {
     id: u64,
@@ -103,11 +130,11 @@ impl Owner {
     }
 
     /// Does things with its files until `calls` are done, or one fails.
-    pub fn play(&self, mount: &Mounted, all: &[Arc<Self>], calls: u32) {
+    pub fn play(&self, mount: &Mounted, all: &[Arc<Self>], calls: u32, pace: Pace) {
         let task = Task::new(mount, self.id as u32);
         for _ in 0..calls {
             if once_in(5) {
-                wait(Duration::from_millis(3));
+                wait(pace.pause());
             }
             let done = if once_in(6) {
                 all[below(all.len() as u64) as usize].look(&task)
@@ -152,11 +179,29 @@ impl Owner {
             }
             _ => {
                 let file = task.open(&self.name(n), libc::O_RDWR)?;
-                let done = self.change(task, &file, number);
+                let done = if once_in(5) {
+                    self.compare(task, &file, number)
+                } else {
+                    self.change(task, &file, number)
+                };
                 task.close(file)?;
                 done
             }
         }
+    }
+
+    /// Nobody else changes it: it has what was written, and nothing else.
+    fn compare(&self, task: &Task, file: &File, number: usize) -> Sys<()> {
+        let bytes = task.read(file, 0, ALL * CELL as usize)?;
+        let should = self.log.lock().files[number].now().clone();
+        match Content::parse(&bytes) {
+            Ok(found) if found == should => {}
+            found => rt::sim::fail(format!(
+                "file {number} of owner {} has {found:x?}, and should have {should:x?}",
+                self.id
+            )),
+        }
+        Ok(())
     }
 
     fn create(&self, task: &Task, n: usize, mut names: Names) -> Sys<()> {
@@ -223,11 +268,16 @@ impl Owner {
         past.states = vec![past.now().clone()];
     }
 
-    /// Everything so far is durable: its mount has left in order.
-    pub fn settle(&self) {
+    /// Its mount has left in order: what it has done to names is durable.
+    pub fn settle_names(&self) {
         let mut log = self.log.lock();
         log.names = vec![*log.names.last().expect("there is always one")];
-        for past in &mut log.files {
+    }
+
+    /// The servers have stopped in order as well.
+    pub fn settle(&self) {
+        self.settle_names();
+        for past in &mut self.log.lock().files {
             past.states = vec![past.now().clone()];
         }
     }

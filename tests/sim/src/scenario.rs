@@ -10,7 +10,7 @@ use crate::chance::{once_in, one_of, wait};
 use crate::content::Content;
 use crate::faults::Trouble;
 use crate::flaws::Flaws;
-use crate::owned::Owner;
+use crate::owned::{Owner, Pace};
 use crate::shared::Shared;
 use crate::task::Task;
 use crate::world::{Mount, World};
@@ -44,6 +44,10 @@ impl Default for Size {
 enum End {
     /// All leave in order, the servers as well.
     Order,
+    /// The mounts leave in order; then all hosts lose power.
+    LeftPower(Luck),
+    /// The mounts die, and the metadata server's host loses power.
+    MetaPower(Luck),
     /// The mounts die.
     Mounts,
     /// Everything dies, but no host.
@@ -52,6 +56,13 @@ enum End {
     Power(Luck),
     /// The storage nodes' hosts do, and the mounts end with them.
     StoragePower(Luck),
+}
+
+impl End {
+    /// Is what is there afterwards on disks, all of it?
+    fn is_durable(self) -> bool {
+        matches!(self, Self::Order | Self::Power(_) | Self::LeftPower(_))
+    }
 }
 
 /// Runs one.
@@ -142,6 +153,9 @@ impl Play {
     fn owned(&mut self) {
         let end = one_of(&[
             End::Order,
+            End::LeftPower(Luck::None),
+            End::MetaPower(Luck::None),
+            End::MetaPower(Luck::Some),
             End::Mounts,
             End::Processes,
             End::Power(Luck::None),
@@ -150,25 +164,26 @@ impl Play {
             End::StoragePower(Luck::None),
             End::StoragePower(Luck::Some),
         ]);
+        let pace = one_of(&[Pace::Fast, Pace::Fast, Pace::Slow]);
         let (calls, owners) = (self.size.calls, Arc::new(self.owners.clone()));
         let tasks = self.tasks(|m, n| {
             let (owners, mounted) = (Arc::clone(&owners), self.mounts[m].mounted.clone());
             let mine = m * self.size.tasks as usize + n as usize;
-            Box::new(move || owners[mine].play(&mounted, &owners, calls))
+            Box::new(move || owners[mine].play(&mounted, &owners, calls, pace))
         });
-        if end == End::Order {
+        if matches!(end, End::Order | End::LeftPower(_)) {
             for task in tasks {
                 let _ = task.join();
             }
         } else {
-            wait(Duration::from_millis(40));
+            wait(pace.phase());
         }
         rt::sim::note(&format!("{end:?}"));
         self.end(end);
         self.mount();
         let task = Task::new(&self.mounts[0].mounted, 1);
         for owner in &self.owners {
-            owner.check(&task, matches!(end, End::Order | End::Power(_)));
+            owner.check(&task, end.is_durable());
         }
         self.files = Shared::look(&self.mounts[0].mounted);
     }
@@ -181,25 +196,31 @@ impl Play {
             self.world.stop();
             return self.world.start();
         }
-        for mount in mounts {
-            self.world.kill_mount(mount);
+        if let End::LeftPower(_) = end {
+            mounts.into_iter().for_each(Mount::stop);
+            self.owners.iter().for_each(|owner| owner.settle_names());
+        } else {
+            mounts.into_iter().for_each(|mount| self.world.kill_mount(mount));
         }
         let (meta, nodes) = match end {
             End::Order | End::Mounts => return,
-            End::Processes => (Some(Luck::All), Luck::All),
-            End::Power(luck) => (Some(luck), luck),
-            End::StoragePower(luck) => (None, luck),
+            End::Processes => (Some(Luck::All), Some(Luck::All)),
+            End::Power(luck) | End::LeftPower(luck) => (Some(luck), Some(luck)),
+            End::MetaPower(luck) => (Some(luck), None),
+            End::StoragePower(luck) => (None, Some(luck)),
         };
         if let Some(luck) = meta {
             self.world.crash_meta(luck);
         }
         for n in 0..self.world.nodes() {
-            self.world.crash_node(n, nodes);
+            if let Some(luck) = nodes {
+                self.world.crash_node(n, luck);
+            }
         }
         if meta.is_some() {
             self.world.start_meta();
         }
-        for n in 0..self.world.nodes() {
+        for n in 0..nodes.map_or(0, |_| self.world.nodes()) {
             while once_in(2) {
                 self.world.start_node_in_vain(n);
             }
