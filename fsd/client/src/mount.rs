@@ -447,7 +447,7 @@ fn left(done: &rt::channel::Receiver<()>, alone: &impl Fn() -> bool) -> bool {
 }
 
 /// Writes everything back, gives up all leases and leaves.
-fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn Fabric) {
+fn leave(client: &Arc<Client>, threads: Vec<JoinHandle<()>>, fabric: &dyn Fabric) {
     client.leaving.store(true, Ordering::SeqCst);
     client.write_all();
     if client.dirty.lock().is_empty() {

@@ -402,7 +402,7 @@ impl Client {
     ///
     /// # Errors
     /// Park.
-    pub fn release(&self, ctx: &Ctx<'_>, number: u64) -> Res<()> {
+    pub fn release(self: &Arc<Self>, ctx: &Ctx<'_>, number: u64) -> Res<()> {
         let Some(handle) = self.handles.get(number) else {
             return Ok(());
         };
@@ -427,7 +427,7 @@ impl Client {
         done
     }
 
-    fn count_close(&self, handle: &Handle) -> Res<()> {
+    fn count_close(self: &Arc<Self>, handle: &Handle) -> Res<()> {
         let inode = &handle.inode;
         let mut opens = inode.opens.lock();
         opens.count = opens.count.saturating_sub(1);
@@ -460,16 +460,29 @@ impl Client {
         Ok(())
     }
 
-    /// The last close of a file without a name.
-    pub(super) fn reap(&self, inode: &Arc<Inode>) {
-        let gone = Arc::clone(inode);
-        self.net
-            .meta_async(ask::meta::Reap { ino: inode.ino }, move |result| {
-                if let Err(error) = result {
-                    tracing::warn!("orphan {:#x} not removed: {error}", gone.ino);
-                }
+    /// The last close of a file without a name. Aside, for it waits for other mounts; but for one that leaves, whose workers end.
+    pub(super) fn reap(self: &Arc<Self>, inode: &Arc<Inode>) {
+        if self.leaving.load(Ordering::SeqCst) {
+            return self.reap_alone(inode);
+        }
+        let (me, gone) = (Arc::clone(self), Arc::clone(inode));
+        self.workers.run(move || me.reap_alone(&gone));
+    }
+
+    /// Removes an orphan under its exclusive lease. A mount that closed the file before may still have data of it to store: that must
+    /// not come into frames that have been freed, and are perhaps another file's by then.
+    fn reap_alone(&self, inode: &Arc<Inode>) {
+        let reaped = self
+            .lease(&Ctx::on_worker(), inode, Mode::Exclusive)
+            .and_then(|guard| {
+                self.net.meta(ask::meta::Reap { ino: inode.ino })?;
+                self.forget_data(inode);
+                drop(guard);
+                Ok(())
             });
-        self.forget_data(inode);
+        if let Err(stop) = reaped {
+            tracing::warn!("orphan {:#x} not removed: {stop:?}", inode.ino);
+        }
     }
 }
 

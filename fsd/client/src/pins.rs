@@ -161,14 +161,14 @@ impl Client {
     }
 
     /// Drops the pins whose time is over; with `all`, every one.
-    pub fn drop_pins(&self, all: bool) {
+    pub fn drop_pins(self: &Arc<Self>, all: bool) {
         let now = (!all).then(Instant::now);
         while let Some(inode) = self.pins.take(now) {
             self.drop_pin(&inode, all);
         }
     }
 
-    fn drop_pin(&self, inode: &Arc<Inode>, now: bool) {
+    fn drop_pin(self: &Arc<Self>, inode: &Arc<Inode>, now: bool) {
         let mut opens = inode.opens.lock();
         if let Some(end) = opens.pinned.filter(|end| !now && *end > Instant::now()) {
             // It was looked up again meanwhile.

@@ -206,7 +206,7 @@ impl Client {
     }
 
     /// Writes everything back; for leaving.
-    pub fn write_all(&self) {
+    pub fn write_all(self: &Arc<Self>) {
         self.drop_pins(true);
         let all: Vec<u64> = self.dirty.lock().keys().copied().collect();
         for part in all.chunks(GROUP) {
