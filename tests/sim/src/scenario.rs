@@ -44,8 +44,8 @@ impl Default for Size {
 enum End {
     /// All leave in order, the servers as well.
     Order,
-    /// The mounts leave in order; then all hosts lose power.
-    LeftPower(Luck),
+    /// The mounts leave in order; then the metadata server's host loses power.
+    Left(Luck),
     /// The mounts die, and the metadata server's host loses power.
     MetaPower(Luck),
     /// The mounts die.
@@ -61,7 +61,7 @@ enum End {
 impl End {
     /// Is what is there afterwards on disks, all of it?
     fn is_durable(self) -> bool {
-        matches!(self, Self::Order | Self::Power(_) | Self::LeftPower(_))
+        matches!(self, Self::Order | Self::Power(_))
     }
 }
 
@@ -153,7 +153,7 @@ impl Play {
     fn owned(&mut self) {
         let end = one_of(&[
             End::Order,
-            End::LeftPower(Luck::None),
+            End::Left(Luck::None),
             End::MetaPower(Luck::None),
             End::MetaPower(Luck::Some),
             End::Mounts,
@@ -171,7 +171,7 @@ impl Play {
             let mine = m * self.size.tasks as usize + n as usize;
             Box::new(move || owners[mine].play(&mounted, &owners, calls, pace))
         });
-        if matches!(end, End::Order | End::LeftPower(_)) {
+        if matches!(end, End::Order | End::Left(_)) {
             for task in tasks {
                 let _ = task.join();
             }
@@ -196,7 +196,7 @@ impl Play {
             self.world.stop();
             return self.world.start();
         }
-        if let End::LeftPower(_) = end {
+        if let End::Left(_) = end {
             mounts.into_iter().for_each(Mount::stop);
             self.owners.iter().for_each(|owner| owner.settle_names());
         } else {
@@ -205,8 +205,8 @@ impl Play {
         let (meta, nodes) = match end {
             End::Order | End::Mounts => return,
             End::Processes => (Some(Luck::All), Some(Luck::All)),
-            End::Power(luck) | End::LeftPower(luck) => (Some(luck), Some(luck)),
-            End::MetaPower(luck) => (Some(luck), None),
+            End::Power(luck) => (Some(luck), Some(luck)),
+            End::Left(luck) | End::MetaPower(luck) => (Some(luck), None),
             End::StoragePower(luck) => (None, Some(luck)),
         };
         if let Some(luck) = meta {
