@@ -104,6 +104,10 @@ pub trait Fabric: Send + Sync {
     fn stats(&self) -> FabricStats {
         FabricStats::default()
     }
+    /// Is it certain that no process has an endpoint at this address any more? As [`crate::is_deserted`].
+    fn is_deserted(&self, addr: &str) -> bool {
+        crate::is_deserted(self.kind(), addr)
+    }
     /// Closes everything and joins the progress threads. Idempotent.
     fn shutdown(&self);
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use rdma_transport::Fabric;
 use rt::channel::{Receiver, RecvTimeoutError};
 use rt::time::Instant;
 
@@ -14,7 +15,7 @@ const EVERY: Duration = Duration::from_millis(500);
 const AGAIN: Duration = Duration::from_secs(2);
 
 impl Inner {
-    pub(super) fn members_loop(&self, stop: &Receiver<()>) {
+    pub(super) fn members_loop(&self, stop: &Receiver<()>, fabric: &dyn Fabric) {
         let mut found: HashMap<(u16, u64), Instant> = HashMap::new();
         while let Err(RecvTimeoutError::Timeout) = stop.recv_timeout(EVERY) {
             found.retain(|_, when| when.elapsed() < AGAIN);
@@ -24,7 +25,7 @@ impl Inner {
                     continue;
                 }
                 // Its host answers that nobody listens there. A mount that is stopped, or cut off, is waited for.
-                if rdma_transport::is_deserted(self.config.fabric.into(), &listen) {
+                if fabric.is_deserted(&listen) {
                     self.state.lock().sessions.ended(node, life);
                 } else {
                     found.insert((node, life), Instant::now());

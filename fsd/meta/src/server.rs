@@ -264,6 +264,7 @@ impl MetaServer {
         };
         let (a, b) = (Arc::clone(&inner), Arc::clone(&inner));
         let (c, d) = (Arc::clone(&inner), Arc::clone(&inner));
+        let looks = Arc::clone(&fabric);
         let threads = vec![
             thread("meta-sync", Box::new(move || a.sync_loop(&told.sync)))?,
             thread(
@@ -271,7 +272,10 @@ impl MetaServer {
                 Box::new(move || b.house_loop(&told.house, &stop_in)),
             )?,
             thread("meta-copies", Box::new(move || c.copies_loop(&compare_in)))?,
-            thread("meta-members", Box::new(move || d.members_loop(&look_in)))?,
+            thread(
+                "meta-members",
+                Box::new(move || d.members_loop(&look_in, looks.as_ref())),
+            )?,
         ];
         Ok(Self {
             inner,

@@ -59,6 +59,9 @@ pub struct ManagerConfig {
     /// How long an owner that has let readers in keeps the record for itself, to write again without a
     /// round trip to the storage node; zero: not at all. Needs [`super::LeaseManager::run_timers`].
     pub keep_word: Duration,
+    /// Rules to break, one bit for each [`crate::fsm::Flaw`]; tests only.
+    #[cfg(any(test, feature = "flaws"))]
+    pub flaws: u32,
 }
 
 impl ManagerConfig {
@@ -72,6 +75,8 @@ impl ManagerConfig {
             min_hold: Duration::ZERO,
             keep_shared: true,
             keep_word: Duration::ZERO,
+            #[cfg(any(test, feature = "flaws"))]
+            flaws: 0,
         }
     }
 }

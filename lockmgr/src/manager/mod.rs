@@ -71,6 +71,10 @@ impl LeaseManager {
             });
         }
         let mut fsm_cfg = Config::new(cfg.node, cfg.incarnation);
+        #[cfg(any(test, feature = "flaws"))]
+        {
+            fsm_cfg.flaws = cfg.flaws;
+        }
         fsm_cfg.keep_shared = cfg.keep_shared;
         fsm_cfg.keep_word = cfg.keep_shared && !cfg.keep_word.is_zero();
         Ok(Arc::new_cyclic(|me| Self {

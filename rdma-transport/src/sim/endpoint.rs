@@ -155,6 +155,10 @@ impl Fabric for SimFabric {
         self.counters.snapshot()
     }
 
+    fn is_deserted(&self, addr: &str) -> bool {
+        self.net.get().is_ok_and(|net| net.lock().find(addr).is_none())
+    }
+
     fn shutdown(&self) {
         let Ok(net) = self.net.get() else { return };
         let after = net.lock().shutdown(self.id);

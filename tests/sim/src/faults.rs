@@ -17,6 +17,8 @@ pub enum Trouble {
     MetaDies,
     /// The metadata server's host loses power.
     MetaPower,
+    /// It does, and the server dies again when the mounts tell it what it has lost.
+    MetaTwice,
     /// A storage node's process dies.
     NodeDies,
     /// One after the other, any of these.
@@ -32,6 +34,7 @@ impl Trouble {
             Self::None,
             Self::MetaDies,
             Self::MetaPower,
+            Self::MetaTwice,
             Self::NodeDies,
             Self::Any,
         ])
@@ -52,7 +55,7 @@ impl Trouble {
         for _ in 0..times {
             wait(longest);
             let what = match self {
-                Self::Any => one_of(&[Self::MetaDies, Self::MetaPower, Self::NodeDies]),
+                Self::Any => one_of(&[Self::MetaDies, Self::MetaPower, Self::MetaTwice, Self::NodeDies]),
                 one => one,
             };
             rt::sim::note(&format!("{what:?}"));
@@ -65,6 +68,14 @@ impl Trouble {
                 }
                 Self::MetaDies => {
                     world.crash_meta(Luck::All);
+                    pause();
+                    world.start_meta();
+                }
+                Self::MetaTwice => {
+                    world.crash_meta(one_of(&[Luck::None, Luck::Some]));
+                    world.start_meta();
+                    wait(Duration::from_millis(120));
+                    world.crash_meta(one_of(&[Luck::None, Luck::Some, Luck::All]));
                     pause();
                     world.start_meta();
                 }

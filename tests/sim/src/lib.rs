@@ -7,6 +7,7 @@ pub mod disk;
 pub mod faults;
 pub mod flaws;
 pub mod model;
+pub mod owned;
 pub mod scenario;
 pub mod seeds;
 pub mod shared;

@@ -11,7 +11,7 @@ use fsd_sim::seeds::Seeds;
 #[derive(Debug, Parser)]
 struct Args {
     /// Which: 5, or 1..1000.
-    #[arg(long, default_value = "1..50")]
+    #[arg(long, default_value = "1..200")]
     seeds: Seeds,
     /// All that was noted, also of those that succeed.
     #[arg(long)]
@@ -19,36 +19,83 @@ struct Args {
     /// Calls of each task in a phase.
     #[arg(long, default_value_t = 25)]
     calls: u32,
+    /// Mounts.
+    #[arg(long, default_value_t = 2)]
+    mounts: usize,
+    /// Phases.
+    #[arg(long, default_value_t = 3)]
+    phases: u32,
+    /// A rule to leave out.
+    #[arg(long)]
+    flaw: Option<Flaws>,
+    /// Leaves out each rule in turn, and says after how many seeds that is found.
+    #[arg(long)]
+    flaws: bool,
+}
+
+impl Args {
+    fn size(&self) -> Size {
+        Size {
+            calls: self.calls,
+            mounts: self.mounts,
+            phases: self.phases,
+            ..Size::default()
+        }
+    }
+}
+
+/// After how many seeds a flaw is found, and how.
+fn find(args: &Args, flaws: Flaws) -> Option<(usize, String)> {
+    let found = |seed| run(seed, args.size(), flaws).failure;
+    let mut all = args.seeds.clone().map(found).enumerate();
+    all.find_map(|(n, failure)| Some((n + 1, failure?.to_string())))
+}
+
+fn table(args: &Args) {
+    for (name, flaws) in Flaws::all() {
+        match find(args, flaws) {
+            Some((n, how)) => {
+                let line = how.lines().take(2).collect::<Vec<_>>().join(" ");
+                println!(
+                    "| {name} | {} | {n} |",
+                    line.chars().take(160).collect::<String>()
+                );
+            }
+            None => println!("| {name} | not found | |"),
+        }
+    }
 }
 
 fn main() {
     let args = Args::parse();
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
         .init();
+    if args.flaws {
+        return table(&args);
+    }
     let begun = Instant::now();
     let (mut failed, mut switches) = (0, 0);
     for seed in args.seeds.clone() {
-        let size = Size {
-            calls: args.calls,
-            ..Size::default()
-        };
-        let report = run(seed, size, Flaws::default());
+        let report = run(seed, args.size(), args.flaw.unwrap_or_default());
         switches += report.switches;
-        if args.verbose {
-            report.notes.iter().for_each(|note| println!("{note}"));
-        }
+        let notes = &report.notes;
+        let shown = match (args.verbose, &report.failure) {
+            (true, _) => notes.len(),
+            (false, Some(_)) => 40,
+            (false, None) => 0,
+        };
+        let skipped = notes.len().saturating_sub(shown);
+        notes[skipped..].iter().for_each(|note| println!("{note}"));
         if let Some(failure) = &report.failure {
             failed += 1;
-            if !args.verbose {
-                let skip = report.notes.len().saturating_sub(40);
-                report.notes[skip..].iter().for_each(|note| println!("{note}"));
-            }
             println!("seed {seed} failed after {:?}: {failure}", report.time);
         } else if args.verbose {
+            let (hash, time) = (report.hash, report.time);
             println!(
-                "seed {seed}: hash {:016x}, {:?}, {} switches",
-                report.hash, report.time, report.switches
+                "seed {seed}: hash {hash:016x}, {time:?}, {} switches",
+                report.switches
             );
         }
     }

@@ -3,11 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use fsd_node::fake_disk::Luck;
 use rt::sim::{Report, Settings};
 
+use crate::chance::{once_in, one_of, wait};
+use crate::content::Content;
 use crate::faults::Trouble;
 use crate::flaws::Flaws;
+use crate::owned::{Owner, Pace};
 use crate::shared::Shared;
+use crate::task::Task;
 use crate::world::{Mount, World};
 
 /// How large a simulation is.
@@ -29,8 +34,34 @@ impl Default for Size {
             mounts: 2,
             tasks: 2,
             calls: 25,
-            phases: 2,
+            phases: 3,
         }
+    }
+}
+
+/// How a phase of owners ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// All leave in order, the servers as well.
+    Order,
+    /// The mounts leave in order; then the metadata server's host loses power.
+    Left(Luck),
+    /// The mounts die, and the metadata server's host loses power.
+    MetaPower(Luck),
+    /// The mounts die.
+    Mounts,
+    /// Everything dies, but no host.
+    Processes,
+    /// All hosts lose power, with so much left of what was not synced.
+    Power(Luck),
+    /// The storage nodes' hosts do, and the mounts end with them.
+    StoragePower(Luck),
+}
+
+impl End {
+    /// Is what is there afterwards on disks, all of it?
+    fn is_durable(self) -> bool {
+        matches!(self, Self::Order | Self::Power(_))
     }
 }
 
@@ -39,47 +70,161 @@ impl Default for Size {
 pub fn run(seed: u64, size: Size, flaws: Flaws) -> Report {
     let settings = Settings {
         points_between: [1, 3, 10, 40][(seed % 4) as usize],
-        longest: Duration::from_secs(1800).as_nanos() as u64,
+        longest: Duration::from_secs(3600).as_nanos() as u64,
         ..Settings::new(seed)
     };
-    rt::sim::run(settings, move || play(seed, size, flaws))
+    rt::sim::run(settings, move || Play::new(seed, size, flaws).play())
 }
 
-fn play(seed: u64, size: Size, flaws: Flaws) {
-    let world = World::new(seed, 1 + (seed % 2) as usize, flaws);
-    world.start();
-    let mounts: Vec<Mount> = (0..size.mounts)
-        .map(|n| world.mount(&format!("mount{n}")))
-        .collect();
-    let mut files = Vec::new();
-    for phase in 0..size.phases {
-        let trouble = Trouble::drawn();
-        let shared = Shared::new(
-            &files,
-            1 + u64::from(phase) * 1_000_000,
-            trouble.loses_connections(),
-        );
-        let mut tasks = Vec::new();
-        for n in 0..size.tasks {
-            for (m, mount) in mounts.iter().enumerate() {
-                let (shared, mounted) = (Arc::clone(&shared), mount.mounted.clone());
-                let id = 100 * (m as u32 + 1) + n;
-                tasks.push(rt::sim::spawn_in(
-                    mount.group(),
-                    &format!("task{id}"),
-                    move || {
-                        shared.play(&mounted, id, size.calls);
-                    },
-                ));
+struct Play {
+    world: Arc<World>,
+    size: Size,
+    mounts: Vec<Mount>,
+    owners: Vec<Arc<Owner>>,
+    files: Vec<(usize, Content)>,
+}
+
+impl Play {
+    fn new(seed: u64, size: Size, flaws: Flaws) -> Self {
+        let world = World::new(seed, 1 + (seed % 2) as usize, flaws);
+        world.start();
+        let owners = (0..size.mounts as u64 * u64::from(size.tasks)).map(|n| Owner::new(n + 1));
+        let mut play = Self {
+            world,
+            size,
+            mounts: Vec::new(),
+            owners: owners.collect(),
+            files: Vec::new(),
+        };
+        play.mount();
+        play
+    }
+
+    fn mount(&mut self) {
+        let mounts = (0..self.size.mounts).map(|n| self.world.mount(&format!("mount{n}")));
+        self.mounts = mounts.collect();
+    }
+
+    fn play(&mut self) {
+        for phase in 0..self.size.phases {
+            if one_of(&[true, false]) {
+                self.shared(phase);
+            } else {
+                self.owned();
             }
         }
-        trouble.make(&world, Duration::from_millis(6));
+        for mount in self.mounts.drain(..) {
+            mount.stop();
+        }
+    }
+
+    /// Starts a thread for each task of each mount; its number begins with the mount's.
+    fn tasks(
+        &self,
+        body: impl Fn(usize, u32) -> Box<dyn FnOnce() + Send>,
+    ) -> Vec<rt::thread::JoinHandle<()>> {
+        let mut tasks = Vec::new();
+        for n in 0..self.size.tasks {
+            for (m, mount) in self.mounts.iter().enumerate() {
+                let id = 100 * (m as u32 + 1) + n;
+                tasks.push(rt::sim::spawn_in(mount.group(), &format!("task{id}"), body(m, n)));
+            }
+        }
+        tasks
+    }
+
+    fn shared(&mut self, phase: u32) {
+        let trouble = Trouble::drawn();
+        let stamp = 1 + u64::from(phase) * 1_000_000;
+        let shared = Shared::new(&self.files, stamp, trouble.loses_connections());
+        let calls = self.size.calls;
+        let tasks = self.tasks(|m, n| {
+            let (shared, mounted) = (Arc::clone(&shared), self.mounts[m].mounted.clone());
+            let id = 100 * (m as u32 + 1) + n;
+            Box::new(move || shared.play(&mounted, id, calls))
+        });
+        trouble.make(&self.world, Duration::from_millis(6));
         for task in tasks {
             let _ = task.join();
         }
-        files = shared.settle(&mounts[phase as usize % mounts.len()].mounted);
+        self.files = shared.settle(&self.mounts[phase as usize % self.mounts.len()].mounted);
     }
-    for mount in mounts {
-        mount.stop();
+
+    fn owned(&mut self) {
+        let end = one_of(&[
+            End::Order,
+            End::Left(Luck::None),
+            End::MetaPower(Luck::None),
+            End::MetaPower(Luck::Some),
+            End::Mounts,
+            End::Processes,
+            End::Power(Luck::None),
+            End::Power(Luck::Some),
+            End::Power(Luck::Some),
+            End::StoragePower(Luck::None),
+            End::StoragePower(Luck::Some),
+        ]);
+        let pace = one_of(&[Pace::Fast, Pace::Fast, Pace::Slow]);
+        let (calls, owners) = (self.size.calls, Arc::new(self.owners.clone()));
+        let tasks = self.tasks(|m, n| {
+            let (owners, mounted) = (Arc::clone(&owners), self.mounts[m].mounted.clone());
+            let mine = m * self.size.tasks as usize + n as usize;
+            Box::new(move || owners[mine].play(&mounted, &owners, calls, pace))
+        });
+        if matches!(end, End::Order | End::Left(_)) {
+            for task in tasks {
+                let _ = task.join();
+            }
+        } else {
+            wait(pace.phase());
+        }
+        rt::sim::note(&format!("{end:?}"));
+        self.end(end);
+        self.mount();
+        let task = Task::new(&self.mounts[0].mounted, 1);
+        for owner in &self.owners {
+            owner.check(&task, end.is_durable());
+        }
+        self.files = Shared::look(&self.mounts[0].mounted);
+    }
+
+    fn end(&mut self, end: End) {
+        let mounts = std::mem::take(&mut self.mounts);
+        if end == End::Order {
+            mounts.into_iter().for_each(Mount::stop);
+            self.owners.iter().for_each(|owner| owner.settle());
+            self.world.stop();
+            return self.world.start();
+        }
+        if let End::Left(_) = end {
+            mounts.into_iter().for_each(Mount::stop);
+            self.owners.iter().for_each(|owner| owner.settle_names());
+        } else {
+            mounts.into_iter().for_each(|mount| self.world.kill_mount(mount));
+        }
+        let (meta, nodes) = match end {
+            End::Order | End::Mounts => return,
+            End::Processes => (Some(Luck::All), Some(Luck::All)),
+            End::Power(luck) => (Some(luck), Some(luck)),
+            End::Left(luck) | End::MetaPower(luck) => (Some(luck), None),
+            End::StoragePower(luck) => (None, Some(luck)),
+        };
+        if let Some(luck) = meta {
+            self.world.crash_meta(luck);
+        }
+        for n in 0..self.world.nodes() {
+            if let Some(luck) = nodes {
+                self.world.crash_node(n, luck);
+            }
+        }
+        if meta.is_some() {
+            self.world.start_meta();
+        }
+        for n in 0..nodes.map_or(0, |_| self.world.nodes()) {
+            while once_in(2) {
+                self.world.start_node_in_vain(n);
+            }
+            self.world.start_node(n);
+        }
     }
 }

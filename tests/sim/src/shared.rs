@@ -89,12 +89,19 @@ impl Shared {
         }
     }
 
-    /// Looks at everything, when nobody changes anything, and checks what all have seen. What there is now.
-    pub fn settle(&self, mount: &Mounted) -> Vec<(usize, Content)> {
+    /// What there is, when nobody changes anything.
+    #[must_use]
+    pub fn look(mount: &Mounted) -> Vec<(usize, Content)> {
+        let shared = Self::new(&[], 0, false);
+        let files = shared.files(mount);
+        shared.history.lock().clear();
+        files
+    }
+
+    fn files(&self, mount: &Mounted) -> Vec<(usize, Content)> {
         let mut player = Player::new(self, mount, 99);
         let mut files = Vec::new();
-        let listed = player.list();
-        for name in listed {
+        for name in player.list() {
             player.open(name, false);
             if let Some((number, file)) = player.open.pop() {
                 let content = player.read(number, &file, 0, 200_000);
@@ -102,6 +109,12 @@ impl Shared {
                 files.push((name, content));
             }
         }
+        files
+    }
+
+    /// Looks at everything, when nobody changes anything, and checks what all have seen. What there is now.
+    pub fn settle(&self, mount: &Mounted) -> Vec<(usize, Content)> {
+        let files = self.files(mount);
         let history = std::mem::take(&mut *self.history.lock());
         if let Err(index) = check(&Directory(self.start.clone()), &history) {
             rt::sim::fail(format!(

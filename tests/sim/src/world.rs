@@ -16,6 +16,7 @@ use fsd_storage::server::Base as StorageBase;
 use rdma_transport::sim::{SimConfig, SimNet};
 use rt::sync::Mutex;
 
+use crate::chance;
 use crate::disk::{Ledger, Platter, SimDisk};
 use crate::flaws::Flaws;
 use crate::task::Mounted;
@@ -161,20 +162,24 @@ impl World {
         self.meta.lock().running = Some((server, life));
     }
 
+    fn node_base(&self, n: usize, alive: &Arc<AtomicBool>) -> StorageBase<'_> {
+        let node = &self.nodes[n];
+        StorageBase {
+            label: node.label.clone(),
+            disk: Arc::new(SimDisk::new(&node.platter, alive)),
+            disk_path: self.config.storage[n].dir.join("pool.data"),
+            store: Arc::new(node.ledger.open(alive)),
+            network: &self.net,
+            flaw: self.flaws.storage,
+        }
+    }
+
     /// Starts a storage node.
     pub fn start_node(self: &Arc<Self>, n: usize) {
         let life = Life::new(&self.groups, self.config.storage[n].listen.clone());
         let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
         let started = rt::sim::spawn_in(life.group, &format!("storage{n}"), move || {
-            let node = &me.nodes[n];
-            let base = StorageBase {
-                label: node.label.clone(),
-                disk: Arc::new(SimDisk::new(&node.platter, &alive)),
-                disk_path: me.config.storage[n].dir.join("pool.data"),
-                store: Arc::new(node.ledger.open(&alive)),
-                network: &me.net,
-                flaw: me.flaws.storage,
-            };
+            let base = me.node_base(n, &alive);
             StorageNode::start_on(base, &me.config, &me.config.storage[n], KEY.to_vec(), false)
         });
         let server = started
@@ -182,6 +187,26 @@ impl World {
             .expect("no panic")
             .expect("the storage node starts");
         self.nodes[n].host.lock().running = Some((server, life));
+    }
+
+    /// Starts a storage node whose process dies while it starts.
+    pub fn start_node_in_vain(self: &Arc<Self>, n: usize) {
+        let life = Life::new(&self.groups, self.config.storage[n].listen.clone());
+        let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
+        let _started = rt::sim::spawn_in(life.group, &format!("storage{n}"), move || {
+            let base = me.node_base(n, &alive);
+            drop(StorageNode::start_on(
+                base,
+                &me.config,
+                &me.config.storage[n],
+                KEY.to_vec(),
+                false,
+            ));
+        });
+        chance::wait(Duration::from_millis(1));
+        life.end(&self.net);
+        self.nodes[n].platter.cut(Luck::All);
+        self.nodes[n].ledger.cut(Luck::All);
     }
 
     /// Starts all servers.
@@ -224,6 +249,27 @@ impl World {
         }
     }
 
+    /// Stops all servers in order, and has them give their memory up.
+    pub fn stop(&self) {
+        for node in &self.nodes {
+            let running = node.host.lock().running.take();
+            if let Some((server, life)) = running {
+                let stopped = rt::sim::spawn_in(life.group, "stopping", move || server.stop(true));
+                stopped.join().expect("no panic").expect("it can be stored");
+                life.end(&self.net);
+                node.platter.cut(Luck::All);
+                node.ledger.cut(Luck::All);
+            }
+        }
+        let running = self.meta.lock().running.take();
+        if let Some((server, life)) = running {
+            let stopped = rt::sim::spawn_in(life.group, "stopping", move || server.stop());
+            stopped.join().expect("no panic").expect("it can be stored");
+            life.end(&self.net);
+            self.ledger.cut(Luck::All);
+        }
+    }
+
     /// Starts a mount.
     pub fn mount(self: &Arc<Self>, name: &str) -> Mount {
         let life = Life::new(
@@ -232,7 +278,8 @@ impl World {
         );
         let (me, addr) = (Arc::clone(self), life.addr.clone());
         let started = rt::sim::spawn_in(life.group, name, move || {
-            Detached::start(&me.net, &me.config, KEY.to_vec(), addr, CacheMode::Direct)
+            let flaws = me.flaws.leases.map_or(0, |flaw| 1 << flaw as u32);
+            Detached::start(&me.net, &me.config, KEY.to_vec(), addr, CacheMode::Direct, flaws)
         });
         let detached = started.join().expect("no panic").expect("the mount joins");
         Mount {

@@ -26,3 +26,43 @@ fn a_rename_onto_itself_loses_nothing() {
         assert_eq!(task.read(&file, 0, 100), Ok(b"hello".to_vec()));
     });
 }
+
+/// A mount stores what it has written to a file whose last name is gone, when another one has already removed the file: not into
+/// the frames of the next.
+#[test]
+fn what_is_stored_late_does_not_come_into_another_file() {
+    simulate(|world| {
+        let (a, b) = (world.mount("a"), world.mount("b"));
+        let (one, two) = (Task::new(&a.mounted, 1), Task::new(&b.mounted, 2));
+        // So that the metadata server has the blocks freed before what is written below is stored.
+        rt::thread::sleep(std::time::Duration::from_millis(700));
+        let file = one.create("one").unwrap();
+        one.write(&file, 0, &[1; 200_000], false).unwrap();
+        one.fsync(&file).unwrap();
+        one.write(&file, 8192, &[2; 100_000], false).unwrap();
+        one.close(file).unwrap();
+        // Looked up here, it outlives its name for two seconds.
+        assert_eq!(two.stat("one"), Ok(200_000));
+        for wait in [0, 1950] {
+            rt::thread::sleep(std::time::Duration::from_millis(wait));
+            let file = one.open("one", libc::O_RDWR).unwrap();
+            one.write(&file, 8192, &[3; 100_000], false).unwrap();
+            if wait == 0 {
+                one.fsync(&file).unwrap();
+            }
+            one.close(file).unwrap();
+        }
+        one.unlink("one").unwrap();
+        for _ in 0..100 {
+            rt::thread::sleep(std::time::Duration::from_millis(50));
+            let next = two.create("two").unwrap();
+            two.write(&next, 199_999, &[4], false).unwrap();
+            two.fsync(&next).unwrap();
+            rt::thread::sleep(std::time::Duration::from_millis(50));
+            let read = two.read(&next, 0, 199_999).unwrap();
+            assert!(read.iter().all(|byte| *byte == 0), "another file's data");
+            two.close(next).unwrap();
+            two.unlink("two").unwrap();
+        }
+    });
+}

@@ -45,11 +45,21 @@ pub(super) fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result
         .map_err(MountError::Thread)
 }
 
+/// How a mount caches, and what it keeps of access times.
+pub(super) struct How {
+    pub(super) mode: CacheMode,
+    pub(super) cache_shared: bool,
+    pub(super) flags: MountFlags,
+    /// Rules of the lease manager to break, one bit each; tests only.
+    #[cfg(feature = "flaws")]
+    pub(super) flaws: u32,
+}
+
 /// Joins the cluster: everything of a mount but the kernel. `name` is shown to who asks for the mounts there are.
 pub(super) fn join(
     config: &Config,
     name: String,
-    (mode, cache_shared, flags): (CacheMode, bool, MountFlags),
+    how: &How,
     endpoint: &Endpoint,
     front: &Arc<Front>,
 ) -> Result<(Arc<Client>, Vec<JoinHandle<()>>), MountError> {
@@ -73,6 +83,10 @@ pub(super) fn join(
     let mut manager = ManagerConfig::new(node, joined.incarnation, layout);
     manager.min_hold = Duration::from_micros(config.lease.min_hold_us);
     manager.keep_word = Duration::from_millis(config.lease.keep_ms);
+    #[cfg(feature = "flaws")]
+    {
+        manager.flaws = how.flaws;
+    }
     let leases = LeaseManager::new(
         manager,
         Arc::new(Places(Arc::clone(&net))),
@@ -109,7 +123,7 @@ pub(super) fn join(
     let client = Arc::new(Client::new(
         &Base { session, cache },
         config,
-        (mode, cache_shared, flags),
+        (how.mode, how.cache_shared, how.flags),
     ));
     revoker.set(&client.revoke.revocations);
     let _ = front.client.set(Arc::downgrade(&client));
@@ -197,7 +211,7 @@ pub struct Detached {
 }
 
 impl Detached {
-    /// Joins the cluster, reached at `listen` in a network.
+    /// Joins the cluster, reached at `listen` in a network. `flaws` are rules of the lease manager to break, one bit each.
     ///
     /// # Errors
     /// [`MountError`]; nothing is left behind.
@@ -207,19 +221,21 @@ impl Detached {
         key: Vec<u8>,
         listen: String,
         mode: CacheMode,
+        #[cfg(feature = "flaws")] flaws: u32,
     ) -> Result<Self, MountError> {
         let front = Arc::new(Front {
             client: OnceLock::new(),
         });
         let (service, name) = (Arc::clone(&front) as Arc<dyn Service>, listen.clone());
         let endpoint = Endpoint::open_in(network, config, Role::Client(None), listen, key, service)?;
-        let joined = join(
-            config,
-            name,
-            (mode, false, MountFlags::empty()),
-            &endpoint,
-            &front,
-        );
+        let how = How {
+            mode,
+            cache_shared: false,
+            flags: MountFlags::empty(),
+            #[cfg(feature = "flaws")]
+            flaws,
+        };
+        let joined = join(config, name, &how, &endpoint, &front);
         let (client, threads) = joined.inspect_err(|_| endpoint.fabric.shutdown())?;
         Ok(Self {
             client,

@@ -26,7 +26,7 @@ use crate::mount::listen::open_endpoint;
 use fsd_node::config::{CacheMode, Config};
 use fsd_node::endpoint::Endpoint;
 use fsd_proto::rpc::Service;
-use join::{SPARE_LOOPS, join, leave, thread};
+use join::{How, SPARE_LOOPS, join, leave, thread};
 use kernel_mount::Mounted;
 use mountpoint::{check_point, set_read_ahead};
 use service::Front;
@@ -182,8 +182,14 @@ impl Mount {
     ) -> Result<Self, MountError> {
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let name = format!("{host}:{}", point.display());
-        let shared = options.cache_shared && mode == CacheMode::Writethrough;
-        let (client, threads) = join(config, name, (mode, shared, flags), endpoint, front)?;
+        let how = How {
+            mode,
+            cache_shared: options.cache_shared && mode == CacheMode::Writethrough,
+            flags,
+            #[cfg(feature = "flaws")]
+            flaws: 0,
+        };
+        let (client, threads) = join(config, name, &how, endpoint, front)?;
         let (node, loops) = (client.session.node, config.mount.loops.max(SPARE_LOOPS + 1));
 
         let (session, mounted) = open_session(config, options, loops, &client, (&point, flags))?;

@@ -222,7 +222,7 @@ impl OpenFiles {
     ///
     /// # Errors
     /// Park.
-    pub fn release(&self, ctx: &Ctx<'_>, number: u64) -> Res<()> {
+    pub fn release(self: &Arc<Self>, ctx: &Ctx<'_>, number: u64) -> Res<()> {
         let Some(handle) = self.handles.get(number) else {
             return Ok(());
         };
@@ -247,7 +247,7 @@ impl OpenFiles {
         done
     }
 
-    fn count_close(&self, handle: &Handle) -> Res<()> {
+    fn count_close(self: &Arc<Self>, handle: &Handle) -> Res<()> {
         let inode = &handle.inode;
         let mut opens = inode.opens.lock();
         opens.count = opens.count.saturating_sub(1);

@@ -9,8 +9,10 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use lockmgr::Mode;
 use rt::sync::Mutex;
 use rt::time::Instant;
 
@@ -138,14 +140,14 @@ impl Pinning {
     }
 
     /// Drops the pins whose time is over; with `all`, every one.
-    pub fn drop_pins(&self, all: bool) {
+    pub fn drop_pins(self: &Arc<Self>, all: bool) {
         let now = (!all).then(Instant::now);
         while let Some(inode) = self.pins.take(now) {
             self.drop_pin(&inode, all);
         }
     }
 
-    fn drop_pin(&self, inode: &Arc<Inode>, now: bool) {
+    fn drop_pin(self: &Arc<Self>, inode: &Arc<Inode>, now: bool) {
         let mut opens = inode.opens.lock();
         if let Some(end) = opens.pinned.filter(|end| !now && *end > Instant::now()) {
             // It was looked up again meanwhile.
@@ -211,18 +213,28 @@ impl Pinning {
         self.records.set_flag(inode, FLAG_UNLINKED, false)
     }
 
-    /// The last close of a file without a name.
-    pub(crate) fn reap(&self, inode: &Arc<Inode>) {
-        let gone = Arc::clone(inode);
-        self.session
-            .net
-            .meta
-            .ask_async(ask::meta::Reap { ino: inode.ino }, move |result| {
-                if let Err(error) = result {
-                    tracing::warn!("orphan {:#x} not removed: {error}", gone.ino);
-                }
-            });
-        self.reservations.forget_data(inode);
+    /// The last close of a file without a name. Aside, for it waits for other mounts; but for one that leaves, whose workers end.
+    pub(crate) fn reap(self: &Arc<Self>, inode: &Arc<Inode>) {
+        if self.session.fate.leaving.load(Ordering::SeqCst) {
+            return self.reap_alone(inode);
+        }
+        let (me, gone) = (Arc::clone(self), Arc::clone(inode));
+        self.session.threads.workers.run(move || me.reap_alone(&gone));
+    }
+
+    /// Removes an orphan under its exclusive lease. A mount that closed the file before may still have data of it to store: that must
+    /// not come into frames that have been freed, and are perhaps another file's by then.
+    fn reap_alone(&self, inode: &Arc<Inode>) {
+        let lease = self.cache.lease(&Ctx::on_worker(), inode, Mode::Exclusive);
+        let reaped = lease.and_then(|guard| {
+            self.session.net.meta.ask(ask::meta::Reap { ino: inode.ino })?;
+            self.reservations.forget_data(inode);
+            drop(guard);
+            Ok(())
+        });
+        if let Err(stop) = reaped {
+            tracing::warn!("orphan {:#x} not removed: {stop:?}", inode.ino);
+        }
     }
 }
 
