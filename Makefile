@@ -1,6 +1,6 @@
 # DistFUSE. The first things to run: `make demo`, `make test`.
 
-.PHONY: all build setup demo test lab lab-programs soak lab-bench checkpatch clean
+.PHONY: all build setup demo test sim lab lab-programs soak lab-bench checkpatch clean
 
 all: build
 
@@ -17,6 +17,12 @@ test:
 	@tests/setup.sh test
 	@tests/setup.sh lab
 	@tests/run.sh
+
+# The whole system below FUSE in deterministic simulation (docs/simulation.md); make sim SEEDS=1..10000 FLAGS="--mounts 3".
+SEEDS ?= 1..1000
+sim:
+	cargo build --release --manifest-path tests/sim/Cargo.toml --target-dir target/sim
+	RUST_LOG=off target/sim/release/fsd-sim --seeds $(SEEDS) $(FLAGS)
 
 # Guests under QEMU with SoftRoCE; tests/lab/README.md has what else the lab can do.
 lab: lab-programs

@@ -99,6 +99,12 @@ trap finish EXIT
 
 step fmt cargo fmt --all --check || true
 step clippy cargo clippy --release --workspace --all-targets -- -D warnings || true
+# A workspace of its own, for the sake of its features.
+sim=(--release --manifest-path tests/sim/Cargo.toml --target-dir "$target/sim")
+step "sim fmt" cargo fmt --manifest-path tests/sim/Cargo.toml --check || true
+step "sim clippy" cargo clippy "${sim[@]}" --all-targets -- -D warnings || true
+tests "rt simulated" timeout 300 cargo test --release -p rt --features sim
+tests sim env RUST_LOG=off timeout 900 cargo test "${sim[@]}" --no-fail-fast
 # Without the programs there is nothing to test as a whole.
 if step build cargo build --release --workspace; then
     tests crates timeout 1500 cargo test --release --workspace --exclude system-tests --no-fail-fast

@@ -159,7 +159,7 @@ impl<'a> Player<'a> {
     fn record_all<T>(
         &self,
         call: impl FnOnce(&Task) -> Sys<T>,
-        unknown: Option<Op>,
+        unknown: Vec<Op>,
         ops: impl FnOnce(&Sys<T>) -> Vec<Op>,
     ) -> Sys<T> {
         let (called, began) = (self.shared.tick(), rt::sim::elapsed());
@@ -169,7 +169,7 @@ impl<'a> Player<'a> {
         let mut ops = ops(&result);
         if let (true, Err(libc::EIO)) = (self.shared.troubled, &result) {
             returned = None;
-            ops = unknown.into_iter().collect();
+            ops = unknown;
         } else if ops.is_empty() {
             rt::sim::fail(format!("task {}: error {:?}", self.id, result.as_ref().err()));
         }
@@ -187,7 +187,7 @@ impl<'a> Player<'a> {
         call: impl FnOnce(&Task) -> Sys<T>,
         op: impl FnOnce(&Sys<T>) -> Option<Op>,
     ) -> Sys<T> {
-        self.record_all(call, None, |result| op(result).into_iter().collect())
+        self.record_all(call, Vec::new(), |result| op(result).into_iter().collect())
     }
 
     /// A change that is made, or not made.
@@ -197,7 +197,7 @@ impl<'a> Player<'a> {
         op: Op,
         done: impl FnOnce(&Sys<T>) -> Option<Op>,
     ) -> Sys<T> {
-        self.record_all(call, Some(op), |result| done(result).into_iter().collect())
+        self.record_all(call, vec![op], |result| done(result).into_iter().collect())
     }
 
     fn call(&mut self) {
@@ -253,10 +253,12 @@ impl<'a> Player<'a> {
 
     fn open(&mut self, name: usize, truncates: bool) {
         let number = self.handle();
+        // It may have been cut off before the call came to nothing.
+        let cut = vec![Op::Open(name, Ok(number)), Op::Truncate(number, 0)];
         let flags = libc::O_RDWR | if truncates { libc::O_TRUNC } else { 0 };
         let found = self.record_all(
             |t| t.open(NAMES[name], flags),
-            None,
+            if truncates { cut } else { Vec::new() },
             |r| {
                 let mut ops = vec![Op::Open(name, r.as_ref().map(|_| number).map_err(|e| *e))];
                 if truncates && r.is_ok() {
@@ -335,7 +337,7 @@ impl<'a> Player<'a> {
         let number = self.handle();
         let _ = self.record_all(
             |t| t.stat(NAMES[name]),
-            None,
+            Vec::new(),
             |r| match r {
                 // The name is looked up first, and then the attributes of what it named.
                 Ok(size) => vec![
@@ -371,7 +373,7 @@ impl<'a> Player<'a> {
 
     fn list(&self) -> Vec<usize> {
         let mut names = Vec::new();
-        let _ = self.record_all(Task::names, None, |r| {
+        let _ = self.record_all(Task::names, Vec::new(), |r| {
             let Ok(listed) = r else { return Vec::new() };
             let there = |name: usize| listed.iter().any(|n| n == NAMES[name]);
             names = (0..NAMES.len()).filter(|name| there(*name)).collect();
