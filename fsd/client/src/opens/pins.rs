@@ -21,8 +21,9 @@ use crate::cache::inode::{Inode, Opens};
 use crate::data::reservations::Reservations;
 use crate::opens::record::{FLAG_UNLINKED, OpenRecords, RecordChange, pinned};
 use crate::session::Session;
-use crate::session::ctx::{Ctx, Res};
+use crate::session::ctx::{Ctx, Res, Stop};
 use fsd_proto::ask;
+use fsd_proto::rpc::Errno;
 
 /// For so long an inode is kept for it.
 const KEEP: Duration = Duration::from_secs(2);
@@ -224,16 +225,28 @@ impl Pinning {
 
     /// Removes an orphan under its exclusive lease. A mount that closed the file before may still have data of it to store: that must
     /// not come into frames that have been freed, and are perhaps another file's by then.
+    ///
+    /// It may have a name after all: a removal sets [`FLAG_UNLINKED`] first, and may then fail while the storage node, which would have
+    /// to take that back, is away. Then it is taken back here.
     fn reap_alone(&self, inode: &Arc<Inode>) {
-        let lease = self.cache.lease(&Ctx::on_worker(), inode, Mode::Exclusive);
+        let ctx = Ctx::on_worker();
+        let lease = self.cache.lease(&ctx, inode, Mode::Exclusive);
         let reaped = lease.and_then(|guard| {
+            let mut state = inode.lock(&ctx, guard.version())?;
+            let names = self.cache.load_attr(&ctx, inode, &mut state)?.nlink;
+            drop(state);
+            if names > 0 {
+                return self.clear_unlinked(inode);
+            }
             self.session.net.meta.ask(ask::meta::Reap { ino: inode.ino })?;
             self.reservations.forget_data(inode);
             drop(guard);
             Ok(())
         });
-        if let Err(stop) = reaped {
-            tracing::warn!("orphan {:#x} not removed: {stop:?}", inode.ino);
+        match reaped {
+            // Somebody else has removed it.
+            Ok(()) | Err(Stop::Errno(Errno(libc::ESTALE))) => {}
+            Err(stop) => tracing::warn!("orphan {:#x} not removed: {stop:?}", inode.ino),
         }
     }
 }
