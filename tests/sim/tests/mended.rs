@@ -1,5 +1,8 @@
 //! What the simulation has found, each in its shortest form.
 
+use std::time::Duration;
+
+use fsd_node::fake_disk::Luck;
 use fsd_sim::flaws::Flaws;
 use fsd_sim::task::Task;
 use fsd_sim::world::World;
@@ -35,7 +38,7 @@ fn what_is_stored_late_does_not_come_into_another_file() {
         let (a, b) = (world.mount("a"), world.mount("b"));
         let (one, two) = (Task::new(&a.mounted, 1), Task::new(&b.mounted, 2));
         // So that the metadata server has the blocks freed before what is written below is stored.
-        rt::thread::sleep(std::time::Duration::from_millis(700));
+        rt::thread::sleep(Duration::from_millis(700));
         let file = one.create("one").unwrap();
         one.write(&file, 0, &[1; 200_000], false).unwrap();
         one.fsync(&file).unwrap();
@@ -44,7 +47,7 @@ fn what_is_stored_late_does_not_come_into_another_file() {
         // Looked up here, it outlives its name for two seconds.
         assert_eq!(two.stat("one"), Ok(200_000));
         for wait in [0, 1950] {
-            rt::thread::sleep(std::time::Duration::from_millis(wait));
+            rt::thread::sleep(Duration::from_millis(wait));
             let file = one.open("one", libc::O_RDWR).unwrap();
             one.write(&file, 8192, &[3; 100_000], false).unwrap();
             if wait == 0 {
@@ -54,15 +57,43 @@ fn what_is_stored_late_does_not_come_into_another_file() {
         }
         one.unlink("one").unwrap();
         for _ in 0..100 {
-            rt::thread::sleep(std::time::Duration::from_millis(50));
+            rt::thread::sleep(Duration::from_millis(50));
             let next = two.create("two").unwrap();
             two.write(&next, 199_999, &[4], false).unwrap();
             two.fsync(&next).unwrap();
-            rt::thread::sleep(std::time::Duration::from_millis(50));
+            rt::thread::sleep(Duration::from_millis(50));
             let read = two.read(&next, 0, 199_999).unwrap();
             assert!(read.iter().all(|byte| *byte == 0), "another file's data");
             two.close(next).unwrap();
             two.unlink("two").unwrap();
         }
+    });
+}
+
+/// A removal that fails, while the storage node is away that would have to take back what had been marked: the file keeps its name,
+/// and what was written to it.
+#[test]
+fn a_removal_that_failed_costs_nothing() {
+    simulate(|world| {
+        let mount = world.mount("a");
+        let task = Task::new(&mount.mounted, 1);
+        let file = task.create("one").unwrap();
+        task.write(&file, 0, b"hello", false).unwrap();
+        task.fsync(&file).unwrap();
+        task.write(&file, 5, b" world", false).unwrap();
+        // It waits for the metadata server until its patience ends.
+        world.crash_meta(Luck::All);
+        let other = Task::new(&mount.mounted, 2);
+        let removal = rt::thread::spawn(move || other.unlink("one"));
+        rt::thread::sleep(Duration::from_secs(5));
+        world.crash_node(0, Luck::All);
+        assert!(removal.join().unwrap().is_err());
+        world.start();
+        // Looked up a moment ago, it would be kept for that.
+        rt::thread::sleep(Duration::from_secs(5));
+        task.close(file).unwrap();
+        rt::thread::sleep(Duration::from_secs(5));
+        let again = task.open("one", libc::O_RDONLY).unwrap();
+        assert_eq!(task.read(&again, 0, 100), Ok(b"hello world".to_vec()));
     });
 }
