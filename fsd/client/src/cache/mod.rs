@@ -132,7 +132,7 @@ impl Cache {
         }
     }
 
-    /// As [`Client::load_attr`]; of an inode that was looked up a moment ago, and is gone since, the last ones: that is what
+    /// As [`Cache::load_attr`]; of an inode that was looked up a moment ago, and is gone since, the last ones: that is what
     /// can be said of it. The kernel walks a path again only once, and names can be replaced faster than that.
     ///
     /// # Errors
@@ -203,7 +203,7 @@ impl Cache {
     /// a circle). An inode named twice gets the stronger mode, and one guard.
     ///
     /// # Errors
-    /// As [`Client::lease`].
+    /// As [`Cache::lease`].
     pub fn lease_all(&self, ctx: &Ctx<'_>, wanted: &[(&Inode, Mode)]) -> Res<Guards> {
         let mut order: Vec<(&Inode, Mode)> = Vec::with_capacity(wanted.len());
         for &(inode, mode) in wanted {

@@ -22,7 +22,7 @@ impl Reads {
     /// `keep`: it is worth keeping here what came from the storage nodes.
     ///
     /// # Errors
-    /// As [`Client::read_stored`].
+    /// As [`Stored::read_stored`](crate::data::stored::Stored::read_stored).
     pub fn read_held(
         &self,
         ctx: &Ctx<'_>,

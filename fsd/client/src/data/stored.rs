@@ -126,7 +126,7 @@ impl Stored {
     /// Makes the whole map of frames complete.
     ///
     /// # Errors
-    /// As [`Client::load_frames`].
+    /// As [`Stored::load_frames`].
     pub fn load_all_frames(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<()> {
         self.load_frames(
             ctx,

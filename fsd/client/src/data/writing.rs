@@ -115,10 +115,10 @@ impl Writing {
         self.write_next(ctx, inode, state, write)
     }
 
-    /// As [`Client::write_held`], of a write that is next: nothing has to be applied before it.
+    /// As [`Writing::write_held`], of a write that is next: nothing has to be applied before it.
     ///
     /// # Errors
-    /// As [`Client::write_held`].
+    /// As [`Writing::write_held`].
     pub fn write_next(
         &self,
         ctx: &Ctx<'_>,

@@ -90,7 +90,7 @@ impl Writes {
     /// `syncfs` finds it.
     ///
     /// # Errors
-    /// As [`Client::write`].
+    /// As [`Writes::write`].
     pub fn write_pages(&self, ctx: &Ctx<'_>, inode: &Inode, write: &Write<'_>) -> Res<u32> {
         match self.write(ctx, inode, write) {
             Err(Stop::Errno(Errno(libc::ESTALE))) if inode.lock_raw().gone => Ok(write.data.len() as u32),

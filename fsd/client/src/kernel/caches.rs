@@ -46,7 +46,7 @@ impl KernelCaches {
         LEASED_TTL
     }
 
-    /// As [`Client::attr_ttl`], for answers that the kernel takes in whatever it was told meanwhile (SETATTR, LINK; with
+    /// As [`KernelCaches::attr_ttl`], for answers that the kernel takes in whatever it was told meanwhile (SETATTR, LINK; with
     /// those to GETATTR and LOOKUP it looks whether an invalidation has overtaken them): not at all, for the lease may
     /// be gone by then.
     pub fn late_attr_ttl(&self, inode: &Inode, kind: Kind) -> Duration {

@@ -9,9 +9,9 @@
 //!
 //! | who | does |
 //! | --- | --- |
-//! | thread `fsd-kernel` ([`run`]) | reads events; lends at once what is at hand, else a worker does |
+//! | thread `fsd-kernel` ([`run`](crate::fuse::events::run)) | reads events; lends at once what is at hand, else a worker does |
 //! | workers | get the lease that the kernel asks for, and lend it |
-//! | threads for revocations, or who brought it | take back ([`Client::take_back`]) |
+//! | threads for revocations, or who brought it | take back ([`Recalls::take_back`](crate::kernel::recalls::Recalls::take_back)) |
 //! | the same, and workers | do short reads and writes themselves where mounts take a file from each other (`calls`), or have the owner of the lease do them (`visit`) |
 //! | the same, and workers | set space aside before the kernel takes writes in (`space`) |
 //! | requests | lend what the kernel will want next: a file just made, or looked up |

@@ -64,7 +64,7 @@ pub struct Recalls {
 
 impl Recalls {
     /// Takes back what the kernel was lent, down to `to`, where that takes neither a system call nor a wait. If so,
-    /// nothing is lent until [`super::Lent::again`].
+    /// nothing is lent until [`Lent::again`](crate::cache::delegation::Lent::again).
     pub fn take_back_at_once(&self, inode: &Inode, to: Option<Mode>) -> bool {
         let ext = &self.delegations.ext;
         let Some(mut lent) = inode.lent.state.try_lock() else {
@@ -92,7 +92,7 @@ impl Recalls {
     }
 
     /// Takes back what the kernel was lent, down to `to`; waits for that. Nothing is lent until
-    /// [`super::Lent::again`].
+    /// [`Lent::again`](crate::cache::delegation::Lent::again).
     pub fn take_back(&self, inode: &Arc<Inode>, to: Option<Mode>) {
         let ext = &self.delegations.ext;
         let target = to_kernel_mode(to);

@@ -101,7 +101,7 @@ impl Directories {
     /// What a name is.
     ///
     /// # Errors
-    /// As [`Client::entry_held`].
+    /// As [`Directories::entry_held`].
     pub fn entry(&self, ctx: &Ctx<'_>, dir: &Inode, name: &[u8]) -> Res<Option<(u64, Kind)>> {
         let guard = self.cache.lease(ctx, dir, Mode::Shared)?;
         let mut state = dir.lock(ctx, guard.version())?;
@@ -288,7 +288,7 @@ impl Directories {
         self.target_held(ctx, inode, &mut state)
     }
 
-    /// As [`Client::readlink`], with the lease held and the state locked.
+    /// As [`Directories::readlink`], with the lease held and the state locked.
     fn target_held(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<Vec<u8>> {
         if let Some(target) = &state.target {
             return Ok(target.clone());

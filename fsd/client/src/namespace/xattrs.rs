@@ -44,7 +44,7 @@ impl Xattrs {
         self.xattrs_held(ctx, inode, &guard, look)
     }
 
-    /// As [`Client::xattrs`], with the lease held.
+    /// As [`Xattrs::xattrs`], with the lease held.
     fn xattrs_held<T>(
         &self,
         ctx: &Ctx<'_>,
@@ -148,7 +148,7 @@ impl Xattrs {
     /// (FUSE_HANDLE_KILLPRIV_V2): it may have seen that there are none before another mount gave it some.
     ///
     /// # Errors
-    /// Park (nothing has changed then); as [`Client::removexattr`].
+    /// Park (nothing has changed then); as [`Xattrs::removexattr`].
     pub fn drop_capability(&self, ctx: &Ctx<'_>, inode: &Inode, exclusive: &dyn Versions) -> Res<()> {
         let mut state = inode.lock(ctx, exclusive.version_of(inode.ino))?;
         if !self.cache.load_attr(ctx, inode, &mut state)?.has_xattr {

@@ -117,7 +117,7 @@ impl Pinning {
         }
     }
 
-    /// As [`Client::pin_looked_up`], on a thread that must not wait for the fabric, nor for who does. False: another one has to.
+    /// As [`Pinning::pin_looked_up`], on a thread that must not wait for the fabric, nor for who does. False: another one has to.
     pub fn pin_at_once(&self, inode: &Arc<Inode>) -> bool {
         if !inode.looked_up.is_fresh(None) {
             return true;

@@ -135,7 +135,7 @@ impl MetaLink {
         ask::answer_to::<R>(self.ask_message(&request.message())?)
     }
 
-    /// As [`Net::meta`], with what goes over the wire.
+    /// As [`MetaLink::ask`], with what goes over the wire.
     fn ask_message(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
         let patience = self.ways.patience();
         let deadline = Instant::now() + patience;
@@ -148,7 +148,7 @@ impl MetaLink {
         }
     }
 
-    /// As [`Net::meta`], for what must not get lost: it is asked again until the server answers or the mount stops.
+    /// As [`MetaLink::ask`], for what must not get lost: it is asked again until the server answers or the mount stops.
     ///
     /// # Errors
     /// Its refusal; the mount stops.
