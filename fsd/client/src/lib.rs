@@ -16,7 +16,7 @@
 //! | [`cache`] | inodes, and what is cached of them under which version |
 //! | [`session`] | connections, leases, threads that may wait |
 //!
-//! Order of locks: lease → claim on a range of a file → inode state → space bank → connections. Nothing waits for a lease while it
+//! Order of locks: lease → claim on a range of a file → inode state → space accounts → connections. Nothing waits for a lease while it
 //! holds a claim or an inode's state, and nothing waits for a server while it holds an inode's state.
 
 pub mod cache;

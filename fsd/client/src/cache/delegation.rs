@@ -6,7 +6,7 @@ use std::time::Duration;
 use rt::sync::{Condvar, Mutex};
 use rt::time::Instant;
 
-/// Visits in a row, with nobody else in between, after which a visitor takes the lease.
+/// Forwarded operations in a row, with nobody else in between, after which a forwarder takes the lease.
 const STAY: u32 = 4;
 /// Reads in a row, of whomever, after which readers take a lease they can share.
 const READS: u32 = 8;
@@ -15,13 +15,13 @@ const RENT: u32 = 3;
 
 /// Who came for what, under one hold of the exclusive lease.
 #[derive(Debug, Default)]
-pub(crate) struct Visitors {
+pub(crate) struct Forwarders {
     last: Option<u16>,
     in_a_row: u32,
     reads: u32,
 }
 
-impl Visitors {
+impl Forwarders {
     /// Whether another one had better take the lease.
     pub(crate) fn are_enough(&self, from: u16, writes: bool) -> bool {
         (self.last == Some(from) && self.in_a_row >= STAY) || (!writes && self.reads >= READS)
@@ -46,46 +46,46 @@ impl Visitors {
     }
 }
 
-impl LentState {
-    /// A visitor was served, so the kernel would not have had the lease to itself.
-    pub(crate) fn visited(&mut self, from: u16, writes: bool) {
+impl DelegationState {
+    /// A forwarder was served, so the kernel would not have had the lease to itself.
+    pub(crate) fn forwarded(&mut self, from: u16, writes: bool) {
         self.rent = 0;
-        self.visitors.came(from, writes);
+        self.forwarders.came(from, writes);
     }
 }
 
-/// What of an inode's lease is lent to the kernel.
+/// What of an inode's lease is delegated to the kernel.
 #[derive(Debug, Default)]
-pub struct Lent {
-    pub(crate) state: Mutex<LentState>,
+pub struct Delegation {
+    pub(crate) state: Mutex<DelegationState>,
     pub(crate) changed: Condvar,
     /// How often the size was set here.
     pub(crate) resized: AtomicU64,
 }
 
 #[derive(Debug, Default)]
-pub(crate) struct LentState {
-    /// It is being taken back: nothing is lent meanwhile.
-    pub(crate) taking: bool,
+pub(crate) struct DelegationState {
+    /// It is being recalled: nothing is delegated meanwhile.
+    pub(crate) recalling: bool,
     /// The kernel's pages are those of this version of the record, and the kernel knows them by that stamp.
     pub(crate) caches: Option<(u64, u64)>,
-    /// Calls being carried out: nothing is lent meanwhile.
+    /// Calls being carried out: nothing is delegated meanwhile.
     pub(crate) calling: usize,
-    /// Tasks that space is being arranged for, under the mount's lease: it is not taken back before they have been lent it.
+    /// Tasks that space is being arranged for, under the mount's lease: it is not recalled before it has been delegated to them.
     pub(crate) arranging: usize,
     /// Calls since the mount got its lease.
     rent: u32,
     /// Who else came meanwhile.
-    pub(crate) visitors: Visitors,
-    /// When it was lent to tasks that wait, which must come to use it.
+    pub(crate) forwarders: Forwarders,
+    /// When it was delegated to tasks that wait, which must come to use it.
     pub(crate) asked: Option<Instant>,
-    /// When nobody was let in any more, while it is being taken back.
+    /// When nobody was let in any more, while it is being recalled.
     pub(crate) closed: Option<Instant>,
-    /// How long taking it back, and giving the mount's lease up, took the last time.
+    /// How long recalling it, and giving the mount's lease up, took the last time.
     pub(crate) took: Duration,
 }
 
-impl Lent {
+impl Delegation {
     /// This mount has made version `to` out of version `from`, through the kernel's pages.
     pub fn carry(&self, from: u64, to: u64) {
         let mut state = self.state.lock();
@@ -99,10 +99,10 @@ impl Lent {
         self.resized.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// What is held may be lent again.
+    /// What is held may be delegated again.
     pub fn again(&self) {
         let mut state = self.state.lock();
-        state.taking = false;
+        state.recalling = false;
         if let Some(closed) = state.closed.take() {
             state.took = closed.elapsed();
         }
@@ -110,34 +110,34 @@ impl Lent {
         self.changed.notify_all();
     }
 
-    /// Is somebody taking it back?
-    pub fn is_taken_back(&self) -> bool {
-        self.state.lock().taking
+    /// Is somebody recalling it?
+    pub fn is_recalling(&self) -> bool {
+        self.state.lock().recalling
     }
 
-    /// Space is about to be arranged for a task, and the lease lent with it, unless somebody is taking that back: whoever begins to
+    /// Space is about to be arranged for a task, and the lease delegated with it, unless somebody is recalling it: whoever begins to
     /// do so meanwhile waits for this. That costs nothing, for the mount's lease is entered besides; without it two mounts
     /// could take a file from each other for ever, each while it asks for space.
     pub(crate) fn arrange(&self) -> Option<Arranging<'_>> {
         let mut state = self.state.lock();
-        if state.taking {
+        if state.recalling {
             return None;
         }
         state.arranging += 1;
         Some(Arranging(self))
     }
 
-    /// Waits until nobody is taking it back, and no call is being carried out.
+    /// Waits until nobody is recalling it, and no call is being carried out.
     pub(crate) fn settled(&self) {
         let mut state = self.state.lock();
-        while state.taking || state.calling > 0 {
+        while state.recalling || state.calling > 0 {
             self.changed.wait(&mut state);
         }
     }
 }
 
 /// Space is being arranged for a task.
-pub(crate) struct Arranging<'a>(&'a Lent);
+pub(crate) struct Arranging<'a>(&'a Delegation);
 
 impl Drop for Arranging<'_> {
     fn drop(&mut self) {
@@ -149,23 +149,23 @@ impl Drop for Arranging<'_> {
     }
 }
 
-impl LentState {
+impl DelegationState {
     /// The lease goes to another mount.
     pub(crate) fn lost(&mut self) {
         self.rent = 0;
-        self.visitors = Visitors::default();
+        self.forwarders = Forwarders::default();
     }
 
-    /// One more call of this mount's own. Whether so many have come that the lease is better lent.
+    /// One more call of this mount's own. Whether so many have come that the lease is better delegated.
     pub(crate) fn pay_rent(&mut self, writes: bool) -> bool {
-        self.visitors.at_home(writes);
+        self.forwarders.at_home(writes);
         self.rent += 1;
         self.rent >= RENT
     }
 }
 
-/// A call that is being carried out: nothing is lent meanwhile.
-pub(crate) struct Calling<'a>(pub(crate) &'a Lent);
+/// A call that is being carried out: nothing is delegated meanwhile.
+pub(crate) struct Calling<'a>(pub(crate) &'a Delegation);
 
 impl Drop for Calling<'_> {
     fn drop(&mut self) {
@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn pages_are_right_for_the_versions_made_through_them() {
-        let lent = Lent::default();
+        let lent = Delegation::default();
         lent.carry(3, 4);
         assert_eq!(lent.state.lock().caches, None);
         lent.state.lock().caches = Some((3, 1));
@@ -195,34 +195,34 @@ mod tests {
 
     #[test]
     fn who_comes_alone_takes_the_lease() {
-        let mut visitors = Visitors::default();
+        let mut forwarders = Forwarders::default();
         for _ in 0..STAY {
-            assert!(!visitors.are_enough(3, true));
-            visitors.came(3, true);
+            assert!(!forwarders.are_enough(3, true));
+            forwarders.came(3, true);
         }
-        assert!(visitors.are_enough(3, true) && !visitors.are_enough(4, true));
-        visitors.at_home(false);
-        assert!(!visitors.are_enough(3, true));
+        assert!(forwarders.are_enough(3, true) && !forwarders.are_enough(4, true));
+        forwarders.at_home(false);
+        assert!(!forwarders.are_enough(3, true));
     }
 
     #[test]
     fn readers_that_nobody_writes_between_take_a_lease_to_share() {
-        let mut visitors = Visitors::default();
+        let mut forwarders = Forwarders::default();
         for from in 0..READS {
-            assert!(!visitors.are_enough(99, false));
-            visitors.came(from as u16, false);
+            assert!(!forwarders.are_enough(99, false));
+            forwarders.came(from as u16, false);
         }
-        assert!(visitors.are_enough(99, false) && !visitors.are_enough(99, true));
-        visitors.at_home(true);
-        assert!(!visitors.are_enough(99, false));
+        assert!(forwarders.are_enough(99, false) && !forwarders.are_enough(99, true));
+        forwarders.at_home(true);
+        assert!(!forwarders.are_enough(99, false));
     }
 
     #[test]
     fn a_visitor_keeps_the_lease_from_being_lent() {
-        let mut lent = LentState::default();
-        let paid = |lent: &mut LentState| (0..2).all(|_| !lent.pay_rent(true));
+        let mut lent = DelegationState::default();
+        let paid = |lent: &mut DelegationState| (0..2).all(|_| !lent.pay_rent(true));
         assert!(paid(&mut lent));
-        lent.visited(1, true);
+        lent.forwarded(1, true);
         assert!(paid(&mut lent) && lent.pay_rent(true));
     }
 }

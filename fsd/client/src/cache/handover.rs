@@ -15,12 +15,12 @@ impl Inode {
     pub fn hand_over(&self, state: &mut State, version: Option<u64>) -> Relinquish {
         match version {
             Some(version) => self.sync(state, version),
-            None => self.take_back(state),
+            None => self.reclaim_push(state),
         }
         let dirty = std::mem::take(&mut state.attr_dirty) && !state.gone;
         let before = state.version;
         let mut how = Self::to_give(state);
-        if let (Some(before), Some(after), Some(lent)) = (before, state.version, self.lent.get()) {
+        if let (Some(before), Some(after), Some(lent)) = (before, state.version, self.delegation.get()) {
             lent.carry(before, after);
         }
         let mut push = self.push.lock();

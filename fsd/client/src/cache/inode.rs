@@ -240,8 +240,8 @@ pub struct Inode {
     pub kernel: KernelCache,
     /// The mount that was heard of last in the matter of its lease, plus one; 0: none.
     peer: AtomicU32,
-    /// What of its lease is lent to the kernel.
-    pub lent: Lazy<super::delegation::Lent>,
+    /// What of its lease is delegated to the kernel.
+    pub delegation: Lazy<super::delegation::Delegation>,
     /// When its lease was last waited for in vain, nanoseconds since the mount began; 0: it was had since.
     pub lease_failed: AtomicU64,
     /// Whom it was looked up for.
@@ -291,7 +291,7 @@ impl Inode {
             regained: AtomicBool::new(false),
             kernel: KernelCache::default(),
             peer: AtomicU32::new(0),
-            lent: Lazy::default(),
+            delegation: Lazy::default(),
             lease_failed: AtomicU64::new(0),
             looked_up: super::looked_up::LookedUp::default(),
             opens: Mutex::default(),
@@ -382,7 +382,7 @@ impl Inode {
     /// What an earlier tenure left to be pushed is dirty again in this one. Else attributes of this version
     /// that the metadata server makes in a transaction meanwhile, without what it was not told, would be
     /// taken for newer.
-    pub fn take_back(&self, state: &mut State) {
+    pub fn reclaim_push(&self, state: &mut State) {
         if self.regained.swap(false, Ordering::SeqCst)
             && let Some(update) = self.push.lock().waiting.take()
         {
@@ -397,7 +397,7 @@ impl Inode {
             state.version = Some(version);
         }
         state.gone |= self.superseded.load(Ordering::SeqCst);
-        self.take_back(state);
+        self.reclaim_push(state);
         if let Some(granted) = self.granted.lock().take()
             && granted.attr.version == version
             && granted.attr.ino == self.ino

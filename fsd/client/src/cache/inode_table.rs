@@ -29,7 +29,7 @@ fn is_idle(inode: &Arc<Inode>) -> bool {
 }
 
 /// The inodes this mount knows. One at most for a lease record, the one of the latest generation heard of: what the lease
-/// stands for, and what a revocation takes back, is its.
+/// stands for, and what a revocation takes, is its.
 #[derive(Debug, Default)]
 pub struct InodeTable {
     known: RwLock<Known>,

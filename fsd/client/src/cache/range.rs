@@ -1,22 +1,22 @@
-//! What the frames and promises of a file come to, for the kernel: one range around a place.
+//! What the frames and reservations of a file come to, for the kernel: one range around a place.
 
 use crate::cache::inode::State;
 use fsd_proto::layout::BLOCK;
 
-/// So much is promised at most beyond what is asked for, bytes; and so far apart lie the windows of a file with holes.
+/// So much is reserved at most beyond what is asked for, bytes; and so far apart lie the windows of a file with holes.
 const AHEAD: u64 = 64 << 20;
 /// Blocks looked at on each side of a place: of files that are longer, and have holes, less is told than is there.
 const LOOK: u64 = 1 << 16;
 
 /// What is set aside for a block: all of its frame, for a larger one is made before the one it replaces is free.
-pub(crate) fn promised(state: &State, block: u64) -> u64 {
+pub(crate) fn reserved_in(state: &State, block: u64) -> u64 {
     state.frames.reserved.get(&block).copied().unwrap_or(0).into()
 }
 
 /// So much of a block, from its beginning, is there or set aside.
 pub(crate) fn covered(state: &State, block: u64) -> u64 {
     let frame = state.frames.known().get(&block).map_or(0, |f| f.size);
-    promised(state, block).max(frame.into())
+    reserved_in(state, block).max(frame.into())
 }
 
 /// What can be stored around a place in a file, which is nothing where that place itself cannot.
@@ -45,7 +45,7 @@ pub(crate) fn range_at(state: &State, at: u64) -> (u64, u64) {
     (first * BLOCK, last * BLOCK + covered(state, last))
 }
 
-/// What an entry says of a file that is lent without anybody's having asked for a place in it.
+/// What an entry says of a file that is delegated without anybody's having asked for a place in it.
 pub(crate) fn range_of(state: &State) -> (u64, u64) {
     match range_at(state, 0) {
         (_, 0) => range_at(state, state.attr.map_or(0, |a| a.size.saturating_sub(1))),
@@ -93,7 +93,7 @@ mod tests {
     #[test]
     fn a_range_ends_where_something_is_neither_there_nor_promised() {
         assert_eq!(range_at(&state(&[], &[]), 0), (0, 0));
-        // The first block may have less than a whole frame, and be promised more.
+        // The first block may have less than a whole frame, and more may be reserved for it.
         assert_eq!(range_at(&state(&[(0, 4096)], &[]), 100), (0, 4096));
         assert_eq!(range_at(&state(&[(0, 4096)], &[]), 4096), (0, 0));
         assert_eq!(range_at(&state(&[(0, 4096)], &[(0, 16384)]), 4096), (0, 16384));

@@ -1,8 +1,8 @@
-//! Visits: a call that is done where the lease is, for that costs two messages and taking the lease more.
+//! Forwarded operations: a call that is done where the lease is, for that costs two messages and taking the lease more.
 //!
 //! Whoever lost a lease remembers to whom, and sends its calls there. The owner does them under its lease, writes to the
 //! storage nodes before it answers (so that its end takes nothing with it that others were told is written), and has the
-//! visitor take the lease where visits would cost more: one that comes alone, reads that nobody writes between, a
+//! forwarder take the lease where forwarded operations would cost more: one that comes alone, reads that nobody writes between, a
 //! kernel that writes at the owner's, a file that grows. A hint that is wrong costs a message.
 
 use std::collections::HashMap;
@@ -198,20 +198,20 @@ impl Forward {
         let ext = &self.delegations.ext;
         // Writing has to wait for the storage nodes, and must not begin twice.
         if matches!(act, Act::Read(_))
-            && let Ok(done) = self.visit(&Ctx::on_loop(&ext.nobody_waits), ext, from, ino, offset, &act)
+            && let Ok(done) = self.carry_out(&Ctx::on_loop(&ext.nobody_waits), ext, from, ino, offset, &act)
         {
             return responder.reply(&Ok(done));
         }
         let (me, ext) = (Arc::clone(self), Arc::clone(ext));
         self.session.threads.workers.run(move || {
-            let done = me.visit(&Ctx::on_worker(), &ext, from, ino, offset, &act);
+            let done = me.carry_out(&Ctx::on_worker(), &ext, from, ino, offset, &act);
             // Nothing was done: whoever takes the lease is told why by the servers.
             responder.reply(&Ok(done.unwrap_or(Visited::Take)));
         });
     }
 
-    /// Enters under a lease that is here, or on its way to here: a visitor that took it then would only take it away again.
-    fn enter_for_visit(
+    /// Enters under a lease that is here, or on its way to here: a forwarder that took it then would only take it away again.
+    fn enter_for_forwarded(
         &self,
         ctx: &Ctx<'_>,
         ext: &Extension,
@@ -229,13 +229,16 @@ impl Forward {
             return Ok(guard);
         }
         ctx.may_wait()?;
-        match self.cache.lease(&Ctx::on_loop(&ext.waiting_visits), inode, least) {
+        match self
+            .cache
+            .lease(&Ctx::on_loop(&ext.waiting_forwarded), inode, least)
+        {
             Err(Stop::Park) => Ok(None),
             entered => entered.map(Some),
         }
     }
 
-    fn visit(
+    fn carry_out(
         &self,
         ctx: &Ctx<'_>,
         ext: &Extension,
@@ -248,7 +251,7 @@ impl Forward {
             return Ok(Visited::Elsewhere(None));
         };
         let writes = matches!(act, Act::Write { .. });
-        let Some(guard) = self.enter_for_visit(ctx, ext, &inode, writes)? else {
+        let Some(guard) = self.enter_for_forwarded(ctx, ext, &inode, writes)? else {
             let held = self.cache.holds(&inode);
             return Ok(if held {
                 Visited::Take
@@ -265,7 +268,7 @@ impl Forward {
         else {
             return Ok(Visited::Take);
         };
-        if inode.lent.state.lock().visitors.are_enough(from, writes) {
+        if inode.delegation.state.lock().forwarders.are_enough(from, writes) {
             return Ok(Visited::Take);
         }
         let done = match act {
@@ -294,7 +297,7 @@ impl Forward {
                 }
             }
         };
-        inode.lent.state.lock().visited(from, writes);
+        inode.delegation.state.lock().forwarded(from, writes);
         self.session.counters.visits.fetch_add(1, Ordering::Relaxed);
         Ok(done)
     }

@@ -11,7 +11,7 @@ use crate::cache::range::range_of;
 use crate::calls::space::SpaceCalls;
 use crate::data::reservations::Reservations;
 use crate::data::space::Space;
-use crate::kernel::delegations::{Delegations, Lending};
+use crate::kernel::delegations::{Delegating, Delegations};
 use crate::kernel::extension::Extension;
 use crate::kernel::recalls::Recalls;
 use crate::session::Session;
@@ -29,9 +29,9 @@ pub struct Grants {
 }
 
 impl Grants {
-    /// Tasks in the kernel wait for a lease. Not for them to be woken in vain: they sleep until it is lent, or is
+    /// Tasks in the kernel wait for a lease. Not for them to be woken in vain: they sleep until it is delegated, or is
     /// not to be had.
-    pub(crate) fn lend_to_waiters(
+    pub(crate) fn delegate_to_waiters(
         self: &Arc<Self>,
         ext: &Arc<Extension>,
         ino: u64,
@@ -46,19 +46,19 @@ impl Grants {
             Ok(()) => ext.wake(ino, None),
             Err(stop) => ext.wake(ino, Some(stop.errno().0)),
         };
-        match self.lend_now(&Ctx::on_loop(&ext.nobody_waits), &inode, mode) {
+        match self.delegate_now(&Ctx::on_loop(&ext.nobody_waits), &inode, mode) {
             Err(Stop::Park) => {
                 let (me, ext) = (Arc::clone(self), Arc::clone(ext));
                 self.session
                     .threads
                     .workers
-                    .run(move || finish(&ext, me.lend_now(&Ctx::on_worker(), &inode, mode)));
+                    .run(move || finish(&ext, me.delegate_now(&Ctx::on_worker(), &inode, mode)));
             }
             result => finish(ext, result),
         }
     }
 
-    fn lend_now(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, mode: Mode) -> Res<()> {
+    fn delegate_now(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, mode: Mode) -> Res<()> {
         loop {
             let lending = {
                 let guard = self.cache.lease(ctx, inode, mode)?;
@@ -71,26 +71,28 @@ impl Grants {
                     self.cache.load_attr(ctx, inode, &mut state)?
                 };
                 if mode == Mode::Exclusive {
-                    self.reservations.promise_first_page(inode, &mut state);
+                    self.reservations.reserve_first_page(inode, &mut state);
                 }
                 let about = (&attr, range_of(&state));
                 self.delegations.lend(inode, mode, guard.version(), about, true)?
             };
             match lending {
-                Lending::Done { .. } => return Ok(()),
-                Lending::Taking => {
+                Delegating::Done { .. } => return Ok(()),
+                Delegating::Taking => {
                     ctx.may_wait()?;
-                    inode.lent.settled();
+                    inode.delegation.settled();
                 }
-                Lending::Full { victim } => {
+                Delegating::Full { victim } => {
                     let victim = self.cache.inode(victim);
                     // Where that takes nothing but a word, the task need not wait for another thread.
-                    if !self.space.bank.is_lent(victim.ino) && self.recalls.take_back_at_once(&victim, None) {
-                        victim.lent.again();
+                    if !self.space.accounts.is_delegated(victim.ino)
+                        && self.recalls.recall_at_once(&victim, None)
+                    {
+                        victim.delegation.again();
                         continue;
                     }
                     ctx.may_wait()?;
-                    self.space_calls.take_space_back(&victim, None);
+                    self.space_calls.recall_with_space(&victim, None);
                 }
             }
         }

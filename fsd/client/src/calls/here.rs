@@ -1,8 +1,8 @@
 //! Calls: short reads and writes that the kernel has the mount do, of an inode that mounts take from each other.
 //!
-//! A lease lent to the kernel pays where it serves several operations: what was written through it has to be flushed
-//! when it is taken back, which costs more than having written at once. So of an inode that another mount has taken,
-//! operations are calls until a few have come under one hold of the mount's lease; then it is lent again (rent skis
+//! A lease delegated to the kernel pays where it serves several operations: what was written through it has to be flushed
+//! when it is recalled, which costs more than having written at once. So of an inode that another mount has taken,
+//! operations are calls until a few have come under one hold of the mount's lease; then it is delegated again (rent skis
 //! until the rent would have bought them: that costs at most twice what knowing the future would have cost).
 
 use std::sync::Arc;
@@ -37,7 +37,7 @@ pub(crate) enum Admission<'a> {
     Go(Calling<'a>),
     /// The kernel has too much of the lease.
     Kernel,
-    /// It is being taken back.
+    /// It is being recalled.
     Taking,
 }
 
@@ -85,7 +85,7 @@ impl Here {
                 Admission::Taking => {
                     drop(guard);
                     ctx.may_wait()?;
-                    inode.lent.settled();
+                    inode.delegation.settled();
                     continue;
                 }
             };
@@ -111,11 +111,12 @@ impl Here {
                 Act::Space => return Ok(Answer::Again),
             };
             drop(calling);
-            let lend = inode.lent.state.lock().pay_rent(writes);
+            let lend = inode.delegation.state.lock().pay_rent(writes);
             let state = inode.lock(ctx, version)?;
             if let (true, Some(attr)) = (lend, state.attr) {
                 ext.attachment.table().hint_calls(inode.ino, false);
-                self.delegations.lend_ahead(&inode, mode, version, &attr, &state);
+                self.delegations
+                    .delegate_ahead(&inode, mode, version, &attr, &state);
             }
             return Ok(Answer::Done(done));
         }
@@ -131,7 +132,7 @@ impl Here {
     ) -> Res<()> {
         self.writing.write_held(ctx, inode, state, write)?;
         // What the kernel has in its page cache is of before.
-        inode.lent.state.lock().caches = None;
+        inode.delegation.state.lock().caches = None;
         self.cache.note_dirty(inode.ino);
         Ok(())
     }
@@ -144,8 +145,8 @@ impl Here {
         below: distfuse_abi::Mode,
         writes: bool,
     ) -> Admission<'a> {
-        let mut lent = inode.lent.state.lock();
-        if lent.taking {
+        let mut lent = inode.delegation.state.lock();
+        if lent.recalling {
             return Admission::Taking;
         }
         let word = ext.attachment.table().word(inode.ino);
@@ -160,7 +161,7 @@ impl Here {
             lent.asked = None;
         }
         lent.calling += 1;
-        Admission::Go(Calling(&inode.lent))
+        Admission::Go(Calling(&inode.delegation))
     }
 }
 

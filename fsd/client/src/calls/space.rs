@@ -12,7 +12,7 @@ use crate::cache::range::range_at;
 use crate::data::reservations::{AT_ONCE, Reservations, SHARE};
 use crate::data::space::Space;
 use crate::data::stored::Stored;
-use crate::kernel::delegations::{Delegations, Lending};
+use crate::kernel::delegations::{Delegating, Delegations};
 use crate::kernel::extension::Extension;
 use crate::kernel::recalls::Recalls;
 use crate::session::Session;
@@ -58,83 +58,87 @@ impl SpaceCalls {
         }
     }
 
-    /// Promises, and lends the lease if the kernel has it no more: so the task finds both, for as long as who asks for a
+    /// Reserves, and delegates the lease if the kernel has it no more: so the task finds both, for as long as who asks for a
     /// lease is left it.
     fn space_now(&self, ctx: &Ctx<'_>, ext: &Extension, call: &Call) -> Res<Answer> {
         let inode = self.cache.inode(call.ino);
         loop {
             let guard = self.cache.lease(ctx, &inode, Mode::Exclusive)?;
-            if let Some(_arranging) = inode.lent.arrange() {
+            if let Some(_arranging) = inode.delegation.arrange() {
                 let mut state = self.stored.claim_to_change(ctx, &inode, guard.version())?;
                 let attr = self.cache.load_attr(ctx, &inode, &mut state)?;
-                let covered =
-                    self.reservations
-                        .promise(ctx, &inode, &mut state, call.offset, u64::from(call.len))?;
+                let covered = self.reservations.reserve_range(
+                    ctx,
+                    &inode,
+                    &mut state,
+                    call.offset,
+                    u64::from(call.len),
+                )?;
                 let range = range_at(&state, call.offset);
                 match self
                     .delegations
                     .lend(&inode, Mode::Exclusive, guard.version(), (&attr, range), true)?
                 {
-                    Lending::Done { wake } => {
+                    Delegating::Done { wake } => {
                         if wake {
                             ext.wake(call.ino, None);
                         }
                         return Ok(Answer::Done(covered));
                     }
                     // As it asks for the lease, room is made.
-                    Lending::Full { .. } => return Ok(Answer::Again),
-                    Lending::Taking => {}
+                    Delegating::Full { .. } => return Ok(Answer::Again),
+                    Delegating::Taking => {}
                 }
             }
             drop(guard);
             ctx.may_wait()?;
-            inode.lent.settled();
+            inode.delegation.settled();
         }
     }
 
-    /// Takes back what is promised to the kernel, and with it the exclusive leases lent for it; of all inodes but one.
+    /// Recalls what is reserved for the kernel, and with it the exclusive leases delegated for it; of all inodes but one.
     /// False: there was nothing. The caller may hold nothing that a request of the kernel could wait for.
     fn recall_space(&self, but: Option<u64>) -> bool {
         let _one = self.recalling.lock();
         let mut any = false;
-        for ino in self.space.bank.all_lent() {
+        for ino in self.space.accounts.all_delegated() {
             if Some(ino) == but {
                 continue;
             }
             any = true;
             let Some(inode) = self.cache.inodes.find(ino) else {
-                self.space.bank.unlend(ino);
+                self.space.accounts.recalled(ino);
                 continue;
             };
-            self.take_space_back(&inode, Some(Mode::Shared));
+            self.recall_with_space(&inode, Some(Mode::Shared));
         }
         any
     }
 
-    /// Takes back what the kernel was lent of an inode, and what is promised with it. The mount's lease stays.
-    pub(crate) fn take_space_back(&self, inode: &Arc<Inode>, to: Option<Mode>) {
-        self.recalls.take_back(inode, to);
+    /// Recalls what was delegated of an inode to the kernel, and what is reserved with it. The mount's lease stays.
+    pub(crate) fn recall_with_space(&self, inode: &Arc<Inode>, to: Option<Mode>) {
+        self.recalls.recall(inode, to);
         self.reservations.release_unused(inode, &mut inode.claim_raw());
-        inode.lent.again();
+        inode.delegation.again();
     }
 
     /// Every now and then: a mount that has much set aside where little is left gives it back to all.
     pub(crate) fn share_space(self: &Arc<Self>, ext: &Arc<Extension>) {
-        if self.recalling.is_locked() || self.space.bank.held().iter().all(|(_, bytes)| *bytes == 0) {
+        if self.recalling.is_locked() || self.space.accounts.held().iter().all(|(_, bytes)| *bytes == 0) {
             return;
         }
         let (me, _ext) = (Arc::clone(self), Arc::clone(ext));
         self.session.threads.workers.run(move || {
             for inode in me
                 .space
-                .bank
-                .all_lent()
+                .accounts
+                .all_delegated()
                 .into_iter()
                 .filter_map(|ino| me.cache.inodes.find(ino))
             {
                 me.reservations.settle_space(&inode);
             }
-            // What is promised to nobody first: that may be enough.
+            // What is reserved for nobody first: that may be enough.
             if me.holds_too_much() {
                 me.space.return_space();
             }
@@ -146,7 +150,12 @@ impl SpaceCalls {
     }
 
     fn holds_too_much(&self) -> bool {
-        let held = self.space.bank.held().into_iter().filter(|(_, bytes)| *bytes > 0);
+        let held = self
+            .space
+            .accounts
+            .held()
+            .into_iter()
+            .filter(|(_, bytes)| *bytes > 0);
         held.into_iter()
             .any(|(node, bytes)| self.space.pool_space(node).is_ok_and(|s| s.free / SHARE < bytes))
     }

@@ -152,7 +152,7 @@ impl Allocator {
     fn give_room_back(&self, room: &[u64]) {
         for (node, &bytes) in (0..).zip(room) {
             if bytes > 0 {
-                self.space.bank.used(node, bytes);
+                self.space.accounts.used(node, bytes);
                 self.space.give_space_back(node, bytes);
             }
         }

@@ -46,7 +46,7 @@ impl Data {
     #[must_use]
     pub fn new(Base { session, cache }: &Base, kernel: &Kernel) -> Self {
         let space = Arc::new(Space {
-            bank: Default::default(),
+            accounts: Default::default(),
             closes_awaited: Default::default(),
             session: Arc::clone(session),
         });

@@ -1,17 +1,17 @@
-//! Space for what the kernel writes into its page cache: promised before it does, and told in the entry of its lease.
+//! Space for what the kernel writes into its page cache: reserved before it does, and told in the entry of its lease.
 //!
 //! What the kernel is told is one range of the file, all of which has frames, or has space set aside (`FrameMap::reserved`)
-//! that later blocks and the first one are allocated with. The promise stands while the exclusive lease is lent: it may be
+//! that later blocks and the first one are allocated with. The reservation stands while the exclusive lease is delegated: it may be
 //! used at any time, and when it was the mount hears of it with the WRITE. So the ways out are few:
 //!
-//! | promises go | because nobody writes by then |
+//! | reservations go | because nobody writes by then |
 //! | --- | --- |
 //! | with the mount's exclusive lease | the kernel has flushed |
 //! | with the last handle that writes | its RELEASE comes after all its WRITEs, also those of its mappings |
 //! | by truncation and holes | the kernel has the inode locked meanwhile; what is mapped it drops afterwards |
-//! | by being recalled, where the pool is getting full | they are taken back like a lease, down to a shared one |
+//! | by being recalled, where the pool is getting full | they are recalled like a lease, down to a shared one |
 //!
-//! More than is asked for is promised as long as the storage nodes have plenty: an eighth of what they have at a time, so
+//! More than is asked for is reserved as long as the storage nodes have plenty: an eighth of what they have at a time, so
 //! that what one mount hoards shrinks as the pool fills.
 
 use std::sync::Arc;
@@ -19,19 +19,19 @@ use std::sync::Arc;
 use crate::cache::frames::frame_size;
 use crate::cache::inode::{Inode, Locked, State};
 use crate::cache::pages::PAGE;
-use crate::cache::range::{beyond, covered, promised, range_at};
+use crate::cache::range::{beyond, covered, range_at, reserved_in};
 use crate::cache::{Cache, MAX_FILE_SIZE};
 use crate::data::space::{CHUNK, Space};
-use crate::data::stored::{Stored, stretches};
+use crate::data::stored::{Stored, segments};
 use crate::kernel::front::Front;
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res, Stop, fail};
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
 
-/// So much is promised at a time; the kernel asks again for the rest.
+/// So much is reserved at a time; the kernel asks again for the rest.
 pub(crate) const AT_ONCE: u64 = 64 << 20;
-/// A mount that has so much set aside promises what is asked for, and no more.
+/// A mount that has so much set aside reserves what is asked for, and no more.
 pub(crate) const HOARD: u64 = 256 << 20;
 /// A mount that has set aside more than such a part of what is left to all gives it back.
 pub(crate) const SHARE: u64 = 4;
@@ -47,7 +47,7 @@ pub struct Reservations {
 
 impl Reservations {
     /// Sets aside what a write lacks, and more where that is cheap. How many bytes from its beginning there is space for.
-    pub(crate) fn promise(
+    pub(crate) fn reserve_range(
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
@@ -60,16 +60,16 @@ impl Reservations {
             return fail(libc::EFBIG);
         };
         self.stored.load_all_frames(ctx, inode, state)?;
-        let needed: Vec<(u64, u64)> = stretches(offset, len as usize)
+        let needed: Vec<(u64, u64)> = segments(offset, len as usize)
             .map(|s| (s.block, u64::from(frame_size(s.block, s.at + s.len as u64))))
             .filter(|&(block, size)| covered(state, block) < size)
             .collect();
-        let more = self.worth_promising(state, offset, end);
+        let more = self.worth_reserving(state, offset, end);
         if !needed.is_empty() || !more.is_empty() {
-            self.fill_bank(ctx, inode, state, &needed, &more)?;
+            self.fill_account(ctx, inode, state, &needed, &more)?;
         }
         for &(block, size) in &needed {
-            if self.promise_block(inode, state, block, size) {
+            if self.reserve_block(inode, state, block, size) {
                 continue;
             }
             // No space to set aside, but perhaps still a frame.
@@ -82,7 +82,7 @@ impl Reservations {
             }
         }
         for block in more {
-            if !self.promise_block(inode, state, block, BLOCK) {
+            if !self.reserve_block(inode, state, block, BLOCK) {
                 break;
             }
         }
@@ -91,8 +91,8 @@ impl Reservations {
     }
 
     /// Blocks beyond those of a write that something is to be set aside for, the nearest ones first.
-    fn worth_promising(&self, state: &State, offset: u64, end: u64) -> Vec<u64> {
-        let held: u64 = self.space.bank.held().iter().map(|(_, bytes)| bytes).sum();
+    fn worth_reserving(&self, state: &State, offset: u64, end: u64) -> Vec<u64> {
+        let held: u64 = self.space.accounts.held().iter().map(|(_, bytes)| bytes).sum();
         if held >= HOARD {
             return Vec::new();
         }
@@ -106,8 +106,8 @@ impl Reservations {
         after.chain(before).take(most as usize).collect()
     }
 
-    /// Sees to it that what is needed is in the bank, and perhaps what is wanted.
-    fn fill_bank(
+    /// Sees to it that what is needed is in the accounts, and perhaps what is wanted.
+    fn fill_account(
         &self,
         ctx: &Ctx<'_>,
         inode: &Inode,
@@ -117,14 +117,14 @@ impl Reservations {
     ) -> Res<()> {
         for node in 0..self.session.net.storage.count() {
             let here = |block: u64| self.session.storage_of(inode.ino, block) == node;
-            let lacks = |block: u64, size: u64| size - promised(state, block).min(size);
+            let lacks = |block: u64, size: u64| size - reserved_in(state, block).min(size);
             let need: u64 = needed
                 .iter()
                 .filter(|(b, _)| here(*b))
                 .map(|&(b, size)| lacks(b, size))
                 .sum();
             let want: u64 = more.iter().filter(|b| here(**b)).map(|&b| lacks(b, BLOCK)).sum();
-            let idle = self.space.bank.idle(node);
+            let idle = self.space.accounts.idle(node);
             if idle >= need + want {
                 continue;
             }
@@ -132,37 +132,37 @@ impl Reservations {
             let wanted = (need + want).max(CHUNK) - idle.min(need + want);
             let needed = need.saturating_sub(idle);
             let granted = state.unlocked(|| self.space.ask_for_space(node, needed, wanted))?;
-            self.space.bank.put(node, granted);
+            self.space.accounts.put(node, granted);
         }
         Ok(())
     }
 
-    /// Promises what is in the bank; false if it is not enough.
-    fn promise_block(&self, inode: &Inode, state: &mut State, block: u64, size: u64) -> bool {
-        let lacks = size - promised(state, block).min(size);
+    /// Reserves what is in the accounts; false if it is not enough.
+    fn reserve_block(&self, inode: &Inode, state: &mut State, block: u64, size: u64) -> bool {
+        let lacks = size - reserved_in(state, block).min(size);
         if !self
             .space
-            .bank
+            .accounts
             .take(self.session.storage_of(inode.ino, block), lacks)
         {
             return false;
         }
-        let had = promised(state, block);
+        let had = reserved_in(state, block);
         state.frames.reserved.insert(block, size.max(had) as u32);
-        self.space.bank.lend(inode.ino);
+        self.space.accounts.lend(inode.ino);
         true
     }
 
-    /// The first page of a file that is open to be written is promised if that costs nothing, for most files are small. Under
+    /// The first page of a file that is open to be written is reserved if that costs nothing, for most files are small. Under
     /// a lease.
-    pub(crate) fn promise_first_page(&self, inode: &Inode, state: &mut State) {
+    pub(crate) fn reserve_first_page(&self, inode: &Inode, state: &mut State) {
         let loaded = state
             .frames
             .loaded
             .contains(&self.session.storage_of(inode.ino, 0));
         let known = loaded && state.attr.is_some_and(|a| state.frames.layout == Some(a.layout));
         if known && covered(state, 0) == 0 && inode.opens.try_lock().is_some_and(|o| o.writers > 0) {
-            self.promise_block(inode, state, 0, PAGE);
+            self.reserve_block(inode, state, 0, PAGE);
         }
     }
 
@@ -171,14 +171,14 @@ impl Reservations {
         if self.front.may_write(inode)
             && let Some(mut state) = inode.try_claim_raw()
         {
-            self.promise_first_page(inode, &mut state);
+            self.reserve_first_page(inode, &mut state);
             self.front.space_settled(inode, &state);
         }
     }
 
-    /// The last handle that writes may have gone: what is promised, and was not used, is not needed.
+    /// The last handle that writes may have gone: what is reserved, and was not used, is not needed.
     pub fn settle_space(&self, inode: &Inode) {
-        if !self.space.bank.is_lent(inode.ino) {
+        if !self.space.accounts.is_delegated(inode.ino) {
             return;
         }
         // Whoever is about to open it is told what is left when this is over.
@@ -196,7 +196,7 @@ impl Reservations {
         self.front.space_settled(inode, &state);
     }
 
-    /// Takes promises back that no dirty page of this mount needs.
+    /// Takes reservations back that no dirty page of this mount needs.
     pub(crate) fn release_unused(&self, inode: &Inode, state: &mut State) {
         let per_block = BLOCK / PAGE;
         let unused: Vec<u64> = state
@@ -213,8 +213,8 @@ impl Reservations {
             })
             .copied()
             .collect();
-        self.release_promises(inode, state, &unused);
-        self.space.bank.unlend(inode.ino);
+        self.release_blocks(inode, state, &unused);
+        self.space.accounts.recalled(inode.ino);
     }
 
     /// Drops dirty pages that can never be stored, and the space set aside for them.
@@ -230,18 +230,18 @@ impl Reservations {
     pub fn release_reservations(&self, inode: &Inode, state: &mut State, from_block: u64) {
         let reserved = state.frames.reserved.keys();
         let gone: Vec<u64> = reserved.filter(|b| **b >= from_block).copied().collect();
-        self.release_promises(inode, state, &gone);
+        self.release_blocks(inode, state, &gone);
         if from_block == 0 {
-            self.space.bank.unlend(inode.ino);
+            self.space.accounts.recalled(inode.ino);
         }
     }
 
     /// Gives up what is set aside for some blocks.
-    pub fn release_promises(&self, inode: &Inode, state: &mut State, blocks: &[u64]) {
+    pub fn release_blocks(&self, inode: &Inode, state: &mut State, blocks: &[u64]) {
         for block in blocks {
             if let Some(bytes) = state.frames.unreserve(*block) {
                 self.space
-                    .bank
+                    .accounts
                     .put(self.session.storage_of(inode.ino, *block), u64::from(bytes));
             }
         }
@@ -250,7 +250,7 @@ impl Reservations {
         }
     }
 
-    /// Promises have come back to the bank: unless somebody needs them soon, the storage nodes get them.
+    /// Reservations have come back to the accounts: unless somebody needs them soon, the storage nodes get them.
     pub fn note_idle_space(&self) {
         self.cache.wake_writer();
     }

@@ -1,7 +1,7 @@
 //! Space set aside on the storage nodes, so that a write that has been acknowledged can also be stored.
 //!
-//! A storage node sets bytes aside for the mount as a whole. Here they are in the bank until they are promised to a
-//! block (`FrameMap::reserved`); what was promised and is not needed comes back to the bank, and what lies there unused
+//! A storage node sets bytes aside for the mount as a whole. Here they are in the accounts until they are reserved for a
+//! block (`FrameMap::reserved`); what was reserved and is not needed comes back to the accounts, and what lies there unused
 //! goes back to the storage node.
 
 use std::collections::{HashMap, HashSet};
@@ -19,7 +19,7 @@ use fsd_proto::wire::PoolSpace;
 /// Reserved in one request, bytes.
 pub const CHUNK: u64 = 8 << 20;
 
-/// So much of a storage node is kept in the bank while the mount is busy.
+/// So much of a storage node is kept in the accounts while the mount is busy.
 const MOST_IDLE: u64 = 4 * CHUNK;
 
 /// Before a full pool is told of, files that have lost their names are waited for so often, and so long at a time: in all a
@@ -35,20 +35,20 @@ const CLOSE_PAUSE: Duration = Duration::from_secs(10);
 struct Account {
     /// In all, as far as is known here.
     held: u64,
-    /// Not promised to a block.
+    /// Not reserved for a block.
     idle: u64,
 }
 
 #[derive(Debug, Default)]
-struct Bank {
+struct All {
     accounts: HashMap<u16, Account>,
     /// Inodes whose kernel may write to blocks that something is set aside for.
-    lent: HashSet<u64>,
+    delegated: HashSet<u64>,
 }
 
 /// What is set aside, by storage node.
 #[derive(Debug, Default)]
-pub struct SpaceBank(Mutex<Bank>);
+pub struct Accounts(Mutex<All>);
 
 /// When files that have lost their names were waited for in vain.
 #[derive(Debug, Default)]
@@ -72,11 +72,11 @@ struct Waits {
     last: bool,
 }
 
-impl SpaceBank {
-    /// Promises bytes to a block, if they are there.
+impl Accounts {
+    /// Reserves bytes for a block, if they are there.
     pub fn take(&self, node: u16, bytes: u64) -> bool {
-        let mut bank = self.0.lock();
-        let account = bank.accounts.entry(node).or_default();
+        let mut all = self.0.lock();
+        let account = all.accounts.entry(node).or_default();
         if account.idle < bytes {
             return false;
         }
@@ -86,28 +86,28 @@ impl SpaceBank {
 
     /// Gives back what a block needs no more: not more than the storage node knows of, which may have restarted since.
     pub fn put(&self, node: u16, bytes: u64) {
-        let mut bank = self.0.lock();
-        let account = bank.accounts.entry(node).or_default();
+        let mut all = self.0.lock();
+        let account = all.accounts.entry(node).or_default();
         account.idle = account.idle.saturating_add(bytes).min(account.held);
     }
 
-    /// What is not promised.
+    /// What is not reserved.
     #[must_use]
     pub fn idle(&self, node: u16) -> u64 {
         self.0.lock().accounts.get(&node).map_or(0, |a| a.idle)
     }
 
-    /// Is anything not promised?
+    /// Is anything not reserved?
     #[must_use]
     pub fn has_idle(&self) -> bool {
         self.0.lock().accounts.values().any(|a| a.idle > 0)
     }
 
-    /// All that is set aside, promised or not.
+    /// All that is set aside, reserved or not.
     #[must_use]
     pub fn held(&self) -> Vec<(u16, u64)> {
-        let bank = self.0.lock();
-        bank.accounts.iter().map(|(&node, a)| (node, a.held)).collect()
+        let all = self.0.lock();
+        all.accounts.iter().map(|(&node, a)| (node, a.held)).collect()
     }
 
     /// A storage node has set so much more aside.
@@ -117,8 +117,8 @@ impl SpaceBank {
 
     /// A storage node has made frames out of it, or got it back.
     pub fn used(&self, node: u16, bytes: u64) {
-        let mut bank = self.0.lock();
-        let account = bank.accounts.entry(node).or_default();
+        let mut all = self.0.lock();
+        let account = all.accounts.entry(node).or_default();
         account.held = account.held.saturating_sub(bytes);
         account.idle = account.idle.min(account.held);
     }
@@ -130,8 +130,8 @@ impl SpaceBank {
 
     /// Takes out what there is in it beyond `keep`, to be given back.
     pub fn drain(&self, keep: u64) -> Vec<(u16, u64)> {
-        let mut bank = self.0.lock();
-        let over = bank.accounts.iter_mut().filter(|(_, a)| a.idle > keep);
+        let mut all = self.0.lock();
+        let over = all.accounts.iter_mut().filter(|(_, a)| a.idle > keep);
         over.map(|(&node, account)| {
             let bytes = account.idle - keep;
             account.idle = keep;
@@ -143,31 +143,31 @@ impl SpaceBank {
 
     /// Something is set aside for what the kernel may write to an inode.
     pub fn lend(&self, ino: u64) {
-        self.0.lock().lent.insert(ino);
+        self.0.lock().delegated.insert(ino);
     }
 
     /// No more of an inode's.
-    pub fn unlend(&self, ino: u64) {
-        self.0.lock().lent.remove(&ino);
+    pub fn recalled(&self, ino: u64) {
+        self.0.lock().delegated.remove(&ino);
     }
 
     /// Is anything set aside for what the kernel may write to an inode?
     #[must_use]
-    pub fn is_lent(&self, ino: u64) -> bool {
-        self.0.lock().lent.contains(&ino)
+    pub fn is_delegated(&self, ino: u64) -> bool {
+        self.0.lock().delegated.contains(&ino)
     }
 
     /// All such inodes.
     #[must_use]
-    pub fn all_lent(&self) -> Vec<u64> {
-        self.0.lock().lent.iter().copied().collect()
+    pub fn all_delegated(&self) -> Vec<u64> {
+        self.0.lock().delegated.iter().copied().collect()
     }
 }
 
 /// Space set aside on the storage nodes.
 pub struct Space {
     /// What is set aside.
-    pub bank: SpaceBank,
+    pub accounts: Accounts,
     /// When files without names were last waited for in vain, in a full pool.
     pub closes_awaited: ClosesAwaited,
     pub(crate) session: Arc<Session>,
@@ -183,7 +183,7 @@ impl Space {
     }
 
     /// Has a storage node set aside what is `needed` for this mount, or less, or up to what is `wanted`;
-    /// returns how much it was, which is the caller's to put into the bank, or to give back.
+    /// returns how much it was, which is the caller's to put into the accounts, or to give back.
     ///
     /// # Errors
     /// It cannot be reached.
@@ -193,7 +193,7 @@ impl Space {
             .net
             .storage
             .ask(node, ask::storage::Reserve { needed, wanted })?;
-        self.bank.granted(node, granted);
+        self.accounts.granted(node, granted);
         Ok(granted)
     }
 
@@ -247,13 +247,13 @@ impl Space {
     /// # Errors
     /// Park; `ENOSPC`.
     pub fn reserve(&self, ctx: &Ctx<'_>, node: u16, bytes: u64) -> Res<()> {
-        if self.bank.take(node, bytes) {
+        if self.accounts.take(node, bytes) {
             return Ok(());
         }
         ctx.may_wait()?;
         let granted = self.ask_for_space(node, bytes, CHUNK)?;
-        self.bank.put(node, granted);
-        if self.bank.take(node, bytes) {
+        self.accounts.put(node, granted);
+        if self.accounts.take(node, bytes) {
             return Ok(());
         }
         fail(libc::ENOSPC)
@@ -271,7 +271,7 @@ impl Space {
         }
     }
 
-    /// Gives back what is set aside and not promised.
+    /// Gives back what is set aside and not reserved.
     pub fn return_space(&self) {
         self.return_beyond(0);
     }
@@ -282,7 +282,7 @@ impl Space {
     }
 
     fn return_beyond(&self, keep: u64) {
-        for (node, bytes) in self.bank.drain(keep) {
+        for (node, bytes) in self.accounts.drain(keep) {
             self.give_space_back(node, bytes);
         }
     }
@@ -294,25 +294,25 @@ mod tests {
 
     #[test]
     fn what_is_promised_is_promised_once() {
-        let bank = SpaceBank::default();
-        assert!(!bank.take(1, 1));
-        bank.granted(1, 100);
-        bank.put(1, 100);
-        assert!(bank.take(1, 60) && !bank.take(1, 60) && bank.take(1, 40));
-        bank.used(1, 40);
-        // Of the 60 that are still promised no more comes back than there is.
-        bank.put(1, 100);
-        assert_eq!((bank.idle(1), bank.held()), (60, vec![(1, 60)]));
-        assert_eq!(bank.drain(50), [(1, 10)]);
-        assert_eq!((bank.idle(1), bank.held()), (50, vec![(1, 50)]));
+        let all = Accounts::default();
+        assert!(!all.take(1, 1));
+        all.granted(1, 100);
+        all.put(1, 100);
+        assert!(all.take(1, 60) && !all.take(1, 60) && all.take(1, 40));
+        all.used(1, 40);
+        // Of the 60 that are still reserved no more comes back than there is.
+        all.put(1, 100);
+        assert_eq!((all.idle(1), all.held()), (60, vec![(1, 60)]));
+        assert_eq!(all.drain(50), [(1, 10)]);
+        assert_eq!((all.idle(1), all.held()), (50, vec![(1, 50)]));
     }
 
     #[test]
     fn promises_of_a_server_that_restarted_are_void() {
-        let bank = SpaceBank::default();
-        bank.granted(1, 100);
-        bank.forget(1);
-        bank.put(1, 100);
-        assert_eq!(bank.idle(1), 0);
+        let all = Accounts::default();
+        all.granted(1, 100);
+        all.forget(1);
+        all.put(1, 100);
+        assert_eq!(all.idle(1), 0);
     }
 }

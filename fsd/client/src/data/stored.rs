@@ -17,9 +17,9 @@ use fsd_proto::wire::{BlockFrame, BlockWant, Frame};
 const LOOKUP_COUNT: u32 = 4096;
 /// Frames allocated in one request.
 const ALLOCATED_AT_ONCE: usize = 512;
-/// One stretch of a transfer within one block.
+/// One segment of a transfer within one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stretch {
+pub struct Segment {
     /// Block number.
     pub block: u64,
     /// Offset in the block.
@@ -31,7 +31,7 @@ pub struct Stretch {
 }
 
 /// Cuts `offset .. offset + len` at block boundaries.
-pub fn stretches(offset: u64, len: usize) -> impl Iterator<Item = Stretch> {
+pub fn segments(offset: u64, len: usize) -> impl Iterator<Item = Segment> {
     let end = offset + len as u64;
     let mut from = offset;
     std::iter::from_fn(move || {
@@ -40,14 +40,14 @@ pub fn stretches(offset: u64, len: usize) -> impl Iterator<Item = Stretch> {
         }
         let block = from / BLOCK;
         let to = end.min((block + 1) * BLOCK);
-        let stretch = Stretch {
+        let segment = Segment {
             block,
             at: from % BLOCK,
             pos: (from - offset) as usize,
             len: (to - from) as usize,
         };
         from = to;
-        Some(stretch)
+        Some(segment)
     })
 }
 
@@ -168,7 +168,7 @@ impl Stored {
         for ((node, request), answer) in asked.into_iter().zip(answers) {
             match answer {
                 Ok(frames) => {
-                    self.space.bank.used(node, request.reserved);
+                    self.space.accounts.used(node, request.reserved);
                     for (want, frame) in request.wants.iter().zip(frames) {
                         state.take_frame(want.block, frame);
                     }
@@ -201,7 +201,7 @@ impl Stored {
         }
         let mut reads = Transfers::default();
         let mut rest = out;
-        for s in stretches(offset, rest.len()).collect::<Vec<_>>() {
+        for s in segments(offset, rest.len()).collect::<Vec<_>>() {
             let (part, tail) = rest.split_at_mut(s.len);
             rest = tail;
             let stored = match state.frames.known().get(&s.block) {
@@ -266,11 +266,11 @@ mod tests {
 
     #[test]
     fn transfers_are_cut_at_blocks() {
-        let cut: Vec<Stretch> = stretches(BLOCK - 10, 20 + BLOCK as usize).collect();
+        let cut: Vec<Segment> = segments(BLOCK - 10, 20 + BLOCK as usize).collect();
         assert_eq!(cut.len(), 3);
         assert_eq!(
             cut[0],
-            Stretch {
+            Segment {
                 block: 0,
                 at: BLOCK - 10,
                 pos: 0,
@@ -279,7 +279,7 @@ mod tests {
         );
         assert_eq!(
             cut[1],
-            Stretch {
+            Segment {
                 block: 1,
                 at: 0,
                 pos: 10,
@@ -288,13 +288,13 @@ mod tests {
         );
         assert_eq!(
             cut[2],
-            Stretch {
+            Segment {
                 block: 2,
                 at: 0,
                 pos: 10 + BLOCK as usize,
                 len: 10
             }
         );
-        assert_eq!(stretches(5, 0).count(), 0);
+        assert_eq!(segments(5, 0).count(), 0);
     }
 }

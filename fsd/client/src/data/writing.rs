@@ -11,7 +11,7 @@ use crate::cache::pages::{PAGE, page_from, page_of};
 use crate::cache::write::{Queued, Write};
 use crate::cache::{Cache, MAX_FILE_SIZE};
 use crate::data::space::Space;
-use crate::data::stored::{Stored, stretches};
+use crate::data::stored::{Stored, segments};
 use crate::kernel::caches::KernelCaches;
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res, Stop, fail};
@@ -169,7 +169,7 @@ impl Writing {
         offset: u64,
         data: &[u8],
     ) -> Res<()> {
-        let cut: Vec<_> = stretches(offset, data.len()).collect();
+        let cut: Vec<_> = segments(offset, data.len()).collect();
         let wants: Vec<(u64, u32)> = cut
             .iter()
             .map(|s| {
@@ -223,7 +223,7 @@ impl Writing {
             }
             old.push((page, bytes.into()));
         }
-        for s in stretches(offset, data.len()) {
+        for s in segments(offset, data.len()) {
             self.secure_space(ctx, inode, state, s.block, s.at + s.len as u64)?;
         }
         // From here on nothing fails.

@@ -88,8 +88,8 @@ impl Files {
             mapped.drain();
         }
         if self.front.is_recalling(&handle.inode) {
-            // Perhaps not the application, but the kernel extension on its way to give a lease back. It must not be
-            // the only one to be told; an application that closes is told, and nobody after it can be.
+            // This FLUSH may come from the kernel extension, which writes the file back because its delegation is recalled. A delayed write
+            // error is reported once for each open file: an application's close or fsync must still see it.
             return Ok(handle.inode.errors.peek(&handle.seen)?);
         }
         self.accesses.file_accessed(ctx, handle)?;

@@ -40,7 +40,7 @@ pub fn run(client: &Weak<Client>, ext: &Arc<Extension>) {
         };
         match event {
             Event::Need { ino, mode } => match client.upgrade().as_ref().and_then(|c| c.calls.get()) {
-                Some(calls) => calls.grants.lend_to_waiters(ext, ino, mode),
+                Some(calls) => calls.grants.delegate_to_waiters(ext, ino, mode),
                 None => ext.wake(ino, Some(libc::ENOTCONN)),
             },
             Event::Call(call) => match client.upgrade().as_ref().and_then(|c| c.calls.get()) {
@@ -64,6 +64,6 @@ pub fn run(client: &Weak<Client>, ext: &Arc<Extension>) {
             }
         }
     }
-    // Whoever waits for an answer finds that there is nothing left to be taken back.
+    // Whoever waits for an answer finds that there is nothing left to be recalled.
     ext.note(None);
 }

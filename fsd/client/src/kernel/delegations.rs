@@ -1,4 +1,4 @@
-//! Lending what the mount holds.
+//! Delegating what the mount holds.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,17 +26,17 @@ pub(crate) fn to_kernel_mode(mode: Option<Mode>) -> distfuse_abi::Mode {
 const INSIDE: Duration = Duration::from_micros(50);
 
 /// What the kernel can have a lease on.
-fn is_lent(kind: Kind) -> bool {
+fn is_delegated(kind: Kind) -> bool {
     matches!(kind, Kind::File | Kind::Directory)
 }
 
 /// What became of an attempt.
-pub(crate) enum Lending {
+pub(crate) enum Delegating {
     /// The kernel has it, or more.
     Done { wake: bool },
-    /// It is being taken back, or something is done here that the kernel must not take part in.
+    /// It is being recalled, or something is done here that the kernel must not take part in.
     Taking,
-    /// There is no room: this inode's must be taken back first.
+    /// There is no room: this inode's must be recalled first.
     Full { victim: u64 },
 }
 
@@ -47,7 +47,7 @@ pub struct Delegations {
 }
 
 impl Delegations {
-    /// Lends a part of a lease of which a guard is held: `attr` are the attributes under it, and what is written to `space`
+    /// Delegates a part of a lease of which a guard is held: `attr` are the attributes under it, and what is written to `space`
     /// can be stored.
     pub(crate) fn lend(
         &self,
@@ -56,11 +56,11 @@ impl Delegations {
         version: u64,
         (attr, space): (&Attr, (u64, u64)),
         asked: bool,
-    ) -> Res<Lending> {
+    ) -> Res<Delegating> {
         let ext = &self.ext;
-        let mut lent = inode.lent.state.lock();
-        if (lent.taking && lent.arranging == 0) || lent.calling > 0 {
-            return Ok(Lending::Taking);
+        let mut lent = inode.delegation.state.lock();
+        if (lent.recalling && lent.arranging == 0) || lent.calling > 0 {
+            return Ok(Delegating::Taking);
         }
         let caches = lent
             .caches
@@ -79,22 +79,22 @@ impl Delegations {
                 if asked {
                     lent.asked = Some(Instant::now());
                 }
-                Ok(Lending::Done { wake })
+                Ok(Delegating::Done { wake })
             }
-            // As much is lent already.
+            // As much is delegated already.
             Err(Error::NotNow(_)) => {
                 if mode == Mode::Exclusive {
                     table.set_space(inode.ino, space);
                 }
-                Ok(Lending::Done { wake: false })
+                Ok(Delegating::Done { wake: false })
             }
             Err(Error::Full(_)) => {
                 // Whoever has neither dirty pages nor anybody inside costs least.
                 let cost = |word: &distfuse_abi::Word| (!word.clean(distfuse_abi::Mode::None), word.count());
                 let neighbours = table.neighbours(inode.ino).into_iter();
                 match neighbours.min_by_key(|(_, word)| cost(word)) {
-                    Some((victim, _)) => Ok(Lending::Full { victim }),
-                    None => Ok(Lending::Taking),
+                    Some((victim, _)) => Ok(Delegating::Full { victim }),
+                    None => Ok(Delegating::Taking),
                 }
             }
             Err(error) => {
@@ -104,11 +104,11 @@ impl Delegations {
         }
     }
 
-    /// Lends what the kernel is about to want, if that costs nothing: `held` of a file whose attributes these are, or a
+    /// Delegates what the kernel is about to want, if that costs nothing: `held` of a file whose attributes these are, or a
     /// directory, for the names in it. With the inode locked, so that they are the last ones.
-    pub fn lend_ahead(&self, inode: &Inode, held: Mode, version: u64, attr: &Attr, state: &State) {
+    pub fn delegate_ahead(&self, inode: &Inode, held: Mode, version: u64, attr: &Attr, state: &State) {
         let ext = &self.ext;
-        if !is_lent(attr.kind) {
+        if !is_delegated(attr.kind) {
             return;
         }
         // Names are changed by requests, under the mount's own lease: the kernel never needs more than to share it.
@@ -120,9 +120,9 @@ impl Delegations {
         let word = ext.attachment.table().word(inode.ino);
         if word.is_some_and(|word| word.mode() >= to_kernel_mode(Some(held))) {
             // The kernel may have dropped its inode and learns of it again: then it starts with what the entry says.
-            return self.lent_attr_changed(inode, attr);
+            return self.attributes_changed(inode, attr);
         }
-        if let Ok(Lending::Done { wake: true }) =
+        if let Ok(Delegating::Done { wake: true }) =
             self.lend(inode, held, version, (attr, range_of(state)), false)
             && word.is_some()
         {
@@ -130,7 +130,7 @@ impl Delegations {
         }
     }
 
-    /// Would the kernel keep names of a directory in which one has been looked up, if that were lent to it?
+    /// Would the kernel keep names of a directory in which one has been looked up, if that were delegated to it?
     pub fn wants_names(&self, dir: &Inode) -> bool {
         let word = self.ext.attachment.table().word(dir.ino);
         word.is_none_or(|word| word.mode() < to_kernel_mode(Some(Mode::Shared)))
@@ -140,8 +140,8 @@ impl Delegations {
     pub fn forget_names(&self, dir: &Inode) {
         let ext = &self.ext;
         // The next grant is of another version, whatever the record says.
-        dir.lent.state.lock().caches = None;
-        // Besides whoever may be taking it back, too, and waits for the mount's lease meanwhile. Nobody is inside for long.
+        dir.delegation.state.lock().caches = None;
+        // Besides whoever may be recalling it, too, and waits for the mount's lease meanwhile. Nobody is inside for long.
         let table = ext.attachment.table();
         let mut revoked = table.revoke(dir.ino, distfuse_abi::Mode::None, true);
         while !matches!(revoked, Revoked::Done { .. }) && !ext.attachment.is_gone() {
@@ -153,11 +153,11 @@ impl Delegations {
         }
     }
 
-    /// The attributes, which have been changed here: the kernel, if it has been lent the inode, gets them with the answer,
+    /// The attributes, which have been changed here: the kernel, if the inode is delegated to it, gets them with the answer,
     /// and from the entry should it begin anew. With the inode locked.
-    pub fn lent_attr_changed(&self, inode: &Inode, attr: &Attr) {
-        if is_lent(attr.kind) {
-            // What has no entry is not lent.
+    pub fn attributes_changed(&self, inode: &Inode, attr: &Attr) {
+        if is_delegated(attr.kind) {
+            // What has no entry is not delegated.
             let _ = self
                 .ext
                 .attachment
@@ -166,7 +166,7 @@ impl Delegations {
         }
     }
 
-    pub(crate) fn lent_exclusively(&self, inode: &Inode) -> bool {
+    pub(crate) fn may_write(&self, inode: &Inode) -> bool {
         let word = self.ext.attachment.table().word(inode.ino);
         word.is_some_and(|word| word.mode() == distfuse_abi::Mode::Exclusive)
     }
@@ -177,7 +177,7 @@ impl Delegations {
 
     /// After blocks of a file have got or lost their frames.
     pub fn space_settled(&self, inode: &Inode, state: &State) {
-        if self.lent_exclusively(inode) {
+        if self.may_write(inode) {
             self.tell_space(inode, range_of(state));
         }
     }

@@ -20,7 +20,7 @@ pub struct Extended {
 
 impl KernelFront for Extended {
     fn delegate_ahead(&self, inode: &Inode, held: Mode, version: u64, attr: &Attr, state: &State) {
-        self.delegations.lend_ahead(inode, held, version, attr, state);
+        self.delegations.delegate_ahead(inode, held, version, attr, state);
     }
 
     fn wants_names(&self, dir: &Inode) -> bool {
@@ -32,11 +32,11 @@ impl KernelFront for Extended {
     }
 
     fn attributes_changed(&self, inode: &Inode, attr: &Attr) {
-        self.delegations.lent_attr_changed(inode, attr);
+        self.delegations.attributes_changed(inode, attr);
     }
 
     fn size_changes(&self, inode: &Inode) {
-        inode.lent.resize();
+        inode.delegation.resize();
     }
 
     fn space_changes(&self, inode: &Inode) {
@@ -48,29 +48,29 @@ impl KernelFront for Extended {
     }
 
     fn may_write(&self, inode: &Inode) -> bool {
-        self.delegations.lent_exclusively(inode)
+        self.delegations.may_write(inode)
     }
 
     fn is_recalling(&self, inode: &Inode) -> bool {
-        inode.lent.is_taken_back()
+        inode.delegation.is_recalling()
     }
 
     fn recall_at_once(&self, inode: &Inode, to: Option<Mode>) -> bool {
-        self.recalls.take_back_at_once(inode, to)
+        self.recalls.recall_at_once(inode, to)
     }
 
     fn recall(&self, inode: &Arc<Inode>, to: Option<Mode>) {
-        self.recalls.take_back(inode, to);
+        self.recalls.recall(inode, to);
     }
 
     fn resume(&self, inode: &Inode) {
-        if let Some(lent) = inode.lent.get() {
+        if let Some(lent) = inode.delegation.get() {
             lent.again();
         }
     }
 
     fn forgotten(&self, inode: &Arc<Inode>) {
-        self.recalls.forget_lent(inode);
+        self.recalls.forgotten(inode);
     }
 
     fn has_leases(&self) -> bool {

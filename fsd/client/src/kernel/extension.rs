@@ -1,20 +1,20 @@
-//! The kernel extension: what this mount holds is lent on to the kernel, which then reads and writes its page cache
+//! The kernel extension: what this mount holds is delegated to the kernel, which then reads and writes its page cache
 //! without asking.
 //!
 //! A lease of the cluster (lockmgr) is the mount's; the kernel gets a part of it by an entry in the table shared with
-//! the module, and only while the mount holds as much. So a revocation first takes back what was lent: nobody
+//! the module, and only while the mount holds as much. So a revocation first recalls what was delegated: nobody
 //! enters in the kernel any more, dirty pages come as WRITE requests *under the lease that is still held*, size and
 //! times come with the answer; then the mount gives up its own (`revoke`). Pages stay in the kernel: the version
 //! of the next grant says whether they are still right.
 //!
 //! | who | does |
 //! | --- | --- |
-//! | thread `fsd-kernel` ([`run`](crate::fuse::events::run)) | reads events; lends at once what is at hand, else a worker does |
-//! | workers | get the lease that the kernel asks for, and lend it |
-//! | threads for revocations, or who brought it | take back ([`Recalls::take_back`](crate::kernel::recalls::Recalls::take_back)) |
-//! | the same, and workers | do short reads and writes themselves where mounts take a file from each other (`calls`), or have the owner of the lease do them (`visit`) |
+//! | thread `fsd-kernel` ([`run`](crate::fuse::events::run)) | reads events; delegates at once what is at hand, else a worker does |
+//! | workers | get the lease that the kernel asks for, and delegate it |
+//! | threads for revocations, or who brought it | recall ([`Recalls::recall`](crate::kernel::recalls::Recalls::recall)) |
+//! | the same, and workers | do short reads and writes themselves where mounts take a file from each other (`calls`), or have the owner of the lease do them (`forward`) |
 //! | the same, and workers | set space aside before the kernel takes writes in (`space`) |
-//! | requests | lend what the kernel will want next: a file just made, or looked up |
+//! | requests | delegate what the kernel will want next: a file just made, or looked up |
 
 use std::collections::HashMap;
 use std::fs::OpenOptions;
@@ -33,8 +33,8 @@ use fsd_proto::wire::{Attr, Time};
 /// Calls that may be under way; further ones ask for the lease.
 const CALLS: u32 = 64;
 
-/// Visitors that may wait at this mount for a lease; others take it themselves.
-const WAITING_VISITS: usize = 64;
+/// Forwarders that may wait at this mount for a lease; others take it themselves.
+const WAITING_FORWARDED: usize = 64;
 
 /// An attachment to the kernel extension.
 #[derive(Debug)]
@@ -47,8 +47,8 @@ pub struct Extension {
     pub(crate) stamp: AtomicU64,
     /// For the thread that reads events: it never waits.
     pub(crate) nobody_waits: Permits,
-    /// Visitors that wait here for a lease: not so many that those are left without a thread whom it depends on.
-    pub(crate) waiting_visits: Permits,
+    /// Forwarders that wait here for a lease: not so many that those are left without a thread whom it depends on.
+    pub(crate) waiting_forwarded: Permits,
 }
 
 #[derive(Debug, Default)]
@@ -86,7 +86,7 @@ impl Extension {
         let options = Options {
             entries,
             buffers: CALLS,
-            // What stat shows is the kernel's own under a lease. Names it has looked up are good while it is lent the directory;
+            // What stat shows is the kernel's own under a lease. Names it has looked up are good while the directory is delegated to it;
             // they lead past the look-up that brings a file's permissions, too.
             stat: false,
             names: true,
@@ -101,7 +101,7 @@ impl Extension {
             cookie: AtomicU32::new(1),
             stamp: AtomicU64::new(0),
             nobody_waits: Permits::new(0, 0),
-            waiting_visits: Permits::new(WAITING_VISITS, 0),
+            waiting_forwarded: Permits::new(WAITING_FORWARDED, 0),
         })
     }
 

@@ -1,4 +1,4 @@
-//! Taking back what was lent.
+//! Recalling what was delegated.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,17 +9,17 @@ use lockmgr::Mode;
 use rt::time::Instant;
 
 use crate::cache::Cache;
-use crate::cache::delegation::LentState;
+use crate::cache::delegation::DelegationState;
 use crate::cache::inode::Inode;
 use crate::kernel::delegations::{Delegations, to_kernel_mode};
 use crate::kernel::extension::{Extension, Flushed};
 use crate::session::Session;
 use fsd_proto::rpc::Errno;
 
-/// Tasks that asked for a lease have this long to come in before it is taken back: else two mounts that want the
+/// Tasks that asked for a lease have this long to come in before it is recalled: else two mounts that want the
 /// same file could pass it to and fro without anybody getting anything done.
 const FIRST_USE: Duration = Duration::from_millis(2);
-/// A lease in use is kept so many times as long as taking it back took last: the other node's part of a hand-over takes
+/// A lease in use is kept so many times as long as recalling it took last: the other node's part of a hand-over takes
 /// about as long, so half of the time goes into work.
 const TENURE: u32 = 2;
 /// But not for longer than this.
@@ -32,7 +32,7 @@ const COMPLAIN: Duration = Duration::from_secs(30);
 /// Longest wait for the RELEASE of a file that the kernel has closed.
 const RELEASE_WAIT: Duration = Duration::from_secs(10);
 
-impl LentState {
+impl DelegationState {
     /// How long a lease is left to those who asked for it, while they use it.
     fn tenure(&self) -> Duration {
         (self.took * TENURE).min(LONGEST_TENURE)
@@ -63,11 +63,11 @@ pub struct Recalls {
 }
 
 impl Recalls {
-    /// Takes back what the kernel was lent, down to `to`, where that takes neither a system call nor a wait. If so,
-    /// nothing is lent until [`Lent::again`](crate::cache::delegation::Lent::again).
-    pub fn take_back_at_once(&self, inode: &Inode, to: Option<Mode>) -> bool {
+    /// Recalls what was delegated to the kernel, down to `to`, where that takes neither a system call nor a wait. If so,
+    /// nothing is delegated until [`Delegation::again`](crate::cache::delegation::Delegation::again).
+    pub fn recall_at_once(&self, inode: &Inode, to: Option<Mode>) -> bool {
         let ext = &self.delegations.ext;
-        let Some(mut lent) = inode.lent.state.try_lock() else {
+        let Some(mut lent) = inode.delegation.state.try_lock() else {
             return false;
         };
         let table = ext.attachment.table();
@@ -78,32 +78,32 @@ impl Recalls {
             });
             word.mode() <= to_kernel_mode(to) || (word.clean(to_kernel_mode(to)) && !unused)
         });
-        if lent.taking || lent.arranging > 0 || !clean {
+        if lent.recalling || lent.arranging > 0 || !clean {
             return false;
         }
         if !ext.take_if_clean(inode.ino, to_kernel_mode(to)) {
             return false;
         }
-        lent.taking = true;
+        lent.recalling = true;
         lent.asked = None;
         lent.closed = Some(Instant::now());
         Self::lost(ext, inode.ino, &mut lent);
         true
     }
 
-    /// Takes back what the kernel was lent, down to `to`; waits for that. Nothing is lent until
-    /// [`Lent::again`](crate::cache::delegation::Lent::again).
-    pub fn take_back(&self, inode: &Arc<Inode>, to: Option<Mode>) {
+    /// Recalls what was delegated to the kernel, down to `to`; waits for that. Nothing is delegated until
+    /// [`Delegation::again`](crate::cache::delegation::Delegation::again).
+    pub fn recall(&self, inode: &Arc<Inode>, to: Option<Mode>) {
         let ext = &self.delegations.ext;
         let target = to_kernel_mode(to);
         let (asked, tenure) = {
-            let mut lent = inode.lent.state.lock();
-            while lent.taking {
-                inode.lent.changed.wait(&mut lent);
+            let mut lent = inode.delegation.state.lock();
+            while lent.recalling {
+                inode.delegation.changed.wait(&mut lent);
             }
-            lent.taking = true;
+            lent.recalling = true;
             while lent.arranging > 0 {
-                inode.lent.changed.wait(&mut lent);
+                inode.delegation.changed.wait(&mut lent);
             }
             (lent.asked.take(), lent.tenure())
         };
@@ -111,7 +111,7 @@ impl Recalls {
             Self::leave_in_use(ext, inode.ino, at, tenure);
         }
         {
-            let mut lent = inode.lent.state.lock();
+            let mut lent = inode.delegation.state.lock();
             lent.closed = Some(Instant::now());
             Self::lost(ext, inode.ino, &mut lent);
         }
@@ -120,7 +120,7 @@ impl Recalls {
             .word(inode.ino)
             .is_some_and(|word| word.mode() == distfuse_abi::Mode::Exclusive);
         // Before anybody is kept out: what sets the size from now on is newer than what the flush will say.
-        let resized = inode.lent.resized.load(Ordering::SeqCst);
+        let resized = inode.delegation.resized.load(Ordering::SeqCst);
         let mut complain = Instant::now() + COMPLAIN;
         let mut seen = ext.answers.lock().seen;
         let mut revoked = table.revoke(inode.ino, target, true);
@@ -168,12 +168,12 @@ impl Recalls {
     }
 
     /// The mount is about to give its lease away: for the beginning calls are better.
-    fn lost(ext: &Extension, ino: u64, lent: &mut LentState) {
+    fn lost(ext: &Extension, ino: u64, lent: &mut DelegationState) {
         lent.lost();
         ext.attachment.table().hint_calls(ino, true);
     }
 
-    /// Lets the tasks that a lease was lent to have the good of it: until one has come in, and as long after that as they
+    /// Lets the tasks that a lease was delegated to have the good of it: until one has come in, and as long after that as they
     /// use it, for the tenure.
     fn leave_in_use(ext: &Extension, ino: u64, lent: Instant, tenure: Duration) {
         let table = ext.attachment.table();
@@ -251,7 +251,7 @@ impl Recalls {
         let mut state = inode.lock_raw();
         let last = flushed
             .last
-            .filter(|_| resized == Some(inode.lent.resized.load(Ordering::SeqCst)));
+            .filter(|_| resized == Some(inode.delegation.resized.load(Ordering::SeqCst)));
         let Some(attr) = state.attr.as_mut() else { return };
         let mut changed = false;
         if let Some(last) = last.filter(|last| *last != (attr.size, attr.mtime, attr.ctime)) {
@@ -259,7 +259,7 @@ impl Recalls {
             changed = true;
         }
         // What the kernel keeps of the lease it may have to begin anew with: the entry is of the beginning.
-        self.delegations.lent_attr_changed(inode, attr);
+        self.delegations.attributes_changed(inode, attr);
         if changed {
             state.touch();
             drop(state);
@@ -268,22 +268,22 @@ impl Recalls {
     }
 
     /// The kernel has forgotten an inode: its entry can serve another. If what it wrote is not known to have come, that
-    /// is waited for elsewhere: a revocation once begun must be ended, or nobody is ever lent the inode again.
-    pub fn forget_lent(self: &Arc<Self>, inode: &Arc<Inode>) {
+    /// is waited for elsewhere: a revocation once begun must be ended, or the inode is never delegated again.
+    pub fn forgotten(self: &Arc<Self>, inode: &Arc<Inode>) {
         let ext = &self.delegations.ext;
         if ext.attachment.table().word(inode.ino).is_none() {
             return;
         }
-        if self.take_back_at_once(inode, None) {
+        if self.recall_at_once(inode, None) {
             ext.attachment.table().evict(inode.ino);
-            inode.lent.again();
+            inode.delegation.again();
             return;
         }
         let (me, ext, inode) = (Arc::clone(self), Arc::clone(ext), Arc::clone(inode));
         self.session.threads.revokers.run(move || {
-            me.take_back(&inode, None);
+            me.recall(&inode, None);
             ext.attachment.table().evict(inode.ino);
-            inode.lent.again();
+            inode.delegation.again();
         });
     }
 }

@@ -194,7 +194,7 @@ impl Mount {
 
         let (session, mounted) = open_session(config, options, loops, &client, (&point, flags))?;
         if let Some(mounted) = &mounted {
-            // The kernel has answered the handshake, which would take it back.
+            // The kernel has answered the handshake, which would undo it.
             set_read_ahead(mounted, config.mount.read_ahead.0);
         }
         let _ = client.kernel.caches.notifier.set(session.notifier());

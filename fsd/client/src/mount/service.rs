@@ -94,7 +94,7 @@ impl Owner for Client {
         self.files.locks.file_locks.all()
     }
     fn storage_lost(&self, shard: u16) {
-        self.data.space.bank.forget(shard);
+        self.data.space.accounts.forget(shard);
         self.session.leases.storage_lost(u32::from(shard));
     }
     fn transaction_lost(&self, request: &MetaRequest, error: Errno) {

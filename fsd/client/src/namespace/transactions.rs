@@ -78,7 +78,7 @@ impl Transactions {
                     let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
                     state.dir = Lazy::default();
                     state.changed();
-                    // Of what nothing is known nothing was lent.
+                    // An inode whose attributes were never known here has no delegation: there is nothing to recall.
                     if state
                         .attr
                         .or(state.last.as_deref().copied())

@@ -227,7 +227,7 @@ impl Pinning {
     /// not come into frames that have been freed, and are perhaps another file's by then.
     ///
     /// It may have a name after all: a removal sets [`FLAG_UNLINKED`] first, and may then fail while the storage node, which would have
-    /// to take that back, is away. Then it is taken back here.
+    /// to take that back, is away. Then that is done here.
     fn reap_alone(&self, inode: &Arc<Inode>) {
         let ctx = Ctx::on_worker();
         let lease = self.cache.lease(&ctx, inode, Mode::Exclusive);

@@ -366,7 +366,7 @@ impl Revocations {
         if from != Mode::Exclusive {
             return Relinquish::default();
         }
-        // What was promised to the kernel it has used, or never will.
+        // What was reserved for the kernel it has used, or never will.
         self.reservations.release_reservations(inode, state, 0);
         let version = self
             .session

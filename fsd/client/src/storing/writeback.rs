@@ -69,7 +69,7 @@ impl Writeback {
                 // Who noted something before seeing that is seen by this second look.
                 dirty = !self.cache.dirty.lock().is_empty();
                 pinned = !self.pinning.pins.is_empty();
-                if self.space.bank.has_idle() {
+                if self.space.accounts.has_idle() {
                     idle_since = Some(Instant::now());
                 }
             }
@@ -228,7 +228,7 @@ impl Writeback {
         for ((node, request), answer) in requests.iter().zip(answers) {
             match answer {
                 Ok(frames) => {
-                    self.space.bank.used(*node, request.reserved);
+                    self.space.accounts.used(*node, request.reserved);
                     for (wanted, frame) in by_node[node].iter().zip(frames) {
                         if let Some(state) = states.get_mut(&wanted.file) {
                             state.take_frame(wanted.want.block, frame);
