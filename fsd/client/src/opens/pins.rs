@@ -217,35 +217,47 @@ impl Pinning {
     /// The last close of a file without a name. Aside, for it waits for other mounts; but for one that leaves, whose workers end.
     pub(crate) fn reap(self: &Arc<Self>, inode: &Arc<Inode>) {
         if self.session.fate.leaving.load(Ordering::SeqCst) {
-            return self.reap_alone(inode);
+            return self.reap_alone(inode, false);
         }
         let (me, gone) = (Arc::clone(self), Arc::clone(inode));
-        self.session.threads.workers.run(move || me.reap_alone(&gone));
+        self.session
+            .threads
+            .workers
+            .run(move || me.reap_alone(&gone, true));
     }
 
     /// Removes an orphan under its exclusive lease. A mount that closed the file before may still have data of it to store: that must
-    /// not come into frames that have been freed, and are perhaps another file's by then.
+    /// not come into frames that have been freed, and are perhaps another file's by then. Without the lease where it is not to be had, for
+    /// nobody else would remove it: whoever has it cannot be reached, or, unless `may_wait`, this mount leaves.
     ///
     /// It may have a name after all: a removal sets [`FLAG_UNLINKED`] first, and may then fail while the storage node, which would have
     /// to take that back, is away. Then that is done here.
-    fn reap_alone(&self, inode: &Arc<Inode>) {
+    fn reap_alone(&self, inode: &Arc<Inode>, may_wait: bool) {
         let ctx = Ctx::on_worker();
-        let lease = self.cache.lease(&ctx, inode, Mode::Exclusive);
-        let reaped = lease.and_then(|guard| {
-            let mut state = inode.lock(&ctx, guard.version())?;
-            let names = self.cache.load_attr(&ctx, inode, &mut state)?.nlink;
-            drop(state);
+        let guard = if may_wait {
+            self.cache.lease(&ctx, inode, Mode::Exclusive).ok()
+        } else {
+            self.session.leases.try_enter(inode.record(), Mode::Exclusive)
+        };
+        let reap = || -> Res<()> {
+            let meta = &self.session.net.meta;
+            let names = match &guard {
+                Some(guard) => {
+                    let mut state = inode.lock(&ctx, guard.version())?;
+                    self.cache.load_attr(&ctx, inode, &mut state)?.nlink
+                }
+                None => meta.ask(ask::meta::GetAttr { ino: inode.ino })?.nlink,
+            };
             if names > 0 {
                 return self.clear_unlinked(inode);
             }
-            self.session.net.meta.ask(ask::meta::Reap { ino: inode.ino })?;
+            meta.ask(ask::meta::Reap { ino: inode.ino })?;
             self.reservations.forget_data(inode);
-            drop(guard);
             Ok(())
-        });
-        match reaped {
+        };
+        match reap() {
             // Somebody else has removed it.
-            Ok(()) | Err(Stop::Errno(Errno(libc::ESTALE))) => {}
+            Ok(()) | Err(Stop::Errno(Errno(libc::ESTALE | libc::ENOENT))) => {}
             Err(stop) => tracing::warn!("orphan {:#x} not removed: {stop:?}", inode.ino),
         }
     }
