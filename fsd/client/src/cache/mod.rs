@@ -73,9 +73,7 @@ impl Cache {
     /// Notes that an inode has something to write back.
     pub fn note_dirty(&self, number: u64) {
         self.dirty.lock().entry(number).or_insert_with(Instant::now);
-        if self.writeback_sleeps.swap(false, Ordering::SeqCst) {
-            let _ = self.wake_writeback.try_send(());
-        }
+        self.wake_writer();
     }
 
     /// There is something to be done in a while.

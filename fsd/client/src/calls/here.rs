@@ -112,8 +112,11 @@ impl Here {
             };
             drop(calling);
             let lend = inode.delegation.state.lock().pay_rent(writes);
-            let state = inode.lock(ctx, version)?;
-            if let (true, Some(attr)) = (lend, state.attr) {
+            // The call has been carried out, and must not be again: where the inode is not free at once, the next call delegates.
+            if lend
+                && let Ok(state) = inode.lock(ctx, version)
+                && let Some(attr) = state.attr
+            {
                 ext.attachment.table().hint_calls(inode.ino, false);
                 self.delegations
                     .delegate_ahead(&inode, mode, version, &attr, &state);

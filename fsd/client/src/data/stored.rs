@@ -17,6 +17,7 @@ use fsd_proto::wire::{BlockFrame, BlockWant, Frame};
 const LOOKUP_COUNT: u32 = 4096;
 /// Frames allocated in one request.
 const ALLOCATED_AT_ONCE: usize = 512;
+
 /// One segment of a transfer within one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
