@@ -135,6 +135,7 @@ impl State {
             attr.blocks = attr.blocks.saturating_sub(u64::from(old) / 512);
         }
         self.new_layout();
+        self.touch();
     }
 
     fn new_layout(&mut self) {

@@ -1,5 +1,6 @@
 //! Taking data away: truncation, holes, zeros.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::cache::Cache;
@@ -104,22 +105,25 @@ impl Discards {
     /// Frees the frames of blocks `first ..= last`.
     ///
     /// # Errors
-    /// A storage node cannot be reached; the frames then still count as the file's.
+    /// A storage node cannot be reached; its frames then still count as the file's.
     pub fn free_blocks(&self, inode: &Inode, state: &mut Locked<'_>, first: u64, last: u64) -> Res<()> {
-        let mut nodes: Vec<u16> = frames_in(state, first, last)
-            .iter()
-            .map(|(b, _)| self.session.storage_of(inode.ino, *b))
-            .collect();
-        nodes.sort_unstable();
-        nodes.dedup();
-        let ino = inode.ino;
-        let frees = nodes.into_iter();
-        let frees = frees.map(|node| (node, ask::storage::Free { ino, first, last }));
-        let done = state.unlocked(|| self.session.net.storage.ask_each(frees.collect()));
-        done.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let mut by_node: BTreeMap<u16, Vec<u64>> = BTreeMap::new();
         for (block, _) in frames_in(state, first, last) {
-            state.drop_frame(block);
+            let node = self.session.storage_of(inode.ino, block);
+            by_node.entry(node).or_default().push(block);
         }
-        Ok(())
+        let ino = inode.ino;
+        let free = |&node| (node, ask::storage::Free { ino, first, last });
+        let frees: Vec<_> = by_node.keys().map(free).collect();
+        let answers = state.unlocked(|| self.session.net.storage.ask_each(&frees));
+        let mut result = Ok(());
+        for (blocks, answer) in by_node.into_values().zip(answers) {
+            match answer {
+                // They may be another file's by now, whatever the other nodes say.
+                Ok(_) => blocks.into_iter().for_each(|block| state.drop_frame(block)),
+                Err(error) => result = Err(error.into()),
+            }
+        }
+        result
     }
 }

@@ -106,11 +106,8 @@ impl Stored {
             first,
             count: LOOKUP_COUNT,
         };
-        let begun = self
-            .session
-            .net
-            .storage
-            .ask_each(nodes.iter().map(|&node| (node, part(0))).collect());
+        let asked: Vec<_> = nodes.iter().map(|&node| (node, part(0))).collect();
+        let begun = self.session.net.storage.ask_each(&asked);
         let whole = nodes.iter().zip(begun).map(|(&node, begin)| {
             let mut all = begin?;
             let mut full = all.len() == LOOKUP_COUNT as usize;
@@ -164,7 +161,7 @@ impl Stored {
                 asked.push((node, ask::storage::Allocate { wants, reserved }));
             }
         }
-        let answers = state.unlocked(|| self.session.net.storage.ask_each(asked.clone()));
+        let answers = state.unlocked(|| self.session.net.storage.ask_each(&asked));
         let mut result = Ok(());
         for ((node, request), answer) in asked.into_iter().zip(answers) {
             match answer {

@@ -56,19 +56,12 @@ impl Files {
         }
         self.push.write_back(ctx, inode, true)?;
         if inode.lock_raw().attr.is_none_or(|a| a.kind == Kind::File) {
-            let flush = |node| {
-                (
-                    node,
-                    ask::storage::Flush {
-                        inos: vec![inode.ino],
-                    },
-                )
+            let storage = &self.session.net.storage;
+            let flush = ask::storage::Flush {
+                inos: vec![inode.ino],
             };
-            let flushed = self
-                .session
-                .net
-                .storage
-                .ask_each((0..self.session.net.storage.count()).map(flush).collect());
+            let flushes: Vec<_> = (0..storage.count()).map(|node| (node, flush.clone())).collect();
+            let flushed = storage.ask_each(&flushes);
             flushed.into_iter().collect::<Result<Vec<()>, _>>()?;
         }
         self.session.net.meta.ask(ask::meta::Sync {})?;

@@ -222,7 +222,7 @@ impl Writeback {
         });
         let requests: Vec<_> = requests.collect();
         let answers = unlocked_all(states.values_mut().collect(), || {
-            self.session.net.storage.ask_each(requests.clone())
+            self.session.net.storage.ask_each(&requests)
         });
         let mut result = Ok(());
         for ((node, request), answer) in requests.iter().zip(answers) {

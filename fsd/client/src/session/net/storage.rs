@@ -246,29 +246,27 @@ impl StorageLinks {
     }
 
     /// Asks storage nodes at once, and waits for all their answers, in the order of the requests.
-    pub fn ask_each<R>(&self, requests: Vec<(u16, R)>) -> Vec<Result<R::Reply, RpcError>>
+    pub fn ask_each<R>(&self, requests: &[(u16, R)]) -> Vec<Result<R::Reply, RpcError>>
     where
         R: ask::Request<Message = StorageRequest, Answer = StorageReply> + Clone,
     {
         let begun: Vec<_> = requests
-            .into_iter()
+            .iter()
             .map(|(id, request)| {
-                let session = self.session_now(id);
-                let pending =
-                    session.and_then(|s| self.ways.calls.begin(&s.conn, &request.clone().message()).ok());
-                (id, request, pending)
+                let session = self.session_now(*id)?;
+                let message = request.clone().message();
+                self.ways.calls.begin(&session.conn, &message).ok()
             })
             .collect();
-        begun
-            .into_iter()
-            .map(
-                |(id, request, pending)| match pending.map(|p| p.wait(self.ways.timeout())) {
-                    // There was no connection, or it has broken.
-                    None | Some(Err(RpcError::Transport(_))) => self.ask(id, request),
-                    Some(answer) => ask::answer_to::<R>(answer?),
-                },
-            )
-            .collect()
+        let asked = requests.iter().zip(begun);
+        let answers = asked.map(|((id, request), pending)| {
+            match pending.map(|p| p.wait(self.ways.timeout())) {
+                // There was no connection, or it has broken.
+                None | Some(Err(RpcError::Transport(_))) => self.ask(*id, request.clone()),
+                Some(answer) => ask::answer_to::<R>(answer?),
+            }
+        });
+        answers.collect()
     }
 
     fn place(&self, session: &StorageSession, record: RecordId) -> Option<RemoteAddr> {
