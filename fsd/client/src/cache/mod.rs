@@ -221,7 +221,7 @@ impl Cache {
 
     /// Whether the exclusive lease is here, so that a write need not wait.
     #[must_use]
-    pub fn may_write_at_once(&self, inode: &Inode) -> bool {
+    pub fn holds_exclusively(&self, inode: &Inode) -> bool {
         let held = self.session.leases.held(inode.record());
         held.is_some_and(|(mode, _)| mode == Mode::Exclusive)
     }

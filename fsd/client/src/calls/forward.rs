@@ -85,11 +85,7 @@ impl Forward {
         let inode = self.cache.inode(call.ino);
         let here = match mode_of(&call) {
             Mode::Shared => self.cache.holds(&inode),
-            Mode::Exclusive => self
-                .session
-                .leases
-                .held(inode.record())
-                .is_some_and(|(mode, _)| mode == Mode::Exclusive),
+            Mode::Exclusive => self.cache.holds_exclusively(&inode),
         };
         match inode.peer().filter(|_| !here) {
             Some(peer) => self.send(ext, call, peer, HOPS),

@@ -94,7 +94,7 @@ impl Here {
                 Act::Read => {
                     let len = call.len as usize;
                     let mut state = self.reads.claim_to_read(ctx, &inode, version, call.offset, len)?;
-                    let mut data = vec![0; call.len as usize];
+                    let mut data = vec![0; len];
                     self.reads
                         .read_held(ctx, &inode, &mut state, call.offset, &mut data, true)?;
                     ext.attachment.fill_buffer(call.number, &data);

@@ -123,11 +123,11 @@ impl SpaceCalls {
     }
 
     /// Every now and then: a mount that has much set aside where little is left gives it back to all.
-    pub(crate) fn share_space(self: &Arc<Self>, ext: &Arc<Extension>) {
+    pub(crate) fn share_space(self: &Arc<Self>) {
         if self.recalling.is_locked() || self.space.accounts.held().iter().all(|(_, bytes)| *bytes == 0) {
             return;
         }
-        let (me, _ext) = (Arc::clone(self), Arc::clone(ext));
+        let me = Arc::clone(self);
         self.session.threads.workers.run(move || {
             for inode in me
                 .space
@@ -150,13 +150,8 @@ impl SpaceCalls {
     }
 
     fn holds_too_much(&self) -> bool {
-        let held = self
-            .space
-            .accounts
-            .held()
-            .into_iter()
-            .filter(|(_, bytes)| *bytes > 0);
-        held.into_iter()
+        let held = self.space.accounts.held().into_iter();
+        held.filter(|(_, bytes)| *bytes > 0)
             .any(|(node, bytes)| self.space.pool_space(node).is_ok_and(|s| s.free / SHARE < bytes))
     }
 }

@@ -60,7 +60,7 @@ impl Writes {
                 write.offset
             };
             self.writing
-                .write_held(ctx, inode, &mut state, &Write { offset, ..*write })?;
+                .write_next(ctx, inode, &mut state, &Write { offset, ..*write })?;
             offset
         };
         self.cache.note_dirty(inode.ino);

@@ -96,7 +96,7 @@ fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, repl
         Ok(()) => reply.written(len),
         Err(error) => reply.error(error_of(error)),
     }));
-    if at_once && client.cache.may_write_at_once(&inode) {
+    if at_once && client.cache.holds_exclusively(&inode) {
         // Not to wait for anything: a revocation may wait for this. The kernel extension writes back before the lease is
         // given up, so there it does not.
         let never = Permits::new(0, 0);

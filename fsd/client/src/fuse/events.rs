@@ -23,7 +23,7 @@ pub fn run(client: &Weak<Client>, ext: &Arc<Extension>) {
                 && let Some(calls) = client.calls.get()
             {
                 calls.forward.give_up_calls(ext);
-                calls.space_calls.share_space(ext);
+                calls.space_calls.share_space();
             }
         }
         let event = match ext.attachment.next_event(Some(LOOK)) {

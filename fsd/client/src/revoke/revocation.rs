@@ -62,6 +62,19 @@ pub(super) struct Revocation {
 }
 
 impl Revocation {
+    /// A revocation that has just been asked for.
+    pub(super) fn asked(id: RecordId, from: Mode, to: Option<Mode>) -> Self {
+        Self {
+            id,
+            from,
+            to,
+            inode: None,
+            recalled: false,
+            begun: false,
+            mapped: false,
+        }
+    }
+
     /// The kernel may be given something to keep again.
     fn cached_again(&self, inode: &Inode) {
         if self.mapped {
@@ -86,21 +99,8 @@ pub struct Revocations {
 }
 
 impl Revocations {
-    /// A revocation that has just been asked for.
-    pub(super) fn asked(&self, id: RecordId, from: Mode, to: Option<Mode>) -> Revocation {
-        Revocation {
-            id,
-            from,
-            to,
-            inode: None,
-            recalled: false,
-            begun: false,
-            mapped: false,
-        }
-    }
-
     /// Carries a revocation on, to its end or, unless `may_wait`, until it would have to wait. True: that was the end.
-    pub(super) fn carry_on(self: &Arc<Self>, job: &mut Revocation, may_wait: bool) -> bool {
+    pub(super) fn carry_on(&self, job: &mut Revocation, may_wait: bool) -> bool {
         self.look_again(job);
         let Some(inode) = job.inode.clone() else {
             if !self.close_gate(job.id, may_wait) {
@@ -176,7 +176,7 @@ impl Revocations {
     }
 
     /// Empties the kernel's caches, as far as the lease goes, and closes the gate behind everybody.
-    fn empty(self: &Arc<Self>, job: &Revocation, inode: &Arc<Inode>, may_wait: bool) -> bool {
+    fn empty(&self, job: &Revocation, inode: &Arc<Inode>, may_wait: bool) -> bool {
         loop {
             let fills = inode.kernel.fills.load(Ordering::SeqCst);
             if job.to.is_none() && !self.drop_caches(job, inode, may_wait) {

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use lockmgr::{LeaseUser, Mode, RecordId};
 
 use crate::cache::inode::{Granted, Source};
-use crate::revoke::revocation::Revocations;
+use crate::revoke::revocation::{Revocation, Revocations};
 use fsd_proto::ino;
 use fsd_proto::wire::Attr;
 
@@ -30,7 +30,7 @@ impl LeaseUser for Revoker {
         let Some(revocations) = self.revocations.get().and_then(Weak::upgrade) else {
             return;
         };
-        let mut revocation = revocations.asked(id, from, to);
+        let mut revocation = Revocation::asked(id, from, to);
         if revocations.carry_on(&mut revocation, false) {
             return;
         }
