@@ -39,6 +39,12 @@ impl RpcError {
         matches!(self, Self::Transport(_))
     }
 
+    /// True where the peer says that it did not do what it was asked for; else it may have, or may do it yet.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Errno(_))
+    }
+
     /// The error number to show an application.
     #[must_use]
     pub fn errno(&self) -> Errno {

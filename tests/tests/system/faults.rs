@@ -300,56 +300,6 @@ fn acknowledged_data_waits_for_its_storage_node() -> anyhow::Result<()> {
     })
 }
 
-/// Of a truncation that fails at one storage node, what the other has freed is the file's no more: it may be another file's.
-#[test]
-fn a_truncation_that_fails_half_way_keeps_no_freed_block() -> anyhow::Result<()> {
-    let options = Options {
-        fabric: Fabric::Tcp,
-        storage: 2,
-        timeout: Duration::from_millis(300),
-        ..Options::default()
-    };
-    guard::with_cluster(options, |cluster| {
-        const BLOCKS: usize = 64;
-        let dir = cluster.mount(0);
-        let cut = File::create(dir.join("cut"))?;
-        cut.write_all_at(&vec![b'c'; BLOCKS * BLOCK], 0)?;
-        cut.sync_all()?;
-        cluster.kill(Role::Storage(1));
-        let failed = cut
-            .set_len(0)
-            .err()
-            .context("cut although a storage node is away")?;
-        ensure!(
-            cut.metadata()?.len() == (BLOCKS * BLOCK) as u64,
-            "cut, and failed: {failed}"
-        );
-        cluster.start_role(Role::Storage(1))?;
-        let others: Vec<String> = (0..BLOCKS).map(|i| format!("other{i}")).collect();
-        for name in &others {
-            retry("writing after the restart", || {
-                let other = File::create(dir.join(name))?;
-                other.write_all_at(&vec![b'o'; 2 * BLOCK], 0)?;
-                Ok(other.sync_all()?)
-            })?;
-        }
-        cut.write_all_at(&vec![b'n'; BLOCKS * BLOCK], 0)?;
-        cut.sync_all()?;
-        for name in &others {
-            let seen = fs::read(cluster.mount(1).join(name))?;
-            ensure!(
-                seen == [b'o'; 2 * BLOCK],
-                "{name} holds what was written to another file"
-            );
-        }
-        ensure!(
-            fs::read(cluster.mount(1).join("cut"))? == vec![b'n'; BLOCKS * BLOCK],
-            "the file itself"
-        );
-        Ok(())
-    })
-}
-
 #[test]
 fn a_graceful_restart_keeps_everything() -> anyhow::Result<()> {
     guard::with_cluster(

@@ -17,6 +17,7 @@ mod extension_names;
 mod extension_space;
 mod faults;
 mod generations;
+mod half_done;
 mod histories;
 mod launch;
 mod leftovers;

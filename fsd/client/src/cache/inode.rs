@@ -138,6 +138,17 @@ impl State {
         self.touch();
     }
 
+    /// A storage node may have moved or freed the frames of these blocks, and has not said so: it is asked again where they are
+    /// before anything is read or written there. The attribute `blocks` stays as it was, whatever is found.
+    pub fn doubt_frames(&mut self, node: u16, blocks: impl IntoIterator<Item = u64>) {
+        for block in blocks {
+            self.frames.unlearn(block);
+        }
+        self.frames.loaded.remove(&node);
+        self.new_layout();
+        self.touch();
+    }
+
     fn new_layout(&mut self) {
         if let Some(attr) = self.attr.as_mut() {
             attr.layout += 1;

@@ -105,7 +105,7 @@ impl Discards {
     /// Frees the frames of blocks `first ..= last`.
     ///
     /// # Errors
-    /// A storage node cannot be reached; its frames then still count as the file's.
+    /// A storage node refuses, or cannot be reached: what it has of the file is found out when it is needed.
     pub fn free_blocks(&self, inode: &Inode, state: &mut Locked<'_>, first: u64, last: u64) -> Res<()> {
         let mut by_node: BTreeMap<u16, Vec<u64>> = BTreeMap::new();
         for (block, _) in frames_in(state, first, last) {
@@ -117,11 +117,16 @@ impl Discards {
         let frees: Vec<_> = by_node.keys().map(free).collect();
         let answers = state.unlocked(|| self.session.net.storage.ask_each(&frees));
         let mut result = Ok(());
-        for (blocks, answer) in by_node.into_values().zip(answers) {
+        for ((node, blocks), answer) in by_node.into_iter().zip(answers) {
             match answer {
                 // They may be another file's by now, whatever the other nodes say.
                 Ok(_) => blocks.into_iter().for_each(|block| state.drop_frame(block)),
-                Err(error) => result = Err(error.into()),
+                Err(error) => {
+                    if !error.is_refusal() {
+                        state.doubt_frames(node, blocks);
+                    }
+                    result = Err(error.into());
+                }
             }
         }
         result

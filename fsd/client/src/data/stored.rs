@@ -91,7 +91,10 @@ impl Stored {
                 continue;
             }
             for block in &blocks {
-                state.frames.learn(block.block, block.frame);
+                // What is known is newer: in a node's part that was in doubt, other tasks may have got frames meanwhile.
+                if !state.frames.known().contains_key(&block.block) {
+                    state.frames.learn(block.block, block.frame);
+                }
             }
             let lost = blocks.iter().filter(|b| b.lost).map(|b| b.block);
             state.frames.lost.extend(lost);
@@ -171,7 +174,12 @@ impl Stored {
                         state.take_frame(want.block, frame);
                     }
                 }
-                Err(error) => result = Err(error.into()),
+                Err(error) => {
+                    if !error.is_refusal() {
+                        state.doubt_frames(node, request.wants.iter().map(|want| want.block));
+                    }
+                    result = Err(error.into());
+                }
             }
         }
         result

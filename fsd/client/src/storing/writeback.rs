@@ -235,7 +235,14 @@ impl Writeback {
                         }
                     }
                 }
-                Err(error) => result = Err(error.into()),
+                Err(error) => {
+                    for wanted in by_node[node].iter().filter(|_| !error.is_refusal()) {
+                        if let Some(state) = states.get_mut(&wanted.file) {
+                            state.doubt_frames(*node, [wanted.want.block]);
+                        }
+                    }
+                    result = Err(error.into());
+                }
             }
         }
         result
