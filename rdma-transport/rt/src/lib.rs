@@ -4,6 +4,7 @@
 //! With the feature `sim` each of them asks whether its thread belongs to a simulation, and if so takes part in it: one thread
 //! runs at a time, which one is next is drawn from a seed, and time passes only when all of them wait.
 
+pub mod chance;
 #[cfg(not(feature = "sim"))]
 mod real;
 // For tests only, where a panic is a message to who writes them.

@@ -80,7 +80,7 @@ impl State {
             .filter(|(_, w)| matches!(w, What::Arrive { pair: p, from, .. } if *p == pair && *from == end))
             .map(|(k, _)| *k)
             .collect();
-        let kept = self.rng.between(0, under_way.len() as u64) as usize;
+        let kept = self.chance.between(0, under_way.len() as u64) as usize;
         for key in &under_way[kept..] {
             self.queue.remove(key);
         }

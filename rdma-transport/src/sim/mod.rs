@@ -13,7 +13,6 @@ mod net;
 mod netref;
 mod place;
 mod remote;
-mod rng;
 mod state;
 mod travel;
 

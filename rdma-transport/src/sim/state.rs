@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rt::chance::Chance;
+
 use super::config::SimConfig;
 use super::place::{Clock, Nobody};
 use super::remote::{RemoteOp, RemoteResult, outcome};
-use super::rng::Rng;
 use crate::common::{disconnected, ended};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
@@ -109,7 +110,7 @@ impl EndpointState {
 pub(super) struct State {
     pub(super) now: u64,
     pub(super) seq: u64,
-    pub(super) rng: Rng,
+    pub(super) chance: Chance,
     pub(super) config: SimConfig,
     pub(super) queue: BTreeMap<(u64, u64), What>,
     pub(super) endpoints: Vec<EndpointState>,
@@ -163,7 +164,7 @@ impl State {
         Self {
             now: 0,
             seq: 0,
-            rng: Rng::new(seed),
+            chance: Chance::new(seed),
             config,
             queue: BTreeMap::new(),
             endpoints: Vec::new(),
@@ -301,7 +302,7 @@ impl State {
     /// Puts something into the lane from `end`.
     pub(super) fn ship(&mut self, pair: PairId, end: End, parcel: Parcel) {
         let delay = self
-            .rng
+            .chance
             .between(nanos(self.config.min_delay), nanos(self.config.max_delay));
         let now = self.look();
         let lane = usize::from(matches!(parcel, Parcel::Results { .. }));

@@ -15,7 +15,7 @@ pub(super) fn travel(net: &Mutex<State>) {
         }
         let config = state.config;
         state
-            .rng
+            .chance
             .between(nanos(config.min_delay), nanos(config.max_delay))
     };
     rt::thread::sleep(Duration::from_nanos(delay));

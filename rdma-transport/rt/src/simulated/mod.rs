@@ -1,7 +1,6 @@
 //! Each of them real or simulated, as its thread is.
 
 mod affinity;
-mod chance;
 pub mod channel;
 mod entropy;
 mod lock;

@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use parking_lot::Mutex;
 
-use super::chance::Chance;
 use super::report::{Failure, Trace};
 use super::sim::Settings;
 use super::task::{Baton, Killed, Outcome, Task, TaskId, Wait, Why};
+use crate::chance::Chance;
 
 /// What a point at which others may run takes.
 const POINT: u64 = 40;
