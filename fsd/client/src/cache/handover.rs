@@ -2,7 +2,8 @@
 
 use lockmgr::Relinquish;
 
-use crate::cache::inode::{Inode, State};
+use crate::cache::inode::Inode;
+use crate::cache::state::State;
 use fsd_proto::wire::AttrUpdate;
 
 impl Inode {

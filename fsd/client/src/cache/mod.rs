@@ -15,6 +15,7 @@ pub mod looked_up;
 pub mod mapped;
 pub mod pages;
 pub mod range;
+pub mod state;
 pub mod suid;
 pub mod write;
 
@@ -28,8 +29,9 @@ use rt::channel::Sender;
 use rt::sync::Mutex;
 use rt::time::Instant;
 
-use crate::cache::inode::{Granted, Inode, Locked, Source, State};
+use crate::cache::inode::{Granted, Inode, Locked, Source};
 use crate::cache::inode_table::InodeTable;
+use crate::cache::state::State;
 use crate::session::ctx::{Ctx, Res, Stop, fail};
 use crate::session::{Guards, Session, lease_errno};
 use fsd_proto::ask;

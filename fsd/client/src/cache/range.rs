@@ -1,6 +1,6 @@
 //! What the frames and reservations of a file come to, for the kernel: one range around a place.
 
-use crate::cache::inode::State;
+use crate::cache::state::State;
 use fsd_proto::layout::BLOCK;
 
 /// So much is reserved at most beyond what is asked for, bytes; and so far apart lie the windows of a file with holes.

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::cache::frames::frame_size;
-use crate::cache::inode::{Inode, Locked, State};
+use crate::cache::inode::{Inode, Locked};
+use crate::cache::state::State;
 use crate::data::discard::Discards;
 use crate::data::space::Space;
 use crate::data::stored::Stored;

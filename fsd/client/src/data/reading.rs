@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use crate::cache::Cache;
 use crate::cache::claims::{Purpose, Span};
-use crate::cache::inode::{Inode, Locked, State};
+use crate::cache::inode::{Inode, Locked};
 use crate::cache::pages::{PAGE, page_from, page_of};
+use crate::cache::state::State;
 use crate::data::stored::Stored;
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res};

@@ -17,9 +17,10 @@
 use std::sync::Arc;
 
 use crate::cache::frames::frame_size;
-use crate::cache::inode::{Inode, Locked, State};
+use crate::cache::inode::{Inode, Locked};
 use crate::cache::pages::PAGE;
 use crate::cache::range::{beyond, covered, range_at, reserved_in};
+use crate::cache::state::State;
 use crate::cache::{Cache, MAX_FILE_SIZE};
 use crate::data::space::{CHUNK, Space};
 use crate::data::stored::{Stored, segments};

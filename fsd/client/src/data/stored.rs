@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::cache::claims::{Purpose, Span};
-use crate::cache::inode::{Inode, Locked, State};
+use crate::cache::inode::{Inode, Locked};
+use crate::cache::state::State;
 use crate::data::space::Space;
 use crate::data::transfer::{PoolOp, Transfer, Transfers};
 use crate::session::Session;

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::cache::claims::{Purpose, Span};
-use crate::cache::inode::{Inode, Locked, State};
+use crate::cache::inode::{Inode, Locked};
 use crate::cache::mapped::MappedWrites;
 use crate::cache::pages::{PAGE, page_from, page_of};
+use crate::cache::state::State;
 use crate::cache::write::{Queued, Write};
 use crate::cache::{Cache, MAX_FILE_SIZE};
 use crate::data::space::Space;

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use lockmgr::Mode;
 
 use crate::cache::inode::Inode;
-use crate::cache::suid::kill_suid_for;
 use crate::cache::{Cache, MAX_FILE_SIZE};
 use crate::data::allocation::{Allocator, KEEP, PUNCH, ZERO};
 use crate::data::discard::Discards;
@@ -84,16 +83,11 @@ impl Allocations {
                     .provide(ctx, inode, &mut state, (offset, end), mode & ZERO != 0)
             };
             self.front.space_settled(inode, &state);
-            if result.is_ok()
-                && let Some(attr) = state.attr.as_mut()
-            {
-                if mode & KEEP == 0 {
+            if result.is_ok() {
+                if let Some(attr) = state.attr.as_mut().filter(|_| mode & KEEP == 0) {
                     attr.size = attr.size.max(end);
                 }
-                attr.mtime = self.session.net.meta.now();
-                attr.ctime = attr.mtime;
-                kill_suid_for(attr, caller);
-                state.touch();
+                state.data_changed(self.session.net.meta.now(), caller);
             }
             if let Some(attr) = &state.attr {
                 self.front.attributes_changed(inode, attr);

@@ -6,7 +6,8 @@ use std::time::Duration;
 use lockmgr::Mode;
 
 use crate::cache::claims::{Purpose, Span};
-use crate::cache::inode::{Inode, State};
+use crate::cache::inode::Inode;
+use crate::cache::state::State;
 use crate::cache::suid::{kill_suid, kill_suid_for};
 use crate::cache::{Cache, MAX_FILE_SIZE};
 use crate::data::discard::Discards;

@@ -263,12 +263,7 @@ impl Files {
             let attr = self.cache.load_attr(ctx, inode, &mut state)?;
             if truncate && attr.kind == Kind::File {
                 self.discards.truncate(ctx, inode, &mut state, 0)?;
-                if let Some(attr) = state.attr.as_mut() {
-                    attr.mtime = self.session.net.meta.now();
-                    attr.ctime = attr.mtime;
-                    kill_suid_for(attr, caller);
-                }
-                state.touch();
+                state.data_changed(self.session.net.meta.now(), caller);
                 if let Some(attr) = &state.attr {
                     self.front.attributes_changed(inode, attr);
                 }

@@ -10,8 +10,9 @@ use fuser::INodeNo;
 use rt::channel::bounded;
 
 use crate::cache::edges::{EDGE_WAIT, around};
-use crate::cache::inode::{Inode, State};
+use crate::cache::inode::Inode;
 use crate::cache::pages::PAGE;
+use crate::cache::state::State;
 use crate::session::Session;
 use fsd_node::config::CacheMode;
 use fsd_proto::wire::Kind;

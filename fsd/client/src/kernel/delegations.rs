@@ -8,8 +8,9 @@ use distfuse_abi::{Error, Grant, Revoked};
 use lockmgr::Mode;
 use rt::time::Instant;
 
-use crate::cache::inode::{Inode, State};
+use crate::cache::inode::Inode;
 use crate::cache::range::range_of;
+use crate::cache::state::State;
 use crate::kernel::extension::{Extension, attributes};
 use crate::session::ctx::{Res, fail};
 use fsd_proto::wire::{Attr, Kind};

@@ -7,7 +7,8 @@ use lockmgr::Mode;
 use super::delegations::Delegations;
 use super::front::KernelFront;
 use super::recalls::Recalls;
-use crate::cache::inode::{Inode, State};
+use crate::cache::inode::Inode;
+use crate::cache::state::State;
 use fsd_proto::wire::Attr;
 
 /// A kernel with the extension, attached to this mount.

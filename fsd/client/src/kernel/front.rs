@@ -4,7 +4,8 @@ use std::sync::{Arc, OnceLock};
 
 use lockmgr::Mode;
 
-use crate::cache::inode::{Inode, State};
+use crate::cache::inode::Inode;
+use crate::cache::state::State;
 use fsd_proto::wire::Attr;
 
 /// What is done for a kernel with the extension; a stock one has no part in leases.

@@ -199,7 +199,7 @@ impl Names {
     }
 
     /// What is known of a name without asking anybody.
-    fn entry_held_cached(&self, state: &mut crate::cache::inode::State, name: &[u8]) -> Res<Option<u64>> {
+    fn entry_held_cached(&self, state: &mut crate::cache::state::State, name: &[u8]) -> Res<Option<u64>> {
         if state.gone {
             return fail(libc::ENOENT);
         }

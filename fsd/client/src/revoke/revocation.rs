@@ -22,8 +22,9 @@ use rt::channel::bounded;
 use rt::time::Instant;
 
 use crate::cache::Cache;
-use crate::cache::inode::{Inode, Locked, State};
+use crate::cache::inode::{Inode, Locked};
 use crate::cache::pages::PAGE;
+use crate::cache::state::State;
 use crate::data::reservations::Reservations;
 use crate::data::writing::Writing;
 use crate::kernel::caches::KernelCaches;
