@@ -30,28 +30,34 @@ fn a_seed_says_everything() {
     }
 }
 
-/// What is left out of the product is found, each within so many seeds.
+/// As many seeds as the rarest of these flaws, found by one seed in about 120, is not missed by: any change of the product draws
+/// other schedules from the same seeds, so a number just above what today's schedules take would fail on the next change.
+const SEEDS: u64 = 1500;
+
+/// What is left out of the product is found.
 #[test]
 fn what_is_left_out_is_found() {
-    for (name, most) in [
-        ("MoveForgets", 100),
-        ("InPlace", 100),
-        ("IndexFirst", 100),
-        ("MarkedEarly", 100),
-        ("NumbersEarly", 100),
-        ("ReplayedAnyhow", 100),
-        ("LeftEarly", 100),
-        ("WindowForgotten", 100),
-        ("EndsNotCut", 100),
-        ("VersionFromWord", 100),
-        ("VersionNotMoved", 100),
-        ("HandOverWithCaches", 100),
-        ("LoserKeepsShared", 100),
-        ("KeptWithoutRevoking", 100),
-        ("BitLeftOn", 100),
+    for name in [
+        "MoveForgets",
+        "InPlace",
+        "IndexFirst",
+        "MarkedEarly",
+        "NumbersEarly",
+        "ReplayedAnyhow",
+        "LeftEarly",
+        "WindowForgotten",
+        "EndsNotCut",
+        "VersionFromWord",
+        "VersionNotMoved",
+        "HandOverWithCaches",
+        "LoserKeepsShared",
+        "KeptWithoutRevoking",
+        "BitLeftOn",
     ] {
         let flaws: Flaws = name.parse().expect("a flaw");
-        let found = (1..=most).any(|seed| run(seed, Size::default(), flaws).failure.is_some());
-        assert!(found, "{name} is not found in {most} seeds");
+        let fails = |seed, flaws| run(seed, Size::default(), flaws).failure.is_some();
+        let found = (1..=SEEDS).find(|&seed| fails(seed, flaws) && !fails(seed, Flaws::default()));
+        println!("{name}: found by seed {found:?}");
+        assert!(found.is_some(), "{name} is not found in {SEEDS} seeds");
     }
 }
