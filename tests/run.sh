@@ -20,16 +20,18 @@ report() { # step, passed, failed, seconds
     printf '%-34s %5d passed %3d failed %5d s\n' "$1" "$2" "$3" "$4" >>"$logs/summary"
 }
 
-# Puts into the summary what a log says of failures: which tests and scenarios, and how each begins to say why.
+# Puts into the summary what a log says of failures: which tests and scenarios, how each begins to say why, and what processes of
+# its cluster said was wrong.
 failures() { # log
     awk '
         /(^|: )test .* FAILED$/ { more = 1 }
         # The line that is between an error and its cause says nothing.
         /^( *node [0-9]+:)? *$/ { next }
-        /---- .* stdout ----$/ || /panicked at / { more = 8 }
+        /---- .* stdout ----$/ || /panicked at / { more = 6 }
+        / (WARN|ERROR) [a-z_:]+: / { more = more > 1 ? more : 1 }
         /^[a-z0-9.-]+ +FAILED in / { more = 5 }
         /^error/ { more = 1 }
-        more-- > 0 && !seen[$0]++ && ++lines <= 30 { print "    " substr($0, 1, 240) }
+        more-- > 0 && !seen[$0]++ && ++lines <= 40 { print "    " substr($0, 1, 240) }
     ' "$1" >>"$logs/summary"
 }
 
