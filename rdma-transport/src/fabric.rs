@@ -146,6 +146,13 @@ pub trait Connection: Send + Sync {
     /// # Errors
     /// Invalid (too long), Disconnected.
     fn send(&self, message: &[u8]) -> Result<(), TransportError>;
+    /// As [`Connection::send`], but never waits: what the peer has no room for is queued here, without bound, so whoever queues
+    /// bounds it. For whoever may hold a lock that a [`Handler`] callback takes, too: room is made by the progress thread, which
+    /// would wait for the lock.
+    ///
+    /// # Errors
+    /// Invalid (too long), Disconnected.
+    fn queue(&self, message: &[u8]) -> Result<(), TransportError>;
     /// What the connection has done so far.
     fn stats(&self) -> FabricStats {
         FabricStats::default()

@@ -59,6 +59,9 @@ impl Connection for FakeConn {
         }
         Ok(())
     }
+    fn queue(&self, message: &[u8]) -> Result<(), TransportError> {
+        self.send(message)
+    }
     fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
     }

@@ -108,17 +108,21 @@ impl Pending<'_> {
     }
 }
 
+/// How a request is sent: [`Connection::send`], where its answer is waited for, or [`Connection::queue`].
+type Sending = fn(&dyn Connection, &[u8]) -> Result<(), TransportError>;
+
 impl Calls {
     fn start<Q: Serialize>(
         &self,
         conn: &Arc<dyn Connection>,
         request: &Q,
         done: OnAnswer,
+        send: Sending,
     ) -> Result<u64, RpcError> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let frame = wire::numbered(FrameKind::Request, number, request)?;
         self.waiting.lock().insert(number, (conn.id(), done));
-        if let Err(error) = conn.send(&frame) {
+        if let Err(error) = send(&**conn, &frame) {
             // The disconnect may have taken it out first; then `done` has been called.
             self.waiting.lock().remove(&number);
             return Err(error.into());
@@ -161,6 +165,7 @@ impl Calls {
                 *filler.answer.lock() = Some(answer);
                 filler.filled.notify_one();
             }),
+            |conn, frame| conn.send(frame),
         )?;
         Ok(Pending {
             calls: self,
@@ -170,7 +175,8 @@ impl Calls {
         })
     }
 
-    /// Calls; `done` gets the answer on the progress thread (or here, if the connection is gone).
+    /// Calls; `done` gets the answer on the progress thread (or here, if the connection is gone). Never waits, so it may be called
+    /// with locks held that `done` takes, too; who calls bounds how much is under way.
     pub fn call_async<Q: Serialize, R: DeserializeOwned + 'static>(
         &self,
         conn: &Arc<dyn Connection>,
@@ -188,6 +194,7 @@ impl Calls {
                     done(answer.map_err(RpcError::from).and_then(|body| read_answer(&body)));
                 }
             }),
+            |conn, frame| conn.queue(frame),
         );
         if let Err(error) = started {
             let done = done.lock().take();
@@ -248,11 +255,12 @@ impl Responder {
         Self { conn, number }
     }
 
-    /// Sends the answer. A connection that has ended swallows it: the caller sees the disconnect.
+    /// Sends the answer, without waiting for the peer to take it. A connection that has ended swallows it: the caller sees the
+    /// disconnect.
     pub fn reply<R: Serialize>(self, answer: &Result<R, Errno>) {
         match wire::numbered(FrameKind::Response, self.number, answer) {
             Ok(frame) => {
-                if let Err(error) = self.conn.send(&frame) {
+                if let Err(error) = self.conn.queue(&frame) {
                     tracing::debug!("answer not delivered: {error}");
                 }
             }

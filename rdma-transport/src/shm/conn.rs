@@ -418,6 +418,25 @@ impl ShmConn {
         self.fail(error.clone());
         Err(error)
     }
+
+    /// Sends a message, waiting for room at most for `patience`; without that it is queued instead.
+    fn send_message(&self, message: &[u8], patience: Option<Duration>) -> Result<(), TransportError> {
+        common::check_message(message)?;
+        if !self.alive() {
+            return Err(self.base.dead());
+        }
+        match self
+            .outbox
+            .send(&self.channel, message, || self.alive(), patience)
+        {
+            Ok(Sent::InRing) => {}
+            Ok(Sent::Queued) => self.host.wake_if_sleeping(),
+            Err(unsent) => return self.unsent(&unsent),
+        }
+        self.base.counters.sent(message.len());
+        self.ring_bell();
+        Ok(())
+    }
 }
 
 impl Connection for ShmConn {
@@ -465,19 +484,12 @@ impl Connection for ShmConn {
     }
 
     fn send(&self, message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        if !self.alive() {
-            return Err(self.base.dead());
-        }
-        let timeout = self.host.base.config.timeout;
-        match self.outbox.send(&self.channel, message, || self.alive(), timeout) {
-            Ok(Sent::InRing) => {}
-            Ok(Sent::Queued) => self.host.wake_if_sleeping(),
-            Err(unsent) => return self.unsent(&unsent),
-        }
-        self.base.counters.sent(message.len());
-        self.ring_bell();
-        Ok(())
+        let waits = !common::on_progress_thread();
+        self.send_message(message, waits.then_some(self.host.base.config.timeout))
+    }
+
+    fn queue(&self, message: &[u8]) -> Result<(), TransportError> {
+        self.send_message(message, None)
     }
 
     fn close(&self) {

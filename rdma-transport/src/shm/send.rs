@@ -1,4 +1,4 @@
-//! Sending messages: the ring if there is room, else a wait (or, for progress threads, a queue).
+//! Sending messages: the ring if there is room, else a wait, or a queue for who must not wait.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,12 +8,11 @@ use parking_lot::{Condvar, Mutex};
 
 use super::layout::{Channel, Side};
 use super::ring::{Broken, Producer};
-use crate::common;
 
 #[derive(Debug, Default)]
 struct Sending {
     ring: Producer,
-    /// Messages of progress threads that found the ring full.
+    /// Messages that found the ring full, and whose senders did not wait.
     overflow: VecDeque<Box<[u8]>>,
 }
 
@@ -54,13 +53,13 @@ impl Outbox {
         }
     }
 
-    /// Sends a message, waiting for room at most for `timeout`; progress threads queue it instead.
+    /// Sends a message, waiting for room at most for `patience`; without that it is queued instead.
     pub(super) fn send(
         &self,
         channel: &Channel,
         message: &[u8],
         alive: impl Fn() -> bool,
-        timeout: Duration,
+        patience: Option<Duration>,
     ) -> Result<Sent, Unsent> {
         let pushed = {
             let mut sending = self.sending.lock();
@@ -69,7 +68,7 @@ impl Outbox {
         if pushed {
             return Ok(Sent::InRing);
         }
-        self.send_slow(channel, message, alive, timeout)
+        self.send_slow(channel, message, alive, patience)
     }
 
     #[inline]
@@ -83,9 +82,9 @@ impl Outbox {
         channel: &Channel,
         message: &[u8],
         alive: impl Fn() -> bool,
-        timeout: Duration,
+        patience: Option<Duration>,
     ) -> Result<Sent, Unsent> {
-        let deadline = Instant::now() + timeout;
+        let deadline = patience.map(|patience| Instant::now() + patience);
         let mut sending = self.sending.lock();
         loop {
             if !alive() {
@@ -99,11 +98,11 @@ impl Outbox {
                     return Ok(Sent::InRing);
                 }
             }
-            if common::on_progress_thread() {
+            let Some(deadline) = deadline else {
                 sending.overflow.push_back(message.into());
                 self.waiting.store(true, Ordering::SeqCst);
                 return Ok(Sent::Queued);
-            }
+            };
             // Short waits: the wake-up comes through the progress thread, which may be busy in a callback.
             self.room.wait_for(&mut sending, Duration::from_millis(1));
             if Instant::now() >= deadline {

@@ -9,6 +9,9 @@ pub struct SimConfig {
     pub min_delay: Duration,
     /// Longest time.
     pub max_delay: Duration,
+    /// Messages of a connection that a peer has not dealt with, before [`crate::Connection::send`] waits; only in networks
+    /// whose time passes by itself.
+    pub room: usize,
 }
 
 impl Default for SimConfig {
@@ -16,6 +19,7 @@ impl Default for SimConfig {
         Self {
             min_delay: Duration::from_micros(1),
             max_delay: Duration::from_micros(20),
+            room: usize::MAX,
         }
     }
 }

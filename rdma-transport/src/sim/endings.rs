@@ -13,6 +13,7 @@ impl State {
         };
         let end = &mut state.ends[end];
         end.alive = false;
+        end.room.end();
         let why = end.why.get_or_insert(why).clone();
         let batches = std::mem::take(&mut end.batches).into_values().collect();
         end.conn = None;

@@ -1,11 +1,13 @@
 //! Endpoints and connections of the simulator.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use rt::sync::Mutex;
 use rt::thread::JoinHandle;
 
 use super::netref::NetRef;
+use super::room::Room;
 use super::state::{After, End, EndpointId, Inbox, PairId, Parcel, State};
 use super::travel::travel;
 use crate::common::{self, LIMITS, disconnected};
@@ -24,6 +26,7 @@ pub(super) struct SimFabric {
     instance: u64,
     addr: String,
     key: Vec<u8>,
+    timeout: Duration,
     counters: Arc<Counters>,
     thread: Mutex<Option<(Inbox, JoinHandle<()>)>>,
 }
@@ -43,6 +46,7 @@ impl SimFabric {
             instance,
             addr: config.listen,
             key: config.key,
+            timeout: config.timeout,
             counters,
         }
     }
@@ -131,18 +135,21 @@ impl Fabric for SimFabric {
         let there = ConnId(state.unique());
         stats::count(&self.counters.connections, 1);
         let pair = state.unique();
+        let messages = state.config.room;
         let conn = |end: End, id: ConnId, identity: Vec<u8>, addr: &str| {
-            let counters = Arc::new(Counters::default());
-            let net = self.net.clone();
-            let conn = SimConn::new(
-                net,
-                (pair, end),
+            let conn = SimConn {
+                net: self.net.clone(),
+                pair,
+                end,
                 id,
                 identity,
-                addr.to_owned(),
-                Arc::clone(&counters),
-            );
-            (Arc::new(conn) as Arc<dyn Connection>, counters)
+                addr: addr.to_owned(),
+                counters: Arc::default(),
+                room: Arc::new(Room::new(messages)),
+                timeout: self.timeout,
+            };
+            let (counters, room) = (Arc::clone(&conn.counters), Arc::clone(&conn.room));
+            (Arc::new(conn) as Arc<dyn Connection>, counters, room)
         };
         let connecting = conn(0, here, theirs, addr);
         let listening = conn(1, there, identity, &self.addr);
@@ -207,26 +214,31 @@ pub(super) struct SimConn {
     identity: Vec<u8>,
     addr: String,
     counters: Arc<Counters>,
+    room: Arc<Room>,
+    timeout: Duration,
 }
 
 impl SimConn {
-    pub(super) fn new(
-        net: NetRef,
-        (pair, end): (PairId, End),
-        id: ConnId,
-        identity: Vec<u8>,
-        addr: String,
-        counters: Arc<Counters>,
-    ) -> Self {
-        Self {
-            net,
-            pair,
-            end,
-            id,
-            identity,
-            addr,
-            counters,
+    /// Sends a message, waiting for room at most for `patience`; without that it goes without room.
+    fn send_message(&self, message: &[u8], patience: Option<Duration>) -> Result<(), TransportError> {
+        common::check_message(message)?;
+        let net = self.net.get()?;
+        let patience = patience.filter(|_| net.lock().clock.is_some());
+        if self.room.take(patience).is_err() {
+            let why = common::timed_out(&self.addr, self.timeout);
+            net.lock().down_both(self.pair, &why);
+            return Err(why);
         }
+        let mut state = net.lock();
+        if !state.alive(self.pair, self.end) {
+            return Err(state.dead(self.pair, self.end));
+        }
+        self.counters.sent(message.len());
+        if let Some(counters) = state.counters(self.pair, self.end) {
+            counters.sent(message.len());
+        }
+        state.ship(self.pair, self.end, Parcel::Message(message.into()));
+        Ok(())
     }
 }
 
@@ -283,18 +295,12 @@ impl Connection for SimConn {
     }
 
     fn send(&self, message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        let net = self.net.get()?;
-        let mut state = net.lock();
-        if !state.alive(self.pair, self.end) {
-            return Err(state.dead(self.pair, self.end));
-        }
-        self.counters.sent(message.len());
-        if let Some(counters) = state.counters(self.pair, self.end) {
-            counters.sent(message.len());
-        }
-        state.ship(self.pair, self.end, Parcel::Message(message.into()));
-        Ok(())
+        let waits = !common::on_progress_thread();
+        self.send_message(message, waits.then_some(self.timeout))
+    }
+
+    fn queue(&self, message: &[u8]) -> Result<(), TransportError> {
+        self.send_message(message, None)
     }
 
     fn close(&self) {

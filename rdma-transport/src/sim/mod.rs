@@ -13,6 +13,7 @@ mod net;
 mod netref;
 mod place;
 mod remote;
+mod room;
 mod state;
 mod travel;
 

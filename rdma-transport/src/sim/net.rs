@@ -11,7 +11,7 @@ use super::config::SimConfig;
 use super::endpoint::SimFabric;
 use super::netref::NetRef;
 use super::place::Clock;
-use super::state::{After, EndpointId, Inbox, State, What, nanos};
+use super::state::{After, EndpointId, Inbox, Parcel, State, What, nanos};
 use crate::common::mark_progress_thread;
 use crate::error::TransportError;
 use crate::fabric::{Fabric, FabricConfig, Handler};
@@ -106,13 +106,16 @@ impl SimNet {
         let thread = start("fabric", move || {
             mark_progress_thread();
             while let Ok(((pair, end), after)) = incoming.recv() {
-                let ended = matches!(after, After::Message(..))
-                    && !net.get().is_ok_and(|net| net.lock().alive(pair, end));
+                let message = matches!(after, After::Message(..));
+                let ended = message && !net.get().is_ok_and(|net| net.lock().alive(pair, end));
                 if let After::Stop = after {
                     return;
                 }
                 if !ended {
                     after.run();
+                }
+                if message && let Ok(net) = net.get() {
+                    net.lock().ship(pair, end, Parcel::Credit);
                 }
             }
         })?;

@@ -9,6 +9,7 @@ use rt::chance::Chance;
 use super::config::SimConfig;
 use super::place::{Clock, Nobody};
 use super::remote::{RemoteOp, RemoteResult, outcome};
+use super::room::Room;
 use crate::common::{disconnected, ended};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
@@ -35,6 +36,8 @@ pub(super) enum Parcel {
         last: bool,
     },
     Message(Box<[u8]>),
+    /// A message of the other end has been dealt with.
+    Credit,
     /// Results of a batch, on their way back.
     Results {
         batch: u64,
@@ -66,6 +69,7 @@ pub(super) struct EndState {
     pub(super) endpoint: EndpointId,
     pub(super) conn: Option<Arc<dyn Connection>>,
     counters: Arc<Counters>,
+    pub(super) room: Arc<Room>,
     pub(super) alive: bool,
     /// Its `Down` is under way or has come.
     pub(super) ending: bool,
@@ -93,6 +97,9 @@ pub(super) struct EndpointState {
     /// Where its thread finds what it is to call; none where the test calls.
     pub(super) inbox: Option<Inbox>,
 }
+
+/// One end of a connection to be: itself, what it counts, and what it may send.
+pub(super) type NewEnd = (Arc<dyn Connection>, Arc<Counters>, Arc<Room>);
 
 /// What an endpoint's thread is to call, and for which end of which connection.
 pub(super) type Inbox = rt::channel::Sender<((PairId, End), After)>;
@@ -232,7 +239,11 @@ impl State {
                 pair: p,
                 from,
                 parcel,
-            } => *p == pair && *from == end && !matches!(parcel, Parcel::Results { .. } | Parcel::Down(_)),
+            } => {
+                *p == pair
+                    && *from == end
+                    && !matches!(parcel, Parcel::Results { .. } | Parcel::Credit | Parcel::Down(_))
+            }
             What::Call(_) => false,
         };
         let key = *self.queue.iter().find(|(_, what)| in_lane(what))?.0;
@@ -305,7 +316,7 @@ impl State {
             .chance
             .between(nanos(self.config.min_delay), nanos(self.config.max_delay));
         let now = self.look();
-        let lane = usize::from(matches!(parcel, Parcel::Results { .. }));
+        let lane = usize::from(matches!(parcel, Parcel::Results { .. } | Parcel::Credit));
         let Some(state) = self.pairs.get_mut(&pair) else {
             return;
         };
@@ -407,6 +418,11 @@ impl State {
                 }
                 after
             }
+            Parcel::Credit => {
+                let (room, most) = (Arc::clone(&state.ends[to].room), self.config.room);
+                // On this end's own thread, as with adapters: while that waits for something, nothing is sent.
+                After::Call(Box::new(move || room.give(most)))
+            }
             Parcel::Down(_) => After::Nothing,
         }
     }
@@ -459,8 +475,8 @@ impl State {
     pub(super) fn pair(
         &mut self,
         id: PairId,
-        from: (EndpointId, (Arc<dyn Connection>, Arc<Counters>)),
-        to: (EndpointId, (Arc<dyn Connection>, Arc<Counters>)),
+        from: (EndpointId, NewEnd),
+        to: (EndpointId, NewEnd),
         peer: Peer,
     ) {
         let superseded: Vec<PairId> = self
@@ -476,10 +492,11 @@ impl State {
             );
             self.close_end(old, 1, why);
         }
-        let state = |(endpoint, (conn, counters))| EndState {
+        let state = |(endpoint, (conn, counters, room))| EndState {
             endpoint,
             conn: Some(conn),
             counters,
+            room,
             alive: true,
             ending: false,
             why: None,

@@ -128,6 +128,36 @@ impl TcpConn {
         Ok(())
     }
 
+    /// Sends a message behind everything else; `waits`: not before there is room.
+    fn send_message(&self, message: &[u8], waits: bool) -> Result<(), TransportError> {
+        common::check_message(message)?;
+        let head = Header::message(message.len()).encode();
+        let mut tx = self.tx.lock();
+        let mut deadline = None;
+        while waits && tx.backlog() > QUEUE && self.alive() {
+            let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.host.base.config.timeout);
+            if self.room.wait_until(&mut tx, deadline).timed_out() {
+                drop(tx);
+                let why = common::timed_out(&self.base.addr, self.host.base.config.timeout);
+                self.fail(why.clone());
+                return Err(why);
+            }
+        }
+        if tx.closed() || !self.alive() {
+            drop(tx);
+            return Err(self.base.dead());
+        }
+        if let Err(e) = tx.send_behind(self.sock.as_fd(), &head, message) {
+            drop(tx);
+            let why = disconnected(&self.base.addr, &e.to_string());
+            self.fail(why.clone());
+            return Err(why);
+        }
+        drop(tx);
+        self.base.counters.sent(message.len());
+        Ok(())
+    }
+
     /// Whether everything queued is out.
     pub(super) fn sent_all(&self) -> bool {
         self.tx.lock().queued() == 0
@@ -294,32 +324,11 @@ impl Connection for TcpConn {
     }
 
     fn send(&self, message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        let head = Header::message(message.len()).encode();
-        let mut tx = self.tx.lock();
-        let mut deadline = None;
-        while tx.backlog() > QUEUE && !common::on_progress_thread() && self.alive() {
-            let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.host.base.config.timeout);
-            if self.room.wait_until(&mut tx, deadline).timed_out() {
-                drop(tx);
-                let why = common::timed_out(&self.base.addr, self.host.base.config.timeout);
-                self.fail(why.clone());
-                return Err(why);
-            }
-        }
-        if tx.closed() || !self.alive() {
-            drop(tx);
-            return Err(self.base.dead());
-        }
-        if let Err(e) = tx.send_behind(self.sock.as_fd(), &head, message) {
-            drop(tx);
-            let why = disconnected(&self.base.addr, &e.to_string());
-            self.fail(why.clone());
-            return Err(why);
-        }
-        drop(tx);
-        self.base.counters.sent(message.len());
-        Ok(())
+        self.send_message(message, !common::on_progress_thread())
+    }
+
+    fn queue(&self, message: &[u8]) -> Result<(), TransportError> {
+        self.send_message(message, false)
     }
 
     fn close(&self) {

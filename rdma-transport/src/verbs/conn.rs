@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -20,6 +20,9 @@ use crate::base::ConnBase;
 use crate::common::{self, disconnected};
 use crate::error::TransportError;
 use crate::stream::Host;
+
+/// How long what is under way may take to arrive when this side closes.
+pub(super) const LINGER: Duration = Duration::from_millis(200);
 
 pub(super) struct VerbsConn {
     pub(super) base: ConnBase,
@@ -277,8 +280,9 @@ impl VerbsConn {
         self.under_way() && Instant::now() < deadline && !self.pair.destroyed()
     }
 
-    /// [`crate::Connection::send`].
-    pub(super) fn send_message(&self, message: &[u8]) -> Result<(), TransportError> {
+    /// Sends a message; `waits`: returns when the adapter has it.
+    pub(super) fn send_message(&self, message: &[u8], waits: bool) -> Result<(), TransportError> {
+        common::check_message(message)?;
         if self.under_way() {
             self.reap();
         }
@@ -293,13 +297,17 @@ impl VerbsConn {
         if common::on_progress_thread() {
             return Ok(());
         }
-        // What the adapter does not have dies with this process: others wait until it has it.
         let mut tx = self.tx.lock();
         if tx.is_sent(number) {
             return Ok(());
         }
         drop(tx);
+        // Room in the send queue is reported; credits, which it may wait for as well, come as messages do.
         self.arm();
+        if !waits {
+            return Ok(());
+        }
+        // What the adapter does not have dies with this process.
         let deadline = Instant::now() + self.host.base.config.timeout;
         tx = self.tx.lock();
         while !tx.is_sent(number) {
@@ -315,6 +323,16 @@ impl VerbsConn {
             }
         }
         Ok(())
+    }
+
+    /// Waits until the adapter has all messages, or `deadline`. Not on the progress thread, which brings the credits for that.
+    pub(super) fn drain(&self, deadline: Instant) {
+        let mut tx = self.tx.lock();
+        while !tx.all_sent() && !tx.end.closed {
+            if self.room.wait_until(&mut tx, deadline).timed_out() {
+                return;
+            }
+        }
     }
 
     pub(super) fn notify_senders(&self) {

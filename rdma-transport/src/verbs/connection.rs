@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::attend::{self, Attendance};
-use super::conn::VerbsConn;
+use super::conn::{LINGER, VerbsConn};
 use super::request;
 use super::submit::{self, Prepared};
 use super::unit::Owner;
@@ -15,9 +15,6 @@ use crate::error::TransportError;
 use crate::fabric::Connection;
 use crate::ops::{AsyncOp, BatchError, Completion, Op};
 use crate::stream::Linked;
-
-/// How long what is under way may take to arrive when this side closes.
-const LINGER: Duration = Duration::from_millis(200);
 
 /// What tells a connection from all others of this process.
 fn place(conn: &VerbsConn) -> usize {
@@ -132,12 +129,18 @@ impl Connection for VerbsConn {
     }
 
     fn send(&self, message: &[u8]) -> Result<(), TransportError> {
-        common::check_message(message)?;
-        self.send_message(message)
+        self.send_message(message, !common::on_progress_thread())
+    }
+
+    fn queue(&self, message: &[u8]) -> Result<(), TransportError> {
+        self.send_message(message, false)
     }
 
     fn close(&self) {
         self.lingers.store(true, Ordering::SeqCst);
+        if !common::on_progress_thread() {
+            self.drain(Instant::now() + LINGER);
+        }
         self.fail(disconnected(&self.base.addr, "closed on this side"));
         if common::on_progress_thread() {
             return;

@@ -1,16 +1,17 @@
 //! The endpoint as the application sees it.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use mio::Poll;
 
 use super::adapter::Adapter;
-use super::conn::VerbsConn;
+use super::conn::{LINGER, VerbsConn};
 use super::progress::{self, Verbs};
 use super::wire::Control;
 use super::{region, setup};
 use crate::buffer::Buffer;
-use crate::common::LIMITS;
+use crate::common::{self, LIMITS};
 use crate::error::TransportError;
 use crate::fabric::{Connection, Fabric, FabricConfig, FabricKind, Handler, Limits};
 use crate::handshake::Provider;
@@ -95,6 +96,11 @@ impl Fabric for VerbsFabric {
     }
 
     fn shutdown(&self) {
+        if !common::on_progress_thread() {
+            let deadline = Instant::now() + LINGER;
+            let conns = self.core.conns.lock().clone();
+            conns.iter().for_each(|conn| conn.drain(deadline));
+        }
         if self.core.shutdown() {
             self.adapter.regions.clear();
         }

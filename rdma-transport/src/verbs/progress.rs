@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use mio::{Poll, Token};
 
 use super::adapter::Adapter;
-use super::conn::VerbsConn;
+use super::conn::{LINGER, VerbsConn};
 use super::incoming::Incoming;
 use super::receive::NUMBER;
 use super::setup;
@@ -20,8 +20,6 @@ const COMPLETIONS: Token = Token(usize::MAX - 2);
 const DEVICE: Token = Token(usize::MAX - 3);
 /// After a peer has hung up: how long nothing may arrive before nothing more is expected.
 const QUIET: Duration = Duration::from_millis(10);
-/// How long what is under way may take to arrive when this side closes.
-const LINGER: Duration = Duration::from_millis(200);
 /// How long a peer has to say whether it still has a region.
 const DOUBT: Duration = Duration::from_secs(2);
 /// Between looks for completions that nobody is told of, while there are some to come.

@@ -166,6 +166,10 @@ impl Tx {
         self.messages.sent >= message
     }
 
+    pub(super) fn all_sent(&self) -> bool {
+        self.messages.waiting.is_empty()
+    }
+
     fn order(&mut self) -> u64 {
         self.next_order += 1;
         self.next_order

@@ -70,6 +70,32 @@ pub fn blocked_senders_get_through(world: &World) {
     assert_eq!(wrong.load(Ordering::SeqCst), 0);
 }
 
+pub fn queueing_waits_for_nobody(world: &World) {
+    // The receiver does not even return from its first message until all are queued: far more than it has room for.
+    let (target, _source, conn, _) = world.pair();
+    let (go, gone) = std::sync::mpsc::channel::<()>();
+    let gone = parking_lot::Mutex::new(Some(gone));
+    let order = Arc::new(parking_lot::Mutex::new(Vec::new()));
+    let seen = Arc::clone(&order);
+    target.seen.on_message(move |_, message| {
+        if let Some(gone) = gone.lock().take() {
+            gone.recv().unwrap();
+        }
+        seen.lock()
+            .push(u32::from_le_bytes(message[..4].try_into().unwrap()));
+    });
+    let count = 2000u32;
+    for n in 0..count {
+        let mut message = vec![0; 20_000];
+        message[..4].copy_from_slice(&n.to_le_bytes());
+        conn.queue(&message).unwrap();
+    }
+    assert!(order.lock().is_empty());
+    go.send(()).unwrap();
+    world.until("all messages", || target.seen.count() == u64::from(count));
+    assert!(order.lock().iter().copied().eq(0..count));
+}
+
 pub fn words_are_never_torn(world: &World) {
     // One side flips words between patterns that differ in every byte; nobody ever sees a mixture.
     let (target, source, conn, _) = world.pair();

@@ -36,6 +36,7 @@ const NOT_ON_SIM: &[(&str, &str)] = &[
         "blocked_senders_get_through",
         "queues of the simulator are unbounded",
     ),
+    ("queueing_waits_for_nobody", "one thread"),
     ("words_are_never_torn", "one thread"),
     ("deregister_waits_for_operations", "one thread"),
     ("idle_costs_nothing", "no threads"),
@@ -99,7 +100,7 @@ clauses! {
         processes::dead_process_frees_address, processes::unresponsive_peer_times_out,
         processes::silent_peer_is_given_up,
         hello::wrong_version, hello::garbage_and_half_greetings, hello::slow_greeting_blocks_nobody,
-        load::flood_both_ways, load::blocked_senders_get_through, load::words_are_never_torn,
+        load::flood_both_ways, load::blocked_senders_get_through, load::queueing_waits_for_nobody, load::words_are_never_torn,
         load::deregister_waits_for_operations, endings::newest_connection_stays;
 }
 

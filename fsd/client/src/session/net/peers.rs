@@ -40,14 +40,15 @@ impl Peers {
         })
     }
 
-    /// Sends a lease message to another mount; messages to one mount keep their order.
+    /// Sends a lease message to another mount; messages to one mount keep their order. Never waits for the peer: the progress
+    /// thread sends lease messages, too, and would wait for `peers` meanwhile instead of bringing the peer's credits.
     pub fn send_lease(&self, to: NodeId, message: &[u8]) {
         let frame = wire::plain(FrameKind::Lease, message);
         let mut peers = self.peers.lock();
         let peer = peers.entry(to).or_default();
         if peer.queue.is_empty()
             && let Some(conn) = peer.conn.as_ref().filter(|c| c.is_alive())
-            && conn.send(&frame).is_ok()
+            && conn.queue(&frame).is_ok()
         {
             return;
         }
@@ -95,7 +96,7 @@ impl Peers {
             match reached {
                 Ok(conn) => {
                     while let Some(frame) = peer.queue.front() {
-                        if conn.send(frame).is_err() {
+                        if conn.queue(frame).is_err() {
                             break;
                         }
                         peer.queue.pop_front();

@@ -100,8 +100,9 @@ impl<T: ?Sized> Deref for MutexGuard<'_, T> {
 impl<T: ?Sized> DerefMut for MutexGuard<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
         if self.real.is_none() && std::thread::panicking() {
-            // The simulation is over: what is dropped may look at what it guards, and whoever has it ends, too.
-            self.real = Some(self.lock.real.lock());
+            // The thread has been ended while it had let the mutex go: what is dropped may look at what it guards. Whoever has it is
+            // to have its turn, and to unlock it.
+            self.real = Some(self.lock.lock_real(Location::caller()));
         }
         self.real.as_deref_mut().unwrap_or_else(|| nobody())
     }
