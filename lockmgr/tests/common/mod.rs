@@ -103,6 +103,9 @@ impl<T: Submit> Connection for Conn<T> {
     fn send(&self, _: &[u8]) -> Result<(), TransportError> {
         unreachable!("messages go through the directory")
     }
+    fn queue(&self, _: &[u8]) -> Result<(), TransportError> {
+        unreachable!("messages go through the directory")
+    }
     fn close(&self) {}
 }
 
