@@ -13,7 +13,7 @@ use rdma_transport::{
 };
 
 pub const KEY: &[u8] = b"the key of the conformance suite";
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A provider to test.
 pub struct World {

@@ -1,11 +1,15 @@
 //! Runs simulations: `fsd-sim --seeds 1..1000`.
 
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use clap::Parser;
 use fsd_sim::flaws::Flaws;
 use fsd_sim::scenario::{Size, run};
 use fsd_sim::seeds::Seeds;
+use fsd_sim::task::REQUESTS;
+use rt::sim::Report;
 
 /// The whole system below FUSE in deterministic simulation.
 #[derive(Debug, Parser)]
@@ -16,6 +20,9 @@ struct Args {
     /// All that was noted, also of those that succeed.
     #[arg(long)]
     verbose: bool,
+    /// Simulations at a time; 0: as many as there are processors.
+    #[arg(long, default_value_t = 0)]
+    jobs: usize,
     /// Calls of each task in a phase.
     #[arg(long, default_value_t = 25)]
     calls: u32,
@@ -34,6 +41,11 @@ struct Args {
 }
 
 impl Args {
+    fn threads(&self) -> usize {
+        let processors = || std::thread::available_parallelism().map_or(1, usize::from);
+        if self.jobs == 0 { processors() } else { self.jobs }
+    }
+
     fn size(&self) -> Size {
         Size {
             calls: self.calls,
@@ -70,6 +82,38 @@ fn table(args: &Args) {
     }
 }
 
+/// What all simulations so far came to.
+#[derive(Default)]
+struct Sum {
+    seeds: usize,
+    failed: usize,
+    switches: u64,
+}
+
+impl Sum {
+    /// Adds one, and says what is to be said of it.
+    fn add(&mut self, seed: u64, report: &Report, verbose: bool) {
+        self.seeds += 1;
+        self.switches += report.switches;
+        let notes = &report.notes;
+        let shown = match (verbose, &report.failure) {
+            (true, _) => notes.len(),
+            (false, Some(_)) => 40,
+            (false, None) => 0,
+        };
+        let skipped = notes.len().saturating_sub(shown);
+        notes[skipped..].iter().for_each(|note| println!("{note}"));
+        let time = report.time;
+        if let Some(failure) = &report.failure {
+            self.failed += 1;
+            println!("seed {seed} failed after {time:?}: {failure}");
+        } else if verbose {
+            let (hash, switches) = (report.hash, report.switches);
+            println!("seed {seed}: hash {hash:016x}, {time:?}, {switches} switches");
+        }
+    }
+}
+
 fn main() {
     let args = Args::parse();
     tracing_subscriber::fmt()
@@ -80,35 +124,34 @@ fn main() {
         return table(&args);
     }
     let begun = Instant::now();
-    let (mut failed, mut switches) = (0, 0);
-    for seed in args.seeds.clone() {
-        let report = run(seed, args.size(), args.flaw.unwrap_or_default());
-        switches += report.switches;
-        let notes = &report.notes;
-        let shown = match (args.verbose, &report.failure) {
-            (true, _) => notes.len(),
-            (false, Some(_)) => 40,
-            (false, None) => 0,
-        };
-        let skipped = notes.len().saturating_sub(shown);
-        notes[skipped..].iter().for_each(|note| println!("{note}"));
-        if let Some(failure) = &report.failure {
-            failed += 1;
-            println!("seed {seed} failed after {:?}: {failure}", report.time);
-        } else if args.verbose {
-            let (hash, time) = (report.hash, report.time);
-            println!(
-                "seed {seed}: hash {hash:016x}, {time:?}, {} switches",
-                report.switches
-            );
+    let seeds = Mutex::new(args.seeds.clone());
+    let sum = Mutex::new(Sum::default());
+    std::thread::scope(|scope| {
+        for _ in 0..args.threads() {
+            scope.spawn(|| {
+                // Not in the loop's head: what is locked there stays locked in its body.
+                let next = || lock(&seeds).next();
+                while let Some(seed) = next() {
+                    let report = run(seed, args.size(), args.flaw.unwrap_or_default());
+                    lock(&sum).add(seed, &report, args.verbose);
+                }
+            });
         }
-    }
-    let took = begun.elapsed();
+    });
+    let (took, sum) = (begun.elapsed(), lock(&sum));
+    let requests = REQUESTS.load(Ordering::Relaxed);
     println!(
-        "{} seeds, {failed} failed, {took:?}, {switches} switches",
-        args.seeds.count()
+        "{} seeds, {} failed, {took:.1?}, {} switches of threads, {requests} requests, {:.0} a second",
+        sum.seeds,
+        sum.failed,
+        sum.switches,
+        requests as f64 / took.as_secs_f64()
     );
-    if failed > 0 {
+    if sum.failed > 0 {
         std::process::exit(1);
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

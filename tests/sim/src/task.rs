@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use fsd_client::Client;
 use fsd_client::cache::inode::Inode;
@@ -15,6 +16,9 @@ use fsd_proto::ino::ROOT;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::Kind;
 use rt::sync::{Mutex, RwLock};
+
+/// Requests that clients have served in all simulations of this process: how fast they go is told by it.
+pub static REQUESTS: AtomicU64 = AtomicU64::new(0);
 
 /// Result of a system call.
 pub type Sys<T> = Result<T, i32>;
@@ -77,6 +81,7 @@ impl Task {
 
     /// On an event loop if that may be, else on a worker.
     fn serve<T>(&self, mut step: impl FnMut(&Arc<Client>, &Ctx<'_>) -> Res<T>) -> Sys<T> {
+        REQUESTS.fetch_add(1, Ordering::Relaxed);
         rt::sim::point();
         let first = step(&self.client, &Ctx::on_loop(&self.client.session.threads.permits));
         let result = match first {
