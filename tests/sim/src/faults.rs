@@ -1,6 +1,7 @@
 //! Servers that die and come back while tasks are at work.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use fsd_node::fake_disk::Luck;
@@ -88,6 +89,21 @@ impl Trouble {
             rt::sim::note(&"it is back");
         }
     }
+}
+
+/// In one phase of three a disk has no room for a while.
+pub fn fill_a_disk(world: &World, phase: Duration) {
+    if !once_in(3) {
+        return;
+    }
+    let node = below(world.nodes() as u64) as usize;
+    let full = &world.platter(node).faults.full;
+    wait(phase / 2);
+    full.store(true, Ordering::Relaxed);
+    rt::sim::note(&format!("disk {node} is full"));
+    wait(phase / 2);
+    full.store(false, Ordering::Relaxed);
+    rt::sim::note(&format!("disk {node} has room"));
 }
 
 /// While nobody is there: often not long enough for anybody to notice.

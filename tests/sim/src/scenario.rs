@@ -8,7 +8,7 @@ use rt::sim::{Report, Settings};
 
 use crate::chance::{once_in, one_of, wait};
 use crate::content::Content;
-use crate::faults::Trouble;
+use crate::faults::{self, Trouble};
 use crate::flaws::Flaws;
 use crate::owned::{Owner, Pace};
 use crate::shared::Shared;
@@ -171,6 +171,9 @@ impl Play {
             let mine = m * self.size.tasks as usize + n as usize;
             Box::new(move || owners[mine].play(&mounted, &owners, calls, pace))
         });
+        let world = Arc::clone(&self.world);
+        let disks = rt::thread::Builder::new().name("disks".into());
+        let disks = disks.spawn(move || faults::fill_a_disk(&world, pace.phase()));
         if matches!(end, End::Order | End::Left(_)) {
             for task in tasks {
                 let _ = task.join();
@@ -178,6 +181,7 @@ impl Play {
         } else {
             wait(pace.phase());
         }
+        disks.expect("a thread").join().expect("no panic");
         rt::sim::note(&format!("{end:?}"));
         self.end(end);
         self.mount();

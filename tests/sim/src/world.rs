@@ -191,8 +191,10 @@ impl World {
         self.nodes[n].host.lock().running = Some((server, life));
     }
 
-    /// Starts a storage node whose process dies while it starts.
+    /// Starts a storage node whose process dies while it starts, perhaps with a disk that cannot be read just then.
     pub fn start_node_in_vain(self: &Arc<Self>, n: usize) {
+        let unreadable = &self.nodes[n].platter.faults.unreadable;
+        unreadable.store(chance::once_in(2), Ordering::Relaxed);
         let life = Life::new(&self.groups, self.config.storage[n].listen.clone());
         let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
         let _started = rt::sim::spawn_in(life.group, &format!("storage{n}"), move || {
@@ -207,6 +209,7 @@ impl World {
         });
         chance::wait(Duration::from_millis(1));
         life.end(&self.net);
+        unreadable.store(false, Ordering::Relaxed);
         self.nodes[n].platter.cut(Luck::All);
         self.nodes[n].ledger.cut(Luck::All);
     }
