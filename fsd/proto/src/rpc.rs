@@ -299,8 +299,8 @@ pub trait Service: Send + Sync {
     fn admit(&self, hello: &Hello) -> Result<(), String>;
     /// A request.
     fn request(&self, hello: &Hello, body: &[u8], responder: Responder);
-    /// A lease message.
-    fn lease(&self, _hello: &Hello, _body: &[u8]) {}
+    /// Lease messages.
+    fn lease(&self, _hello: &Hello, _conn: &Arc<dyn Connection>, _frame: &[u8]) {}
     /// A peer has connected.
     fn connected(&self, _hello: &Hello, _conn: &Arc<dyn Connection>) {}
     /// A connection (either direction) has ended.
@@ -362,7 +362,7 @@ impl Handler for Router {
             }
             Ok(FrameView::Lease(body)) => {
                 if let Some(hello) = self.hello(conn) {
-                    self.service.lease(&hello, body);
+                    self.service.lease(&hello, conn, body);
                 }
             }
             Ok(FrameView::Notice(_)) => {}

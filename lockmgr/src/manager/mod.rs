@@ -451,8 +451,13 @@ impl LeaseManager {
         }
     }
 
-    /// The connection to a peer broke. What waits for it fails at its deadline, naming it, unless the peer was only
-    /// thought to be the owner.
+    /// A peer cannot be reached just now. What waits for it may fail at its deadline, which then names it.
+    pub fn peer_unreachable(&self, node: NodeId) {
+        self.gone.lock().insert(node);
+    }
+
+    /// A peer has left or ended, and answers nothing any more. What waits for it fails at its deadline, naming it, unless the
+    /// peer was only thought to be the owner. Not for a connection that broke: a question that was heard may yet be answered.
     pub fn peer_gone(&self, node: NodeId) {
         self.gone.lock().insert(node);
         for lease in self.table.all() {

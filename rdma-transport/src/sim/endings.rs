@@ -1,6 +1,6 @@
 //! How connections end: closed, in error, shut down, or crashed.
 
-use super::state::{After, End, EndpointId, PairId, Parcel, State, What};
+use super::state::{After, End, EndpointId, Pair, PairId, Parcel, State, What};
 use crate::TransportError;
 use crate::common::disconnected;
 
@@ -73,8 +73,8 @@ impl State {
         }
     }
 
-    /// The endpoint of this end has died.
-    pub(super) fn crash_end(&mut self, pair: PairId, end: End) {
+    /// Of what this end has sent only a random first part still arrives.
+    fn lose(&mut self, pair: PairId, end: End) {
         let under_way: Vec<(u64, u64)> = self
             .queue
             .iter()
@@ -85,12 +85,38 @@ impl State {
         for key in &under_way[kept..] {
             self.queue.remove(key);
         }
+        if let Some(state) = self.pairs.get_mut(&pair) {
+            // A `Down` that was under way may have been among what was lost.
+            state.ends[1 - end].ending = false;
+        }
+    }
+
+    /// All connections between two endpoints break.
+    pub(super) fn cut(&mut self, ends: [EndpointId; 2]) {
+        let between = |pair: &Pair| {
+            let [a, b] = &pair.ends;
+            [a.endpoint, b.endpoint] == ends || [b.endpoint, a.endpoint] == ends
+        };
+        let pairs: Vec<PairId> = self
+            .pairs
+            .iter()
+            .filter(|(_, pair)| between(pair))
+            .map(|(id, _)| *id)
+            .collect();
+        for pair in pairs {
+            self.lose(pair, 0);
+            self.lose(pair, 1);
+            self.down_both(pair, &disconnected("the peer", "the link was cut"));
+        }
+    }
+
+    /// The endpoint of this end has died.
+    pub(super) fn crash_end(&mut self, pair: PairId, end: End) {
+        self.lose(pair, end);
         let Some(state) = self.pairs.get_mut(&pair) else {
             return;
         };
         state.ends[end].alive = false;
-        // A `Down` that was under way may have been among what was lost.
-        state.ends[1 - end].ending = false;
         let addr = self.endpoints[state.ends[end].endpoint].addr.clone();
         if state.ends[1 - end].conn.is_some() {
             self.tell(pair, 1 - end, disconnected(&addr, "the peer has died"));

@@ -153,6 +153,14 @@ impl SimNet {
     pub fn crash(&self, addr: &str) {
         self.0.lock().crash(addr);
     }
+
+    /// The connections between these two endpoints break; of what was under way a random first part of each direction arrives.
+    pub fn cut(&self, addrs: [&str; 2]) {
+        let mut state = self.0.lock();
+        if let [Some(a), Some(b)] = addrs.map(|addr| state.find(addr)) {
+            state.cut([a, b]);
+        }
+    }
 }
 
 fn start(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, TransportError> {

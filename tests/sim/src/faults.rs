@@ -91,6 +91,22 @@ impl Trouble {
     }
 }
 
+/// In one phase of three the links between mounts break, a few times.
+pub fn cut_links(world: &World, mounts: &[String], phase: Duration) {
+    let times = if once_in(3) && mounts.len() > 1 {
+        1 + below(6)
+    } else {
+        0
+    };
+    for _ in 0..times {
+        wait(phase / 3);
+        let one = below(mounts.len() as u64) as usize;
+        let other = (one + 1 + below(mounts.len() as u64 - 1) as usize) % mounts.len();
+        rt::sim::note(&format!("no link between {} and {}", mounts[one], mounts[other]));
+        world.cut([&mounts[one], &mounts[other]]);
+    }
+}
+
 /// In one phase of three a disk has no room for a while.
 pub fn fill_a_disk(world: &World, phase: Duration) {
     if !once_in(3) {

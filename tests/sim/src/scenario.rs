@@ -133,6 +133,18 @@ impl Play {
         tasks
     }
 
+    /// Starts a thread that makes trouble for the servers, or between the mounts of now.
+    fn beside(
+        &self,
+        name: &str,
+        body: impl FnOnce(&World, &[String]) + Send + 'static,
+    ) -> rt::thread::JoinHandle<()> {
+        let world = Arc::clone(&self.world);
+        let mounts: Vec<String> = self.mounts.iter().map(Mount::addr).collect();
+        let thread = rt::thread::Builder::new().name(name.into());
+        thread.spawn(move || body(&world, &mounts)).expect("a thread")
+    }
+
     fn shared(&mut self, phase: u32) {
         let trouble = Trouble::drawn();
         let stamp = 1 + u64::from(phase) * 1_000_000;
@@ -143,7 +155,12 @@ impl Play {
             let id = 100 * (m as u32 + 1) + n;
             Box::new(move || shared.play(&mounted, id, calls))
         });
-        trouble.make(&self.world, Duration::from_millis(6));
+        let longest = Duration::from_millis(6);
+        let links = self.beside("links", move |world, mounts| {
+            faults::cut_links(world, mounts, longest)
+        });
+        trouble.make(&self.world, longest);
+        links.join().expect("no panic");
         for task in tasks {
             let _ = task.join();
         }
@@ -171,9 +188,10 @@ impl Play {
             let mine = m * self.size.tasks as usize + n as usize;
             Box::new(move || owners[mine].play(&mounted, &owners, calls, pace))
         });
-        let world = Arc::clone(&self.world);
-        let disks = rt::thread::Builder::new().name("disks".into());
-        let disks = disks.spawn(move || faults::fill_a_disk(&world, pace.phase()));
+        let disks = self.beside("disks", move |world, _| faults::fill_a_disk(world, pace.phase()));
+        let links = self.beside("links", move |world, mounts| {
+            faults::cut_links(world, mounts, pace.phase());
+        });
         if matches!(end, End::Order | End::Left(_)) {
             for task in tasks {
                 let _ = task.join();
@@ -181,7 +199,9 @@ impl Play {
         } else {
             wait(pace.phase());
         }
-        disks.expect("a thread").join().expect("no panic");
+        for thread in [disks, links] {
+            thread.join().expect("no panic");
+        }
         rt::sim::note(&format!("{end:?}"));
         self.end(end);
         self.mount();

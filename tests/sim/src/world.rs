@@ -297,6 +297,11 @@ impl World {
         }
     }
 
+    /// The connections between two mounts break.
+    pub fn cut(&self, addrs: [&str; 2]) {
+        self.net.cut(addrs);
+    }
+
     /// A mount's process dies.
     pub fn kill_mount(&self, mount: Mount) {
         mount.life.end(&self.net);
@@ -309,6 +314,12 @@ impl Mount {
         let detached = self.detached;
         let stopped = rt::sim::spawn_in(self.life.group, "leaving", move || detached.stop());
         stopped.join().expect("no panic");
+    }
+
+    /// Where others reach it.
+    #[must_use]
+    pub fn addr(&self) -> String {
+        self.life.addr.clone()
     }
 
     /// The group of its threads.

@@ -52,10 +52,14 @@ impl Service for Front {
         }
     }
 
-    fn lease(&self, hello: &Hello, body: &[u8]) {
+    fn lease(&self, hello: &Hello, conn: &Arc<dyn Connection>, frame: &[u8]) {
         let (Role::Client(Some(node)), Some(client)) =
             (hello.role, self.client.get().and_then(Weak::upgrade))
         else {
+            return;
+        };
+        let peers = &client.session.net.peers;
+        let Some(body) = peers.take_lease(NodeId(node), hello, conn, frame) else {
             return;
         };
         if let Some(inode) =
@@ -65,6 +69,14 @@ impl Service for Front {
         }
         if let Err(error) = client.session.leases.message(NodeId(node), body) {
             tracing::error!("lease message from mount {node}: {error}");
+        }
+    }
+
+    fn connected(&self, hello: &Hello, conn: &Arc<dyn Connection>) {
+        if let (Role::Client(Some(node)), Some(client)) =
+            (hello.role, self.client.get().and_then(Weak::upgrade))
+        {
+            client.session.net.peers.connected(NodeId(node), hello, conn);
         }
     }
 
@@ -121,6 +133,9 @@ impl Owner for Client {
             "storage node {shard} came back without its leases (its host was restarted): this mount cannot know what others have changed, and ends; mount again"
         );
         self.session.fate.doomed.store(true, Ordering::SeqCst);
+    }
+    fn peer_unreachable(&self, node: NodeId) {
+        self.session.leases.peer_unreachable(node);
     }
     fn peer_gone(&self, node: NodeId) {
         self.session.leases.peer_gone(node);

@@ -127,6 +127,16 @@ impl MetaLink {
         Ok(conn)
     }
 
+    /// As [`MetaLink::connection`], for a server that may die again before it has been told what it lost.
+    fn reached(&self, deadline: Instant) -> Result<Arc<dyn Connection>, RpcError> {
+        loop {
+            match self.connection(deadline) {
+                Err(RpcError::Transport(error)) => self.ways.pause(deadline, error)?,
+                other => return other,
+            }
+        }
+    }
+
     /// Asks the metadata server; repeats the request on a new connection where the old one broke.
     ///
     /// # Errors
@@ -140,7 +150,7 @@ impl MetaLink {
         let patience = self.ways.patience();
         let deadline = Instant::now() + patience;
         loop {
-            let conn = self.connection(deadline)?;
+            let conn = self.reached(deadline)?;
             match self.ways.calls.call(&conn, request, patience) {
                 Err(RpcError::Transport(error)) => self.ways.pause(deadline, error)?,
                 other => return other.map(|reply| self.taken(request, reply)),
@@ -215,7 +225,7 @@ impl MetaLink {
         request: R,
         done: impl FnOnce(Result<R::Reply, RpcError>) + Send + 'static,
     ) -> Result<(), RpcError> {
-        let conn = self.connection(Instant::now() + self.ways.timeout())?;
+        let conn = self.reached(Instant::now() + self.ways.timeout())?;
         self.ways.calls.call_async(
             &conn,
             &request.message(),

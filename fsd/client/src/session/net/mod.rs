@@ -8,6 +8,7 @@ mod log;
 mod meta;
 mod peers;
 mod storage;
+mod stream;
 mod ways;
 
 pub use storage::StorageSession;
@@ -168,16 +169,7 @@ impl Net {
             });
             return;
         }
-        let peer = self
-            .peers
-            .peers
-            .lock()
-            .iter()
-            .find(|(_, p)| p.conn.as_ref().is_some_and(|c| c.id() == conn.id()))
-            .map(|(&node, _)| node);
-        if let (Some(node), Some(owner)) = (peer, self.ways.owner()) {
-            owner.peer_gone(node);
-        }
+        self.peers.disconnected(conn);
     }
 
     /// Is there no connection to the metadata server, and none to one of the storage nodes?

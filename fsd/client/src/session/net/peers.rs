@@ -1,6 +1,6 @@
 //! The connections to the other mounts.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
@@ -9,17 +9,41 @@ use rdma_transport::Connection;
 use rt::sync::Mutex;
 
 use super::meta::MetaLink;
+use super::stream::Stream;
 use super::ways::{RETRY, Ways};
 use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::wire::{self, FrameKind, MountRequest, PeerState};
+use fsd_proto::wire::{self, FrameKind, Hello, MountRequest, PeerState};
 
 #[derive(Default)]
 pub(super) struct Peer {
-    pub(super) conn: Option<Arc<dyn Connection>>,
-    /// Messages that wait for a connection; while not empty, new ones queue behind.
-    queue: VecDeque<Vec<u8>>,
+    /// Made by either mount.
+    conn: Option<Arc<dyn Connection>>,
+    stream: Stream,
     connecting: bool,
+}
+
+impl Peer {
+    fn live(&self) -> Option<&Arc<dyn Connection>> {
+        self.conn.as_ref().filter(|c| c.is_alive())
+    }
+
+    /// Everything there is to send goes over this connection from now on.
+    fn adopt(&mut self, life: u64, conn: &Arc<dyn Connection>) {
+        self.stream.connected(life);
+        self.conn = Some(Arc::clone(conn));
+        self.flush();
+    }
+
+    /// Sends what has not gone yet; whatever the connection loses goes over the next one.
+    fn flush(&mut self) {
+        let Some(conn) = self.live().cloned() else { return };
+        while let Some(frame) = self.stream.next() {
+            if conn.queue(&wire::plain(FrameKind::Lease, &frame)).is_err() {
+                return;
+            }
+        }
+    }
 }
 
 /// The ways to the other mounts.
@@ -27,7 +51,17 @@ pub struct Peers {
     me: Weak<Self>,
     ways: Arc<Ways>,
     meta: Arc<MetaLink>,
-    pub(super) peers: Mutex<HashMap<NodeId, Peer>>,
+    /// Whoever has it locked waits for nobody: lease messages are sent by the progress thread, too, which would wait for it
+    /// instead of bringing what is waited for.
+    peers: Mutex<HashMap<NodeId, Peer>>,
+}
+
+/// Why another mount was not reached.
+enum Unreached {
+    /// It may be, later.
+    Yet(RpcError),
+    /// It has left or ended.
+    Ever(RpcError),
 }
 
 impl Peers {
@@ -40,28 +74,75 @@ impl Peers {
         })
     }
 
-    /// Sends a lease message to another mount; messages to one mount keep their order. Never waits for the peer: the progress
-    /// thread sends lease messages, too, and would wait for `peers` meanwhile instead of bringing the peer's credits.
+    /// Sends a lease message to another mount; messages to one mount keep their order. Never waits.
     pub fn send_lease(&self, to: NodeId, message: &[u8]) {
-        let frame = wire::plain(FrameKind::Lease, message);
         let mut peers = self.peers.lock();
         let peer = peers.entry(to).or_default();
-        if peer.queue.is_empty()
-            && let Some(conn) = peer.conn.as_ref().filter(|c| c.is_alive())
-            && conn.queue(&frame).is_ok()
-        {
+        peer.stream.push(message);
+        if peer.live().is_some() {
+            peer.flush();
+        } else {
+            self.begin_to_reach(to, peer);
+        }
+    }
+
+    /// A frame of lease messages has come from another mount; the message in it, unless it has come before.
+    pub fn take_lease<'a>(
+        &self,
+        from: NodeId,
+        hello: &Hello,
+        conn: &Arc<dyn Connection>,
+        frame: &'a [u8],
+    ) -> Option<&'a [u8]> {
+        let mut peers = self.peers.lock();
+        let peer = peers.entry(from).or_default();
+        match peer.stream.take(hello.life, frame) {
+            Ok(message) => {
+                peer.flush();
+                message
+            }
+            Err(broken) => {
+                tracing::error!(
+                    "a lease message from mount {}: {broken}; it is sent again",
+                    from.0
+                );
+                drop(peers);
+                conn.close();
+                None
+            }
+        }
+    }
+
+    /// Another mount has connected to this one: where there is no connection to it, that is the one.
+    pub fn connected(&self, from: NodeId, hello: &Hello, conn: &Arc<dyn Connection>) {
+        let mut peers = self.peers.lock();
+        let peer = peers.entry(from).or_default();
+        if peer.live().is_none() {
+            peer.adopt(hello.life, conn);
+        }
+    }
+
+    /// A connection has ended. If it was the one to another mount, that is connected to again, or found to have ended.
+    pub(super) fn disconnected(&self, conn: &Arc<dyn Connection>) {
+        let mut peers = self.peers.lock();
+        let mut all = peers.iter_mut();
+        let lost = all.find(|(_, p)| p.conn.as_ref().is_some_and(|c| c.id() == conn.id()));
+        if let Some((&node, peer)) = lost {
+            peer.conn = None;
+            self.begin_to_reach(node, peer);
+        }
+    }
+
+    fn begin_to_reach(&self, to: NodeId, peer: &mut Peer) {
+        if std::mem::replace(&mut peer.connecting, true) {
             return;
         }
-        peer.queue.push_back(frame);
-        if !peer.connecting {
-            peer.connecting = true;
-            let me = Weak::clone(&self.me);
-            self.ways.workers.run(move || {
-                if let Some(net) = me.upgrade() {
-                    net.reach(to);
-                }
-            });
-        }
+        let me = Weak::clone(&self.me);
+        self.ways.workers.run(move || {
+            if let Some(net) = me.upgrade() {
+                net.reach(to);
+            }
+        });
     }
 
     /// Asks another mount; `done` gets the answer on some thread. None, and `done` is not called, without a connection.
@@ -75,7 +156,7 @@ impl Peers {
         R: ask::Request<Message = MountRequest, Answer: 'static>,
     {
         let peers = self.peers.lock();
-        let conn = peers.get(&to)?.conn.as_ref().filter(|c| c.is_alive()).cloned()?;
+        let conn = peers.get(&to)?.live().cloned()?;
         drop(peers);
         self.ways.calls.call_async(
             &conn,
@@ -87,59 +168,62 @@ impl Peers {
         Some(())
     }
 
-    /// Connects to another mount and sends what waits for it; gives up when it is known to be dead.
+    /// Connects to another mount and sends what waits for it; gives up when it has left or ended.
     fn reach(&self, to: NodeId) {
         loop {
             let reached = self.connect_peer(to);
             let mut peers = self.peers.lock();
             let peer = peers.entry(to).or_default();
             match reached {
-                Ok(conn) => {
-                    while let Some(frame) = peer.queue.front() {
-                        if conn.queue(frame).is_err() {
-                            break;
-                        }
-                        peer.queue.pop_front();
-                    }
-                    if peer.queue.is_empty() {
-                        peer.conn = Some(conn);
-                        peer.connecting = false;
-                        drop(peers);
-                        if let Some(owner) = self.ways.owner() {
-                            owner.peer_back(to);
-                        }
-                        return;
-                    }
-                }
-                Err((error, final_)) => {
+                _ if peer.live().is_some() => {}
+                Ok((life, conn)) => peer.adopt(life, &conn),
+                Err(Unreached::Yet(error)) if !self.ways.stopping.load(Ordering::Acquire) => {
                     drop(peers);
+                    tracing::debug!("mount {} cannot be reached yet: {error}", to.0);
+                    if let Some(owner) = self.ways.owner() {
+                        owner.peer_unreachable(to);
+                    }
+                    rt::thread::sleep(RETRY);
+                    continue;
+                }
+                Err(Unreached::Yet(error) | Unreached::Ever(error)) => {
+                    peer.connecting = false;
+                    peer.stream.end();
+                    drop(peers);
+                    tracing::debug!("mount {} has left or ended: {error}", to.0);
                     if let Some(owner) = self.ways.owner() {
                         owner.peer_gone(to);
                     }
-                    if final_ || self.ways.stopping.load(Ordering::Acquire) {
-                        tracing::warn!("mount {} cannot be reached: {error}", to.0);
-                        if let Some(peer) = self.peers.lock().get_mut(&to) {
-                            peer.queue.clear();
-                            peer.connecting = false;
-                        }
-                        return;
-                    }
+                    return;
                 }
             }
-            rt::thread::sleep(RETRY);
+            peer.connecting = false;
+            drop(peers);
+            if let Some(owner) = self.ways.owner() {
+                owner.peer_back(to);
+            }
+            return;
         }
     }
 
-    fn connect_peer(&self, to: NodeId) -> Result<Arc<dyn Connection>, (RpcError, bool)> {
-        match self.meta.ask(ask::meta::Peer { node: to.0 }) {
-            Ok((_, PeerState::Dead)) => Err((RpcError::Errno(Errno(libc::EHOSTDOWN)), true)),
-            Ok((listen, _)) => self
-                .ways
-                .fabric
-                .connect(&listen)
-                .map_err(|error| (error.into(), false)),
-            Err(error @ RpcError::Errno(_)) => Err((error, true)),
-            Err(error) => Err((error, false)),
-        }
+    /// A connection to another mount, and its life.
+    fn connect_peer(&self, to: NodeId) -> Result<(u64, Arc<dyn Connection>), Unreached> {
+        let listen = match self.meta.ask(ask::meta::Peer { node: to.0 }) {
+            Ok((_, PeerState::Dead)) => Err(Unreached::Ever(RpcError::Errno(Errno(libc::EHOSTDOWN)))),
+            Ok((listen, _)) => Ok(listen),
+            Err(error @ RpcError::Errno(_)) => Err(Unreached::Ever(error)),
+            Err(error) => Err(Unreached::Yet(error)),
+        }?;
+        let fabric = &self.ways.fabric;
+        let conn = fabric.connect(&listen).map_err(|error| {
+            if fabric.is_deserted(&listen) {
+                Unreached::Ever(error.into())
+            } else {
+                Unreached::Yet(error.into())
+            }
+        })?;
+        let hello = Hello::check(conn.peer_identity(), &self.ways.cluster);
+        let hello = hello.map_err(|_| Unreached::Yet(RpcError::Errno(Errno(libc::EPROTO))))?;
+        Ok((hello.life, conn))
     }
 }

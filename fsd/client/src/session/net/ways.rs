@@ -32,7 +32,9 @@ pub trait Owner: Send + Sync {
     fn storage_back(&self, shard: u16);
     /// A storage node came back without its leases: ours on it are worth nothing.
     fn leases_lost(&self, shard: u16);
-    /// Another mount cannot be reached.
+    /// Another mount cannot be reached just now.
+    fn peer_unreachable(&self, node: NodeId);
+    /// Another mount has left or ended: nothing that it was asked will be answered.
     fn peer_gone(&self, node: NodeId);
     /// Another mount can be reached (again).
     fn peer_back(&self, node: NodeId);
