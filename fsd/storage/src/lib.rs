@@ -14,6 +14,8 @@ mod cut;
 pub mod disk;
 mod fence;
 mod flush;
+#[cfg(test)]
+mod fuzz_tests;
 pub mod generation;
 pub mod index;
 pub mod label;
