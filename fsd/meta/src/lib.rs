@@ -11,6 +11,8 @@ mod crash_cluster;
 mod crash_tests;
 #[cfg(test)]
 mod crash_world;
+#[cfg(test)]
+mod fuzz_tests;
 mod house;
 mod membership;
 mod missed;
