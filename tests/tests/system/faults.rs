@@ -388,6 +388,17 @@ fn a_killed_client_blocks_the_others_for_a_bounded_time() -> anyhow::Result<()> 
                 "an unclear error: {error}"
             );
         }
+        // What has been read once stays so: what was not written when the mount died is never written any more.
+        let mut seen: Option<Vec<u8>> = None;
+        let mut check = |got: Vec<u8>, when: &str| {
+            ensure!(got == b"fsynced" || got == b"dirty!!", "{when}: content {got:?}");
+            let before = seen.get_or_insert_with(|| got.clone());
+            ensure!(*before == got, "{when}: {got:?} where {before:?} was read before");
+            Ok(())
+        };
+        if let Ok(first) = &first {
+            check(first.clone(), "first")?;
+        }
         // Files that it did not hold are served as before, and what it held after a restart of the servers.
         fs::read_dir(b.join("others"))?
             .next()
@@ -396,8 +407,7 @@ fn a_killed_client_blocks_the_others_for_a_bounded_time() -> anyhow::Result<()> 
         fs::write(b.join("others/new"), b"new")?;
         cluster.restart_after_abort()?;
         for dir in [&b, &a] {
-            let got = fs::read(dir.join("held"))?;
-            ensure!(got == b"fsynced" || got == b"dirty!!", "content {got:?}");
+            check(fs::read(dir.join("held"))?, "after the restart")?;
             fs::write(dir.join("dir/y"), b"y")?;
             fs::remove_file(dir.join("dir/y"))?;
         }
