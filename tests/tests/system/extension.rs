@@ -206,7 +206,7 @@ fn leases_that_come_and_go_all_the_time() -> anyhow::Result<()> {
         );
         let slept = of(&counts, "waits");
         ensure!(of(&counts, "spins") + slept == misses, "what else: {counts:?}");
-        // Some are rung for what no task waits for: what is lent ahead.
+        // Some are rung for what no task waits for: what is delegated ahead.
         ensure!(
             of(&counts, "kicks") <= slept + ROUNDS && of(&counts, "wakeups_made") <= misses,
             "more doorbells than sleepers: {counts:?}"
@@ -366,8 +366,8 @@ fn no_holes_where_something_is_not_flushed_yet() -> anyhow::Result<()> {
     })
 }
 
-/// What the kernel knows of a file it may drop, and learn again while it has been lent the same lease: that must not be as
-/// the file was when it was lent.
+/// What the kernel knows of a file it may drop, and learn again while it has been delegated the same lease: that must not be as
+/// the file was when it was delegated.
 #[test]
 #[ignore = "needs the kernel extension: make lab"]
 fn a_size_survives_the_kernels_inode() -> anyhow::Result<()> {
