@@ -82,6 +82,16 @@ fsx_tool() {
     [ -x "$target/tools/bin/fsx" ] || cargo install fsx --locked --root "$target/tools"
 }
 
+# Licences and sources of dependencies (deny.toml). Advisories are not looked at: their database is a repository elsewhere.
+deny_tool() {
+    [ -x "$target/tools/bin/cargo-deny" ] || cargo install cargo-deny --version '^0.20' --locked --root "$target/tools"
+}
+
+deny() { # manifest
+    "$target/tools/bin/cargo-deny" --config deny.toml --manifest-path "$1" \
+        check --hide-inclusion-graph licenses bans sources
+}
+
 fsx_on() { # cache mode
     # The mount's folder comes in the environment of the command that fsd dev runs.
     # shellcheck disable=SC2016
@@ -105,6 +115,10 @@ step clippy cargo clippy --release --workspace --all-targets -- -D warnings || t
 sim=(--release --manifest-path tests/sim/Cargo.toml --target-dir "$target/sim")
 step "sim fmt" cargo fmt --manifest-path tests/sim/Cargo.toml --check || true
 step "sim clippy" cargo clippy "${sim[@]}" --all-targets -- -D warnings || true
+if step "deny build" deny_tool; then
+    step deny deny Cargo.toml || true
+    step "sim deny" deny tests/sim/Cargo.toml || true
+fi
 tests "rt simulated" timeout 300 cargo test --release -p rt --features sim
 tests sim env RUST_LOG=off timeout 900 cargo test "${sim[@]}" --no-fail-fast
 # Without the programs there is nothing to test as a whole.

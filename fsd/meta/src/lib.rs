@@ -11,6 +11,8 @@ mod crash_cluster;
 mod crash_tests;
 #[cfg(test)]
 mod crash_world;
+#[cfg(test)]
+mod fuzz_tests;
 mod house;
 mod membership;
 mod missed;
@@ -42,7 +44,7 @@ pub enum MetaError {
     /// The directory has not been formatted, or for another cluster.
     #[error("{path}: {detail}")]
     Format {
-        /// Directory.
+        /// The metadata directory, as the configuration names it.
         path: PathBuf,
         /// What, and what to do.
         detail: String,
@@ -56,7 +58,7 @@ pub enum MetaError {
     /// The system refused.
     #[error("{what}: {error}")]
     Io {
-        /// What was tried.
+        /// What was tried, with the file: "cannot open …".
         what: String,
         /// The system's answer.
         error: std::io::Error,

@@ -236,7 +236,7 @@ impl<'a> Txn<'a> {
         }
     }
 
-    /// Raw value.
+    /// The value of a key as this transaction sees it, its own changes included.
     ///
     /// # Errors
     /// The store failed.
@@ -247,12 +247,12 @@ impl<'a> Txn<'a> {
         }
     }
 
-    /// Sets a key.
+    /// Sets a key when the transaction is committed.
     pub fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {
         self.changed.insert(key, Some(value));
     }
 
-    /// Removes a key.
+    /// Removes a key when the transaction is committed.
     pub fn delete(&mut self, key: Vec<u8>) {
         self.changed.insert(key, None);
     }
@@ -278,7 +278,7 @@ impl<'a> Txn<'a> {
         self.put(key, encode(&next));
     }
 
-    /// An inode.
+    /// The stored inode of a number.
     ///
     /// # Errors
     /// `ENOENT` if there is none.
@@ -305,7 +305,7 @@ impl<'a> Txn<'a> {
         self.put(key::inode(inode.attr.ino), encode(inode));
     }
 
-    /// A directory entry.
+    /// The entry of a name in a directory, if there is one.
     ///
     /// # Errors
     /// The store failed.
@@ -326,7 +326,7 @@ impl<'a> Txn<'a> {
         cookie
     }
 
-    /// Applies it.
+    /// Applies all changes to the store as one batch.
     ///
     /// # Errors
     /// The store failed; nothing has been applied.

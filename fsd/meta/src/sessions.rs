@@ -30,7 +30,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// Its state.
+    /// Whether it is connected, may come back, or has been declared dead.
     #[must_use]
     pub fn state(&self) -> PeerState {
         match (self.dead, self.conn.is_some()) {

@@ -32,7 +32,7 @@ pub struct Note {
     pub storage: Option<u16>,
     /// Directory of the store.
     pub store: PathBuf,
-    /// Names the store.
+    /// Random number of the store, as in its label.
     pub uuid: String,
 }
 

@@ -62,19 +62,13 @@ pub fn generation(ino: u64) -> u32 {
 /// The lease record of an inode.
 #[must_use]
 pub fn record(ino: u64) -> RecordId {
-    RecordId((u64::from(shard(ino)) << 40) | index(ino))
+    RecordId::new(u32::from(shard(ino)), index(ino))
 }
 
-/// Shard of a lease record.
+/// The storage node that holds a lease record: its shard, by the number that storage nodes have.
 #[must_use]
 pub fn record_shard(id: RecordId) -> u16 {
-    (id.0 >> 40) as u16
-}
-
-/// Index of a lease record within its shard.
-#[must_use]
-pub fn record_index(id: RecordId) -> u64 {
-    id.0 & ((1 << 40) - 1)
+    id.shard() as u16
 }
 
 /// Whether the first of two numbers of one record is of a later generation than the second. Half of the generations count as
@@ -108,7 +102,7 @@ mod tests {
             let ino = compose(s, g, i);
             assert_eq!((shard(ino), generation(ino), index(ino)), (s, g, i));
             assert_eq!(record_shard(record(ino)), s);
-            assert_eq!(record_index(record(ino)), i);
+            assert_eq!(record(ino).index(), i);
             assert!(i64::try_from(ino).is_ok());
             assert!(is_later(compose(s, next_generation(ino), i), ino));
         }

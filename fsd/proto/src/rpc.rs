@@ -365,7 +365,6 @@ impl Handler for Router {
                     self.service.lease(&hello, conn, body);
                 }
             }
-            Ok(FrameView::Notice(_)) => {}
             Err(error) => {
                 tracing::warn!("{} sent {error}; connection closed", conn.peer_addr());
                 conn.close();

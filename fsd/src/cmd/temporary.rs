@@ -62,7 +62,7 @@ impl Temporary {
         Ok(Self { dir, lock })
     }
 
-    /// Where it is.
+    /// The folder, which is removed with this.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.dir.path()

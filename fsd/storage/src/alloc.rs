@@ -159,7 +159,9 @@ impl Allocator {
 
     /// Marks a frame as in use when the index is loaded. False if it overlaps one already there.
     pub fn occupy(&mut self, offset: u64, class: usize) -> bool {
-        let index = (offset / BLOCK) as u32;
+        let Ok(index) = u32::try_from(offset / BLOCK) else {
+            return false;
+        };
         let bit = (offset % BLOCK) / u64::from(CLASSES[class]);
         let Some(place) = self.slabs.get_mut(index as usize) else {
             return false;

@@ -43,11 +43,11 @@ const DISK_STOCK: usize = if cfg!(test) { 0 } else { 128 };
 /// Slabs given back at once.
 const SURPLUS: usize = 1024;
 
-/// Who has what.
+/// Which frames and extents are in use, by which blocks, and what is reserved for whom; under one lock, so that they agree.
 pub struct Space {
     /// Frames of the pool.
     pub alloc: Allocator,
-    /// Blocks.
+    /// The frame and the stored copy of each block.
     pub index: Index,
     /// Reservations by connection, returned when it ends.
     pub reserved: HashMap<ConnId, u64>,
@@ -105,7 +105,7 @@ pub struct Blocks {
     pub(super) cleaning_bytes: AtomicU64,
     /// Something is to be stored although no dirty counter has moved.
     pub(super) restore: AtomicBool,
-    /// What went wrong.
+    /// Counts of what the disk refused or lost, for the status.
     pub faults: Faults,
     #[cfg(any(test, feature = "flaws"))]
     pub(super) flaw: Option<Flaw>,

@@ -9,7 +9,7 @@ use rustix::fs::{Advice, FallocateFlags};
 /// What the storage node needs of the file that keeps its blocks. Between two syncs a power cut may leave any part of
 /// what was written, down to single sectors.
 pub trait Disk: Send + Sync {
-    /// Reads.
+    /// Fills `into` from `offset` on.
     ///
     /// # Errors
     /// The disk's; the end of the file is one.

@@ -14,6 +14,8 @@ mod cut;
 pub mod disk;
 mod fence;
 mod flush;
+#[cfg(test)]
+mod fuzz_tests;
 pub mod generation;
 pub mod index;
 pub mod label;
@@ -38,7 +40,7 @@ pub enum StorageError {
     /// The directory has not been formatted, or for another cluster or node.
     #[error("{path}: {detail}")]
     Format {
-        /// Directory.
+        /// The storage directory, as the configuration names it.
         path: PathBuf,
         /// What, and what to do.
         detail: String,
@@ -49,9 +51,9 @@ pub enum StorageError {
     /// The backing file or the pool failed.
     #[error("{what} {path}: {error}")]
     Io {
-        /// What was tried.
+        /// What was tried, to be followed by the path: "cannot write".
         what: &'static str,
-        /// File.
+        /// The file that it was tried on.
         path: PathBuf,
         /// The system's answer.
         error: std::io::Error,

@@ -21,6 +21,9 @@ use fsd_proto::wire::Frame;
 
 /// So many blocks that cannot be read get a line of their own in the log.
 const LINES: u64 = 20;
+/// Slabs of the backing file for one of the pool that are taken for possible, which is far more than there ever are: the bookkeeping
+/// is as large as the last extent that the index names, so a damaged entry must not ask for all memory.
+const SPREAD: u64 = 1024;
 /// Entries changed in one batch of the store.
 const BATCH: usize = 10_000;
 
@@ -77,9 +80,11 @@ pub(super) fn occupy(
         let Some(Stored { extent, .. }) = entry.stored else {
             continue;
         };
-        let slabs = (extent.offset / BLOCK + 1).saturating_sub(extents.bytes() / BLOCK);
-        if let Ok(slabs) = u32::try_from(slabs) {
-            extents.grow(slabs);
+        let slabs = extent.offset / BLOCK + 1;
+        let more = u32::try_from(slabs.saturating_sub(extents.bytes() / BLOCK));
+        let possible = slabs <= alloc.bytes() / BLOCK * SPREAD;
+        if let (true, Ok(more)) = (possible, more) {
+            extents.grow(more);
         }
         if !class_for(extent.size).is_some_and(|class| extents.occupy(extent.offset, class)) {
             return Err(StorageError::Damaged(format!(

@@ -57,7 +57,6 @@ impl Inner {
         match request {
             StorageRequest::Attach => Ok(StorageReply::Attached(Attached {
                 pool_key: self.pool_key.0,
-                pool_len: self.blocks.pool.mem.len() as u64,
                 dirty_key: self.dirty_key.0,
                 segment_records: SEGMENT_RECORDS,
                 table: self.leases.id,

@@ -38,7 +38,7 @@ pub(super) enum Work {
 
 pub(super) struct Inner {
     pub(super) id: u16,
-    /// Names the store.
+    /// Random number of the store, as in its label.
     pub(super) uuid: String,
     pub(super) blocks: Blocks,
     pub(super) leases: LeaseTable,

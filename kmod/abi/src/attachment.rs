@@ -257,15 +257,34 @@ impl Attachment {
                 }
             }
         }
+        Attachment::over(device, layout, options.spin)
+    }
+
+    /// Over a device that is attached.
+    pub(crate) fn over(device: File, layout: Attach, spin: Duration) -> Result<Attachment, Error> {
         let map = Arc::new(Map::new(&device, layout)?);
         Ok(Attachment {
             device,
             table: Table::new(Arc::clone(&map)),
             map,
-            spin: options.spin,
+            spin,
             reader: Mutex::default(),
             writer: Mutex::new(()),
         })
+    }
+
+    /// As the kernel would: the ends of the events' ring, and the types of what is in it.
+    #[cfg(test)]
+    pub(crate) fn set_events(&self, tail: u64, head: u64, kinds: &[u32]) {
+        use crate::ring::Slots;
+        let (ends, slots) = (self.events(), self.map.events());
+        for (at, kind) in kinds.iter().enumerate() {
+            let mut event: layout::Event = slots.take(at as u64);
+            event.r#type = *kind;
+            slots.put(at as u64, event);
+        }
+        ends.tail.store(tail, Ordering::Relaxed);
+        ends.head.store(head, Ordering::Relaxed);
     }
 
     /// The lease table.

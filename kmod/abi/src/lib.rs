@@ -13,6 +13,8 @@
 mod attachment;
 mod counters;
 mod error;
+#[cfg(test)]
+mod fuzz_tests;
 pub mod layout;
 mod pace;
 pub mod ring;

@@ -204,7 +204,7 @@ fn outcome(asked: Vec<Asked>, requests: &[Request], result: Result<(), Transport
     }
 }
 
-/// Who is told.
+/// Who waits for a batch, and learns how it ended.
 pub(super) enum Owner {
     Blocked(Arc<Waiter<Done>>),
     Async {

@@ -92,7 +92,6 @@ pub(super) struct Place {
     pub(super) access: Access,
 }
 
-/// A control frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Control {
     /// What does this region key stand for?

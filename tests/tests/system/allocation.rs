@@ -117,7 +117,7 @@ fn what_was_written_has_its_space_though_another_mount_fills_the_pool() -> anyho
             }
         };
         ensure!(refused.raw_os_error() == Some(libc::ENOSPC), "{refused}");
-        // Neither was there room for more, nor did it take what was promised.
+        // Neither was there room for more, nor did it take what was reserved.
         ensure!(written >= 100 * MIB, "only {written} bytes until ENOSPC");
         scattered
             .sync_all()

@@ -82,7 +82,7 @@ fn turns() -> anyhow::Result<()> {
             calls > 400 && sent > 200 && visits >= sent,
             "{calls} calls, {sent} sent, {visits} visits: the daemons were hardly asked"
         );
-        // Longer than the file: not for a visitor to make; and shorter again.
+        // Longer than the file: not to be made by a forwarded operation; and shorter again.
         for turn in 0..30usize {
             let (mine, next) = (turn % 3, (turn + 1) % 3);
             let end = files[mine].metadata()?.len();
@@ -157,7 +157,7 @@ fn at_once() -> anyhow::Result<()> {
                 "page {page} differs"
             );
         }
-        ensure!(cluster.total("visits")? > 0, "nobody was visited");
+        ensure!(cluster.total("visits")? > 0, "nothing was forwarded");
         Ok(())
     })
 }
@@ -168,12 +168,12 @@ fn at_once() -> anyhow::Result<()> {
 fn the_owner_is_killed() -> anyhow::Result<()> {
     guard::with_cluster(options(), |cluster| {
         let files = open_all(cluster, "f")?;
-        // Mount 2 gets the lease, and is visited.
+        // Mount 2 gets the lease, and operations are forwarded to it.
         for turn in 0..60u64 {
             write_stamp(&files[turn as usize % 3], 0, turn)?;
         }
         write_stamp(&files[2], 1, 1)?;
-        ensure!(cluster.total("visits")? > 0, "nobody was visited");
+        ensure!(cluster.total("visits")? > 0, "nothing was forwarded");
         let stop = AtomicBool::new(false);
         let written: Vec<anyhow::Result<u64>> = std::thread::scope(|scope| {
             let tasks: Vec<_> = (0..2u64)

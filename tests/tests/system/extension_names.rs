@@ -57,7 +57,7 @@ fn paths_are_walked_without_a_request() -> anyhow::Result<()> {
         grow(&cluster.mount(0))?;
         for mount in 0..2 {
             let root = cluster.mount(mount);
-            // Found; lent; kept.
+            // Found; delegated; kept.
             (0..3).try_for_each(|_| walk(&root))?;
             let looked = || anyhow::Ok((cluster.total("requests")?, counted(cluster, mount, "name_local")?));
             let before = looked()?;

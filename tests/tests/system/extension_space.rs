@@ -304,7 +304,7 @@ fn space_is_seldom_asked_for() -> anyhow::Result<()> {
             ensure!(grown <= most, "{what}: asked {grown} times, not {most}");
             Ok(())
         };
-        fs::write(dir.join("first"), b"fills the bank")?;
+        fs::write(dir.join("first"), b"fills what is reserved")?;
         asked("100 files of a page", 1, &|| {
             for n in 0..100 {
                 fs::write(dir.join(format!("s{n}")), content(n, 0, PAGE))?;
@@ -354,7 +354,7 @@ fn space_is_seldom_asked_for() -> anyhow::Result<()> {
     })
 }
 
-/// What is promised is taken away by some, and used by others, where there is hardly enough.
+/// What is reserved is taken away by some, and used by others, where there is hardly enough.
 #[test]
 #[ignore = "needs the kernel extension: make lab"]
 fn truncated_and_punched_while_it_is_written() -> anyhow::Result<()> {

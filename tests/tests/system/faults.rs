@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail, ensure};
@@ -14,6 +14,12 @@ use system_tests::{guard, sys};
 /// Bytes of a file's blocks, which lie on the storage nodes in turn.
 const BLOCK: usize = 256 << 10;
 
+/// Files by name, and what their contents are made from.
+type Written = BTreeMap<String, usize>;
+
+/// Tasks that write while something goes wrong.
+const WORKERS: usize = 4;
+
 /// Longest time that work may stand still after a server is back.
 const RECOVERY: Duration = Duration::from_secs(20);
 
@@ -21,8 +27,9 @@ fn content(key: usize, len: usize) -> Vec<u8> {
     (0..len).map(|i| (i * 3 + key * 7 + (i >> 9)) as u8).collect()
 }
 
-/// Writes files that are fsynced one after the other until told to stop; returns those for which fsync returned.
-fn worker(dir: &Path, id: usize, stop: &AtomicBool) -> anyhow::Result<BTreeMap<String, usize>> {
+/// Writes files that are fsynced one after the other until told to stop; returns those for which fsync returned, and counts them.
+fn worker(dir: &Path, id: usize, told: (&AtomicBool, &AtomicUsize)) -> anyhow::Result<Written> {
+    let (stop, count) = told;
     let mut done = BTreeMap::new();
     let mut failing: Option<Instant> = None;
     for i in 0.. {
@@ -42,6 +49,7 @@ fn worker(dir: &Path, id: usize, stop: &AtomicBool) -> anyhow::Result<BTreeMap<S
         match make() {
             Ok(()) => {
                 failing = None;
+                count.fetch_add(1, Ordering::Relaxed);
                 done.insert(if i % 5 == 4 { format!("r{id}-{i}") } else { name }, i);
             }
             // During the outage calls may fail; they must succeed again in bounded time.
@@ -58,22 +66,26 @@ fn worker(dir: &Path, id: usize, stop: &AtomicBool) -> anyhow::Result<BTreeMap<S
 }
 
 /// Workers on both mounts while `fault` happens; then everything fsynced must be there, on every mount.
-fn under_load(
-    cluster: &Cluster,
-    fault: impl FnOnce() -> anyhow::Result<()>,
-) -> anyhow::Result<BTreeMap<String, usize>> {
-    let stop = AtomicBool::new(false);
+fn under_load(cluster: &Cluster, fault: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Written> {
+    let (stop, count) = (AtomicBool::new(false), AtomicUsize::new(0));
+    // Until each worker has written some more on the average, or none does any more, which they tell themselves.
+    let goes_on = || {
+        let (start, enough) = (Instant::now(), count.load(Ordering::Relaxed) + 4 * WORKERS);
+        while count.load(Ordering::Relaxed) < enough && start.elapsed() < RECOVERY {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
     let done = std::thread::scope(|scope| {
-        let stop = &stop;
-        let threads: Vec<_> = (0..4)
+        let told = (&stop, &count);
+        let threads: Vec<_> = (0..WORKERS)
             .map(|id| {
                 let dir = cluster.mount(id % 2);
-                scope.spawn(move || worker(&dir, id, stop))
+                scope.spawn(move || worker(&dir, id, told))
             })
             .collect();
-        std::thread::sleep(Duration::from_millis(700));
+        goes_on();
         let result = fault();
-        std::thread::sleep(Duration::from_millis(700));
+        goes_on();
         stop.store(true, Ordering::Relaxed);
         let mut done = BTreeMap::new();
         for thread in threads {
@@ -88,7 +100,7 @@ fn under_load(
     Ok(done)
 }
 
-fn verify(dir: &Path, done: &BTreeMap<String, usize>) -> anyhow::Result<()> {
+fn verify(dir: &Path, done: &Written) -> anyhow::Result<()> {
     for (name, key) in done {
         let got = fs::read(dir.join(name)).with_context(|| format!("{name}, which was fsynced"))?;
         ensure!(
@@ -152,7 +164,7 @@ fn storage_node_killed_under_load_tcp_writethrough() -> anyhow::Result<()> {
     killed_under_load(options, Role::Storage(1), Duration::ZERO)
 }
 
-fn write_all(dir: &Path, count: usize, sync: bool) -> anyhow::Result<BTreeMap<String, usize>> {
+fn write_all(dir: &Path, count: usize, sync: bool) -> anyhow::Result<Written> {
     let mut done = BTreeMap::new();
     for i in 0..count {
         let name = format!("f{i}");
@@ -388,6 +400,15 @@ fn a_killed_client_blocks_the_others_for_a_bounded_time() -> anyhow::Result<()> 
                 "an unclear error: {error}"
             );
         }
+        // What has been read once stays so: what was not written when the mount died is never written any more.
+        let mut seen: Option<Vec<u8>> = None;
+        let mut check = |got: Vec<u8>, when: &str| {
+            ensure!(got == b"fsynced" || got == b"dirty!!", "{when}: content {got:?}");
+            let before = seen.get_or_insert_with(|| got.clone());
+            ensure!(*before == got, "{when}: {got:?} where {before:?} was read before");
+            Ok(())
+        };
+        first.iter().try_for_each(|got| check(got.clone(), "first"))?;
         // Files that it did not hold are served as before, and what it held after a restart of the servers.
         fs::read_dir(b.join("others"))?
             .next()
@@ -396,8 +417,7 @@ fn a_killed_client_blocks_the_others_for_a_bounded_time() -> anyhow::Result<()> 
         fs::write(b.join("others/new"), b"new")?;
         cluster.restart_after_abort()?;
         for dir in [&b, &a] {
-            let got = fs::read(dir.join("held"))?;
-            ensure!(got == b"fsynced" || got == b"dirty!!", "content {got:?}");
+            check(fs::read(dir.join("held"))?, "after the restart")?;
             fs::write(dir.join("dir/y"), b"y")?;
             fs::remove_file(dir.join("dir/y"))?;
         }
@@ -451,7 +471,6 @@ fn a_killed_dev_cluster_leaves_nothing_behind() -> anyhow::Result<()> {
     };
     let ready = wait("not mounted", &|| mounted() == 2);
     let written = ready.and_then(|()| {
-        std::thread::sleep(Duration::from_millis(500));
         guard::within(
             Duration::from_secs(10),
             {

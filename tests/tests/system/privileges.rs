@@ -63,7 +63,7 @@ fn capabilities(cluster: &Cluster) -> anyhow::Result<()> {
         std::io::copy(&mut from, &mut &other).map(drop)
     })?;
     go_with("an opening that truncates", &b, &a, || File::create(&a).map(drop))?;
-    // Taken from each other, so that with the extension the writes are calls and visits.
+    // Taken from each other, so that with the extension the writes are calls and forwarded operations.
     for n in 0..40 {
         mine.write_all_at(b"a", n)?;
         other.write_all_at(b"b", n)?;

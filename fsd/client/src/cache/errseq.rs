@@ -28,7 +28,7 @@ impl ErrorSequence {
     /// An error this file has not been told yet.
     ///
     /// # Errors
-    /// That error.
+    /// The last error, if this handle has not reported it.
     pub fn check(&self, seen: &AtomicU64) -> Result<(), Errno> {
         let sequence = self.0.lock();
         match sequence.1 {
@@ -40,7 +40,7 @@ impl ErrorSequence {
     /// As [`Self::check`]; it stays untold.
     ///
     /// # Errors
-    /// That error.
+    /// The last error, if this handle has not reported it.
     pub fn peek(&self, seen: &AtomicU64) -> Result<(), Errno> {
         let sequence = self.0.lock();
         match sequence.1 {

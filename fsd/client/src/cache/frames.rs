@@ -14,7 +14,7 @@ fn is_short(frame: &Frame) -> bool {
 pub struct FrameMap {
     /// Layout number of the file that this belongs to.
     pub layout: Option<u64>,
-    /// Blocks with frames.
+    /// Where each block is, by its number in the file.
     known: BTreeMap<u64, Frame>,
     /// How many of them are smaller than a block.
     short: usize,
@@ -35,7 +35,7 @@ impl FrameMap {
             .map_or(size, |&reserved| size.max(reserved))
     }
 
-    /// Blocks with frames.
+    /// The frames that are known, by the number of their block.
     #[must_use]
     pub fn known(&self) -> &BTreeMap<u64, Frame> {
         &self.known

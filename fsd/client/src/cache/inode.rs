@@ -63,7 +63,7 @@ pub struct Push {
     pub sent: Option<Box<AttrUpdate>>,
 }
 
-/// An inode.
+/// What this mount knows of one inode, and what is under way on it.
 #[derive(Debug)]
 pub struct Inode {
     /// Number.
@@ -92,7 +92,7 @@ pub struct Inode {
     pub looked_up: super::looked_up::LookedUp,
     /// Open files on this mount.
     pub opens: Mutex<Opens>,
-    /// Delayed errors.
+    /// Errors of writing back, which `fsync` and `close` report.
     pub errors: ErrorSequence,
     /// Writes of mapped pages that wait for the exclusive lease.
     pub mapped: Lazy<crate::cache::mapped::MappedWrites>,
@@ -103,7 +103,7 @@ pub struct Inode {
 /// Open files of an inode on this mount.
 #[derive(Debug, Default)]
 pub struct Opens {
-    /// How many.
+    /// Open handles, of all kinds.
     pub count: u64,
     /// Of those, for writing in a way that may leave dirty pages, or locked ones, in the kernel: through its page cache, or mapped.
     pub page_writers: u64,
@@ -145,7 +145,7 @@ impl Inode {
         }
     }
 
-    /// Its lease record.
+    /// The record whose lease protects what is cached of it.
     #[must_use]
     pub fn record(&self) -> RecordId {
         ino::record(self.ino)

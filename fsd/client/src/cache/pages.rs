@@ -58,7 +58,7 @@ impl Pages {
         self.dirty
     }
 
-    /// A page.
+    /// The page of that index, if it is cached.
     #[must_use]
     pub fn get(&self, index: u64) -> Option<&Page> {
         self.map.get(&index)

@@ -22,7 +22,7 @@ pub struct State {
     pub attr_dirty: bool,
     /// Something has changed during this exclusive tenure.
     pub modified: bool,
-    /// Data.
+    /// Pages of the contents that are cached, clean or still to be stored.
     pub pages: Pages,
     /// Where the data is.
     pub frames: FrameMap,

@@ -14,23 +14,23 @@ pub struct WriteFlags {
     pub sync: bool,
 }
 
-/// A write.
+/// What one request writes; the data is the request's.
 #[derive(Debug, Clone, Copy)]
 pub struct Write<'a> {
     /// Where, in bytes; of an append where the kernel thinks that the file ends.
     pub offset: u64,
-    /// What.
+    /// The bytes to be written.
     pub data: &'a [u8],
     /// What else belongs to it.
     pub flags: WriteFlags,
 }
 
-/// A write with its data.
+/// A [`Write`] that outlives its request, and so has the data to itself.
 #[derive(Debug)]
 pub struct Queued {
     /// Where in the file, bytes.
     pub offset: u64,
-    /// What.
+    /// The bytes to be written.
     pub data: Vec<u8>,
     /// What else belongs to the write.
     pub flags: WriteFlags,
@@ -47,7 +47,7 @@ impl From<&Write<'_>> for Queued {
 }
 
 impl Queued {
-    /// The write.
+    /// The same, with the data borrowed.
     #[must_use]
     pub fn write(&self) -> Write<'_> {
         Write {

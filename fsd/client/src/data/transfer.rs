@@ -23,14 +23,14 @@ const RETRY: Duration = Duration::from_millis(10);
 /// A one-sided operation on a storage node's pool.
 #[derive(Debug)]
 pub enum PoolOp<'a> {
-    /// Reads.
+    /// From the pool into memory of the caller.
     Read {
         /// Offset in the pool.
         offset: u64,
         /// Destination.
         into: &'a mut [u8],
     },
-    /// Writes.
+    /// From memory of the caller into the pool.
     Write {
         /// Offset in the pool.
         offset: u64,

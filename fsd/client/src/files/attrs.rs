@@ -59,11 +59,11 @@ impl SetTime {
 pub struct SetAttr {
     /// Permission bits.
     pub mode: Option<u32>,
-    /// Owner.
+    /// New owner (chown).
     pub uid: Option<u32>,
-    /// Group.
+    /// New group (chown).
     pub gid: Option<u32>,
-    /// Size.
+    /// New length in bytes (truncate); a shorter one frees blocks.
     pub size: Option<u64>,
     /// Last access.
     pub atime: Option<SetTime>,
@@ -77,7 +77,7 @@ pub struct SetAttr {
     pub caller: Caller,
 }
 
-/// Attributes.
+/// `getattr` and `setattr`.
 pub struct Attrs {
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,

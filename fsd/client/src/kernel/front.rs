@@ -58,7 +58,7 @@ pub trait KernelFront: Send + Sync {
     }
 }
 
-/// A stock kernel.
+/// A kernel without the extension: nothing is ever delegated to it, so what the trait does by itself will do.
 #[derive(Debug)]
 pub struct Stock;
 

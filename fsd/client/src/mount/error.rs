@@ -49,7 +49,7 @@ pub enum MountError {
     /// Options that are not known.
     #[error("{detail}")]
     Options {
-        /// Which.
+        /// One sentence that names them.
         detail: String,
     },
     /// The kernel refused the mount.
@@ -57,7 +57,7 @@ pub enum MountError {
     Kernel {
         /// The mount point.
         path: PathBuf,
-        /// Its answer.
+        /// The error number of mount(2).
         error: std::io::Error,
     },
     /// No port is left for it.

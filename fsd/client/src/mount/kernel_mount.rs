@@ -86,7 +86,7 @@ pub fn mount(point: &Path, name: &str, flags: MountFlags) -> std::io::Result<Fil
 pub struct Mounted {
     point: PathBuf,
     number: String,
-    /// Of its device.
+    /// Number of its device, as `major:minor`.
     pub device: String,
 }
 

@@ -161,3 +161,20 @@ fn a_journal_that_ends_anywhere_ends_at_a_batch() {
         assert!(all(&store) == of.tables[last], "{end}");
     }
 }
+
+/// Whatever is in the file: it is cut off somewhere, and nothing is read beyond its end.
+#[test]
+fn a_journal_of_anything_has_a_whole_part() {
+    let mut chance = StdRng::seed_from_u64(7);
+    for _ in 0..20_000 {
+        // Mostly tags and short lengths, which lead further than other bytes.
+        let mut bytes: Vec<u8> = (0..chance.random_range(0..200))
+            .map(|_| match chance.random_bool(0.8) {
+                true => chance.random_range(0..5),
+                false => chance.random(),
+            })
+            .collect();
+        bytes.insert(0, START);
+        assert!(whole(&bytes) <= bytes.len());
+    }
+}

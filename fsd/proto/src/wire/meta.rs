@@ -1,11 +1,9 @@
 //! Requests to the metadata server and its answers.
 
-use serde::{Deserialize, Serialize};
-
+use super::{Attr, AttrUpdate, Kind, Time};
 use crate::clock::Skew;
 use crate::errno::Errno;
-
-use super::{Attr, AttrUpdate, Kind, Time};
+use serde::{Deserialize, Serialize};
 
 /// An inode that the requester holds exclusively, and the version it will have when it lets go of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -161,7 +159,8 @@ pub struct LockSpec {
 pub struct Logged {
     /// Its place in the order in which the server carried everything out.
     pub order: u64,
-    /// What was asked.
+    /// What was asked: no `Replay`.
+    #[serde(deserialize_with = "super::flat::flat")]
     pub request: MetaRequest,
 }
 

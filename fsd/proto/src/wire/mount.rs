@@ -20,7 +20,7 @@ pub enum MountRequest {
     },
 }
 
-/// What a visitor wants done.
+/// What a forwarded operation is to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Act {
     /// Reading so many bytes.

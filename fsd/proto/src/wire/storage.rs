@@ -115,8 +115,6 @@ pub enum StorageRequest {
 pub struct Attached {
     /// Region of the pool.
     pub pool_key: u64,
-    /// Its length, bytes.
-    pub pool_len: u64,
     /// Region of the dirty counters: one u64 for each 256 KiB of the pool, to be incremented by
     /// fetch-and-add after a write.
     pub dirty_key: u64,

@@ -9,11 +9,11 @@ use super::talk::{Order, Phase, Plan, Say};
 /// Something to be told to a rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tell {
-    /// To whom.
+    /// The rank that it is for.
     pub rank: u32,
     /// In answer to its `Watch` (else to what it said last).
     pub watch: bool,
-    /// What.
+    /// What the rank shall do next.
     pub order: Order,
 }
 
@@ -28,13 +28,13 @@ struct Member {
 /// What is needed to make the plan.
 #[derive(Debug, Clone)]
 pub struct Job {
-    /// How many ranks.
+    /// Number of ranks; the plan is made when all have come.
     pub size: u32,
-    /// Who plays what.
+    /// Which ranks are servers, and which mount.
     pub roles: Roles,
-    /// What to run.
+    /// The command that each rank with a mount runs, with its arguments.
     pub command: Vec<String>,
-    /// Names the stores.
+    /// Random number that the metadata store of this job is formatted with.
     pub uuid: String,
 }
 

@@ -69,7 +69,7 @@ impl Drop for Channel {
     }
 }
 
-/// A completion.
+/// How one work request ended (`ibv_wc`).
 #[derive(Debug, Clone)]
 pub(crate) struct Wc {
     pub(crate) id: u64,
@@ -92,7 +92,6 @@ impl Wc {
     }
 }
 
-/// A completion queue.
 pub(crate) struct Cq {
     raw: NonNull<sys::ibv_cq>,
     channel: Arc<Channel>,

@@ -69,7 +69,7 @@ pub(crate) enum Event {
     Other(String),
 }
 
-/// An open device.
+/// An open device; closed when the last object made from it has gone.
 pub(crate) struct Context {
     raw: NonNull<sys::ibv_context>,
     pub(crate) name: String,
@@ -283,7 +283,6 @@ impl Drop for Context {
     }
 }
 
-/// A protection domain.
 pub(crate) struct Pd {
     raw: NonNull<sys::ibv_pd>,
     pub(crate) context: Arc<Context>,
@@ -318,7 +317,7 @@ impl Drop for Pd {
     }
 }
 
-/// A registered region.
+/// Memory that the adapter can reach, pinned or on demand, until it is dropped.
 pub(crate) struct Mr {
     raw: NonNull<sys::ibv_mr>,
     pub(crate) mem: Arc<SharedMem>,

@@ -133,7 +133,6 @@ pub(crate) enum Verb {
     Send,
 }
 
-/// A work request.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Post {
     pub(crate) id: u64,

@@ -270,7 +270,7 @@ impl StorageLinks {
     }
 
     fn place(&self, session: &StorageSession, record: RecordId) -> Option<RemoteAddr> {
-        let index = ino::record_index(record);
+        let index = record.index();
         let per = u64::from(session.attached.segment_records);
         let key = *session.segments.read().get(&((index / per) as u32))?;
         Some(RemoteAddr {
@@ -297,7 +297,7 @@ impl StorageLinks {
             if self.place(&session, record).is_some() {
                 return Ok(());
             }
-            let segment = (ino::record_index(record) / u64::from(session.attached.segment_records)) as u32;
+            let segment = (record.index() / u64::from(session.attached.segment_records)) as u32;
             match self.load_segment(&session, segment) {
                 Err(RpcError::Transport(error)) => self.ways.pause(deadline, error)?,
                 Err(error) => return Err(error),
