@@ -6,7 +6,9 @@ use std::time::Duration;
 use rdma_transport::ConnId;
 use rt::time::Instant;
 
-use super::records::Member;
+use crate::error::MetaError;
+use crate::journal::records::{Member, decode, key};
+use fsd_node::store::Store;
 use fsd_proto::wire::PeerState;
 
 /// A lost mount that does not come back within this time is dead.
@@ -30,6 +32,18 @@ pub struct Session {
 }
 
 impl Session {
+    /// One that has not died.
+    #[must_use]
+    pub fn new(member: Member, conn: Option<ConnId>, lost: Option<Instant>) -> Self {
+        Self {
+            member,
+            conn,
+            lost,
+            gone: false,
+            dead: false,
+        }
+    }
+
     /// Its state.
     #[must_use]
     pub fn state(&self) -> PeerState {
@@ -51,6 +65,25 @@ pub struct Sessions {
 }
 
 impl Sessions {
+    /// Those of a store. They may still run and come back; until then they count as lost.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn load(store: &dyn Store) -> Result<Self, MetaError> {
+        let mut sessions = Self::default();
+        for (k, v) in store.scan(b"C", b"D", usize::MAX)? {
+            let node = key::number(&k) as u16;
+            let member: Member = decode(&v)?;
+            if member.life == 0 {
+                sessions.incarnations.insert(node, member.incarnation);
+            } else {
+                let lost = Session::new(member, None, Some(Instant::now()));
+                sessions.nodes.insert(node, lost);
+            }
+        }
+        Ok(sessions)
+    }
+
     /// The lowest free node number below `limit`, and its next incarnation.
     #[must_use]
     pub fn free_number(&self, limit: u16) -> Option<(u16, u8)> {
@@ -131,13 +164,7 @@ mod tests {
             name: String::new(),
             listen: String::new(),
         };
-        Session {
-            member,
-            conn: conn.map(ConnId),
-            lost: None,
-            gone: false,
-            dead: false,
-        }
+        Session::new(member, conn.map(ConnId), None)
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! A cluster at work, and what its mounts know: for `crash_tests`.
+//! A cluster at work, and what its mounts know.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,9 +6,9 @@ use std::sync::Arc;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::crash_world::{Disks, NODES, Server, join};
-use super::records::{Dirent, Inode, decode, key};
-use super::server::Flaw;
+use super::world::{Disks, NODES, Server, join};
+use crate::journal::records::{Dirent, Inode, decode, key};
+use crate::rules::Flaw;
 use fsd_node::fake_conn::FakeConn;
 use fsd_node::fake_disk::Table;
 use fsd_node::store::Store;
@@ -293,7 +293,7 @@ impl World {
                 for node in 0..NODES {
                     let (ino, first, last) = (entry.ino, size / BLOCK, u64::MAX);
                     let request = StorageRequest::Free { ino, first, last };
-                    let reply = self.server.inner.nodes.ask(node as u16, &request).unwrap();
+                    let reply = self.server.service.nodes.asks.ask(node as u16, &request).unwrap();
                     assert_eq!(reply, StorageReply::Freed(0));
                 }
                 let at = self.at();

@@ -1,7 +1,7 @@
 //! The order of transactions, and up to which of them a crash of the machine undoes nothing.
 //!
 //! Every transaction of a mount gets the next place in the order of all and stores it with itself. Mounts keep what they
-//! were answered until it is durable, and tell it again to a server whose host has crashed (`window`). Whether anything can
+//! were answered until it is durable, and tell it again to a server whose host has crashed (`recovery`). Whether anything can
 //! have been lost, a server that starts finds out by a *witness*: a file in a memory file system that says how far the last
 //! life had got. The death of the process leaves it, so it says the same as the store; the death of the host takes it along.
 
@@ -15,12 +15,12 @@ use rt::sync::Mutex;
 use twox_hash::XxHash3_64;
 
 use super::records::{Txn, decode, encode, key};
-use super::{MetaError, Refusal};
+use crate::error::MetaError;
 use fsd_node::files;
 use fsd_node::store::{Batch, Store, StoreError};
 
 /// The order of transactions of one store.
-pub(super) struct Order {
+pub struct Order {
     store: Arc<dyn Store>,
     /// Place of the last one; held while one is applied, so that the store never has one without those before.
     executed: Mutex<u64>,
@@ -96,15 +96,8 @@ impl Order {
     /// # Errors
     /// The store or the memory file system failed.
     pub fn open(store: Arc<dyn Store>, memory_dir: &Path, uuid: &str) -> Result<(Self, bool), MetaError> {
-        let number = |bytes: Option<Vec<u8>>| -> Result<u64, MetaError> {
-            bytes
-                .map_or(Ok(0), |b| decode::<u64>(&b))
-                .map_err(|refusal: Refusal| MetaError::Io {
-                    what: "the metadata store is damaged".into(),
-                    error: std::io::Error::from_raw_os_error(refusal.errno().0),
-                })
-        };
-        let executed = number(store.get(&key::executed())?)?;
+        let executed = store.get(&key::executed())?;
+        let executed: u64 = executed.map_or(Ok(0), |bytes| decode(&bytes))?;
         let in_order = store.get(&key::stopped())?.is_some();
         let (witness, said) = Witness::open(memory_dir, uuid)?;
         // What the store has it keeps from here on; and that it stopped in order is over.
@@ -213,7 +206,7 @@ impl Order {
 
 /// As if a life of a server had got so far on this host.
 #[cfg(test)]
-pub(super) fn remember(dir: &Path, uuid: &str, place: u64) -> Result<(), MetaError> {
+pub fn remember(dir: &Path, uuid: &str, place: u64) -> Result<(), MetaError> {
     Witness::open(dir, uuid)?.0.say(place);
     Ok(())
 }

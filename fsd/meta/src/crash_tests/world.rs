@@ -10,21 +10,21 @@ use rand::rngs::StdRng;
 use rdma_transport::Connection;
 use rt::sync::Mutex;
 
-use super::copies::Copies;
-use super::house::Backlog;
-use super::nodes::StorageNodes;
-use super::opening::{load_state, make, read_superblock};
-use super::order::Order;
-use super::server::{Flaw, House, Inner, Told};
-use super::sessions::GRACE;
-use super::window::Window;
+use crate::house::House;
+use crate::journal::format::{make, read_superblock};
+use crate::journal::records::encode;
+use crate::membership::sessions::GRACE;
+use crate::namespace::freeing::Told;
+use crate::nodes::fabric::StorageNodes;
+use crate::rules::{Flaw, Rules};
+use crate::service::{News, Service};
 use fsd_node::config::Config;
 use fsd_node::fake_conn::FakeConn;
 use fsd_node::fake_disk::{FakeStore, Luck, Seen, Table, apply, cut_batches};
 use fsd_node::store::{Batch, Store};
 use fsd_proto::clock::Skew;
 use fsd_proto::layout::BLOCK;
-use fsd_proto::rpc::{Errno, Responder, RpcError};
+use fsd_proto::rpc::{Errno, Responder, RpcError, Service as _};
 use fsd_proto::wire::{Hello, MetaReply, MetaRequest, Role, StorageReply, StorageRequest};
 
 /// Storage nodes; the stores are the metadata server's and theirs.
@@ -219,9 +219,9 @@ impl Disks {
 
 /// A metadata server whose threads are the test.
 pub struct Server {
-    pub inner: Arc<Inner>,
-    told: Told,
-    backlog: Backlog,
+    pub service: Arc<Service>,
+    news: News,
+    house: House,
     tool: Arc<FakeConn>,
     next: u64,
 }
@@ -230,24 +230,16 @@ impl Server {
     /// Starts one; `memory` is what its host remembers.
     pub fn start(disks: &Disks, memory: &Path, flaw: Option<Flaw>) -> Self {
         let store: Arc<dyn Store> = Arc::clone(&disks.meta) as Arc<dyn Store>;
-        let superblock = read_superblock(store.as_ref(), config(), Path::new("meta")).unwrap();
-        let mut state = load_state(store.as_ref(), &superblock).unwrap();
-        let (order, lost) = Order::open(Arc::clone(&store), memory, "u").unwrap();
-        if lost {
-            state.window = Window::open(state.sessions.nodes.keys().copied());
-        }
-        if state.window.is_none() || flaw == Some(Flaw::WindowForgotten) {
-            order.settle(0).unwrap();
-        }
+        let mut config = config().clone();
+        config.meta.memory_dir = memory.to_owned();
+        let superblock = read_superblock(store.as_ref(), &config).unwrap();
+        let options = (false, Rules::without(flaw));
         let nodes = Arc::clone(&disks.nodes) as Arc<dyn StorageNodes>;
-        let copies = Arc::new(Copies::new(false, std::iter::empty(), Vec::new()));
-        let (mut inner, told) =
-            Inner::new(config(), superblock, store, state, order, (nodes, copies)).unwrap();
-        Arc::get_mut(&mut inner).unwrap().flaw = flaw;
+        let (service, news) = Service::open(store, &config, &superblock, options, |_| nodes).unwrap();
         Self {
-            inner,
-            told,
-            backlog: Backlog::default(),
+            house: House::new(&service),
+            service,
+            news,
             tool: FakeConn::new(0),
             next: 0,
         }
@@ -256,29 +248,29 @@ impl Server {
     /// Sends a request; its number.
     pub fn send(&mut self, conn: &Arc<FakeConn>, request: &MetaRequest) -> u64 {
         let hello = Hello::new("test", Role::Client(None), conn.id().0);
-        let body = super::records::encode(request);
+        let body = encode(request);
         self.next += 1;
         let responder = Responder::new(Arc::clone(conn) as Arc<dyn Connection>, self.next);
-        self.inner.request(&hello, &body, responder);
+        self.service.request(&hello, &body, responder);
         self.next
     }
 
     /// What the thread does that syncs.
     pub fn sync(&mut self) {
-        let waiting: Vec<_> = self.told.sync.try_iter().collect();
+        let waiting: Vec<_> = self.news.commits.try_iter().collect();
         if !waiting.is_empty() {
-            self.inner.answer_once_durable(waiting);
+            self.service.journal.commits.answer(waiting);
         }
     }
 
     /// What the thread does that keeps house.
     pub fn keep_house(&mut self) {
-        let mut news: Vec<House> = self.told.house.try_iter().collect();
+        let mut news: Vec<Told> = self.news.house.try_iter().collect();
         // Now, and not after a while.
         self.next += 1;
         let tool = Arc::clone(&self.tool) as Arc<dyn Connection>;
-        news.push(House::Settle(Responder::new(tool, self.next)));
-        self.inner.look_after(&mut self.backlog, news);
+        news.push(Told::Settle(Responder::new(tool, self.next)));
+        self.house.look_after(news);
     }
 
     pub fn ask(&mut self, conn: &Arc<FakeConn>, request: &MetaRequest) -> Result<MetaReply, Errno> {
@@ -289,7 +281,7 @@ impl Server {
 
     /// Whoever has not come is dead.
     pub fn bury(&mut self) {
-        for session in self.inner.state.lock().sessions.nodes.values_mut() {
+        for session in self.service.membership.members.sessions.lock().nodes.values_mut() {
             session.lost = session.lost.map(|since| since.checked_sub(GRACE * 2).unwrap());
         }
         self.keep_house();

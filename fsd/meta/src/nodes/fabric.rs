@@ -1,23 +1,20 @@
 //! The storage nodes as the metadata server sees them: behind a trait, so that tests can lose what they have not synced.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rdma_transport::{Connection, Fabric, TransportError};
 use rt::sync::Mutex;
 
-use super::copies::Copies;
-use super::stores::known_stores;
-use fsd_node::config::Config;
-use fsd_node::store::Store;
+use super::stores::Stores;
 use fsd_proto::ask;
 use fsd_proto::rpc::{Calls, RpcError};
 use fsd_proto::stores::other_store;
 use fsd_proto::wire::{StorageReply, StorageRequest};
 
 /// What the server asks of storage nodes.
-pub(super) trait StorageNodes: Send + Sync {
+pub trait StorageNodes: Send + Sync {
     /// Asks one, and waits for the answer.
     ///
     /// # Errors
@@ -32,7 +29,7 @@ impl dyn StorageNodes {
     ///
     /// # Errors
     /// As [`StorageNodes::ask`].
-    pub(super) fn asked<R>(&self, id: u16, request: R) -> Result<R::Reply, RpcError>
+    pub fn asked<R>(&self, id: u16, request: R) -> Result<R::Reply, RpcError>
     where
         R: ask::Request<Message = StorageRequest, Answer = StorageReply>,
     {
@@ -40,36 +37,35 @@ impl dyn StorageNodes {
     }
 }
 
+/// The fabric, and the calls made over it.
+type Link = (Arc<dyn Fabric>, Arc<Calls>);
+
 /// Those of the configuration, by the fabric.
-pub(super) struct FabricNodes {
-    config: Config,
-    store: Arc<dyn Store>,
-    fabric: Arc<dyn Fabric>,
-    calls: Arc<Calls>,
-    copies: Arc<Copies>,
+pub struct FabricNodes {
+    stores: Arc<Stores>,
+    timeout: Duration,
+    /// Only there when the server, which it calls, is complete.
+    link: OnceLock<Link>,
     conns: Mutex<HashMap<u16, Arc<dyn Connection>>>,
 }
 
 impl FabricNodes {
-    pub fn new(
-        config: &Config,
-        store: &Arc<dyn Store>,
-        fabric: &Arc<dyn Fabric>,
-        calls: Arc<Calls>,
-        copies: &Arc<Copies>,
-    ) -> Self {
+    pub fn new(stores: &Arc<Stores>, timeout_ms: u64) -> Self {
         Self {
-            config: config.clone(),
-            store: Arc::clone(store),
-            fabric: Arc::clone(fabric),
-            calls,
-            copies: Arc::clone(copies),
+            stores: Arc::clone(stores),
+            timeout: Duration::from_millis(timeout_ms),
+            link: OnceLock::new(),
             conns: Mutex::default(),
         }
     }
 
-    fn patience(&self) -> Duration {
-        Duration::from_millis(self.config.timeout_ms)
+    /// They can be reached from now on.
+    pub fn attach(&self, fabric: &Arc<dyn Fabric>, calls: Arc<Calls>) {
+        let _ = self.link.set((Arc::clone(fabric), calls));
+    }
+
+    fn link(&self) -> Result<&Link, TransportError> {
+        self.link.get().ok_or(TransportError::Shutdown)
     }
 
     /// A connection to a storage node, made if need be.
@@ -77,9 +73,9 @@ impl FabricNodes {
         if let Some(conn) = self.conns.lock().get(&id).filter(|c| c.is_alive()) {
             return Ok(Arc::clone(conn));
         }
-        let section = self.config.storage.iter().find(|s| s.id == id);
+        let section = self.stores.sections().iter().find(|s| s.id == id);
         let section = section.ok_or(TransportError::Shutdown)?;
-        let conn = self.fabric.connect(&section.listen)?;
+        let conn = self.link()?.0.connect(&section.listen)?;
         self.check_store(id, &section.listen, &conn)?;
         self.conns.lock().insert(id, Arc::clone(&conn));
         Ok(conn)
@@ -87,11 +83,11 @@ impl FabricNodes {
 
     /// Refuses a storage node that has another store.
     fn check_store(&self, id: u16, addr: &str, conn: &Arc<dyn Connection>) -> Result<(), RpcError> {
-        let known = known_stores(self.store.as_ref()).map_err(|r| RpcError::Errno(r.errno()))?;
+        let known = self.stores.known().map_err(|r| RpcError::Errno(r.errno()))?;
         let Some(expected) = known.get(usize::from(id)) else {
             return Ok(());
         };
-        match self.calls.call(conn, &StorageRequest::Attach, self.patience())? {
+        match self.link()?.1.call(conn, &StorageRequest::Attach, self.timeout)? {
             StorageReply::Attached(attached) if attached.store != *expected => {
                 let what = other_store(id, addr, &attached.store, expected);
                 tracing::error!("{what}");
@@ -99,7 +95,7 @@ impl FabricNodes {
                 Err(TransportError::Invalid(what).into())
             }
             StorageReply::Attached(attached) => self
-                .copies
+                .stores
                 .check_generation(id, addr, attached.generation)
                 .inspect_err(|_| conn.close()),
             _ => Ok(()),
@@ -109,7 +105,7 @@ impl FabricNodes {
 
 impl StorageNodes for FabricNodes {
     fn ask(&self, id: u16, request: &StorageRequest) -> Result<StorageReply, RpcError> {
-        self.calls.call(&self.conn(id)?, request, self.patience())
+        self.link()?.1.call(&self.conn(id)?, request, self.timeout)
     }
 
     fn close(&self) {

@@ -1,11 +1,11 @@
 //! Tests of the namespace transactions over a real store.
 
 use super::*;
-use crate::records::new_root;
-use crate::xattrs::XATTR_MAX;
+use crate::journal::records::new_root;
+use crate::namespace::xattrs::XATTR_MAX;
 use fsd_node::store::FjallStore;
 use fsd_proto::ino::ROOT;
-use fsd_proto::wire::AttrUpdate;
+use fsd_proto::wire::Time;
 
 const NODE: u16 = 3;
 
@@ -34,7 +34,7 @@ impl Server {
     fn run(&mut self, op: NamespaceOp) -> Result<(Created, Effects), i32> {
         self.clock += 1;
         let change = Change::new(Txn::new(&self.store), NODE, Time(self.clock), 0, &[]);
-        let (txn, created, effects) = change.run(&op).map_err(|r| r.errno().0)?;
+        let (txn, created, effects) = run(change, &op).map_err(|r| r.errno().0)?;
         txn.commit().unwrap();
         Ok((created, effects))
     }
@@ -164,8 +164,7 @@ fn an_open_file_becomes_an_orphan_and_is_reaped() {
     };
     assert_eq!(s.run(link).map(|_| ()), Err(libc::ENOENT));
     let reap = |s: &Server| {
-        Change::new(Txn::new(&s.store), 0, Time(9), 0, &[])
-            .reap(ino)
+        super::reap(Change::new(Txn::new(&s.store), 0, Time(9), 0, &[]), ino)
             .unwrap()
             .map(|(t, e)| {
                 t.commit().unwrap();

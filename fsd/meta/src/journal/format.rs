@@ -1,30 +1,13 @@
-//! A metadata store: how it is made, and what a server reads of it when it starts.
+//! A metadata store: how it is made, and whether it is the one that the configuration means.
 
-use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use rt::time::Instant;
-
-use super::records::{LAYOUT, Member, Superblock, Txn, decode, encode, key, new_root};
-use super::server::State;
-use super::sessions::{Session, Sessions};
-use super::{MetaError, Refusal};
+use super::records::{LAYOUT, Superblock, Txn, decode, encode, key, new_root};
+use crate::error::MetaError;
 use fsd_node::config::Config;
 use fsd_node::files;
 use fsd_node::store::{FjallStore, Store, is_begun};
-use fsd_proto::ino;
-use fsd_proto::locks::LockTable;
 use fsd_proto::wire::Time;
-
-pub(super) fn load<T>(result: Result<T, Refusal>) -> Result<T, MetaError> {
-    result.map_err(|refusal| match refusal {
-        Refusal::Store(error) => MetaError::Store(error),
-        Refusal::Errno(e) => MetaError::Io {
-            what: "the metadata store is damaged".into(),
-            error: std::io::Error::from_raw_os_error(e.0),
-        },
-    })
-}
 
 /// Is there no store in a directory yet?
 ///
@@ -91,19 +74,16 @@ pub fn make(store: &dyn Store, config: &Config, uuid: &str) -> Result<(), MetaEr
     Ok(store.sync()?)
 }
 
-pub(super) fn read_superblock(
-    store: &dyn Store,
-    config: &Config,
-    dir: &Path,
-) -> Result<Superblock, MetaError> {
+/// What format fixed, if it fits the configuration.
+pub fn read_superblock(store: &dyn Store, config: &Config) -> Result<Superblock, MetaError> {
     let format = |detail: String| MetaError::Format {
-        path: dir.to_owned(),
+        path: config.meta.dir.clone(),
         detail,
     };
     let bytes = store
         .get(&key::superblock())?
         .ok_or_else(|| format("is not a formatted metadata directory: run fsd format first".into()))?;
-    let superblock: Superblock = load(decode(&bytes))?;
+    let superblock: Superblock = decode(&bytes)?;
     if superblock.layout != LAYOUT {
         return Err(format(format!(
             "has layout version {}, this build reads {LAYOUT}: use the release that made it",
@@ -132,79 +112,11 @@ pub(super) fn read_superblock(
     Ok(superblock)
 }
 
-fn count(store: &dyn Store, tag: u8) -> Result<u64, MetaError> {
-    let (mut from, mut n) = (vec![tag], 0);
-    loop {
-        let pairs = store.scan(&from, &[tag + 1], 4096)?;
-        let Some((last, _)) = pairs.last() else {
-            return Ok(n);
-        };
-        from.clone_from(last);
-        from.push(0);
-        n += pairs.len() as u64;
-    }
-}
-
-pub(super) fn load_state(store: &dyn Store, superblock: &Superblock) -> Result<State, MetaError> {
-    let mut sessions = Sessions::default();
-    for (k, v) in store.scan(b"C", b"D", usize::MAX)? {
-        let node = key::number(&k) as u16;
-        let member: Member = load(decode(&v))?;
-        if member.life == 0 {
-            sessions.incarnations.insert(node, member.incarnation);
-        } else {
-            // It may still run and come back; until then it counts as lost.
-            let lost = Some(Instant::now());
-            sessions.nodes.insert(
-                node,
-                Session {
-                    member,
-                    conn: None,
-                    lost,
-                    gone: false,
-                    dead: false,
-                },
-            );
-        }
-    }
-    let mut answers: HashMap<u16, BTreeMap<u64, Vec<u8>>> = HashMap::new();
-    for (k, v) in store.scan(b"L", b"M", usize::MAX)? {
-        answers
-            .entry(key::number(&k) as u16)
-            .or_default()
-            .insert(key::second(&k), v);
-    }
-    let mut next_index = Vec::new();
-    for shard in 0..superblock.shards {
-        let stored = store.get(&key::next_index(shard))?;
-        let first = if shard == 0 { ino::ROOT + 1 } else { 1 };
-        next_index.push(
-            stored
-                .map(|v| load(decode::<u64>(&v)))
-                .transpose()?
-                .unwrap_or(first),
-        );
-    }
-    Ok(State {
-        sessions,
-        locks: LockTable::default(),
-        lock_waiters: HashMap::new(),
-        next_ticket: 0,
-        answers,
-        next_index,
-        next_shard: 0,
-        inodes: count(store, b'I')?,
-        orphans: count(store, b'O')?,
-        early_reaps: Vec::new(),
-        tables: superblock.tables.clone(),
-        window: None,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::crash_world::config;
+    use crate::crash_tests::world::config;
+    use fsd_proto::ino;
     use std::path::PathBuf;
 
     fn at(dir: &Path) -> Config {
@@ -230,7 +142,7 @@ mod tests {
 
     fn identity(config: &Config) -> Result<String, String> {
         let store = FjallStore::open_existing(&config.meta.dir).map_err(|e| e.to_string())?;
-        let superblock = read_superblock(&store, config, &config.meta.dir).map_err(|e| e.to_string())?;
+        let superblock = read_superblock(&store, config).map_err(|e| e.to_string())?;
         let root = Txn::new(&store).inode(ino::ROOT);
         root.map_err(|e| e.errno().to_string())?;
         Ok(superblock.uuid)

@@ -2,17 +2,19 @@
 //! not synced. The mounts tell a server that has lost its end what they were answered; then everything is compared with
 //! what they know.
 
+pub mod cluster;
+pub mod world;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::crash_cluster::{Mount, World, inodes, names, new_inode, plain, scratch, visible};
-use super::crash_world::{Cuts, Disks, NODES, STORES, Server, block_of, join, node_of};
-use super::order::remember;
-use super::records::{decode, key};
-use super::server::Flaw;
+use crate::journal::order::remember;
+use crate::journal::records::{decode, key};
+use crate::rules::Flaw;
+use cluster::{Mount, World, inodes, names, new_inode, plain, scratch, visible};
 use fsd_node::fake_conn::FakeConn;
 use fsd_node::fake_disk::{Luck, Table};
 use fsd_node::store::Store;
@@ -20,6 +22,7 @@ use fsd_proto::ino;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{Kind, Logged, MetaReply, MetaRequest};
+use world::{Cuts, Disks, NODES, STORES, Server, block_of, join, node_of};
 
 impl World {
     /// What is wrong after a crash.

@@ -9,18 +9,18 @@ use fsd_proto::rpc::Responder;
 use fsd_proto::wire::{Logged, MetaRequest};
 
 /// A request that waits for the end of the window.
-pub(super) type Parked = (MetaRequest, Responder);
+pub type Parked = (MetaRequest, Responder);
 
 /// A transaction to be carried out again, and whose it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub struct Entry {
     pub node: u16,
     pub logged: Logged,
 }
 
 /// An open window.
 #[derive(Default)]
-pub(super) struct Window {
+pub struct Window {
     /// Who has not told everything yet.
     awaited: BTreeSet<u16>,
     entries: Vec<Entry>,
@@ -101,7 +101,7 @@ impl Window {
 }
 
 /// Entries behind a place, in the order in which they were carried out.
-pub(super) fn in_order(mut entries: Vec<Entry>, executed: u64) -> Vec<Entry> {
+pub fn in_order(mut entries: Vec<Entry>, executed: u64) -> Vec<Entry> {
     entries.retain(|entry| entry.logged.order > executed);
     entries.sort_by_key(|entry| entry.logged.order);
     entries

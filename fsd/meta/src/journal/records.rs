@@ -23,7 +23,7 @@ use std::collections::HashMap;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::{Refusal, no};
+use crate::error::{Refusal, no};
 use fsd_node::store::{Batch, Store, StoreError};
 use fsd_proto::ino;
 use fsd_proto::wire::{Attr, Kind, Time};
