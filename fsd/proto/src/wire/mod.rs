@@ -4,14 +4,16 @@
 //! little endian), then the body.
 
 mod attr;
+mod locks;
 mod meta;
 mod mount;
 mod storage;
 
 pub use attr::{Attr, AttrUpdate, Kind, Time};
+pub use locks::{LockKind, LockOwner, LockRange, LockSpec};
 pub use meta::{
-    Created, DirEntry, InoRange, JoinReply, LockKind, LockOwner, LockRange, LockSpec, Logged, MetaReply,
-    MetaRequest, MetaStatus, NamespaceOp, NodeInfo, PeerState, StatFs, StorageInfo, Touched,
+    Created, DirEntry, InoRange, JoinReply, Logged, MetaReply, MetaRequest, MetaStatus, NamespaceOp,
+    NodeInfo, PeerState, StatFs, StorageInfo, Touched,
 };
 pub use mount::{Act, MountRequest, MountStatus, Visited};
 pub use storage::{
