@@ -156,6 +156,15 @@ pub(crate) enum Wish {
     Downgrade,
 }
 
+/// A word that its owner keeps for a while. Without room between its fields and those of [`Record`]: there are many.
+#[derive(Default)]
+pub(crate) struct Kept {
+    /// A timer looks after it.
+    pub(crate) timer: bool,
+    /// It was kept long enough, unless somebody needs it now.
+    pub(crate) over: bool,
+}
+
 /// State of a record, under the lock of its handle.
 pub(crate) struct Record {
     pub(crate) fsm: Fsm,
@@ -171,10 +180,7 @@ pub(crate) struct Record {
     pub(crate) wish: Option<Wish>,
     /// When the word was last kept.
     pub(crate) kept_since: Option<Instant>,
-    /// A timer looks after the kept word.
-    pub(crate) kept_timer: bool,
-    /// The word was kept long enough, unless somebody needs it now.
-    pub(crate) settle: bool,
+    pub(crate) kept: Kept,
     /// Counts grants, so that a timer knows whether it is about this one.
     pub(crate) tenure: u64,
     pub(crate) broken: Option<Violation>,
@@ -193,8 +199,7 @@ impl Record {
             asked: None,
             wish: None,
             kept_since: None,
-            kept_timer: false,
-            settle: false,
+            kept: Kept::default(),
             tenure: 0,
             broken: None,
             trouble: None,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rt::sync::{Condvar, Mutex};
 use rt::time::Instant;
@@ -83,5 +84,32 @@ impl Timers {
     pub(crate) fn stop(&self) {
         self.state.lock().stopped = true;
         self.earlier.notify_all();
+    }
+}
+
+/// All timers of a manager.
+#[derive(Default)]
+pub(crate) struct Alarms {
+    /// Of parked operations, which mostly watch them themselves.
+    pub(crate) deadlines: Timers,
+    /// Of leases.
+    pub(crate) tenures: Timers,
+    tickets: AtomicU64,
+}
+
+impl Alarms {
+    /// A number that no other timer has.
+    pub(crate) fn ticket(&self) -> u64 {
+        self.tickets.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Takes the first of all that is due.
+    pub(crate) fn due(&self, now: Instant) -> Option<(u64, Arc<LeaseHandle>, Timer)> {
+        self.deadlines.due(now).or_else(|| self.tenures.due(now))
+    }
+
+    /// When the first of all is due.
+    pub(crate) fn next(&self) -> Option<Instant> {
+        self.deadlines.next().into_iter().chain(self.tenures.next()).min()
     }
 }

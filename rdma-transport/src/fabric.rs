@@ -5,22 +5,10 @@ use std::time::Duration;
 
 use crate::buffer::Buffer;
 use crate::error::TransportError;
+use crate::kind::FabricKind;
 use crate::mem::SharedMem;
 use crate::ops::{Access, AsyncOp, Completion, Op, RegionKey};
 use crate::stats::FabricStats;
-
-/// Which provider an endpoint is of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum FabricKind {
-    /// Shared memory between processes of one host.
-    Shm,
-    /// A passive agent behind TCP.
-    Tcp,
-    /// The deterministic simulator.
-    Sim,
-    /// RDMA verbs.
-    Verbs,
-}
 
 /// Limits of an endpoint; requests beyond them return [`TransportError::Invalid`].
 #[derive(Debug, Clone, Copy)]

@@ -1,8 +1,13 @@
 //! A cluster of real processes on this machine.
 
+mod disk;
+mod options;
+mod settings;
+
+pub use disk::detach;
+pub use options::{Cache, Fabric, Options};
+
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,67 +17,11 @@ use anyhow::{Context, bail, ensure};
 
 use crate::process::{Process, fsd_binary, tail};
 use crate::proxy::Proxies;
+use disk::Disk;
+use settings::{lab_ip, settings};
 
 /// How long a process may take to end by itself.
 const END_LIMIT: Duration = Duration::from_secs(20);
-
-/// What the nodes talk over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fabric {
-    /// Shared memory.
-    Shm,
-    /// TCP.
-    Tcp,
-    /// RDMA, between the addresses in `LAB_IPS`, as in a guest of the lab.
-    Verbs,
-}
-
-impl Fabric {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Shm => "shm",
-            Self::Tcp => "tcp",
-            Self::Verbs => "verbs",
-        }
-    }
-}
-
-/// The address of the `n`th node, where each has one (and an RDMA device) of its own.
-fn lab_ip(n: usize) -> anyhow::Result<String> {
-    let all = std::env::var("LAB_IPS").context("no RDMA devices here: run this in the lab (make lab)")?;
-    let all: Vec<&str> = all.split([' ', ',']).filter(|ip| !ip.is_empty()).collect();
-    ensure!(!all.is_empty(), "LAB_IPS is empty");
-    Ok(all[n % all.len()].to_owned())
-}
-
-/// An address with a free port, which is `held` so that no other role is given it.
-fn free_port(ip: &str, held: &mut Vec<TcpListener>) -> anyhow::Result<String> {
-    let probe = TcpListener::bind((ip, 0))?;
-    let address = probe.local_addr()?.to_string();
-    held.push(probe);
-    Ok(address)
-}
-
-/// How the kernel may cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cache {
-    /// Not at all.
-    Direct,
-    /// Pages for reading.
-    Writethrough,
-    /// Pages for reading and writing: only with the kernel extension.
-    Writeback,
-}
-
-impl Cache {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Direct => "direct",
-            Self::Writethrough => "writethrough",
-            Self::Writeback => "writeback",
-        }
-    }
-}
 
 /// A process of the cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -95,71 +44,6 @@ impl Role {
     }
 }
 
-/// What cluster to make.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// Fabric.
-    pub fabric: Fabric,
-    /// Kernel caching.
-    pub cache: Cache,
-    /// Mounts.
-    pub mounts: usize,
-    /// Storage nodes.
-    pub storage: usize,
-    /// MiB of the pool of each storage node.
-    pub pool_mib: u64,
-    /// Longest wait for a lease.
-    pub lease_wait: Duration,
-    /// Longest wait for an answer.
-    pub timeout: Duration,
-    /// Inodes a mount keeps that the kernel has forgotten.
-    pub max_inodes: usize,
-    /// Entries of the lease table shared with the kernel extension.
-    pub lease_table: u32,
-    /// How long is looked for what may come before sleeping for it, microseconds.
-    pub spin_us: u64,
-    /// Shared mappings on a stock kernel also of files that other mounts have open.
-    pub shared_mappings: bool,
-    /// The metadata server's disk has this many MiB only.
-    pub meta_disk_mib: Option<u64>,
-    /// Mounts reach the servers through proxies; over TCP.
-    pub proxied: bool,
-}
-
-impl Options {
-    /// Two mounts that write back, for guests that have the kernel extension and RDMA.
-    #[must_use]
-    pub fn extension() -> Self {
-        Self {
-            fabric: Fabric::Verbs,
-            cache: Cache::Writeback,
-            storage: 1,
-            pool_mib: 64,
-            ..Self::default()
-        }
-    }
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            fabric: Fabric::Shm,
-            cache: Cache::Direct,
-            mounts: 2,
-            storage: 2,
-            pool_mib: 128,
-            lease_wait: Duration::from_secs(30),
-            timeout: Duration::from_secs(10),
-            max_inodes: 100_000,
-            lease_table: 1 << 15,
-            spin_us: 20,
-            shared_mappings: false,
-            meta_disk_mib: None,
-            proxied: false,
-        }
-    }
-}
-
 /// The mounts that the metadata server knows, of a cluster's status.
 ///
 /// # Errors
@@ -167,32 +51,6 @@ impl Default for Options {
 pub fn nodes(status: &serde_json::Value) -> anyhow::Result<Vec<serde_json::Value>> {
     let nodes = status["meta"]["Ok"]["nodes"].as_array();
     Ok(nodes.context("no nodes")?.clone())
-}
-
-/// A file system in memory, of a size of its own; dropping it unmounts it.
-#[derive(Debug)]
-struct Disk(PathBuf);
-
-impl Disk {
-    fn of(path: PathBuf, mib: u64) -> anyhow::Result<Self> {
-        std::fs::create_dir_all(&path)?;
-        let mounted = std::process::Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"])
-            .arg(&path)
-            .status()?;
-        ensure!(
-            mounted.success(),
-            "no file system could be mounted at {}",
-            path.display()
-        );
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        detach(&self.0);
-    }
 }
 
 /// A running cluster; dropping it leaves no process, no mount and no file behind.
@@ -234,7 +92,7 @@ impl Cluster {
         for i in 0..cluster.options.mounts {
             std::fs::create_dir_all(cluster.mount(i))?;
         }
-        let settings = cluster.settings()?;
+        let settings = settings(&cluster.options, cluster.base.path(), cluster.memory())?;
         std::fs::write(cluster.config(), &settings)?;
         if cluster.options.proxied {
             let (proxies, of_meta, of_mounts) = Proxies::start(&settings)?;
@@ -256,46 +114,6 @@ impl Cluster {
         let cluster = Self::formatted(options)?;
         cluster.start_all()?;
         Ok(cluster)
-    }
-
-    fn settings(&self) -> anyhow::Result<String> {
-        let o = &self.options;
-        let mut held = Vec::new();
-        let mut address = |name: &str| -> anyhow::Result<String> {
-            Ok(match o.fabric {
-                Fabric::Shm => self.path(&format!("{name}.sock")).display().to_string(),
-                Fabric::Tcp => free_port("127.0.0.1", &mut held)?,
-                Fabric::Verbs => free_port(&lab_ip(0)?, &mut held)?,
-            })
-        };
-        let mut text = format!(
-            "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\nspin_us = {}\ntimeout_ms = {}\n[lease]\nwait_ms = {}\n\
-             [mount]\ncache = \"{}\"\n{}buffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\nmemory_dir = \"{}\"\n",
-            o.fabric.name(),
-            o.spin_us,
-            o.timeout.as_millis(),
-            o.lease_wait.as_millis(),
-            o.cache.name(),
-            if o.shared_mappings {
-                "shared_mappings = true\n"
-            } else {
-                ""
-            },
-            o.max_inodes,
-            o.lease_table,
-            address("meta")?,
-            self.memory.path().display()
-        );
-        for id in 0..o.storage {
-            write!(
-                text,
-                "[[storage]]\nid = {id}\nlisten = \"{}\"\ndir = \"storage{id}\"\npool = \"{}MiB\"\nmemory_dir = \"{}\"\nscrub_pause_s = 0\n",
-                address(&format!("storage{id}"))?,
-                o.pool_mib,
-                self.memory.path().display()
-            )?;
-        }
-        Ok(text)
     }
 
     /// A path in the cluster's folder.
@@ -597,10 +415,4 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         self.abort();
     }
-}
-
-/// Lazily unmounts a mount point, if it is one.
-pub fn detach(point: &Path) {
-    // EINVAL where nothing is mounted.
-    while rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH).is_ok() {}
 }

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use super::StorageError;
 use super::alloc::Allocator;
 use super::disk::{Disk, FileDisk};
+use super::error::StorageError;
 use super::index::{Entry, Index, Place, Stored};
 use super::label::{self, Label};
 use super::load::{occupy, read_stored};

@@ -45,6 +45,7 @@ pub(super) fn scratch() -> tempfile::TempDir {
 pub(super) fn contents(blocks: &Blocks, frame: Frame) -> Vec<u8> {
     let mut bytes = vec![0; frame.size as usize];
     blocks
+        .media
         .pool
         .mem
         .read_at(frame.offset as usize, &mut bytes)
@@ -61,10 +62,17 @@ fn trimmed(mut bytes: Vec<u8>) -> Vec<u8> {
 /// What a mount does: a frame, a one-sided write, the slab's counter.
 pub(super) fn put(blocks: &Blocks, (ino, block): Place, bytes: &[u8]) -> Result<(), Errno> {
     let size = bytes.len() as u32;
-    let frame = blocks.allocate(CONN, &[BlockWant { ino, block, size }], 0)?[0];
-    blocks.pool.mem.write_at(frame.offset as usize, bytes).unwrap();
+    let frame = blocks
+        .frames
+        .allocate(CONN, &[BlockWant { ino, block, size }], 0)?[0];
+    blocks
+        .media
+        .pool
+        .mem
+        .write_at(frame.offset as usize, bytes)
+        .unwrap();
     let counter = (frame.offset / BLOCK * 8) as usize;
-    let dirty = blocks.pool.dirty.word(counter).unwrap();
+    let dirty = blocks.media.pool.dirty.word(counter).unwrap();
     dirty.fetch_add(1, Ordering::AcqRel);
     Ok(())
 }
@@ -131,11 +139,9 @@ impl World {
         let place = self.place();
         let at = self.journal.len();
         let new = if self.random(4) == 0 {
-            self.blocks.free(place.0, place.1, place.1).unwrap();
+            self.blocks.frames.free(place.0, place.1, place.1).unwrap();
             // The cleaner comes some time.
-            while let Ok(frame) = self.blocks.clean.1.try_recv() {
-                self.blocks.clean(frame);
-            }
+            self.blocks.cleaner.clean_waiting();
             None
         } else {
             let size = [3000, 4096, 5000, 16000, 40000][self.random(5) as usize];
@@ -155,7 +161,7 @@ impl World {
                     block,
                     size: size as u32,
                 };
-                self.blocks.allocate(CONN, &[want], 0).map(|_| ())
+                self.blocks.frames.allocate(CONN, &[want], 0).map(|_| ())
             } else {
                 put(&self.blocks, place, &bytes)
             };
@@ -164,6 +170,7 @@ impl World {
             }
             let frame = self
                 .blocks
+                .media
                 .space
                 .lock()
                 .index
@@ -189,12 +196,12 @@ impl World {
             versions.map(|(&place, v)| (place, v.len() - 1)).collect()
         };
         if all {
-            self.blocks.flush_all().unwrap();
+            self.blocks.flusher.flush_all().unwrap();
             // The second time what was free the first time has not been needed since.
-            self.blocks.give_surplus_back();
-            self.blocks.give_surplus_back();
+            self.blocks.cleaner.give_surplus_back();
+            self.blocks.cleaner.give_surplus_back();
         } else {
-            self.blocks.flush(&[ino]).unwrap();
+            self.blocks.flusher.flush(&[ino]).unwrap();
         }
         let at = self.journal.len();
         let mut known = self.known.lock();
@@ -216,7 +223,7 @@ impl World {
         let dir = scratch();
         let (disk, store) = (FakeDisk::with(state.0), FakeStore::with(state.1));
         let blocks = open(dir.path(), Arc::new(disk), Arc::new(store), flaw);
-        let space = blocks.space.lock();
+        let space = blocks.media.space.lock();
         let known = self.known.lock();
         for (place, versions) in &known.versions {
             let durable = known.durable.get(place).into_iter().flatten();
@@ -309,37 +316,35 @@ fn a_process_that_dies_loses_nothing_at_all() {
         let mut expected: BTreeMap<Place, Vec<u8>> = BTreeMap::new();
         for round in 0..5u8 {
             let blocks = open(dir.path(), Arc::clone(&disk), Arc::clone(&store), None);
-            assert_eq!(blocks.pool.inherited, round > 0);
+            assert_eq!(blocks.media.pool.inherited, round > 0);
             for (place, bytes) in &expected {
-                let entry = blocks.space.lock().index.get(place.0, place.1).unwrap();
+                let entry = blocks.media.space.lock().index.get(place.0, place.1).unwrap();
                 assert_eq!(&contents(&blocks, entry.frame), bytes);
             }
             for n in 0..20u8 {
                 let place = (rng.random_range(0..4), rng.random_range(0..4));
                 if rng.random_range(0..3) == 0 {
                     // Freed, but not cleaned when the process dies.
-                    blocks.free(place.0, place.1, place.1).unwrap();
+                    blocks.frames.free(place.0, place.1, place.1).unwrap();
                     expected.remove(&place);
                 } else {
                     let bytes = vec![round * 20 + n + 1; [100, 5000, 17000][rng.random_range(0..3)]];
                     put(&blocks, place, &bytes).unwrap();
-                    let entry = blocks.space.lock().index.get(place.0, place.1).unwrap();
+                    let entry = blocks.media.space.lock().index.get(place.0, place.1).unwrap();
                     let bytes = contents(&blocks, entry.frame);
                     expected.insert(place, bytes);
                 }
             }
             if rng.random() {
-                blocks.flush_all().unwrap();
+                blocks.flusher.flush_all().unwrap();
             }
         }
         // What is free is zero.
         let blocks = open(dir.path(), disk, store, None);
         for (place, _) in expected {
-            blocks.free(place.0, place.1, place.1).unwrap();
+            blocks.frames.free(place.0, place.1, place.1).unwrap();
         }
-        while let Ok(frame) = blocks.clean.1.try_recv() {
-            blocks.clean(frame);
-        }
+        blocks.cleaner.clean_waiting();
         let all = Frame {
             offset: 0,
             size: POOL as u32,
@@ -356,12 +361,12 @@ fn stored() -> (Arc<FakeDisk>, Arc<FakeStore>) {
     for ino in 0..20 {
         put(&blocks, (ino, 0), &[ino as u8 + 1; 3000]).unwrap();
     }
-    blocks.flush_all().unwrap();
+    blocks.flusher.flush_all().unwrap();
     (disk, store)
 }
 
 fn intact(blocks: &Blocks) -> usize {
-    let space = blocks.space.lock();
+    let space = blocks.media.space.lock();
     let whole = |((ino, _), e): &(Place, super::index::Entry)| {
         !e.lost && contents(blocks, e.frame) == vec![*ino as u8 + 1; 3000]
     };
@@ -382,7 +387,7 @@ fn dies_while_loading(flaw: Option<Flaw>) -> usize {
     *disk.dies_at_read.lock() = None;
     let blocks = open(dir.path(), Arc::clone(&disk), Arc::clone(&store), None);
     // Nor does the next power cut bring it to light.
-    blocks.flush_all().unwrap();
+    blocks.flusher.flush_all().unwrap();
     let dir = scratch();
     intact(&open(dir.path(), disk, store, None))
 }
@@ -406,7 +411,7 @@ fn unreadable(flaw: Option<Flaw>, damage: impl Fn(&FakeDisk, u64)) -> usize {
     if flaw.is_none() {
         assert_eq!(intact(&blocks), 19);
         let lost: Vec<Place> = {
-            let space = blocks.space.lock();
+            let space = blocks.media.space.lock();
             space
                 .index
                 .all()
@@ -418,15 +423,15 @@ fn unreadable(flaw: Option<Flaw>, damage: impl Fn(&FakeDisk, u64)) -> usize {
             panic!("lost: {lost:?}")
         };
         // Everybody is told, and it does not become larger with zeros around it.
-        assert!(blocks.lookup(ino, 0, 9)[0].lost);
+        assert!(blocks.frames.lookup(ino, 0, 9)[0].lost);
         assert_eq!(put(&blocks, (ino, 0), &[9; 9000]), Err(Errno(libc::EIO)));
         // After the death of the process it is as lost as before.
-        blocks.flush_all().unwrap();
+        blocks.flusher.flush_all().unwrap();
         drop(blocks);
         let blocks = open(dir.path(), Arc::clone(&disk), Arc::clone(&store), flaw);
-        assert!(blocks.pool.inherited && blocks.lookup(ino, 0, 9)[0].lost);
+        assert!(blocks.media.pool.inherited && blocks.frames.lookup(ino, 0, 9)[0].lost);
         // It heals when it is freed.
-        blocks.free(ino, 0, 0).unwrap();
+        blocks.frames.free(ino, 0, 0).unwrap();
         put(&blocks, (ino, 0), &[ino as u8 + 1; 3000]).unwrap();
         assert_eq!(intact(&blocks), 20);
         drop(blocks);
@@ -435,11 +440,11 @@ fn unreadable(flaw: Option<Flaw>, damage: impl Fn(&FakeDisk, u64)) -> usize {
         let dir = scratch();
         let blocks = open(dir.path(), disk, Arc::clone(&store), flaw);
         assert_eq!(intact(&blocks), 19);
-        blocks.flush_all().unwrap();
+        blocks.flusher.flush_all().unwrap();
         let dir = scratch();
         return intact(&open(dir.path(), Arc::new(FakeDisk::with(good)), store, None));
     }
-    blocks.flush_all().unwrap();
+    blocks.flusher.flush_all().unwrap();
     let dir = scratch();
     disk.bad.lock().clear();
     intact(&open(dir.path(), disk, store, None))
@@ -456,7 +461,7 @@ fn what_cannot_be_read_is_an_error_and_never_zeros() {
     fails(&disk, 5 * 4096);
     let dir = scratch();
     let blocks = open(dir.path(), disk, store, Some(Flaw::LostAsZeros));
-    let space = blocks.space.lock();
+    let space = blocks.media.space.lock();
     assert!(space.index.all().all(|(_, e)| !e.lost));
 }
 
@@ -468,7 +473,7 @@ fn a_bit_that_flips_is_noticed_at_load() {
     flips(&disk, 5 * 4096);
     let dir = scratch();
     let blocks = open(dir.path(), disk, store, Some(Flaw::NoChecksums));
-    let none_lost = blocks.space.lock().index.all().all(|(_, e)| !e.lost);
+    let none_lost = blocks.media.space.lock().index.all().all(|(_, e)| !e.lost);
     assert!(none_lost && intact(&blocks) == 19);
 }
 
@@ -480,15 +485,15 @@ fn a_bit_that_flips_at_rest_is_mended_from_memory() {
     let mut scrub = Scrub::default();
     let all = |scrub: &mut Scrub| {
         // To the end of the pass.
-        blocks.scrub(scrub, u64::MAX).unwrap();
-        blocks.faults.damaged.load(Ordering::Relaxed)
+        blocks.scrubber.scrub(scrub, u64::MAX).unwrap();
+        blocks.scrubber.faults.damaged.load(Ordering::Relaxed)
     };
     assert_eq!(all(&mut scrub), 0);
     disk.flip(7 * 4096 + 9);
     disk.bad.lock().insert(9);
     assert_eq!(all(&mut scrub), 2);
-    assert!(blocks.is_unsettled());
-    blocks.flush_all().unwrap();
+    assert!(blocks.flusher.is_unsettled());
+    blocks.flusher.flush_all().unwrap();
     assert_eq!(all(&mut scrub), 2, "they are whole again");
     let dir = scratch();
     let blocks = open(dir.path(), disk, store, None);
@@ -501,10 +506,10 @@ fn what_could_not_be_read_is_tried_again() {
     disk.bad.lock().insert(5);
     let dir = scratch();
     let blocks = open(dir.path(), Arc::clone(&disk), Arc::clone(&store), None);
-    assert_eq!(blocks.space.lock().lost(), 1);
+    assert_eq!(blocks.media.space.lock().lost(), 1);
     disk.bad.lock().clear();
-    blocks.scrub(&mut Scrub::default(), u64::MAX).unwrap();
-    assert_eq!(blocks.space.lock().lost(), 0);
+    blocks.scrubber.scrub(&mut Scrub::default(), u64::MAX).unwrap();
+    assert_eq!(blocks.media.space.lock().lost(), 0);
     assert_eq!(intact(&blocks), 20);
 }
 
@@ -518,13 +523,13 @@ fn what_was_freed_is_there_for_the_next() {
             // The cleaner has done nothing yet.
             put(&blocks, (round, n), &[1; BLOCK as usize]).unwrap();
         }
-        assert_eq!(blocks.figures().free, 0);
+        assert_eq!(blocks.frames.figures().free, 0);
         assert_eq!(put(&blocks, (99, 0), &[1]), Err(Errno(libc::ENOSPC)));
-        blocks.free(round, 0, u64::MAX).unwrap();
-        assert_eq!(blocks.figures().free, POOL);
-        let granted = blocks.reserve(CONN, BLOCK, BLOCK);
+        blocks.frames.free(round, 0, u64::MAX).unwrap();
+        assert_eq!(blocks.frames.figures().free, POOL);
+        let granted = blocks.frames.reserve(CONN, BLOCK, BLOCK);
         assert_eq!(granted, BLOCK);
-        blocks.disconnected(CONN);
+        blocks.frames.disconnected(CONN);
     }
 }
 
@@ -552,16 +557,14 @@ fn what_is_not_used_is_given_back() {
         put(&blocks, (1, n), &[1; BLOCK as usize]).unwrap();
     }
     assert!(used() >= 300);
-    blocks.flush_all().unwrap();
-    blocks.free(1, 0, u64::MAX).unwrap();
-    while let Ok(frame) = blocks.clean.1.try_recv() {
-        blocks.clean(frame);
-    }
-    blocks.flush_all().unwrap();
-    blocks.give_surplus_back();
-    blocks.give_surplus_back();
+    blocks.flusher.flush_all().unwrap();
+    blocks.frames.free(1, 0, u64::MAX).unwrap();
+    blocks.cleaner.clean_waiting();
+    blocks.flusher.flush_all().unwrap();
+    blocks.cleaner.give_surplus_back();
+    blocks.cleaner.give_surplus_back();
     assert!(used() < 100, "memory is given back: {}", used());
-    let space = blocks.space.lock();
+    let space = blocks.media.space.lock();
     assert!(space.extents.warm() < 200, "so is the disk's");
     assert_eq!((space.alloc.free_bytes(), space.alloc.frames()), (400 * BLOCK, 0));
 }

@@ -1,60 +1,65 @@
 //! Giving back what lies beyond the ends of files, once no mount is left that could make them longer.
 
-use super::StorageError;
 use super::blocks::Blocks;
+use super::error::StorageError;
 use super::index::Entry;
 use fsd_proto::layout::BLOCK;
 
 /// An inode and its size in bytes; none: it is no more.
 pub type End = (u64, Option<u64>);
 
-impl Blocks {
-    /// Frees the blocks beyond the ends of files, and zeroes what is beyond the end in the last one, durably; returns the
-    /// bytes freed. What has been set aside beyond the end and not been written to (`fallocate`) stays.
-    ///
-    /// # Errors
-    /// The store's, or the disk's; what has been cut by then may come back after a power cut.
-    pub fn cut(&self, ends: &[End]) -> Result<u64, StorageError> {
-        let (mut freed, mut zeroed) = (0, Vec::new());
-        for &(ino, size) in ends {
-            let (gone, size) = (size.is_none(), size.unwrap_or(0));
-            let entries: Vec<(u64, Entry)> = {
-                let space = self.space.lock();
-                let beyond = space
+/// Frees the blocks beyond the ends of files, and zeroes what is beyond the end in the last one, durably; returns the
+/// bytes freed. What has been set aside beyond the end and not been written to (`fallocate`) stays.
+///
+/// # Errors
+/// The store's, or the disk's; what has been cut by then may come back after a power cut.
+pub fn cut(blocks: &Blocks, ends: &[End]) -> Result<u64, StorageError> {
+    let (mut freed, mut zeroed) = (0, Vec::new());
+    for &(ino, size) in ends {
+        let (gone, size) = (size.is_none(), size.unwrap_or(0));
+        let entries: Vec<(u64, Entry)> = {
+            let space = blocks.media.space.lock();
+            let beyond = space
+                .index
+                .entries(ino)
+                .filter(|((_, b), _)| (b + 1) * BLOCK > size);
+            beyond.map(|((_, block), entry)| (block, entry)).collect()
+        };
+        for (block, entry) in entries {
+            let inside = size.saturating_sub(block * BLOCK);
+            if inside == 0 && (gone || entry.lost || !is_zero(blocks, &entry, 0)?) {
+                freed += blocks.frames.free(ino, block, block)?;
+            } else if !entry.lost && !is_zero(blocks, &entry, inside)? {
+                let (at, len) = (entry.frame.offset + inside, u64::from(entry.frame.size) - inside);
+                blocks.media.pool.mem.zero(at as usize, len as usize)?;
+                // Whatever the counter says: nobody has moved it for this.
+                blocks
+                    .media
+                    .space
+                    .lock()
                     .index
-                    .entries(ino)
-                    .filter(|((_, b), _)| (b + 1) * BLOCK > size);
-                beyond.map(|((_, block), entry)| (block, entry)).collect()
-            };
-            for (block, entry) in entries {
-                let inside = size.saturating_sub(block * BLOCK);
-                if inside == 0 && (gone || entry.lost || !self.is_zero(&entry, 0)?) {
-                    freed += self.free(ino, block, block)?;
-                } else if !entry.lost && !self.is_zero(&entry, inside)? {
-                    let (at, len) = (entry.frame.offset + inside, u64::from(entry.frame.size) - inside);
-                    self.pool.mem.zero(at as usize, len as usize)?;
-                    // Whatever the counter says: nobody has moved it for this.
-                    self.space.lock().index.note((ino, block), |e| e.clean_at = None);
-                    zeroed.push(ino);
-                }
+                    .note((ino, block), |e| e.clean_at = None);
+                zeroed.push(ino);
             }
         }
-        self.flush(&zeroed)?;
-        Ok(freed)
     }
+    blocks.flusher.flush(&zeroed)?;
+    Ok(freed)
+}
 
-    /// Is a frame zero from a place in it on?
-    fn is_zero(&self, entry: &Entry, from: u64) -> Result<bool, StorageError> {
-        let size = u64::from(entry.frame.size);
-        if from >= size {
-            return Ok(true);
-        }
-        let mut bytes = vec![0; (size - from) as usize];
-        self.pool
-            .mem
-            .read_at((entry.frame.offset + from) as usize, &mut bytes)?;
-        Ok(bytes.iter().all(|&b| b == 0))
+/// Is a frame zero from a place in it on?
+fn is_zero(blocks: &Blocks, entry: &Entry, from: u64) -> Result<bool, StorageError> {
+    let size = u64::from(entry.frame.size);
+    if from >= size {
+        return Ok(true);
     }
+    let mut bytes = vec![0; (size - from) as usize];
+    blocks
+        .media
+        .pool
+        .mem
+        .read_at((entry.frame.offset + from) as usize, &mut bytes)?;
+    Ok(bytes.iter().all(|&b| b == 0))
 }
 
 #[cfg(test)]
@@ -83,20 +88,21 @@ mod tests {
             block,
             size: 4096,
         };
-        blocks.allocate(CONN, &[want(2, 1), want(4, 2)], 0).unwrap();
-        blocks.flush_all().unwrap();
-        assert_eq!(blocks.space.lock().index.inodes(0, 2), [1, 2]);
-        assert_eq!(blocks.space.lock().index.inodes(2, 2), [4]);
-        let freed = blocks
-            .cut(&[(1, Some(100)), (2, Some(BLOCK)), (4, None)])
+        blocks
+            .frames
+            .allocate(CONN, &[want(2, 1), want(4, 2)], 0)
             .unwrap();
+        blocks.flusher.flush_all().unwrap();
+        assert_eq!(blocks.media.space.lock().index.inodes(0, 2), [1, 2]);
+        assert_eq!(blocks.media.space.lock().index.inodes(2, 2), [4]);
+        let freed = cut(&blocks, &[(1, Some(100)), (2, Some(BLOCK)), (4, None)]).unwrap();
         assert_eq!(freed, 2 * 16384 + 4096);
         // Whatever becomes of memory.
         drop(blocks);
         let dir = scratch();
         let blocks = start(dir.path());
         let bytes = |place: (u64, u64)| {
-            let entry = blocks.space.lock().index.get(place.0, place.1);
+            let entry = blocks.media.space.lock().index.get(place.0, place.1);
             entry.map(|e| contents(&blocks, e.frame))
         };
         assert_eq!(bytes((1, 0)), Some(vec![7; 100]));

@@ -8,12 +8,16 @@
 //! index naming whole copies, old ones or new ones.
 
 use std::collections::HashSet;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::StorageError;
-use super::blocks::{Blocks, Flaw, Space};
+use rt::sync::Mutex;
+
+use super::error::StorageError;
+
 use super::disk::checksum;
 use super::index::{Entry, Place, Stored};
+use super::media::{Flaw, Media};
 use fsd_proto::wire::Frame;
 
 /// Bytes stored between two syncs: bounds how long a flush waits for one that has begun, and how much of the backing
@@ -24,10 +28,10 @@ const MOVES: usize = 8;
 
 /// A block to be stored: its place, and the number that tells it from a later one there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Target {
-    pub(super) place: Place,
-    pub(super) id: u64,
-    pub(super) bytes: u32,
+pub struct Target {
+    pub place: Place,
+    pub id: u64,
+    pub bytes: u32,
 }
 
 /// What has been written of a block.
@@ -39,18 +43,33 @@ struct Copied {
     new: Option<Stored>,
 }
 
-impl Blocks {
-    /// Is something of a block not on disk?
-    pub(super) fn is_dirty(&self, entry: &Entry) -> bool {
-        let clean =
-            entry.stored.is_some() && entry.clean_at == Some(self.pool.dirty_count(entry.frame.offset));
-        // What could not be read must not be written over with nothing.
-        (entry.rewrite || !clean) && !entry.lost
+/// Stores blocks.
+pub struct Flusher {
+    media: Arc<Media>,
+    /// One flush at a time: a later one has read what is at least as new, and is entered later.
+    flushing: Mutex<()>,
+    /// Something is to be stored although no dirty counter has moved.
+    restore: AtomicBool,
+}
+
+impl Flusher {
+    /// With nothing to store.
+    pub fn new(media: &Arc<Media>) -> Self {
+        Self {
+            media: Arc::clone(media),
+            flushing: Mutex::default(),
+            restore: AtomicBool::new(false),
+        }
+    }
+
+    /// Something is to be stored although no dirty counter has moved.
+    pub fn is_needed(&self) {
+        self.restore.store(true, Ordering::Release);
     }
 
     fn targets(&self, entries: impl Iterator<Item = (Place, Entry)>) -> Vec<Target> {
         let mut targets: Vec<Target> = entries
-            .filter(|(_, e)| self.is_dirty(e))
+            .filter(|(_, e)| self.media.is_dirty(e))
             .map(|(place, e)| Target {
                 place,
                 id: e.id,
@@ -69,17 +88,17 @@ impl Blocks {
     pub fn flush(&self, inos: &[u64]) -> Result<(), StorageError> {
         let inos: HashSet<u64> = inos.iter().copied().collect();
         let targets = {
-            let space = self.space.lock();
+            let space = self.media.space.lock();
             self.targets(inos.into_iter().flat_map(|ino| space.index.entries(ino)))
         };
         self.store_all(targets)?;
         // Also where no block was dirty: the index may have changes that are not durable yet.
-        self.sync_index()
+        self.media.sync_index()
     }
 
     /// Everything that is not stored.
-    pub(super) fn unstored(&self) -> Vec<Target> {
-        let space = self.space.lock();
+    pub fn unstored(&self) -> Vec<Target> {
+        let space = self.media.space.lock();
         self.targets(space.index.all())
     }
 
@@ -89,7 +108,9 @@ impl Blocks {
     /// The disk's.
     pub fn flush_all(&self) -> Result<(), StorageError> {
         self.restore.store(false, Ordering::Release);
-        let result = self.store_all(self.unstored()).and_then(|()| self.sync_index());
+        let result = self
+            .store_all(self.unstored())
+            .and_then(|()| self.media.sync_index());
         if result.is_err() {
             self.restore.store(true, Ordering::Release);
         }
@@ -97,8 +118,8 @@ impl Blocks {
     }
 
     /// Is there anything for the background to do, whatever the dirty counters say?
-    pub(super) fn is_unsettled(&self) -> bool {
-        self.restore.load(Ordering::Acquire) || !self.space.lock().retired.is_empty()
+    pub fn is_unsettled(&self) -> bool {
+        self.restore.load(Ordering::Acquire) || !self.media.space.lock().retired.is_empty()
     }
 
     fn store_all(&self, mut targets: Vec<Target>) -> Result<(), StorageError> {
@@ -137,7 +158,7 @@ impl Blocks {
             self.enter_copies(copied, moved)?;
             if any {
                 // Now rather than at the end: what the copies replace can take the next ones.
-                self.sync_index()?;
+                self.media.sync_index()?;
             }
             chunk = &chunk[handled..];
             if let Err((_, error)) = written {
@@ -146,7 +167,7 @@ impl Blocks {
                     return Err(error);
                 }
                 emptied = handled == 0;
-                self.sync_index()?;
+                self.media.sync_index()?;
             }
         }
         Ok(())
@@ -157,16 +178,16 @@ impl Blocks {
         let mut bytes = Vec::new();
         for (n, &target) in chunk.iter().enumerate() {
             let known = {
-                let space = self.space.lock();
+                let space = self.media.space.lock();
                 let entry = space.index.get(target.place.0, target.place.1);
-                let entry = entry.filter(|e| e.id == target.id && self.is_dirty(e));
-                entry.map(|e| (e, self.pool.dirty_count(e.frame.offset)))
+                let entry = entry.filter(|e| e.id == target.id && self.media.is_dirty(e));
+                entry.map(|e| (e, self.media.pool.dirty_count(e.frame.offset)))
             };
             // Freed, or stored by somebody else meanwhile.
             let Some((entry, count)) = known else { continue };
             let frame = entry.frame;
             bytes.resize(frame.size as usize, 0);
-            let read = self.pool.mem.read_at(frame.offset as usize, &mut bytes);
+            let read = self.media.pool.mem.read_at(frame.offset as usize, &mut bytes);
             read.map_err(|e| (n, e.into()))?;
             let sum = checksum(&bytes);
             let same = |s: Stored| s.sum == sum && s.extent.size == frame.size && !entry.rewrite;
@@ -174,9 +195,9 @@ impl Blocks {
                 None
             } else {
                 let extent = self.extent_for(&entry).map_err(|e| (n, e))?;
-                if let Err(error) = self.disk.write(extent.offset, &bytes) {
-                    self.space.lock().give_extent_back(extent);
-                    return Err((n, self.io("cannot write", error)));
+                if let Err(error) = self.media.disk.write(extent.offset, &bytes) {
+                    self.media.space.lock().give_extent_back(extent);
+                    return Err((n, self.media.io("cannot write", error)));
                 }
                 Some(Stored { extent, sum })
             };
@@ -192,28 +213,28 @@ impl Blocks {
 
     fn extent_for(&self, entry: &Entry) -> Result<Frame, StorageError> {
         if let Some(stored) = entry.stored.filter(|s| s.extent.size == entry.frame.size)
-            && self.flawed(Flaw::InPlace)
+            && self.media.flawed(Flaw::InPlace)
         {
             return Ok(stored.extent);
         }
-        let extent = self.space.lock().take_extent(entry.frame.size);
+        let extent = self.media.space.lock().take_extent(entry.frame.size);
         extent.ok_or_else(|| StorageError::Damaged("a block has a frame of an unknown size".into()))
     }
 
     /// Makes copies durable and has the index name them.
     fn enter_copies(&self, copied: Vec<Copied>, moved: &mut Vec<Target>) -> Result<(), StorageError> {
         if copied.iter().any(|c| c.new.is_some())
-            && !self.flawed(Flaw::IndexFirst)
-            && let Err(error) = self.disk.sync()
+            && !self.media.flawed(Flaw::IndexFirst)
+            && let Err(error) = self.media.disk.sync()
         {
             // What the disk has of them is unknown: they are written again, from memory.
-            let mut space = self.space.lock();
+            let mut space = self.media.space.lock();
             for extent in copied.iter().filter_map(|c| c.new.map(|s| s.extent)) {
                 space.give_extent_back(extent);
             }
-            return Err(self.io("cannot sync", error));
+            return Err(self.media.io("cannot sync", error));
         }
-        let mut space = self.space.lock();
+        let mut space = self.media.space.lock();
         let mut changed: Vec<(Place, Entry)> = Vec::new();
         let mut replaced: Vec<Frame> = Vec::new();
         let mut useless: Vec<Frame> = Vec::new();
@@ -255,41 +276,21 @@ impl Blocks {
             space.give_extent_back(extent);
         }
         for extent in replaced {
-            self.retire(&mut space, extent);
+            self.media.retire(&mut space, extent);
         }
         drop(space);
-        if self.flawed(Flaw::IndexFirst) {
-            self.sync_index()?;
-            self.disk.sync().map_err(|e| self.io("cannot sync", e))?;
+        if self.media.flawed(Flaw::IndexFirst) {
+            self.media.sync_index()?;
+            self.media
+                .disk
+                .sync()
+                .map_err(|e| self.media.io("cannot sync", e))?;
         }
         Ok(entered?)
-    }
-
-    pub(super) fn io(&self, what: &'static str, error: std::io::Error) -> StorageError {
-        StorageError::Io {
-            what,
-            path: self.disk_path.clone(),
-            error,
-        }
-    }
-
-    /// The sum of all dirty counters: if it has not moved, nobody has written.
-    pub(super) fn dirty_sum(&self) -> u64 {
-        let slabs = self.pool.mem.len() as u64 / fsd_proto::layout::BLOCK;
-        (0..slabs)
-            .map(|s| self.pool.dirty_count(s * fsd_proto::layout::BLOCK))
-            .fold(0, u64::wrapping_add)
     }
 }
 
 /// Bytes of blocks.
-pub(super) fn bytes_of(targets: &[Target]) -> u64 {
+pub fn bytes_of(targets: &[Target]) -> u64 {
     targets.iter().map(|t| u64::from(t.bytes)).sum()
-}
-
-impl Space {
-    /// Blocks whose contents are lost.
-    pub(super) fn lost(&self) -> u64 {
-        self.index.all().filter(|(_, e)| e.lost).count() as u64
-    }
 }

@@ -104,15 +104,15 @@ proptest! {
         let Ok(blocks) = opened else { return Ok(()) };
         // What was taken for right is in the pool, and does not overlap with what is given out.
         for ino in 0..4 {
-            for found in blocks.lookup(ino, 0, 10) {
+            for found in blocks.frames.lookup(ino, 0, 10) {
                 prop_assert!(found.frame.offset + u64::from(found.frame.size) <= POOL, "{found:?}");
                 contents(&blocks, found.frame);
             }
         }
         let want = BlockWant { ino: 9, block: 0, size: 4096 };
-        let _full = blocks.allocate(CONN, &[want], 0);
-        let _ = blocks.free(1, 0, u64::MAX);
-        blocks.flush_all().unwrap();
+        let _full = blocks.frames.allocate(CONN, &[want], 0);
+        let _ = blocks.frames.free(1, 0, u64::MAX);
+        blocks.flusher.flush_all().unwrap();
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rt::sync::Mutex;
 
-use super::StorageError;
+use super::error::StorageError;
 use fsd_node::files;
 use fsd_node::store::{Batch, Store};
 

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use super::StorageError;
+use super::error::StorageError;
 use fsd_node::store::{Batch, Store, StoreError};
 use fsd_proto::wire::{BlockFrame, Frame};
 

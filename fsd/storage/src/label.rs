@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::StorageError;
 use super::disk::FileDisk;
+use super::error::StorageError;
 use fsd_node::config::{Config, Size, StorageConfig};
 use fsd_node::files;
 use fsd_node::store::{Batch, FjallStore, Store, is_begun};

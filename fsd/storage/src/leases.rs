@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rdma_transport::{Access, Connection, Fabric, Op, RegionKey, RemoteAddr, mem::SharedMem};
 use rt::sync::Mutex;
 
-use super::{StorageError, errno};
+use super::error::{StorageError, errno};
 use fsd_node::files;
 use fsd_node::store::{Batch, Store};
 use fsd_proto::rpc::Errno;

@@ -6,72 +6,32 @@
 pub mod alloc;
 pub mod blocks;
 pub mod check;
-#[cfg(test)]
-mod crash_disk;
-#[cfg(test)]
-mod crash_tests;
+mod cleaner;
 mod cut;
 pub mod disk;
+mod error;
 mod fence;
 mod flush;
-#[cfg(test)]
-mod fuzz_tests;
+mod frames;
 pub mod generation;
 pub mod index;
 pub mod label;
 pub mod leases;
 pub mod load;
+mod media;
 pub mod pool;
 mod requests;
 mod scrub;
 pub mod server;
+mod space;
 mod status;
 
+pub use error::StorageError;
 pub use server::StorageNode;
 
-use std::path::PathBuf;
-
-use fsd_node::store::StoreError;
-use fsd_proto::rpc::Errno;
-
-/// What can go wrong in a storage node.
-#[derive(Debug, thiserror::Error)]
-pub enum StorageError {
-    /// The directory has not been formatted, or for another cluster or node.
-    #[error("{path}: {detail}")]
-    Format {
-        /// The storage directory, as the configuration names it.
-        path: PathBuf,
-        /// What, and what to do.
-        detail: String,
-    },
-    /// The index failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The backing file or the pool failed.
-    #[error("{what} {path}: {error}")]
-    Io {
-        /// What was tried, to be followed by the path: "cannot write".
-        what: &'static str,
-        /// The file that it was tried on.
-        path: PathBuf,
-        /// The system's answer.
-        error: std::io::Error,
-    },
-    /// The index says what cannot be.
-    #[error("the index is damaged: {0}; nothing has been changed, fsd check tells more")]
-    Damaged(String),
-    /// The fabric refused.
-    #[error(transparent)]
-    Transport(#[from] rdma_transport::TransportError),
-}
-
-/// The error number of a storage error.
-fn errno(error: &StorageError) -> Errno {
-    tracing::error!("{error}");
-    match error {
-        StorageError::Store(StoreError::Full { .. }) => Errno(libc::ENOSPC),
-        StorageError::Io { error, .. } => Errno(error.raw_os_error().unwrap_or(libc::EIO)),
-        _ => Errno(libc::EIO),
-    }
-}
+#[cfg(test)]
+mod crash_disk;
+#[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
+mod fuzz_tests;

@@ -2,18 +2,18 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use rt::channel::unbounded;
 use rt::sync::Mutex;
 
-use super::StorageError;
 use super::alloc::Allocator;
-use super::blocks::{Blocks, Faults, Flaw, STOCK, Space};
+use super::error::StorageError;
+
 use super::disk::{Disk, checksum};
 use super::generation::{self, Generation};
 use super::index::{Entry, Index, Place, Stored};
+use super::media::{Flaw, Media};
 use super::pool::Pool;
+use super::space::Space;
 use fsd_node::store::Store;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::layout::class_for;
@@ -108,79 +108,61 @@ pub(super) fn read_stored(disk: &dyn Disk, stored: Stored, into: &mut Vec<u8>) -
     }
 }
 
-impl Blocks {
-    /// Opens the blocks of a node.
-    ///
-    /// # Errors
-    /// Not enough memory; the store or the memory file system fails; the index is damaged. A block that cannot be read is
-    /// none: it is lost until it is freed, or can be read at a later start.
-    pub fn open(parts: Parts) -> Result<Self, StorageError> {
-        let dir = parts.disk_path.parent().unwrap_or(&parts.disk_path);
-        let checked = generation::check(parts.store.as_ref(), &parts.memory, dir);
-        if parts.accept_older && checked.is_err() {
-            tracing::warn!(
-                "an older copy of the store is accepted: what is in memory does not fit, and is given up"
-            );
-            Pool::forget(&parts.memory)?;
-        } else {
-            checked?;
-        }
-        let pool = Pool::open(&parts.memory, &parts.uuid, parts.bytes)?;
-        let mut index = Index::load(Arc::clone(&parts.store))?;
-        if !pool.inherited {
-            // What was never stored is gone with the memory.
-            let gone: Vec<Place> = index
-                .all()
-                .filter(|(_, e)| e.stored.is_none())
-                .map(|(place, _)| place)
-                .collect();
-            for part in gone.chunks(BATCH) {
-                index.drop_all(part)?;
-            }
-        }
-        let mut alloc = Allocator::new(parts.bytes);
-        let mut extents = Allocator::new(0);
-        occupy(&index, &mut alloc, &mut extents)?;
-        if pool.inherited {
-            clean_unused(&pool, &index)?;
-        }
-        back_used(&pool, &index, &mut alloc)?;
-        if parts.flawed(Flaw::MarkedEarly) {
-            pool.loaded()?;
-        }
-        load(&parts, &pool, &mut index)?;
-        pool.loaded()?;
-        let generation = Generation::open(Arc::clone(&parts.store), &parts.memory)?;
-        let blocks = Self {
-            generation,
-            pool,
-            disk: parts.disk,
-            disk_path: parts.disk_path,
-            store: parts.store,
-            space: Mutex::new(Space {
-                alloc,
-                index,
-                reserved: std::collections::HashMap::new(),
-                extents,
-                retired: Vec::new(),
-            }),
-            flushing: Mutex::new(()),
-            pinned: parts.pinned,
-            clean: unbounded(),
-            cleaning: AtomicU64::new(0),
-            cleaning_bytes: AtomicU64::new(0),
-            restore: AtomicBool::new(false),
-            faults: Faults::default(),
-            #[cfg(any(test, feature = "flaws"))]
-            flaw: parts.flaw,
-        };
-        if parts.pinned {
-            blocks.stock_up(usize::MAX)?;
-        } else if let Err(error) = blocks.stock_up(STOCK) {
-            tracing::warn!("{error}: the pool has no free memory now");
-        }
-        Ok(blocks)
+/// Brings everything up.
+pub fn open(parts: Parts) -> Result<Media, StorageError> {
+    let dir = parts.disk_path.parent().unwrap_or(&parts.disk_path);
+    let checked = generation::check(parts.store.as_ref(), &parts.memory, dir);
+    if parts.accept_older && checked.is_err() {
+        tracing::warn!(
+            "an older copy of the store is accepted: what is in memory does not fit, and is given up"
+        );
+        Pool::forget(&parts.memory)?;
+    } else {
+        checked?;
     }
+    let pool = Pool::open(&parts.memory, &parts.uuid, parts.bytes)?;
+    let mut index = Index::load(Arc::clone(&parts.store))?;
+    if !pool.inherited {
+        // What was never stored is gone with the memory.
+        let gone: Vec<Place> = index
+            .all()
+            .filter(|(_, e)| e.stored.is_none())
+            .map(|(place, _)| place)
+            .collect();
+        for part in gone.chunks(BATCH) {
+            index.drop_all(part)?;
+        }
+    }
+    let mut alloc = Allocator::new(parts.bytes);
+    let mut extents = Allocator::new(0);
+    occupy(&index, &mut alloc, &mut extents)?;
+    if pool.inherited {
+        clean_unused(&pool, &index)?;
+    }
+    back_used(&pool, &index, &mut alloc)?;
+    if parts.flawed(Flaw::MarkedEarly) {
+        pool.loaded()?;
+    }
+    load(&parts, &pool, &mut index)?;
+    pool.loaded()?;
+    let generation = Generation::open(Arc::clone(&parts.store), &parts.memory)?;
+    Ok(Media {
+        generation,
+        pool,
+        disk: parts.disk,
+        disk_path: parts.disk_path,
+        store: parts.store,
+        space: Mutex::new(Space {
+            alloc,
+            index,
+            reserved: std::collections::HashMap::new(),
+            extents,
+            retired: Vec::new(),
+        }),
+        pinned: parts.pinned,
+        #[cfg(any(test, feature = "flaws"))]
+        flaw: parts.flaw,
+    })
 }
 
 /// After the death of the process, frames it had freed but not yet cleaned may hold old bytes.

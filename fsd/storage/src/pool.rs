@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use rdma_transport::TransportError;
 use rdma_transport::mem::SharedMem;
 
-use super::StorageError;
+use super::error::StorageError;
 use super::generation::Generation;
 use fsd_node::files;
 use fsd_proto::layout::BLOCK;

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use rdma_transport::ConnId;
 
-use super::errno;
+use super::error::errno;
 use super::leases::SEGMENT_RECORDS;
 use super::server::{Inner, Work};
 use fsd_proto::rpc::{Errno, Responder};
@@ -61,11 +61,11 @@ impl Inner {
                 segment_records: SEGMENT_RECORDS,
                 table: self.leases.id,
                 store: self.uuid.clone(),
-                generation: self.blocks.generation.durable(),
-                place: self.blocks.generation.place().map_err(|e| errno(&e))?,
+                generation: self.blocks.media.generation.durable(),
+                place: self.blocks.media.generation.place().map_err(|e| errno(&e))?,
             })),
             StorageRequest::Compare { place, accept } => {
-                let generation = &self.blocks.generation;
+                let generation = &self.blocks.media.generation;
                 let known = generation.place().map_err(|e| errno(&e))?;
                 generation.note_place(place, accept).map_err(|e| errno(&e))?;
                 Ok(StorageReply::Compared {
@@ -78,27 +78,28 @@ impl Inner {
                 let key = self.leases.key(fabric.as_ref(), segment)?;
                 Ok(StorageReply::Segment(key.0))
             }
-            StorageRequest::Reserve { needed, wanted } => {
-                Ok(StorageReply::Reserved(self.blocks.reserve(conn, needed, wanted)))
-            }
+            StorageRequest::Reserve { needed, wanted } => Ok(StorageReply::Reserved(
+                self.blocks.frames.reserve(conn, needed, wanted),
+            )),
             StorageRequest::Unreserve { bytes } => {
-                self.blocks.space.lock().use_reservation(conn, bytes);
+                self.blocks.media.space.lock().use_reservation(conn, bytes);
                 Ok(StorageReply::Done)
             }
             StorageRequest::Allocate { wants, reserved } => self
                 .blocks
+                .frames
                 .allocate(conn, &wants, reserved)
                 .map(StorageReply::Allocated),
             StorageRequest::Lookup { ino, first, count } => {
-                Ok(StorageReply::Blocks(self.blocks.lookup(ino, first, count)))
+                Ok(StorageReply::Blocks(self.blocks.frames.lookup(ino, first, count)))
             }
             StorageRequest::Free { ino, first, last } => {
-                let freed = self.blocks.free(ino, first, last);
+                let freed = self.blocks.frames.free(ino, first, last);
                 freed.map(StorageReply::Freed).map_err(|e| errno(&e))
             }
-            StorageRequest::Space => Ok(StorageReply::Space(self.blocks.figures())),
+            StorageRequest::Space => Ok(StorageReply::Space(self.blocks.frames.figures())),
             StorageRequest::Inodes { after } => {
-                let space = self.blocks.space.lock();
+                let space = self.blocks.media.space.lock();
                 Ok(StorageReply::Inodes(space.index.inodes(after, INODES)))
             }
             StorageRequest::Flush { .. }

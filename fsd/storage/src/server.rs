@@ -10,14 +10,14 @@ use rt::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use rt::sync::Mutex;
 use rt::thread::JoinHandle;
 
-use super::blocks::{Blocks, STOCK};
-use super::cut::End;
+use super::blocks::Blocks;
+use super::cut::{End, cut};
 use super::disk::{Disk, FileDisk};
+use super::error::{StorageError, errno};
 use super::fence::Fence;
 use super::label::{self, Label};
 use super::leases::LeaseTable;
 use super::load::Parts;
-use super::{StorageError, errno};
 use fsd_node::config::{Config, FabricChoice, Size, StorageConfig};
 use fsd_node::endpoint::{Endpoint, Network};
 use fsd_node::memory::{Claim, Note};
@@ -101,7 +101,7 @@ impl Service for Front {
 
     fn disconnected(&self, conn: &Arc<dyn Connection>, hello: Option<&Hello>) {
         if let Some(inner) = self.inner.get() {
-            inner.blocks.disconnected(conn.id());
+            inner.blocks.frames.disconnected(conn.id());
             inner.fence.disconnected(conn.id());
             if hello.is_some() {
                 inner.connections.fetch_sub(1, Ordering::Relaxed);
@@ -152,11 +152,11 @@ impl StorageNode {
         let leases = LeaseTable::open(
             memory_file(section, &note(section, &label), "leases"),
             config.lease.record_bytes,
-            Arc::clone(&blocks.store),
+            Arc::clone(&blocks.media.store),
         )?;
         leases.adopt(fabric.as_ref())?;
-        let pool_key = fabric.register(&blocks.pool.mem, Access::ALL)?;
-        let dirty_key = fabric.register(&blocks.pool.dirty, Access::ALL)?;
+        let pool_key = fabric.register(&blocks.media.pool.mem, Access::ALL)?;
+        let dirty_key = fabric.register(&blocks.media.pool.dirty, Access::ALL)?;
         let (work, work_in) = unbounded();
         let (stop_flush, flush_in) = unbounded();
         let (stop_scrub, scrub_in) = unbounded();
@@ -187,7 +187,7 @@ impl StorageNode {
             })?,
             spawn("storage-clean", {
                 let i = Arc::clone(&inner);
-                move || i.clean_loop()
+                move || i.blocks.cleaner.run(&i.stopping)
             })?,
             spawn("storage-flush", {
                 let i = Arc::clone(&inner);
@@ -196,7 +196,7 @@ impl StorageNode {
             spawn("storage-scrub", {
                 let (i, rate) = (Arc::clone(&inner), section.scrub.0);
                 let pause = Duration::from_secs(section.scrub_pause_s);
-                move || i.blocks.scrub_loop(rate, pause, &scrub_in)
+                move || i.blocks.scrubber.run(rate, pause, &scrub_in)
             })?,
         ];
         Ok(Self {
@@ -224,16 +224,16 @@ impl StorageNode {
         for stop in &self.stop {
             let _ = stop.send(());
         }
-        let mut result = self.inner.blocks.flush_all();
+        let mut result = self.inner.blocks.flusher.flush_all();
         self.fabric.shutdown();
         self.inner.own.lock().take();
         self.inner.fabric.lock().take();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        result = result.and_then(|()| self.inner.blocks.flush_all());
+        result = result.and_then(|()| self.inner.blocks.flusher.flush_all());
         if forget && result.is_ok() {
-            self.inner.blocks.pool.remove_memory();
+            self.inner.blocks.media.pool.remove_memory();
             self.inner.leases.remove_files();
             self.claim.remove();
         }
@@ -343,10 +343,10 @@ fn open_blocks(
         #[cfg(any(test, feature = "flaws"))]
         flaw: base.flaw,
     })?;
-    let free = Size(blocks.pool.mem.file_system_free()? >> 20 << 20);
+    let free = Size(blocks.media.pool.mem.file_system_free()? >> 20 << 20);
     tracing::info!(
         "storage node {id}: {}; the pool takes up to {} of {} ({}), which has {free} left",
-        if blocks.pool.inherited {
+        if blocks.media.pool.inherited {
             "contents found in memory"
         } else {
             "contents loaded from the backing file"
@@ -355,7 +355,7 @@ fn open_blocks(
         section.memory_dir.display(),
         if pinned { "all of it now" } else { "as data come" }
     );
-    let rest = blocks.space.lock().alloc.cold_bytes();
+    let rest = blocks.media.space.lock().alloc.cold_bytes();
     if rest > free.0 {
         tracing::warn!(
             "storage node {id}: {} has less room than the pool may need: beyond that, writing fails with \"no space left\"",
@@ -377,37 +377,23 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 }
 
 impl Inner {
-    fn clean_loop(&self) {
-        while !self.stopping.load(Ordering::Acquire) {
-            match self.blocks.clean.1.recv_timeout(Duration::from_millis(100)) {
-                Ok(frame) => self.blocks.clean(frame),
-                Err(RecvTimeoutError::Timeout) => {
-                    if let Err(error) = self.blocks.stock_up(STOCK) {
-                        tracing::debug!("{error}");
-                    }
-                }
-                Err(RecvTimeoutError::Disconnected) => return,
-            }
-        }
-    }
-
     /// Bounds how long data that nobody fsyncs stays in memory only.
     fn flush_loop(&self, stop: &Receiver<()>) {
-        let mut seen = self.blocks.dirty_sum();
+        let mut seen = self.blocks.media.dirty_sum();
         let mut pending = true;
         while let Err(RecvTimeoutError::Timeout) = stop.recv_timeout(FLUSH_EVERY) {
-            let now = self.blocks.dirty_sum();
+            let now = self.blocks.media.dirty_sum();
             let moved = now != seen;
             seen = now;
-            if moved || pending || self.blocks.is_unsettled() {
+            if moved || pending || self.blocks.flusher.is_unsettled() {
                 pending = false;
-                if let Err(error) = self.noted(self.blocks.flush_all()) {
+                if let Err(error) = self.noted(self.blocks.flusher.flush_all()) {
                     pending = true;
                     tracing::error!("background flush: {error}");
                 }
             }
-            self.blocks.give_surplus_back();
-            self.blocks.store.tidy();
+            self.blocks.cleaner.give_surplus_back();
+            self.blocks.media.store.tidy();
         }
     }
 
@@ -452,7 +438,7 @@ impl Inner {
                         responder.reply(&self.reset_leases().map_err(|e| errno(&e)));
                     }
                     Work::Cut(ends, responder) => {
-                        let freed = self.blocks.cut(&ends).map(StorageReply::Freed);
+                        let freed = cut(&self.blocks, &ends).map(StorageReply::Freed);
                         responder.reply(&freed.map_err(|e| errno(&e)));
                     }
                     Work::Status(responder) => {
@@ -462,7 +448,7 @@ impl Inner {
             }
             if !flushes.is_empty() {
                 let result = self
-                    .noted(self.blocks.flush(&inos))
+                    .noted(self.blocks.flusher.flush(&inos))
                     .map(|()| StorageReply::Done)
                     .map_err(|e| errno(&e));
                 for responder in flushes {

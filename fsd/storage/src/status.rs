@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::StorageError;
+use super::error::StorageError;
 use super::flush::bytes_of;
 use super::server::Inner;
 use fsd_node::config::Size;
@@ -26,10 +26,10 @@ impl Inner {
             .map(|own| self.leases.held(own.as_ref()))
             .transpose()?
             .unwrap_or_default();
-        let dirty = bytes_of(&self.blocks.unstored());
+        let dirty = bytes_of(&self.blocks.flusher.unstored());
         let troubles = self.troubles();
-        let PoolSpace { total, free } = self.blocks.figures();
-        let space = self.blocks.space.lock();
+        let PoolSpace { total, free } = self.blocks.frames.figures();
+        let space = self.blocks.media.space.lock();
         Ok(StorageStatus {
             id: self.id,
             total,
@@ -40,24 +40,23 @@ impl Inner {
             shared: held.shared,
             dirty,
             lost: space.lost(),
-            damaged: self.blocks.faults.damaged.load(Ordering::Relaxed),
-            checked: self.blocks.faults.scrubbed.load(Ordering::Relaxed),
+            damaged: self.blocks.scrubber.faults.damaged.load(Ordering::Relaxed),
+            checked: self.blocks.scrubber.faults.scrubbed.load(Ordering::Relaxed),
             requests: self.requests.load(Ordering::Relaxed),
             connections: self.connections.load(Ordering::Relaxed),
             holders: held.holders.into_iter().collect(),
-            generation: self.blocks.generation.durable(),
-            place: self.blocks.generation.place()?,
+            generation: self.blocks.media.generation.durable(),
+            place: self.blocks.media.generation.place()?,
             troubles,
         })
     }
 
     fn troubles(&self) -> Vec<String> {
         let mut troubles = Vec::new();
-        let space = self.blocks.space.lock();
-        let (total, lacking) = (space.alloc.bytes(), self.blocks.lacking(&space));
+        let space = self.blocks.media.space.lock();
+        let (total, lacking) = (space.alloc.bytes(), self.blocks.media.lacking(&space));
         // What is being cleaned is soon free.
-        let reservable = space.alloc.reservable().saturating_sub(lacking)
-            + self.blocks.cleaning_bytes.load(Ordering::Acquire);
+        let reservable = space.alloc.reservable().saturating_sub(lacking) + self.blocks.cleaner.bytes();
         drop(space);
         if is_full(reservable, total) && lacking > 0 {
             troubles.push(
@@ -69,7 +68,14 @@ impl Inner {
                 Size(total)
             ));
         }
-        troubles.extend(self.blocks.store.room().err().map(|error| error.to_string()));
+        troubles.extend(
+            self.blocks
+                .media
+                .store
+                .room()
+                .err()
+                .map(|error| error.to_string()),
+        );
         let failing = self.failing.lock();
         troubles.extend(
             failing

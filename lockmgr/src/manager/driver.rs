@@ -1,23 +1,67 @@
 //! Applies events, executes actions.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
 use rdma_transport::Outcome;
+use rt::sync::Mutex;
 use rt::time::Instant;
 
-use super::LeaseManager;
+use super::interface::{Directory, LeaseUser, ManagerConfig};
+use super::leave::Leave;
+use super::stats::Counters;
+use super::storage::Storage;
 use crate::LeaseError;
-use crate::fsm::{Action, Event, Violation, WordOps};
+use crate::fsm::{Action, Config, Event, Violation, WordOps};
 use crate::hint::Hint;
-use crate::ids::{Mode, NodeId, RecordId};
+use crate::ids::{Mode, NodeId, NodeSet, RecordId};
 use crate::lease::{LeaseHandle, Parked, Record, Wish, rank};
 use crate::msg::{Body, LeaseMsg};
-use crate::timers::Timer;
+use crate::table::Table;
+use crate::timers::{Alarms, Timer};
 use crate::wire;
 
-impl LeaseManager {
+/// Everything a manager knows, and what becomes of events.
+pub(super) struct Driver {
+    me: Weak<Self>,
+    pub(super) cfg: ManagerConfig,
+    fsm_cfg: Config,
+    pub(super) dir: Arc<dyn Directory>,
+    user: Arc<dyn LeaseUser>,
+    pub(super) table: Table,
+    pub(super) alarms: Alarms,
+    pub(super) storage: Storage,
+    /// Peers that cannot be reached.
+    pub(super) gone: Mutex<NodeSet>,
+    pub(super) leave: Leave,
+    pub(super) counters: Counters,
+}
+
+impl Driver {
+    pub(super) fn new(cfg: ManagerConfig, dir: Arc<dyn Directory>, user: Arc<dyn LeaseUser>) -> Arc<Self> {
+        let mut fsm_cfg = Config::new(cfg.node, cfg.incarnation);
+        #[cfg(any(test, feature = "flaws"))]
+        {
+            fsm_cfg.flaws = cfg.flaws;
+        }
+        fsm_cfg.keep_shared = cfg.keep_shared;
+        fsm_cfg.keep_word = cfg.keep_shared && !cfg.keep_word.is_zero();
+        Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
+            cfg,
+            fsm_cfg,
+            dir,
+            user,
+            table: Table::new(),
+            alarms: Alarms::default(),
+            storage: Storage::default(),
+            gone: Mutex::new(NodeSet::new()),
+            leave: Leave::default(),
+            counters: Counters::default(),
+        })
+    }
+
     /// An event of a record that need not be in the table.
     pub(super) fn event(&self, id: RecordId, event: Event) -> Result<(), LeaseError> {
         let mut event = Some(event);
@@ -118,9 +162,10 @@ impl LeaseManager {
     fn keep(&self, lease: &Arc<LeaseHandle>, record: &mut Record) {
         let now = Instant::now();
         record.kept_since = Some(now);
-        if !std::mem::replace(&mut record.kept_timer, true) {
-            let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
-            self.tenures
+        if !std::mem::replace(&mut record.kept.timer, true) {
+            let ticket = self.alarms.ticket();
+            self.alarms
+                .tenures
                 .insert(now + self.cfg.keep_word, ticket, Arc::clone(lease), Timer::Kept);
         }
     }
@@ -130,7 +175,7 @@ impl LeaseManager {
         if record.broken.is_some() {
             return None;
         }
-        let settle = std::mem::take(&mut record.settle);
+        let settle = std::mem::take(&mut record.kept.over);
         let fsm = &record.fsm;
         let at_rest = fsm.is_at_rest();
         let leaving = self.leave.begun().then_some(Wish::Release);
@@ -186,9 +231,10 @@ impl LeaseManager {
                     }
                     record.tenure
                 };
-                let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
+                let ticket = self.alarms.ticket();
                 let at = Instant::now() + self.cfg.min_hold;
-                self.tenures
+                self.alarms
+                    .tenures
                     .insert(at, ticket, Arc::clone(lease), Timer::Held(tenure));
             }
         }
@@ -213,14 +259,14 @@ impl LeaseManager {
             }
         }
         for (parked, guard) in ready {
-            self.deadlines.remove(parked.deadline, parked.ticket);
+            self.alarms.deadlines.remove(parked.deadline, parked.ticket);
             (parked.f)(Ok(guard));
         }
     }
 
     pub(super) fn refuse(&self, parked: Vec<Parked>, error: &LeaseError) {
         for parked in parked {
-            self.deadlines.remove(parked.deadline, parked.ticket);
+            self.alarms.deadlines.remove(parked.deadline, parked.ticket);
             (parked.f)(Err(error.clone()));
         }
     }

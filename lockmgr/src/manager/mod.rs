@@ -13,45 +13,26 @@ mod leave;
 mod stats;
 mod storage;
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rt::sync::{Condvar, Mutex};
 use rt::time::Instant;
 
 use crate::LeaseError;
-use crate::fsm::{Config, Event, Phase};
-use crate::ids::{Mode, NodeId, NodeSet, RecordId};
+use crate::fsm::{Event, Phase};
+use crate::ids::{Mode, NodeId, RecordId};
 use crate::lease::{EnterFn, Guard, LeaseHandle, Parked, Wish, rank};
 use crate::msg::{Body, LeaseMsg, MAX_PAYLOAD};
-use crate::table::Table;
-use crate::timers::{Timer, Timers};
+use crate::timers::Timer;
 
+use driver::Driver;
 pub use interface::{Directory, LeaseUser, ManagerConfig, Relinquish};
-use leave::Leave;
-use stats::Counters;
 pub use stats::{LeaseInfo, Stats};
-use storage::Storage;
 
 /// See the module.
-pub struct LeaseManager {
-    me: Weak<Self>,
-    cfg: ManagerConfig,
-    fsm_cfg: Config,
-    dir: Arc<dyn Directory>,
-    user: Arc<dyn LeaseUser>,
-    table: Table,
-    /// Of parked operations, which mostly watch them themselves.
-    deadlines: Timers,
-    /// Of leases.
-    tenures: Timers,
-    tickets: AtomicU64,
-    storage: Storage,
-    gone: Mutex<NodeSet>,
-    leave: Leave,
-    counters: Counters,
-}
+pub struct LeaseManager(Arc<Driver>);
 
 impl LeaseManager {
     /// A manager that holds nothing.
@@ -70,35 +51,14 @@ impl LeaseManager {
                 max_nodes,
             });
         }
-        let mut fsm_cfg = Config::new(cfg.node, cfg.incarnation);
-        #[cfg(any(test, feature = "flaws"))]
-        {
-            fsm_cfg.flaws = cfg.flaws;
-        }
-        fsm_cfg.keep_shared = cfg.keep_shared;
-        fsm_cfg.keep_word = cfg.keep_shared && !cfg.keep_word.is_zero();
-        Ok(Arc::new_cyclic(|me| Self {
-            me: Weak::clone(me),
-            cfg,
-            fsm_cfg,
-            dir,
-            user,
-            table: Table::new(),
-            deadlines: Timers::default(),
-            tenures: Timers::default(),
-            tickets: AtomicU64::new(0),
-            storage: Storage::default(),
-            gone: Mutex::new(NodeSet::new()),
-            leave: Leave::default(),
-            counters: Counters::default(),
-        }))
+        Ok(Arc::new(Self(Driver::new(cfg, dir, user))))
     }
 
     /// Enters if the lease is held in this mode (or exclusively) and its gate is open: no message, no
     /// system call.
     #[must_use]
     pub fn try_enter(&self, id: RecordId, mode: Mode) -> Option<Guard> {
-        self.table.with(id, |lease| lease.try_enter(mode))
+        self.0.table.with(id, |lease| lease.try_enter(mode))
     }
 
     /// Enters, getting the lease if need be. Blocks: not for threads that the lease may depend on.
@@ -125,7 +85,7 @@ impl LeaseManager {
                 self.enter_async(id, mode, deadline, f);
             }
         };
-        match self.dir.record(id) {
+        match self.0.dir.record(id) {
             Ok((storage, _)) => storage.attend(&mut ask, &|| cell.0.lock().is_some()),
             // It says why.
             Err(_) => ask(),
@@ -154,16 +114,16 @@ impl LeaseManager {
     /// [`LeaseError::Violation`], and at the deadline [`LeaseError::Timeout`], [`LeaseError::Unreachable`]
     /// or [`LeaseError::StorageLost`].
     pub fn enter_async(&self, id: RecordId, mode: Mode, deadline: Instant, f: EnterFn) {
-        if self.leave.begun() {
+        if self.0.leave.begun() {
             return f(Err(LeaseError::Leaving));
         }
         if let Some(guard) = self.try_enter(id, mode) {
             return f(Ok(guard));
         }
-        if let Err(error @ LeaseError::NoSuchRecord { .. }) = self.dir.record(id) {
+        if let Err(error @ LeaseError::NoSuchRecord { .. }) = self.0.dir.record(id) {
             return f(Err(error));
         }
-        let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
+        let ticket = self.0.alarms.ticket();
         let parked = Parked {
             mode,
             since: Instant::now(),
@@ -172,16 +132,16 @@ impl LeaseManager {
             f,
         };
         loop {
-            let lease = self.table.get_or_insert(id);
+            let lease = self.0.table.get_or_insert(id);
             let mut record = lease.record.lock();
             if record.evicted {
                 let hint = record.hint();
                 drop(record);
-                self.table.remove(&lease, hint);
+                self.0.table.remove(&lease, hint);
                 continue;
             }
             let refused = match record.broken {
-                _ if self.leave.begun() => Some(LeaseError::Leaving),
+                _ if self.0.leave.begun() => Some(LeaseError::Leaving),
                 Some(violation) => Some(LeaseError::Violation {
                     record: id,
                     violation,
@@ -196,13 +156,15 @@ impl LeaseManager {
                 drop(record);
                 (parked.f)(Ok(guard));
             } else {
-                self.deadlines
+                self.0
+                    .alarms
+                    .deadlines
                     .insert(deadline, ticket, Arc::clone(&lease), Timer::Deadline);
                 record.parked.push_back(parked);
                 drop(record);
             }
             // Even if nothing was parked: the record may have been made for this call only.
-            self.drive(&lease, None);
+            self.0.drive(&lease, None);
             return;
         }
     }
@@ -210,26 +172,26 @@ impl LeaseManager {
     /// The handle of a record that is in the table.
     #[must_use]
     pub fn handle(&self, id: RecordId) -> Option<Arc<LeaseHandle>> {
-        self.table.get(id)
+        self.0.table.get(id)
     }
 
     /// Calls [`Self::expire`] when minimum hold times and the like are over (operations that block watch
     /// their own deadlines); sleeps meanwhile. Returns after [`Self::stop_timers`].
     pub fn run_timers(&self) {
-        while self.tenures.wait() {
+        while self.0.alarms.tenures.wait() {
             self.expire(Instant::now());
         }
     }
 
     /// Ends [`Self::run_timers`].
     pub fn stop_timers(&self) {
-        self.tenures.stop();
+        self.0.alarms.tenures.stop();
     }
 
     /// Gives up operations whose deadline has passed, ends minimum hold times that are over, frees records
     /// that were kept long enough.
     pub fn expire(&self, now: Instant) {
-        while let Some((ticket, lease, timer)) = self.deadlines.due(now).or_else(|| self.tenures.due(now)) {
+        while let Some((ticket, lease, timer)) = self.0.alarms.due(now) {
             let mut record = lease.record.lock();
             match timer {
                 Timer::Deadline => {
@@ -239,28 +201,31 @@ impl LeaseManager {
                     let Some(parked) = record.parked.remove(at) else {
                         continue;
                     };
-                    let error = self.why(lease.id(), &record, &parked);
+                    let error = self.0.why(lease.id(), &record, &parked);
                     drop(record);
                     (parked.f)(Err(error));
-                    self.drive(&lease, None);
+                    self.0.drive(&lease, None);
                 }
                 Timer::Held(tenure) => {
                     let current = record.tenure == tenure && !record.evicted;
                     drop(record);
                     if current {
-                        self.drive(&lease, Some(Event::Used));
+                        self.0.drive(&lease, Some(Event::Used));
                     }
                 }
                 Timer::Kept => {
-                    let until = record.kept_since.map(|since| since + self.cfg.keep_word);
+                    let until = record.kept_since.map(|since| since + self.0.cfg.keep_word);
                     if let Some(until) = until.filter(|&u| u > now && record.fsm.is_keeping()) {
-                        self.tenures.insert(until, ticket, Arc::clone(&lease), timer);
+                        self.0
+                            .alarms
+                            .tenures
+                            .insert(until, ticket, Arc::clone(&lease), timer);
                         continue;
                     }
-                    record.kept_timer = false;
-                    record.settle = true;
+                    record.kept.timer = false;
+                    record.kept.over = true;
                     drop(record);
-                    self.drive(&lease, None);
+                    self.0.drive(&lease, None);
                 }
             }
         }
@@ -269,7 +234,7 @@ impl LeaseManager {
     /// When [`Self::expire`] has something to do next.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.deadlines.next().into_iter().chain(self.tenures.next()).min()
+        self.0.alarms.next()
     }
 
     /// A message from a peer.
@@ -280,26 +245,26 @@ impl LeaseManager {
     /// be closed.
     pub fn message(&self, from: NodeId, bytes: &[u8]) -> Result<(), LeaseError> {
         let msg = LeaseMsg::decode(bytes)?;
-        let known = |n: NodeId| n.0 < self.cfg.layout.max_nodes();
+        let known = |n: NodeId| n.0 < self.0.cfg.layout.max_nodes();
         let named = match &msg.body {
             Body::GrantX { granted, queue, .. } => {
-                granted.iter().all(known) && queue.iter().all(|w| known(w.node) && w.node != self.cfg.node)
+                granted.iter().all(known) && queue.iter().all(|w| known(w.node) && w.node != self.0.cfg.node)
             }
             _ => true,
         };
-        if !named || !known(from) || from == self.cfg.node {
+        if !named || !known(from) || from == self.0.cfg.node {
             return Err(LeaseError::BadMessage {
                 why: "it names a node that cannot be meant",
             });
         }
-        self.counters.received.fetch_add(1, Ordering::Relaxed);
+        self.0.counters.received.fetch_add(1, Ordering::Relaxed);
         let LeaseMsg {
             record,
             epoch,
             incarnation,
             body,
         } = msg;
-        self.event(
+        self.0.event(
             record,
             Event::Message {
                 from,
@@ -314,7 +279,7 @@ impl LeaseManager {
     /// already, `drained` takes the place of what was to run then. Only in answer to [`LeaseUser::revoke`]:
     /// at other times a grant may open the gate again and drop `drained`.
     pub fn close_gate(&self, id: RecordId, drained: Box<dyn FnOnce() + Send>) {
-        let run = match self.table.get(id) {
+        let run = match self.0.table.get(id) {
             Some(lease) => lease.gate.close(drained),
             None => Some(drained),
         };
@@ -326,9 +291,9 @@ impl LeaseManager {
     /// Lets operations in again that the lease covers. What [`Self::close_gate`] was to run, and has not
     /// run, is dropped.
     pub fn open_gate(&self, id: RecordId) {
-        if let Some(lease) = self.table.get(id) {
+        if let Some(lease) = self.0.table.get(id) {
             lease.gate.open();
-            self.admit(&lease);
+            self.0.admit(&lease);
         }
     }
 
@@ -347,6 +312,7 @@ impl LeaseManager {
             });
         }
         let lease = self
+            .0
             .table
             .get(id)
             .ok_or(misuse("there is no lease to relinquish"))?;
@@ -390,17 +356,17 @@ impl LeaseManager {
             }
         };
         if matches!(event, Event::Flushed { .. }) {
-            self.admit(&lease);
+            self.0.admit(&lease);
         }
-        self.drive(&lease, Some(event));
+        self.0.drive(&lease, Some(event));
         Ok(version)
     }
 
     /// What was relinquished with `needs_confirm` has reached its authority; `version` is the one that
     /// [`Self::relinquished`] returned. For a version that has been superseded this does nothing.
     pub fn confirmed(&self, id: RecordId, version: u64) {
-        if let Some(lease) = self.table.get(id) {
-            self.drive(&lease, Some(Event::Confirmed { version }));
+        if let Some(lease) = self.0.table.get(id) {
+            self.0.drive(&lease, Some(Event::Confirmed { version }));
         }
     }
 
@@ -416,9 +382,9 @@ impl LeaseManager {
     }
 
     fn wish(&self, id: RecordId, wish: Wish) {
-        if let Some(lease) = self.table.get(id) {
+        if let Some(lease) = self.0.table.get(id) {
             lease.record.lock().wish = Some(wish);
-            self.drive(&lease, None);
+            self.0.drive(&lease, None);
         }
     }
 
@@ -426,54 +392,55 @@ impl LeaseManager {
     /// released, then `f` runs. Peers that read the owner word earlier may still ask; their messages must be
     /// handed to [`Self::message`] until they know that this node has left.
     pub fn leave(&self, f: Box<dyn FnOnce() + Send>) {
-        self.leave.begin(f);
-        for lease in self.table.all() {
+        self.0.leave.begin(f);
+        for lease in self.0.table.all() {
             let parked: Vec<Parked> = lease.record.lock().parked.drain(..).collect();
-            self.refuse(parked, &LeaseError::Leaving);
-            self.drive(&lease, None);
+            self.0.refuse(parked, &LeaseError::Leaving);
+            self.0.drive(&lease, None);
         }
-        self.check_left();
+        self.0.check_left();
     }
 
     /// The connection to the storage node of the shard broke.
     pub fn storage_lost(&self, shard: u32) {
-        self.storage.lost(shard);
+        self.0.storage.lost(shard);
     }
 
     /// [`Directory::record`] has a new connection for the shard, and the storage node has made sure that
     /// nothing of the old one can still take effect. Batches of unknown outcome are looked into.
     pub fn storage_reconnected(&self, shard: u32) {
-        self.storage.reconnected(shard);
-        for lease in self.table.all() {
+        self.0.storage.reconnected(shard);
+        for lease in self.0.table.all() {
             if lease.id().shard() == shard {
-                self.drive(&lease, Some(Event::Reconnected));
+                self.0.drive(&lease, Some(Event::Reconnected));
             }
         }
     }
 
     /// A peer cannot be reached just now. What waits for it may fail at its deadline, which then names it.
     pub fn peer_unreachable(&self, node: NodeId) {
-        self.gone.lock().insert(node);
+        self.0.gone.lock().insert(node);
     }
 
     /// A peer has left or ended, and answers nothing any more. What waits for it fails at its deadline, naming it, unless the
     /// peer was only thought to be the owner. Not for a connection that broke: a question that was heard may yet be answered.
     pub fn peer_gone(&self, node: NodeId) {
-        self.gone.lock().insert(node);
-        for lease in self.table.all() {
-            self.drive(&lease, Some(Event::Gone(node)));
+        self.0.gone.lock().insert(node);
+        for lease in self.0.table.all() {
+            self.0.drive(&lease, Some(Event::Gone(node)));
         }
     }
 
     /// The peer can be reached again.
     pub fn peer_back(&self, node: NodeId) {
-        self.gone.lock().remove(node);
+        self.0.gone.lock().remove(node);
     }
 
     /// Do operations wait here for a lease on this record?
     #[must_use]
     pub fn is_awaited(&self, id: RecordId) -> bool {
-        self.table
+        self.0
+            .table
             .with(id, |lease| (!lease.record.lock().parked.is_empty()).then_some(()))
             .is_some()
     }
@@ -481,7 +448,7 @@ impl LeaseManager {
     /// The lease held on a record, and the version of its data.
     #[must_use]
     pub fn held(&self, id: RecordId) -> Option<(Mode, u64)> {
-        self.table.with(id, |lease| {
+        self.0.table.with(id, |lease| {
             let record = lease.record.lock();
             record.fsm.held().map(|mode| (mode, record.fsm.version()))
         })
@@ -490,7 +457,8 @@ impl LeaseManager {
     /// The records in the table.
     #[must_use]
     pub fn snapshot(&self) -> Vec<LeaseInfo> {
-        self.table
+        self.0
+            .table
             .all()
             .iter()
             .map(|lease| LeaseInfo::of(lease))
@@ -500,6 +468,6 @@ impl LeaseManager {
     /// Counters since the start.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.counters.stats(&self.table)
+        self.0.counters.stats(&self.0.table)
     }
 }

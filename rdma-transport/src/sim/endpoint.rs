@@ -6,9 +6,10 @@ use std::time::Duration;
 use rt::sync::Mutex;
 use rt::thread::JoinHandle;
 
+use super::event::{After, End, EndpointId, Inbox, PairId, Parcel};
 use super::netref::NetRef;
 use super::room::Room;
-use super::state::{After, End, EndpointId, Inbox, PairId, Parcel, State};
+use super::state::State;
 use super::travel::travel;
 use crate::common::{self, LIMITS, disconnected};
 use crate::handshake::Peer;
@@ -123,7 +124,7 @@ impl Fabric for SimFabric {
             })?;
         let mut state = net.lock();
         let serial = state.unique();
-        let alive = state.links(self.id, target);
+        let alive = state.lanes.links(self.id, target);
         let peer = Peer {
             identity: identity.clone(),
             instance: self.instance,
@@ -135,7 +136,7 @@ impl Fabric for SimFabric {
         let there = ConnId(state.unique());
         stats::count(&self.counters.connections, 1);
         let pair = state.unique();
-        let messages = state.config.room;
+        let messages = state.lanes.schedule.room();
         let conn = |end: End, id: ConnId, identity: Vec<u8>, addr: &str| {
             let conn = SimConn {
                 net: self.net.clone(),
@@ -197,7 +198,7 @@ fn execute(net: &Mutex<State>, pair: PairId, end: End, ops: &mut [Op<'_>]) -> Re
         let mut state = net.lock();
         if let Err(error) = state.execute_one(pair, end, op) {
             if !matches!(error, TransportError::Disconnected { .. }) {
-                state.down_both(pair, &error);
+                state.lanes.down_both(pair, &error);
             }
             return Err(error);
         }
@@ -223,21 +224,23 @@ impl SimConn {
     fn send_message(&self, message: &[u8], patience: Option<Duration>) -> Result<(), TransportError> {
         common::check_message(message)?;
         let net = self.net.get()?;
-        let patience = patience.filter(|_| net.lock().clock.is_some());
+        let patience = patience.filter(|_| net.lock().lanes.schedule.clock.is_some());
         if self.room.take(patience).is_err() {
             let why = common::timed_out(&self.addr, self.timeout);
-            net.lock().down_both(self.pair, &why);
+            net.lock().lanes.down_both(self.pair, &why);
             return Err(why);
         }
         let mut state = net.lock();
-        if !state.alive(self.pair, self.end) {
+        if !state.lanes.alive(self.pair, self.end) {
             return Err(state.dead(self.pair, self.end));
         }
         self.counters.sent(message.len());
         if let Some(counters) = state.counters(self.pair, self.end) {
             counters.sent(message.len());
         }
-        state.ship(self.pair, self.end, Parcel::Message(message.into()));
+        state
+            .lanes
+            .ship(self.pair, self.end, Parcel::Message(message.into()));
         Ok(())
     }
 }
@@ -258,7 +261,7 @@ impl Connection for SimConn {
     fn is_alive(&self) -> bool {
         self.net
             .get()
-            .is_ok_and(|net| net.lock().alive(self.pair, self.end))
+            .is_ok_and(|net| net.lock().lanes.alive(self.pair, self.end))
     }
 
     fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
@@ -282,7 +285,7 @@ impl Connection for SimConn {
             Err(gone) => return done(Err(BatchError::unstarted(gone, batch))),
         };
         let mut state = net.lock();
-        if !state.alive(self.pair, self.end) {
+        if !state.lanes.alive(self.pair, self.end) {
             let dead = state.dead(self.pair, self.end);
             drop(state);
             return done(Err(BatchError::unstarted(dead, batch)));
@@ -291,7 +294,7 @@ impl Connection for SimConn {
         if let Some(counters) = state.counters(self.pair, self.end) {
             counters.did_ops(batch.len(), bytes);
         }
-        state.ship_batch(self.pair, self.end, batch, done);
+        state.ship_batch((self.pair, self.end), batch, done);
     }
 
     fn send(&self, message: &[u8]) -> Result<(), TransportError> {

@@ -6,14 +6,16 @@
 //! Nothing happens by itself: the test calls [`SimNet::step`]; but for [`SimNet::threaded`], whose time is that of `rt`.
 
 mod config;
-mod effects;
-mod endings;
 mod endpoint;
+mod event;
+mod lanes;
 mod net;
 mod netref;
 mod place;
+mod regions;
 mod remote;
 mod room;
+mod schedule;
 mod state;
 mod travel;
 

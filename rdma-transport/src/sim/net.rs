@@ -9,9 +9,11 @@ use rt::time::Instant;
 
 use super::config::SimConfig;
 use super::endpoint::SimFabric;
+use super::event::{After, EndpointId, Inbox, Parcel, What};
 use super::netref::NetRef;
 use super::place::Clock;
-use super::state::{After, EndpointId, Inbox, Parcel, State, What, nanos};
+use super::schedule::nanos;
+use super::state::State;
 use crate::common::mark_progress_thread;
 use crate::error::TransportError;
 use crate::fabric::{Fabric, FabricConfig, Handler};
@@ -53,7 +55,7 @@ impl SimNet {
             });
         }
         let (id, instance, counters) = state.add(&config, handler);
-        let threaded = state.clock.is_some();
+        let threaded = state.lanes.schedule.clock.is_some();
         drop(state);
         let thread = if threaded { Some(self.attend(id)?) } else { None };
         let fabric = SimFabric::new(NetRef::of(&self.0), (id, instance), counters, config, thread);
@@ -71,7 +73,7 @@ impl SimNet {
             began: Instant::now(),
             changed: Condvar::new(),
         });
-        net.0.lock().clock = Some(Arc::clone(&clock));
+        net.0.lock().lanes.schedule.clock = Some(Arc::clone(&clock));
         let events = net.clone();
         start("net", move || events.run(&clock))?;
         Ok(net)
@@ -81,16 +83,16 @@ impl SimNet {
     fn run(&self, clock: &Clock) {
         let mut state = self.0.lock();
         loop {
-            let now = state.look();
-            match state.queue.first_key_value() {
-                Some(((at, _), _)) if *at <= now => {
+            let now = state.lanes.schedule.look();
+            match state.lanes.schedule.next() {
+                Some(at) if at <= now => {
                     let after = state.step();
                     drop(state);
                     after.into_iter().for_each(After::run);
                     state = self.0.lock();
                 }
-                Some(((at, _), _)) => {
-                    let until = clock.began + Duration::from_nanos(*at);
+                Some(at) => {
+                    let until = clock.began + Duration::from_nanos(at);
                     clock.changed.wait_until(&mut state, until);
                 }
                 None => clock.changed.wait(&mut state),
@@ -107,7 +109,7 @@ impl SimNet {
             mark_progress_thread();
             while let Ok(((pair, end), after)) = incoming.recv() {
                 let message = matches!(after, After::Message(..));
-                let ended = message && !net.get().is_ok_and(|net| net.lock().alive(pair, end));
+                let ended = message && !net.get().is_ok_and(|net| net.lock().lanes.alive(pair, end));
                 if let After::Stop = after {
                     return;
                 }
@@ -115,7 +117,7 @@ impl SimNet {
                     after.run();
                 }
                 if message && let Ok(net) = net.get() {
-                    net.lock().ship(pair, end, Parcel::Credit);
+                    net.lock().lanes.ship(pair, end, Parcel::Credit);
                 }
             }
         })?;
@@ -125,7 +127,7 @@ impl SimNet {
     /// Virtual time since the beginning.
     #[must_use]
     pub fn now(&self) -> Duration {
-        Duration::from_nanos(self.0.lock().now)
+        Duration::from_nanos(self.0.lock().lanes.schedule.now())
     }
 
     /// Lets the next event happen; false if there is none. Must not be called from a callback.
@@ -144,8 +146,9 @@ impl SimNet {
     /// Has `call` called from [`SimNet::step`] when `delay` of virtual time has passed.
     pub fn after(&self, delay: Duration, call: impl FnOnce() + Send + 'static) {
         let mut state = self.0.lock();
-        let at = state.now.saturating_add(nanos(delay));
-        state.schedule(at, What::Call(Box::new(call)));
+        let schedule = &mut state.lanes.schedule;
+        let at = schedule.now().saturating_add(nanos(delay));
+        schedule.add(at, What::Call(Box::new(call)));
     }
 
     /// The endpoint of that name dies: no callback of it is called any more, its memory is gone. Of what it
@@ -158,7 +161,7 @@ impl SimNet {
     pub fn cut(&self, addrs: [&str; 2]) {
         let mut state = self.0.lock();
         if let [Some(a), Some(b)] = addrs.map(|addr| state.find(addr)) {
-            state.cut([a, b]);
+            state.lanes.cut([a, b]);
         }
     }
 }

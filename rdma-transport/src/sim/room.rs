@@ -7,7 +7,7 @@ use rt::time::Instant;
 
 /// What one end may still send.
 #[derive(Debug)]
-pub(super) struct Room {
+pub struct Room {
     /// None: the connection has ended, and nobody waits any more.
     left: Mutex<Option<usize>>,
     changed: Condvar,
@@ -15,10 +15,10 @@ pub(super) struct Room {
 
 /// Nothing was dealt with in time.
 #[derive(Debug)]
-pub(super) struct Late;
+pub struct Late;
 
 impl Room {
-    pub(super) fn new(messages: usize) -> Self {
+    pub fn new(messages: usize) -> Self {
         Self {
             left: Mutex::new(Some(messages)),
             changed: Condvar::new(),
@@ -26,7 +26,7 @@ impl Room {
     }
 
     /// Takes room for a message, if there is any; else waits for it at most for `patience`, or goes without.
-    pub(super) fn take(&self, patience: Option<Duration>) -> Result<(), Late> {
+    pub fn take(&self, patience: Option<Duration>) -> Result<(), Late> {
         let mut left = self.left.lock();
         let deadline = patience.map(|patience| Instant::now() + patience);
         while let (Some(0), Some(deadline)) = (*left, deadline) {
@@ -39,7 +39,7 @@ impl Room {
     }
 
     /// The peer has dealt with a message.
-    pub(super) fn give(&self, most: usize) {
+    pub fn give(&self, most: usize) {
         let mut left = self.left.lock();
         *left = left.map(|n| (n + 1).min(most));
         drop(left);
@@ -47,7 +47,7 @@ impl Room {
     }
 
     /// The connection has ended.
-    pub(super) fn end(&self) {
+    pub fn end(&self) {
         *self.left.lock() = None;
         self.changed.notify_all();
     }

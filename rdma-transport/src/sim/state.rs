@@ -1,195 +1,63 @@
-//! The state of the simulated network: who is connected, what is under way, what takes effect when.
+//! The state of the simulated network: its endpoints, and their connections.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
-
-use rt::chance::Chance;
 
 use super::config::SimConfig;
-use super::place::{Clock, Nobody};
-use super::remote::{RemoteOp, RemoteResult, outcome};
-use super::room::Room;
+use super::event::{After, End, EndpointId, Inbox, PairId, Parcel, What};
+use super::lanes::{EndState, Lanes, NewEnd, Pair};
+use super::place::Nobody;
+use super::regions::Regions;
+use super::remote::{RemoteOp, outcome};
+use super::schedule::Schedule;
 use crate::common::{disconnected, ended};
 use crate::handshake::Peer;
 use crate::mem::SharedMem;
 use crate::stats;
 use crate::stats::Counters;
-use crate::{
-    Access, AsyncOp, BatchError, Completion, Connection, FabricConfig, Handler, Outcome, RegionKey,
-    TransportError,
-};
+use crate::{Access, AsyncOp, Completion, Connection, FabricConfig, Handler, Op, RegionKey, TransportError};
 
-pub(super) type EndpointId = usize;
-/// A connection as the net knows it: both its ends.
-pub(super) type PairId = u64;
-
-/// One end of a connection: 0 connected, 1 listened.
-pub(super) type End = usize;
-
-/// Something under way in a lane.
-pub(super) enum Parcel {
-    /// One operation of a batch; its last one sends the results back.
-    Op {
-        op: RemoteOp,
-        batch: u64,
-        last: bool,
-    },
-    Message(Box<[u8]>),
-    /// A message of the other end has been dealt with.
-    Credit,
-    /// Results of a batch, on their way back.
-    Results {
-        batch: u64,
-        results: Result<Vec<RemoteResult>, TransportError>,
-    },
-    /// The other end has accepted us: its handler learns of the connection first of all.
-    Connected,
-    /// The end of everything in this lane.
-    Down(TransportError),
-}
-
-pub(super) enum What {
-    /// A parcel of `pair` arrives that was sent by `from`.
-    Arrive {
-        pair: PairId,
-        from: End,
-        parcel: Parcel,
-    },
-    Call(Box<dyn FnOnce() + Send>),
-}
-
-/// A batch that an end waits for.
-pub(super) struct Batch {
-    pub(super) done: Completion,
-    pub(super) ops: Vec<AsyncOp>,
-}
-
-pub(super) struct EndState {
-    pub(super) endpoint: EndpointId,
-    pub(super) conn: Option<Arc<dyn Connection>>,
-    counters: Arc<Counters>,
-    pub(super) room: Arc<Room>,
-    pub(super) alive: bool,
-    /// Its `Down` is under way or has come.
-    pub(super) ending: bool,
-    pub(super) why: Option<TransportError>,
-    /// When the last parcel of each lane from here arrives: requests and messages, results.
-    pub(super) last: [u64; 2],
-    pub(super) batches: BTreeMap<u64, Batch>,
-    /// Results gathered here for the other end's batch.
-    pub(super) gathering: Vec<RemoteResult>,
-}
-
-pub(super) struct Pair {
-    pub(super) ends: [EndState; 2],
-    pub(super) peer: Peer,
-}
-
-pub(super) struct EndpointState {
-    pub(super) addr: String,
-    pub(super) key: Vec<u8>,
-    pub(super) identity: Vec<u8>,
-    pub(super) counters: Arc<Counters>,
-    pub(super) handler: Arc<dyn Handler>,
-    pub(super) regions: HashMap<u64, (Arc<SharedMem>, Access)>,
-    pub(super) up: bool,
+pub struct EndpointState {
+    pub addr: String,
+    pub key: Vec<u8>,
+    pub identity: Vec<u8>,
+    pub counters: Arc<Counters>,
+    pub handler: Arc<dyn Handler>,
+    pub regions: Regions,
+    pub up: bool,
     /// Where its thread finds what it is to call; none where the test calls.
-    pub(super) inbox: Option<Inbox>,
+    pub inbox: Option<Inbox>,
 }
-
-/// One end of a connection to be: itself, what it counts, and what it may send.
-pub(super) type NewEnd = (Arc<dyn Connection>, Arc<Counters>, Arc<Room>);
-
-/// What an endpoint's thread is to call, and for which end of which connection.
-pub(super) type Inbox = rt::channel::Sender<((PairId, End), After)>;
 
 impl EndpointState {
     /// Nothing of it is called any more, and it is not kept for that.
-    pub(super) fn go_down(&mut self) {
+    pub fn go_down(&mut self) {
         self.up = false;
-        self.regions.clear();
+        self.regions.0.clear();
         self.inbox = None;
         self.handler = Arc::new(Nobody);
     }
 }
 
-pub(super) struct State {
-    pub(super) now: u64,
-    pub(super) seq: u64,
-    pub(super) chance: Chance,
-    pub(super) config: SimConfig,
-    pub(super) queue: BTreeMap<(u64, u64), What>,
-    pub(super) endpoints: Vec<EndpointState>,
-    pub(super) pairs: BTreeMap<PairId, Pair>,
-    pub(super) next: u64,
-    /// Told of events to come, where a thread waits for them.
-    pub(super) clock: Option<Arc<Clock>>,
-}
-
-/// What to do once the state is unlocked again.
-pub(super) enum After {
-    Nothing,
-    Message(Arc<dyn Handler>, Arc<dyn Connection>, Box<[u8]>),
-    Connected(Arc<dyn Handler>, Arc<dyn Connection>),
-    Done(Completion, Outcome),
-    Disconnected(Arc<dyn Handler>, Arc<dyn Connection>, TransportError, Vec<Batch>),
-    Call(Box<dyn FnOnce() + Send>),
-    /// The endpoint's thread is to end.
-    Stop,
-}
-
-impl After {
-    pub(super) fn run(self) {
-        match self {
-            Self::Nothing | Self::Stop => {}
-            Self::Message(handler, conn, message) => {
-                handler.message(&conn, &message);
-            }
-            Self::Connected(handler, conn) => handler.connected(&conn),
-            Self::Done(done, result) => done(result),
-            Self::Disconnected(handler, conn, why, batches) => {
-                for batch in batches {
-                    (batch.done)(Err(BatchError::unstarted(
-                        ended(&conn.peer_addr(), &why),
-                        batch.ops,
-                    )));
-                }
-                handler.disconnected(&conn, &why);
-            }
-            Self::Call(call) => call(),
-        }
-    }
-}
-
-pub(super) fn nanos(d: Duration) -> u64 {
-    u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
+pub struct State {
+    pub endpoints: Vec<EndpointState>,
+    pub lanes: Lanes,
+    next: u64,
 }
 
 impl State {
-    pub(super) fn new(seed: u64, config: SimConfig) -> Self {
+    pub fn new(seed: u64, config: SimConfig) -> Self {
         Self {
-            now: 0,
-            seq: 0,
-            chance: Chance::new(seed),
-            config,
-            queue: BTreeMap::new(),
             endpoints: Vec::new(),
-            pairs: BTreeMap::new(),
+            lanes: Lanes {
+                pairs: BTreeMap::new(),
+                schedule: Schedule::new(seed, config),
+            },
             next: 1,
-            clock: None,
         }
     }
 
-    /// The time it is.
-    pub(super) fn look(&mut self) -> u64 {
-        if let Some(clock) = &self.clock {
-            self.now = self.now.max(nanos(clock.began.elapsed()));
-        }
-        self.now
-    }
-
-    pub(super) fn add(
+    pub fn add(
         &mut self,
         config: &FabricConfig,
         handler: Arc<dyn Handler>,
@@ -201,16 +69,15 @@ impl State {
             identity: config.identity.clone(),
             counters: Arc::clone(&counters),
             handler,
-            regions: HashMap::new(),
+            regions: Regions::default(),
             up: true,
             inbox: None,
         });
         (self.endpoints.len() - 1, self.unique(), counters)
     }
 
-    pub(super) fn step(&mut self) -> Option<After> {
-        let ((at, _), what) = self.queue.pop_first()?;
-        self.now = self.now.max(at);
+    pub fn step(&mut self) -> Option<After> {
+        let what = self.lanes.schedule.pop()?;
         Some(self.happen(what))
     }
 
@@ -220,7 +87,7 @@ impl State {
             What::Call(call) => return After::Call(call),
         };
         let to = 1 - from;
-        let endpoint = self.pairs.get(&pair).map(|p| p.ends[to].endpoint);
+        let endpoint = self.lanes.pairs.get(&pair).map(|p| p.ends[to].endpoint);
         let after = self.arrive(pair, from, parcel);
         match endpoint.and_then(|id| self.endpoints[id].inbox.as_ref()) {
             Some(inbox) if !matches!(after, After::Nothing) => {
@@ -233,31 +100,23 @@ impl State {
     }
 
     /// Lets the next parcel of the lane from `end` arrive now.
-    pub(super) fn pull(&mut self, pair: PairId, end: End) -> Option<After> {
-        let in_lane = |what: &What| match what {
-            What::Arrive {
-                pair: p,
-                from,
-                parcel,
-            } => {
-                *p == pair
-                    && *from == end
-                    && !matches!(parcel, Parcel::Results { .. } | Parcel::Credit | Parcel::Down(_))
-            }
-            What::Call(_) => false,
-        };
-        let key = *self.queue.iter().find(|(_, what)| in_lane(what))?.0;
-        let what = self.queue.remove(&key)?;
+    pub fn pull(&mut self, pair: PairId, end: End) -> Option<After> {
+        let what = self.lanes.schedule.pull(pair, end)?;
         Some(self.happen(what))
     }
 
-    pub(super) fn crash(&mut self, addr: &str) {
+    pub fn crash(&mut self, addr: &str) {
         let Some(id) = self.find(addr) else { return };
         self.endpoints[id].go_down();
-        let pairs: Vec<PairId> = self.pairs.keys().copied().collect();
+        let pairs: Vec<PairId> = self.lanes.pairs.keys().copied().collect();
         for pair in pairs {
             for end in 0..2 {
-                if self.pairs.get(&pair).is_some_and(|p| p.ends[end].endpoint == id) {
+                if self
+                    .lanes
+                    .pairs
+                    .get(&pair)
+                    .is_some_and(|p| p.ends[end].endpoint == id)
+                {
                     self.crash_end(pair, end);
                 }
             }
@@ -265,42 +124,30 @@ impl State {
     }
 
     /// Counts a peer turned away.
-    pub(super) fn wrong_key(&self, id: EndpointId) {
+    pub fn wrong_key(&self, id: EndpointId) {
         stats::count(&self.endpoints[id].counters.wrong_keys, 1);
     }
 
-    pub(super) fn identity(&self, id: EndpointId) -> Vec<u8> {
+    pub fn identity(&self, id: EndpointId) -> Vec<u8> {
         self.endpoints[id].identity.clone()
     }
 
-    pub(super) fn set_identity(&mut self, id: EndpointId, identity: Vec<u8>) {
+    pub fn set_identity(&mut self, id: EndpointId, identity: Vec<u8>) {
         self.endpoints[id].identity = identity;
     }
 
-    pub(super) fn unique(&mut self) -> u64 {
+    pub fn unique(&mut self) -> u64 {
         self.next += 1;
         self.next
     }
 
-    pub(super) fn schedule(&mut self, at: u64, what: What) {
-        self.seq += 1;
-        self.queue.insert((at, self.seq), what);
-        if let Some(clock) = &self.clock {
-            clock.changed.notify_all();
-        }
-    }
-
-    pub(super) fn is_up(&self, endpoint: EndpointId) -> bool {
+    pub fn is_up(&self, endpoint: EndpointId) -> bool {
         self.endpoints[endpoint].up
     }
 
-    pub(super) fn alive(&self, pair: PairId, end: End) -> bool {
-        self.pairs.get(&pair).is_some_and(|p| p.ends[end].alive)
-    }
-
     /// Why operations of this end fail.
-    pub(super) fn dead(&self, pair: PairId, end: End) -> TransportError {
-        let Some(pair) = self.pairs.get(&pair) else {
+    pub fn dead(&self, pair: PairId, end: End) -> TransportError {
+        let Some(pair) = self.lanes.pairs.get(&pair) else {
             return disconnected("the peer", "closed");
         };
         let addr = &self.endpoints[pair.ends[1 - end].endpoint].addr;
@@ -310,72 +157,21 @@ impl State {
         }
     }
 
-    /// Puts something into the lane from `end`.
-    pub(super) fn ship(&mut self, pair: PairId, end: End, parcel: Parcel) {
-        let delay = self
-            .chance
-            .between(nanos(self.config.min_delay), nanos(self.config.max_delay));
-        let now = self.look();
-        let lane = usize::from(matches!(parcel, Parcel::Results { .. } | Parcel::Credit));
-        let Some(state) = self.pairs.get_mut(&pair) else {
-            return;
-        };
-        let last = &mut state.ends[end].last[lane];
-        *last = (*last).max(now.saturating_add(delay));
-        let at = *last;
-        self.schedule(
-            at,
-            What::Arrive {
-                pair,
-                from: end,
-                parcel,
-            },
-        );
-    }
-
     /// Notes a batch and ships its operations.
-    pub(super) fn ship_batch(&mut self, pair: PairId, end: End, ops: Vec<AsyncOp>, done: Completion) {
+    pub fn ship_batch(&mut self, lane: (PairId, End), ops: Vec<AsyncOp>, done: Completion) {
         let batch = self.unique();
-        let count = ops.len();
-        let remote: Vec<RemoteOp> = if let Some(state) = self.pairs.get_mut(&pair) {
-            let remote = ops.iter().map(RemoteOp::of).collect();
-            state.ends[end].batches.insert(batch, Batch { done, ops });
-            remote
-        } else {
-            Vec::new()
-        };
-        if count == 0 {
-            self.ship(
-                pair,
-                1 - end,
-                Parcel::Results {
-                    batch,
-                    results: Ok(Vec::new()),
-                },
-            );
-        }
-        for (i, op) in remote.into_iter().enumerate() {
-            self.ship(
-                pair,
-                end,
-                Parcel::Op {
-                    op,
-                    batch,
-                    last: i + 1 == count,
-                },
-            );
-        }
+        self.lanes.ship_batch(batch, lane, ops, done);
     }
 
-    pub(super) fn dynamic(&self, pair: PairId, end: End) -> Option<(Arc<dyn Handler>, Arc<dyn Connection>)> {
-        let state = &self.pairs.get(&pair)?.ends[end];
+    pub fn dynamic(&self, pair: PairId, end: End) -> Option<(Arc<dyn Handler>, Arc<dyn Connection>)> {
+        let state = &self.lanes.pairs.get(&pair)?.ends[end];
         let handler = Arc::clone(&self.endpoints[state.endpoint].handler);
         Some((handler, Arc::clone(state.conn.as_ref()?)))
     }
 
     fn arrive(&mut self, pair: PairId, from: End, parcel: Parcel) -> After {
         let to = 1 - from;
-        let Some(state) = self.pairs.get(&pair) else {
+        let Some(state) = self.lanes.pairs.get(&pair) else {
             return After::Nothing;
         };
         if !self.endpoints[state.ends[to].endpoint].up {
@@ -405,6 +201,7 @@ impl State {
             }
             Parcel::Results { batch, results } => {
                 let taken = self
+                    .lanes
                     .pairs
                     .get_mut(&pair)
                     .and_then(|p| p.ends[to].batches.remove(&batch));
@@ -414,12 +211,12 @@ impl State {
                     None => After::Nothing,
                 };
                 if let Some(why) = failed {
-                    self.down_both(pair, &why);
+                    self.lanes.down_both(pair, &why);
                 }
                 after
             }
             Parcel::Credit => {
-                let (room, most) = (Arc::clone(&state.ends[to].room), self.config.room);
+                let (room, most) = (Arc::clone(&state.ends[to].room), self.lanes.schedule.room());
                 // On this end's own thread, as with adapters: while that waits for something, nothing is sent.
                 After::Call(Box::new(move || room.give(most)))
             }
@@ -428,7 +225,7 @@ impl State {
     }
 
     fn received(&self, pair: PairId, end: End, bytes: usize) {
-        if let Some(end) = self.pairs.get(&pair).map(|p| &p.ends[end]) {
+        if let Some(end) = self.lanes.pairs.get(&pair).map(|p| &p.ends[end]) {
             self.endpoints[end.endpoint].counters.received(bytes);
             if end.conn.is_some() {
                 end.counters.received(bytes);
@@ -437,23 +234,23 @@ impl State {
     }
 
     /// Counters of the endpoint at this end.
-    pub(super) fn counters(&self, pair: PairId, end: End) -> Option<&Counters> {
-        let endpoint = self.pairs.get(&pair)?.ends[end].endpoint;
+    pub fn counters(&self, pair: PairId, end: End) -> Option<&Counters> {
+        let endpoint = self.lanes.pairs.get(&pair)?.ends[end].endpoint;
         Some(&self.endpoints[endpoint].counters)
     }
 
-    pub(super) fn find(&self, addr: &str) -> Option<EndpointId> {
+    pub fn find(&self, addr: &str) -> Option<EndpointId> {
         self.endpoints.iter().position(|e| e.up && e.addr == addr)
     }
 
-    pub(super) fn target(&self, id: EndpointId) -> (Vec<u8>, Arc<dyn Handler>) {
+    pub fn target(&self, id: EndpointId) -> (Vec<u8>, Arc<dyn Handler>) {
         (
             self.endpoints[id].key.clone(),
             Arc::clone(&self.endpoints[id].handler),
         )
     }
 
-    pub(super) fn register(
+    pub fn register(
         &mut self,
         id: EndpointId,
         mem: &Arc<SharedMem>,
@@ -463,23 +260,21 @@ impl State {
             return Err(TransportError::Shutdown);
         }
         let key = (1 << 63) | self.unique() << 12;
-        self.endpoints[id].regions.insert(key, (Arc::clone(mem), access));
+        self.endpoints[id]
+            .regions
+            .0
+            .insert(key, (Arc::clone(mem), access));
         Ok(RegionKey(key))
     }
 
-    pub(super) fn deregister(&mut self, id: EndpointId, key: RegionKey) -> bool {
-        self.endpoints[id].regions.remove(&key.0).is_some()
+    pub fn deregister(&mut self, id: EndpointId, key: RegionKey) -> bool {
+        self.endpoints[id].regions.0.remove(&key.0).is_some()
     }
 
     /// Adds a connection, both ends with their counters; its listening end learns of it through the lane.
-    pub(super) fn pair(
-        &mut self,
-        id: PairId,
-        from: (EndpointId, NewEnd),
-        to: (EndpointId, NewEnd),
-        peer: Peer,
-    ) {
+    pub fn pair(&mut self, id: PairId, from: (EndpointId, NewEnd), to: (EndpointId, NewEnd), peer: Peer) {
         let superseded: Vec<PairId> = self
+            .lanes
             .pairs
             .iter()
             .filter(|(_, p)| p.ends[1].endpoint == to.0 && p.ends[1].alive && p.peer.superseded_by(&peer))
@@ -492,29 +287,145 @@ impl State {
             );
             self.close_end(old, 1, why);
         }
-        let state = |(endpoint, (conn, counters, room))| EndState {
-            endpoint,
-            conn: Some(conn),
-            counters,
-            room,
-            alive: true,
-            ending: false,
-            why: None,
-            last: [0; 2],
-            batches: BTreeMap::new(),
-            gathering: Vec::new(),
-        };
+        let state = |(endpoint, end)| EndState::new(endpoint, end);
         let ends = [state(from), state(to)];
-        self.pairs.insert(id, Pair { ends, peer });
-        self.ship(id, 0, Parcel::Connected);
+        self.lanes.pairs.insert(id, Pair { ends, peer });
+        self.lanes.ship(id, 0, Parcel::Connected);
     }
 
-    /// Serials of the live connections `from` has made to `to`.
-    pub(super) fn links(&self, from: EndpointId, to: EndpointId) -> Vec<u64> {
-        let ours = self
-            .pairs
-            .values()
-            .filter(|p| p.ends[0].endpoint == from && p.ends[1].endpoint == to && p.ends[0].alive);
-        ours.map(|p| p.peer.serial).collect()
+    /// An operation takes effect at the target.
+    pub fn take_op(&mut self, pair: PairId, from: End, op: &RemoteOp, batch: u64, last: bool) {
+        let Some(state) = self.lanes.pairs.get(&pair) else {
+            return;
+        };
+        let target = state.ends[1 - from].endpoint;
+        let result = self.endpoints[target].regions.remote(op);
+        let Some(state) = self.lanes.pairs.get_mut(&pair) else {
+            return;
+        };
+        let end = &mut state.ends[1 - from];
+        match result {
+            Ok(result) => {
+                end.gathering.push(result);
+                if last {
+                    let results = std::mem::take(&mut end.gathering);
+                    self.lanes.ship(
+                        pair,
+                        1 - from,
+                        Parcel::Results {
+                            batch,
+                            results: Ok(results),
+                        },
+                    );
+                }
+            }
+            Err(error) => {
+                // In error from now on: nothing behind the failed operation arrives.
+                end.alive = false;
+                end.why = Some(error.clone());
+                self.lanes.ship(
+                    pair,
+                    1 - from,
+                    Parcel::Results {
+                        batch,
+                        results: Err(error),
+                    },
+                );
+            }
+        }
+    }
+
+    pub fn execute_one(&mut self, pair: PairId, end: End, op: &mut Op<'_>) -> Result<(), TransportError> {
+        let dead = self.dead(pair, end);
+        let Some(state) = self.lanes.pairs.get(&pair) else {
+            return Err(dead);
+        };
+        let target = state.ends[1 - end].endpoint;
+        // A target that has closed or died cannot be told from one whose end has already been seen.
+        if !state.ends[end].alive || !state.ends[1 - end].alive || !self.endpoints[target].up {
+            return Err(dead);
+        }
+        self.endpoints[target].regions.execute(op)
+    }
+
+    /// This end is told that the connection is over; once.
+    pub fn end(&mut self, pair: PairId, end: End, why: TransportError) -> After {
+        let dynamic = self.dynamic(pair, end);
+        let Some(state) = self.lanes.pairs.get_mut(&pair) else {
+            return After::Nothing;
+        };
+        let end = &mut state.ends[end];
+        end.alive = false;
+        end.room.end();
+        let why = end.why.get_or_insert(why).clone();
+        let batches = std::mem::take(&mut end.batches).into_values().collect();
+        end.conn = None;
+        let over = state
+            .ends
+            .iter()
+            .all(|e| e.conn.is_none() || !self.endpoints[e.endpoint].up);
+        if over {
+            self.lanes.pairs.remove(&pair);
+        }
+        match dynamic {
+            Some((handler, conn)) => After::Disconnected(handler, conn, why, batches),
+            None => After::Nothing,
+        }
+    }
+
+    /// This end closes: nothing of the other end takes effect here any more; what this end has sent arrives.
+    pub fn close_end(&mut self, pair: PairId, end: End, why: TransportError) {
+        let Some(state) = self.lanes.pairs.get_mut(&pair) else {
+            return;
+        };
+        if !state.ends[end].alive || state.ends[end].ending {
+            return;
+        }
+        state.ends[end].alive = false;
+        state.ends[end].why = Some(why.clone());
+        let addr = self.endpoints[state.ends[end].endpoint].addr.clone();
+        self.lanes
+            .tell(pair, 1 - end, disconnected(&addr, "the peer has gone"));
+        self.lanes.tell_from(pair, 1 - end, end, why);
+    }
+
+    /// The endpoint of this end has died.
+    pub fn crash_end(&mut self, pair: PairId, end: End) {
+        self.lanes.lose(pair, end);
+        let Some(state) = self.lanes.pairs.get_mut(&pair) else {
+            return;
+        };
+        state.ends[end].alive = false;
+        let addr = self.endpoints[state.ends[end].endpoint].addr.clone();
+        if state.ends[1 - end].conn.is_some() {
+            self.lanes
+                .tell(pair, 1 - end, disconnected(&addr, "the peer has died"));
+        }
+    }
+
+    /// Ends everything of an endpoint that shuts down; its own callbacks follow at once.
+    pub fn shutdown(&mut self, endpoint: EndpointId) -> Vec<After> {
+        if !self.endpoints[endpoint].up {
+            return Vec::new();
+        }
+        let pairs: Vec<PairId> = self.lanes.pairs.keys().copied().collect();
+        let mut after = Vec::new();
+        for pair in pairs {
+            for end in 0..2 {
+                if self
+                    .lanes
+                    .pairs
+                    .get(&pair)
+                    .is_some_and(|p| p.ends[end].endpoint == endpoint)
+                {
+                    let addr = self.endpoints[endpoint].addr.clone();
+                    self.lanes
+                        .tell(pair, 1 - end, disconnected(&addr, "the peer has gone"));
+                    after.push(self.end(pair, end, TransportError::Shutdown));
+                }
+            }
+        }
+        self.endpoints[endpoint].go_down();
+        after
     }
 }

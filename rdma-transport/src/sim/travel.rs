@@ -4,19 +4,16 @@ use std::time::Duration;
 
 use rt::sync::Mutex;
 
-use super::state::{State, nanos};
+use super::state::State;
 
 /// Time that something takes to get from one endpoint to another passes, where time passes by itself.
 pub(super) fn travel(net: &Mutex<State>) {
     let delay = {
-        let mut state = net.lock();
-        if state.clock.is_none() {
+        let schedule = &mut net.lock().lanes.schedule;
+        if schedule.clock.is_none() {
             return;
         }
-        let config = state.config;
-        state
-            .chance
-            .between(nanos(config.min_delay), nanos(config.max_delay))
+        schedule.delay()
     };
     rt::thread::sleep(Duration::from_nanos(delay));
 }

@@ -1,15 +1,15 @@
 //! Guests made into nodes: a set of addresses with an rxe device each, on which programs run.
 
-use std::fs::{self, File, TryLockError};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::error::{At, Error, Result};
+use crate::error::{Error, Result};
 use crate::guest::{Guest, Plan};
+use crate::journal::Journal;
 use crate::link::{Finished, Running};
 use crate::options::{Options, Tier};
 use crate::process::{self, lock};
@@ -20,8 +20,6 @@ use crate::{snapshot, tools};
 
 /// Longest time for what is done to set a guest up or to collect from it.
 pub(crate) const HELPER_LIMIT: Duration = Duration::from_secs(60);
-/// Room for the logs and results of a run, in MiB.
-const LOG_SPACE: u64 = 100;
 /// Characters of a failed command's output that its error shows.
 const SHOWN: usize = 1200;
 
@@ -49,18 +47,12 @@ pub struct Node {
 #[derive(Debug)]
 pub struct Cluster {
     options: Options,
-    logs: PathBuf,
     switch: Switch,
     guests: Vec<Guest>,
     nodes: Mutex<Vec<Node>>,
-    step: Mutex<String>,
     expired: Arc<AtomicBool>,
     watchdog: Option<Sender<()>>,
-    /// What was done and how it ended, with times.
-    journal: Mutex<File>,
-    started: Instant,
-    /// Held as long as the cluster lives.
-    _lock: File,
+    journal: Journal,
 }
 
 impl Cluster {
@@ -70,21 +62,8 @@ impl Cluster {
     /// Something is missing, or a guest does not come up.
     pub fn start(options: Options, logs: &Path) -> Result<Cluster> {
         options.check()?;
-        let lock = lock_logs(logs)?;
-        match fs::remove_dir_all(logs) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::Io {
-                    what: format!("empty the folder {}", logs.display()),
-                    source: error,
-                });
-            }
-            _ => {}
-        }
-        let job = logs.join("job");
-        fs::create_dir_all(&job).at(|| format!("make the folder {}", job.display()))?;
-        tools::require_space(logs, LOG_SPACE)?;
-        let path = logs.join("journal");
-        let journal = File::create(&path).at(|| format!("write {}", path.display()))?;
+        let journal = Journal::begin(logs)?;
+        let job = journal.job();
         let image = options.image()?;
         let machine = options.machine();
         let places = |name: &str| Places {
@@ -136,16 +115,12 @@ impl Cluster {
             .collect();
         let mut cluster = Cluster {
             options,
-            logs: logs.to_owned(),
             switch,
             guests,
             nodes: Mutex::new(nodes),
-            step: Mutex::new("boot".into()),
             expired: Arc::default(),
             watchdog: None,
-            journal: Mutex::new(journal),
-            started: Instant::now(),
-            _lock: lock,
+            journal,
         };
         cluster.boot_all()?;
         cluster.watch();
@@ -230,12 +205,12 @@ impl Cluster {
 
     /// The folder of the logs; its sub-folder `job` is what guests have as /job.
     pub fn logs(&self) -> &Path {
-        &self.logs
+        self.journal.logs()
     }
 
     /// The folder that guests have as /job.
     pub fn job(&self) -> PathBuf {
-        self.logs.join("job")
+        self.journal.job()
     }
 
     /// The switch between the guests.
@@ -251,19 +226,12 @@ impl Cluster {
 
     /// As [`Cluster::step`], for the report only.
     pub fn enter(&self, what: &str) {
-        self.write_down(what);
-        what.clone_into(&mut lock(&self.step));
+        self.journal.enter(what);
     }
 
     /// Writes a line, or several, into the journal of the run.
     pub fn write_down(&self, what: &str) {
-        let time = self.started.elapsed().as_secs_f64();
-        // A full disk fails a run where its results are written.
-        let _ = writeln!(
-            lock(&self.journal),
-            "{time:8.2} {}",
-            what.trim_end().replace('\n', "\n         ")
-        );
+        self.journal.write_down(what);
     }
 
     /// All nodes.
@@ -421,7 +389,7 @@ impl Cluster {
     /// # Errors
     /// That of `result`, or one that explains it.
     pub fn finish(self, result: Result<()>) -> Result<()> {
-        let step = lock(&self.step).clone();
+        let step = self.journal.step();
         let expired = || self.expired.load(Ordering::SeqCst);
         let mut complaint = Ok(());
         for guest in &self.guests {
@@ -440,7 +408,7 @@ impl Cluster {
         // A kernel that complained is more than time that was over: it may be why.
         complaint?;
         if expired() {
-            let what = format!("at the step \"{step}\" (logs: {})", self.logs.display());
+            let what = format!("at the step \"{step}\" (logs: {})", self.logs().display());
             return Err(Error::TimeOut {
                 what,
                 seconds: self.options.limit.as_secs(),
@@ -449,7 +417,7 @@ impl Cluster {
         result.map_err(|error| Error::Step {
             step,
             source: Box::new(error),
-            logs: self.logs.clone(),
+            logs: self.logs().to_owned(),
         })
     }
 
@@ -464,30 +432,11 @@ impl Cluster {
             .and_then(|()| guest.link())
             .and_then(|link| link.start(program)?.wait(HELPER_LIMIT));
         let text = done.map(|done| done.out).unwrap_or_default();
-        let path = self.logs.join(format!("guest{}.dmesg", guest.plan().number));
+        let path = self.logs().join(format!("guest{}.dmesg", guest.plan().number));
         if let Err(error) = fs::write(&path, &text) {
             eprintln!("cannot write {}: {error}", path.display());
         }
         text
-    }
-}
-
-/// Keeps others from using the same folder: they would empty it.
-fn lock_logs(logs: &Path) -> Result<File> {
-    let mut name = logs.as_os_str().to_owned();
-    name.push(".lock");
-    let doing = || format!("lock {}", Path::new(&name).display());
-    fs::create_dir_all(logs.parent().unwrap_or(logs)).at(doing)?;
-    let file = File::create(&name).at(doing)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::Busy {
-            logs: logs.to_owned(),
-        }),
-        Err(TryLockError::Error(source)) => Err(Error::Io {
-            what: doing(),
-            source,
-        }),
     }
 }
 

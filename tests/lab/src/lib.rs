@@ -10,6 +10,7 @@ pub mod error;
 pub mod faults;
 pub mod guest;
 pub mod image;
+mod journal;
 pub mod kmod;
 pub mod link;
 pub mod monitor;

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use fsd_meta::server::Flaw as MetaFlaw;
+use fsd_meta::rules::Flaw as MetaFlaw;
 use fsd_storage::blocks::Flaw as StorageFlaw;
 use lockmgr::fsm::Flaw as LeaseFlaw;
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use fsd_client::Detached;
 use fsd_meta::MetaServer;
+use fsd_meta::rules::Rules;
 use fsd_meta::server::Base as MetaBase;
 use fsd_node::config::{CacheMode, Config};
 use fsd_node::fake_disk::Luck;
@@ -153,7 +154,7 @@ impl World {
             let base = MetaBase {
                 store: Arc::new(me.ledger.open(&alive)),
                 network: &me.net,
-                flaw: me.flaws.meta,
+                rules: Rules::without(me.flaws.meta),
             };
             MetaServer::start_on(base, &me.config, KEY.to_vec(), false)
         });

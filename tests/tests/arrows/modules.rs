@@ -44,9 +44,16 @@ fn name_of(src: &Path, file: &Path) -> anyhow::Result<Name> {
     Ok(name)
 }
 
-/// The text without comments, strings and what is compiled for tests only.
+/// The text without comments, strings and what is compiled for tests only: modules for tests, of which the last has a body.
 fn code(text: &str) -> String {
-    let text = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+    let mut parts = text.split("#[cfg(test)]\nmod ");
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        match part.split_once('\n') {
+            Some((name, rest)) if name.ends_with(';') => text.push_str(rest),
+            _ => break,
+        }
+    }
     let lines = text.lines().map(|l| l.split("//").next().unwrap_or_default());
     let mut out = String::new();
     for line in lines {

@@ -14,7 +14,10 @@ use rt::sync::Mutex;
 use rt::thread::JoinHandle;
 use rt::time::Instant;
 
-use super::{Engine, Shared, StoreError, tail};
+use super::engine::Engine;
+use super::kinds::StoreError;
+use super::slot::EngineSlot;
+use super::tail;
 use crate::files;
 
 /// Fewer removed keys are not worth it …
@@ -29,7 +32,7 @@ const LOOK: &[u8] = b"~";
 
 /// What is to be known for that.
 #[derive(Default)]
-pub(super) struct Upkeep {
+pub struct Upkeep {
     removed: AtomicU64,
     applied: AtomicU64,
     /// What `applied` was when somebody last looked.
@@ -59,6 +62,42 @@ impl Upkeep {
             let _ = thread.join();
         }
     }
+
+    /// Gives back what is not needed, on a thread of its own, if it is time for that.
+    pub fn tidy(self: &Arc<Self>, engine: &Arc<EngineSlot>) {
+        let mut thread = self.thread.lock();
+        if thread.as_ref().is_some_and(|t| !t.is_finished()) || !self.is_due() {
+            return;
+        }
+        let (me, engine) = (Arc::clone(self), Arc::clone(engine));
+        let body = move || match me.give_back(&engine) {
+            Ok(()) => {}
+            Err(error) => tracing::warn!("{error}"),
+        };
+        match rt::thread::Builder::new().name("store-tidy".into()).spawn(body) {
+            Ok(started) => *thread = Some(started),
+            Err(error) => tracing::debug!("no thread to tidy up: {error}"),
+        }
+    }
+
+    fn give_back(&self, slot: &EngineSlot) -> Result<(), StoreError> {
+        let removed = self.removed.load(Ordering::Relaxed);
+        let merged = slot.with(|engine| {
+            // Merging writes all that is there once more.
+            let (entries, bytes) = (engine.keys.approximate_len() as u64, engine.keys.disk_space());
+            let room = slot.disk().is_ok_and(|(_, free)| free / 2 > bytes);
+            if !room || removed * SHARE < entries || !write_out(&engine.keys, PATIENCE)? {
+                return Ok(false);
+            }
+            engine.keys.major_compact().map(|()| true)
+        })?;
+        if merged {
+            self.removed.fetch_sub(removed, Ordering::Relaxed);
+            begin_journal(slot)?;
+            trim_memory();
+        }
+        Ok(())
+    }
 }
 
 /// Has the engine write its memory to tables; false if that takes too long, or the disk does not let it.
@@ -74,74 +113,25 @@ fn write_out(keys: &Keyspace, patience: Duration) -> Result<bool, fjall::Error> 
     Ok(true)
 }
 
-impl Shared {
-    /// Gives back what is not needed, on a thread of its own, if it is time for that.
-    pub(super) fn tidy(self: &Arc<Self>) {
-        let mut thread = self.upkeep.thread.lock();
-        if thread.as_ref().is_some_and(|t| !t.is_finished()) || !self.upkeep.is_due() {
-            return;
-        }
-        let shared = Arc::clone(self);
-        let body = move || match shared.give_back() {
-            Ok(()) => {}
-            Err(error) => tracing::warn!("{error}"),
-        };
-        match rt::thread::Builder::new().name("store-tidy".into()).spawn(body) {
-            Ok(started) => *thread = Some(started),
-            Err(error) => tracing::debug!("no thread to tidy up: {error}"),
-        }
-    }
-
-    fn give_back(&self) -> Result<(), StoreError> {
-        let removed = self.upkeep.removed.load(Ordering::Relaxed);
-        let merged = self.with(|engine| {
-            // Merging writes all that is there once more.
-            let (entries, bytes) = (engine.keys.approximate_len() as u64, engine.keys.disk_space());
-            let room = self.disk().is_ok_and(|(_, free)| free / 2 > bytes);
-            if !room || removed * SHARE < entries || !write_out(&engine.keys, PATIENCE)? {
-                return Ok(false);
-            }
-            engine.keys.major_compact().map(|()| true)
-        })?;
-        if !merged {
-            return Ok(());
-        }
-        self.upkeep.removed.fetch_sub(removed, Ordering::Relaxed);
-        self.begin_journal()?;
-        trim_memory();
-        Ok(())
-    }
-
-    /// Begins a new journal. Nobody uses the engine meanwhile; the old journal stays until the engine finds that its tables
-    /// have all of it.
-    fn begin_journal(&self) -> Result<(), StoreError> {
-        let mut slot = self.slot.write();
-        let Some(engine) = slot.engine.take() else {
-            return Ok(());
-        };
-        if !write_out(&engine.keys, SHORT).unwrap_or(false) {
-            slot.engine = Some(engine);
-            return Ok(());
-        }
-        drop(engine);
-        slot.tried = Instant::now();
-        let begun = tail::next_journal(&self.path)
+/// Begins a new journal. Nobody uses the engine meanwhile; the old journal stays until the engine finds that its tables
+/// have all of it.
+fn begin_journal(slot: &EngineSlot) -> Result<(), StoreError> {
+    let ready = |engine: &Engine| write_out(&engine.keys, SHORT).unwrap_or(false);
+    let begin = || {
+        let begun = tail::next_journal(slot.path())
             .and_then(|path| path.map_or(Ok(()), |path| File::create_new(path)?.sync_all()))
-            .and_then(|()| files::sync_dir(&self.path));
+            .and_then(|()| files::sync_dir(slot.path()));
         if let Err(error) = begun {
-            tracing::debug!("no new journal in {}: {error}", self.path.display());
+            tracing::debug!("no new journal in {}: {error}", slot.path().display());
         }
-        let engine = Engine::open(&self.path)?;
-        let looked = engine
-            .keys
-            .insert(LOOK, [])
-            .and_then(|()| write_out(&engine.keys, SHORT));
-        if let Err(error) = looked {
+    };
+    let look = |engine: &Engine| {
+        let looked = engine.keys.insert(LOOK, []);
+        if let Err(error) = looked.and_then(|()| write_out(&engine.keys, SHORT)) {
             tracing::debug!("{error}");
         }
-        slot.engine = Some(engine);
-        Ok(())
-    }
+    };
+    slot.reopen(ready, begin, look)
 }
 
 /// Memory that was freed goes back to the system; the allocator keeps it for later.
@@ -203,12 +193,12 @@ mod tests {
         // Something has happened since; then nothing.
         store.tidy();
         store.tidy();
-        store.0.upkeep.join();
+        store.upkeep.join();
         assert!(bytes(dir.path()) < full / 10, "{} of {full}", bytes(dir.path()));
         twelve(&store);
         // It goes on, and does it once.
         store.tidy();
-        assert!(store.0.upkeep.thread.lock().is_none());
+        assert!(store.upkeep.thread.lock().is_none());
         let mut batch = Batch::default();
         batch.put(b"new".to_vec(), vec![1]);
         store.apply(batch).unwrap();

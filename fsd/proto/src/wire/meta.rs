@@ -1,9 +1,12 @@
 //! Requests to the metadata server and its answers.
 
-use super::{Attr, AttrUpdate, Kind, Time};
+use serde::{Deserialize, Serialize};
+
 use crate::clock::Skew;
 use crate::errno::Errno;
-use serde::{Deserialize, Serialize};
+
+use super::attr::{Attr, AttrUpdate, Kind, Time};
+use super::locks::{LockOwner, LockSpec};
 
 /// An inode that the requester holds exclusively, and the version it will have when it lets go of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,50 +111,6 @@ pub enum NamespaceOp {
         /// Name.
         name: Vec<u8>,
     },
-}
-
-/// Owner of a file lock, unique in the cluster.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct LockOwner {
-    /// The mount.
-    pub node: u16,
-    /// The kernel's owner number on it.
-    pub owner: u64,
-    /// Of an `flock` lock. Those and `fcntl` locks do not meet, as on other file systems of Linux.
-    pub flock: bool,
-}
-
-/// Kind of lock.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum LockKind {
-    /// `F_RDLCK`.
-    Read,
-    /// `F_WRLCK`.
-    Write,
-}
-
-/// Bytes `start ..= end`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LockRange {
-    /// First byte.
-    pub start: u64,
-    /// Last byte.
-    pub end: u64,
-}
-
-/// A lock that is held or asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LockSpec {
-    /// Inode.
-    pub ino: u64,
-    /// Owner.
-    pub owner: LockOwner,
-    /// Process, for `F_GETLK`.
-    pub pid: u32,
-    /// Bytes.
-    pub range: LockRange,
-    /// `None` unlocks.
-    pub kind: Option<LockKind>,
 }
 
 /// A transaction that a mount keeps until a crash of the metadata server's host can no longer undo it.

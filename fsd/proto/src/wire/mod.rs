@@ -7,14 +7,16 @@ mod attr;
 mod flat;
 #[cfg(test)]
 mod fuzz_tests;
+mod locks;
 mod meta;
 mod mount;
 mod storage;
 
 pub use attr::{Attr, AttrUpdate, Kind, Time};
+pub use locks::{LockKind, LockOwner, LockRange, LockSpec};
 pub use meta::{
-    Created, DirEntry, InoRange, JoinReply, LockKind, LockOwner, LockRange, LockSpec, Logged, MetaReply,
-    MetaRequest, MetaStatus, NamespaceOp, NodeInfo, PeerState, StatFs, StorageInfo, Touched,
+    Created, DirEntry, InoRange, JoinReply, Logged, MetaReply, MetaRequest, MetaStatus, NamespaceOp,
+    NodeInfo, PeerState, StatFs, StorageInfo, Touched,
 };
 pub use mount::{Act, MountRequest, MountStatus, Visited};
 pub use storage::{

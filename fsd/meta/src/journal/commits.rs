@@ -1,0 +1,99 @@
+//! Group commit: one sync answers everybody who asked before it began.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use rt::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use rt::time::Instant;
+
+use super::order::Order;
+use crate::error::Refusal;
+use fsd_node::store::Store;
+use fsd_proto::rpc::{Errno, Responder};
+use fsd_proto::wire::MetaReply;
+
+/// How often it is looked whether something is to be made durable that nobody waits for.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Transactions that nobody asks to be durable are so after this long, as with local file systems.
+const SYNC_AFTER: Duration = Duration::from_secs(5);
+
+/// An answer that is given when everything so far is durable.
+pub type OnceDurable = (Responder, MetaReply);
+
+/// Who waits until everything is durable.
+pub struct Commits {
+    store: Arc<dyn Store>,
+    order: Arc<Order>,
+    waiting: Sender<OnceDurable>,
+    stopping: AtomicBool,
+}
+
+impl Commits {
+    /// Nobody; what [`Commits::run`] is told.
+    pub fn new(store: Arc<dyn Store>, order: Arc<Order>) -> (Self, Receiver<OnceDurable>) {
+        let (waiting, told) = unbounded();
+        let commits = Self {
+            store,
+            order,
+            waiting,
+            stopping: AtomicBool::new(false),
+        };
+        (commits, told)
+    }
+
+    /// Answers when everything so far is durable.
+    pub fn once_durable(&self, responder: Responder, reply: MetaReply) {
+        if let Err(refused) = self.waiting.send((responder, reply)) {
+            let (responder, _) = refused.0;
+            responder.reply::<MetaReply>(&Err(Errno(libc::ESHUTDOWN)));
+        }
+    }
+
+    /// Answers them, and syncs every now and then while anything happens, so that what the mounts have to keep is bounded.
+    pub fn run(&self, told: &Receiver<OnceDurable>) {
+        let mut pending: Option<Instant> = None;
+        while !self.stopping.load(Ordering::Acquire) {
+            let first = match told.recv_timeout(TICK) {
+                Ok(first) => first,
+                Err(RecvTimeoutError::Timeout) => {
+                    if self.order.executed() == self.order.durable() {
+                        pending = None;
+                        self.store.tidy();
+                    } else if pending.get_or_insert_with(Instant::now).elapsed() >= SYNC_AFTER {
+                        pending = None;
+                        if let Err(error) = self.order.sync() {
+                            tracing::error!("{error}");
+                        }
+                    }
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            self.answer(std::iter::once(first).chain(told.try_iter()).collect());
+        }
+    }
+
+    /// Ends [`Commits::run`].
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+    }
+
+    /// Makes everything so far durable, and answers who waits for that.
+    pub fn answer(&self, waiting: Vec<OnceDurable>) {
+        let result = self.order.sync().map_err(|e| Refusal::Store(e).errno());
+        for (responder, reply) in waiting {
+            responder.reply(&result.map(|()| self.ordered(0, reply)));
+        }
+    }
+
+    /// An answer with its place in the order of all.
+    pub fn ordered(&self, order: u64, reply: MetaReply) -> MetaReply {
+        MetaReply::Ordered {
+            order,
+            durable: self.order.durable(),
+            reply: Box::new(reply),
+        }
+    }
+}

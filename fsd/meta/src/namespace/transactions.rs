@@ -1,0 +1,239 @@
+//! Changes of mounts, each one transaction: carried out once, and at its place in the order of all.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use rt::sync::Mutex;
+
+use super::change::{Change, Effects};
+use super::freeing::Freeing;
+use super::operations;
+use crate::error::{MetaError, Refusal, no};
+use crate::journal::Journal;
+use crate::journal::records::{Txn, decode, encode, key};
+use fsd_node::store::{Store, StoreError, prefix_end};
+use fsd_proto::rpc::Errno;
+use fsd_proto::wire::{AttrUpdate, Created, MetaReply, MetaRequest, NamespaceOp, Time, Touched};
+
+/// What is known besides the store.
+struct State {
+    /// What mounts were answered, by number, until they say that they know.
+    answers: HashMap<u16, BTreeMap<u64, Vec<u8>>>,
+    /// Reaps that came before the unlink they belong to.
+    early_reaps: Vec<u64>,
+    inodes: u64,
+    orphans: u64,
+}
+
+/// Changes of mounts.
+pub struct Transactions {
+    journal: Journal,
+    freeing: Arc<Freeing>,
+    state: Mutex<State>,
+}
+
+fn count(store: &dyn Store, tag: u8) -> Result<u64, MetaError> {
+    let (mut from, mut n) = (vec![tag], 0);
+    loop {
+        let pairs = store.scan(&from, &[tag + 1], 4096)?;
+        let Some((last, _)) = pairs.last() else {
+            return Ok(n);
+        };
+        from.clone_from(last);
+        from.push(0);
+        n += pairs.len() as u64;
+    }
+}
+
+impl Transactions {
+    /// As a store says.
+    ///
+    /// # Errors
+    /// It failed.
+    pub fn load(journal: &Journal, freeing: &Arc<Freeing>) -> Result<Self, MetaError> {
+        let store = journal.store.as_ref();
+        let mut answers: HashMap<u16, BTreeMap<u64, Vec<u8>>> = HashMap::new();
+        for (k, v) in store.scan(b"L", b"M", usize::MAX)? {
+            let of = answers.entry(key::number(&k) as u16).or_default();
+            of.insert(key::second(&k), v);
+        }
+        Ok(Self {
+            journal: journal.clone(),
+            freeing: Arc::clone(freeing),
+            state: Mutex::new(State {
+                answers,
+                early_reaps: Vec::new(),
+                inodes: count(store, b'I')?,
+                orphans: count(store, b'O')?,
+            }),
+        })
+    }
+
+    /// Inodes that there are.
+    pub fn inodes(&self) -> u64 {
+        self.state.lock().inodes
+    }
+
+    /// Inodes without a name.
+    pub fn orphans(&self) -> u64 {
+        self.state.lock().orphans
+    }
+
+    /// Carries out a mount's transaction: one that gets a place in the order of all, or, `again`, has got it before.
+    /// The answer, and the place.
+    pub fn carry_out(
+        &self,
+        node: Option<u16>,
+        request: MetaRequest,
+        again: Option<u64>,
+    ) -> Result<(MetaReply, u64), Refusal> {
+        match request {
+            MetaRequest::Namespace {
+                seq,
+                acknowledged,
+                now,
+                touched,
+                op,
+            } => {
+                let node = node.ok_or(Errno(libc::ENOTCONN))?;
+                let (created, place) =
+                    self.namespace(node, (seq, acknowledged), now, &touched, &op, again)?;
+                Ok((MetaReply::Changed(created), place))
+            }
+            MetaRequest::Update { updates } => Ok((MetaReply::Done, self.update(&updates, again)?)),
+            MetaRequest::Reap { ino } => Ok((MetaReply::Done, self.reap(ino, again)?)),
+            _ => no(libc::EPROTO),
+        }
+    }
+
+    /// Applies a transaction, at the place it had before if it is carried out `again`; the place it has.
+    fn commit(&self, txn: Txn<'_>, again: Option<u64>) -> Result<u64, StoreError> {
+        match again {
+            Some(place) => self.journal.order.commit_again(txn, place).map(|()| place),
+            None => self.journal.order.commit(txn),
+        }
+    }
+
+    /// Carries out a change of the namespace, unless it has been; its answer, and its place in the order.
+    fn namespace(
+        &self,
+        node: u16,
+        (seq, acknowledged): (u64, u64),
+        now: Time,
+        touched: &[Touched],
+        op: &NamespaceOp,
+        again: Option<u64>,
+    ) -> Result<(Created, u64), Refusal> {
+        let state = &mut *self.state.lock();
+        if let Some(bytes) = state.answers.get(&node).and_then(|a| a.get(&seq)) {
+            return decode::<(Created, u64)>(bytes);
+        }
+        use NamespaceOp::{Create, Link, SetXattr};
+        if matches!(op, Create { .. } | Link { .. } | SetXattr { .. }) {
+            self.journal.store.room()?;
+        }
+        let op = &adjust(state, op);
+        let result = operations::run(self.change(node, now, touched), op);
+        let (mut txn, created, effects) = result?;
+        // The place it is about to get: requests come one after the other.
+        let bytes = encode(&(&created, again.unwrap_or(self.journal.order.executed() + 1)));
+        txn.put(key::answer(node, seq), bytes.clone());
+        let answers = state.answers.entry(node).or_default();
+        let old: Vec<u64> = answers.range(..acknowledged).map(|(&s, _)| s).collect();
+        for s in &old {
+            answers.remove(s);
+            txn.delete(key::answer(node, *s));
+        }
+        answers.insert(seq, bytes);
+        let place = match self.commit(txn, again) {
+            Ok(place) => place,
+            Err(error) => {
+                state.answers.entry(node).or_default().remove(&seq);
+                return Err(error.into());
+            }
+        };
+        self.settle(state, &effects);
+        Ok((created, place))
+    }
+
+    /// Takes attributes in; the place of that in the order.
+    fn update(&self, updates: &[AttrUpdate], again: Option<u64>) -> Result<u64, Refusal> {
+        let mut txn = self.journal.txn();
+        for update in updates {
+            operations::update(&mut txn, self.journal.eras.now(), update)?;
+        }
+        Ok(self.commit(txn, again)?)
+    }
+
+    /// Removes an orphan; the place of that in the order.
+    fn reap(&self, ino: u64, again: Option<u64>) -> Result<u64, Refusal> {
+        let mut state = self.state.lock();
+        match self.reaped(ino)? {
+            Some((txn, effects)) => {
+                let place = self.commit(txn, again)?;
+                self.settle(&mut state, &effects);
+                Ok(place)
+            }
+            None => {
+                if self.journal.txn().inode(ino).is_ok() && !state.early_reaps.contains(&ino) {
+                    state.early_reaps.push(ino);
+                }
+                Ok(0)
+            }
+        }
+    }
+
+    /// Removes all orphans: nobody has them open.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn reap_all(&self) -> Result<(), Refusal> {
+        let mut state = self.state.lock();
+        for (k, _) in self.journal.store.scan(b"O", &prefix_end(b"O"), usize::MAX)? {
+            if let Some((txn, effects)) = self.reaped(key::number(&k))? {
+                txn.commit()?;
+                self.settle(&mut state, &effects);
+            }
+        }
+        Ok(())
+    }
+
+    /// The answers of a mount that is no more are of no use.
+    pub fn forget(&self, node: u16) {
+        self.state.lock().answers.remove(&node);
+    }
+
+    fn change(&self, node: u16, now: Time, touched: &[Touched]) -> Change<'_> {
+        Change::new(self.journal.txn(), node, now, self.journal.eras.now(), touched)
+    }
+
+    fn reaped(&self, ino: u64) -> Result<Option<(Txn<'_>, Effects)>, Refusal> {
+        operations::reap(self.change(0, Time::now(), &[]), ino)
+    }
+
+    /// Books the effects of an applied transaction.
+    fn settle(&self, state: &mut State, effects: &Effects) {
+        state.inodes = state.inodes.saturating_add_signed(effects.inodes);
+        state.orphans = state.orphans.saturating_add_signed(effects.orphans);
+        for &ino in &effects.freed {
+            self.freeing.later(ino);
+        }
+    }
+}
+
+/// A reap that overtook the unlink it belongs to: nobody has the inode open any more.
+fn adjust(state: &mut State, op: &NamespaceOp) -> NamespaceOp {
+    use NamespaceOp::{Rename, Unlink};
+    let mut op = op.clone();
+    let (victim, keep) = match &mut op {
+        Unlink { ino, keep, .. } => (Some(*ino), keep),
+        Rename { replaced, keep, .. } => (*replaced, keep),
+        _ => return op,
+    };
+    let before = state.early_reaps.len();
+    state.early_reaps.retain(|&ino| Some(ino) != victim);
+    if state.early_reaps.len() != before {
+        *keep = false;
+    }
+    op
+}

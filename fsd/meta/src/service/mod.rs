@@ -1,0 +1,279 @@
+//! The metadata server's requests, one after the other on the progress thread.
+
+mod status;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rdma_transport::{ConnId, Connection};
+use rt::channel::Receiver;
+use rt::sync::Mutex;
+
+use crate::error::{MetaError, Refusal, no};
+use crate::journal::Journal;
+use crate::journal::commits::OnceDurable;
+use crate::journal::records::{Member, Superblock};
+use crate::membership::Membership;
+use crate::namespace::Namespace;
+use crate::namespace::freeing::Told;
+use crate::nodes::Nodes;
+use crate::nodes::fabric::StorageNodes;
+use crate::nodes::stores::Stores;
+use crate::rules::{Flaw, Rules};
+use fsd_node::config::Config;
+use fsd_node::store::Store;
+use fsd_proto::ino;
+use fsd_proto::rpc::{self, Errno, Responder};
+use fsd_proto::wire::{Hello, Logged, MetaReply, MetaRequest, StatFs, Time};
+use status::Status;
+
+/// Most inode numbers handed out at once.
+const MAX_RESERVE: u32 = 1024;
+
+/// Everything a metadata server consists of.
+pub struct Service {
+    /// What is kept.
+    pub journal: Journal,
+    /// The storage nodes.
+    pub nodes: Nodes,
+    /// Inodes and their names.
+    pub namespace: Namespace,
+    /// Who takes part.
+    pub membership: Membership,
+    /// What it keeps to.
+    pub rules: Rules,
+    status: Status,
+    record_bytes: u32,
+    /// One request after the other, whichever thread brings it.
+    serial: Mutex<()>,
+}
+
+/// What the server's threads are told.
+pub struct News {
+    /// Who waits until everything is durable.
+    pub commits: Receiver<OnceDurable>,
+    /// For the one that keeps house.
+    pub house: Receiver<Told>,
+}
+
+impl Service {
+    /// Goes on where a store ends. With `accept_older`, stores that are older copies are taken as they are; `reach` makes what
+    /// asks the storage nodes.
+    ///
+    /// # Errors
+    /// The store or the memory file system failed.
+    pub fn open(
+        store: Arc<dyn Store>,
+        config: &Config,
+        superblock: &Superblock,
+        (accept_older, rules): (bool, Rules),
+        reach: impl FnOnce(&Arc<Stores>) -> Arc<dyn StorageNodes>,
+    ) -> Result<(Arc<Self>, News), MetaError> {
+        let stores = Stores::load(Arc::clone(&store), &config.storage, accept_older)?;
+        let stores = Arc::new(stores);
+        let nodes = Nodes {
+            asks: reach(&stores),
+            stores,
+        };
+        let (journal, lost, commits) = Journal::open(store, superblock, &config.meta.memory_dir)?;
+        let (namespace, house) = Namespace::load(&journal, superblock.shards, &nodes, rules)?;
+        let of = (config, superblock);
+        let membership = Membership::load(&journal, of, &nodes, &namespace, (lost, rules))?;
+        let status = Status {
+            requests: Arc::new(AtomicU64::new(0)),
+            journal: journal.clone(),
+            nodes: nodes.clone(),
+            namespace: namespace.clone(),
+            members: Arc::clone(&membership.members),
+        };
+        let service = Self {
+            journal,
+            nodes,
+            namespace,
+            membership,
+            rules,
+            status,
+            record_bytes: superblock.record_bytes,
+            serial: Mutex::default(),
+        };
+        Ok((Arc::new(service), News { commits, house }))
+    }
+
+    /// Answers a request, whether or not a window is open.
+    fn serve(&self, request: MetaRequest, responder: Responder) {
+        if let MetaRequest::Replay { entries, last } = request {
+            return self.replay(entries, last, responder);
+        }
+        let _serial = self.serial.lock();
+        let conn = responder.conn().id();
+        let (durable, answer) = match request {
+            MetaRequest::Sync => (true, Ok(MetaReply::Done)),
+            MetaRequest::Settle => return self.namespace.freeing.settle(responder),
+            // A number that was used, and whose being given out was lost, would be given out again.
+            MetaRequest::ReserveInodes { count } => {
+                (!self.rules.lack(Flaw::NumbersEarly), self.reserve(conn, count))
+            }
+            // What it has done it keeps no longer than that.
+            MetaRequest::Leave => (
+                !self.rules.lack(Flaw::LeftEarly),
+                self.membership.members.leave(conn),
+            ),
+            MetaRequest::SetLock { lock, wait } => {
+                return self.membership.locks.set(&lock, wait, responder);
+            }
+            other => (false, self.answer(conn, other)),
+        };
+        match answer {
+            Ok(reply) if durable => self.journal.commits.once_durable(responder, reply),
+            answer => responder.reply(&answer.map_err(|refusal| refusal.errno())),
+        }
+    }
+
+    fn reserve(&self, conn: ConnId, count: u32) -> Result<MetaReply, Refusal> {
+        let node = self.membership.members.of(conn)?;
+        let numbers = self.namespace.numbers.reserve(node, count.min(MAX_RESERVE))?;
+        Ok(MetaReply::Inodes(numbers))
+    }
+
+    /// Answers what needs nothing but this server, and at once.
+    fn answer(&self, conn: ConnId, request: MetaRequest) -> Result<MetaReply, Refusal> {
+        let (members, locks) = (&self.membership.members, &self.membership.locks);
+        let lookups = &self.namespace.lookups;
+        match request {
+            MetaRequest::Clock => Ok(MetaReply::Clock(Time::now())),
+            MetaRequest::Join {
+                again,
+                life,
+                listen,
+                name,
+                skew,
+                locks,
+                durable,
+            } => {
+                let member = Member {
+                    incarnation: 0,
+                    life,
+                    name,
+                    listen,
+                };
+                members.join(conn, (again, durable), member, skew, &locks)
+            }
+            MetaRequest::Tables { ids, stores, places } => {
+                for (id, place) in (0..).zip(places) {
+                    let who = format!("storage node {id}");
+                    self.membership.copies.check_place(&who, place)?;
+                }
+                self.nodes.stores.check(&stores)?;
+                self.journal.eras.check(&ids)?;
+                Ok(MetaReply::Done)
+            }
+            MetaRequest::Peer { node } => members.peer(node),
+            MetaRequest::Lookup { parent, name } => lookups.lookup(parent, &name),
+            MetaRequest::GetAttr { ino } => lookups.attr(ino),
+            MetaRequest::ReadDir { ino, after } => lookups.entries(ino, &after),
+            MetaRequest::ReadLink { ino } => lookups.target(ino),
+            MetaRequest::GetXattrs { ino } => lookups.xattrs(ino),
+            request @ (MetaRequest::Namespace { .. }
+            | MetaRequest::Update { .. }
+            | MetaRequest::Reap { .. }) => {
+                let transactions = &self.namespace.transactions;
+                let (reply, place) = transactions.carry_out(members.of(conn).ok(), request, None)?;
+                Ok(self.journal.commits.ordered(place, reply))
+            }
+            MetaRequest::GetLock { lock } => Ok(MetaReply::Lock(locks.test(&lock))),
+            MetaRequest::CancelLock { lock } => {
+                locks.cancel(&lock);
+                Ok(MetaReply::Done)
+            }
+            MetaRequest::ReleaseLocks { ino, owner } => {
+                locks.release(ino, owner);
+                Ok(MetaReply::Done)
+            }
+            MetaRequest::StatFs => {
+                let inodes = self.namespace.transactions.inodes();
+                Ok(MetaReply::StatFs(StatFs {
+                    inodes,
+                    free: ino::MAX_INDEX - inodes,
+                }))
+            }
+            MetaRequest::Cluster => Ok(MetaReply::Cluster {
+                storage: self.nodes.stores.infos(),
+                record_bytes: self.record_bytes,
+            }),
+            // Answered elsewhere.
+            MetaRequest::Status
+            | MetaRequest::Sync
+            | MetaRequest::Settle
+            | MetaRequest::Leave
+            | MetaRequest::ReserveInodes { .. }
+            | MetaRequest::Replay { .. }
+            | MetaRequest::SetLock { .. } => no(libc::EPROTO),
+        }
+    }
+
+    /// A mount tells what it was answered and this server may not have.
+    fn replay(&self, entries: Vec<Logged>, last: bool, responder: Responder) {
+        let recovery = &self.membership.recovery;
+        let node = match self.membership.members.of(responder.conn().id()) {
+            Ok(node) => node,
+            Err(refusal) => return responder.reply::<MetaReply>(&Err(refusal.errno())),
+        };
+        match recovery.hear(node, entries, last, responder) {
+            Some((entries, responder)) => {
+                let _serial = self.serial.lock();
+                responder.reply(&Ok(recovery.carry_out_late(node, entries)));
+            }
+            None if last => self.end_window(),
+            None => {}
+        }
+    }
+
+    /// Ends the window if nobody is waited for any more: everything told is carried out again, then what was asked meanwhile.
+    pub fn end_window(&self) {
+        let recovery = &self.membership.recovery;
+        let told = {
+            let _serial = self.serial.lock();
+            recovery.finish()
+        };
+        let Some(told) = told else { return };
+        for (responder, reply) in told {
+            responder.reply(&Ok(reply));
+        }
+        loop {
+            let parked = recovery.take_parked();
+            if parked.is_empty() {
+                return;
+            }
+            for (request, responder) in parked {
+                self.serve(request, responder);
+            }
+        }
+    }
+}
+
+impl rpc::Service for Service {
+    fn admit(&self, _hello: &Hello) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
+        self.status.requests.fetch_add(1, Ordering::Relaxed);
+        let request = match fsd_proto::wire::decode::<MetaRequest>(body) {
+            Ok(request) => request,
+            Err(error) => {
+                tracing::warn!("{} sent a request that cannot be read: {error}", hello.role);
+                return responder.reply::<MetaReply>(&Err(Errno(libc::EPROTO)));
+            }
+        };
+        if request == MetaRequest::Status {
+            return self.status.later(responder);
+        }
+        if let Some((request, responder)) = self.membership.recovery.admit(request, responder) {
+            self.serve(request, responder);
+        }
+    }
+
+    fn disconnected(&self, conn: &Arc<dyn Connection>, _hello: Option<&Hello>) {
+        self.membership.members.disconnected(conn.id());
+    }
+}

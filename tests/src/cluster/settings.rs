@@ -1,0 +1,65 @@
+//! The configuration file of a cluster.
+
+use std::fmt::Write as _;
+use std::net::TcpListener;
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+
+use super::options::{Fabric, Options};
+
+/// The address of the `n`th node, where each has one (and an RDMA device) of its own.
+pub(super) fn lab_ip(n: usize) -> anyhow::Result<String> {
+    let all = std::env::var("LAB_IPS").context("no RDMA devices here: run this in the lab (make lab)")?;
+    let all: Vec<&str> = all.split([' ', ',']).filter(|ip| !ip.is_empty()).collect();
+    ensure!(!all.is_empty(), "LAB_IPS is empty");
+    Ok(all[n % all.len()].to_owned())
+}
+
+/// An address with a free port, which is `held` so that no other role is given it.
+fn free_port(ip: &str, held: &mut Vec<TcpListener>) -> anyhow::Result<String> {
+    let probe = TcpListener::bind((ip, 0))?;
+    let address = probe.local_addr()?.to_string();
+    held.push(probe);
+    Ok(address)
+}
+
+/// The configuration file of a cluster in the folder `base`, whose servers keep memory in `memory`.
+pub(super) fn settings(o: &Options, base: &Path, memory: &Path) -> anyhow::Result<String> {
+    let mut held = Vec::new();
+    let mut address = |name: &str| -> anyhow::Result<String> {
+        Ok(match o.fabric {
+            Fabric::Shm => base.join(format!("{name}.sock")).display().to_string(),
+            Fabric::Tcp => free_port("127.0.0.1", &mut held)?,
+            Fabric::Verbs => free_port(&lab_ip(0)?, &mut held)?,
+        })
+    };
+    let mut text = format!(
+        "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\nspin_us = {}\ntimeout_ms = {}\n[lease]\nwait_ms = {}\n\
+         [mount]\ncache = \"{}\"\n{}buffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\nmemory_dir = \"{}\"\n",
+        o.fabric.name(),
+        o.spin_us,
+        o.timeout.as_millis(),
+        o.lease_wait.as_millis(),
+        o.cache.name(),
+        if o.shared_mappings {
+            "shared_mappings = true\n"
+        } else {
+            ""
+        },
+        o.max_inodes,
+        o.lease_table,
+        address("meta")?,
+        memory.display()
+    );
+    for id in 0..o.storage {
+        write!(
+            text,
+            "[[storage]]\nid = {id}\nlisten = \"{}\"\ndir = \"storage{id}\"\npool = \"{}MiB\"\nmemory_dir = \"{}\"\nscrub_pause_s = 0\n",
+            address(&format!("storage{id}"))?,
+            o.pool_mib,
+            memory.display()
+        )?;
+    }
+    Ok(text)
+}
