@@ -83,13 +83,8 @@ impl ShmConn {
     }
 
     #[cfg(test)]
-    pub(super) fn host_for_tests(&self) -> &Host {
-        &self.host
-    }
-
-    #[cfg(test)]
-    pub(super) fn bell_for_tests(&self) -> &OwnedFd {
-        &self.peer_bell
+    pub(super) fn bells_for_tests(&self) -> (&Host, &OwnedFd) {
+        (&self.host, &self.peer_bell)
     }
 
     pub(super) fn alive(&self) -> bool {
@@ -425,13 +420,11 @@ impl ShmConn {
         if !self.alive() {
             return Err(self.base.dead());
         }
-        match self
+        let sent = self
             .outbox
-            .send(&self.channel, message, || self.alive(), patience)
-        {
-            Ok(Sent::InRing) => {}
-            Ok(Sent::Queued) => self.host.wake_if_sleeping(),
-            Err(unsent) => return self.unsent(&unsent),
+            .send(&self.channel, message, || self.alive(), patience);
+        if let Sent::Queued = sent.or_else(|unsent| self.unsent(&unsent))? {
+            self.host.wake_if_sleeping();
         }
         self.base.counters.sent(message.len());
         self.ring_bell();
