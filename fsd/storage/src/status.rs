@@ -37,9 +37,6 @@ pub struct Status {
 
 impl Status {
     /// As it is now.
-    ///
-    /// # Errors
-    /// The fabric's, or the store's.
     pub fn now(&self) -> Result<StorageStatus, StorageError> {
         let held = self.words.held()?;
         let blocks = &self.storing.blocks;

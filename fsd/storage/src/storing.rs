@@ -41,9 +41,6 @@ impl Storing {
     }
 
     /// Makes everything written to these inodes durable.
-    ///
-    /// # Errors
-    /// The disk's.
     pub fn flush(&self, inos: &[u64]) -> Result<(), StorageError> {
         self.noted(self.blocks.flusher.flush(inos))
     }

@@ -23,18 +23,12 @@ pub struct Words {
 
 impl Words {
     /// By which mounts reach a segment.
-    ///
-    /// # Errors
-    /// The system's.
     pub fn key(&self, segment: u32) -> Result<RegionKey, Errno> {
         let fabric = self.fabric.lock().clone().ok_or(Errno(libc::ESHUTDOWN))?;
         self.table.key(fabric.as_ref(), segment)
     }
 
     /// What is held.
-    ///
-    /// # Errors
-    /// The fabric's.
     pub fn held(&self) -> Result<Held, StorageError> {
         let own = self.own.lock().clone();
         let held = own.map(|own| self.table.held(own.as_ref()));
@@ -42,9 +36,6 @@ impl Words {
     }
 
     /// Every mount is dead: none of those that are connected is served any more, and nothing is held.
-    ///
-    /// # Errors
-    /// The fabric's.
     pub fn reset(&self) -> Result<(), StorageError> {
         let own = self.own.lock().clone();
         let mounts = self.fence.close();
