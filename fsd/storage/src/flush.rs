@@ -82,9 +82,6 @@ impl Flusher {
     }
 
     /// Makes everything written to these inodes durable.
-    ///
-    /// # Errors
-    /// The disk's.
     pub fn flush(&self, inos: &[u64]) -> Result<(), StorageError> {
         let inos: HashSet<u64> = inos.iter().copied().collect();
         let targets = {
@@ -103,9 +100,6 @@ impl Flusher {
     }
 
     /// Stores everything.
-    ///
-    /// # Errors
-    /// The disk's.
     pub fn flush_all(&self) -> Result<(), StorageError> {
         self.restore.store(false, Ordering::Release);
         let result = self

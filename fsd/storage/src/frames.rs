@@ -21,7 +21,6 @@ pub struct Frames {
 
 impl Frames {
     /// How full the pool is. What is being cleaned counts as free: whoever needs it waits for that.
-    #[must_use]
     pub fn figures(&self) -> PoolSpace {
         let space = self.media.space.lock();
         let gone = space.alloc.reserved() + self.media.lacking(&space);
@@ -32,7 +31,6 @@ impl Frames {
     }
 
     /// Sets bytes aside for a connection; returns how many.
-    #[must_use]
     pub fn reserve(&self, conn: ConnId, needed: u64, wanted: u64) -> u64 {
         let mut granted = 0;
         loop {
@@ -59,7 +57,6 @@ impl Frames {
     }
 
     /// Frames of the blocks from `first` on, at most `count`.
-    #[must_use]
     pub fn lookup(&self, ino: u64, first: u64, count: u32) -> Vec<BlockFrame> {
         self.media
             .space
@@ -204,9 +201,6 @@ impl Frames {
     }
 
     /// Frees the blocks `first ..= last` of an inode; returns their bytes.
-    ///
-    /// # Errors
-    /// The store's; nothing has then changed.
     pub fn free(&self, ino: u64, first: u64, last: u64) -> Result<u64, StorageError> {
         let mut space = self.media.space.lock();
         let gone = space.index.remove(ino, first, last)?;

@@ -25,6 +25,9 @@ mod scrub;
 pub mod server;
 mod space;
 mod status;
+mod storing;
+mod words;
+mod work;
 
 pub use error::StorageError;
 pub use server::StorageNode;

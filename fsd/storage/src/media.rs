@@ -89,9 +89,6 @@ impl Media {
     }
 
     /// Makes the index durable, and with it that extents which it no longer names are free.
-    ///
-    /// # Errors
-    /// The store's.
     pub fn sync_index(&self) -> Result<(), StorageError> {
         // Each of these left the index under this lock, before they were put here: so the sync covers that.
         let retired = std::mem::take(&mut self.space.lock().retired);

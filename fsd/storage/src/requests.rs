@@ -1,22 +1,38 @@
 //! The requests of mounts and of the metadata server.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 
-use rdma_transport::ConnId;
+use rdma_transport::{ConnId, Connection, RegionKey};
+use rt::channel::Sender;
 
+use super::blocks::Blocks;
 use super::error::errno;
 use super::leases::SEGMENT_RECORDS;
-use super::server::{Inner, Work};
-use fsd_proto::rpc::{Errno, Responder};
+use super::status::Counts;
+use super::words::Words;
+use super::work::Work;
+use fsd_proto::rpc::{Errno, Responder, Service};
 use fsd_proto::wire::{Attached, Hello, Role, StorageReply, StorageRequest};
 
 /// Most inodes in one answer.
 const INODES: usize = 2048;
 
-impl Inner {
-    pub(super) fn request(self: &Arc<Self>, hello: &Hello, body: &[u8], responder: Responder) {
-        self.requests.fetch_add(1, Ordering::Relaxed);
+/// Answers requests.
+pub struct Requests {
+    /// Names the store.
+    pub uuid: String,
+    /// By which mounts reach the pool, and the counters of its slabs.
+    pub keys: [RegionKey; 2],
+    pub blocks: Arc<Blocks>,
+    pub words: Arc<Words>,
+    pub counts: Arc<Counts>,
+    pub work: Sender<Work>,
+}
+
+impl Requests {
+    fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
+        self.counts.requests.fetch_add(1, Ordering::Relaxed);
         let request = match fsd_proto::wire::decode::<StorageRequest>(body) {
             Ok(request) => request,
             Err(error) => {
@@ -56,10 +72,10 @@ impl Inner {
     fn quick(&self, conn: ConnId, request: StorageRequest) -> Result<StorageReply, Errno> {
         match request {
             StorageRequest::Attach => Ok(StorageReply::Attached(Attached {
-                pool_key: self.pool_key.0,
-                dirty_key: self.dirty_key.0,
+                pool_key: self.keys[0].0,
+                dirty_key: self.keys[1].0,
                 segment_records: SEGMENT_RECORDS,
-                table: self.leases.id,
+                table: self.words.table.id,
                 store: self.uuid.clone(),
                 generation: self.blocks.media.generation.durable(),
                 place: self.blocks.media.generation.place().map_err(|e| errno(&e))?,
@@ -73,11 +89,7 @@ impl Inner {
                     place: known,
                 })
             }
-            StorageRequest::LeaseSegment { segment } => {
-                let fabric = self.fabric.lock().clone().ok_or(Errno(libc::ESHUTDOWN))?;
-                let key = self.leases.key(fabric.as_ref(), segment)?;
-                Ok(StorageReply::Segment(key.0))
-            }
+            StorageRequest::LeaseSegment { segment } => Ok(StorageReply::Segment(self.words.key(segment)?.0)),
             StorageRequest::Reserve { needed, wanted } => Ok(StorageReply::Reserved(
                 self.blocks.frames.reserve(conn, needed, wanted),
             )),
@@ -106,6 +118,50 @@ impl Inner {
             | StorageRequest::ResetLeases
             | StorageRequest::Status
             | StorageRequest::Cut { .. } => Err(Errno(libc::EINVAL)),
+        }
+    }
+}
+
+/// The role's service before the regions are registered (the fabric must exist first).
+#[derive(Default)]
+pub struct Front(pub OnceLock<Requests>);
+
+impl Service for Front {
+    fn admit(&self, hello: &Hello) -> Result<(), String> {
+        if let Some(node) = self.0.get() {
+            node.words.fence.admit(hello.life)?;
+        }
+        match hello.role {
+            Role::Storage(_) | Role::Client(_) | Role::Tool | Role::Meta if self.0.get().is_none() => {
+                Err(fsd_proto::rpc::not_yet("the storage node is still starting"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn connected(&self, hello: &Hello, conn: &Arc<dyn Connection>) {
+        if let Some(node) = self.0.get() {
+            node.counts.connections.fetch_add(1, Ordering::Relaxed);
+            if let Role::Client(_) = hello.role {
+                node.words.fence.connected(hello.life, conn);
+            }
+        }
+    }
+
+    fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
+        match self.0.get() {
+            Some(node) => node.request(hello, body, responder),
+            None => responder.reply::<StorageReply>(&Err(Errno(libc::EAGAIN))),
+        }
+    }
+
+    fn disconnected(&self, conn: &Arc<dyn Connection>, hello: Option<&Hello>) {
+        if let Some(node) = self.0.get() {
+            node.blocks.frames.disconnected(conn.id());
+            node.words.fence.disconnected(conn.id());
+            if hello.is_some() {
+                node.counts.connections.fetch_sub(1, Ordering::Relaxed);
+            }
         }
     }
 }

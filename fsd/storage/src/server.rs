@@ -1,113 +1,45 @@
-//! The storage node's daemon: start, stop, background flushing, cleaning of freed frames.
+//! The storage node's daemon: start and stop.
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rdma_transport::{Access, Connection, Fabric, RegionKey};
-use rt::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use rdma_transport::{Access, Fabric};
+use rt::channel::{Sender, unbounded};
 use rt::sync::Mutex;
 use rt::thread::JoinHandle;
 
 use super::blocks::Blocks;
-use super::cut::{End, cut};
 use super::disk::{Disk, FileDisk};
-use super::error::{StorageError, errno};
+use super::error::StorageError;
 use super::fence::Fence;
 use super::label::{self, Label};
 use super::leases::LeaseTable;
 use super::load::Parts;
+use super::requests::{Front, Requests};
+use super::status::Status;
+use super::storing::Storing;
+use super::words::Words;
+use super::work::Worker;
 use fsd_node::config::{Config, FabricChoice, Size, StorageConfig};
 use fsd_node::endpoint::{Endpoint, Network};
 use fsd_node::memory::{Claim, Note};
 use fsd_node::store::Store;
 use fsd_proto::layout::BLOCK;
-use fsd_proto::rpc::{Errno, Responder, Service};
-use fsd_proto::wire::{Hello, Role, StorageReply};
-
-/// How often the background flusher looks for unstored data.
-const FLUSH_EVERY: Duration = Duration::from_secs(2);
-
-pub(super) enum Work {
-    Flush(Vec<u64>, Responder),
-    Reset(Responder),
-    Status(Responder),
-    Cut(Vec<End>, Responder),
-}
-
-pub(super) struct Inner {
-    pub(super) id: u16,
-    /// Random number of the store, as in its label.
-    pub(super) uuid: String,
-    pub(super) blocks: Blocks,
-    pub(super) leases: LeaseTable,
-    pub(super) pool_key: RegionKey,
-    pub(super) dirty_key: RegionKey,
-    pub(super) fabric: Mutex<Option<Arc<dyn Fabric>>>,
-    pub(super) own: Mutex<Option<Arc<dyn Connection>>>,
-    pub(super) work: Sender<Work>,
-    pub(super) requests: AtomicU64,
-    pub(super) connections: AtomicU64,
-    pub(super) fence: Fence,
-    /// Why what was to be stored last could not be.
-    pub(super) failing: Mutex<Option<String>>,
-    pub(super) stopping: AtomicBool,
-}
+use fsd_proto::rpc::Service;
+use fsd_proto::wire::Role;
 
 /// A running storage node.
 pub struct StorageNode {
-    inner: Arc<Inner>,
+    blocks: Arc<Blocks>,
+    words: Arc<Words>,
+    stopping: Arc<AtomicBool>,
     fabric: Arc<dyn Fabric>,
     threads: Vec<JoinHandle<()>>,
     /// One for each thread that sleeps.
     stop: [Sender<()>; 2],
     claim: Claim,
-}
-
-/// The role's service before the regions are registered (the fabric must exist first).
-struct Front {
-    inner: std::sync::OnceLock<Arc<Inner>>,
-}
-
-impl Service for Front {
-    fn admit(&self, hello: &Hello) -> Result<(), String> {
-        if let Some(inner) = self.inner.get() {
-            inner.fence.admit(hello.life)?;
-        }
-        match hello.role {
-            Role::Storage(_) | Role::Client(_) | Role::Tool | Role::Meta if self.inner.get().is_none() => {
-                Err(fsd_proto::rpc::not_yet("the storage node is still starting"))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn connected(&self, hello: &Hello, conn: &Arc<dyn Connection>) {
-        if let Some(inner) = self.inner.get() {
-            inner.connections.fetch_add(1, Ordering::Relaxed);
-            if let Role::Client(_) = hello.role {
-                inner.fence.connected(hello.life, conn);
-            }
-        }
-    }
-
-    fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
-        match self.inner.get() {
-            Some(inner) => inner.request(hello, body, responder),
-            None => responder.reply::<StorageReply>(&Err(Errno(libc::EAGAIN))),
-        }
-    }
-
-    fn disconnected(&self, conn: &Arc<dyn Connection>, hello: Option<&Hello>) {
-        if let Some(inner) = self.inner.get() {
-            inner.blocks.frames.disconnected(conn.id());
-            inner.fence.disconnected(conn.id());
-            if hello.is_some() {
-                inner.connections.fetch_sub(1, Ordering::Relaxed);
-            }
-        }
-    }
 }
 
 impl StorageNode {
@@ -142,65 +74,71 @@ impl StorageNode {
     ) -> Result<Self, StorageError> {
         let (id, network) = (section.id, base.network);
         let (label, claim, blocks) = open_blocks(base, config, section, accept_older)?;
-        let front = Arc::new(Front {
-            inner: std::sync::OnceLock::new(),
-        });
+        let front = Arc::new(Front::default());
         let service = Arc::clone(&front) as Arc<dyn Service>;
         let listen = section.listen.clone();
         let role = Role::Storage(id);
         let fabric = Endpoint::open_in(network, config, role, listen, key, service)?.fabric;
-        let leases = LeaseTable::open(
+        let table = LeaseTable::open(
             memory_file(section, &note(section, &label), "leases"),
             config.lease.record_bytes,
             Arc::clone(&blocks.media.store),
         )?;
-        leases.adopt(fabric.as_ref())?;
-        let pool_key = fabric.register(&blocks.media.pool.mem, Access::ALL)?;
-        let dirty_key = fabric.register(&blocks.media.pool.dirty, Access::ALL)?;
+        table.adopt(fabric.as_ref())?;
+        let keys = [
+            fabric.register(&blocks.media.pool.mem, Access::ALL)?,
+            fabric.register(&blocks.media.pool.dirty, Access::ALL)?,
+        ];
         let (work, work_in) = unbounded();
         let (stop_flush, flush_in) = unbounded();
         let (stop_scrub, scrub_in) = unbounded();
-        let inner = Arc::new(Inner {
+        let (blocks, stopping) = (Arc::new(blocks), Arc::new(AtomicBool::new(false)));
+        let words = Arc::new(Words {
             id,
-            uuid: label.uuid,
-            blocks,
-            leases,
-            pool_key,
-            dirty_key,
+            table,
+            fence: Fence::default(),
             fabric: Mutex::new(Some(Arc::clone(&fabric))),
             own: Mutex::new(None),
-            work,
-            requests: AtomicU64::new(0),
-            connections: AtomicU64::new(0),
-            fence: Fence::default(),
-            failing: Mutex::default(),
-            stopping: AtomicBool::new(false),
         });
-        // The node reaches its own lock words through the fabric, like everybody.
-        let set = front.inner.set(Arc::clone(&inner));
+        let storing = Arc::new(Storing {
+            blocks: Arc::clone(&blocks),
+            failing: Mutex::default(),
+        });
+        let status = Status {
+            storing: Arc::clone(&storing),
+            words: Arc::clone(&words),
+            counts: Arc::default(),
+        };
+        let set = front.0.set(Requests {
+            uuid: label.uuid,
+            keys,
+            blocks: Arc::clone(&blocks),
+            words: Arc::clone(&words),
+            counts: Arc::clone(&status.counts),
+            work,
+        });
         debug_assert!(set.is_ok());
-        *inner.own.lock() = Some(fabric.connect(&fabric.local_addr())?);
+        *words.own.lock() = Some(fabric.connect(&fabric.local_addr())?);
+        let worker = Worker {
+            storing: Arc::clone(&storing),
+            words: Arc::clone(&words),
+            status,
+        };
+        let (cleaner, scrubber) = (Arc::clone(&blocks.cleaner), Arc::clone(&blocks));
+        let (working, cleaning) = (Arc::clone(&stopping), Arc::clone(&stopping));
+        let (rate, pause) = (section.scrub.0, Duration::from_secs(section.scrub_pause_s));
         let threads = vec![
-            spawn("storage-work", {
-                let i = Arc::clone(&inner);
-                move || i.work_loop(&work_in)
-            })?,
-            spawn("storage-clean", {
-                let i = Arc::clone(&inner);
-                move || i.blocks.cleaner.run(&i.stopping)
-            })?,
-            spawn("storage-flush", {
-                let i = Arc::clone(&inner);
-                move || i.flush_loop(&flush_in)
-            })?,
-            spawn("storage-scrub", {
-                let (i, rate) = (Arc::clone(&inner), section.scrub.0);
-                let pause = Duration::from_secs(section.scrub_pause_s);
-                move || i.blocks.scrubber.run(rate, pause, &scrub_in)
+            spawn("storage-work", move || worker.run(&work_in, &working))?,
+            spawn("storage-clean", move || cleaner.run(&cleaning))?,
+            spawn("storage-flush", move || storing.run(&flush_in))?,
+            spawn("storage-scrub", move || {
+                scrubber.scrubber.run(rate, pause, &scrub_in);
             })?,
         ];
         Ok(Self {
-            inner,
+            blocks,
+            words,
+            stopping,
             fabric,
             threads,
             stop: [stop_flush, stop_scrub],
@@ -220,21 +158,21 @@ impl StorageNode {
     /// # Errors
     /// Storing failed; the memory is then kept, so that nothing is lost.
     pub fn stop(mut self, forget: bool) -> Result<(), StorageError> {
-        self.inner.stopping.store(true, Ordering::Release);
+        self.stopping.store(true, Ordering::Release);
         for stop in &self.stop {
             let _ = stop.send(());
         }
-        let mut result = self.inner.blocks.flusher.flush_all();
+        let mut result = self.blocks.flusher.flush_all();
         self.fabric.shutdown();
-        self.inner.own.lock().take();
-        self.inner.fabric.lock().take();
+        self.words.own.lock().take();
+        self.words.fabric.lock().take();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        result = result.and_then(|()| self.inner.blocks.flusher.flush_all());
+        result = result.and_then(|()| self.blocks.flusher.flush_all());
         if forget && result.is_ok() {
-            self.inner.blocks.media.pool.remove_memory();
-            self.inner.leases.remove_files();
+            self.blocks.media.pool.remove_memory();
+            self.words.table.remove_files();
             self.claim.remove();
         }
         result
@@ -374,87 +312,4 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
             path: name.into(),
             error,
         })
-}
-
-impl Inner {
-    /// Bounds how long data that nobody fsyncs stays in memory only.
-    fn flush_loop(&self, stop: &Receiver<()>) {
-        let mut seen = self.blocks.media.dirty_sum();
-        let mut pending = true;
-        while let Err(RecvTimeoutError::Timeout) = stop.recv_timeout(FLUSH_EVERY) {
-            let now = self.blocks.media.dirty_sum();
-            let moved = now != seen;
-            seen = now;
-            if moved || pending || self.blocks.flusher.is_unsettled() {
-                pending = false;
-                if let Err(error) = self.noted(self.blocks.flusher.flush_all()) {
-                    pending = true;
-                    tracing::error!("background flush: {error}");
-                }
-            }
-            self.blocks.cleaner.give_surplus_back();
-            self.blocks.media.store.tidy();
-        }
-    }
-
-    /// Remembers why something could not be stored, until something can be again.
-    fn noted(&self, result: Result<(), StorageError>) -> Result<(), StorageError> {
-        *self.failing.lock() = result.as_ref().err().map(ToString::to_string);
-        result
-    }
-
-    fn reset_leases(&self) -> Result<StorageReply, StorageError> {
-        let own = self.own.lock().clone();
-        let mounts = self.fence.close();
-        if mounts > 0 {
-            tracing::warn!(
-                "storage node {}: {mounts} mounts that are taken for dead are still connected: they are not served any more",
-                self.id
-            );
-        }
-        if let Some(own) = own {
-            let cleared = self.leases.reset(own.as_ref())?;
-            tracing::info!("storage node {}: {cleared} lease records reset", self.id);
-        }
-        Ok(StorageReply::Done)
-    }
-
-    fn work_loop(&self, work: &Receiver<Work>) {
-        while !self.stopping.load(Ordering::Acquire) {
-            let first = match work.recv_timeout(Duration::from_secs(1)) {
-                Ok(first) => first,
-                Err(RecvTimeoutError::Timeout) => continue,
-                Err(RecvTimeoutError::Disconnected) => return,
-            };
-            // One pass and one sync for all flushes that have come meanwhile (group commit).
-            let (mut inos, mut flushes) = (Vec::new(), Vec::new());
-            for work in std::iter::once(first).chain(work.try_iter()) {
-                match work {
-                    Work::Flush(more, responder) => {
-                        inos.extend(more);
-                        flushes.push(responder);
-                    }
-                    Work::Reset(responder) => {
-                        responder.reply(&self.reset_leases().map_err(|e| errno(&e)));
-                    }
-                    Work::Cut(ends, responder) => {
-                        let freed = cut(&self.blocks, &ends).map(StorageReply::Freed);
-                        responder.reply(&freed.map_err(|e| errno(&e)));
-                    }
-                    Work::Status(responder) => {
-                        responder.reply(&self.status().map(StorageReply::Status).map_err(|e| errno(&e)));
-                    }
-                }
-            }
-            if !flushes.is_empty() {
-                let result = self
-                    .noted(self.blocks.flusher.flush(&inos))
-                    .map(|()| StorageReply::Done)
-                    .map_err(|e| errno(&e));
-                for responder in flushes {
-                    responder.reply(&result);
-                }
-            }
-        }
-    }
 }

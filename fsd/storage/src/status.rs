@@ -1,10 +1,12 @@
 //! What `fsd status` is told by a storage node.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::StorageError;
 use super::flush::bytes_of;
-use super::server::Inner;
+use super::storing::Storing;
+use super::words::Words;
 use fsd_node::config::Size;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::wire::{PoolSpace, StorageStatus};
@@ -19,19 +21,31 @@ fn is_full(reservable: u64, total: u64) -> bool {
     reservable < (total / FULL_SHARE).clamp(BLOCK, FULL_MOST)
 }
 
-impl Inner {
-    pub(super) fn status(&self) -> Result<StorageStatus, StorageError> {
-        let own = self.own.lock().clone();
-        let held = own
-            .map(|own| self.leases.held(own.as_ref()))
-            .transpose()?
-            .unwrap_or_default();
-        let dirty = bytes_of(&self.blocks.flusher.unstored());
+/// Requests and connections since the start.
+#[derive(Default)]
+pub struct Counts {
+    pub requests: AtomicU64,
+    pub connections: AtomicU64,
+}
+
+/// Knows how the node is.
+pub struct Status {
+    pub storing: Arc<Storing>,
+    pub words: Arc<Words>,
+    pub counts: Arc<Counts>,
+}
+
+impl Status {
+    /// As it is now.
+    pub fn now(&self) -> Result<StorageStatus, StorageError> {
+        let held = self.words.held()?;
+        let blocks = &self.storing.blocks;
+        let dirty = bytes_of(&blocks.flusher.unstored());
         let troubles = self.troubles();
-        let PoolSpace { total, free } = self.blocks.frames.figures();
-        let space = self.blocks.media.space.lock();
+        let PoolSpace { total, free } = blocks.frames.figures();
+        let space = blocks.media.space.lock();
         Ok(StorageStatus {
-            id: self.id,
+            id: self.words.id,
             total,
             free,
             reserved: space.alloc.reserved(),
@@ -40,23 +54,24 @@ impl Inner {
             shared: held.shared,
             dirty,
             lost: space.lost(),
-            damaged: self.blocks.scrubber.faults.damaged.load(Ordering::Relaxed),
-            checked: self.blocks.scrubber.faults.scrubbed.load(Ordering::Relaxed),
-            requests: self.requests.load(Ordering::Relaxed),
-            connections: self.connections.load(Ordering::Relaxed),
+            damaged: blocks.scrubber.faults.damaged.load(Ordering::Relaxed),
+            checked: blocks.scrubber.faults.scrubbed.load(Ordering::Relaxed),
+            requests: self.counts.requests.load(Ordering::Relaxed),
+            connections: self.counts.connections.load(Ordering::Relaxed),
             holders: held.holders.into_iter().collect(),
-            generation: self.blocks.media.generation.durable(),
-            place: self.blocks.media.generation.place()?,
+            generation: blocks.media.generation.durable(),
+            place: blocks.media.generation.place()?,
             troubles,
         })
     }
 
     fn troubles(&self) -> Vec<String> {
         let mut troubles = Vec::new();
-        let space = self.blocks.media.space.lock();
-        let (total, lacking) = (space.alloc.bytes(), self.blocks.media.lacking(&space));
+        let blocks = &self.storing.blocks;
+        let space = blocks.media.space.lock();
+        let (total, lacking) = (space.alloc.bytes(), blocks.media.lacking(&space));
         // What is being cleaned is soon free.
-        let reservable = space.alloc.reservable().saturating_sub(lacking) + self.blocks.cleaner.bytes();
+        let reservable = space.alloc.reservable().saturating_sub(lacking) + blocks.cleaner.bytes();
         drop(space);
         if is_full(reservable, total) && lacking > 0 {
             troubles.push(
@@ -69,14 +84,15 @@ impl Inner {
             ));
         }
         troubles.extend(
-            self.blocks
+            self.storing
+                .blocks
                 .media
                 .store
                 .room()
                 .err()
                 .map(|error| error.to_string()),
         );
-        let failing = self.failing.lock();
+        let failing = self.storing.failing.lock();
         troubles.extend(
             failing
                 .as_ref()

@@ -34,9 +34,6 @@ pub struct Journal {
 impl Journal {
     /// Goes on where a store ends. Whether transactions may have been lost with the last life, and what the thread that syncs
     /// is told.
-    ///
-    /// # Errors
-    /// The store or the memory file system failed.
     pub fn open(
         store: Arc<dyn Store>,
         superblock: &Superblock,

@@ -92,9 +92,6 @@ impl Witness {
 
 impl Order {
     /// Goes on where the store ends, which is made durable. Whether transactions may have been lost with the last life.
-    ///
-    /// # Errors
-    /// The store or the memory file system failed.
     pub fn open(store: Arc<dyn Store>, memory_dir: &Path, uuid: &str) -> Result<(Self, bool), MetaError> {
         let executed = store.get(&key::executed())?;
         let executed: u64 = executed.map_or(Ok(0), |bytes| decode(&bytes))?;
@@ -123,9 +120,6 @@ impl Order {
 
     /// Nothing is missing, or will be told, of what the last life has lost. `last` is the last place known to anybody: later
     /// transactions come behind it, so that none gets the place of one that could not be carried out again.
-    ///
-    /// # Errors
-    /// The store failed.
     pub fn settle(&self, last: u64) -> Result<(), StoreError> {
         let mut executed = self.executed.lock();
         self.settled.store(true, Ordering::Release);
@@ -134,9 +128,6 @@ impl Order {
     }
 
     /// Applies a transaction; its place in the order.
-    ///
-    /// # Errors
-    /// The store failed; nothing has been applied.
     pub fn commit(&self, txn: Txn<'_>) -> Result<u64, StoreError> {
         let mut executed = self.executed.lock();
         let place = *executed + 1;
@@ -145,9 +136,6 @@ impl Order {
     }
 
     /// Applies a transaction again at the place that it had before.
-    ///
-    /// # Errors
-    /// The store failed; nothing has been applied.
     pub fn commit_again(&self, txn: Txn<'_>, place: u64) -> Result<(), StoreError> {
         let mut executed = self.executed.lock();
         let place = place.max(*executed);
@@ -175,9 +163,6 @@ impl Order {
     }
 
     /// Makes everything so far durable.
-    ///
-    /// # Errors
-    /// The disk failed.
     pub fn sync(&self) -> Result<(), StoreError> {
         let executed = self.executed();
         self.store.sync()?;
@@ -186,9 +171,6 @@ impl Order {
     }
 
     /// The server stops in order: everything is durable, and a life that follows finds that out.
-    ///
-    /// # Errors
-    /// The disk failed.
     pub fn stop(&self) -> Result<(), StoreError> {
         if !self.settled.load(Ordering::Acquire) {
             // The next life has to ask as this one did.

@@ -102,101 +102,82 @@ pub mod key {
         key
     }
     /// Superblock.
-    #[must_use]
     pub fn superblock() -> Vec<u8> {
         vec![b'S']
     }
     /// The storage nodes' stores.
-    #[must_use]
     pub fn stores() -> Vec<u8> {
         vec![b'T']
     }
     /// The last known generations of the storage nodes' stores.
-    #[must_use]
     pub fn generations() -> Vec<u8> {
         vec![b'G']
     }
     /// Inode.
-    #[must_use]
     pub fn inode(ino: u64) -> Vec<u8> {
         tagged(b'I', ino, &[])
     }
     /// Directory entry.
-    #[must_use]
     pub fn dirent(parent: u64, name: &[u8]) -> Vec<u8> {
         tagged(b'D', parent, name)
     }
     /// Extended attribute.
-    #[must_use]
     pub fn xattr(ino: u64, name: &[u8]) -> Vec<u8> {
         tagged(b'X', ino, name)
     }
     /// Orphan.
-    #[must_use]
     pub fn orphan(ino: u64) -> Vec<u8> {
         tagged(b'O', ino, &[])
     }
     /// Blocks to be freed.
-    #[must_use]
     pub fn freed(ino: u64) -> Vec<u8> {
         tagged(b'F', ino, &[])
     }
     /// Next index of a shard.
-    #[must_use]
     pub fn next_index(shard: u16) -> Vec<u8> {
         tagged(b'N', u64::from(shard), &[])
     }
     /// Record index to be used again.
-    #[must_use]
     pub fn reusable(shard: u16, index: u64) -> Vec<u8> {
         tagged(b'U', u64::from(shard), &index.to_be_bytes())
     }
     /// Record index of which larger numbers would be made.
-    #[must_use]
     pub fn worn(shard: u16, index: u64) -> Vec<u8> {
         tagged(b'W', u64::from(shard), &index.to_be_bytes())
     }
     /// Reserved inode number.
-    #[must_use]
     pub fn reserved(node: u16, ino: u64) -> Vec<u8> {
         tagged(b'V', u64::from(node), &ino.to_be_bytes())
     }
     /// Mount.
-    #[must_use]
     pub fn member(node: u16) -> Vec<u8> {
         tagged(b'C', u64::from(node), &[])
     }
     /// Answer of a transaction.
-    #[must_use]
     pub fn answer(node: u16, seq: u64) -> Vec<u8> {
         tagged(b'L', u64::from(node), &seq.to_be_bytes())
     }
     /// Place of the last transaction.
-    #[must_use]
     pub fn executed() -> Vec<u8> {
         vec![b'E']
     }
     /// The server stopped in order.
-    #[must_use]
     pub fn stopped() -> Vec<u8> {
         vec![b'Z']
     }
     /// The number after the tag.
-    #[must_use]
     pub fn number(key: &[u8]) -> u64 {
         key.get(1..9)
             .and_then(|b| b.try_into().ok())
             .map_or(0, u64::from_be_bytes)
     }
     /// The second number.
-    #[must_use]
     pub fn second(key: &[u8]) -> u64 {
         key.get(9..17)
             .and_then(|b| b.try_into().ok())
             .map_or(0, u64::from_be_bytes)
     }
     /// What follows the first number.
-    #[must_use]
     pub fn rest(key: &[u8]) -> &[u8] {
         key.get(9..).unwrap_or_default()
     }
@@ -214,7 +195,6 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refusal> {
 }
 
 /// Encodes a value to be stored.
-#[must_use]
 pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     // None of the stored types has a form that postcard refuses.
     postcard::to_stdvec(value).unwrap_or_default()
@@ -228,7 +208,6 @@ pub struct Txn<'a> {
 
 impl<'a> Txn<'a> {
     /// Begins.
-    #[must_use]
     pub fn new(store: &'a dyn Store) -> Self {
         Self {
             store,
@@ -237,9 +216,6 @@ impl<'a> Txn<'a> {
     }
 
     /// The value of a key as this transaction sees it, its own changes included.
-    ///
-    /// # Errors
-    /// The store failed.
     pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, Refusal> {
         match self.changed.get(key) {
             Some(value) => Ok(value.clone()),
@@ -258,9 +234,6 @@ impl<'a> Txn<'a> {
     }
 
     /// The stored pairs with a prefix (not those of this transaction).
-    ///
-    /// # Errors
-    /// The store failed.
     pub fn scan_stored(&self, prefix: &[u8], limit: usize) -> Result<Vec<fsd_node::store::Pair>, Refusal> {
         Ok(self
             .store
@@ -306,9 +279,6 @@ impl<'a> Txn<'a> {
     }
 
     /// The entry of a name in a directory, if there is one.
-    ///
-    /// # Errors
-    /// The store failed.
     pub fn dirent(&self, parent: u64, name: &[u8]) -> Result<Option<Dirent>, Refusal> {
         self.get(&key::dirent(parent, name))?
             .map(|bytes| decode(&bytes))
@@ -327,9 +297,6 @@ impl<'a> Txn<'a> {
     }
 
     /// Applies all changes to the store as one batch.
-    ///
-    /// # Errors
-    /// The store failed; nothing has been applied.
     pub fn commit(self) -> Result<(), StoreError> {
         let mut batch = Batch::default();
         for (key, value) in self.changed {
@@ -347,7 +314,6 @@ impl<'a> Txn<'a> {
 }
 
 /// The root directory of a new file system.
-#[must_use]
 pub fn new_root(now: Time, uid: u32, gid: u32) -> Inode {
     Inode {
         attr: Attr {

@@ -20,9 +20,6 @@ pub struct Clearing {
 
 impl Clearing {
     /// Nobody alive holds anything: clear all leases, reap all orphans, forget the dead.
-    ///
-    /// # Errors
-    /// The store, or a storage node.
     pub fn clear(&self) -> Result<(), MetaError> {
         for node in self.nodes.ids() {
             self.nodes.ask(node, ask::storage::ResetLeases {})?;

@@ -207,9 +207,6 @@ impl Members {
     }
 
     /// Forgets the dead, and what they had open, if there are no others; whether that is so.
-    ///
-    /// # Errors
-    /// The store failed.
     pub fn forget_dead(&self) -> Result<bool, MetaError> {
         let mut sessions = self.sessions.lock();
         if !sessions.only_dead() {

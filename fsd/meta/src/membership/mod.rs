@@ -40,9 +40,6 @@ pub struct Membership {
 
 impl Membership {
     /// As it is stored; `lost`: transactions may be missing.
-    ///
-    /// # Errors
-    /// The store failed.
     pub fn load(
         journal: &Journal,
         (config, superblock): (&Config, &Superblock),

@@ -24,9 +24,6 @@ pub struct Recovery {
 
 impl Recovery {
     /// Waits for `mounts`, which may know what is missing.
-    ///
-    /// # Errors
-    /// The store failed.
     pub fn open(
         journal: &Journal,
         transactions: &Arc<Transactions>,

@@ -33,7 +33,6 @@ pub struct Session {
 
 impl Session {
     /// One that has not died.
-    #[must_use]
     pub fn new(member: Member, conn: Option<ConnId>, lost: Option<Instant>) -> Self {
         Self {
             member,
@@ -45,7 +44,6 @@ impl Session {
     }
 
     /// Whether it is connected, may come back, or has been declared dead.
-    #[must_use]
     pub fn state(&self) -> PeerState {
         match (self.dead, self.conn.is_some()) {
             (true, _) => PeerState::Dead,
@@ -66,9 +64,6 @@ pub struct Sessions {
 
 impl Sessions {
     /// Those of a store. They may still run and come back; until then they count as lost.
-    ///
-    /// # Errors
-    /// The store failed.
     pub fn load(store: &dyn Store) -> Result<Self, MetaError> {
         let mut sessions = Self::default();
         for (k, v) in store.scan(b"C", b"D", usize::MAX)? {
@@ -85,7 +80,6 @@ impl Sessions {
     }
 
     /// The lowest free node number below `limit`, and its next incarnation.
-    #[must_use]
     pub fn free_number(&self, limit: u16) -> Option<(u16, u8)> {
         let node = (0..limit).find(|n| !self.nodes.contains_key(n))?;
         let last = self.incarnations.get(&node).copied().unwrap_or(0);
@@ -93,7 +87,6 @@ impl Sessions {
     }
 
     /// The node whose connection this is.
-    #[must_use]
     pub fn by_conn(&self, conn: ConnId) -> Option<u16> {
         self.nodes
             .iter()
@@ -124,7 +117,6 @@ impl Sessions {
     }
 
     /// Who is lost, and may have ended: node, life, and where it was reached.
-    #[must_use]
     pub fn missed(&self) -> Vec<(u16, u64, String)> {
         let missed = self.nodes.iter();
         let missed = missed.filter(|(_, s)| s.lost.is_some() && !s.dead && !s.gone);
@@ -141,13 +133,11 @@ impl Sessions {
     }
 
     /// There are mounts, but none is connected.
-    #[must_use]
     pub fn nobody_up(&self) -> bool {
         !self.nodes.is_empty() && self.nodes.values().all(|s| s.conn.is_none())
     }
 
     /// No mount is alive (up, or lost and perhaps coming back), but dead ones hold leases.
-    #[must_use]
     pub fn only_dead(&self) -> bool {
         !self.nodes.is_empty() && self.nodes.values().all(|s| s.dead)
     }

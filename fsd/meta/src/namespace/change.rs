@@ -30,7 +30,6 @@ pub struct Change<'a> {
 
 impl<'a> Change<'a> {
     /// Begins a transaction of mount `node`, which holds the inodes in `touched` exclusively.
-    #[must_use]
     pub fn new(txn: Txn<'a>, node: u16, now: Time, era: u32, touched: &[Touched]) -> Self {
         let versions = touched.iter().map(|t| (t.ino, t.version)).collect();
         Self {

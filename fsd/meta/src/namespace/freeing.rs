@@ -34,9 +34,6 @@ pub struct Freeing {
 
 impl Freeing {
     /// Those that a store knows; what the thread that frees blocks is told.
-    ///
-    /// # Errors
-    /// The store failed.
     pub fn load(journal: &Journal, nodes: &Nodes, rules: Rules) -> Result<(Self, Receiver<Told>), MetaError> {
         let (tell, told) = unbounded();
         let freeing = Self {
@@ -71,9 +68,6 @@ impl Freeing {
 
     /// Frees the blocks of removed inodes everywhere, then lets their records be used again. What is left in `inos` is to
     /// be tried again.
-    ///
-    /// # Errors
-    /// The store, or a storage node.
     pub fn free(&self, inos: &mut Vec<u64>) -> Result<(), MetaError> {
         // A crash that undid a removal would bring back the name of a file whose blocks are gone.
         if !self.rules.lack(Flaw::FreedEarly) {

@@ -38,9 +38,6 @@ pub struct Namespace {
 
 impl Namespace {
     /// As it is stored, and what the thread that frees blocks is told.
-    ///
-    /// # Errors
-    /// The store failed.
     pub fn load(
         journal: &Journal,
         shards: u16,

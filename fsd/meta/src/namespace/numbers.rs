@@ -25,9 +25,6 @@ pub struct Numbers {
 
 impl Numbers {
     /// As a store says.
-    ///
-    /// # Errors
-    /// It failed.
     pub fn load(journal: &Journal, shards: u16) -> Result<Self, MetaError> {
         let mut index = Vec::new();
         for shard in 0..shards {

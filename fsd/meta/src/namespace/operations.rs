@@ -36,9 +36,6 @@ pub fn run<'a>(mut change: Change<'a>, op: &NamespaceOp) -> Result<(Txn<'a>, Cre
 }
 
 /// Removes an orphan for good; nothing if it is not one.
-///
-/// # Errors
-/// The store failed.
 pub fn reap(mut change: Change<'_>, ino: u64) -> Result<Option<(Txn<'_>, Effects)>, Refusal> {
     if change.txn.get(&key::orphan(ino))?.is_none() {
         return Ok(None);

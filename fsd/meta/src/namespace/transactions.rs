@@ -47,9 +47,6 @@ fn count(store: &dyn Store, tag: u8) -> Result<u64, MetaError> {
 
 impl Transactions {
     /// As a store says.
-    ///
-    /// # Errors
-    /// It failed.
     pub fn load(journal: &Journal, freeing: &Arc<Freeing>) -> Result<Self, MetaError> {
         let store = journal.store.as_ref();
         let mut answers: HashMap<u16, BTreeMap<u64, Vec<u8>>> = HashMap::new();
@@ -184,9 +181,6 @@ impl Transactions {
     }
 
     /// Removes all orphans: nobody has them open.
-    ///
-    /// # Errors
-    /// The store failed.
     pub fn reap_all(&self) -> Result<(), Refusal> {
         let mut state = self.state.lock();
         for (k, _) in self.journal.store.scan(b"O", &prefix_end(b"O"), usize::MAX)? {

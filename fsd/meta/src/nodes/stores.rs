@@ -29,9 +29,6 @@ pub struct Stores {
 
 impl Stores {
     /// As the metadata server's own store says.
-    ///
-    /// # Errors
-    /// It failed.
     pub fn load(
         store: Arc<dyn Store>,
         sections: &[StorageConfig],

@@ -59,9 +59,6 @@ pub struct News {
 impl Service {
     /// Goes on where a store ends. With `accept_older`, stores that are older copies are taken as they are; `reach` makes what
     /// asks the storage nodes.
-    ///
-    /// # Errors
-    /// The store or the memory file system failed.
     pub fn open(
         store: Arc<dyn Store>,
         config: &Config,
