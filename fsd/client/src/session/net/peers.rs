@@ -13,7 +13,7 @@ use super::stream::Stream;
 use super::ways::{RETRY, Ways};
 use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::wire::{self, FrameKind, Hello, MountRequest, PeerState};
+use fsd_proto::wire::{self, FrameKind, Hello, MountRequest, PeerState, Role};
 
 #[derive(Default)]
 pub(super) struct Peer {
@@ -222,8 +222,13 @@ impl Peers {
                 Unreached::Yet(error.into())
             }
         })?;
-        let hello = Hello::check(conn.peer_identity(), &self.ways.cluster);
-        let hello = hello.map_err(|_| Unreached::Yet(RpcError::Errno(Errno(libc::EPROTO))))?;
-        Ok((hello.life, conn))
+        match Hello::check(conn.peer_identity(), &self.ways.cluster) {
+            Ok(hello) if hello.role == Role::Client(Some(to.0)) => Ok((hello.life, conn)),
+            // It does not know its number yet: what it sent over this connection would be nobody's.
+            _ => {
+                conn.close();
+                Err(Unreached::Yet(RpcError::Errno(Errno(libc::EAGAIN))))
+            }
+        }
     }
 }
