@@ -134,6 +134,57 @@ impl Hosts {
         Ok(pids)
     }
 
+    /// Nothing goes from one of two hosts to the other any more, and nobody is told.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn cut(&self, a: u32, b: u32) -> anyhow::Result<()> {
+        self.between(a, b, "add")
+    }
+
+    /// Ends [`Hosts::cut`].
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn mend(&self, a: u32, b: u32) -> anyhow::Result<()> {
+        self.between(a, b, "del")
+    }
+
+    fn between(&self, a: u32, b: u32, what: &str) -> anyhow::Result<()> {
+        for (from, to) in [(a, b), (b, a)] {
+            let (host, address) = (self.namespace(from), self.address(to));
+            ip(&format!("-n {host} route {what} blackhole {address}/32"))?;
+        }
+        Ok(())
+    }
+
+    /// Connections of a host to another one.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn connections(&self, from: u32, to: u32) -> anyhow::Result<usize> {
+        let (host, address) = (self.namespace(from), self.address(to));
+        let out = Command::new("ip")
+            .args([
+                "netns",
+                "exec",
+                &host,
+                "ss",
+                "-Htn",
+                "state",
+                "established",
+                "dst",
+            ])
+            .arg(address)
+            .output()?;
+        ensure!(
+            out.status.success(),
+            "ss: {}",
+            String::from_utf8_lossy(&out.stderr).trim()
+        );
+        Ok(String::from_utf8_lossy(&out.stdout).lines().count())
+    }
+
     /// Waits until nothing runs on the hosts any more.
     ///
     /// # Errors

@@ -21,6 +21,7 @@ mod half_done;
 mod histories;
 mod launch;
 mod leftovers;
+mod links;
 mod locks_many;
 mod lost_end;
 mod mappings;

@@ -1,0 +1,89 @@
+//! The link between two mounts breaks, not those to the servers: what one asked the other is answered when it is back.
+
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use system_tests::guard;
+use system_tests::hosts::Hosts;
+use system_tests::process::fsd_binary;
+
+const LIMIT: Duration = Duration::from_secs(180);
+/// Clients tell each other and the test how far they are by files in a folder that all see, `@`.
+const JOB: &str = r#"
+set -e
+at() { while ! [ -e "@/$1" ]; do sleep 0.02; done; }
+cd "$FSD_MOUNT"
+if [ "$FSD_CLIENT" = 0 ]; then
+    echo one > shared; : > @/one
+    at two; echo three > shared; : > @/three
+    at four; echo mine > mine; sync mine; : > @/written
+    at answered; [ "$(cat shared)" = answer ]
+else
+    at one; [ "$(cat shared)" = one ]; : > @/two
+    at three; [ "$(cat shared)" = three ]; : > @/four
+    # So that only the file's lease is to be asked for, and who has it is in its record.
+    at written; ls > /dev/null; : > @/listed
+    at cut; : > @/asking
+    [ "$(stat -c %s mine)" = 5 ]
+    [ "$(cat mine)" = mine ]
+    echo answer > shared; : > @/answered
+fi
+"#;
+
+/// A job, which is ended where the test fails; what it has started on the hosts ends with them.
+struct Job(Child);
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn until(what: &str, mut holds: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+    let start = Instant::now();
+    while !holds()? {
+        ensure!(start.elapsed() < LIMIT / 3, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+fn until_there(dir: &Path, name: &str) -> anyhow::Result<()> {
+    until(name, || Ok(dir.join(name).exists()))
+}
+
+#[test]
+fn a_question_outlives_its_connection() -> anyhow::Result<()> {
+    let body = || {
+        let hosts = Hosts::new(3)?;
+        let dir = hosts.dir().to_path_buf();
+        let mut job = Job(Command::new(fsd_binary()?)
+            .args(["launch", "--pool", "64MiB", "--hostfile"])
+            .arg(hosts.hostfile()?)
+            .arg("--ssh")
+            .arg(hosts.ssh())
+            .args(["--roles", "meta=0,storage=0,client=1-2", "--", "sh", "-c"])
+            .arg(JOB.replace('@', dir.to_str().context("a path that is no text")?))
+            .env("RUST_LOG", "warn")
+            .spawn()?);
+        until_there(&dir, "listed")?;
+        let before = hosts.connections(2, 1)?;
+        ensure!(before > 0, "the mounts do not know each other");
+        hosts.cut(1, 2)?;
+        std::fs::write(dir.join("cut"), "")?;
+        until_there(&dir, "asking")?;
+        until("the connection to be given up", || {
+            Ok(hosts.connections(2, 1)? < before)
+        })?;
+        hosts.mend(1, 2)?;
+        until("the job to end", || Ok(job.0.try_wait()?.is_some()))?;
+        let status = job.0.wait()?;
+        ensure!(status.success(), "the job ended with {status}");
+        hosts.wait_quiet(Duration::from_secs(1))
+    };
+    guard::within(LIMIT, body, || ())
+}
