@@ -52,9 +52,19 @@ impl Helper {
         self.child.wait().unwrap();
     }
 
-    pub fn signal(&self, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
-        rustix::process::kill_process(pid, signal).unwrap();
+    /// Stops it, and waits until none of its threads runs: the signal alone leaves them time to answer.
+    pub fn stop(&self) {
+        let id = self.child.id();
+        let pid = rustix::process::Pid::from_raw(i32::try_from(id).unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+        let stopped = |task: std::io::Result<std::fs::DirEntry>| {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+            stat.rsplit(") ").next().unwrap().starts_with('T')
+        };
+        let tasks = format!("/proc/{id}/task");
+        while !std::fs::read_dir(&tasks).unwrap().all(stopped) {
+            std::thread::sleep(std::time::Duration::from_micros(100));
+        }
     }
 
     /// Lets it end by itself.

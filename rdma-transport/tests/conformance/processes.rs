@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rdma_transport::{AsyncOp, FabricConfig, FabricKind, Op, TransportError, gather};
-use rustix::process::Signal;
 
 use crate::children::{Helper, place};
 use crate::world::{PATIENCE, World, faa};
@@ -168,7 +167,7 @@ pub fn unresponsive_peer_times_out(world: &World) {
     let source = world.try_open(config).unwrap();
     let conn = source.fabric.connect(&addr).unwrap();
     faa(&*conn, at, 1).unwrap();
-    helper.signal(Signal::STOP);
+    helper.stop();
     let start = Instant::now();
     let error = source.fabric.connect(&addr).err();
     assert!(matches!(error, Some(TransportError::Timeout { .. })), "{error:?}");
@@ -192,7 +191,7 @@ pub fn silent_peer_is_given_up(world: &World) {
     let (addr, stopped) = place(&helper.line());
     let other = source.fabric.connect(&addr).unwrap();
     faa(&*other, stopped, 1).unwrap();
-    helper.signal(Signal::STOP);
+    helper.stop();
     let read = |at, len| AsyncOp::Read {
         at,
         into: source.fabric.buffer(len).unwrap(),
