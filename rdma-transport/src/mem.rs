@@ -306,6 +306,18 @@ impl SharedMem {
         Ok(unsafe { at.cast::<AtomicU64>().as_ref() })
     }
 
+    /// Puts `new` into the word at `off` if that is `expect`; what it was.
+    ///
+    /// # Errors
+    /// As [`SharedMem::word`].
+    #[inline]
+    pub(crate) fn compare_and_swap(&self, off: usize, expect: u64, new: u64) -> Result<u64, TransportError> {
+        let word = self.word(off)?;
+        match word.compare_exchange(expect, new, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(old) | Err(old) => Ok(old),
+        }
+    }
+
     /// A word of a layout that this crate has defined itself and whose length was checked when it was mapped:
     /// an offset outside is a bug, not an input.
     #[inline]

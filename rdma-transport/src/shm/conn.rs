@@ -294,14 +294,7 @@ impl ShmConn {
             at,
             8,
             |a| a.atomic,
-            |mem, off| {
-                let word = mem.word(off)?;
-                Ok(
-                    match word.compare_exchange(expect, new, Ordering::SeqCst, Ordering::SeqCst) {
-                        Ok(old) | Err(old) => old,
-                    },
-                )
-            },
+            |mem, off| mem.compare_and_swap(off, expect, new),
         )
     }
 

@@ -176,6 +176,16 @@ impl Lanes {
         }
     }
 
+    /// The ends of connections that are at an endpoint.
+    pub fn ends_of(&self, endpoint: EndpointId) -> Vec<(PairId, End)> {
+        let all = self.pairs.iter();
+        let all =
+            all.flat_map(|(id, pair)| pair.ends.iter().enumerate().map(|(end, state)| (*id, end, state)));
+        all.filter(|(_, _, state)| state.endpoint == endpoint)
+            .map(|(id, end, _)| (id, end))
+            .collect()
+    }
+
     /// Serials of the live connections `from` has made to `to`.
     pub fn links(&self, from: EndpointId, to: EndpointId) -> Vec<u64> {
         let ours = self

@@ -63,16 +63,7 @@ impl Regions {
             at,
             8,
             |a| a.atomic,
-            |mem, off| {
-                Ok(
-                    match mem
-                        .word(off)?
-                        .compare_exchange(expect, new, Ordering::SeqCst, Ordering::SeqCst)
-                    {
-                        Ok(old) | Err(old) => old,
-                    },
-                )
-            },
+            |mem, off| mem.compare_and_swap(off, expect, new),
         )
     }
 

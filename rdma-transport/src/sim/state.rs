@@ -108,18 +108,8 @@ impl State {
     pub fn crash(&mut self, addr: &str) {
         let Some(id) = self.find(addr) else { return };
         self.endpoints[id].go_down();
-        let pairs: Vec<PairId> = self.lanes.pairs.keys().copied().collect();
-        for pair in pairs {
-            for end in 0..2 {
-                if self
-                    .lanes
-                    .pairs
-                    .get(&pair)
-                    .is_some_and(|p| p.ends[end].endpoint == id)
-                {
-                    self.crash_end(pair, end);
-                }
-            }
+        for (pair, end) in self.lanes.ends_of(id) {
+            self.crash_end(pair, end);
         }
     }
 
@@ -408,22 +398,12 @@ impl State {
         if !self.endpoints[endpoint].up {
             return Vec::new();
         }
-        let pairs: Vec<PairId> = self.lanes.pairs.keys().copied().collect();
+        let addr = self.endpoints[endpoint].addr.clone();
         let mut after = Vec::new();
-        for pair in pairs {
-            for end in 0..2 {
-                if self
-                    .lanes
-                    .pairs
-                    .get(&pair)
-                    .is_some_and(|p| p.ends[end].endpoint == endpoint)
-                {
-                    let addr = self.endpoints[endpoint].addr.clone();
-                    self.lanes
-                        .tell(pair, 1 - end, disconnected(&addr, "the peer has gone"));
-                    after.push(self.end(pair, end, TransportError::Shutdown));
-                }
-            }
+        for (pair, end) in self.lanes.ends_of(endpoint) {
+            self.lanes
+                .tell(pair, 1 - end, disconnected(&addr, "the peer has gone"));
+            after.push(self.end(pair, end, TransportError::Shutdown));
         }
         self.endpoints[endpoint].go_down();
         after

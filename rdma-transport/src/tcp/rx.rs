@@ -389,14 +389,7 @@ fn small(regions: &Memory, op: Desc, head: &[u8], reply: &mut Vec<u8>) -> Result
     };
     let act = |mem: &Arc<SharedMem>, off: usize| -> Result<(), TransportError> {
         let value = match op.kind {
-            DescKind::Cas => {
-                match mem
-                    .word(off)?
-                    .compare_exchange(op.a, op.b, Ordering::SeqCst, Ordering::SeqCst)
-                {
-                    Ok(old) | Err(old) => old,
-                }
-            }
+            DescKind::Cas => mem.compare_and_swap(off, op.a, op.b)?,
             DescKind::Faa => mem.word(off)?.fetch_add(op.a, Ordering::SeqCst),
             DescKind::Words => {
                 reply.extend_from_slice(head);

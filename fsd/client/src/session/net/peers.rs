@@ -16,7 +16,7 @@ use fsd_proto::rpc::{Errno, RpcError};
 use fsd_proto::wire::{self, FrameKind, Hello, MountRequest, PeerState, Role};
 
 #[derive(Default)]
-pub(super) struct Peer {
+struct Peer {
     /// Made by either mount.
     conn: Option<Arc<dyn Connection>>,
     stream: Stream,
@@ -37,7 +37,10 @@ impl Peer {
 
     /// Sends what has not gone yet; whatever the connection loses goes over the next one.
     fn flush(&mut self) {
-        let Some(conn) = self.live().cloned() else { return };
+        // Not `live`, which borrows the stream as well; a message that comes calls this, mostly for nothing.
+        let Some(conn) = self.conn.as_ref().filter(|c| c.is_alive()) else {
+            return;
+        };
         while let Some(frame) = self.stream.next() {
             if conn.queue(&wire::plain(FrameKind::Lease, &frame)).is_err() {
                 return;
