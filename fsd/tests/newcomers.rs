@@ -131,6 +131,11 @@ impl Service for Slow {
                 node: 0,
                 incarnation: 0,
                 epoch: 0,
+                terms: fsd_proto::wire::Terms {
+                    term_ms: 10_000,
+                    margin_ms: 2_000,
+                    heartbeat_ms: 1_000,
+                },
                 record_bytes: 64,
                 storage: Vec::new(),
                 executed: 0,

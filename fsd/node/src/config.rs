@@ -8,8 +8,8 @@ mod size;
 pub use error::ConfigError;
 pub use key::read_key;
 pub use sections::{
-    CacheMode, FabricChoice, LeaseConfig, MetaConfig, MountConfig, StorageConfig, VerbsConfig, default_scrub,
-    default_scrub_pause,
+    CacheMode, FabricChoice, LeaseConfig, MembershipConfig, MetaConfig, MountConfig, StorageConfig,
+    VerbsConfig, default_scrub, default_scrub_pause,
 };
 pub use size::Size;
 
@@ -41,6 +41,9 @@ pub struct Config {
     /// Lease settings.
     #[serde(default)]
     pub lease: LeaseConfig,
+    /// How long mounts may act on what they were told.
+    #[serde(default)]
+    pub membership: MembershipConfig,
     /// The metadata server.
     pub meta: MetaConfig,
     /// The storage nodes.

@@ -114,6 +114,9 @@ pub mod meta {
         CancelLock { lock: LockSpec } -> (), MetaReply::Done => ();
         ReleaseLocks { ino: u64, owner: LockOwner } -> (), MetaReply::Done => ();
         StatFs {} -> Figures, MetaReply::StatFs(figures) => figures;
+        Heartbeat {} -> (), MetaReply::Done => ();
+        Evict { node: u16 } -> (), MetaReply::Done => ();
+        Relay { to: u16, frame: Vec<u8> } -> (), MetaReply::Done => ();
         Status {} -> MetaStatus, MetaReply::Status(status) => status;
         Cluster {} -> (Vec<StorageInfo>, u32), MetaReply::Cluster { storage, record_bytes } => (storage, record_bytes);
     }
@@ -122,7 +125,8 @@ pub mod meta {
 /// Of a storage node.
 pub mod storage {
     use crate::wire::{
-        Attached, BlockFrame, BlockWant, Frame, PoolSpace, StorageReply, StorageRequest, StorageStatus,
+        Attached, BlockFrame, BlockWant, DeadMount, Frame, PoolSpace, Recovered, StorageReply,
+        StorageRequest, StorageStatus,
     };
 
     requests! { StorageRequest, StorageReply;
@@ -135,6 +139,8 @@ pub mod storage {
         Free { ino: u64, first: u64, last: u64 } -> u64, StorageReply::Freed(bytes) => bytes;
         Flush { inos: Vec<u64> } -> (), StorageReply::Done => ();
         ResetLeases {} -> (), StorageReply::Done => ();
+        Fence { dead: DeadMount } -> (), StorageReply::Done => ();
+        Recover { dead: Vec<DeadMount> } -> Recovered, StorageReply::Recovered(recovered) => recovered;
         Compare { place: u64, accept: bool } -> (u64, u64), StorageReply::Compared { generation, place } => (generation, place);
         Space {} -> PoolSpace, StorageReply::Space(space) => space;
         Status {} -> StorageStatus, StorageReply::Status(status) => status;
@@ -145,7 +151,7 @@ pub mod storage {
 
 /// Of a mount: each request has answers of its own kind.
 pub mod mount {
-    use crate::wire::{Act, MountRequest, MountStatus, Visited};
+    use crate::wire::{Act, MountRequest, MountStatus, View as Members, Visited};
 
     /// [`MountRequest::Status`].
     #[derive(Debug, Clone, PartialEq, Eq)]
@@ -188,6 +194,27 @@ pub mod mount {
 
         fn reply(answer: Visited) -> Option<Visited> {
             Some(answer)
+        }
+    }
+
+    /// [`MountRequest::View`].
+    #[derive(Debug, Clone, PartialEq, Eq)]
+    pub struct View {
+        /// As in [`MountRequest::View`].
+        pub view: Members,
+    }
+
+    impl super::Request for View {
+        type Message = MountRequest;
+        type Answer = ();
+        type Reply = ();
+
+        fn message(self) -> MountRequest {
+            MountRequest::View(self.view)
+        }
+
+        fn reply((): ()) -> Option<()> {
+            Some(())
         }
     }
 }

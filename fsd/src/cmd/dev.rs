@@ -96,6 +96,7 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
         timeout_ms: 10_000,
         verbs: Default::default(),
         lease,
+        membership: Default::default(),
         meta: MetaConfig {
             listen: address("meta")?,
             dir: state.join("meta"),

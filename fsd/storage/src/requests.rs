@@ -52,7 +52,11 @@ impl Requests {
                 let answer = self.quick(responder.conn().id(), request);
                 responder.reply(&answer);
             }
-            StorageRequest::ResetLeases | StorageRequest::Cut { .. } | StorageRequest::Compare { .. } => {
+            StorageRequest::ResetLeases
+            | StorageRequest::Cut { .. }
+            | StorageRequest::Compare { .. }
+            | StorageRequest::Fence { .. }
+            | StorageRequest::Recover { .. } => {
                 responder.reply::<StorageReply>(&Err(Errno(libc::EPERM)));
             }
             quick => {
@@ -115,6 +119,8 @@ impl Requests {
                 Ok(StorageReply::Inodes(space.index.inodes(after, INODES)))
             }
             StorageRequest::Flush { .. }
+            | StorageRequest::Fence { .. }
+            | StorageRequest::Recover { .. }
             | StorageRequest::ResetLeases
             | StorageRequest::Status
             | StorageRequest::Cut { .. } => Err(Errno(libc::EINVAL)),

@@ -18,12 +18,13 @@ use crate::namespace::transactions::Transactions;
 use crate::nodes::stores::Stores;
 use fsd_proto::clock::{Skew, Verdict};
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{JoinReply, LockSpec, MetaReply, NodeInfo};
+use fsd_proto::wire::{JoinReply, LockSpec, MetaReply, NodeInfo, Terms};
 
 /// The mounts.
 pub struct Members {
     pub sessions: Mutex<Sessions>,
     pub record_bytes: u32,
+    pub terms: Terms,
     pub journal: Journal,
     pub stores: Arc<Stores>,
     pub transactions: Arc<Transactions>,
@@ -110,6 +111,7 @@ impl Members {
             node,
             incarnation,
             epoch: 0,
+            terms: self.terms,
             record_bytes: self.record_bytes,
             storage: self.stores.infos(),
             executed: self.journal.order.executed(),

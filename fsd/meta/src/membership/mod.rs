@@ -21,6 +21,7 @@ use crate::nodes::Nodes;
 use crate::rules::Rules;
 use copies::Copies;
 use fsd_node::config::Config;
+use fsd_proto::wire::Terms;
 use locks::FileLocks;
 use members::Members;
 use recovery::Recovery;
@@ -55,6 +56,11 @@ impl Membership {
         let members = Arc::new(Members {
             sessions: Mutex::new(sessions),
             record_bytes: superblock.record_bytes,
+            terms: Terms {
+                term_ms: config.membership.term_ms,
+                margin_ms: config.membership.margin_ms,
+                heartbeat_ms: config.membership.heartbeat_ms,
+            },
             journal: journal.clone(),
             stores: Arc::clone(&nodes.stores),
             transactions: Arc::clone(&namespace.transactions),

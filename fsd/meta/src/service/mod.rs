@@ -205,6 +205,8 @@ impl Service {
             | MetaRequest::ReserveInodes { .. }
             | MetaRequest::Replay { .. }
             | MetaRequest::SetLock { .. } => no(libc::EPROTO),
+            MetaRequest::Heartbeat => members.of(conn).map(|_| MetaReply::Done),
+            MetaRequest::Evict { .. } | MetaRequest::Relay { .. } => no(libc::ENOSYS),
         }
     }
 

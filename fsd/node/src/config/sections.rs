@@ -102,6 +102,29 @@ impl Default for LeaseConfig {
     }
 }
 
+/// How long mounts may act on what they were told, and when one that is silent is declared dead.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MembershipConfig {
+    /// For so long after a heartbeat that was answered a mount may act, milliseconds: what a mount has leased that dies with its host is
+    /// free again after this and `margin_ms`. 2000 works on a quiet network.
+    pub term_ms: u64,
+    /// By so much longer the metadata server waits, milliseconds: for clocks that run at different rates, and for busy hosts.
+    pub margin_ms: u64,
+    /// Between two heartbeats of a mount, milliseconds; at most a third of the term.
+    pub heartbeat_ms: u64,
+}
+
+impl Default for MembershipConfig {
+    fn default() -> Self {
+        Self {
+            term_ms: 10_000,
+            margin_ms: 2_000,
+            heartbeat_ms: 1_000,
+        }
+    }
+}
+
 /// The metadata server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -7,6 +7,7 @@ use crate::errno::Errno;
 
 use super::attr::{Attr, AttrUpdate, Kind, Time};
 use super::locks::{LockOwner, LockSpec};
+use super::membership::Terms;
 
 /// An inode that the requester holds exclusively, and the version it will have when it lets go of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -256,6 +257,21 @@ pub enum MetaRequest {
     },
     /// Capacity and inode counts.
     StatFs,
+    /// A mount lives. `ESTALE`: it has been declared dead.
+    Heartbeat,
+    /// An operator's: this mount is to be declared dead now. Answered when what it had has been taken back.
+    Evict {
+        /// Its node number.
+        node: u16,
+    },
+    /// A frame of lease messages for a mount that the sender cannot reach itself.
+    Relay {
+        /// The other mount.
+        to: u16,
+        /// The frame.
+        #[serde(with = "serde_bytes")]
+        frame: Vec<u8>,
+    },
     /// For `fsd status`.
     Status,
     /// Where the storage nodes are, and what format fixed.
@@ -282,8 +298,10 @@ pub struct JoinReply {
     pub node: u16,
     /// Its incarnation.
     pub incarnation: u8,
-    /// Current epoch of the membership.
-    pub epoch: u32,
+    /// Who takes part; a mount that comes back while leases of the dead are taken back is told again by a `View`.
+    pub epoch: u64,
+    /// How long it may act on that.
+    pub terms: Terms,
     /// Bytes of a lease record.
     pub record_bytes: u32,
     /// The storage nodes.
@@ -388,7 +406,7 @@ pub struct MetaStatus {
     /// Requests answered since start.
     pub requests: u64,
     /// Epoch.
-    pub epoch: u32,
+    pub epoch: u64,
     /// Up to this place its order is durable.
     pub durable: u64,
     /// Generations of the storage nodes' stores, as last heard.

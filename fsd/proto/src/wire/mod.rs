@@ -8,12 +8,14 @@ mod flat;
 #[cfg(test)]
 mod fuzz_tests;
 mod locks;
+mod membership;
 mod meta;
 mod mount;
 mod storage;
 
 pub use attr::{Attr, AttrUpdate, Kind, Time};
 pub use locks::{LockKind, LockOwner, LockRange, LockSpec};
+pub use membership::{DeadMount, Recovered, Terms, View};
 pub use meta::{
     Created, DirEntry, InoRange, JoinReply, Logged, MetaReply, MetaRequest, MetaStatus, NamespaceOp,
     NodeInfo, PeerState, StatFs, StorageInfo, Touched,
@@ -26,7 +28,7 @@ pub use storage::{
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages; nodes of different versions refuse each other.
-pub const PROTOCOL: u32 = 8;
+pub const PROTOCOL: u32 = 9;
 
 /// What a node says it is when it connects (authenticated by the transport's handshake).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

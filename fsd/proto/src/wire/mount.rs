@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::membership::View;
 use crate::errno::Errno;
 
 /// Requests to a mount.
@@ -17,6 +18,18 @@ pub enum MountRequest {
         offset: u64,
         /// What.
         act: Act,
+    },
+    /// From the metadata server: who takes part. Answered when the mount has got there.
+    View(View),
+    /// From the metadata server: a frame of lease messages of a mount that cannot reach this one.
+    Relay {
+        /// The other mount.
+        from: u16,
+        /// Its life.
+        life: u64,
+        /// The frame.
+        #[serde(with = "serde_bytes")]
+        frame: Vec<u8>,
     },
 }
 

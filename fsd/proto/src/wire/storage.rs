@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::membership::{DeadMount, Recovered};
+
 /// A place in a storage node's pool: where a block of a file lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Frame {
@@ -87,6 +89,18 @@ pub enum StorageRequest {
     },
     /// Clears the whole lease table (no mount is alive). From the metadata server only.
     ResetLeases,
+    /// A life of a mount is dead: its connections are ended, and nothing of it is served any more, for ever. Answered when nothing
+    /// of it can change memory any more. From the metadata server only.
+    Fence {
+        /// Who.
+        dead: DeadMount,
+    },
+    /// Takes back what the dead had: their lease records, opens, pins and reservations. Only once they are fenced everywhere, and
+    /// no living mount names them in a record any more. From the metadata server only.
+    Recover {
+        /// Who.
+        dead: Vec<DeadMount>,
+    },
     /// From the metadata server: how far its order is durable; what is known of that, and the store's generation, is answered.
     Compare {
         /// The place.
@@ -206,6 +220,8 @@ pub enum StorageReply {
     Space(PoolSpace),
     /// To `Status`.
     Status(StorageStatus),
+    /// To `Recover`.
+    Recovered(Recovered),
     /// To `Inodes`: empty when there are no more.
     Inodes(Vec<u64>),
 }

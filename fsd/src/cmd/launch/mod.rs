@@ -149,6 +149,7 @@ fn base(args: &LaunchArgs) -> Config {
         spin_us: 0,
         timeout_ms: 10_000,
         lease,
+        membership: Default::default(),
         meta: MetaConfig {
             listen: String::new(),
             dir: nowhere,
