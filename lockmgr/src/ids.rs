@@ -64,14 +64,14 @@ impl fmt::Display for Mode {
 }
 
 /// Words of a bitmap that are stored in place: those of the smallest record.
-const INLINE: usize = 3;
+const INLINE: usize = 2;
 /// Words of the largest bitmap (a record of 512 bytes).
-pub(crate) const MAX_WORDS: usize = 31;
+pub(crate) const MAX_WORDS: usize = 20;
 const REST: usize = MAX_WORDS - INLINE;
 
 /// A set of nodes.
 ///
-/// The first 192 nodes, all that the smallest record can hold, are kept in place; the rest is allocated only
+/// The first 128 nodes, all that the smallest record can hold, are kept in place; the rest is allocated only
 /// while one of them is a member, so a state machine stays small and its equality is that of the sets.
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct NodeSet {

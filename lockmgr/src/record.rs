@@ -5,6 +5,7 @@
 //! word 1       flags
 //! words 2..    holders  one bit a node, of nodes 10 and up
 //! words ..     opens    one bit a node
+//! words ..     uses     one bit a node
 //! ```
 //!
 //! The holder bits of the first nodes are in the owner word: one atomic shows them, and the owner, at once. The others' are
@@ -128,7 +129,7 @@ impl OwnerWord {
 /// Where things are in a record of a given size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RecordLayout {
-    map_words: u32,
+    words: u32,
 }
 
 impl RecordLayout {
@@ -146,7 +147,7 @@ impl RecordLayout {
     pub const fn new(record_bytes: u32) -> Result<Self, LeaseError> {
         match record_bytes {
             64 | 128 | 256 | 512 => Ok(Self {
-                map_words: (record_bytes / 8 - 2) / 2,
+                words: record_bytes / 8,
             }),
             _ => Err(LeaseError::RecordSize { bytes: record_bytes }),
         }
@@ -155,25 +156,32 @@ impl RecordLayout {
     /// Bytes of a record.
     #[must_use]
     pub const fn record_bytes(self) -> u64 {
-        (self.map_words as u64 * 2 + 2) * 8
+        self.words as u64 * 8
     }
 
-    /// Words of each bitmap.
+    /// Words of each of the three bitmaps.
     #[must_use]
     pub const fn map_words(self) -> u32 {
-        self.map_words
+        (self.words - 2) / 3
     }
 
     /// Nodes a record has bits for.
     #[must_use]
     pub const fn max_nodes(self) -> u16 {
-        (self.map_words * 64) as u16
+        (self.map_words() * 64) as u16
     }
 
     /// Offset of the opens bitmap.
     #[must_use]
     pub const fn opens(self) -> u64 {
-        Self::HOLDERS + self.map_words as u64 * 8
+        Self::HOLDERS + self.map_words() as u64 * 8
+    }
+
+    /// Offset of the uses bitmap: beside an open bit, the node has the file open for writing; alone, it keeps the inode for a
+    /// look-up.
+    #[must_use]
+    pub const fn uses(self) -> u64 {
+        self.opens() + self.map_words() as u64 * 8
     }
 
     /// Offset in the record of the word with the node's holder bit, and the bit.
@@ -191,10 +199,16 @@ impl RecordLayout {
         (self.opens() + node.0 as u64 / 64 * 8, 1 << (node.0 % 64))
     }
 
-    /// The set from the words of a bitmap read at [`Self::HOLDERS`] or [`Self::opens`].
+    /// Offset in the record of the word with the node's use bit, and the bit.
+    #[must_use]
+    pub const fn use_bit(self, node: NodeId) -> (u64, u64) {
+        (self.uses() + node.0 as u64 / 64 * 8, 1 << (node.0 % 64))
+    }
+
+    /// The set from the words of a bitmap read at [`Self::HOLDERS`], [`Self::opens`] or [`Self::uses`].
     #[must_use]
     pub fn set(self, words: &[u64]) -> NodeSet {
-        NodeSet::from_words(&words[..words.len().min(self.map_words as usize)])
+        NodeSet::from_words(&words[..words.len().min(self.map_words() as usize)])
     }
 }
 
@@ -222,7 +236,7 @@ mod tests {
         }
 
         #[test]
-        fn bits_stay_in_their_map(size in prop::sample::select(vec![64u32, 128, 256, 512]), node in 0u16..1984) {
+        fn bits_stay_in_their_map(size in prop::sample::select(vec![64u32, 128, 256, 512]), node in 0u16..1280) {
             let layout = RecordLayout::new(size).unwrap();
             prop_assume!(node < layout.max_nodes());
             let (at, bit) = layout.holder_bit(NodeId(node));
@@ -234,15 +248,17 @@ mod tests {
                 prop_assert!(at >= 16 && at < layout.opens());
             }
             let (at, _) = layout.open_bit(NodeId(node));
-            prop_assert!(at >= layout.opens() && at < layout.record_bytes());
+            prop_assert!(at >= layout.opens() && at < layout.uses());
+            let (at, _) = layout.use_bit(NodeId(node));
+            prop_assert!(at >= layout.uses() && at < layout.record_bytes());
         }
     }
 
     #[test]
     fn sizes() {
         let nodes = [64u32, 128, 256, 512].map(|b| RecordLayout::new(b).unwrap().max_nodes());
-        assert_eq!(nodes, [192, 448, 960, 1984]);
-        assert_eq!(NodeSet::MAX_NODES, 1984);
+        assert_eq!(nodes, [128, 256, 640, 1280]);
+        assert!(nodes.iter().all(|&n| n <= NodeSet::MAX_NODES));
         assert!(matches!(
             RecordLayout::new(100),
             Err(LeaseError::RecordSize { bytes: 100 })

@@ -51,10 +51,10 @@ pub struct Held {
 impl Held {
     /// Counts the record of these words in.
     fn count(&mut self, record: &[u64]) {
-        let half = 2 + (record.len() - 2) / 2;
+        let end = 2 + (record.len() - 2) / 3;
         let word = lockmgr::OwnerWord::decode(record[0]);
-        let mut holders = lockmgr::NodeSet::from_words(&record[2..half]);
-        if word.near != 0 || record[2..half].iter().any(|&w| w != 0) {
+        let mut holders = lockmgr::NodeSet::from_words(&record[2..end]);
+        if word.near != 0 || record[2..end].iter().any(|&w| w != 0) {
             self.shared += 1;
         }
         for node in word.near_holders().iter() {

@@ -351,15 +351,15 @@ fn what_is_refused() {
         Err(LeaseError::Misuse { .. })
     ));
     let side = Arc::clone(&p.sides[0]);
-    let cfg = ManagerConfig::new(NodeId(192), 1, layout());
+    let cfg = ManagerConfig::new(NodeId(128), 1, layout());
     let error = LeaseManager::new(cfg, Arc::clone(&side) as _, side)
         .err()
         .unwrap();
     assert_eq!(
         error,
         LeaseError::NodeTooLarge {
-            node: NodeId(192),
-            max_nodes: 192
+            node: NodeId(128),
+            max_nodes: 128
         }
     );
     assert!(p.managers[0].snapshot().is_empty());

@@ -79,7 +79,7 @@ impl From<VerbsConfig> for VerbsOptions {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LeaseConfig {
-    /// Bytes of a lease record: 64, 128, 256 or 512 (fixed at format; 64 allows 192 mounts).
+    /// Bytes of a lease record: 64, 128, 256 or 512 (fixed at format; 64 allows 128 mounts).
     pub record_bytes: u32,
     /// A granted lease is not given up before this time, microseconds.
     pub min_hold_us: u64,
