@@ -55,6 +55,8 @@ const SMALL: Options = Options {
     confirm: false,
     leave: false,
     losses: 0,
+    crashes: 0,
+    restarts: 0,
     flaws: 0,
     symmetry: true,
     depth_first: false,
