@@ -188,7 +188,11 @@ impl State {
                 continue;
             }
             let lens = std::array::from_fn(|j| {
-                if self.alive(j) { self.channels[i][j].len() as u8 } else { 0 }
+                if self.alive(j) {
+                    self.channels[i][j].len() as u8
+                } else {
+                    0
+                }
             });
             let place = &mut self.nodes[i].place;
             place.settled = true;

@@ -1,3 +1,5 @@
+mod deaths;
+
 use super::*;
 use crate::fsm::Flaw;
 
