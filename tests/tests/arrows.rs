@@ -80,6 +80,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "storing",
             "files",
             "revoke",
+            "membership",
             "calls",
             "client",
             "fuse",

@@ -146,6 +146,7 @@ pub fn run(cli: Cli) -> ExitCode {
         } => load(&role).and_then(|(c, key)| {
             let cache = cache.unwrap_or(c.mount.cache);
             let options = fsd_client::MountOptions {
+                former: role::former(),
                 options,
                 point,
                 cache,
@@ -154,7 +155,7 @@ pub fn run(cli: Cli) -> ExitCode {
                 allow_nonempty,
                 auto_unmount,
             };
-            role::mount(&c, key, &options)
+            role::mount(&c, &key, &options)
         }),
         Command::Format(args) => format::run(&args),
         Command::Check(args) => check::run(&args),

@@ -75,7 +75,10 @@ impl Push {
     }
 
     /// Tells the metadata server what `push_attrs` has not, or has not been answered for.
-    fn push_attrs_now(&self, inode: &Inode) -> Res<()> {
+    ///
+    /// # Errors
+    /// The server cannot be reached, or refuses.
+    pub fn push_attrs_now(&self, inode: &Inode) -> Res<()> {
         let _order = self.attr_push.lock();
         let update = {
             let push = inode.push.lock();
