@@ -147,4 +147,19 @@ pub trait Connection: Send + Sync {
     }
     /// Ends the connection; both sides get [`Handler::disconnected`].
     fn close(&self);
+    /// As [`Connection::close`], for a peer that must change nothing any more: when this returns, none of its operations can take
+    /// effect, whatever has become of it. A peer that executes its operations itself, as over shared memory, and is stopped in the
+    /// middle of one has its process ended. Must not be called from a [`Handler`] callback.
+    ///
+    /// # Errors
+    /// That cannot be brought about.
+    fn expel(&self) -> Result<(), TransportError> {
+        self.close();
+        Ok(())
+    }
+    /// Has it ended, and is it certain that none of the peer's operations takes effect any more? Where it is not,
+    /// [`Connection::expel`] sees to that.
+    fn settled(&self) -> bool {
+        !self.is_alive()
+    }
 }

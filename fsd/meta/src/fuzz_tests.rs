@@ -6,9 +6,8 @@ use proptest::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::crash_tests::world::{Disks, config};
+use super::crash_tests::world::{Disks, config, reach};
 use super::journal::records::{Dirent, Inode, LAYOUT, Member, Superblock, decode, encode, key};
-use super::nodes::fabric::StorageNodes;
 use super::rules::Rules;
 use super::service::Service;
 use fsd_node::fake_disk::{FakeStore, Table};
@@ -82,8 +81,8 @@ proptest! {
         let memory = tempfile::tempdir().unwrap();
         let mut config = config().clone();
         config.meta.memory_dir = memory.path().to_owned();
-        let nodes = Disks::new().nodes as Arc<dyn StorageNodes>;
+        let reach = reach(&Disks::new().nodes);
         let options = (false, Rules::without(None));
-        let _ = Service::open(Arc::new(FakeStore::with(table)), &config, &superblock, options, |_| nodes);
+        let _ = Service::open(Arc::new(FakeStore::with(table)), &config, &superblock, options, |_| reach);
     }
 }

@@ -1,4 +1,4 @@
-//! What the server does by itself: freeing the blocks of removed files, looking after membership.
+//! What the server does by itself: freeing the blocks of removed files, ending the recovery window.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,22 +6,18 @@ use std::time::Duration;
 use rt::channel::{Either, Receiver, recv_either};
 use rt::time::Instant;
 
-use crate::membership::clear::Clearing;
-use crate::membership::members::Members;
 use crate::namespace::Namespace;
 use crate::namespace::freeing::Told;
 use crate::service::Service;
 use fsd_proto::wire::MetaReply;
 
-/// How often membership and freed inodes are looked after while there is something to do.
+/// How often freed inodes are looked after while there is something to do.
 const TICK: Duration = Duration::from_secs(1);
 
 /// Keeps house.
 pub struct House {
     service: Arc<Service>,
     namespace: Namespace,
-    members: Arc<Members>,
-    clearing: Clearing,
     /// Inodes whose blocks are to be freed.
     backlog: Vec<u64>,
     /// When that was last done.
@@ -31,17 +27,9 @@ pub struct House {
 impl House {
     /// Of a server.
     pub fn new(service: &Arc<Service>) -> Self {
-        let members = &service.membership.members;
         Self {
             service: Arc::clone(service),
             namespace: service.namespace.clone(),
-            members: Arc::clone(members),
-            clearing: Clearing {
-                journal: service.journal.clone(),
-                nodes: service.nodes.clone(),
-                members: Arc::clone(members),
-                rules: service.rules,
-            },
             backlog: Vec::new(),
             freed: None,
         }
@@ -61,7 +49,7 @@ impl House {
         }
     }
 
-    /// Deals with what was told, and with what has become of the mounts.
+    /// Deals with what was told.
     pub fn look_after(&mut self, news: Vec<Told>) {
         let mut waiting = Vec::new();
         for one in news {
@@ -82,12 +70,6 @@ impl House {
         for responder in waiting {
             responder.reply(&Ok(MetaReply::Settled { orphans }));
         }
-        self.members.bury();
         self.service.end_window();
-        if self.members.only_dead()
-            && let Err(error) = self.clearing.clear()
-        {
-            tracing::error!("recovery is not complete: {error}");
-        }
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use rdma_transport::Fabric;
-use rt::channel::{Sender, unbounded};
+use rt::channel::{RecvTimeoutError, Sender, unbounded};
 use rt::thread::JoinHandle;
 
 pub use crate::journal::format::{check_unformatted, format, make};
@@ -12,9 +12,11 @@ use crate::error::MetaError;
 use crate::house::House;
 use crate::journal::format::read_superblock;
 use crate::membership::missed;
+use crate::nodes::Reach;
 use crate::nodes::fabric::{FabricNodes, StorageNodes};
+use crate::nodes::mounts::FabricMounts;
 use crate::rules::Rules;
-use crate::service::Service;
+use crate::service::{News, Service};
 use fsd_node::config::Config;
 use fsd_node::endpoint::{Endpoint, Network};
 use fsd_node::memory::{Claim, Note};
@@ -38,7 +40,7 @@ pub struct MetaServer {
     fabric: Arc<dyn Fabric>,
     threads: Vec<JoinHandle<()>>,
     /// One for each thread that sleeps.
-    stop: [Sender<()>; 3],
+    stop: Vec<Sender<()>>,
     claim: Claim,
 }
 
@@ -92,47 +94,28 @@ impl MetaServer {
         })?;
         let mut nodes = None;
         let options = (accept_older, base.rules);
+        let mounts = Arc::<FabricMounts>::default();
         let (service, news) = Service::open(base.store, config, &superblock, options, |stores| {
             let made = nodes.insert(Arc::new(FabricNodes::new(stores, config.timeout_ms)));
-            Arc::clone(made) as Arc<dyn StorageNodes>
+            Reach {
+                storage: Arc::clone(made) as Arc<dyn StorageNodes>,
+                mounts: Arc::clone(&mounts) as _,
+            }
         })?;
         let called = Arc::clone(&service) as Arc<dyn rpc::Service>;
         let listen = config.meta.listen.clone();
         let Endpoint { fabric, calls, .. } =
             Endpoint::open_in(base.network, config, Role::Meta, listen, cluster_key, called)?;
+        mounts.attach(Arc::clone(&calls));
         if let Some(nodes) = nodes {
             nodes.attach(&fabric, calls);
         }
-        let (stop, stop_in) = unbounded();
-        let (stop_comparing, compare_in) = unbounded();
-        let (stop_looking, look_in) = unbounded();
-        let thread = |name: &str, body: Box<dyn FnOnce() + Send>| {
-            rt::thread::Builder::new()
-                .name(name.into())
-                .spawn(body)
-                .map_err(|error| MetaError::Io {
-                    what: format!("cannot start thread {name}"),
-                    error,
-                })
-        };
-        let commits = Arc::clone(&service.journal.commits);
-        let house = House::new(&service);
-        let copies = Arc::clone(&service.membership.copies);
-        let (members, looks) = (Arc::clone(&service.membership.members), Arc::clone(&fabric));
-        let threads = vec![
-            thread("meta-sync", Box::new(move || commits.run(&news.commits)))?,
-            thread("meta-house", Box::new(move || house.run(&news.house, &stop_in)))?,
-            thread("meta-copies", Box::new(move || copies.run(&compare_in)))?,
-            thread(
-                "meta-members",
-                Box::new(move || missed::watch(&members, &look_in, looks.as_ref())),
-            )?,
-        ];
+        let (threads, stop) = start(&service, news, &fabric)?;
         Ok(Self {
             service,
             fabric,
             threads,
-            stop: [stop, stop_comparing, stop_looking],
+            stop,
             claim,
         })
     }
@@ -168,4 +151,63 @@ impl MetaServer {
         self.claim.remove();
         Ok(())
     }
+}
+
+/// Starts what runs beside the requests; what stops the threads that sleep.
+fn start(
+    service: &Arc<Service>,
+    news: News,
+    fabric: &Arc<dyn Fabric>,
+) -> Result<(Vec<JoinHandle<()>>, Vec<Sender<()>>), MetaError> {
+    let thread = |name: &str, body: Box<dyn FnOnce() + Send>| {
+        rt::thread::Builder::new()
+            .name(name.into())
+            .spawn(body)
+            .map_err(|error| MetaError::Io {
+                what: format!("cannot start thread {name}"),
+                error,
+            })
+    };
+    let (stops, mut stopped): (Vec<_>, Vec<_>) = (0..5).map(|_| unbounded::<()>()).unzip();
+    let mut stopped = || stopped.pop().unwrap_or_else(|| unbounded().1);
+    let membership = &service.membership;
+    let commits = Arc::clone(&service.journal.commits);
+    let (house, house_stop) = (House::new(service), stopped());
+    let (copies, copies_stop) = (Arc::clone(&membership.copies), stopped());
+    let (takeover, takeover_stop) = (Arc::clone(&membership.takeover), stopped());
+    let (judge, judge_stop) = (Arc::clone(service), stopped());
+    let (looker, looker_stop) = (Arc::clone(service), stopped());
+    let fabric = Arc::clone(fabric);
+    let woken = news.membership;
+    let lost = woken.lost;
+    let threads = vec![
+        thread("meta-sync", Box::new(move || commits.run(&news.commits)))?,
+        thread(
+            "meta-house",
+            Box::new(move || house.run(&news.house, &house_stop)),
+        )?,
+        thread("meta-copies", Box::new(move || copies.run(&copies_stop)))?,
+        thread(
+            "meta-takeover",
+            Box::new(move || takeover.run(&woken.takeover, &takeover_stop)),
+        )?,
+        thread(
+            "meta-members",
+            Box::new(move || {
+                let period = judge.membership.members.pulse.lock().period();
+                while let Err(RecvTimeoutError::Timeout) = judge_stop.recv_timeout(period) {
+                    judge.judge();
+                }
+            }),
+        )?,
+        thread(
+            "meta-missed",
+            Box::new(move || {
+                let told = (&lost, &looker_stop);
+                let members = &looker.membership.members;
+                missed::watch(members, told, fabric.as_ref(), &|| looker.judge());
+            }),
+        )?,
+    ];
+    Ok((threads, stops))
 }

@@ -177,6 +177,7 @@ impl Config {
                 ));
             }
         }
+        self.membership.check()?;
         if self.mount.loops == 0 || self.mount.loops > 64 {
             return Err("mount.loops must be between 1 and 64".into());
         }
@@ -261,6 +262,26 @@ mod tests {
             ("10.0.0.1:7000", "10.0.0.1:0", "10.0.0.1:0 has no port"),
             ("fabric", "timeout_ms = 0\nfabric", "timeout_ms = 0"),
             ("fabric", "lease = { wait_ms = 1 }\nfabric", "lease.wait_ms = 1"),
+            (
+                "fabric",
+                "membership = { term_ms = 400, heartbeat_ms = 100 }\nfabric",
+                "membership.term_ms = 400",
+            ),
+            (
+                "fabric",
+                "membership = { margin_ms = 99 }\nfabric",
+                "membership.margin_ms = 99",
+            ),
+            (
+                "fabric",
+                "membership = { heartbeat_ms = 3334 }\nfabric",
+                "membership.heartbeat_ms = 3334",
+            ),
+            (
+                "fabric",
+                "membership = { heartbeat_ms = 0 }\nfabric",
+                "membership.heartbeat_ms = 0",
+            ),
             (
                 "fabric",
                 "mount = { ports = '9-8' }\nfabric",

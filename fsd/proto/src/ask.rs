@@ -125,8 +125,8 @@ pub mod meta {
 /// Of a storage node.
 pub mod storage {
     use crate::wire::{
-        Attached, BlockFrame, BlockWant, DeadMount, Frame, PoolSpace, Recovered, StorageReply,
-        StorageRequest, StorageStatus,
+        Attached, BlockFrame, BlockWant, DeadMount, Frame, PoolSpace, Records, StorageReply, StorageRequest,
+        StorageStatus,
     };
 
     requests! { StorageRequest, StorageReply;
@@ -140,7 +140,9 @@ pub mod storage {
         Flush { inos: Vec<u64> } -> (), StorageReply::Done => ();
         ResetLeases {} -> (), StorageReply::Done => ();
         Fence { dead: DeadMount } -> (), StorageReply::Done => ();
-        Recover { dead: Vec<DeadMount> } -> Recovered, StorageReply::Recovered(recovered) => recovered;
+        Owned { dead: Vec<DeadMount>, from: u64 } -> Records, StorageReply::Records(records) => records;
+        Recover { dead: Vec<DeadMount> } -> (), StorageReply::Done => ();
+        Unused { records: Vec<u64> } -> Records, StorageReply::Records(records) => records;
         Compare { place: u64, accept: bool } -> (u64, u64), StorageReply::Compared { generation, place } => (generation, place);
         Space {} -> PoolSpace, StorageReply::Space(space) => space;
         Status {} -> StorageStatus, StorageReply::Status(status) => status;

@@ -4,6 +4,7 @@ pub mod check;
 pub mod children;
 pub mod clean;
 pub mod dev;
+pub mod evict;
 pub mod format;
 pub mod launch;
 pub mod leftovers;
@@ -96,6 +97,14 @@ pub enum Command {
         /// File to write (mode 0600); - prints the key.
         file: PathBuf,
     },
+    /// Declare a mount dead, so that others get at once what it has leased. What it has not stored is lost.
+    Evict {
+        /// Its number, as fsd status shows it.
+        node: u16,
+        #[command(flatten)]
+        /// Common arguments.
+        role: RoleArgs,
+    },
     /// Show nodes, leases, capacity and health. Exit status: 0 healthy, 1 not, 2 where that cannot be found out from here.
     Status {
         /// Configuration file.
@@ -161,6 +170,9 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Clean(args) => clean::run(&args),
         Command::Keygen { file } => format::keygen(&file).map(|()| ExitCode::SUCCESS),
+        Command::Evict { node, role } => Config::load(&role.config)
+            .map_err(Into::into)
+            .and_then(|config| evict::run(&config, node)),
         Command::Status { config, json } => Ok(status::run(&config, json)),
     };
     match result {

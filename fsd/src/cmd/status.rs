@@ -11,8 +11,8 @@ use serde::Serialize;
 use fsd_node::config::{Config, StorageConfig};
 use fsd_node::endpoint::Endpoint;
 use fsd_proto::ask::{self, Request};
-use fsd_proto::rpc::{Calls, Errno, Responder, Service};
-use fsd_proto::wire::{Hello, MetaStatus, MountStatus, PeerState, Role, StorageStatus};
+use fsd_proto::rpc::{Calls, Errno, Responder, RpcError, Service};
+use fsd_proto::wire::{Hello, MetaStatus, MountStatus, NodeInfo, PeerState, Role, StorageStatus};
 
 struct NoService;
 
@@ -63,6 +63,27 @@ impl Asker {
         })
     }
 
+    /// Connects to a node.
+    ///
+    /// # Errors
+    /// It cannot be reached.
+    pub fn connect(&self, addr: &str) -> anyhow::Result<Arc<dyn Connection>> {
+        Ok(self.fabric.connect(addr)?)
+    }
+
+    /// Asks on a connection, and waits for so long.
+    ///
+    /// # Errors
+    /// The node's refusal; no answer within the time.
+    pub fn ask_for<R: Request>(
+        &self,
+        conn: &Arc<dyn Connection>,
+        request: R,
+        patience: Duration,
+    ) -> Result<R::Reply, RpcError> {
+        ask::ask_on(&self.calls, conn, request, patience)
+    }
+
     fn ask<R: Request>(&self, addr: &str, request: R) -> Result<R::Reply, String> {
         let conn: Arc<dyn Connection> = self.fabric.connect(addr).map_err(|e| e.to_string())?;
         let reply = ask::ask_on(&self.calls, &conn, request, self.timeout).map_err(|e| e.to_string());
@@ -108,7 +129,7 @@ pub fn collect(config: &Config) -> anyhow::Result<Report> {
     let nodes = meta.as_ref().map(|m| m.nodes.clone()).unwrap_or_default();
     let mounts: Vec<_> = nodes
         .iter()
-        .filter(|n| n.state == PeerState::Up)
+        .filter(|n| matches!(n.state, PeerState::Up | PeerState::Late))
         .map(|n| (n.node, asker.ask(&n.listen, ask::mount::Status {})))
         .collect();
     let problems = problems(&meta, &storage, &mounts);
@@ -158,23 +179,7 @@ fn problems(
             ));
         }
     }
-    for node in nodes.iter().filter(|node| node.state != PeerState::Up) {
-        let (number, name) = (node.node, &node.name);
-        if node.state == PeerState::Lost {
-            problems.push(format!("mount {number} ({name}) is not connected"));
-            continue;
-        }
-        let holds = storage.iter().filter_map(|(_, status)| {
-            let holders = &status.as_ref().ok()?.holders;
-            holders.iter().find(|(n, _)| *n == number).map(|(_, count)| count)
-        });
-        problems.push(match holds.sum() {
-            0 => format!("mount {number} ({name}) is dead"),
-            blocked => format!(
-                "mount {number} ({name}) is dead, and {blocked} lease records are blocked that it held: stop the other mounts to have them released"
-            ),
-        });
-    }
+    problems.extend(nodes.iter().filter_map(absent));
     for (number, status) in mounts {
         match status {
             Ok(status) => {
@@ -185,6 +190,24 @@ fn problems(
         }
     }
     problems
+}
+
+/// What is wrong with a mount as the metadata server sees it.
+fn absent(node: &NodeInfo) -> Option<String> {
+    let NodeInfo {
+        node: number, name, ..
+    } = node;
+    let silent = node.silent_ms as f64 / 1000.0;
+    match node.state {
+        PeerState::Up => None,
+        PeerState::Late => Some(format!("mount {number} ({name}) is silent for {silent:.1} s")),
+        PeerState::Lost => Some(format!(
+            "mount {number} ({name}) is not connected, and silent for {silent:.1} s"
+        )),
+        PeerState::Dead => Some(format!(
+            "mount {number} ({name}) is dead, and what it had leased is being taken back"
+        )),
+    }
 }
 
 /// Bytes for people.
@@ -205,8 +228,8 @@ fn print(report: &Report) {
     }
     match &report.meta {
         Ok(m) => println!(
-            "metadata server  up    {} inodes, {} orphans, {} being freed, {} requests",
-            m.inodes, m.orphans, m.freeing, m.requests
+            "metadata server  up    {} inodes, {} orphans, {} being freed, {} requests, epoch {}",
+            m.inodes, m.orphans, m.freeing, m.requests, m.epoch
         ),
         Err(error) => println!("metadata server  DOWN  {error}"),
     }
@@ -241,8 +264,12 @@ fn print(report: &Report) {
     let Ok(meta) = &report.meta else { return };
     for node in &meta.nodes {
         println!(
-            "mount {:<10} {:<5} {} ({} file locks)",
-            node.node, node.state, node.name, node.locks
+            "mount {:<10} {:<5} {} ({} file locks; heard of {} ms ago)",
+            node.node,
+            node.state.to_string(),
+            node.name,
+            node.locks,
+            node.silent_ms
         );
         match report.mounts.iter().find(|(n, _)| *n == node.node) {
             Some((_, Ok(m))) => {

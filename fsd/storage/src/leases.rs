@@ -20,6 +20,8 @@ pub const SEGMENT_RECORDS: u32 = 1 << 16;
 /// Inode numbers are given out one after the other, so nobody needs a segment that lies further than this beyond those
 /// that were needed before.
 const AHEAD: u32 = 16;
+/// Bytes of the table that are looked at together.
+const CHUNK: usize = 64 << 10;
 /// Key in the store of the number of segments that were ever needed.
 const NEEDED: &[u8] = b"s";
 
@@ -68,6 +70,14 @@ impl Held {
             *self.holders.entry(node.0).or_default() += 1;
         }
     }
+}
+
+/// The words of a record's bytes.
+fn words(bytes: &[u8]) -> Vec<u64> {
+    let words = bytes.chunks_exact(8);
+    words
+        .map(|w| u64::from_ne_bytes(w.try_into().unwrap_or_default()))
+        .collect()
 }
 
 fn label_of(prefix: &Path) -> PathBuf {
@@ -214,35 +224,66 @@ impl LeaseTable {
         Ok(segments[wanted].1)
     }
 
-    fn for_each(
+    /// Bytes of a record.
+    pub fn record_bytes(&self) -> u32 {
+        self.record_bytes
+    }
+
+    /// A record by its index: where it is, and its words. None: nobody has ever needed it.
+    ///
+    /// # Errors
+    /// The fabric failed.
+    pub fn read(
         &self,
         conn: &dyn Connection,
-        mut visit: impl FnMut(RemoteAddr, &[u64]) -> Result<(), StorageError>,
+        index: u64,
+    ) -> Result<Option<(RemoteAddr, Vec<u64>)>, StorageError> {
+        let records = u64::from(SEGMENT_RECORDS);
+        let segment = usize::try_from(index / records).unwrap_or(usize::MAX);
+        let Some(key) = self.segments.lock().get(segment).map(|(_, key)| *key) else {
+            return Ok(None);
+        };
+        let offset = index % records * u64::from(self.record_bytes);
+        let at = RemoteAddr { key, offset };
+        let mut bytes = vec![0u8; self.record_bytes as usize];
+        conn.execute(&mut [Op::Read { at, into: &mut bytes }])?;
+        Ok(Some((at, words(&bytes))))
+    }
+
+    /// Visits the records from one on that are not zero, with their indices, until `visit` says false.
+    ///
+    /// # Errors
+    /// The fabric failed; those of `visit`.
+    pub fn for_each(
+        &self,
+        conn: &dyn Connection,
+        from: u64,
+        mut visit: impl FnMut(u64, RemoteAddr, &[u64]) -> Result<bool, StorageError>,
     ) -> Result<(), StorageError> {
         let keys: Vec<RegionKey> = self.segments.lock().iter().map(|(_, key)| *key).collect();
-        let words = self.record_bytes as usize / 8;
-        let zero = vec![0u8; 64 << 10];
-        let mut chunk = vec![0u8; 64 << 10];
-        for key in keys {
-            let mut offset = 0;
+        let record_bytes = u64::from(self.record_bytes);
+        let zero = vec![0u8; CHUNK];
+        let mut chunk = vec![0u8; CHUNK];
+        for (segment, key) in (0..).zip(keys) {
+            let first = segment * u64::from(SEGMENT_RECORDS);
+            let start = from.saturating_sub(first) * record_bytes / CHUNK as u64 * CHUNK as u64;
+            let mut offset = start;
             while offset < self.segment_bytes() {
                 let base = RemoteAddr { key, offset };
                 conn.execute(&mut [Op::Read {
                     at: base,
                     into: &mut chunk,
                 }])?;
-                if chunk != zero {
-                    for (i, bytes) in chunk.chunks_exact(words * 8).enumerate() {
-                        let record: Vec<u64> = bytes
-                            .chunks_exact(8)
-                            .map(|w| u64::from_ne_bytes(w.try_into().unwrap_or_default()))
-                            .collect();
-                        if record.iter().any(|&w| w != 0) {
-                            visit(base.plus((i * words * 8) as u64), &record)?;
-                        }
+                let all = chunk.chunks_exact(record_bytes as usize);
+                for (i, bytes) in (0..).zip(all).filter(|_| chunk != zero) {
+                    let index = first + offset / record_bytes + i;
+                    let record = words(bytes);
+                    let counts = index >= from && record.iter().any(|&w| w != 0);
+                    if counts && !visit(index, base.plus(i * record_bytes), &record)? {
+                        return Ok(());
                     }
                 }
-                offset += chunk.len() as u64;
+                offset += CHUNK as u64;
             }
         }
         Ok(())
@@ -254,9 +295,9 @@ impl LeaseTable {
     /// The fabric failed.
     pub fn held(&self, conn: &dyn Connection) -> Result<Held, StorageError> {
         let mut held = Held::default();
-        self.for_each(conn, |_, record| {
+        self.for_each(conn, 0, |_, _, record| {
             held.count(record);
-            Ok(())
+            Ok(true)
         })?;
         Ok(held)
     }
@@ -268,14 +309,14 @@ impl LeaseTable {
     /// The fabric failed.
     pub fn reset(&self, conn: &dyn Connection) -> Result<u64, StorageError> {
         let mut cleared = 0;
-        self.for_each(conn, |at, record| {
+        self.for_each(conn, 0, |_, at, record| {
             let new = lockmgr::OwnerWord::decode(record[0]).freed_after_death();
             let mut bytes = Vec::with_capacity(record.len() * 8);
             bytes.extend_from_slice(&new.encode().to_ne_bytes());
             bytes.resize(record.len() * 8, 0);
             conn.execute(&mut [Op::Write { at, from: &bytes }])?;
             cleared += 1;
-            Ok(())
+            Ok(true)
         })?;
         Ok(cleared)
     }

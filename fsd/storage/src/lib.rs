@@ -26,6 +26,7 @@ pub mod server;
 mod space;
 mod status;
 mod storing;
+mod takeback;
 mod words;
 mod work;
 

@@ -11,7 +11,7 @@ use super::error::errno;
 use super::leases::SEGMENT_RECORDS;
 use super::status::Counts;
 use super::words::Words;
-use super::work::Work;
+use super::work::{Funeral, Work};
 use fsd_proto::rpc::{Errno, Responder, Service};
 use fsd_proto::wire::{Attached, Hello, Role, StorageReply, StorageRequest};
 
@@ -28,6 +28,7 @@ pub struct Requests {
     pub words: Arc<Words>,
     pub counts: Arc<Counts>,
     pub work: Sender<Work>,
+    pub funerals: Sender<Funeral>,
 }
 
 impl Requests {
@@ -52,10 +53,24 @@ impl Requests {
                 let answer = self.quick(responder.conn().id(), request);
                 responder.reply(&answer);
             }
+            StorageRequest::Fence { dead } if hello.role == Role::Meta => {
+                self.bury(Funeral::Fence(dead, responder));
+            }
+            StorageRequest::Owned { dead, from } if hello.role == Role::Meta => {
+                self.bury(Funeral::Owned(dead, from, responder));
+            }
+            StorageRequest::Recover { dead } if hello.role == Role::Meta => {
+                self.bury(Funeral::Recover(dead, responder));
+            }
+            StorageRequest::Unused { records } if hello.role == Role::Meta => {
+                self.bury(Funeral::Unused(records, responder));
+            }
             StorageRequest::ResetLeases
             | StorageRequest::Cut { .. }
             | StorageRequest::Compare { .. }
             | StorageRequest::Fence { .. }
+            | StorageRequest::Owned { .. }
+            | StorageRequest::Unused { .. }
             | StorageRequest::Recover { .. } => {
                 responder.reply::<StorageReply>(&Err(Errno(libc::EPERM)));
             }
@@ -70,6 +85,13 @@ impl Requests {
         if let Err(refused) = self.work.send(work) {
             let (Work::Flush(_, r) | Work::Reset(r) | Work::Status(r) | Work::Cut(_, r)) = refused.0;
             r.reply::<StorageReply>(&Err(Errno(libc::ESHUTDOWN)));
+        }
+    }
+
+    fn bury(&self, funeral: Funeral) {
+        if let Err(refused) = self.funerals.send(funeral) {
+            let responder = refused.0.responder();
+            responder.reply::<StorageReply>(&Err(Errno(libc::ESHUTDOWN)));
         }
     }
 
@@ -120,7 +142,9 @@ impl Requests {
             }
             StorageRequest::Flush { .. }
             | StorageRequest::Fence { .. }
+            | StorageRequest::Owned { .. }
             | StorageRequest::Recover { .. }
+            | StorageRequest::Unused { .. }
             | StorageRequest::ResetLeases
             | StorageRequest::Status
             | StorageRequest::Cut { .. } => Err(Errno(libc::EINVAL)),
@@ -134,7 +158,7 @@ pub struct Front(pub OnceLock<Requests>);
 
 impl Service for Front {
     fn admit(&self, hello: &Hello) -> Result<(), String> {
-        if let Some(node) = self.0.get() {
+        if let (Some(node), Role::Client(_)) = (self.0.get(), hello.role) {
             node.words.fence.admit(hello.life)?;
         }
         match hello.role {
@@ -156,7 +180,10 @@ impl Service for Front {
 
     fn request(&self, hello: &Hello, body: &[u8], responder: Responder) {
         match self.0.get() {
-            Some(node) => node.request(hello, body, responder),
+            Some(node) => match node.words.fence.serving(hello.life) {
+                Some(_alive) => node.request(hello, body, responder),
+                None => responder.reply::<StorageReply>(&Err(Errno(libc::ESTALE))),
+            },
             None => responder.reply::<StorageReply>(&Err(Errno(libc::EAGAIN))),
         }
     }

@@ -21,7 +21,7 @@ use super::requests::{Front, Requests};
 use super::status::Status;
 use super::storing::Storing;
 use super::words::Words;
-use super::work::Worker;
+use super::work::{self, Worker};
 use fsd_node::config::{Config, FabricChoice, Size, StorageConfig};
 use fsd_node::endpoint::{Endpoint, Network};
 use fsd_node::memory::{Claim, Note};
@@ -90,13 +90,14 @@ impl StorageNode {
             fabric.register(&blocks.media.pool.dirty, Access::ALL)?,
         ];
         let (work, work_in) = unbounded();
+        let (funerals, funerals_in) = unbounded();
         let (stop_flush, flush_in) = unbounded();
         let (stop_scrub, scrub_in) = unbounded();
         let (blocks, stopping) = (Arc::new(blocks), Arc::new(AtomicBool::new(false)));
         let words = Arc::new(Words {
             id,
             table,
-            fence: Fence::default(),
+            fence: Fence::load(Arc::clone(&blocks.media.store))?,
             fabric: Mutex::new(Some(Arc::clone(&fabric))),
             own: Mutex::new(None),
         });
@@ -116,6 +117,7 @@ impl StorageNode {
             words: Arc::clone(&words),
             counts: Arc::clone(&status.counts),
             work,
+            funerals,
         });
         debug_assert!(set.is_ok());
         *words.own.lock() = Some(fabric.connect(&fabric.local_addr())?);
@@ -126,9 +128,13 @@ impl StorageNode {
         };
         let (cleaner, scrubber) = (Arc::clone(&blocks.cleaner), Arc::clone(&blocks));
         let (working, cleaning) = (Arc::clone(&stopping), Arc::clone(&stopping));
+        let (burying, buried) = (Arc::clone(&stopping), Arc::clone(&words));
         let (rate, pause) = (section.scrub.0, Duration::from_secs(section.scrub_pause_s));
         let threads = vec![
             spawn("storage-work", move || worker.run(&work_in, &working))?,
+            spawn("storage-dead", move || {
+                work::bury(&buried, &funerals_in, &burying)
+            })?,
             spawn("storage-clean", move || cleaner.run(&cleaning))?,
             spawn("storage-flush", move || storing.run(&flush_in))?,
             spawn("storage-scrub", move || {

@@ -12,7 +12,7 @@ use super::status::Status;
 use super::storing::Storing;
 use super::words::Words;
 use fsd_proto::rpc::Responder;
-use fsd_proto::wire::StorageReply;
+use fsd_proto::wire::{DeadMount, StorageReply};
 
 /// A request that is handed to the worker.
 pub enum Work {
@@ -20,6 +20,38 @@ pub enum Work {
     Reset(Responder),
     Status(Responder),
     Cut(Vec<End>, Responder),
+}
+
+/// What becomes of the dead: on a thread of its own, for the living wait for it, and must not wait for the disk as well.
+pub enum Funeral {
+    Fence(DeadMount, Responder),
+    Owned(Vec<DeadMount>, u64, Responder),
+    Recover(Vec<DeadMount>, Responder),
+    Unused(Vec<u64>, Responder),
+}
+
+impl Funeral {
+    /// Who waits for the answer.
+    pub fn responder(self) -> Responder {
+        match self {
+            Self::Fence(_, r) | Self::Owned(_, _, r) | Self::Recover(_, r) | Self::Unused(_, r) => r,
+        }
+    }
+}
+
+/// Does what is to be done for the dead, until the node stops.
+pub fn bury(words: &Words, told: &Receiver<Funeral>, stopping: &AtomicBool) {
+    while !stopping.load(Ordering::Acquire) {
+        let (done, responder) = match told.recv_timeout(Duration::from_secs(1)) {
+            Ok(Funeral::Fence(dead, r)) => (words.fence(dead).map(|()| StorageReply::Done), r),
+            Ok(Funeral::Owned(dead, from, r)) => (words.owned(&dead, from).map(StorageReply::Records), r),
+            Ok(Funeral::Recover(dead, r)) => (words.take_back(&dead).map(|()| StorageReply::Done), r),
+            Ok(Funeral::Unused(records, r)) => (words.unused(&records).map(StorageReply::Records), r),
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        responder.reply(&done.map_err(|e| errno(&e)));
+    }
 }
 
 /// Does that.

@@ -10,6 +10,7 @@ use rustix::event::PollFlags;
 use rustix::net::Shutdown;
 
 use super::control::{self, Notice};
+use super::executor::Executor;
 use super::host::Host;
 use super::layout::{Channel, Directory, SLOTS, Side, slot_of};
 use super::send::{Outbox, Sent, Unsent};
@@ -27,6 +28,9 @@ use crate::stats;
 /// Longest time `close` waits for operations of the peer that are being executed at that moment.
 const FENCE: Duration = Duration::from_secs(1);
 
+/// Longest time that an operation of a peer takes which is expelled and not stopped in the middle of it.
+const OPERATION: Duration = Duration::from_millis(100);
+
 /// A region of the peer, mapped here.
 #[derive(Debug)]
 struct Mapped {
@@ -43,6 +47,8 @@ pub(super) struct ShmConn {
     peer_dir: Directory,
     peer_bell: OwnedFd,
     pub(super) sock: Arc<OwnedFd>,
+    /// The peer's process, if it has connected to us and has a number here.
+    executor: Option<Executor>,
     /// Held while a packet is taken from the socket and acted upon: packets count in their order.
     receiving: Mutex<()>,
     maps: RwLock<Vec<Option<Arc<Mapped>>>>,
@@ -62,6 +68,7 @@ pub(super) struct Parts {
     pub(super) peer_dir: Directory,
     pub(super) peer_bell: OwnedFd,
     pub(super) sock: Arc<OwnedFd>,
+    pub(super) executor: Option<Executor>,
 }
 
 impl ShmConn {
@@ -74,6 +81,7 @@ impl ShmConn {
             peer_dir: parts.peer_dir,
             peer_bell: parts.peer_bell,
             sock: parts.sock,
+            executor: parts.executor,
             receiving: Mutex::new(()),
             maps: RwLock::new(Vec::new()),
             outbox: Outbox::new(parts.side),
@@ -486,5 +494,25 @@ impl Connection for ShmConn {
                 self.base.addr
             );
         }
+    }
+
+    fn expel(&self) -> Result<(), TransportError> {
+        self.fail(disconnected(&self.base.addr, "expelled"));
+        let deadline = Instant::now() + OPERATION;
+        while !self.settled() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        if self.settled() {
+            return Ok(());
+        }
+        // One that is stopped in the middle of a copy goes on with it whenever it wakes up.
+        match self.executor.as_ref().filter(|e| !e.is_this()) {
+            Some(executor) => executor.end(),
+            None => Err(common::timed_out(&self.base.addr, OPERATION)),
+        }
+    }
+
+    fn settled(&self) -> bool {
+        !self.alive() && !self.channel.busy(self.side.other())
     }
 }

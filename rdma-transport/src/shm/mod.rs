@@ -14,6 +14,7 @@ mod conn;
 mod control;
 mod core;
 mod endpoint;
+mod executor;
 mod host;
 mod layout;
 mod listen;

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use super::conn::{Parts, ShmConn};
 use super::control::{self, HandshakePipe, Notice};
 use super::core::Core;
+use super::executor::Executor;
 use super::layout::{Channel, Directory, Side};
 use crate::error::TransportError;
 use crate::fabric::Connection;
@@ -21,6 +22,7 @@ const SETUP: &[u8] = b"setup";
 /// Takes an incoming socket: the handshake runs on a thread of its own.
 pub(super) fn accept(core: &Arc<Core>, sock: OwnedFd) {
     let sock = Arc::new(sock);
+    let executor = Executor::of(sock.as_fd());
     let addr = match rustix::net::sockopt::socket_peercred(&*sock) {
         Ok(cred) => format!("process {}", cred.pid.as_raw_nonzero()),
         Err(_) => "a local process".to_owned(),
@@ -34,11 +36,16 @@ pub(super) fn accept(core: &Arc<Core>, sock: OwnedFd) {
                 deadline,
                 timeout,
             },
+            executor,
         )
     });
 }
 
-fn welcome(core: &Arc<Core>, mut pipe: HandshakePipe) -> Result<(), TransportError> {
+fn welcome(
+    core: &Arc<Core>,
+    mut pipe: HandshakePipe,
+    executor: Option<Executor>,
+) -> Result<(), TransportError> {
     let verified = handshake::server(&mut pipe, &core.host.base.local(Provider::Shm), &|identity| {
         core.host.base.handler.admit(identity)
     })?;
@@ -65,6 +72,7 @@ fn welcome(core: &Arc<Core>, mut pipe: HandshakePipe) -> Result<(), TransportErr
         addr: pipe.addr.clone(),
         sock: Arc::clone(&pipe.sock),
         peer: verified.peer,
+        executor,
     };
     let conn = ShmConn::new(core.host.base.next_id(), &core.host, parts);
     let superseded = core.link(&conn);
@@ -140,6 +148,7 @@ pub(super) fn connect(core: &Arc<Core>, path: &str) -> Result<Arc<ShmConn>, Tran
         peer_dir: Directory::of_peer(dir)?,
         peer_bell: bell,
         sock: Arc::clone(&pipe.sock),
+        executor: None,
     };
     let conn = ShmConn::new(serial, &core.host, parts);
     let ready = conn.await_ready(deadline);

@@ -334,4 +334,12 @@ impl Connection for TcpConn {
     fn close(&self) {
         self.fail(disconnected(&self.base.addr, "closed on this side"));
     }
+
+    fn expel(&self) -> Result<(), TransportError> {
+        self.close();
+        // Another thread may have begun to end it, and not have waited yet for what is being executed.
+        self.base.die();
+        drop(self.executing.lock());
+        Ok(())
+    }
 }

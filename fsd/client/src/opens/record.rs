@@ -20,8 +20,7 @@ pub fn pinned(flags: u64) -> bool {
     flags & PINS != 0
 }
 
-/// In word 1 of a lease record: the inode has no name left, or is about to lose its last.
-pub const FLAG_UNLINKED: u64 = 1;
+pub use fsd_proto::layout::FLAG_UNLINKED;
 /// In word 1 of a lease record: unit of the number of mounts that have the file open for writing.
 pub const ONE_WRITER: u64 = 1 << 32;
 

@@ -13,9 +13,10 @@ use rt::sync::Mutex;
 use crate::house::House;
 use crate::journal::format::{make, read_superblock};
 use crate::journal::records::encode;
-use crate::membership::sessions::GRACE;
 use crate::namespace::freeing::Told;
+use crate::nodes::Reach;
 use crate::nodes::fabric::StorageNodes;
+use crate::nodes::mounts::{Done, Mounts};
 use crate::rules::{Flaw, Rules};
 use crate::service::{News, Service};
 use fsd_node::config::Config;
@@ -25,7 +26,7 @@ use fsd_node::store::{Batch, Store};
 use fsd_proto::clock::Skew;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::{Errno, Responder, RpcError, Service as _};
-use fsd_proto::wire::{Hello, MetaReply, MetaRequest, Role, StorageReply, StorageRequest};
+use fsd_proto::wire::{Hello, MetaReply, MetaRequest, Records, Role, StorageReply, StorageRequest, View};
 
 /// Storage nodes; the stores are the metadata server's and theirs.
 pub const NODES: usize = 2;
@@ -155,11 +156,35 @@ impl StorageNodes for FakeNodes {
                 self.0[node].sync().unwrap();
                 StorageReply::Freed(0)
             }
+            StorageRequest::Owned { .. } | StorageRequest::Unused { .. } => {
+                StorageReply::Records(Records::default())
+            }
             _ => StorageReply::Done,
         })
     }
 
     fn close(&self) {}
+}
+
+/// Mounts that have got to every view as soon as they are told of it.
+pub struct FakeMounts;
+
+impl Mounts for FakeMounts {
+    fn tell(&self, _: &Arc<dyn Connection>, _: View, done: Done) {
+        done(Ok(()));
+    }
+
+    fn relay(&self, _: &Arc<dyn Connection>, _: (u16, u64), _: Vec<u8>, done: Done) {
+        done(Ok(()));
+    }
+}
+
+/// What asks them.
+pub fn reach(nodes: &Arc<FakeNodes>) -> Reach {
+    Reach {
+        storage: Arc::clone(nodes) as Arc<dyn StorageNodes>,
+        mounts: Arc::new(FakeMounts),
+    }
 }
 
 pub fn config() -> &'static Config {
@@ -234,8 +259,8 @@ impl Server {
         config.meta.memory_dir = memory.to_owned();
         let superblock = read_superblock(store.as_ref(), &config).unwrap();
         let options = (false, Rules::without(flaw));
-        let nodes = Arc::clone(&disks.nodes) as Arc<dyn StorageNodes>;
-        let (service, news) = Service::open(store, &config, &superblock, options, |_| nodes).unwrap();
+        let reach = reach(&disks.nodes);
+        let (service, news) = Service::open(store, &config, &superblock, options, |_| reach).unwrap();
         Self {
             house: House::new(&service),
             service,
@@ -271,6 +296,8 @@ impl Server {
         let tool = Arc::clone(&self.tool) as Arc<dyn Connection>;
         news.push(Told::Settle(Responder::new(tool, self.next)));
         self.house.look_after(news);
+        self.service.judge();
+        self.service.membership.takeover.advance();
     }
 
     pub fn ask(&mut self, conn: &Arc<FakeConn>, request: &MetaRequest) -> Result<MetaReply, Errno> {
@@ -282,7 +309,9 @@ impl Server {
     /// Whoever has not come is dead.
     pub fn bury(&mut self) {
         for session in self.service.membership.members.sessions.lock().nodes.values_mut() {
-            session.lost = session.lost.map(|since| since.checked_sub(GRACE * 2).unwrap());
+            if session.conn.is_none() {
+                session.gone = true;
+            }
         }
         self.keep_house();
     }

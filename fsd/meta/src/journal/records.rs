@@ -16,6 +16,7 @@
 //! | `L` node seq | answer of a transaction, for exactly-once |
 //! | `T` | the storage nodes' stores |
 //! | `E` | place of the last transaction in the order of all |
+//! | `Y` | the epoch, and the dead whose leases are still to be taken back |
 //! | `Z` | the server stopped in order, and nothing has been carried out since |
 
 use std::collections::HashMap;
@@ -160,6 +161,10 @@ pub mod key {
     /// Place of the last transaction.
     pub fn executed() -> Vec<u8> {
         vec![b'E']
+    }
+    /// The epoch.
+    pub fn view() -> Vec<u8> {
+        vec![b'Y']
     }
     /// The server stopped in order.
     pub fn stopped() -> Vec<u8> {

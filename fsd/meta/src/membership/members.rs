@@ -1,13 +1,17 @@
-//! Who takes part: joining, leaving, losing the connection.
+//! Who takes part: joining, leaving, living, being declared dead.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
-use rdma_transport::ConnId;
+use rdma_transport::{ConnId, Connection};
+use rt::channel::Sender;
 use rt::sync::Mutex;
 use rt::time::Instant;
 
 use super::copies::Copies;
 use super::locks::FileLocks;
+use super::pulse::Pulse;
 use super::recovery::Recovery;
 use super::sessions::{Session, Sessions};
 use crate::error::{MetaError, Refusal, no};
@@ -18,7 +22,7 @@ use crate::namespace::transactions::Transactions;
 use crate::nodes::stores::Stores;
 use fsd_proto::clock::{Skew, Verdict};
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{JoinReply, LockSpec, MetaReply, NodeInfo, Terms};
+use fsd_proto::wire::{DeadMount, JoinReply, LockSpec, MetaReply, NodeInfo, PeerState, Terms, View};
 
 /// The mounts.
 pub struct Members {
@@ -31,6 +35,25 @@ pub struct Members {
     pub locks: Arc<FileLocks>,
     pub recovery: Arc<Recovery>,
     pub copies: Arc<Copies>,
+    pub pulse: Mutex<Pulse>,
+    /// Told when a connection is lost.
+    pub lost: Sender<()>,
+}
+
+/// A mount that joins, or comes back.
+pub struct Joining<'a> {
+    /// Its connection.
+    pub conn: &'a Arc<dyn Connection>,
+    /// The number and the incarnation that it has.
+    pub again: Option<(u16, u8)>,
+    /// It knows that everything up to here is durable.
+    pub durable: u64,
+    /// What is stored of it.
+    pub member: Member,
+    /// What it has found out about the clocks.
+    pub skew: Skew,
+    /// The file locks that it holds.
+    pub locks: &'a [LockSpec],
 }
 
 /// Is the clock of a mount near enough to this one?
@@ -63,6 +86,11 @@ impl Members {
         Ok(node.ok_or(Errno(libc::ENOTCONN))?)
     }
 
+    /// Does a life take part?
+    pub fn knows(&self, life: u64) -> bool {
+        self.sessions.lock().by_life(life).is_some()
+    }
+
     /// Where a mount is reached.
     pub fn peer(&self, node: u16) -> Result<MetaReply, Refusal> {
         let sessions = self.sessions.lock();
@@ -73,18 +101,33 @@ impl Members {
         })
     }
 
-    /// A mount joins, or comes back `again`; it knows that everything up to `durable` is.
-    pub fn join(
-        &self,
-        conn: ConnId,
-        (again, durable): (Option<(u16, u8)>, u64),
-        mut member: Member,
-        skew: Skew,
-        locks: &[LockSpec],
-    ) -> Result<MetaReply, Refusal> {
-        self.copies
-            .check_place(&format!("mount {}", member.name), durable)?;
-        check_clock(&member.name, skew, again.is_some())?;
+    /// The connection to a mount.
+    pub fn conn(&self, node: u16) -> Result<Arc<dyn Connection>, Errno> {
+        let sessions = self.sessions.lock();
+        let session = sessions.nodes.get(&node).filter(|s| !s.dead);
+        let conn = &session.ok_or(Errno(libc::ENOENT))?.conn;
+        conn.clone().ok_or(Errno(libc::EHOSTUNREACH))
+    }
+
+    /// The number and the life of the mount whose connection this is.
+    pub fn sender(&self, conn: ConnId) -> Result<(u16, u64), Errno> {
+        let sessions = self.sessions.lock();
+        let node = sessions.by_conn(conn).ok_or(Errno(libc::ESTALE))?;
+        let session = sessions.nodes.get(&node).ok_or(Errno(libc::ESTALE))?;
+        Ok((node, session.member.life))
+    }
+
+    /// A mount joins, or comes back.
+    pub fn join(&self, joining: Joining<'_>) -> Result<MetaReply, Refusal> {
+        let Joining {
+            again,
+            durable,
+            mut member,
+            ..
+        } = joining;
+        let who = format!("mount {}", member.name);
+        self.copies.check_place(&who, durable)?;
+        check_clock(&member.name, joining.skew, again.is_some())?;
         let mut sessions = self.sessions.lock();
         let (node, incarnation) = self.number(&sessions, again, durable, member.life)?;
         member.incarnation = incarnation;
@@ -101,16 +144,15 @@ impl Members {
             if again.is_some() { "is back" } else { "has joined" }
         );
         sessions.incarnations.insert(node, incarnation);
-        sessions
-            .nodes
-            .insert(node, Session::new(member, Some(conn), None));
-        let awaited = self.recovery.awaits(node);
+        let session = Session::new(member, Some(Arc::clone(joining.conn)));
+        sessions.nodes.insert(node, session);
+        let (awaited, epoch) = (self.recovery.awaits(node), sessions.view.epoch);
         drop(sessions);
-        self.locks.restore(node, locks);
+        self.locks.restore(node, joining.locks);
         Ok(MetaReply::Joined(JoinReply {
             node,
             incarnation,
-            epoch: 0,
+            epoch,
             terms: self.terms,
             record_bytes: self.record_bytes,
             storage: self.stores.infos(),
@@ -128,27 +170,45 @@ impl Members {
         durable: u64,
         life: u64,
     ) -> Result<(u16, u8), Refusal> {
+        let known = sessions.by_life(life);
         match again {
             // What it has cached this server's store has forgotten.
             Some(_) if self.copies.holds_up() || durable > self.journal.order.executed() => no(libc::ESTALE),
-            Some((node, incarnation)) => {
-                let known = sessions.nodes.get(&node);
-                if !known.is_some_and(|s| s.member.life == life && !s.dead) {
-                    return no(libc::ESTALE);
-                }
-                Ok((node, incarnation))
-            }
-            // Mounts of a former life may come back, or hold leases that are released when they do not: until
-            // that is known nobody new can be served.
-            None if sessions.nobody_up() || self.recovery.is_open() || self.copies.holds_up() => {
+            Some((node, incarnation)) if known.is_some_and(|(n, _)| n == node) => Ok((node, incarnation)),
+            Some(_) => no(libc::ESTALE),
+            None if sessions.nodes.values().any(|s| s.member.life == life && s.dead) => no(libc::ESTALE),
+            // Nobody new while leases are taken back: it would not know whose.
+            None if !sessions.view.dead.is_empty() || self.recovery.is_open() || self.copies.holds_up() => {
                 no(libc::EAGAIN)
             }
             None => {
+                // It has joined before, and has not got the answer.
+                if let Some((node, session)) = known {
+                    return Ok((node, session.member.incarnation));
+                }
                 let layout = lockmgr::RecordLayout::new(self.record_bytes).map_err(|_| Errno(libc::EIO))?;
                 let free = sessions.free_number(layout.max_nodes());
                 Ok(free.ok_or(Errno(libc::EUSERS))?)
             }
         }
+    }
+
+    /// A mount has got the answer to its `Join`.
+    pub fn greeted(&self, conn: ConnId) {
+        let mut sessions = self.sessions.lock();
+        let node = sessions.by_conn(conn);
+        if let Some(session) = node.and_then(|node| sessions.nodes.get_mut(&node)) {
+            session.greeted = true;
+        }
+    }
+
+    /// A mount says that it lives.
+    pub fn heartbeat(&self, conn: ConnId) -> Result<MetaReply, Errno> {
+        let mut sessions = self.sessions.lock();
+        let node = sessions.by_conn(conn);
+        let session = node.and_then(|node| sessions.nodes.get_mut(&node));
+        session.ok_or(Errno(libc::ESTALE))?.heard = Instant::now();
+        Ok(MetaReply::Done)
     }
 
     /// A mount leaves in order.
@@ -164,7 +224,7 @@ impl Members {
 
     /// A mount is no more: its number, reservations and answers go.
     fn forget(&self, sessions: &mut Sessions, node: u16, left: bool) -> Result<(), Refusal> {
-        let Some(session) = sessions.nodes.remove(&node) else {
+        let Some(session) = sessions.nodes.get(&node) else {
             return Ok(());
         };
         let mut txn = self.journal.txn();
@@ -174,10 +234,11 @@ impl Members {
         }
         let member = Member {
             life: 0,
-            ..session.member
+            ..session.member.clone()
         };
         txn.put(key::member(node), encode(&member));
         txn.commit()?;
+        sessions.nodes.remove(&node);
         tracing::debug!("{unused} reserved inode numbers come back from mount {node}");
         self.transactions.forget(node);
         Ok(())
@@ -185,54 +246,146 @@ impl Members {
 
     /// A connection has ended.
     pub fn disconnected(&self, conn: ConnId) {
-        let lost = self.sessions.lock().lost(conn, Instant::now());
+        let lost = self.sessions.lock().lost(conn);
         if let Some(node) = lost {
             tracing::warn!("connection to mount {node} lost");
+            let _ = self.lost.send(());
         }
     }
 
-    /// Mounts that have not come back are dead.
-    pub fn bury(&self) {
-        let dead = self.sessions.lock().bury(Instant::now());
+    /// How long a mount may be silent.
+    fn patience(&self) -> Duration {
+        Duration::from_millis(self.terms.term_ms + self.terms.margin_ms)
+    }
+
+    /// Declares dead who has been silent for too long, or has ended. Whoever calls this could have heard all that was said.
+    pub fn judge(&self, now: Instant) {
+        let pause = self.pulse.lock().beat(now);
+        let mut sessions = self.sessions.lock();
+        if let Some(pause) = pause {
+            tracing::debug!("this server was stopped for {pause:?}: nobody is taken for silent for that");
+            sessions.excuse(pause, now);
+        }
+        let expired = sessions.expired(now, self.patience());
+        drop(sessions);
+        if !expired.is_empty()
+            && let Err(refusal) = self.declare(&expired, "it was not heard of any more")
+        {
+            tracing::error!("a mount cannot be declared dead yet: {}", refusal.errno());
+        }
+    }
+
+    /// Declares mounts dead: durably, before anything else is done. Nothing of them is served from then on.
+    pub fn declare(&self, nodes: &[u16], why: &str) -> Result<(), Refusal> {
+        let mut sessions = self.sessions.lock();
+        let view = sessions.view_without(nodes);
+        let new = &view.dead[sessions.view.dead.len()..];
+        if new.is_empty() {
+            return Ok(());
+        }
+        let who: Vec<String> = new.iter().map(|d| name(&sessions, d)).collect();
+        let dead: Vec<u16> = new.iter().map(|d| d.node).collect();
+        let mut txn = self.journal.txn();
+        txn.put(key::view(), encode(&view));
+        txn.commit()?;
+        self.journal.order.sync()?;
+        let epoch = view.epoch;
+        let conns = sessions.enter(view);
+        drop(sessions);
+        tracing::warn!("{} is dead ({why}): epoch {epoch}", who.join(", "));
+        for conn in conns {
+            conn.close();
+        }
         for node in dead {
-            tracing::warn!(
-                "mount {node} is dead: it did not come back; files it had leased stay blocked until it is recovered"
-            );
-            self.locks.release_node(node);
             self.recovery.give_up(node);
         }
+        Ok(())
     }
 
-    /// Is no mount alive, but dead ones hold leases?
-    pub fn only_dead(&self) -> bool {
-        self.sessions.lock().only_dead()
+    /// Is this mount there, and has it not been declared dead?
+    pub fn check_alive(&self, node: u16) -> Result<u64, Errno> {
+        let sessions = self.sessions.lock();
+        let session = sessions.nodes.get(&node).ok_or(Errno(libc::ENOENT))?;
+        if session.dead {
+            return Err(Errno(libc::EALREADY));
+        }
+        Ok(session.member.life)
     }
 
-    /// Forgets the dead, and what they had open, if there are no others; whether that is so.
-    pub fn forget_dead(&self) -> Result<bool, MetaError> {
+    /// The view, and the mounts that live.
+    pub fn view(&self) -> (View, BTreeSet<u16>) {
+        let sessions = self.sessions.lock();
+        (sessions.view.clone(), sessions.alive())
+    }
+
+    /// Whom to tell of views: those that live and are connected.
+    pub fn listeners(&self) -> Vec<(u16, Arc<dyn Connection>)> {
+        let sessions = self.sessions.lock();
+        let alive = sessions.nodes.iter().filter(|(_, s)| !s.dead && s.greeted);
+        alive
+            .filter_map(|(&node, s)| Some((node, Arc::clone(s.conn.as_ref()?))))
+            .collect()
+    }
+
+    /// Everything has been taken back from the dead of a view: they are forgotten, their numbers are free. False if others have
+    /// died meanwhile.
+    pub fn bury(&self, view: &View) -> Result<bool, MetaError> {
         let mut sessions = self.sessions.lock();
-        if !sessions.only_dead() {
+        if sessions.view != *view {
             return Ok(false);
         }
-        self.transactions.reap_all()?;
-        let nodes: Vec<u16> = sessions.nodes.keys().copied().collect();
-        for node in nodes {
-            self.forget(&mut sessions, node, false)?;
+        for dead in &view.dead {
+            let session = sessions.nodes.get(&dead.node);
+            if session.is_some_and(|s| s.member.life == dead.life) {
+                self.forget(&mut sessions, dead.node, false)?;
+            }
         }
+        let after = View {
+            epoch: view.epoch,
+            dead: Vec::new(),
+        };
+        let mut txn = self.journal.txn();
+        txn.put(key::view(), encode(&after));
+        txn.commit()?;
+        self.journal.order.sync()?;
+        sessions.view = after;
         Ok(true)
+    }
+
+    /// One of the dead by name.
+    pub fn name(&self, dead: &DeadMount) -> String {
+        name(&self.sessions.lock(), dead)
     }
 
     /// What is shown of them.
     pub fn infos(&self) -> Vec<NodeInfo> {
-        let sessions = self.sessions.lock();
-        let info = |(&node, s): (&u16, &Session)| NodeInfo {
-            node,
-            incarnation: s.member.incarnation,
-            name: s.member.name.clone(),
-            listen: s.member.listen.clone(),
-            state: s.state(),
-            locks: self.locks.count(node),
+        let (sessions, now) = (self.sessions.lock(), Instant::now());
+        let late = Duration::from_millis(self.terms.term_ms / 3)
+            .max(Duration::from_millis(self.terms.heartbeat_ms * 2));
+        let info = |(&node, s): (&u16, &Session)| {
+            let silent = now.saturating_duration_since(s.heard);
+            let state = match s.state() {
+                PeerState::Up if silent > late => PeerState::Late,
+                state => state,
+            };
+            NodeInfo {
+                node,
+                incarnation: s.member.incarnation,
+                name: s.member.name.clone(),
+                listen: s.member.listen.clone(),
+                state,
+                locks: self.locks.count(node),
+                silent_ms: u64::try_from(silent.as_millis()).unwrap_or(u64::MAX),
+            }
         };
         sessions.nodes.iter().map(info).collect()
+    }
+}
+
+fn name(sessions: &Sessions, dead: &DeadMount) -> String {
+    let session = sessions.nodes.get(&dead.node);
+    match session.filter(|s| s.member.life == dead.life) {
+        Some(session) => format!("mount {} ({})", dead.node, session.member.name),
+        None => format!("mount {}", dead.node),
     }
 }

@@ -4,32 +4,64 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use rdma_transport::Fabric;
-use rt::channel::{Receiver, RecvTimeoutError};
+use rt::channel::{Either, Receiver, recv_either};
 use rt::time::Instant;
 
 use super::members::Members;
 
-/// How often it is looked for mounts that are newly lost. One that lives comes back much sooner.
-const EVERY: Duration = Duration::from_millis(500);
-/// Pause before one is looked for again that was found: each time it sees a connection that comes to nothing.
+/// How soon it is looked again for a mount that was found: its connection may be closed before its address is given up.
+const SOON: Duration = Duration::from_millis(20);
+/// Longest pause between two looks: each time the mount sees a connection that comes to nothing.
 const AGAIN: Duration = Duration::from_secs(2);
+/// How often it is looked for mounts that are newly lost, if nobody has said so.
+const EVERY: Duration = Duration::from_millis(500);
 
-/// Looks after mounts that are lost.
-pub fn watch(members: &Members, stop: &Receiver<()>, fabric: &dyn Fabric) {
-    let mut found: HashMap<(u16, u64), Instant> = HashMap::new();
-    while let Err(RecvTimeoutError::Timeout) = stop.recv_timeout(EVERY) {
-        found.retain(|_, when| when.elapsed() < AGAIN);
+/// When it is looked next for one that was found, and how long to wait then.
+struct Look {
+    next: Instant,
+    pause: Duration,
+}
+
+/// Looks after mounts that are lost, as it is told; calls `judge` when one has ended.
+pub fn watch(
+    members: &Members,
+    (lost, stop): (&Receiver<()>, &Receiver<()>),
+    fabric: &dyn Fabric,
+    judge: &dyn Fn(),
+) {
+    let mut looks: HashMap<(u16, u64), Look> = HashMap::new();
+    let mut patience = EVERY;
+    loop {
+        if let Either::First(_) = recv_either(stop, lost, patience) {
+            return;
+        }
+        while lost.try_recv().is_ok() {}
         let missed = members.sessions.lock().missed();
+        looks.retain(|(node, life), _| missed.iter().any(|(n, l, _)| (n, l) == (node, life)));
         for (node, life, listen) in missed {
-            if found.contains_key(&(node, life)) {
+            let now = Instant::now();
+            let look = looks.entry((node, life)).or_insert(Look {
+                next: now,
+                pause: SOON,
+            });
+            if now < look.next {
                 continue;
             }
+            *look = Look {
+                next: now + look.pause,
+                pause: (look.pause * 2).min(AGAIN),
+            };
             // Its host answers that nobody listens there. A mount that is stopped, or cut off, is waited for.
             if fabric.is_deserted(&listen) {
                 members.sessions.lock().ended(node, life);
-            } else {
-                found.insert((node, life), Instant::now());
+                judge();
             }
         }
+        let now = Instant::now();
+        let next = looks
+            .values()
+            .map(|l| l.next.saturating_duration_since(now))
+            .min();
+        patience = next.map_or(EVERY, |next| next.clamp(Duration::from_millis(1), EVERY));
     }
 }

@@ -57,7 +57,7 @@ impl Recovery {
         self.window.lock().as_ref().is_some_and(|w| w.awaits(node))
     }
 
-    /// A mount is dead.
+    /// A mount is dead: nobody waits for what it could tell.
     pub fn give_up(&self, node: u16) {
         if let Some(window) = &mut *self.window.lock() {
             window.give_up(node);

@@ -1,7 +1,7 @@
 //! The recovery window of a server that may have lost transactions: the mounts of its last life tell what they were answered
 //! and it may not have; everything is carried out again in the order in which it was; then requests are served.
 //!
-//! Whoever does not come is dead after [`super::sessions::GRACE`]: his part is left out, and what depended on it fails.
+//! Whoever does not come within its term is dead: his part is left out, and what depended on it fails.
 
 use std::collections::BTreeSet;
 

@@ -98,7 +98,7 @@ impl Transactions {
                 Ok((MetaReply::Changed(created), place))
             }
             MetaRequest::Update { updates } => Ok((MetaReply::Done, self.update(&updates, again)?)),
-            MetaRequest::Reap { ino } => Ok((MetaReply::Done, self.reap(ino, again)?)),
+            MetaRequest::Reap { ino } => Ok((MetaReply::Done, self.reap_one(ino, again)?)),
             _ => no(libc::EPROTO),
         }
     }
@@ -163,7 +163,7 @@ impl Transactions {
     }
 
     /// Removes an orphan; the place of that in the order.
-    fn reap(&self, ino: u64, again: Option<u64>) -> Result<u64, Refusal> {
+    fn reap_one(&self, ino: u64, again: Option<u64>) -> Result<u64, Refusal> {
         let mut state = self.state.lock();
         match self.reaped(ino)? {
             Some((txn, effects)) => {
@@ -180,11 +180,17 @@ impl Transactions {
         }
     }
 
-    /// Removes all orphans: nobody has them open.
-    pub fn reap_all(&self) -> Result<(), Refusal> {
+    /// The numbers of all orphans.
+    pub fn orphan_numbers(&self) -> Result<Vec<u64>, Refusal> {
+        let orphans = self.journal.store.scan(b"O", &prefix_end(b"O"), usize::MAX)?;
+        Ok(orphans.iter().map(|(k, _)| key::number(k)).collect())
+    }
+
+    /// Removes those of all orphans that nobody has open.
+    pub fn reap(&self, unused: impl Fn(u64) -> bool) -> Result<(), Refusal> {
         let mut state = self.state.lock();
-        for (k, _) in self.journal.store.scan(b"O", &prefix_end(b"O"), usize::MAX)? {
-            if let Some((txn, effects)) = self.reaped(key::number(&k))? {
+        for number in self.orphan_numbers()?.into_iter().filter(|n| unused(*n)) {
+            if let Some((txn, effects)) = self.reaped(number)? {
                 txn.commit()?;
                 self.settle(&mut state, &effects);
             }

@@ -1,6 +1,7 @@
-//! The storage nodes as the metadata server sees them.
+//! The other nodes as the metadata server sees them.
 
 pub mod fabric;
+pub mod mounts;
 pub mod stores;
 
 use std::sync::Arc;
@@ -9,24 +10,35 @@ use crate::error::MetaError;
 use fabric::StorageNodes;
 use fsd_proto::ask;
 use fsd_proto::wire::{StorageReply, StorageRequest};
+use mounts::Mounts;
 use stores::Stores;
 
-/// The storage nodes.
+/// The other nodes.
 #[derive(Clone)]
 pub struct Nodes {
     /// Which store is which.
     pub stores: Arc<Stores>,
-    /// Asks them.
+    /// Asks the storage nodes.
     pub asks: Arc<dyn StorageNodes>,
+    /// Asks the mounts.
+    pub mounts: Arc<dyn Mounts>,
+}
+
+/// What asks the other nodes.
+pub struct Reach {
+    /// The storage nodes.
+    pub storage: Arc<dyn StorageNodes>,
+    /// The mounts.
+    pub mounts: Arc<dyn Mounts>,
 }
 
 impl Nodes {
-    /// Their numbers.
+    /// The numbers of the storage nodes.
     pub fn ids(&self) -> impl Iterator<Item = u16> + '_ {
         self.stores.sections().iter().map(|section| section.id)
     }
 
-    /// Asks one for something without which this server does not go on.
+    /// Asks a storage node for something without which this server does not go on.
     ///
     /// # Errors
     /// It cannot be reached, or refuses.

@@ -8,23 +8,24 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rdma_transport::{ConnId, Connection};
 use rt::channel::Receiver;
 use rt::sync::Mutex;
+use rt::time::Instant;
 
 use crate::error::{MetaError, Refusal, no};
 use crate::journal::Journal;
 use crate::journal::commits::OnceDurable;
 use crate::journal::records::{Member, Superblock};
-use crate::membership::Membership;
+use crate::membership::members::Joining;
+use crate::membership::{Membership, Woken};
 use crate::namespace::Namespace;
 use crate::namespace::freeing::Told;
-use crate::nodes::Nodes;
-use crate::nodes::fabric::StorageNodes;
 use crate::nodes::stores::Stores;
+use crate::nodes::{Nodes, Reach};
 use crate::rules::{Flaw, Rules};
 use fsd_node::config::Config;
 use fsd_node::store::Store;
 use fsd_proto::ino;
 use fsd_proto::rpc::{self, Errno, Responder};
-use fsd_proto::wire::{Hello, Logged, MetaReply, MetaRequest, StatFs, Time};
+use fsd_proto::wire::{Hello, Logged, MetaReply, MetaRequest, Role, StatFs, Time};
 use status::Status;
 
 /// Most inode numbers handed out at once.
@@ -54,6 +55,8 @@ pub struct News {
     pub commits: Receiver<OnceDurable>,
     /// For the one that keeps house.
     pub house: Receiver<Told>,
+    /// For those that look after membership.
+    pub membership: Woken,
 }
 
 impl Service {
@@ -64,24 +67,27 @@ impl Service {
         config: &Config,
         superblock: &Superblock,
         (accept_older, rules): (bool, Rules),
-        reach: impl FnOnce(&Arc<Stores>) -> Arc<dyn StorageNodes>,
+        reach: impl FnOnce(&Arc<Stores>) -> Reach,
     ) -> Result<(Arc<Self>, News), MetaError> {
         let stores = Stores::load(Arc::clone(&store), &config.storage, accept_older)?;
         let stores = Arc::new(stores);
+        let Reach { storage, mounts } = reach(&stores);
         let nodes = Nodes {
-            asks: reach(&stores),
             stores,
+            asks: storage,
+            mounts,
         };
         let (journal, lost, commits) = Journal::open(store, superblock, &config.meta.memory_dir)?;
         let (namespace, house) = Namespace::load(&journal, superblock.shards, &nodes, rules)?;
         let of = (config, superblock);
-        let membership = Membership::load(&journal, of, &nodes, &namespace, (lost, rules))?;
+        let (membership, woken) = Membership::load(&journal, of, &nodes, &namespace, (lost, rules))?;
         let status = Status {
             requests: Arc::new(AtomicU64::new(0)),
             journal: journal.clone(),
             nodes: nodes.clone(),
             namespace: namespace.clone(),
             members: Arc::clone(&membership.members),
+            takeover: Arc::clone(&membership.takeover),
         };
         let service = Self {
             journal,
@@ -93,7 +99,12 @@ impl Service {
             record_bytes: superblock.record_bytes,
             serial: Mutex::default(),
         };
-        Ok((Arc::new(service), News { commits, house }))
+        let news = News {
+            commits,
+            house,
+            membership: woken,
+        };
+        Ok((Arc::new(service), news))
     }
 
     /// Answers a request, whether or not a window is open.
@@ -118,6 +129,8 @@ impl Service {
             MetaRequest::SetLock { lock, wait } => {
                 return self.membership.locks.set(&lock, wait, responder);
             }
+            MetaRequest::GetLock { lock } => return self.membership.locks.test(&lock, responder),
+            request @ MetaRequest::Join { .. } => return self.join(request, responder),
             other => (false, self.answer(conn, other)),
         };
         match answer {
@@ -138,23 +151,6 @@ impl Service {
         let lookups = &self.namespace.lookups;
         match request {
             MetaRequest::Clock => Ok(MetaReply::Clock(Time::now())),
-            MetaRequest::Join {
-                again,
-                life,
-                listen,
-                name,
-                skew,
-                locks,
-                durable,
-            } => {
-                let member = Member {
-                    incarnation: 0,
-                    life,
-                    name,
-                    listen,
-                };
-                members.join(conn, (again, durable), member, skew, &locks)
-            }
             MetaRequest::Tables { ids, stores, places } => {
                 for (id, place) in (0..).zip(places) {
                     let who = format!("storage node {id}");
@@ -177,7 +173,6 @@ impl Service {
                 let (reply, place) = transactions.carry_out(members.of(conn).ok(), request, None)?;
                 Ok(self.journal.commits.ordered(place, reply))
             }
-            MetaRequest::GetLock { lock } => Ok(MetaReply::Lock(locks.test(&lock))),
             MetaRequest::CancelLock { lock } => {
                 locks.cancel(&lock);
                 Ok(MetaReply::Done)
@@ -204,9 +199,115 @@ impl Service {
             | MetaRequest::Leave
             | MetaRequest::ReserveInodes { .. }
             | MetaRequest::Replay { .. }
-            | MetaRequest::SetLock { .. } => no(libc::EPROTO),
-            MetaRequest::Heartbeat => members.of(conn).map(|_| MetaReply::Done),
-            MetaRequest::Evict { .. } | MetaRequest::Relay { .. } => no(libc::ENOSYS),
+            | MetaRequest::Join { .. }
+            | MetaRequest::GetLock { .. }
+            | MetaRequest::SetLock { .. }
+            | MetaRequest::Heartbeat
+            | MetaRequest::Evict { .. }
+            | MetaRequest::Relay { .. } => no(libc::EPROTO),
+        }
+    }
+
+    /// A mount joins, or comes back.
+    fn join(&self, request: MetaRequest, responder: Responder) {
+        let MetaRequest::Join {
+            again,
+            life,
+            listen,
+            name,
+            skew,
+            locks,
+            durable,
+        } = request
+        else {
+            return responder.reply::<MetaReply>(&Err(Errno(libc::EPROTO)));
+        };
+        let conn = Arc::clone(responder.conn());
+        let member = Member {
+            incarnation: 0,
+            life,
+            name,
+            listen,
+        };
+        let joined = self.membership.members.join(Joining {
+            conn: &conn,
+            again,
+            durable,
+            member,
+            skew,
+            locks: &locks,
+        });
+        let welcome = joined.is_ok();
+        responder.reply(&joined.map_err(|refusal| refusal.errno()));
+        if welcome {
+            // It is told of the dead behind the answer.
+            self.membership.members.greeted(conn.id());
+            self.membership.takeover.wake();
+        }
+    }
+
+    /// A mount has a frame of lease messages for another one that it cannot reach.
+    fn relay(&self, to: u16, frame: Vec<u8>, responder: Responder) {
+        let members = &self.membership.members;
+        let found = members
+            .sender(responder.conn().id())
+            .and_then(|from| Ok((from, members.conn(to)?)));
+        match found {
+            Ok((from, conn)) => {
+                let done = Box::new(move |answer: Result<(), rpc::RpcError>| {
+                    let answer = answer.map(|()| MetaReply::Done).map_err(|error| match error {
+                        rpc::RpcError::Errno(errno) => errno,
+                        _ => Errno(libc::EHOSTUNREACH),
+                    });
+                    responder.reply(&answer);
+                });
+                self.nodes.mounts.relay(&conn, from, frame, done);
+            }
+            Err(errno) => responder.reply::<MetaReply>(&Err(errno)),
+        }
+    }
+
+    /// Answers what must not wait for anything else that is asked; what it is not is given back.
+    fn at_once(
+        &self,
+        hello: &Hello,
+        request: MetaRequest,
+        responder: Responder,
+    ) -> Option<(MetaRequest, Responder)> {
+        let (members, conn) = (&self.membership.members, responder.conn().id());
+        let anybodys = matches!(
+            request,
+            MetaRequest::Clock | MetaRequest::Join { .. } | MetaRequest::Cluster | MetaRequest::Status
+        );
+        if let Role::Client(_) = hello.role
+            && !anybodys
+            && !members.knows(hello.life)
+        {
+            // It has been declared dead, or has left.
+            responder.reply::<MetaReply>(&Err(Errno(libc::ESTALE)));
+            return None;
+        }
+        match request {
+            MetaRequest::Status => self.status.later(responder),
+            MetaRequest::Heartbeat => responder.reply(&members.heartbeat(conn)),
+            MetaRequest::Relay { to, frame } => self.relay(to, frame, responder),
+            MetaRequest::Evict { node } if hello.role == Role::Tool => {
+                self.membership.takeover.evict(node, responder);
+            }
+            MetaRequest::Evict { .. } => responder.reply::<MetaReply>(&Err(Errno(libc::EPERM))),
+            other => return Some((other, responder)),
+        }
+        None
+    }
+
+    /// Looks who has been silent for too long.
+    pub fn judge(&self) {
+        // What keeps the thread busy that hears the mounts is this server's own pause, too.
+        drop(self.serial.lock());
+        self.membership.members.judge(Instant::now());
+        self.end_window();
+        if !self.membership.members.view().0.dead.is_empty() {
+            self.membership.takeover.wake();
         }
     }
 
@@ -264,9 +365,9 @@ impl rpc::Service for Service {
                 return responder.reply::<MetaReply>(&Err(Errno(libc::EPROTO)));
             }
         };
-        if request == MetaRequest::Status {
-            return self.status.later(responder);
-        }
+        let Some((request, responder)) = self.at_once(hello, request, responder) else {
+            return;
+        };
         if let Some((request, responder)) = self.membership.recovery.admit(request, responder) {
             self.serve(request, responder);
         }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::journal::Journal;
 use crate::membership::members::Members;
+use crate::membership::takeover::Takeover;
 use crate::namespace::Namespace;
 use crate::nodes::Nodes;
 use fsd_node::probe::{self, Probe};
@@ -21,6 +22,7 @@ pub struct Status {
     pub nodes: Nodes,
     pub namespace: Namespace,
     pub members: Arc<Members>,
+    pub takeover: Arc<Takeover>,
 }
 
 impl Status {
@@ -44,7 +46,7 @@ impl Status {
             orphans: self.namespace.transactions.orphans(),
             freeing: self.namespace.freeing.inodes(),
             requests: self.requests.load(Ordering::Relaxed),
-            epoch: 0,
+            epoch: self.members.view().0.epoch,
             durable: self.journal.order.durable(),
             generations: self.nodes.stores.generations(),
         }
@@ -64,6 +66,7 @@ impl Status {
             }
         });
         let mut troubles = probe::unreachable(probes.collect(), probe::PATIENCE);
+        troubles.extend(self.takeover.waits());
         troubles.extend(self.journal.store.room().err().map(|error| error.to_string()));
         troubles
     }

@@ -125,6 +125,37 @@ impl Default for MembershipConfig {
     }
 }
 
+impl MembershipConfig {
+    /// Is it something by which a mount can live?
+    pub(super) fn check(&self) -> Result<(), String> {
+        const MIN_TERM_MS: u64 = 500;
+        const MIN_MARGIN_MS: u64 = 100;
+        const MAX_MS: u64 = 3_600_000;
+        let Self {
+            term_ms,
+            margin_ms,
+            heartbeat_ms,
+        } = self;
+        for (name, value, least) in [
+            ("term_ms", term_ms, MIN_TERM_MS),
+            ("margin_ms", margin_ms, MIN_MARGIN_MS),
+        ] {
+            if !(least..=MAX_MS).contains(value) {
+                return Err(format!(
+                    "membership.{name} = {value}: it must be between {least} and {MAX_MS} milliseconds"
+                ));
+            }
+        }
+        if *heartbeat_ms == 0 || *heartbeat_ms > term_ms / 3 {
+            return Err(format!(
+                "membership.heartbeat_ms = {heartbeat_ms}: it must be between 1 and a third of membership.term_ms, {}",
+                term_ms / 3
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// The metadata server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

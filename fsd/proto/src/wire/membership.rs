@@ -34,11 +34,11 @@ pub struct Terms {
     pub heartbeat_ms: u64,
 }
 
-/// What a storage node has found in its lease records of the dead, and taken back.
+/// Lease records of a storage node that were asked for, by their indices in its table; a part of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Recovered {
-    /// Records (indices in the node's table) that one of the dead owned: their files may have bytes beyond the end.
-    pub owned: Vec<u64>,
-    /// Records that say their inode has no name, and that nobody has open or pins any more.
-    pub unused: Vec<u64>,
+pub struct Records {
+    /// Those that were found.
+    pub found: Vec<u64>,
+    /// The record from which on there may be more; none: that was all.
+    pub next: Option<u64>,
 }

@@ -363,6 +363,8 @@ pub enum PeerState {
     Lost,
     /// Gone without giving up its leases.
     Dead,
+    /// Connected, but silent for longer than a third of its term.
+    Late,
 }
 
 impl std::fmt::Display for PeerState {
@@ -371,6 +373,7 @@ impl std::fmt::Display for PeerState {
             Self::Up => "up",
             Self::Lost => "lost",
             Self::Dead => "dead",
+            Self::Late => "late",
         })
     }
 }
@@ -390,6 +393,8 @@ pub struct NodeInfo {
     pub state: PeerState,
     /// File locks held.
     pub locks: u64,
+    /// Since its last heartbeat, milliseconds.
+    pub silent_ms: u64,
 }
 
 /// For `fsd status`.
@@ -405,7 +410,7 @@ pub struct MetaStatus {
     pub freeing: u64,
     /// Requests answered since start.
     pub requests: u64,
-    /// Epoch.
+    /// Counts declared deaths.
     pub epoch: u64,
     /// Up to this place its order is durable.
     pub durable: u64,

@@ -15,7 +15,7 @@ mod storage;
 
 pub use attr::{Attr, AttrUpdate, Kind, Time};
 pub use locks::{LockKind, LockOwner, LockRange, LockSpec};
-pub use membership::{DeadMount, Recovered, Terms, View};
+pub use membership::{DeadMount, Records, Terms, View};
 pub use meta::{
     Created, DirEntry, InoRange, JoinReply, Logged, MetaReply, MetaRequest, MetaStatus, NamespaceOp,
     NodeInfo, PeerState, StatFs, StorageInfo, Touched,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::membership::{DeadMount, Recovered};
+use super::membership::{DeadMount, Records};
 
 /// A place in a storage node's pool: where a block of a file lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -95,11 +95,25 @@ pub enum StorageRequest {
         /// Who.
         dead: DeadMount,
     },
-    /// Takes back what the dead had: their lease records, opens, pins and reservations. Only once they are fenced everywhere, and
-    /// no living mount names them in a record any more. From the metadata server only.
+    /// The lease records that one of the dead owns: their files may have bytes beyond the end, which are to be cut off before the
+    /// records are free. From the metadata server only.
+    Owned {
+        /// Who.
+        dead: Vec<DeadMount>,
+        /// The first record that is looked at.
+        from: u64,
+    },
+    /// Frees the lease records that the dead own, and takes their bits out of all others. Only once they are fenced everywhere, and
+    /// no living mount is about to name them in a record. From the metadata server only.
     Recover {
         /// Who.
         dead: Vec<DeadMount>,
+    },
+    /// Which of these lease records say that their inode has no name, and that nobody has it open or keeps it. From the
+    /// metadata server only.
+    Unused {
+        /// Indices in the node's table.
+        records: Vec<u64>,
     },
     /// From the metadata server: how far its order is durable; what is known of that, and the store's generation, is answered.
     Compare {
@@ -220,8 +234,8 @@ pub enum StorageReply {
     Space(PoolSpace),
     /// To `Status`.
     Status(StorageStatus),
-    /// To `Recover`.
-    Recovered(Recovered),
+    /// To `Owned` and `Unused`.
+    Records(Records),
     /// To `Inodes`: empty when there are no more.
     Inodes(Vec<u64>),
 }
