@@ -8,6 +8,7 @@ use rt::sync::{Condvar, Mutex, MutexGuard};
 use crate::cache::claims::{Purpose, Span};
 use crate::cache::errseq::ErrorSequence;
 use crate::cache::lazy::Lazy;
+use crate::cache::opens::Opens;
 use crate::cache::state::State;
 use crate::session::ctx::{Ctx, Res};
 use fsd_proto::ino;
@@ -98,27 +99,6 @@ pub struct Inode {
     pub mapped: Lazy<crate::cache::mapped::MappedWrites>,
     /// Pages that the kernel may keep locked for writes that wait for the exclusive lease.
     pub edges: Lazy<crate::cache::edges::Edges>,
-}
-
-/// Open files of an inode on this mount.
-#[derive(Debug, Default)]
-pub struct Opens {
-    /// Open handles, of all kinds.
-    pub count: u64,
-    /// Of those, for writing in a way that may leave dirty pages, or locked ones, in the kernel: through its page cache, or mapped.
-    pub page_writers: u64,
-    /// For writing, of any kind.
-    pub writers: u64,
-    /// This mount is counted among those that have the file open for writing.
-    pub writer_counted: bool,
-    /// This mount's bit in the record's opens bitmap is set.
-    pub bit: bool,
-    /// This mount pins it, at least until then.
-    pub pinned: Option<rt::time::Instant>,
-    /// When others were seen to have it open for good.
-    pub looked_again: Option<rt::time::Instant>,
-    /// It is being removed: nobody may open it any more.
-    pub removed: bool,
 }
 
 impl Inode {

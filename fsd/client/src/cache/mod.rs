@@ -13,6 +13,7 @@ pub mod inode_table;
 pub mod lazy;
 pub mod looked_up;
 pub mod mapped;
+pub mod opens;
 pub mod pages;
 pub mod range;
 pub mod state;

@@ -251,7 +251,7 @@ impl Files {
         if truncate {
             self.xattrs.drop_capability(ctx, inode, &guard)?;
         }
-        if !self.session.local_memory() && !inode.opens.lock().bit {
+        if !self.session.local_memory() && inode.opens.lock().count == 0 {
             ctx.may_wait()?;
         }
         let kind = {
