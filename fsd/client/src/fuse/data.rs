@@ -97,7 +97,7 @@ fn write_later(client: &Arc<Client>, inode: Arc<Inode>, queued: Queued, reply: R
 /// waits for anything.
 fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, reply: ReplyWrite) {
     let len = write.data.len() as u32;
-    let (number, at_once) = inode.mapped.begin(Box::new(move |result| match result {
+    let (number, at_once) = inode.waiting.mapped.begin(Box::new(move |result| match result {
         Ok(()) => reply.written(len),
         Err(error) => reply.error(error_of(error)),
     }));
@@ -118,14 +118,14 @@ fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, repl
             Err(Stop::Park) => {}
             result => {
                 let result = result.map(drop).map_err(Stop::errno);
-                if let Some(error) = inode.mapped.end(number, result) {
+                if let Some(error) = inode.waiting.mapped.end(number, result) {
                     inode.errors.set(error);
                 }
                 return;
             }
         }
     }
-    inode.mapped.enqueue(number, Queued::from(write));
+    inode.waiting.mapped.enqueue(number, Queued::from(write));
     let me = Arc::clone(client);
     client
         .session
