@@ -200,6 +200,10 @@ impl Driver {
         let dead = self.epochs.config().dead.clone();
         self.epochs.stop_waiting();
         self.epochs.set(epoch, NodeSet::new());
+        if dead.is_empty() {
+            // Nothing was held back: who waits has asked, and must not ask twice.
+            return;
+        }
         {
             let mut gone = self.gone.lock();
             for node in dead.iter() {
