@@ -41,6 +41,12 @@ impl Trouble {
         ])
     }
 
+    /// May the metadata server's host lose power? Then what a mount that is dead by then has done to names goes with it.
+    #[must_use]
+    pub fn loses_names(self) -> bool {
+        matches!(self, Self::MetaPower | Self::MetaTwice | Self::Any)
+    }
+
     /// May a storage node die?
     #[must_use]
     pub fn loses_connections(self) -> bool {

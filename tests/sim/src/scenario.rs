@@ -6,7 +6,7 @@ use std::time::Duration;
 use fsd_node::fake_disk::Luck;
 use rt::sim::{Report, Settings};
 
-use crate::chance::{once_in, one_of, wait};
+use crate::chance::{below, once_in, one_of, wait};
 use crate::content::Content;
 use crate::faults::{self, Trouble};
 use crate::flaws::Flaws;
@@ -50,6 +50,8 @@ enum End {
     MetaPower(Luck),
     /// The mounts die.
     Mounts,
+    /// One of them does, and the others go on.
+    OneMount,
     /// Everything dies, but no host.
     Processes,
     /// All hosts lose power, with so much left of what was not synced.
@@ -150,19 +152,31 @@ impl Play {
         let stamp = 1 + u64::from(phase) * 1_000_000;
         let shared = Shared::new(&self.files, stamp, trouble.loses_connections());
         let calls = self.size.calls;
+        let victim = (once_in(2) && self.mounts.len() > 1 && !trouble.loses_names())
+            .then(|| below(self.mounts.len() as u64) as usize);
         let tasks = self.tasks(|m, n| {
             let (shared, mounted) = (Arc::clone(&shared), self.mounts[m].mounted.clone());
             let id = 100 * (m as u32 + 1) + n;
-            Box::new(move || shared.play(&mounted, id, calls))
+            let doomed = victim == Some(m);
+            Box::new(move || shared.play(&mounted, id, calls, doomed))
         });
         let longest = Duration::from_millis(6);
         let links = self.beside("links", move |world, mounts| {
             faults::cut_links(world, mounts, longest)
         });
+        if let Some(victim) = victim {
+            wait(longest);
+            rt::sim::note(&format!("mount {victim} dies"));
+            self.world.kill_mount(self.mounts.remove(victim));
+        }
         trouble.make(&self.world, longest);
         links.join().expect("no panic");
         for task in tasks {
             let _ = task.join();
+        }
+        if let Some(victim) = victim {
+            let mount = self.world.mount(&format!("mount{victim}"));
+            self.mounts.insert(victim, mount);
         }
         self.files = shared.settle(&self.mounts[phase as usize % self.mounts.len()].mounted);
     }
@@ -174,6 +188,8 @@ impl Play {
             End::MetaPower(Luck::None),
             End::MetaPower(Luck::Some),
             End::Mounts,
+            End::OneMount,
+            End::OneMount,
             End::Processes,
             End::Power(Luck::None),
             End::Power(Luck::Some),
@@ -192,7 +208,13 @@ impl Play {
         let links = self.beside("links", move |world, mounts| {
             faults::cut_links(world, mounts, pace.phase());
         });
-        if matches!(end, End::Order | End::Left(_)) {
+        if end == End::OneMount {
+            wait(pace.phase());
+            let victim = below(self.mounts.len() as u64) as usize;
+            rt::sim::note(&format!("mount {victim} dies"));
+            self.world.kill_mount(self.mounts.remove(victim));
+        }
+        if matches!(end, End::Order | End::Left(_) | End::OneMount) {
             for task in tasks {
                 let _ = task.join();
             }
@@ -214,6 +236,12 @@ impl Play {
 
     fn end(&mut self, end: End) {
         let mounts = std::mem::take(&mut self.mounts);
+        if end == End::OneMount {
+            // The others have seen what there is, and see that it stays.
+            let task = Task::new(&mounts[0].mounted, 1);
+            self.owners.iter().for_each(|owner| owner.check(&task, false));
+            return mounts.into_iter().for_each(Mount::stop);
+        }
         if end == End::Order {
             mounts.into_iter().for_each(Mount::stop);
             self.owners.iter().for_each(|owner| owner.settle());
@@ -227,7 +255,7 @@ impl Play {
             mounts.into_iter().for_each(|mount| self.world.kill_mount(mount));
         }
         let (meta, nodes) = match end {
-            End::Order | End::Mounts => return,
+            End::Order | End::OneMount | End::Mounts => return,
             End::Processes => (Some(Luck::All), Some(Luck::All)),
             End::Power(luck) => (Some(luck), Some(luck)),
             End::Left(luck) | End::MetaPower(luck) => (Some(luck), None),

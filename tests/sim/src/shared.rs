@@ -1,5 +1,6 @@
 //! Tasks of all mounts on the same few files: whatever they see must be what one machine could have shown (linearizability).
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -27,6 +28,8 @@ pub struct Shared {
     handles: AtomicU32,
     stamps: AtomicU64,
     history: Mutex<Vec<Event<Op>>>,
+    /// By task: what the call does that it is in. It may have been done though its mount died in it.
+    under_way: Mutex<BTreeMap<u32, Vec<Event<Op>>>>,
     /// A storage node dies: what is under way may be an I/O error.
     troubled: bool,
     /// What there was when it began.
@@ -39,6 +42,7 @@ struct Player<'a> {
     shared: &'a Shared,
     open: Vec<(u32, File)>,
     id: u32,
+    doomed: bool,
 }
 
 fn cells(bytes: u64) -> u64 {
@@ -55,6 +59,7 @@ impl Shared {
             handles: AtomicU32::new(1),
             stamps: AtomicU64::new(first_stamp),
             history: Mutex::default(),
+            under_way: Mutex::default(),
             start: State::with(files),
         })
     }
@@ -75,9 +80,10 @@ impl Shared {
         self.history.lock().len()
     }
 
-    /// Plays a task's part.
-    pub fn play(&self, mount: &Mounted, id: u32, calls: u32) {
+    /// Plays a task's part. One whose mount is `doomed` changes nothing that goes with its mount.
+    pub fn play(&self, mount: &Mounted, id: u32, calls: u32, doomed: bool) {
         let mut player = Player::new(self, mount, id);
+        player.doomed = doomed;
         for _ in 0..calls {
             if once_in(8) {
                 wait(Duration::from_millis(2));
@@ -115,7 +121,8 @@ impl Shared {
     /// Looks at everything, when nobody changes anything, and checks what all have seen. What there is now.
     pub fn settle(&self, mount: &Mounted) -> Vec<(usize, Content)> {
         let files = self.files(mount);
-        let history = std::mem::take(&mut *self.history.lock());
+        let mut history = std::mem::take(&mut *self.history.lock());
+        history.extend(std::mem::take(&mut *self.under_way.lock()).into_values().flatten());
         if let Err(index) = check(&Directory(self.start.clone()), &history) {
             rt::sim::fail(format!(
                 "no single machine could have shown this; stuck at {:?}\nfrom {:?}\n{}",
@@ -150,6 +157,7 @@ impl<'a> Player<'a> {
             shared,
             open: Vec::new(),
             id,
+            doomed: false,
         }
     }
 
@@ -163,7 +171,14 @@ impl<'a> Player<'a> {
         ops: impl FnOnce(&Sys<T>) -> Vec<Op>,
     ) -> Sys<T> {
         let (called, began) = (self.shared.tick(), rt::sim::elapsed());
+        let may_be = unknown.iter().map(|op| Event {
+            op: op.clone(),
+            called,
+            returned: None,
+        });
+        self.shared.under_way.lock().insert(self.id, may_be.collect());
         let result = call(&self.task);
+        self.shared.under_way.lock().remove(&self.id);
         let took = rt::sim::elapsed() - began;
         let mut returned = Some(self.shared.tick());
         let mut ops = ops(&result);
@@ -205,11 +220,12 @@ impl<'a> Player<'a> {
         if self.open.is_empty() || (self.open.len() < 3 && once_in(4)) {
             return match below(3) {
                 0 => self.create(name),
-                _ => self.open(name, once_in(6)),
+                _ => self.open(name, once_in(6) && !self.doomed),
             };
         }
         let slot = below(self.open.len() as u64) as usize;
         match below(20) {
+            0..=6 | 12 if self.doomed => drop(self.list()),
             0..=4 => self.write(slot),
             5..=6 => self.append(slot),
             7..=11 => {

@@ -179,6 +179,9 @@ fn left(done: &rt::channel::Receiver<()>, alone: &impl Fn() -> bool) -> bool {
 /// Writes everything back, gives up all leases and leaves.
 pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn Fabric) {
     client.session.fate.leaving.store(true, Ordering::SeqCst);
+    if !client.session.net.is_alone() {
+        client.opens.open_files.close_all();
+    }
     client.storing.writeback.write_all();
     if client.cache.dirty.lock().is_empty() {
         // Nothing is lost any more, whoever is not there.

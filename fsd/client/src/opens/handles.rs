@@ -239,6 +239,19 @@ impl OpenFiles {
         done
     }
 
+    /// Closes whatever is still open, for leaving: the bits in the lease records are of a number that another mount may be given. Gives
+    /// up at the first file whose storage node is not there.
+    pub fn close_all(self: &Arc<Self>) {
+        let mut open: Vec<u64> = self.handles.open.lock().keys().copied().collect();
+        open.sort_unstable();
+        for number in open {
+            if let Err(stop) = self.release(&Ctx::on_worker(), number) {
+                tracing::warn!("files that are still open cannot be closed: {stop:?}");
+                return;
+            }
+        }
+    }
+
     fn count_close(self: &Arc<Self>, handle: &Handle) -> Res<()> {
         let inode = &handle.inode;
         let mut opens = inode.opens.lock();
