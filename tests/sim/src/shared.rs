@@ -121,6 +121,10 @@ impl Shared {
     /// Looks at everything, when nobody changes anything, and checks what all have seen. What there is now.
     pub fn settle(&self, mount: &Mounted) -> Vec<(usize, Content)> {
         let files = self.files(mount);
+        // A mount that dies in the next phase must not be the only one to know what the metadata server's host has forgotten in this.
+        if let Err(error) = Task::new(mount, 99).fsync_dir() {
+            rt::sim::fail(format!("names cannot be made durable: error {error}"));
+        }
         let mut history = std::mem::take(&mut *self.history.lock());
         history.extend(std::mem::take(&mut *self.under_way.lock()).into_values().flatten());
         if let Err(index) = check(&Directory(self.start.clone()), &history) {
