@@ -154,6 +154,9 @@ impl Play {
         let calls = self.size.calls;
         let victim = (once_in(2) && self.mounts.len() > 1 && !trouble.loses_names())
             .then(|| below(self.mounts.len() as u64) as usize);
+        if let Some(victim) = victim {
+            self.mounts[victim].sync();
+        }
         let tasks = self.tasks(|m, n| {
             let (shared, mounted) = (Arc::clone(&shared), self.mounts[m].mounted.clone());
             let id = 100 * (m as u32 + 1) + n;

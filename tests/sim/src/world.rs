@@ -317,6 +317,13 @@ impl Mount {
         stopped.join().expect("no panic");
     }
 
+    /// Stores what it has not stored.
+    pub fn sync(&self) {
+        let client = Arc::clone(&self.mounted.client);
+        let synced = rt::sim::spawn_in(self.life.group, "sync", move || client.storing.writeback.write_all());
+        synced.join().expect("no panic");
+    }
+
     /// Where others reach it.
     #[must_use]
     pub fn addr(&self) -> String {
