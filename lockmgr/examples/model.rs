@@ -10,7 +10,7 @@ use std::time::Instant;
 use lockmgr::model::{Options, explore};
 
 const USAGE: &str = "options: --budget N,N,N  --no-keep  --no-keep-word  --no-ask-first  --near N  --unmodified  --no-voluntary  --confirm  --leave  \
-                     --losses N  --no-symmetry  --depth-first  --max-states N";
+                     --losses N  --crashes N  --restarts N  --no-symmetry  --depth-first  --max-states N";
 
 fn options() -> Result<Options, String> {
     let mut options = Options::default();
@@ -36,6 +36,8 @@ fn options() -> Result<Options, String> {
             "--confirm" => options.confirm = true,
             "--leave" => options.leave = true,
             "--losses" => options.losses = number(&value()?)? as u8,
+            "--crashes" => options.crashes = number(&value()?)? as u8,
+            "--restarts" => options.restarts = number(&value()?)? as u8,
             "--depth-first" => options.depth_first = true,
             "--no-symmetry" => options.symmetry = false,
             "--max-states" => options.max_states = number(&value()?)?,

@@ -184,6 +184,8 @@ pub(crate) struct Record {
     /// Counts grants, so that a timer knows whether it is about this one.
     pub(crate) tenure: u64,
     pub(crate) broken: Option<Violation>,
+    /// The last epoch that the state machine was told of.
+    pub(crate) epoch: u64,
     /// Why the last batch could not be posted or did not come back.
     pub(crate) trouble: Option<LeaseError>,
 }
@@ -202,6 +204,7 @@ impl Record {
             kept: Kept::default(),
             tenure: 0,
             broken: None,
+            epoch: 0,
             trouble: None,
         }
     }

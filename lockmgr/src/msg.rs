@@ -68,8 +68,6 @@ pub enum Body {
     Ack,
     /// The receiver's request is void; it reads the record and starts again.
     Retry,
-    /// Barrier after a change of membership.
-    Sync,
 }
 
 /// A message.
@@ -98,7 +96,6 @@ impl LeaseMsg {
             Body::GrantX { .. } => 5,
             Body::Ack => 6,
             Body::Retry => 7,
-            Body::Sync => 8,
             Body::Ask(_) => 9,
         });
         out.extend_from_slice(&self.record.0.to_le_bytes());
@@ -128,7 +125,7 @@ impl LeaseMsg {
                 }
                 put_payload(&mut out, payload.as_deref());
             }
-            Body::Revoke | Body::Done | Body::Ack | Body::Retry | Body::Sync => {}
+            Body::Revoke | Body::Done | Body::Ack | Body::Retry => {}
         }
         out
     }
@@ -166,7 +163,6 @@ impl LeaseMsg {
             },
             6 => Body::Ack,
             7 => Body::Retry,
-            8 => Body::Sync,
             _ => return bad("unknown kind"),
         };
         if r.0.is_empty() {
@@ -341,7 +337,6 @@ mod tests {
             ),
             Just(Body::Ack),
             Just(Body::Retry),
-            Just(Body::Sync),
         ]
     }
 

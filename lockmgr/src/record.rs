@@ -137,6 +137,8 @@ impl RecordLayout {
     pub const OWNER: u64 = 0;
     /// Offset of the flags.
     pub const FLAGS: u64 = 8;
+    /// In the flags: the inode has no name left, or is about to lose its last.
+    pub const UNLINKED: u64 = 1;
     /// Offset of the bitmap of holders from node [`NEAR_NODES`] on.
     pub const HOLDERS: u64 = 16;
 

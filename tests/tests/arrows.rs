@@ -6,6 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 
+#[path = "arrows/fields.rs"]
+mod fields;
 #[path = "arrows/modules.rs"]
 mod modules;
 
@@ -59,8 +61,11 @@ const PARTS: &[&str] = &[
     "fsd/meta",
     "fsd/storage",
     "fsd/client",
+    "fsd",
     "rdma-transport",
+    "rdma-transport/rt",
     "lockmgr",
+    "kmod/abi",
 ];
 
 /// Most lines of a file.
@@ -80,6 +85,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "storing",
             "files",
             "revoke",
+            "membership",
             "calls",
             "client",
             "fuse",
@@ -240,6 +246,30 @@ fn no_file_is_too_long_to_be_read_at_once() -> anyhow::Result<()> {
         }
     }
     ensure!(long.is_empty(), "more than {LINES} lines: {long:#?}");
+    Ok(())
+}
+
+#[test]
+fn no_struct_has_more_fields_than_a_reader_keeps_in_mind() -> anyhow::Result<()> {
+    let mut many = Vec::new();
+    let mut excepted: BTreeSet<&str> = fields::RECORDS.iter().map(|(name, _)| *name).collect();
+    for part in PARTS {
+        for file in files_of(&root().join(part).join("src"))? {
+            let file_name = file.strip_prefix(root())?.with_extension("");
+            for (name, count) in fields::structs(&std::fs::read_to_string(&file)?) {
+                let full = format!("{}::{name}", file_name.display());
+                if count > fields::FIELDS && !excepted.remove(full.as_str()) {
+                    many.push(format!("{full}: {count}"));
+                }
+            }
+        }
+    }
+    ensure!(
+        many.is_empty(),
+        "more than {} fields; what belongs together is a struct of its own: {many:#?}",
+        fields::FIELDS
+    );
+    ensure!(excepted.is_empty(), "no exceptions any more: {excepted:?}");
     Ok(())
 }
 

@@ -14,6 +14,7 @@ use crate::files::FileOperations;
 use crate::files::atime::AccessTimes;
 use crate::kernel::Kernel;
 use crate::kernel::extension::Extension;
+use crate::membership::Membership;
 use crate::namespace::Namespace;
 use crate::opens::Opens;
 use crate::revoke::Revoke;
@@ -43,6 +44,8 @@ pub struct Client {
     pub files: FileOperations,
     /// Giving up and forgetting.
     pub revoke: Revoke,
+    /// What it does when another mount is dead.
+    pub membership: Arc<Membership>,
     /// Calls of the kernel extension, where it is attached.
     pub calls: OnceLock<Calls>,
 }
@@ -66,6 +69,7 @@ impl Client {
         let files = FileOperations::new(base, &kernel, &data, &opens, &namespace, &storing, access_times);
         let trim = Trim::new(settings.max_inodes);
         let revoke = Revoke::new(base, &kernel, &data, &opens, &storing, trim);
+        let membership = Membership::new(&base.session, &base.cache, &storing.push);
         Self {
             session: Arc::clone(&base.session),
             cache: Arc::clone(&base.cache),
@@ -76,6 +80,7 @@ impl Client {
             storing,
             files,
             revoke,
+            membership,
             calls: OnceLock::new(),
         }
     }
@@ -89,6 +94,23 @@ impl Client {
         let kernel = self.kernel.attach(&base, ext);
         let calls = Calls::new(&base, &kernel, &self.data, &self.namespace);
         let _ = self.calls.set(calls);
+    }
+
+    /// Nothing may be answered from caches before long: those of a stock kernel go now, for it asks nobody. One with the extension
+    /// looks at the term itself.
+    pub fn freeze(&self) {
+        if self.kernel.caches.mode == CacheMode::Writeback {
+            return;
+        }
+        for inode in self.cache.inodes.all() {
+            let kernel = Arc::clone(&self.kernel.caches);
+            self.session.threads.workers.run(move || {
+                kernel.invalidate_attrs(&inode);
+                if inode.kernel.cached.load(Ordering::SeqCst) > 0 {
+                    kernel.invalidate_pages(&inode);
+                }
+            });
+        }
     }
 
     /// What `fsd status` shows.

@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`mount`] | start, stop |
 //! | [`fuse`], [`calls`] | the requests of a stock kernel; the calls of the kernel extension |
+//! | [`membership`] | what is done when another mount is dead |
 //! | [`revoke`] | giving leases up, forgetting inodes |
 //! | [`files`] | the operations on files: what a system call does, from its lease to its answer |
 //! | [`storing`] | bringing dirty data and attributes to the servers |
@@ -26,6 +27,7 @@ pub mod data;
 pub mod files;
 pub mod fuse;
 pub mod kernel;
+pub mod membership;
 pub mod mount;
 pub mod namespace;
 pub mod opens;
@@ -34,4 +36,4 @@ pub mod session;
 pub mod storing;
 
 pub use client::Client;
-pub use mount::{Detached, Mount, MountError, MountOptions};
+pub use mount::{Detached, Mount, MountError, MountOptions, Mounted};

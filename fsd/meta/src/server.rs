@@ -153,12 +153,11 @@ impl MetaServer {
     }
 }
 
+/// Threads, and what stops those that sleep.
+type Running = (Vec<JoinHandle<()>>, Vec<Sender<()>>);
+
 /// Starts what runs beside the requests; what stops the threads that sleep.
-fn start(
-    service: &Arc<Service>,
-    news: News,
-    fabric: &Arc<dyn Fabric>,
-) -> Result<(Vec<JoinHandle<()>>, Vec<Sender<()>>), MetaError> {
+fn start(service: &Arc<Service>, news: News, fabric: &Arc<dyn Fabric>) -> Result<Running, MetaError> {
     let thread = |name: &str, body: Box<dyn FnOnce() + Send>| {
         rt::thread::Builder::new()
             .name(name.into())

@@ -9,9 +9,6 @@ pub const CLASSES: [u32; 4] = [4 << 10, 16 << 10, 64 << 10, 256 << 10];
 /// Slabs kept out of reservations for fragmentation (one a class).
 pub const HEADROOM_SLABS: u64 = CLASSES.len() as u64;
 
-/// In the flags word of a lease record: the inode has no name left, or is about to lose its last.
-pub const FLAG_UNLINKED: u64 = 1;
-
 /// Bytes of the longest name.
 pub const NAME_MAX: usize = 255;
 

@@ -83,7 +83,7 @@ impl Children {
         let exe = std::env::current_exe().context("the path of fsd")?;
         let mut command = Command::new(exe);
         if self.quiet && std::env::var_os(RUST_LOG).is_none() {
-            command.env(RUST_LOG, super::QUIET_LOG);
+            command.env(RUST_LOG, super::logging::QUIET_LOG);
         }
         let child = command
             .args(args)

@@ -34,7 +34,7 @@ pub struct DevArgs {
     #[arg(long)]
     pub cache_shared: bool,
     /// Pool of each storage node.
-    #[arg(long, default_value_t = super::DEV_POOL)]
+    #[arg(long, default_value_t = super::defaults::DEV_POOL)]
     pub pool: Size,
     /// Mount at DIR/0, DIR/1… (default: a temporary directory).
     #[arg(long)]
@@ -177,7 +177,7 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
         eprintln!(
             "fsd dev: {} mounts over {} at {}",
             args.mounts,
-            super::fabric_name(args.fabric),
+            super::defaults::fabric_name(args.fabric),
             points.join(", ")
         );
         eprintln!("fsd dev: ask it with  fsd status --config {}", file.display());

@@ -72,7 +72,7 @@ pub fn keygen(path: &Path) -> anyhow::Result<()> {
     let mut key = [0u8; 32];
     rand::rng().fill(&mut key);
     if path == Path::new("-") {
-        println!("{}", super::launch::hex(&key));
+        println!("{}", super::hex::hex(&key));
         return Ok(());
     }
     write_key(path, &key)

@@ -3,22 +3,24 @@
 pub mod check;
 pub mod children;
 pub mod clean;
+pub mod defaults;
 pub mod dev;
 pub mod evict;
 pub mod format;
+pub mod hex;
 pub mod launch;
 pub mod leftovers;
+pub mod logging;
 pub mod role;
 pub mod status;
 pub mod temporary;
 
-use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use fsd_node::config::{CacheMode, Config, FabricChoice, Size};
+use fsd_node::config::{CacheMode, Config};
 
 /// DistFUSE: a distributed POSIX file system with kernel-cached speed and single-copy consistency.
 #[derive(Debug, Parser)]
@@ -124,13 +126,10 @@ pub struct RoleArgs {
     pub config: PathBuf,
 }
 
-/// Size of the pool of each storage node in `fsd dev`.
-pub const DEV_POOL: Size = Size(1 << 30);
-
 /// Runs a command.
 #[must_use]
 pub fn run(cli: Cli) -> ExitCode {
-    start_logging();
+    logging::start();
     let result = match cli.command {
         Command::Dev(args) => dev::run(&args),
         Command::Launch(args) => launch::run(&args),
@@ -155,6 +154,7 @@ pub fn run(cli: Cli) -> ExitCode {
         } => load(&role).and_then(|(c, key)| {
             let cache = cache.unwrap_or(c.mount.cache);
             let options = fsd_client::MountOptions {
+                former: role::former(),
                 options,
                 point,
                 cache,
@@ -163,7 +163,7 @@ pub fn run(cli: Cli) -> ExitCode {
                 allow_nonempty,
                 auto_unmount,
             };
-            role::mount(&c, key, &options)
+            role::mount(&c, &key, &options)
         }),
         Command::Format(args) => format::run(&args),
         Command::Check(args) => check::run(&args),
@@ -187,30 +187,4 @@ fn load(args: &RoleArgs) -> anyhow::Result<(Config, Vec<u8>)> {
     let config = Config::load(&args.config)?;
     let key = config.key()?;
     Ok((config, key))
-}
-
-/// What is logged by default. The FUSE library takes two things for failures that are none: that the process behind a request was
-/// killed before the answer, and that a mount is gone when its session ends.
-const LOG: &str = "warn,fsd=info,fuser::reply=off,fuser::mnt=error";
-/// The same of roles that run beside a command, whose output is the user's: only what is wrong.
-const QUIET_LOG: &str = "warn,fuser::reply=off,fuser::mnt=error";
-
-fn start_logging() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(LOG));
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .try_init();
-}
-
-/// Fabric of `fsd dev`, from its argument.
-#[must_use]
-pub fn fabric_name(fabric: FabricChoice) -> &'static str {
-    match fabric {
-        FabricChoice::Shm => "shm",
-        FabricChoice::Tcp => "tcp",
-        FabricChoice::Verbs => "verbs",
-    }
 }

@@ -1,5 +1,6 @@
 //! Running one role in the foreground until a signal ends it.
 
+use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -7,13 +8,17 @@ use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-use fsd_client::{Mount, MountOptions};
+use fsd_client::{Mount, MountError, MountOptions, Mounted};
 use fsd_meta::MetaServer;
 use fsd_node::config::Config;
 use fsd_storage::StorageNode;
 
 /// Set by `fsd dev` for its children: they end when it dies.
 pub const PARENT_ENV: &str = "FSD_PARENT";
+/// Set for the next life of a mount: what the one before has left mounted.
+const FORMER_ENV: &str = "FSD_FORMER";
+/// Pause before servers that are not there are looked for again.
+const AGAIN: Duration = Duration::from_secs(1);
 /// How long a server outlives a parent that died, for the mounts to write back.
 const LINGER: Duration = Duration::from_secs(3);
 
@@ -92,25 +97,64 @@ pub fn storage(
     Ok(ExitCode::SUCCESS)
 }
 
+/// What a former life of this process has left mounted, if this is not the first.
+#[must_use]
+pub fn former() -> Option<Mounted> {
+    Mounted::from_text(&std::env::var(FORMER_ENV).ok()?)
+}
+
+/// Begins anew in the same process: another life of the mount, at the same mount point, with the same arguments.
+fn begin_anew(former: &Mounted) -> anyhow::Result<ExitCode> {
+    tracing::warn!("the mount on {} begins anew", former.point().display());
+    let error = std::process::Command::new("/proc/self/exe")
+        .args(std::env::args_os().skip(1))
+        .env(FORMER_ENV, former.to_text())
+        .exec();
+    Err(error).context("this program cannot be started again")
+}
+
+/// Mounts. A life that follows another one waits for the servers as long as it takes.
+fn start(
+    config: &Config,
+    key: &[u8],
+    options: &MountOptions,
+    signals: &mut Signals,
+) -> anyhow::Result<Mount> {
+    loop {
+        match Mount::start(config, key.to_vec(), options) {
+            Err(error @ MountError::Join(_)) if options.former.is_some() => {
+                tracing::warn!("{error}; tried again");
+                if signals.pending().any(|signal| signal != SIGUSR1) {
+                    return Err(error.into());
+                }
+                std::thread::sleep(AGAIN);
+            }
+            started => return Ok(started?),
+        }
+    }
+}
+
 /// Runs a mount.
 ///
 /// # Errors
 /// It cannot join or mount.
-pub fn mount(config: &Config, key: Vec<u8>, options: &MountOptions) -> anyhow::Result<ExitCode> {
+pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Result<ExitCode> {
     let mut signals = signals()?;
     follow_parent(rustix::process::Signal::TERM)?;
-    let mount = Mount::start(config, key, options)?;
+    let mount = start(config, key, options, &mut signals)?;
     ready(&format!(
         "mounted on {} ({:?})",
         mount.point().display(),
         mount.mode()
     ));
     wait(&mut signals, || mount.is_gone());
+    let former = mount.mounted().filter(|_| mount.is_doomed()).cloned();
     let doomed = mount.is_doomed();
     mount.stop();
-    Ok(if doomed {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    })
+    match former {
+        Some(former) => begin_anew(&former),
+        // It is not mounted any more.
+        None if doomed => Ok(ExitCode::FAILURE),
+        None => Ok(ExitCode::SUCCESS),
+    }
 }

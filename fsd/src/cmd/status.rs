@@ -135,7 +135,7 @@ pub fn collect(config: &Config) -> anyhow::Result<Report> {
     let problems = problems(&meta, &storage, &mounts);
     Ok(Report {
         cluster: config.cluster.clone(),
-        fabric: super::fabric_name(config.fabric),
+        fabric: super::defaults::fabric_name(config.fabric),
         healthy: problems.is_empty(),
         problems,
         meta,

@@ -4,7 +4,6 @@ use rdma_transport::{Connection, Op, RemoteAddr};
 
 use super::error::StorageError;
 use super::leases::LeaseTable;
-use fsd_proto::layout::FLAG_UNLINKED;
 use fsd_proto::wire::{DeadMount, Records};
 use lockmgr::{NodeId, OwnerWord, RecordLayout};
 
@@ -92,7 +91,7 @@ impl Record<'_> {
     /// Has the inode no name, and does nobody have it open or keep it?
     fn is_unused(&self) -> bool {
         let maps = self.layout.opens() as usize / 8;
-        self.words[1] & FLAG_UNLINKED != 0 && self.words[maps..].iter().all(|&w| w == 0)
+        self.words[1] & RecordLayout::UNLINKED != 0 && self.words[maps..].iter().all(|&w| w == 0)
     }
 }
 

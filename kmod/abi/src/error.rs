@@ -54,3 +54,12 @@ pub enum Error {
         source: io::Error,
     },
 }
+
+impl From<Error> for io::Error {
+    fn from(error: Error) -> io::Error {
+        match error {
+            Error::System { source, .. } => source,
+            other => io::Error::other(other),
+        }
+    }
+}

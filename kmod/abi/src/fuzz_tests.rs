@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use crate::attachment::{Answer, Attachment, Call, Command, Event};
+use crate::attachment::Attachment;
 use crate::layout::{self, Attach};
+use crate::messages::{Answer, Call, Command, Event};
 use crate::table::{Attributes, Grant};
 use crate::word::Mode;
 
@@ -117,7 +118,7 @@ proptest! {
         attachment.set_events(tail, tail.wrapping_add(ahead), &kinds);
         for _ in 0..ahead {
             match attachment.try_event() {
-                Ok(Some(Event::Call(Call { act: crate::attachment::Act::Read, len, .. }))) => {
+                Ok(Some(Event::Call(Call { act: crate::messages::Act::Read, len, .. }))) => {
                     prop_assert!(len as usize <= layout::BUFFER_SIZE);
                 }
                 Ok(Some(_)) => {}

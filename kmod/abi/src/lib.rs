@@ -12,10 +12,12 @@
 
 mod attachment;
 mod counters;
+mod device;
 mod error;
 #[cfg(test)]
 mod fuzz_tests;
 pub mod layout;
+mod messages;
 mod pace;
 pub mod ring;
 mod sync;
@@ -23,9 +25,11 @@ mod sys;
 mod table;
 pub mod word;
 
-pub use attachment::{Act, Answer, Attachment, Call, Command, Event, Options, kernel_version};
+pub use attachment::Attachment;
 pub use counters::Counters;
+pub use device::{Options, kernel_version};
 pub use error::Error;
 pub use layout::{ABI_VERSION, DEVICE};
+pub use messages::{Act, Answer, Call, Command, Event};
 pub use table::{Attributes, Grant, Table, Time};
 pub use word::{Mode, Pending, Revoked, Word};

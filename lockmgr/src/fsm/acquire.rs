@@ -47,8 +47,12 @@ impl Fsm {
 
     /// Starts, or starts again, what is wanted.
     pub(super) fn start(&mut self, cfg: &Config, out: &mut Vec<Action>) {
-        self.phase = Phase::Acquiring;
         self.search.via = None;
+        if self.want.is_some() && cfg.is_recovering() && !cfg.flaw(Flaw::AcquiredWhileRecovering) {
+            self.phase = Phase::Paused;
+            return;
+        }
+        self.phase = Phase::Acquiring;
         match self.want {
             Some(Mode::Shared) => self.post_shared(cfg, out),
             Some(Mode::Exclusive) => {
@@ -142,7 +146,7 @@ impl Fsm {
                 if owner?.owners_part() != from {
                     return Err(Violation::ReleaseFailed);
                 }
-                self.released(batch.kind, out);
+                self.released(cfg, batch.kind, out);
                 Ok(())
             }
         }
@@ -169,7 +173,6 @@ impl Fsm {
             None => true,
             Some(w) if Some(w) == granter => true,
             Some(w) if w == cfg.node => return Err(Violation::NamedWithoutCause),
-            // Recovery: a writer of a dead incarnation is repaired: { clear bit; CAS (D,v) → (none,v+1) }.
             Some(_) => false,
         };
         // Either the bit is seen by whoever takes the word next, or it is on its way off and nothing is
@@ -192,6 +195,7 @@ impl Fsm {
                 self.phase = Phase::Rest;
                 self.last_version = version;
                 self.search.seen = Readers::in_word(owner);
+                self.search.granted_by = writer;
                 out.push(Action::Granted {
                     mode: Mode::Shared,
                     version,
@@ -199,12 +203,8 @@ impl Fsm {
                 });
             }
             (false, Some(writer)) => {
-                self.phase = Phase::Waiting { at: writer };
                 self.post(BatchKind::ClearBit, WordOps::one(WordOp::ClearBit), out);
-                out.push(Action::Send {
-                    to: writer,
-                    body: Body::Want(Mode::Shared),
-                });
+                self.want_from(cfg, writer, Mode::Shared, out);
             }
             (false, None) => return Err(Violation::BadOutcome),
         }
@@ -242,26 +242,47 @@ impl Fsm {
         }
         match found.writer {
             None => self.post_exclusive(cfg, found, out),
-            // Recovery: a writer of a dead incarnation is repaired:
-            // { clear bit if set; CAS (D,v) → (none,v+1) }, the shared lease given up first.
             Some(to) if self.held.is_some() && !cfg.flaw(Flaw::LoserKeepsShared) => {
+                let to = Some(to).filter(|_| !cfg.is_recovering());
                 self.begin_drop(Phase::LostUpgrade { to }, out);
             }
-            Some(to) => self.wait_for(to, out),
+            Some(to) => self.wait_for(cfg, to, out),
         }
         Ok(())
     }
 
+    /// Waits for the owner found in the word. While leases of the dead are taken back that may be one of them, and everybody asks
+    /// again afterwards anyhow.
+    fn want_from(&mut self, cfg: &Config, to: NodeId, mode: Mode, out: &mut Vec<Action>) {
+        if cfg.is_recovering() && !cfg.flaw(Flaw::AcquiredWhileRecovering) {
+            self.phase = Phase::Paused;
+            return;
+        }
+        self.phase = Phase::Waiting { at: to };
+        out.push(Action::Send {
+            to,
+            body: Body::Want(mode),
+        });
+    }
+
+    /// The word went to somebody else, but who that was may be dead by now.
+    pub(super) fn look_again(&mut self, cfg: &Config, out: &mut Vec<Action>) {
+        if self.bit {
+            self.post(BatchKind::ClearBit, WordOps::one(WordOp::ClearBit), out);
+        }
+        self.phase = Phase::Paused;
+        self.retry_all(out);
+        if !cfg.is_recovering() {
+            self.resume(cfg);
+        }
+    }
+
     /// The word went to somebody else: queue there, and send away those who queued here.
-    pub(super) fn wait_for(&mut self, writer: NodeId, out: &mut Vec<Action>) {
-        self.phase = Phase::Waiting { at: writer };
+    pub(super) fn wait_for(&mut self, cfg: &Config, writer: NodeId, out: &mut Vec<Action>) {
         if self.bit && self.held.is_none() {
             self.post(BatchKind::ClearBit, WordOps::one(WordOp::ClearBit), out);
         }
-        out.push(Action::Send {
-            to: writer,
-            body: Body::Want(Mode::Exclusive),
-        });
+        self.want_from(cfg, writer, Mode::Exclusive, out);
         self.retry_all(out);
     }
 
@@ -270,7 +291,9 @@ impl Fsm {
         self.own.new_version = version;
         let mut pending = holders;
         pending.remove(cfg.node);
-        // Recovery: the dead are removed as well.
+        for dead in cfg.dead.iter() {
+            pending.remove(dead);
+        }
         if pending.is_empty() {
             self.become_exclusive(out);
             return;
@@ -287,6 +310,8 @@ impl Fsm {
 
     pub(super) fn become_exclusive(&mut self, out: &mut Vec<Action>) {
         self.held = Some(Mode::Exclusive);
+        self.tainted = false;
+        self.search.granted_by = None;
         self.search.last_owner = None;
         self.used = false;
         self.want = None;
@@ -319,10 +344,10 @@ impl Fsm {
             Answer::Exclusive {
                 version,
                 granted,
+                far,
                 queue,
                 payload,
             } => {
-                // Recovery: entries of the dead and of older epochs are dropped from both queues.
                 if self
                     .own
                     .queue
@@ -334,7 +359,7 @@ impl Fsm {
                 let own = std::mem::replace(&mut self.own.queue, queue);
                 self.own.queue.extend(own);
                 self.own.word_version = version;
-                self.own.word_far = cfg.any_far(&granted) && !cfg.flaw(Flaw::FarForgotten);
+                self.own.word_far = far && !cfg.flaw(Flaw::FarForgotten);
                 self.payload = payload;
                 let granted = if cfg.flaw(Flaw::GrantedForgotten) {
                     NodeSet::new()

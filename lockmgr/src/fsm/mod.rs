@@ -10,12 +10,11 @@
 //!
 //! `docs/lease-protocol.md` has the table this code follows and the reason for every rule in it.
 //!
-//! **Membership changes** (crash of a node, epochs) are not in here yet. Words, messages and queue entries
-//! carry the incarnation and the epoch they need; the places where the transitions belong are marked
-//! `Recovery:`.
+//! When a node dies the others are told twice: [`Event::Epoch`] before its words and bits are taken back, [`Event::Resume`] after.
 
 mod acquire;
 mod batch;
+mod epoch;
 mod reconcile;
 mod serve;
 pub(crate) mod symmetry;
@@ -52,6 +51,8 @@ pub struct Fsm {
     answers: NodeSet,
     /// Nodes that wait for our `Done`.
     revokers: NodeSet,
+    /// The shared lease held was granted by one of the dead: it must go.
+    tainted: bool,
     batch: Option<Batch>,
 }
 
@@ -215,6 +216,7 @@ impl Fsm {
                 } else if let Some(owner) = self.search.last_owner.take()
                     && cfg.ask_first
                     && self.held.is_none()
+                    && !cfg.is_recovering()
                 {
                     self.ask(mode, owner, out);
                 } else {
@@ -259,6 +261,8 @@ impl Fsm {
             Event::BatchLost => self.batch_lost()?,
             Event::Gone(node) => self.gone(cfg, node, out),
             Event::Reconnected => self.reconnected(out),
+            Event::Epoch => self.epoch(cfg, out),
+            Event::Resume => self.resume(cfg),
             Event::Message {
                 from,
                 incarnation,
@@ -280,8 +284,12 @@ impl Fsm {
         body: Body,
         out: &mut Vec<Action>,
     ) -> Result<(), Violation> {
-        // Recovery: drop a WANT of an older epoch; park everything of a newer one.
+        if cfg.dead.contains(from) && !cfg.flaw(Flaw::DeadHeard) {
+            return Ok(());
+        }
         match body {
+            // Who asked in an earlier epoch asks again.
+            Body::Want(_) | Body::Ask(_) if epoch < cfg.epoch && !cfg.flaw(Flaw::OldRequestTaken) => {}
             Body::Want(mode) | Body::Ask(mode) => {
                 let waiter = Waiter {
                     node: from,
@@ -329,20 +337,17 @@ impl Fsm {
                 queue,
                 payload,
             } => {
-                self.answer(
-                    Some(Mode::Exclusive),
-                    from,
-                    Answer::Exclusive {
-                        version,
-                        granted,
-                        queue,
-                        payload,
-                    },
-                )?;
+                let mut answer = Answer::Exclusive {
+                    version,
+                    far: cfg.any_far(&granted),
+                    granted,
+                    queue,
+                    payload,
+                };
+                answer.leave_out(cfg);
+                self.answer(Some(Mode::Exclusive), from, answer)?;
             }
             Body::Retry => self.answer(None, from, Answer::Retry)?,
-            // Recovery: count the survivors that have reached the epoch.
-            Body::Sync => {}
         }
         Ok(())
     }
@@ -378,7 +383,7 @@ impl Fsm {
             | Phase::Granting => true,
             Phase::HandingOver { .. } | Phase::Freeing => !cfg.flaw(Flaw::RetryWhileReleasing),
             Phase::Acquiring | Phase::LostUpgrade { .. } => acquiring && !cfg.flaw(Flaw::RetryWhileAcquiring),
-            Phase::Waiting { .. } => acquiring && !cfg.flaw(Flaw::RetryWhileWaiting),
+            Phase::Waiting { .. } | Phase::Paused => acquiring && !cfg.flaw(Flaw::RetryWhileWaiting),
             Phase::DropShared | Phase::ClearingBit => false,
         }
     }
@@ -428,6 +433,15 @@ impl Fsm {
                     continue;
                 }
             }
+            if self.tainted
+                && self.phase == Phase::Rest
+                && self.held == Some(Mode::Shared)
+                && self.used
+                && self.batch.is_none()
+            {
+                self.begin_drop(Phase::DropShared, out);
+                continue;
+            }
             if self.phase == Phase::Rest
                 && self.held == Some(Mode::Exclusive)
                 && self.used
@@ -438,7 +452,7 @@ impl Fsm {
                 self.begin_flush(to, out);
                 continue;
             }
-            if matches!(self.phase, Phase::Waiting { .. })
+            if matches!(self.phase, Phase::Waiting { .. } | Phase::Paused)
                 && self.batch.is_none()
                 && let Some((from, answer)) = self.search.deferred.take()
             {

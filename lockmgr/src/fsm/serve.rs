@@ -185,10 +185,11 @@ impl Fsm {
     }
 
     /// The word has moved on.
-    pub(super) fn released(&mut self, kind: BatchKind, out: &mut Vec<Action>) {
+    pub(super) fn released(&mut self, cfg: &Config, kind: BatchKind, out: &mut Vec<Action>) {
         match (kind, self.phase) {
+            // The word names one of the dead, who is told nothing: it is freed with the others of that one.
+            (BatchKind::HandOver, Phase::HandingOver { to }) if cfg.dead.contains(to) => {}
             (BatchKind::HandOver, Phase::HandingOver { to }) => {
-                // Recovery: if `to` is dead, everyone in the queue gets RETRY instead.
                 let body = Body::GrantX {
                     version: self.own.new_version,
                     granted: std::mem::take(&mut self.own.granted),
@@ -228,7 +229,10 @@ impl Fsm {
             }
             Phase::LostUpgrade { to } => {
                 self.give_up_shared();
-                self.wait_for(to, out);
+                match to {
+                    Some(to) => self.wait_for(cfg, to, out),
+                    None => self.look_again(cfg, out),
+                }
             }
             Phase::DropBeforeHand => {
                 self.give_up_shared();
@@ -242,6 +246,8 @@ impl Fsm {
     fn give_up_shared(&mut self) {
         self.held = None;
         self.used = false;
+        self.tainted = false;
+        self.search.granted_by = None;
         self.search.seen = Readers::default();
     }
 }

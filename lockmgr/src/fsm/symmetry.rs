@@ -93,7 +93,7 @@ impl Symmetry for Fsm {
             phase: match self.phase {
                 Phase::Waiting { at } => Phase::Waiting { at: f(at) },
                 Phase::HandingOver { to } => Phase::HandingOver { to: f(to) },
-                Phase::LostUpgrade { to } => Phase::LostUpgrade { to: f(to) },
+                Phase::LostUpgrade { to } => Phase::LostUpgrade { to: to.map(f) },
                 other => other,
             },
             payload: self.payload.clone(),
@@ -113,10 +113,12 @@ impl Symmetry for Fsm {
                         Answer::Exclusive {
                             version,
                             granted,
+                            far,
                             queue,
                             payload,
                         } => Answer::Exclusive {
                             version: *version,
+                            far: *far,
                             granted: granted.exchanged(f),
                             queue: queue.exchanged(f),
                             payload: payload.clone(),
@@ -126,6 +128,7 @@ impl Symmetry for Fsm {
                     (f(*from), answer)
                 }),
                 last_owner: self.search.last_owner.map(f),
+                granted_by: self.search.granted_by.map(f),
                 seen: Readers {
                     near: self.search.seen.near.exchanged(f),
                     ..self.search.seen

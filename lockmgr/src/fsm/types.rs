@@ -7,7 +7,7 @@ use crate::record::{NEAR_NODES, OwnerWord};
 use super::batch::{Outcome, WordOps};
 
 /// What a state machine has to know about its node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Config {
     /// This node.
     pub node: NodeId,
@@ -21,6 +21,10 @@ pub struct Config {
     pub ask_first: bool,
     /// Nodes below this have their holder bit in the owner word.
     pub near_nodes: u16,
+    /// The membership's epoch: one more with each death.
+    pub epoch: u64,
+    /// The dead whose words and bits are being taken back. While there are any nothing new is acquired.
+    pub dead: NodeSet,
     /// Rules to break, one bit each, for tests of the model checker.
     #[cfg(any(test, feature = "flaws"))]
     pub flaws: u32,
@@ -37,6 +41,8 @@ impl Config {
             keep_word: false,
             ask_first: true,
             near_nodes: NEAR_NODES,
+            epoch: 0,
+            dead: NodeSet::new(),
             #[cfg(any(test, feature = "flaws"))]
             flaws: 0,
         }
@@ -45,6 +51,11 @@ impl Config {
     /// Is the holder bit of this node in the owner word?
     pub(super) fn is_near(&self) -> bool {
         self.node.0 < self.near_nodes
+    }
+
+    /// Are leases of the dead being taken back?
+    pub(super) fn is_recovering(&self) -> bool {
+        !self.dead.is_empty()
     }
 
     /// Is any of these nodes one whose holder bit is in the map?
@@ -107,6 +118,20 @@ pub enum Flaw {
     FarUnsaid,
     /// The word is released without saying that far readers were granted.
     FarForgotten,
+    /// Who waited here in an earlier epoch still does, though it asks again.
+    QueueOutlivesEpoch,
+    /// A request of an earlier epoch is queued, though it is made again.
+    OldRequestTaken,
+    /// Leases are acquired while those of the dead are being taken back.
+    AcquiredWhileRecovering,
+    /// A node says it has reached the epoch while it hands over or acquires.
+    BatchOutlivesEpoch,
+    /// A shared lease that one of the dead granted, with attributes that nobody else has, is kept.
+    GrantOfDeadKept,
+    /// What comes from the dead is taken after their epoch.
+    DeadHeard,
+    /// Those that wait do not ask again after an epoch.
+    NotAskedAgain,
 }
 
 /// What happens to a state machine.
@@ -147,6 +172,10 @@ pub enum Event {
     Gone(NodeId),
     /// A connection to the storage node exists again, and no operation of the old one can still land.
     Reconnected,
+    /// A new epoch has begun: [`Config::epoch`] and [`Config::dead`] say which, and who is dead.
+    Epoch,
+    /// Everything of the dead has been taken back, and [`Config::dead`] is empty.
+    Resume,
     /// A message has arrived.
     Message {
         /// The sender.
@@ -211,6 +240,8 @@ pub enum Phase {
         /// To the writer found.
         at: NodeId,
     },
+    /// Something is wanted, and asked for when leases of the dead have been taken back.
+    Paused,
     /// The user is writing back.
     Flushing {
         /// What it keeps.
@@ -236,8 +267,8 @@ pub enum Phase {
     DropShared,
     /// As `DropShared`; the upgrade it was held for has lost.
     LostUpgrade {
-        /// To whom.
-        to: NodeId,
+        /// To whom; none: an epoch has begun since, and the record is looked at again.
+        to: Option<NodeId>,
     },
     /// The batch that takes the own bit back is in flight.
     ClearingBit,
@@ -252,6 +283,7 @@ impl Phase {
             Self::Acquiring => "acquiring",
             Self::Revoking => "revoking readers",
             Self::Waiting { .. } => "waiting for grant",
+            Self::Paused => "waiting for recovery",
             Self::Flushing { .. } => "flushing",
             Self::Keeping => "sharing",
             Self::Confirming => "awaiting confirmation",
@@ -296,6 +328,8 @@ pub(super) struct Search {
     pub(super) asking: bool,
     /// An answer that came before the own bit was off.
     pub(super) deferred: Option<(NodeId, Answer)>,
+    /// Who granted the shared lease held, if it came with attributes that the authority may not have.
+    pub(super) granted_by: Option<NodeId>,
 }
 
 /// Who else reads, as far as a node with a shared lease knows: what it expects of the word when it upgrades.
@@ -342,6 +376,8 @@ pub(super) enum Answer {
     Exclusive {
         version: u64,
         granted: NodeSet,
+        /// The word says that there are far readers.
+        far: bool,
         queue: Vec<Waiter>,
         payload: Option<Payload>,
     },

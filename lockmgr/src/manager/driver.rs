@@ -8,6 +8,7 @@ use rdma_transport::Outcome;
 use rt::sync::Mutex;
 use rt::time::Instant;
 
+use super::epochs::Epochs;
 use super::interface::{Directory, LeaseUser, ManagerConfig};
 use super::leave::Leave;
 use super::stats::Counters;
@@ -26,7 +27,7 @@ use crate::wire;
 pub(super) struct Driver {
     me: Weak<Self>,
     pub(super) cfg: ManagerConfig,
-    fsm_cfg: Config,
+    pub(super) epochs: Epochs,
     pub(super) dir: Arc<dyn Directory>,
     user: Arc<dyn LeaseUser>,
     pub(super) table: Table,
@@ -50,7 +51,7 @@ impl Driver {
         Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
             cfg,
-            fsm_cfg,
+            epochs: Epochs::new(fsm_cfg),
             dir,
             user,
             table: Table::new(),
@@ -110,7 +111,11 @@ impl Driver {
         while let Some(event) = record.inbox.pop_front().or_else(|| self.decide(&mut record)) {
             let from_memory = matches!(event, Event::BatchDone(_));
             let was_keeping = record.fsm.is_keeping();
-            if let Err(violation) = record.fsm.apply(&self.fsm_cfg, event, &mut actions) {
+            let config = self.epochs.config();
+            record.epoch = record
+                .epoch
+                .max(if event == Event::Epoch { config.epoch } else { 0 });
+            if let Err(violation) = record.fsm.apply(&config, event, &mut actions) {
                 self.counters.violations.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(record = %lease.id(), phase = record.fsm.phase().name(), %violation, "lease protocol broken");
                 if from_memory {
@@ -138,7 +143,7 @@ impl Driver {
                 );
             }
             for action in actions.drain(..) {
-                self.execute(lease, action);
+                self.execute(lease, action, config.epoch);
             }
             record = lease.record.lock();
         }
@@ -147,7 +152,11 @@ impl Driver {
         record.inbox = VecDeque::new();
         record.evicted = record.is_forgettable();
         let (evicted, hint) = (record.evicted, record.hint());
+        let settled = self.epochs.is_awaiting() && self.is_settled(&record);
         drop(record);
+        if settled && let Some(told) = self.epochs.settled(lease.id()) {
+            told();
+        }
         if evicted {
             self.counters
                 .hits
@@ -156,6 +165,50 @@ impl Driver {
             self.check_left();
         }
         Some(result)
+    }
+
+    /// Does a record not keep this node from saying that it has reached the epoch?
+    fn is_settled(&self, record: &Record) -> bool {
+        let config = self.epochs.config();
+        record.evicted
+            || record.broken.is_some()
+            || (record.epoch == config.epoch && !record.fsm.holds_up_epoch(&config))
+    }
+
+    /// Some nodes are dead, and what they had is about to be taken back. `reached` runs when no record has anything of earlier
+    /// epochs under way.
+    pub(super) fn begin_epoch(&self, epoch: u64, dead: NodeSet, reached: Box<dyn FnOnce() + Send>) {
+        self.epochs.set(epoch, dead);
+        let all = self.table.all();
+        self.epochs.wait_for(all.iter().map(|lease| lease.id()), reached);
+        for lease in &all {
+            // One that has left the table has nothing under way.
+            let gone = self.try_drive(lease, &mut Some(Event::Epoch)).is_none();
+            if gone && let Some(reached) = self.epochs.settled(lease.id()) {
+                return reached();
+            }
+        }
+        if all.is_empty()
+            && let Some(reached) = self.epochs.end()
+        {
+            reached();
+        }
+    }
+
+    /// Everything that the dead had has been taken back.
+    pub(super) fn resume(&self, epoch: u64) {
+        let dead = self.epochs.config().dead.clone();
+        self.epochs.stop_waiting();
+        self.epochs.set(epoch, NodeSet::new());
+        {
+            let mut gone = self.gone.lock();
+            for node in dead.iter() {
+                gone.remove(node);
+            }
+        }
+        for lease in self.table.all() {
+            self.drive(&lease, Some(Event::Resume));
+        }
     }
 
     /// The owner of the word keeps it for a while. One timer a record is enough, however often that begins.
@@ -204,10 +257,11 @@ impl Driver {
         (at_rest && fsm.held().is_some() && !fsm.is_used()).then_some(Event::Used)
     }
 
-    fn execute(&self, lease: &Arc<LeaseHandle>, action: Action) {
+    /// `epoch`: the one in which the action was decided upon.
+    fn execute(&self, lease: &Arc<LeaseHandle>, action: Action, epoch: u64) {
         match action {
             Action::Post(ops) => self.post(lease, ops),
-            Action::Send { to, body } => self.send(lease, to, body),
+            Action::Send { to, body } => self.send(lease, to, body, epoch),
             Action::Confirm { version } => self.user.confirm(lease.id(), version),
             Action::Flush { to } => self.revoke(lease, Mode::Exclusive, to),
             Action::Invalidate => self.revoke(lease, Mode::Shared, None),
@@ -271,17 +325,19 @@ impl Driver {
         }
     }
 
-    fn send(&self, lease: &Arc<LeaseHandle>, to: NodeId, body: Body) {
+    fn send(&self, lease: &Arc<LeaseHandle>, to: NodeId, body: Body, epoch: u64) {
         let record = lease.id();
         let on_a_guess = matches!(body, Body::Ask(_));
         self.counters.sent.fetch_add(1, Ordering::Relaxed);
         if matches!(body, Body::GrantX { .. }) {
             self.counters.hand_overs.fetch_add(1, Ordering::Relaxed);
         }
-        // Recovery: the membership epoch of this node.
+        if self.epochs.is_dead(to) {
+            return;
+        }
         let msg = LeaseMsg {
             record,
-            epoch: 0,
+            epoch,
             incarnation: self.cfg.incarnation,
             body,
         };

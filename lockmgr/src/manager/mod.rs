@@ -8,6 +8,7 @@
 //! recursion, and messages about a record leave in the order in which its state machine sent them.
 
 mod driver;
+mod epochs;
 mod interface;
 mod leave;
 mod stats;
@@ -22,7 +23,7 @@ use rt::time::Instant;
 
 use crate::LeaseError;
 use crate::fsm::{Event, Phase};
-use crate::ids::{Mode, NodeId, RecordId};
+use crate::ids::{Mode, NodeId, NodeSet, RecordId};
 use crate::lease::{EnterFn, Guard, LeaseHandle, Parked, Wish, rank};
 use crate::msg::{Body, LeaseMsg, MAX_PAYLOAD};
 use crate::timers::Timer;
@@ -415,6 +416,24 @@ impl LeaseManager {
                 self.0.drive(&lease, Some(Event::Reconnected));
             }
         }
+    }
+
+    /// The membership has declared nodes dead, and fenced them: nothing of them reaches a record any more. Until
+    /// [`Self::resume`] nothing new is acquired. `reached` runs, once, when nothing of this node's dealings with earlier epochs is
+    /// under way, but for messages that their receivers have not heard: no hand-over, no acquisition, no lease that came from the
+    /// dead. It does not run if a later epoch begins before.
+    pub fn begin_epoch(&self, epoch: u64, dead: NodeSet, reached: Box<dyn FnOnce() + Send>) {
+        self.0.begin_epoch(epoch, dead, reached);
+    }
+
+    /// The words and bits of the dead have been taken back: everything that waits asks again.
+    pub fn resume(&self, epoch: u64) {
+        self.0.resume(epoch);
+    }
+
+    /// A mount that joins begins in this epoch.
+    pub fn join_epoch(&self, epoch: u64) {
+        self.0.epochs.set(epoch, NodeSet::new());
     }
 
     /// A peer cannot be reached just now. What waits for it may fail at its deadline, which then names it.

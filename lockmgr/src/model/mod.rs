@@ -16,6 +16,7 @@
 //! graph of all states is searched for cycles; there being none, every execution ends.
 
 mod explore;
+mod membership;
 mod node;
 mod options;
 mod state;

@@ -1,5 +1,6 @@
 //! One node of the model: the state machine, and what its user knows.
 
+use super::membership::{self, Place};
 use super::options::Options;
 use crate::fsm::{Config, Fsm, Outcome};
 use crate::ids::NodeId;
@@ -20,10 +21,19 @@ pub(super) struct Node {
     pub(super) confirm: Vec<u64>,
     pub(super) left: bool,
     pub(super) budget: u8,
+    pub(super) incarnation: u8,
+    /// The last version that it stored.
+    pub(super) stored: u64,
+    /// A version that the authority may not have, and that goes there when the lease is handed on or an epoch begins.
+    pub(super) kept: Option<u64>,
+    /// In the membership.
+    pub(super) place: Place,
 }
 
-pub(super) fn config(options: &Options, i: usize) -> Config {
-    let mut cfg = Config::new(NodeId(i as u16), 1);
+pub(super) fn config(options: &Options, i: usize, node: &Node) -> Config {
+    let mut cfg = Config::new(NodeId(i as u16), node.incarnation);
+    cfg.epoch = node.place.epoch.into();
+    cfg.dead = membership::set(node.place.dead);
     cfg.keep_shared = options.keep_shared;
     cfg.keep_word = options.keep_word;
     cfg.ask_first = options.ask_first;
@@ -49,11 +59,16 @@ impl Node {
             confirm: Vec::new(),
             left: false,
             budget,
+            incarnation: 1,
+            stored: 0,
+            kept: None,
+            place: Place::default(),
         }
     }
 
     /// The user tells the authority about a version.
     pub(super) fn push(&mut self, version: u64) {
+        self.kept.take_if(|kept| *kept == version);
         if !self.confirm.contains(&version) {
             self.confirm.push(version);
         }

@@ -28,6 +28,10 @@ pub struct Options {
     pub leave: bool,
     /// How many batches may be lost with their connection.
     pub losses: u8,
+    /// How many nodes may die, at any step.
+    pub crashes: u8,
+    /// How many may come back, with an incarnation of their own, and ask for one lease.
+    pub restarts: u8,
     /// Rules to break (see [`crate::fsm::Flaw`]); no effect unless built for tests or with feature `flaws`.
     pub flaws: u32,
     /// Nodes with equal budgets are interchangeable.
@@ -51,6 +55,8 @@ impl Default for Options {
             confirm: false,
             leave: false,
             losses: 0,
+            crashes: 0,
+            restarts: 0,
             flaws: 0,
             symmetry: true,
             depth_first: false,

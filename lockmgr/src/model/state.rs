@@ -2,9 +2,10 @@
 
 use std::collections::VecDeque;
 
+use super::membership::{Change, Membership};
 use super::node::{Node, config};
 use super::options::{NODES, Options, Problem};
-use crate::fsm::{Action, Event, Outcome, Phase, WordOp};
+use crate::fsm::{Action, Config, Event, Outcome, Phase, WordOp};
 use crate::ids::{Mode, NodeId, NodeSet};
 use crate::msg::Body;
 use crate::record::OwnerWord;
@@ -20,11 +21,13 @@ pub(super) struct State {
     /// Which nodes are far.
     pub(super) far: u8,
     /// Memory shows what was last written.
-    store_fresh: bool,
-    confirmed: u64,
+    pub(super) store_fresh: bool,
+    pub(super) confirmed: u64,
     losses: u8,
     pub(super) nodes: [Node; NODES],
-    pub(super) channels: [[VecDeque<Body>; NODES]; NODES],
+    /// Messages, with their senders' epochs.
+    pub(super) channels: [[VecDeque<(u8, Body)>; NODES]; NODES],
+    pub(super) membership: Membership,
     pub(super) problem: Option<Problem>,
 }
 
@@ -45,6 +48,7 @@ enum Step {
     Downgrade(usize),
     Leave(usize),
     Gone(usize, usize),
+    Membership(Change),
 }
 
 impl State {
@@ -59,17 +63,27 @@ impl State {
             losses: options.losses,
             nodes: [node(0), node(1), node(2)],
             channels: Default::default(),
+            membership: Membership {
+                crashes: options.crashes,
+                restarts: options.restarts,
+                ..Membership::default()
+            },
             problem: None,
         }
     }
 
-    fn fail(&mut self, problem: Problem) {
+    pub(super) fn config(&self, options: &Options, i: usize) -> Config {
+        config(options, i, &self.nodes[i])
+    }
+
+    pub(super) fn fail(&mut self, problem: Problem) {
         self.problem.get_or_insert(problem);
     }
 
-    fn event(&mut self, options: &Options, i: usize, event: Event) {
+    pub(super) fn event(&mut self, options: &Options, i: usize, event: Event) {
         let mut actions = Vec::new();
-        if let Err(v) = self.nodes[i].fsm.apply(&config(options, i), event, &mut actions) {
+        let cfg = self.config(options, i);
+        if let Err(v) = self.nodes[i].fsm.apply(&cfg, event, &mut actions) {
             self.fail(Problem::Violation(v));
         }
         for action in actions {
@@ -78,7 +92,9 @@ impl State {
                     self.nodes[i].done = 0;
                     self.nodes[i].outcome = Outcome::default();
                 }
+                Action::Send { to, .. } if !self.alive(to.0.into()) => {}
                 Action::Send { to, body } => {
+                    let body = (self.nodes[i].place.epoch, body);
                     let channel = &mut self.channels[i][usize::from(to.0)];
                     channel.push_back(body);
                     if channel.len() > MAX_CHANNEL {
@@ -88,14 +104,15 @@ impl State {
                 Action::Flush { .. } | Action::Invalidate => self.nodes[i].asked = true,
                 Action::Confirm { version } => self.nodes[i].push(version),
                 Action::Granted {
-                    mode: _,
+                    mode,
                     version,
                     payload,
                 } => {
-                    if payload.is_some_and(|p| u64::from(p[0]) != version) {
+                    if payload.is_some_and(|p| p[..] != version.to_le_bytes()) {
                         self.fail(Problem::WrongPayload);
                     }
                     let node = &mut self.nodes[i];
+                    node.kept.take_if(|_| mode == Mode::Exclusive);
                     if node.cached != version {
                         node.cached = version;
                         node.fresh = self.store_fresh;
@@ -174,7 +191,7 @@ impl State {
     }
 
     /// The holder bit of a node, where it is kept.
-    fn bit(&self, i: usize) -> bool {
+    pub(super) fn bit(&self, i: usize) -> bool {
         if self.far >> i & 1 == 1 {
             self.bits >> i & 1 == 1
         } else {
@@ -206,16 +223,18 @@ impl State {
             node.cached = version;
             if modified {
                 self.store_fresh = true;
+                node.stored = version;
             }
             // A holder that changed nothing still passes on what the one before it has not yet confirmed.
             let needs_confirm = options.confirm && self.confirmed < version;
-            if needs_confirm && to.is_none() {
-                node.push(version);
+            match to {
+                None if needs_confirm => node.push(version),
+                _ => node.kept = needs_confirm.then_some(version),
             }
             Event::Flushed {
                 modified,
                 needs_confirm,
-                payload: Some([version as u8][..].into()),
+                payload: Some(version.to_le_bytes()[..].into()),
             }
         } else {
             Event::Invalidated
@@ -240,18 +259,16 @@ impl State {
             }
             Step::Reconnect(i) => self.event(options, i, Event::Reconnected),
             Step::Message(from, to) => {
-                if let Some(body) = self.channels[from][to].pop_front() {
-                    let from = NodeId(from as u16);
-                    self.event(
-                        options,
-                        to,
-                        Event::Message {
-                            from,
-                            incarnation: 1,
-                            epoch: 0,
-                            body,
-                        },
-                    );
+                if let Some((epoch, body)) = self.channels[from][to].pop_front() {
+                    let sender = &mut self.nodes[from];
+                    sender.place.unheard[to] = sender.place.unheard[to].saturating_sub(1);
+                    let message = Event::Message {
+                        from: NodeId(from as u16),
+                        incarnation: sender.incarnation,
+                        epoch: epoch.into(),
+                        body,
+                    };
+                    self.event(options, to, message);
                 }
             }
             Step::Use(i, modify) => {
@@ -285,7 +302,9 @@ impl State {
                 self.channels[i][gone].clear();
                 self.event(options, i, Event::Gone(NodeId(gone as u16)));
             }
+            Step::Membership(change) => self.change(options, change),
         }
+        self.note_settled(options);
         self.check(options);
     }
 
@@ -293,7 +312,7 @@ impl State {
     fn unanswered(&self, i: usize) -> Option<usize> {
         let at = usize::from(self.nodes[i].fsm.asked()?.0);
         let mut unread = self.channels[i][at].iter();
-        let last = matches!((unread.next(), unread.next()), (Some(Body::Ask(_)), None));
+        let last = matches!((unread.next(), unread.next()), (Some((_, Body::Ask(_))), None));
         let over = self.nodes[at].left && self.nodes[at].fsm.is_idle() && self.channels[at][i].is_empty();
         (last && over).then_some(at)
     }
@@ -321,8 +340,10 @@ impl State {
 
     /// The steps possible, and whether any of them is one that happens by itself.
     fn steps(&self, options: &Options, out: &mut Vec<Step>) -> bool {
-        let mut inevitable = false;
-        for i in 0..NODES {
+        out.extend(self.due().into_iter().map(Step::Membership));
+        let mut inevitable = !out.is_empty();
+        out.extend(self.possible().into_iter().map(Step::Membership));
+        for i in (0..NODES).filter(|&i| self.alive(i)) {
             let node = &self.nodes[i];
             let fsm = &node.fsm;
             let before = out.len();
@@ -443,6 +464,12 @@ impl State {
     pub(super) fn quiescent_problem(&self) -> Option<Problem> {
         let channels_empty = self.channels.iter().flatten().all(VecDeque::is_empty);
         for (i, node) in self.nodes.iter().enumerate() {
+            if !self.alive(i) {
+                if !self.is_forgotten(i) {
+                    return Some(Problem::RecordWrong);
+                }
+                continue;
+            }
             if !node.fsm.is_settled() || !node.fsm.waits_for().is_empty() || !channels_empty {
                 return Some(Problem::Stuck);
             }

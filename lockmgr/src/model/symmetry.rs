@@ -2,6 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 
+use super::membership::Place;
 use super::node::Node;
 use super::options::{NODES, Options};
 use super::state::State;
@@ -17,6 +18,8 @@ impl State {
         let moved = |set: u8| (0..NODES).map(|i| (set >> i & 1) << p[i]).sum();
         s.bits = moved(self.bits);
         s.far = moved(self.far);
+        s.membership.fenced = moved(self.membership.fenced);
+        s.membership.recovered = moved(self.membership.recovered);
         for i in 0..NODES {
             let node = &self.nodes[i];
             s.nodes[p[i]] = Node {
@@ -26,10 +29,21 @@ impl State {
                     holders: node.outcome.holders.as_ref().map(|h| h.exchanged(&f)),
                     bit: node.outcome.bit,
                 },
+                place: Place {
+                    dead: moved(node.place.dead),
+                    unheard: std::array::from_fn(|to| {
+                        let from = p.iter().position(|&t| t == to).unwrap_or(to);
+                        node.place.unheard[from]
+                    }),
+                    ..node.place.clone()
+                },
                 ..node.clone()
             };
             for j in 0..NODES {
-                s.channels[p[i]][p[j]] = self.channels[i][j].iter().map(|b| b.exchanged(&f)).collect();
+                s.channels[p[i]][p[j]] = self.channels[i][j]
+                    .iter()
+                    .map(|(epoch, body)| (*epoch, body.exchanged(&f)))
+                    .collect();
             }
         }
         s
@@ -49,6 +63,7 @@ impl State {
             n.budget, n.fresh, n.cached, n.asked, n.done, n.left, &n.confirm, n.modified,
         )
             .hash(&mut h);
+        (self.alive(i), n.incarnation, n.place.epoch, n.place.settled).hash(&mut h);
         (n.fsm.held(), n.fsm.wanted(), n.fsm.version(), n.fsm.queued()).hash(&mut h);
         std::mem::discriminant(n.fsm.phase()).hash(&mut h);
         n.fsm.batch().map(|b| (b.kind, b.state)).hash(&mut h);

@@ -1,3 +1,5 @@
+mod deaths;
+
 use super::*;
 use crate::fsm::Flaw;
 
@@ -55,6 +57,8 @@ const SMALL: Options = Options {
     confirm: false,
     leave: false,
     losses: 0,
+    crashes: 0,
+    restarts: 0,
     flaws: 0,
     symmetry: true,
     depth_first: false,

@@ -46,7 +46,17 @@ pub mod thread {
 
 /// Time.
 pub mod time {
+    use std::time::Duration;
+
     pub use std::time::Instant;
+
+    /// Time since the host was started, while it was suspended, too.
+    #[must_use]
+    pub fn since_boot() -> Duration {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        // The kernel gives neither negative seconds nor more nanoseconds than a second has.
+        Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32)
+    }
 
     /// What the clock on the wall says.
     #[must_use]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::adapter::Adapter;
 use super::conn::VerbsConn;
-use super::ffi::{Caps, Cq, Qp, Route};
+use super::ffi::{Caps, Cq, Qp, RdAtomic, Route};
 use super::pair::Pair;
 use super::receive::CREDITS;
 use super::wire::{FRAGMENT, Info};
@@ -118,8 +118,10 @@ impl Half {
             psn: theirs.psn,
             own_psn: self.psn,
             mtu: theirs.mtu.min(device.info.mtu),
-            rd_atomic_source: limits.rd_atomic_source.min(theirs.rd_atomic),
-            rd_atomic_target: limits.rd_atomic_target.min(theirs.rd_atomic_source).max(1),
+            rd_atomic: RdAtomic {
+                source: limits.rd_atomic_source.min(theirs.rd_atomic),
+                target: limits.rd_atomic_target.min(theirs.rd_atomic_source).max(1),
+            },
             timeout: self.adapter.options.timeout,
             retry: self.adapter.options.retry,
         };

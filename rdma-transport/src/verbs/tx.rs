@@ -82,16 +82,31 @@ pub(super) struct Tx {
     messages: Messages,
     flights: VecDeque<Flight>,
     pub(super) regions: HashMap<u64, Known>,
-    next_order: u64,
-    last_id: u64,
+    numbers: Numbers,
     /// Reads and atomics under way.
     fences: usize,
     credits: Credits,
-    depth: usize,
-    inline: usize,
+    limits: Limits,
     /// A unit is refused: nothing behind it is posted any more.
     poisoned: bool,
     pub(super) end: End,
+}
+
+/// The last numbers given.
+#[derive(Default)]
+struct Numbers {
+    /// In the order of submission, to a unit or a message.
+    order: u64,
+    /// To a work request.
+    id: u64,
+}
+
+/// What the send queue takes.
+struct Limits {
+    /// Work requests at a time.
+    depth: usize,
+    /// Bytes that are copied into a work request.
+    inline: usize,
 }
 
 /// Messages that wait, and how many there ever were.
@@ -127,12 +142,10 @@ impl Tx {
             messages: Messages::default(),
             flights: VecDeque::new(),
             regions: HashMap::new(),
-            next_order: 0,
-            last_id: 0,
+            numbers: Numbers::default(),
             fences: 0,
             credits: Credits::default(),
-            depth,
-            inline,
+            limits: Limits { depth, inline },
             poisoned: false,
             end: End::default(),
         }
@@ -171,8 +184,8 @@ impl Tx {
     }
 
     fn order(&mut self) -> u64 {
-        self.next_order += 1;
-        self.next_order
+        self.numbers.order += 1;
+        self.numbers.order
     }
 
     /// The peer takes so many fragments more. False if that is more than it can have given.
@@ -207,11 +220,11 @@ impl Tx {
         if self.end.closed {
             return Ok(out);
         }
-        if self.credits.owed >= CREDITS / 2 && self.flights.len() < self.depth {
+        if self.credits.owed >= CREDITS / 2 && self.flights.len() < self.limits.depth {
             let head = wire::header(Kind::Credit, std::mem::take(&mut self.credits.owed));
             self.fragment(&head, &[], cells, &mut out)?;
         }
-        while self.flights.len() < self.depth {
+        while self.flights.len() < self.limits.depth {
             while self
                 .units
                 .get(self.posting)
@@ -250,17 +263,17 @@ impl Tx {
         let refusal = match self.regions.get(&key) {
             Some(Known::There(place)) => match request.refusal(place) {
                 None => {
-                    self.last_id += 1;
+                    self.numbers.id += 1;
                     let fences = request.needs_fence();
                     out.posts.push(Post {
-                        id: self.last_id,
+                        id: self.numbers.id,
                         signal: false,
                         fence: !fences && self.fences > 0,
                         local: request.local(&mut out.bytes),
                         verb: request.verb(place),
                     });
                     self.flights.push_back(Flight {
-                        id: self.last_id,
+                        id: self.numbers.id,
                         what: What::Request { fences },
                     });
                     self.fences += usize::from(fences);
@@ -314,7 +327,7 @@ impl Tx {
         out: &mut Gathered,
     ) -> Result<(), TransportError> {
         let len = HEADER + body.len();
-        let (local, cell) = if len <= self.inline {
+        let (local, cell) = if len <= self.limits.inline {
             let off = out.bytes.len();
             out.bytes.extend_from_slice(head);
             out.bytes.extend_from_slice(body);
@@ -330,16 +343,16 @@ impl Tx {
             };
             (local, Some(cell))
         };
-        self.last_id += 1;
+        self.numbers.id += 1;
         out.posts.push(Post {
-            id: self.last_id,
+            id: self.numbers.id,
             signal: false,
             fence: self.fences > 0,
             local,
             verb: Verb::Send,
         });
         self.flights.push_back(Flight {
-            id: self.last_id,
+            id: self.numbers.id,
             what: What::Fragment { _cell: cell },
         });
         Ok(())

@@ -216,11 +216,25 @@ fn a_full_pool() -> anyhow::Result<()> {
                     std::thread::sleep(Duration::from_millis(100));
                 }
                 fs::remove_file(b.join("again"))?;
-                std::thread::sleep(Duration::from_millis(500));
+                // The next round wants room for ten pieces.
+                let start = Instant::now();
+                while free(&a)? < 12 * PIECE as u64 {
+                    ensure!(
+                        start.elapsed() < Duration::from_secs(15),
+                        "{} bytes are free after all is removed",
+                        free(&a)?
+                    );
+                    std::thread::sleep(Duration::from_millis(20));
+                }
             }
             Ok(())
         },
     )
+}
+
+fn free(at: &Path) -> anyhow::Result<u64> {
+    let fs = rustix::fs::statvfs(at)?;
+    Ok(fs.f_bavail * fs.f_frsize)
 }
 
 /// Runs `fsd` that must refuse; what it says.

@@ -175,7 +175,9 @@ fn the_owner_is_killed() -> anyhow::Result<()> {
         write_stamp(&files[2], 1, 1)?;
         ensure!(cluster.total("visits")? > 0, "nothing was forwarded");
         let stop = AtomicBool::new(false);
+        let begun = [AtomicBool::new(false), AtomicBool::new(false)];
         let written: Vec<anyhow::Result<u64>> = std::thread::scope(|scope| {
+            let begun = &begun;
             let tasks: Vec<_> = (0..2u64)
                 .map(|task| {
                     let (file, stop) = (&files[task as usize], &stop);
@@ -190,7 +192,10 @@ fn the_owner_is_killed() -> anyhow::Result<()> {
                                 start.elapsed()
                             );
                             match done {
-                                Ok(()) => told = stamp,
+                                Ok(()) => {
+                                    told = stamp;
+                                    begun[task as usize].store(true, Ordering::Relaxed);
+                                }
                                 // Its lease is not given back before all have started again.
                                 Err(_) => break,
                             }
@@ -202,7 +207,10 @@ fn the_owner_is_killed() -> anyhow::Result<()> {
                     })
                 })
                 .collect();
-            std::thread::sleep(Duration::from_millis(300));
+            let end = Instant::now() + Duration::from_secs(30);
+            while !begun.iter().all(|b| b.load(Ordering::Relaxed)) && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             cluster.kill(Role::Mount(2));
             std::thread::sleep(Duration::from_secs(12));
             stop.store(true, Ordering::Relaxed);

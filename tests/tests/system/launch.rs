@@ -1,5 +1,6 @@
 //! Jobs: `fsd launch` with ssh, and under Open MPI; network namespaces are the hosts.
 
+use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,16 @@ echo "rank $FSD_RANK of $FSD_SIZE saw $i"
 fn text(output: &Output) -> (String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (text(&output.stdout), text(&output.stderr))
+}
+
+/// Does a process of one of the hosts see a mount below this folder?
+fn is_mounted(hosts: &Hosts, dir: &Path) -> anyhow::Result<bool> {
+    let below = format!(" {}/", dir.to_string_lossy());
+    // Processes that have ended meanwhile see none.
+    let sees = |pid: &u32| {
+        std::fs::read_to_string(format!("/proc/{pid}/mounts")).is_ok_and(|all| all.contains(&below))
+    };
+    Ok(hosts.pids()?.iter().any(sees))
 }
 
 /// The job's output shows that all clients saw each other, and its status is the worst one's.
@@ -118,15 +129,14 @@ fn over_ssh_until_interrupted_with_stores_kept() -> anyhow::Result<()> {
             .arg(&dir)
             .spawn()?;
         let start = Instant::now();
-        // The mount is in the host's own namespace; its point is made here, too.
-        while hosts.pids()?.len() < 4 {
+        // The mount is in the host's own namespace.
+        while !is_mounted(&hosts, &dir)? {
             ensure!(
                 start.elapsed() < Duration::from_secs(30),
                 "the job does not start"
             );
             std::thread::sleep(Duration::from_millis(50));
         }
-        std::thread::sleep(Duration::from_millis(500));
         let pid = rustix::process::Pid::from_raw(child.id() as i32).context("pid")?;
         rustix::process::kill_process(pid, rustix::process::Signal::INT)?;
         let status = child.wait()?;

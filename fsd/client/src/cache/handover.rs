@@ -18,13 +18,13 @@ impl Inode {
             Some(version) => self.sync(state, version),
             None => self.reclaim_push(state),
         }
-        let dirty = std::mem::take(&mut state.attr_dirty) && !state.gone;
+        let dirty = std::mem::take(&mut state.attr_dirty) && !state.lasting.gone;
         let before = state.version;
         let mut how = Self::to_give(state);
         if let (Some(before), Some(after), Some(lent)) = (before, state.version, self.delegation.get()) {
             lent.carry(before, after);
         }
-        let mut push = self.push.lock();
+        let mut push = self.transit.push.lock();
         push.waiting = state
             .attr
             .filter(|_| dirty)
@@ -53,7 +53,7 @@ impl Inode {
         };
         state.version = Some(next);
         let payload = match state.attr.as_mut() {
-            Some(attr) if !state.gone => {
+            Some(attr) if !state.lasting.gone => {
                 attr.version = next;
                 attr.encode()
             }
@@ -108,7 +108,7 @@ mod tests {
     #[test]
     fn a_lease_that_nobody_looked_under_goes_on_as_it_came() {
         let inode = known();
-        *inode.granted.lock() = Some(Box::new(Granted {
+        *inode.transit.granted.lock() = Some(Box::new(Granted {
             attr: attr(8, 32),
             source: Source::Handed,
         }));
@@ -116,7 +116,10 @@ mod tests {
         assert_eq!(given(&how), Some((8, 32)));
         // Whoever it came from need not have told the metadata server.
         assert!(how.needs_confirm && !how.modified);
-        assert_eq!(inode.push.lock().waiting.as_ref().map(|u| u.size), Some(32));
+        assert_eq!(
+            inode.transit.push.lock().waiting.as_ref().map(|u| u.size),
+            Some(32)
+        );
     }
 
     #[test]

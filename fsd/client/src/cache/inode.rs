@@ -8,6 +8,7 @@ use rt::sync::{Condvar, Mutex, MutexGuard};
 use crate::cache::claims::{Purpose, Span};
 use crate::cache::errseq::ErrorSequence;
 use crate::cache::lazy::Lazy;
+use crate::cache::opens::Opens;
 use crate::cache::state::State;
 use crate::session::ctx::{Ctx, Res};
 use fsd_proto::ino;
@@ -63,6 +64,35 @@ pub struct Push {
     pub sent: Option<Box<AttrUpdate>>,
 }
 
+/// Attributes on their way from lease to lease, and to the metadata server.
+#[derive(Debug, Default)]
+pub struct AttrTransit {
+    /// Attributes that came with a grant, with their version; taken over by whoever uses the lease first.
+    pub granted: Mutex<Option<Box<Granted>>>,
+    /// Attributes the metadata server does not have yet.
+    pub push: Mutex<Push>,
+    /// The exclusive lease was granted: attributes that wait to be pushed are this tenure's again.
+    pub regained: AtomicBool,
+}
+
+/// What is known of the lease where this mount does not have it.
+#[derive(Debug, Default)]
+pub struct LeaseHints {
+    /// The mount that was heard of last in the matter of its lease, plus one; 0: none.
+    peer: AtomicU32,
+    /// When its lease was last waited for in vain, nanoseconds since the mount began; 0: it was had since.
+    pub failed: AtomicU64,
+}
+
+/// Pages whose writes wait for the exclusive lease.
+#[derive(Debug, Default)]
+pub struct WaitingPages {
+    /// Writes of mapped pages.
+    pub mapped: Lazy<crate::cache::mapped::MappedWrites>,
+    /// Pages that the kernel may keep locked for such writes.
+    pub edges: Lazy<crate::cache::edges::Edges>,
+}
+
 /// What this mount knows of one inode, and what is under way on it.
 #[derive(Debug)]
 pub struct Inode {
@@ -74,51 +104,22 @@ pub struct Inode {
     state: Mutex<State>,
     /// A claim on a range has ended.
     landed: Condvar,
-    /// Attributes that came with a grant, with their version; taken over by whoever uses the lease first.
-    pub granted: Mutex<Option<Box<Granted>>>,
-    /// Attributes the metadata server does not have yet.
-    pub push: Mutex<Push>,
-    /// The exclusive lease was granted: attributes that wait to be pushed are this tenure's again.
-    pub regained: AtomicBool,
+    /// Attributes that come with leases and go on with them.
+    pub transit: AttrTransit,
     /// What the kernel has cached.
     pub kernel: KernelCache,
-    /// The mount that was heard of last in the matter of its lease, plus one; 0: none.
-    peer: AtomicU32,
     /// What of its lease is delegated to the kernel.
     pub delegation: Lazy<super::delegation::Delegation>,
-    /// When its lease was last waited for in vain, nanoseconds since the mount began; 0: it was had since.
-    pub lease_failed: AtomicU64,
+    /// How its lease is likely to be had.
+    pub hints: LeaseHints,
     /// Whom it was looked up for.
     pub looked_up: super::looked_up::LookedUp,
     /// Open files on this mount.
     pub opens: Mutex<Opens>,
     /// Errors of writing back, which `fsync` and `close` report.
     pub errors: ErrorSequence,
-    /// Writes of mapped pages that wait for the exclusive lease.
-    pub mapped: Lazy<crate::cache::mapped::MappedWrites>,
-    /// Pages that the kernel may keep locked for writes that wait for the exclusive lease.
-    pub edges: Lazy<crate::cache::edges::Edges>,
-}
-
-/// Open files of an inode on this mount.
-#[derive(Debug, Default)]
-pub struct Opens {
-    /// Open handles, of all kinds.
-    pub count: u64,
-    /// Of those, for writing in a way that may leave dirty pages, or locked ones, in the kernel: through its page cache, or mapped.
-    pub page_writers: u64,
-    /// For writing, of any kind.
-    pub writers: u64,
-    /// This mount is counted among those that have the file open for writing.
-    pub writer_counted: bool,
-    /// This mount's bit in the record's opens bitmap is set.
-    pub bit: bool,
-    /// This mount pins it, at least until then.
-    pub pinned: Option<rt::time::Instant>,
-    /// When others were seen to have it open for good.
-    pub looked_again: Option<rt::time::Instant>,
-    /// It is being removed: nobody may open it any more.
-    pub removed: bool,
+    /// Pages whose writes wait for the exclusive lease.
+    pub waiting: WaitingPages,
 }
 
 impl Inode {
@@ -130,18 +131,14 @@ impl Inode {
             superseded: AtomicBool::new(false),
             state: Mutex::default(),
             landed: Condvar::new(),
-            granted: Mutex::default(),
-            push: Mutex::default(),
-            regained: AtomicBool::new(false),
+            transit: AttrTransit::default(),
             kernel: KernelCache::default(),
-            peer: AtomicU32::new(0),
             delegation: Lazy::default(),
-            lease_failed: AtomicU64::new(0),
+            hints: LeaseHints::default(),
             looked_up: super::looked_up::LookedUp::default(),
             opens: Mutex::default(),
             errors: ErrorSequence::default(),
-            mapped: Lazy::default(),
-            edges: Lazy::default(),
+            waiting: WaitingPages::default(),
         }
     }
 
@@ -154,12 +151,12 @@ impl Inode {
     /// Who is likely to have its lease, if this mount has not.
     #[must_use]
     pub fn peer(&self) -> Option<u16> {
-        u16::try_from(self.peer.load(Ordering::Relaxed).checked_sub(1)?).ok()
+        u16::try_from(self.hints.peer.load(Ordering::Relaxed).checked_sub(1)?).ok()
     }
 
     /// Another mount was heard of in the matter of its lease.
     pub fn heard_of(&self, node: u16) {
-        self.peer.store(u32::from(node) + 1, Ordering::Relaxed);
+        self.hints.peer.store(u32::from(node) + 1, Ordering::Relaxed);
     }
 
     /// Locks the state while holding a lease of `version`; what is cached for another version is dropped. For what neither reads
@@ -227,8 +224,8 @@ impl Inode {
     /// that the metadata server makes in a transaction meanwhile, without what it was not told, would be
     /// taken for newer.
     pub fn reclaim_push(&self, state: &mut State) {
-        if self.regained.swap(false, Ordering::SeqCst)
-            && let Some(update) = self.push.lock().waiting.take()
+        if self.transit.regained.swap(false, Ordering::SeqCst)
+            && let Some(update) = self.transit.push.lock().waiting.take()
         {
             state.attr_dirty |= Some(update.version) == state.version;
         }
@@ -240,9 +237,9 @@ impl Inode {
             state.forget();
             state.version = Some(version);
         }
-        state.gone |= self.superseded.load(Ordering::SeqCst);
+        state.lasting.gone |= self.superseded.load(Ordering::SeqCst);
         self.reclaim_push(state);
-        if let Some(granted) = self.granted.lock().take()
+        if let Some(granted) = self.transit.granted.lock().take()
             && granted.attr.version == version
             && granted.attr.ino == self.ino
             && !state.attr_dirty
@@ -338,7 +335,7 @@ mod tests {
     fn what_a_look_up_brings_late_does_not_undo_what_was_written() {
         let inode = Inode::new(5);
         let offer = |size| {
-            *inode.granted.lock() = Some(Box::new(Granted {
+            *inode.transit.granted.lock() = Some(Box::new(Granted {
                 attr: Attr::of_file(5, 3, size),
                 source: Source::Server,
             }));

@@ -14,13 +14,14 @@ use fsd_proto::ino;
 /// can only be made from another one, or by asking the table.
 fn is_idle(inode: &Arc<Inode>) -> bool {
     let pushed = {
-        let push = inode.push.lock();
+        let push = inode.transit.push.lock();
         push.waiting.is_none() && push.sent.is_none()
     };
     Arc::strong_count(inode) == 1
         && pushed
         && inode.kernel.lookups.load(Ordering::SeqCst) == 0
         && inode
+            .transit
             .granted
             .lock()
             .as_ref()

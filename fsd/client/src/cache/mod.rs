@@ -13,6 +13,7 @@ pub mod inode_table;
 pub mod lazy;
 pub mod looked_up;
 pub mod mapped;
+pub mod opens;
 pub mod pages;
 pub mod range;
 pub mod state;
@@ -109,11 +110,11 @@ impl Cache {
     /// have got another inode.
     pub fn load_attr(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<Attr> {
         loop {
-            if state.gone {
+            if state.lasting.gone {
                 return fail(libc::ESTALE);
             }
             if let Some(attr) = state.attr {
-                state.last = None;
+                state.lasting.last = None;
                 return Ok(state.shown(&attr));
             }
             ctx.may_wait()?;
@@ -126,7 +127,7 @@ impl Cache {
                     // Unless another task has them already, and has perhaps changed them without telling the server.
                     state.attr.get_or_insert(attr);
                 }
-                Err(RpcError::Errno(Errno(libc::ENOENT))) => state.gone = true,
+                Err(RpcError::Errno(Errno(libc::ENOENT))) => state.lasting.gone = true,
                 Err(error) => return Err(error.into()),
             }
         }
@@ -138,7 +139,7 @@ impl Cache {
     /// # Errors
     /// Park; `ESTALE` where nothing was known of it.
     pub fn load_last_attr(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<Attr> {
-        let last = match &state.last {
+        let last = match &state.lasting.last {
             Some(last) => Some(**last),
             None => state.attr.map(|attr| state.shown(&attr)),
         };
@@ -151,7 +152,7 @@ impl Cache {
     /// Attributes that came along with something else: taken over if their version is that of the lease.
     pub(crate) fn offer(&self, attr: Attr) {
         let inode = self.inode(attr.ino);
-        let mut slot = inode.granted.lock();
+        let mut slot = inode.transit.granted.lock();
         if slot.is_none() {
             *slot = Some(Box::new(Granted {
                 attr,
@@ -176,7 +177,7 @@ impl Cache {
         if !self.session.net.storage.knows_record(record) {
             self.session.net.storage.find_record(record)?;
         }
-        let failed = &inode.lease_failed;
+        let failed = &inode.hints.failed;
         let entered = self.session.leases.enter(record, mode, self.patience(failed));
         match &entered {
             Ok(_) => failed.store(0, Ordering::Relaxed),

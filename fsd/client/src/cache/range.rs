@@ -77,8 +77,10 @@ mod tests {
 
     fn state(frames: &[(u64, u32)], promised: &[(u64, u32)]) -> State {
         let attr = Attr::of_file(1, 0, 0);
-        let mut state = State::default();
-        state.attr = Some(attr);
+        let mut state = State {
+            attr: Some(attr),
+            ..State::default()
+        };
         state.frames.layout = Some(attr.layout);
         let frame = |&(block, size)| (block, Frame { offset: 0, size });
         for (block, frame) in frames.iter().map(frame) {

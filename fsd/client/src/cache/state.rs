@@ -30,52 +30,53 @@ pub struct State {
     pub dir: Lazy<DirCache>,
     /// Extended attributes.
     pub xattrs: Option<BTreeMap<Vec<u8>, Vec<u8>>>,
-    /// Target of a symbolic link (never changes).
-    pub target: Option<Vec<u8>>,
-    /// The last attributes known, where those of this version are not: what can still be said of an inode that is gone.
-    pub last: Option<Box<Attr>>,
-    /// Where a directory was found: the directory above, and the name in it.
-    pub place: Option<Box<(u64, Vec<u8>)>>,
     /// The attributes came from another mount, which may not have told the metadata server yet.
     pub from_owner: bool,
-    /// Gone: last name and last open are no more.
-    pub gone: bool,
-    /// Moves when something that a server had answered is no longer so: what was asked for before is not kept.
-    changes: u64,
+    /// What another version changes nothing of.
+    pub lasting: Lasting,
     /// Ranges that operations are at work on.
     pub(super) claims: Option<Box<Claims>>,
+}
+
+/// What is known of an inode whatever the version of its lease.
+#[derive(Debug, Default)]
+pub struct Lasting {
+    /// Gone: last name and last open are no more.
+    pub gone: bool,
+    /// The last attributes known, where those of this version are not: what can still be said of an inode that is gone.
+    pub last: Option<Box<Attr>>,
+    /// Target of a symbolic link (never changes).
+    pub target: Option<Vec<u8>>,
+    /// Where a directory was found: the directory above, and the name in it.
+    pub place: Option<Box<(u64, Vec<u8>)>>,
+    /// Moves when something that a server had answered is no longer so: what was asked for before is not kept.
+    changes: u64,
 }
 
 impl State {
     /// A transaction has changed names or attributes at the metadata server, or what is cached has been thrown away.
     pub fn changed(&mut self) {
-        self.changes += 1;
+        self.lasting.changes += 1;
     }
 
     /// How often that was so: an answer may be kept if the number is what it was when the question was asked.
     #[must_use]
     pub fn changes(&self) -> u64 {
-        self.changes
+        self.lasting.changes
     }
 
     /// Forgets everything that depends on the version.
     pub(super) fn forget(&mut self) {
-        let target = self.target.take();
-        let last = match self.attr {
-            Some(attr) => Some(Box::new(self.shown(&attr))),
-            None => self.last.take(),
-        };
-        let place = self.place.take();
+        let last = self.attr.map(|attr| Box::new(self.shown(&attr)));
+        let mut lasting = std::mem::take(&mut self.lasting);
+        lasting.last = last.or(lasting.last);
+        lasting.changes += 1;
         // Frames have a number of their own; space was set aside for pages that are gone.
         let mut frames = std::mem::take(&mut self.frames);
         frames.reserved.clear();
         *self = Self {
-            target,
-            last,
-            place,
+            lasting,
             frames,
-            gone: self.gone,
-            changes: self.changes + 1,
             claims: self.claims.take(),
             ..Self::default()
         };

@@ -47,7 +47,7 @@ impl Reads {
             }
         }
         state.pages.overlay(offset, out);
-        if let Some(mapped) = inode.mapped.get() {
+        if let Some(mapped) = inode.waiting.mapped.get() {
             mapped.overlay(offset, out);
         }
         Ok(())

@@ -261,8 +261,8 @@ impl Reservations {
         if let Some(mut state) = inode.try_claim_raw() {
             self.abandon_pages(inode, &mut state);
             state.attr_dirty = false;
-            state.gone = true;
-            inode.push.lock().waiting = None;
+            state.lasting.gone = true;
+            inode.transit.push.lock().waiting = None;
         }
         self.cache.dirty.lock().remove(&inode.ino);
         self.session.leases.release(inode.record());

@@ -80,7 +80,7 @@ impl Writing {
         write: &Write<'_>,
     ) -> Res<Locked<'a>> {
         let mut state = inode.lock(ctx, version)?;
-        let queued = inode.mapped.get().is_some_and(|m| !m.is_empty());
+        let queued = inode.waiting.mapped.get().is_some_and(|m| !m.is_empty());
         let full =
             self.cache.cached_pages.load(Ordering::Relaxed) > self.cache.max_pages && state.pages.dirty() > 0;
         let span = if queued || full {
@@ -313,14 +313,14 @@ impl Writing {
             // When the range was claimed nothing was queued: what is by now comes after.
             return Ok(());
         }
-        while let Some((number, write)) = inode.mapped.get().and_then(MappedWrites::front) {
+        while let Some((number, write)) = inode.waiting.mapped.get().and_then(MappedWrites::front) {
             let result = match self.apply_mapped(ctx, inode, state, &write) {
                 Err(Stop::Park) => return Err(Stop::Park),
                 // Of use to nobody any more: see `write_pages`.
-                Err(Stop::Errno(Errno(libc::ESTALE))) if state.gone => Ok(()),
+                Err(Stop::Errno(Errno(libc::ESTALE))) if state.lasting.gone => Ok(()),
                 result => result.map_err(Stop::errno),
             };
-            if let Some(error) = inode.mapped.end(number, result) {
+            if let Some(error) = inode.waiting.mapped.end(number, result) {
                 inode.errors.set(error);
             }
         }

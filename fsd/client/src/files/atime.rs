@@ -88,7 +88,7 @@ impl Accesses {
     fn access_is_due(&self, inode: &Inode) -> bool {
         let known = inode
             .try_lock_raw()
-            .filter(|state| !state.gone)
+            .filter(|state| !state.lasting.gone)
             .and_then(|s| s.attr);
         known.is_some_and(|attr| {
             self.access_times.of_kind(attr.kind) && is_due(&attr, self.session.net.meta.now())

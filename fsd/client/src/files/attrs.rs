@@ -102,7 +102,7 @@ impl Attrs {
         let (attr, ttl) = {
             let mut state = inode.lock(ctx, guard.version())?;
             let attr = self.cache.load_last_attr(ctx, inode, &mut state)?;
-            let ttl = if state.gone {
+            let ttl = if state.lasting.gone {
                 Duration::ZERO
             } else {
                 self.kernel.attr_ttl(inode, attr.kind)
@@ -139,7 +139,7 @@ impl Attrs {
             // somebody else's `syncfs` finds it.
             if self.kernel.mode == CacheMode::Writeback && set.tells_times() {
                 let last = self.cache.load_last_attr(ctx, inode, &mut state)?;
-                if state.gone {
+                if state.lasting.gone {
                     return Ok(answer(&last, Duration::ZERO));
                 }
             }

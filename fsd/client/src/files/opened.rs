@@ -51,7 +51,7 @@ impl Files {
     /// I/O errors, also delayed ones this handle has not been told yet.
     pub fn fsync(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, seen: Option<&AtomicU64>) -> Res<()> {
         ctx.may_wait()?;
-        if let Some(mapped) = inode.mapped.get() {
+        if let Some(mapped) = inode.waiting.mapped.get() {
             mapped.drain();
         }
         self.push.write_back(ctx, inode, true)?;
@@ -76,7 +76,7 @@ impl Files {
     /// # Errors
     /// A delayed error.
     pub fn flush(&self, ctx: &Ctx<'_>, handle: &Handle) -> Res<()> {
-        if let Some(mapped) = handle.inode.mapped.get().filter(|m| !m.is_empty()) {
+        if let Some(mapped) = handle.inode.waiting.mapped.get().filter(|m| !m.is_empty()) {
             ctx.may_wait()?;
             mapped.drain();
         }
@@ -251,7 +251,7 @@ impl Files {
         if truncate {
             self.xattrs.drop_capability(ctx, inode, &guard)?;
         }
-        if !self.session.local_memory() && !inode.opens.lock().bit {
+        if !self.session.local_memory() && inode.opens.lock().count == 0 {
             ctx.may_wait()?;
         }
         let kind = {

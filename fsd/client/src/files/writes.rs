@@ -93,7 +93,9 @@ impl Writes {
     /// As [`Writes::write`].
     pub fn write_pages(&self, ctx: &Ctx<'_>, inode: &Inode, write: &Write<'_>) -> Res<u32> {
         match self.write(ctx, inode, write) {
-            Err(Stop::Errno(Errno(libc::ESTALE))) if inode.lock_raw().gone => Ok(write.data.len() as u32),
+            Err(Stop::Errno(Errno(libc::ESTALE))) if inode.lock_raw().lasting.gone => {
+                Ok(write.data.len() as u32)
+            }
             result => result,
         }
     }
@@ -114,18 +116,18 @@ impl Writes {
             .then(|| edge_of(write.offset, write.data.len() as u64));
         let edge = edge.flatten();
         if let Some(pages) = edge {
-            inode.edges.begin(pages);
+            inode.waiting.edges.begin(pages);
         }
         let guard = self.cache.lease(ctx, inode, Mode::Exclusive);
         if let Some(pages) = edge {
-            inode.edges.end(pages);
+            inode.waiting.edges.end(pages);
         }
         guard
     }
 
     /// Gets the lease for a write that is queued, and applies it with what stands before it, unless somebody else has.
     pub fn bring_mapped(&self, ctx: &Ctx<'_>, inode: &Inode, number: u64) {
-        let Some(write) = inode.mapped.find(number) else {
+        let Some(write) = inode.waiting.mapped.find(number) else {
             return;
         };
         let brought = || -> Res<()> {
@@ -143,7 +145,7 @@ impl Writes {
             Ok(())
         };
         if let Err(stop) = brought()
-            && let Some(error) = inode.mapped.end(number, Err(stop.errno()))
+            && let Some(error) = inode.waiting.mapped.end(number, Err(stop.errno()))
         {
             inode.errors.set(error);
         }

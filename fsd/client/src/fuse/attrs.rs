@@ -6,13 +6,13 @@ use std::time::Duration;
 use fuser::{INodeNo, ReplyAttr, ReplyData, ReplyStatfs};
 
 use super::convert::attr_of;
-use super::serve::serve;
+use super::serve::{Pending, serve};
 use crate::client::Client;
 use crate::files::attrs::SetAttr;
 use fsd_proto::ask;
 use fsd_proto::wire::Attr;
 
-fn send_attr(reply: &mut Option<ReplyAttr>, attr: &Attr, ttl: Duration) {
+fn send_attr(reply: &mut Pending<ReplyAttr>, attr: &Attr, ttl: Duration) {
     if let Some(reply) = reply.take() {
         reply.attr(&ttl, &attr_of(attr));
     }

@@ -45,7 +45,7 @@ pub(super) fn write(client: &Arc<Client>, ino: INodeNo, write: &Write<'_>, mappe
     client.session.counters.requests.fetch_add(1, Ordering::Relaxed);
     let inode = client.cache.inode(ino.0);
     // The data is only borrowed here: the first attempt uses it in place.
-    if !mapped {
+    if !mapped && client.session.term.is_valid() {
         let first = client
             .files
             .writes
@@ -56,6 +56,9 @@ pub(super) fn write(client: &Arc<Client>, ino: INodeNo, write: &Write<'_>, mappe
             Err(Stop::Park) => write_later(client, inode, Queued::from(write), reply),
         };
     }
+    if !mapped {
+        return write_later(client, inode, Queued::from(write), reply);
+    }
     write_mapped(client, inode, write, reply);
 }
 
@@ -65,7 +68,8 @@ pub(super) fn write_sync(client: &Arc<Client>, handle: Arc<Handle>, write: &Writ
     let (me, queued) = (Arc::clone(client), Queued::from(write));
     client.session.threads.workers.run(move || {
         let ctx = Ctx::on_worker();
-        let written = me.files.writes.write(&ctx, &handle.inode, &queued.write());
+        let held = me.session.term.hold().map_err(Stop::Errno);
+        let written = held.and_then(|()| me.files.writes.write(&ctx, &handle.inode, &queued.write()));
         let durable = written.and_then(|n| {
             me.files.opened.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
             Ok(n)
@@ -81,7 +85,8 @@ fn write_later(client: &Arc<Client>, inode: Arc<Inode>, queued: Queued, reply: R
     let me = Arc::clone(client);
     me.session.counters.parked.fetch_add(1, Ordering::Relaxed);
     client.session.threads.workers.run(move || {
-        match me.files.writes.write(&Ctx::on_worker(), &inode, &queued.write()) {
+        let held = me.session.term.hold().map_err(Stop::Errno);
+        match held.and_then(|()| me.files.writes.write(&Ctx::on_worker(), &inode, &queued.write())) {
             Ok(n) => reply.written(n),
             Err(stop) => reply.error(error_of(stop.errno())),
         }
@@ -92,7 +97,7 @@ fn write_later(client: &Arc<Client>, inode: Arc<Inode>, queued: Queued, reply: R
 /// waits for anything.
 fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, reply: ReplyWrite) {
     let len = write.data.len() as u32;
-    let (number, at_once) = inode.mapped.begin(Box::new(move |result| match result {
+    let (number, at_once) = inode.waiting.mapped.begin(Box::new(move |result| match result {
         Ok(()) => reply.written(len),
         Err(error) => reply.error(error_of(error)),
     }));
@@ -113,14 +118,14 @@ fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, repl
             Err(Stop::Park) => {}
             result => {
                 let result = result.map(drop).map_err(Stop::errno);
-                if let Some(error) = inode.mapped.end(number, result) {
+                if let Some(error) = inode.waiting.mapped.end(number, result) {
                     inode.errors.set(error);
                 }
                 return;
             }
         }
     }
-    inode.mapped.enqueue(number, Queued::from(write));
+    inode.waiting.mapped.enqueue(number, Queued::from(write));
     let me = Arc::clone(client);
     client
         .session

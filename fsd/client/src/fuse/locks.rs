@@ -13,10 +13,10 @@ use fsd_proto::wire::LockSpec;
 /// In `fuse_lk_in`: the lock is one of flock(2) (`linux/fuse.h`).
 const FUSE_LK_FLOCK: u32 = 1;
 
-/// A SETLK or SETLKW as the kernel sends it: `fuse_in_header`, then `fuse_lk_in` (`linux/fuse.h`).
+/// `fuse_in_header` (`linux/fuse.h`).
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-struct SetLk {
+struct InHeader {
     len: u32,
     opcode: u32,
     unique: u64,
@@ -25,14 +25,28 @@ struct SetLk {
     gid: u32,
     pid: u32,
     padding: u32,
+}
+
+/// `fuse_lk_in` (`linux/fuse.h`).
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct LkIn {
     fh: u64,
     owner: u64,
     start: u64,
     end: u64,
     typ: u32,
-    lock_pid: u32,
-    lk_flags: u32,
-    more_padding: u32,
+    pid: u32,
+    flags: u32,
+    padding: u32,
+}
+
+/// A SETLK or SETLKW as the kernel sends it.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct SetLk {
+    header: InHeader,
+    lock: LkIn,
 }
 
 /// Opcodes of `fuse_in_header`.
@@ -40,6 +54,7 @@ const FUSE_SETLK: u32 = 32;
 const FUSE_SETLKW: u32 = 33;
 
 const _: () = assert!(size_of::<SetLk>() == 88 && size_of::<Request>() == 40);
+const _: () = assert!(size_of::<InHeader>() == 40);
 
 /// Is the lock one of flock(2)? The library takes the request apart and passes on all of it but that, so this looks at the message itself.
 pub(super) fn is_flock(req: &Request, fh: FileHandle, owner: LockOwner, (start, end): (u64, u64)) -> bool {
@@ -48,11 +63,12 @@ pub(super) fn is_flock(req: &Request, fh: FileHandle, owner: LockOwner, (start, 
     // version is fixed in Cargo.toml for that). The buffer is aligned for a header, and outlives this call. It is longer than any message,
     // so all that is read here is memory of the buffer; whether it is what it is taken for is checked below.
     let message = unsafe { message.read_unaligned() };
-    message.len as usize == size_of::<SetLk>()
-        && matches!(message.opcode, FUSE_SETLK | FUSE_SETLKW)
-        && (message.fh, message.owner) == (fh.0, owner.0)
-        && (message.start, message.end) == (start, end)
-        && message.lk_flags & FUSE_LK_FLOCK != 0
+    let SetLk { header, lock } = message;
+    header.len as usize == size_of::<SetLk>()
+        && matches!(header.opcode, FUSE_SETLK | FUSE_SETLKW)
+        && (lock.fh, lock.owner) == (fh.0, owner.0)
+        && (lock.start, lock.end) == (start, end)
+        && lock.flags & FUSE_LK_FLOCK != 0
 }
 
 pub(super) fn getlk(client: &Arc<Client>, lock: LockSpec, reply: ReplyLock) {

@@ -9,13 +9,13 @@ use std::time::Duration;
 use fuser::{Generation, INodeNo, RenameFlags, ReplyEmpty, ReplyEntry, Request};
 
 use super::convert::attr_of;
-use super::serve::{NAME_TTL, done, serve};
+use super::serve::{NAME_TTL, Pending, done, serve};
 use crate::client::Client;
 use crate::namespace::names::New;
 use fsd_proto::ino;
 use fsd_proto::wire::{Attr, Kind};
 
-fn send_entry(reply: &mut Option<ReplyEntry>, attr: &Attr, ttl: Duration) {
+fn send_entry(reply: &mut Pending<ReplyEntry>, attr: &Attr, ttl: Duration) {
     if let Some(reply) = reply.take() {
         reply.entry_with_ttls(
             &ttl,

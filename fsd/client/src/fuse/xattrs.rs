@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use fuser::{INodeNo, ReplyEmpty, ReplyXattr, Request};
 
-use super::serve::{done, serve};
+use super::serve::{Pending, done, serve};
 use crate::client::Client;
 
-fn send_xattr(reply: &mut Option<ReplyXattr>, value: &[u8], size: u32) {
+fn send_xattr(reply: &mut Pending<ReplyXattr>, value: &[u8], size: u32) {
     let Some(reply) = reply.take() else { return };
     if size == 0 {
         reply.size(value.len() as u32);

@@ -99,7 +99,7 @@ impl KernelCaches {
     /// Another mount has removed a directory: has the kernel know, so that getcwd(2) says so, too. Aside, for it takes the inode lock
     /// that the request may hold on whose behalf this was found out.
     pub fn tell_gone(&self, dir: &Inode, state: &mut State) {
-        let (Some(place), Some(notifier)) = (state.place.take(), self.notifier.get().cloned()) else {
+        let (Some(place), Some(notifier)) = (state.lasting.place.take(), self.notifier.get().cloned()) else {
             return;
         };
         let (above, name) = *place;
@@ -124,16 +124,16 @@ impl KernelCaches {
         // One that was left behind, and ends after all, has gone around fewer pages than the next one.
         let done = Arc::new(AtomicBool::new(false));
         let edges = loop {
-            let (edges, seen) = inode.edges.now();
+            let (edges, seen) = inode.waiting.edges.now();
             let (me, target, ranges) = (Arc::clone(self), Arc::clone(inode), around(&edges));
             let ended = Arc::clone(&done);
             self.session.threads.invalidators.run(move || {
                 for (offset, len) in ranges {
                     me.notify(&target, offset as i64, len as i64);
                 }
-                target.edges.finish(&ended);
+                target.waiting.edges.finish(&ended);
             });
-            if inode.edges.wait_for(&done, seen) {
+            if inode.waiting.edges.wait_for(&done, seen) {
                 break edges;
             }
         };

@@ -18,7 +18,9 @@ use crate::cache::{Base, Cache};
 use crate::client::Client;
 use crate::revoke::revoker::Revoker;
 use crate::session::ctx::Permits;
+use crate::session::heartbeat::Heartbeat;
 use crate::session::net::{JoinError, Net, NetConfig, Owner};
+use crate::session::term::Term;
 use crate::session::workers::Workers;
 use crate::session::{Counters, Fate, Session, Threads};
 use fsd_node::config::{CacheMode, Config, FabricChoice};
@@ -92,6 +94,7 @@ pub(super) fn join(
         Arc::new(Places(Arc::clone(&net))),
         Arc::clone(&revoker) as Arc<dyn lockmgr::LeaseUser>,
     )?;
+    leases.join_epoch(joined.epoch);
     let loops = config.mount.loops.max(SPARE_LOOPS + 1);
     let (wake_writeback, wake) = rt::channel::bounded(1);
     let session = Arc::new(Session {
@@ -107,7 +110,9 @@ pub(super) fn join(
             revokers: Workers::new("fsd-revoke", 128),
             invalidators: Workers::new("fsd-inval", 256),
             permits: Permits::new(loops, SPARE_LOOPS),
+            heartbeat: OnceLock::new(),
         },
+        term: Arc::new(Term::new(Duration::from_millis(joined.terms.term_ms))),
         fate: Fate::default(),
         counters: Counters::default(),
     });
@@ -136,6 +141,21 @@ pub(super) fn join(
     })?];
     let leases = Arc::clone(&client.session.leases);
     threads.push(thread("fsd-leases", move || leases.run_timers())?);
+    let heartbeat = Heartbeat {
+        net,
+        term: Arc::clone(&client.session.term),
+        every: Duration::from_millis(joined.terms.heartbeat_ms.max(1)),
+    };
+    let (stop_beating, beating) = rt::channel::bounded(1);
+    let _ = client.session.threads.heartbeat.set(stop_beating);
+    let kernel = Arc::downgrade(&client);
+    threads.push(thread("fsd-heartbeat", move || {
+        heartbeat.run(&beating, || {
+            if let Some(client) = kernel.upgrade() {
+                client.freeze();
+            }
+        });
+    })?);
     Ok((client, threads))
 }
 
@@ -189,6 +209,7 @@ pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn 
     client.session.fate.stopping.store(true, Ordering::Release);
     let _ = client.cache.wake_writeback.try_send(());
     client.session.leases.stop_timers();
+    client.session.threads.stop_heartbeat();
     for thread in threads {
         let _ = thread.join();
     }

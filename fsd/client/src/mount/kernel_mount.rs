@@ -121,6 +121,40 @@ impl Mounted {
         })
     }
 
+    /// What says which one it is, for the next life of the process.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        format!("{} {} {}", self.number, self.device, self.point.display())
+    }
+
+    /// From [`Mounted::to_text`].
+    #[must_use]
+    pub fn from_text(text: &str) -> Option<Self> {
+        let mut words = text.splitn(3, ' ');
+        let (number, device, point) = (words.next()?, words.next()?, words.next()?);
+        Some(Self {
+            point: point.into(),
+            number: number.into(),
+            device: device.into(),
+        })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn point(&self) -> &Path {
+        &self.point
+    }
+
+    /// Takes one whose daemon is no more out of the name space, unless it is gone, or something else lies above it. What waits for an
+    /// answer of that daemon fails.
+    pub fn abandon(&self) {
+        if Self::at(&self.point).as_ref() == Some(self)
+            && rustix::mount::unmount(&self.point, UnmountFlags::FORCE | UnmountFlags::DETACH).is_err()
+        {
+            self.unmount();
+        }
+    }
+
     /// Takes it out of the name space, also if files are open, unless it is gone, or something else lies above it.
     pub fn unmount(&self) {
         if Self::at(&self.point).as_ref() != Some(self) {
@@ -150,6 +184,12 @@ mod tests {
         assert_eq!(at("/a"), Some(("23".into(), "0:31".into())));
         assert_eq!(at("/a b"), Some(("24".into(), "0:40".into())));
         assert_eq!(at("/b"), None);
+        let mounted = Mounted {
+            point: "/a b".into(),
+            number: "24".into(),
+            device: "0:40".into(),
+        };
+        assert_eq!(Mounted::from_text(&mounted.to_text()), Some(mounted));
     }
 
     #[test]

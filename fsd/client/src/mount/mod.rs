@@ -27,7 +27,7 @@ use fsd_node::config::{CacheMode, Config};
 use fsd_node::endpoint::Endpoint;
 use fsd_proto::rpc::Service;
 use join::{How, SPARE_LOOPS, join, leave, thread};
-use kernel_mount::Mounted;
+pub use kernel_mount::Mounted;
 use mountpoint::{check_point, set_read_ahead};
 use service::Front;
 
@@ -51,6 +51,8 @@ pub struct MountOptions {
     pub allow_nonempty: bool,
     /// Have fusermount3 unmount when this process dies, however it dies.
     pub auto_unmount: bool,
+    /// What a former life of this mount has left, which answers nothing any more: it gives way when this one is ready.
+    pub former: Option<Mounted>,
 }
 
 /// A running mount.
@@ -145,7 +147,10 @@ impl Mount {
     pub fn start(config: &Config, key: Vec<u8>, options: &MountOptions) -> Result<Self, MountError> {
         let flags =
             kernel_mount::flags_of(&options.options).map_err(|detail| MountError::Options { detail })?;
-        let point = check_point(&options.point, options.allow_nonempty)?;
+        let point = match &options.former {
+            Some(former) => former.point().to_owned(),
+            None => check_point(&options.point, options.allow_nonempty)?,
+        };
         let mode = match options.cache {
             CacheMode::Auto => best_mode(),
             chosen => chosen,
@@ -192,6 +197,9 @@ impl Mount {
         let (client, threads) = join(config, name, &how, endpoint, front)?;
         let (node, loops) = (client.session.node, config.mount.loops.max(SPARE_LOOPS + 1));
 
+        if let Some(former) = &options.former {
+            former.abandon();
+        }
         let (session, mounted) = open_session(config, options, loops, &client, (&point, flags))?;
         if let Some(mounted) = &mounted {
             // The kernel has answered the handshake, which would undo it.
@@ -247,15 +255,17 @@ impl Mount {
         self.client.session.fate.doomed.load(Ordering::SeqCst)
     }
 
+    /// What the kernel has mounted, to be left to the next life of this process.
+    #[must_use]
+    pub fn mounted(&self) -> Option<&Mounted> {
+        self.mounted.as_ref()
+    }
+
     /// Unmounts, writes everything back, gives up all leases and leaves. One that has lost its leases stays where it is and
-    /// answers nothing any more, until somebody unmounts it: programs would go on in the directory below, and not know.
+    /// answers nothing any more, until its next life, or somebody else, unmounts it: programs would go on in the directory below, and
+    /// not know.
     pub fn stop(mut self) {
         if self.is_doomed() {
-            tracing::error!(
-                "{} answers with errors from now on: end what uses it, unmount it (umount {}), and mount again",
-                self.point.display(),
-                self.point.display()
-            );
             // Nothing that is cached can be trusted, nor written without a lease. The connection to the kernel ends with
             // the process.
             if let Some(session) = self.session.take() {

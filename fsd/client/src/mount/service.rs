@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
 
 use lockmgr::msg::LeaseMsg;
 use lockmgr::{Directory, LeaseError, NodeId, RecordId};
@@ -41,6 +42,7 @@ impl Service for Front {
                     tracing::warn!("no thread can be started for the status: {error}");
                 }
             }
+            (Ok(MountRequest::View(view)), Role::Meta) => client.membership.take(view, responder),
             (Ok(MountRequest::Visit { ino, offset, act }), Role::Client(Some(node))) => {
                 match client.calls.get() {
                     Some(calls) => calls.forward.receive(node, ino, offset, act, responder),
@@ -72,6 +74,7 @@ impl Service for Front {
         }
     }
 
+    // The metadata server calls over the connection that the mount has made.
     fn connected(&self, hello: &Hello, conn: &Arc<dyn Connection>) {
         if let (Role::Client(Some(node)), Some(client)) =
             (hello.role, self.client.get().and_then(Weak::upgrade))
@@ -130,9 +133,20 @@ impl Owner for Client {
     }
     fn leases_lost(&self, shard: u16) {
         tracing::error!(
-            "storage node {shard} came back without its leases (its host was restarted): this mount cannot know what others have changed, and ends; mount again"
+            "storage node {shard} came back without its leases (its host was restarted): this mount cannot know what others have changed, and begins anew"
         );
         self.session.fate.doomed.store(true, Ordering::SeqCst);
+    }
+    fn alive(&self, sent: Duration) {
+        self.session.term.renew(sent);
+    }
+    fn declared_dead(&self) {
+        if self.session.term.finish() {
+            tracing::error!(
+                "this mount was silent for so long that it was declared dead: what it had not stored is lost, and it begins anew"
+            );
+            self.session.fate.doomed.store(true, Ordering::SeqCst);
+        }
     }
     fn peer_unreachable(&self, node: NodeId) {
         self.session.leases.peer_unreachable(node);

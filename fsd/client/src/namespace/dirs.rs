@@ -56,7 +56,7 @@ impl Directories {
         if name.len() > NAME_MAX {
             return fail(libc::ENAMETOOLONG);
         }
-        if state.gone {
+        if state.lasting.gone {
             self.kernel.tell_gone(dir, state);
             return fail(libc::ENOENT);
         }
@@ -75,7 +75,7 @@ impl Directories {
         let found = match answer {
             Ok(found) => found,
             Err(RpcError::Errno(Errno(libc::ENOENT))) => {
-                state.gone = true;
+                state.lasting.gone = true;
                 self.kernel.tell_gone(dir, state);
                 return fail(libc::ENOENT);
             }
@@ -141,7 +141,7 @@ impl Directories {
                 let attr = self.cache.load_attr(ctx, &inode, &mut state);
                 if let Ok(attr) = &attr {
                     if attr.kind == Kind::Directory {
-                        state.place = Some(Box::new((dir.ino, name.to_vec())));
+                        state.lasting.place = Some(Box::new((dir.ino, name.to_vec())));
                     }
                     if attr.kind == Kind::Symlink {
                         // Asked for next, when the link may be gone already.
@@ -195,7 +195,7 @@ impl Directories {
             b"." => number,
             _ => {
                 let inode = self.cache.inodes.find(number);
-                let place = inode.and_then(|i| i.lock_raw().place.clone());
+                let place = inode.and_then(|i| i.lock_raw().lasting.place.clone());
                 place.map_or_else(|| fail(libc::ESTALE), |found| Ok(found.0))?
             }
         };
@@ -230,7 +230,7 @@ impl Directories {
         if let Some(listing) = &state.dir.listing {
             return Ok(Arc::clone(listing));
         }
-        if state.gone {
+        if state.lasting.gone {
             return Ok(Listing::default());
         }
         if !state.dir.complete {
@@ -290,7 +290,7 @@ impl Directories {
 
     /// As [`Directories::readlink`], with the lease held and the state locked.
     fn target_held(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<Vec<u8>> {
-        if let Some(target) = &state.target {
+        if let Some(target) = &state.lasting.target {
             return Ok(target.clone());
         }
         if self.cache.load_attr(ctx, inode, state)?.kind != Kind::Symlink {
@@ -298,7 +298,7 @@ impl Directories {
         }
         ctx.may_wait()?;
         let target = state.unlocked(|| self.session.net.meta.ask(ask::meta::ReadLink { ino: inode.ino }))?;
-        state.target = Some(target.clone());
+        state.lasting.target = Some(target.clone());
         Ok(target)
     }
 }

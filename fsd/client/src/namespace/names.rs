@@ -141,7 +141,7 @@ impl Names {
         let guards = self.cache.lease_all(ctx, &[(dir, Mode::Exclusive)])?;
         let above = {
             let mut state = dir.lock(ctx, guards.version_of(dir.ino))?;
-            if state.gone {
+            if state.lasting.gone {
                 self.kernel.tell_gone(dir, &mut state);
             }
             if self.entry_held_cached(&mut state, name)?.is_some() {
@@ -188,7 +188,7 @@ impl Names {
                 state.dir.complete = true;
             }
             state.xattrs = Some(std::collections::BTreeMap::new());
-            state.target = (new.kind == Kind::Symlink).then(|| new.target.clone());
+            state.lasting.target = (new.kind == Kind::Symlink).then(|| new.target.clone());
             self.front
                 .delegate_ahead(&inode, Mode::Exclusive, own.version(), &attr, &state);
         }
@@ -200,7 +200,7 @@ impl Names {
 
     /// What is known of a name without asking anybody.
     fn entry_held_cached(&self, state: &mut crate::cache::state::State, name: &[u8]) -> Res<Option<u64>> {
-        if state.gone {
+        if state.lasting.gone {
             return fail(libc::ENOENT);
         }
         if name.len() > fsd_proto::layout::NAME_MAX {

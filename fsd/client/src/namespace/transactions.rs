@@ -81,7 +81,7 @@ impl Transactions {
                     // An inode whose attributes were never known here has no delegation: there is nothing to recall.
                     if state
                         .attr
-                        .or(state.last.as_deref().copied())
+                        .or(state.lasting.last.as_deref().copied())
                         .is_some_and(|a| a.kind == Kind::Directory)
                     {
                         self.front.forget_names(inode);
@@ -105,7 +105,7 @@ impl Transactions {
                 None if inode_kept(&created, inode.ino) => {}
                 None => {
                     if let Some(gone) = state.attr.take() {
-                        state.last = Some(Box::new(gone));
+                        state.lasting.last = Some(Box::new(gone));
                         self.front.attributes_changed(inode, &Attr { nlink: 0, ..gone });
                     }
                 }

@@ -12,7 +12,7 @@ use crate::cache::inode::Inode;
 use crate::data::reservations::Reservations;
 use crate::kernel::caches::KernelCaches;
 use crate::opens::pins::Pinning;
-use crate::opens::record::{FLAG_UNLINKED, ONE_WRITER, OpenRecords, RecordChange, pinned};
+use crate::opens::record::OpenRecords;
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res, fail};
 use fsd_node::config::CacheMode;
@@ -29,7 +29,7 @@ pub struct Handle {
     pub cached: bool,
     /// It is open for writing.
     pub writer: bool,
-    /// It counts among [`crate::cache::inode::Opens::page_writers`].
+    /// It counts among [`crate::cache::opens::Opens::page_writers`].
     page_writer: bool,
     /// Delayed errors it has been told of.
     pub seen: AtomicU64,
@@ -106,31 +106,24 @@ pub struct OpenFiles {
 impl OpenFiles {
     /// Books an open of an inode whose lease is held. Returns whether other mounts have it open, and
     /// whether for writing.
-    fn count_open(&self, inode: &Inode, writer: bool) -> Res<(bool, bool)> {
+    fn count_open(&self, inode: &Arc<Inode>, writer: bool) -> Res<(bool, bool)> {
         let mut opens = inode.opens.lock();
         if opens.removed {
             return fail(libc::ESTALE);
         }
-        let first_writer = writer && !opens.writer_counted;
-        let change = RecordChange {
-            open: i8::from(!opens.bit),
-            writers: i8::from(first_writer),
-            pins: 0,
-        };
-        let (flags, bitmap) = self.records.change_record(inode, change)?;
-        opens.bit = true;
-        opens.writer_counted |= writer;
         opens.count += 1;
         opens.writers += u64::from(writer);
-        if writer {
+        let seen = self.records.record(inode, &mut opens);
+        if seen.is_err() {
+            opens.count -= 1;
+            opens.writers -= u64::from(writer);
+            self.pinning.record_later(inode, &opens);
+        } else if writer {
             // See `attr_ttl`.
             self.kernel.invalidate_attrs(inode);
         }
-        let writers = flags / ONE_WRITER;
-        Ok((
-            self.records.opened_elsewhere(&bitmap),
-            writers > u64::from(opens.writer_counted),
-        ))
+        let seen = seen?;
+        Ok((seen.opened_by_others(), seen.written_by_others()))
     }
 
     /// Others had the file open. The kernel tells a daemon late of the last close: a file that another mount has just written and closed is
@@ -147,11 +140,10 @@ impl OpenFiles {
         for _ in 0..LOOKS {
             rt::thread::sleep(PAUSE);
             // While its storage node is away nobody closes it either.
-            let Ok((flags, bitmap)) = self.records.change_record(inode, RecordChange::default()) else {
+            let Ok(now) = self.records.look(inode) else {
                 break;
             };
-            let written = flags / ONE_WRITER > u64::from(opens.writer_counted);
-            seen = (self.records.opened_elsewhere(&bitmap), written);
+            seen = (now.opened_by_others(), now.written_by_others());
             if enough(seen.0, seen.1) {
                 return seen;
             }
@@ -256,26 +248,20 @@ impl OpenFiles {
             inode.kernel.cached.fetch_sub(1, Ordering::SeqCst);
         }
         opens.page_writers -= u64::from(handle.page_writer);
-        let last_writer = opens.writer_counted && opens.writers == 0;
-        let last = opens.bit && opens.count == 0;
-        if !last && !last_writer {
+        if opens.is_recorded() {
             return Ok(());
         }
-        let change = RecordChange {
-            open: -i8::from(last),
-            writers: -i8::from(last_writer),
-            pins: 0,
-        };
-        let (flags, bitmap) = self.records.change_record(inode, change)?;
-        opens.writer_counted &= !last_writer;
-        if !last {
-            return Ok(());
-        }
-        opens.bit = false;
-        if flags & FLAG_UNLINKED != 0 && !pinned(flags) && bitmap.iter().all(|&w| w == 0) {
-            opens.removed = true;
-            drop(opens);
-            self.pinning.reap(inode);
+        match self.records.record(inode, &mut opens) {
+            Ok(seen) if seen.is_orphan() => {
+                opens.removed = true;
+                drop(opens);
+                self.pinning.reap(inode);
+            }
+            Ok(_) => {}
+            Err(stop) => {
+                self.pinning.record_later(inode, &opens);
+                return Err(stop);
+            }
         }
         Ok(())
     }

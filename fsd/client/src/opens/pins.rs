@@ -1,8 +1,8 @@
 //! Files that were looked up, and lose their last name before the operation that the look-up was for.
 //!
 //! A kernel looks a name up and then opens, truncates, changes … the inode it was told of, by number. On a local file system the inode is
-//! alive in between, whoever removes its name. Here it is kept alive by a *pin*: a count of mounts in the lease record, beside the bits of those
-//! that have the file open. Whoever removes the last name needs the exclusive lease, for which the mount that answered the look-up gives
+//! alive in between, whoever removes its name. Here it is kept alive by a *pin*: the mount's use bit in the lease record, without the open
+//! bit of those that have the file open. Whoever removes the last name needs the exclusive lease, for which the mount that answered the look-up gives
 //! up its own: it pins then, if the look-up was a moment ago, and so pays nothing for all the others. In the mount that removes
 //! the name itself, look-ups of other threads count the same way. A pin is dropped a little later; the last one
 //! to go removes the inode, as the last close of an unlinked file does.
@@ -17,9 +17,10 @@ use rt::sync::Mutex;
 use rt::time::Instant;
 
 use crate::cache::Cache;
-use crate::cache::inode::{Inode, Opens};
+use crate::cache::inode::Inode;
+use crate::cache::opens::Opens;
 use crate::data::reservations::Reservations;
-use crate::opens::record::{FLAG_UNLINKED, OpenRecords, RecordChange, pinned};
+use crate::opens::record::OpenRecords;
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res, Stop};
 use fsd_proto::ask;
@@ -28,7 +29,7 @@ use fsd_proto::rpc::Errno;
 /// For so long an inode is kept for it.
 const KEEP: Duration = Duration::from_secs(2);
 
-/// The inodes that this mount pins, in the order in which their pins end.
+/// The inodes that this mount pins, or whose record it could not bring up to date, in the order in which they are to be looked at.
 #[derive(Debug, Default)]
 pub struct Pins(Mutex<VecDeque<(Instant, Arc<Inode>)>>);
 
@@ -87,17 +88,32 @@ impl Pinning {
     /// The storage node cannot be reached.
     pub fn pin_held(&self, inode: &Arc<Inode>, opens: &mut Opens) -> Res<()> {
         let end = Instant::now() + KEEP;
-        if opens.pinned.is_none() {
-            let pin = RecordChange {
-                pins: 1,
-                ..RecordChange::default()
-            };
-            self.records.change_record(inode, pin)?;
-            self.pins.add(end, Arc::clone(inode));
-            self.cache.wake_writer();
+        if opens.pinned.replace(end).is_some() {
+            return Ok(());
         }
-        opens.pinned = Some(end);
+        // While the file is open its bit is there already: nothing is to be changed.
+        if !opens.is_recorded()
+            && let Err(stop) = self.records.record(inode, opens)
+        {
+            opens.pinned = None;
+            self.record_later(inode, opens);
+            return Err(stop);
+        }
+        self.add(end, inode);
         Ok(())
+    }
+
+    fn add(&self, end: Instant, inode: &Arc<Inode>) {
+        self.pins.add(end, Arc::clone(inode));
+        self.cache.wake_writer();
+    }
+
+    /// The record could not be changed: that is tried again after a while, if need be. A bit left behind would keep the inode for good after
+    /// its last name, and be set twice when this mount, having forgotten the inode, opens it again.
+    pub(crate) fn record_later(&self, inode: &Arc<Inode>, opens: &Opens) {
+        if !opens.is_recorded() {
+            self.add(Instant::now() + KEEP, inode);
+        }
     }
 
     /// The lease is about to be given up altogether: pins an inode that was looked up a moment ago. Not one that has been removed: its
@@ -155,23 +171,23 @@ impl Pinning {
             return self.pins.add(end, Arc::clone(inode));
         }
         opens.pinned = None;
-        let unpin = RecordChange {
-            pins: -1,
-            ..RecordChange::default()
-        };
-        match self.records.change_record(inode, unpin) {
-            Ok((flags, bitmap)) => {
-                let last = flags & FLAG_UNLINKED != 0 && !pinned(flags) && bitmap.iter().all(|&w| w == 0);
-                if last && opens.count == 0 {
-                    opens.removed = true;
-                    drop(opens);
-                    self.reap(inode);
-                }
+        // A record that serves a later inode says what this mount does with that one.
+        let serves_another = opens.in_doubt && inode.superseded.load(Ordering::SeqCst);
+        if opens.is_recorded() || serves_another {
+            return;
+        }
+        match self.records.record(inode, &mut opens) {
+            Ok(seen) if seen.is_orphan() => {
+                opens.removed = true;
+                drop(opens);
+                self.reap(inode);
             }
-            Err(stop) => tracing::warn!(
+            Ok(_) => {}
+            Err(stop) if now => tracing::warn!(
                 "inode {:#x} may stay after its last name is gone, until all mounts have left: {stop:?}",
                 inode.ino
             ),
+            Err(_) => self.record_later(inode, &opens),
         }
     }
 
@@ -184,7 +200,7 @@ impl Pinning {
     pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
         ctx.may_wait()?;
         self.records.reach_record(inode)?;
-        self.records.set_flag(inode, FLAG_UNLINKED, true)?;
+        self.records.set_unlinked(inode, true)?;
         let used = self.is_used(inode, thread);
         if used.is_err() {
             // The name stays; with the flag the next last close would take the file for one without.
@@ -199,8 +215,7 @@ impl Pinning {
             self.pin_held(inode, &mut opens)?;
             return Ok(true);
         }
-        let (flags, bitmap) = self.records.change_record(inode, RecordChange::default())?;
-        let used = opens.count > 0 || pinned(flags) || bitmap.iter().any(|&w| w != 0);
+        let used = opens.count > 0 || self.records.look(inode)?.in_use();
         opens.removed = !used;
         Ok(used)
     }
@@ -211,7 +226,7 @@ impl Pinning {
     /// The storage node cannot be reached.
     pub fn clear_unlinked(&self, inode: &Inode) -> Res<()> {
         inode.opens.lock().removed = false;
-        self.records.set_flag(inode, FLAG_UNLINKED, false)
+        self.records.set_unlinked(inode, false)
     }
 
     /// The last close of a file without a name. Aside, for it waits for other mounts; but for one that leaves, whose workers end.
@@ -226,11 +241,20 @@ impl Pinning {
             .run(move || me.reap_alone(&gone, true));
     }
 
+    /// A mount that went from a pin to an open just when this one looked may have shown neither bit. Under the exclusive lease nobody does
+    /// that; whoever uses the inode reaps it later.
+    fn is_used_after_all(&self, inode: &Inode) -> Res<bool> {
+        let mut opens = inode.opens.lock();
+        let used = self.records.look(inode)?.in_use();
+        opens.removed &= !used;
+        Ok(used)
+    }
+
     /// Removes an orphan under its exclusive lease. A mount that closed the file before may still have data of it to store: that must
     /// not come into frames that have been freed, and are perhaps another file's by then. Without the lease where it is not to be had, for
     /// nobody else would remove it: whoever has it cannot be reached, or, unless `may_wait`, this mount leaves.
     ///
-    /// It may have a name after all: a removal sets [`FLAG_UNLINKED`] first, and may then fail while the storage node, which would have
+    /// It may have a name after all: a removal sets the unlinked flag first, and may then fail while the storage node, which would have
     /// to take that back, is away. Then that is done here.
     fn reap_alone(&self, inode: &Arc<Inode>, may_wait: bool) {
         let ctx = Ctx::on_worker();
@@ -251,6 +275,9 @@ impl Pinning {
             if names > 0 {
                 return self.clear_unlinked(inode);
             }
+            if self.is_used_after_all(inode)? {
+                return Ok(());
+            }
             meta.ask(ask::meta::Reap { ino: inode.ino })?;
             self.reservations.forget_data(inode);
             Ok(())
@@ -260,17 +287,5 @@ impl Pinning {
             Ok(()) | Err(Stop::Errno(Errno(libc::ESTALE | libc::ENOENT))) => {}
             Err(stop) => tracing::warn!("orphan {:#x} not removed: {stop:?}", inode.ino),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::opens::record::{ONE_PIN, ONE_WRITER};
-
-    #[test]
-    fn pins_are_counted_beside_flags_and_writers() {
-        let word = FLAG_UNLINKED | (ONE_WRITER * 3);
-        assert!(!pinned(word) && pinned(word + ONE_PIN) && !pinned(word + ONE_PIN - ONE_PIN));
     }
 }

@@ -2,37 +2,140 @@
 
 use std::sync::Arc;
 
-use lockmgr::RecordLayout;
-use rdma_transport::Op;
+use lockmgr::{NodeId, NodeSet, RecordLayout};
+use rdma_transport::{Connection, Op, RemoteAddr};
 
 use crate::cache::inode::Inode;
+use crate::cache::opens::{Opens, Usage, UsageBit};
 use crate::session::Session;
 use crate::session::ctx::{Res, Stop};
 use fsd_proto::rpc::Errno;
 
-/// The bits of that number.
-const PINS: u64 = 0xff_ffff << 8;
-/// In word 1 of a lease record: unit of the number of mounts that pin the inode.
-pub const ONE_PIN: u64 = 1 << 8;
-/// Does a flags word say that somebody pins the inode?
-#[must_use]
-pub fn pinned(flags: u64) -> bool {
-    flags & PINS != 0
+/// What a lease record says of who uses the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordUse {
+    /// This mount.
+    node: NodeId,
+    /// The inode has no name left, or is about to lose its last.
+    pub unlinked: bool,
+    /// Mounts that have it open.
+    opens: NodeSet,
+    /// Those of them that write, and mounts that pin it.
+    uses: NodeSet,
 }
 
-pub use fsd_proto::layout::FLAG_UNLINKED;
-/// In word 1 of a lease record: unit of the number of mounts that have the file open for writing.
-pub const ONE_WRITER: u64 = 1 << 32;
+impl RecordUse {
+    /// Does another mount have the file open?
+    #[must_use]
+    pub fn opened_by_others(&self) -> bool {
+        self.opens.iter().any(|n| n != self.node)
+    }
 
-/// What changes in the words of a lease record that say who has the file open, each by one or not at all.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct RecordChange {
-    /// This mount's bit in the opens bitmap.
-    pub open: i8,
-    /// The number of mounts that have it open for writing.
-    pub writers: i8,
-    /// The number of mounts that pin it.
-    pub pins: i8,
+    /// Does another mount have the file open for writing?
+    #[must_use]
+    pub fn written_by_others(&self) -> bool {
+        self.opens.iter().any(|n| n != self.node && self.uses.contains(n))
+    }
+
+    /// Does any mount, this one included, have the file open or pin it?
+    #[must_use]
+    pub fn in_use(&self) -> bool {
+        !self.opens.is_empty() || !self.uses.is_empty()
+    }
+
+    /// The inode has no name left and nobody uses it: it is to be removed.
+    #[must_use]
+    pub fn is_orphan(&self) -> bool {
+        self.unlinked && !self.in_use()
+    }
+
+    /// What it says of this mount.
+    fn own(&self) -> Usage {
+        Usage::from_bits(self.opens.contains(self.node), self.uses.contains(self.node))
+    }
+}
+
+/// The record of one inode, and the connection to it.
+struct Place {
+    conn: Arc<dyn Connection>,
+    record: RemoteAddr,
+    layout: RecordLayout,
+    node: NodeId,
+}
+
+impl Place {
+    /// Changes this mount's bits, then reads who uses the file.
+    ///
+    /// The opens are read before the uses: a mount whose pin outlasts its open sets its use bit first, so either bit is seen.
+    fn change(&self, steps: impl Iterator<Item = (UsageBit, bool)>) -> Result<RecordUse, Stop> {
+        let words = self.layout.map_words() as usize;
+        let (mut flags, mut opens, mut uses) = ([0u8; 8], vec![0u8; words * 8], vec![0u8; words * 8]);
+        let mut ops = Vec::with_capacity(5);
+        for (bit, set) in steps {
+            let (offset, unit) = match bit {
+                UsageBit::Open => self.layout.open_bit(self.node),
+                UsageBit::Use => self.layout.use_bit(self.node),
+            };
+            ops.push(Op::Faa {
+                at: self.record.plus(offset),
+                add: if set { unit } else { unit.wrapping_neg() },
+                old: 0,
+            });
+        }
+        for (offset, into) in [
+            (RecordLayout::FLAGS, &mut flags[..]),
+            (self.layout.opens(), &mut opens),
+            (self.layout.uses(), &mut uses),
+        ] {
+            let at = self.record.plus(offset);
+            ops.push(Op::Read { at, into });
+        }
+        self.conn.execute(&mut ops).map_err(|error| {
+            tracing::error!("who uses the file of the record at {:?}: {error}", self.record);
+            Stop::Errno(Errno(libc::EIO))
+        })?;
+        Ok(RecordUse {
+            node: self.node,
+            unlinked: u64::from_ne_bytes(flags) & RecordLayout::UNLINKED != 0,
+            opens: self.set(&opens),
+            uses: self.set(&uses),
+        })
+    }
+
+    fn set(&self, bytes: &[u8]) -> NodeSet {
+        let words = bytes.chunks_exact(8);
+        let words: Vec<u64> = words
+            .map(|b| u64::from_ne_bytes(b.try_into().unwrap_or_default()))
+            .collect();
+        self.layout.set(&words)
+    }
+
+    /// Has the record say what a mount does with the file, whatever it has said before.
+    ///
+    /// A bit that was set twice would carry into the bit of another mount. So what the record says is never guessed: after a failure in
+    /// the middle of a change it is read first.
+    fn record(&self, opens: &mut Opens) -> Result<RecordUse, Stop> {
+        const TRIES: usize = 2;
+        let wanted = opens.usage();
+        for _ in 0..TRIES {
+            if opens.in_doubt {
+                opens.recorded = self.change(std::iter::empty())?.own();
+            }
+            opens.in_doubt = true;
+            let seen = self.change(opens.recorded.steps_to(wanted))?;
+            opens.in_doubt = false;
+            opens.recorded = seen.own();
+            if opens.recorded == wanted {
+                return Ok(seen);
+            }
+            tracing::warn!(
+                "the record at {:?} says {:?} of this mount",
+                self.record,
+                opens.recorded
+            );
+        }
+        Err(Stop::Errno(Errno(libc::EIO)))
+    }
 }
 
 /// The words of a lease record that say who has the file open.
@@ -51,80 +154,53 @@ impl OpenRecords {
         Ok(())
     }
 
-    fn word(
-        &self,
-        inode: &Inode,
-        offset: u64,
-    ) -> Res<(Arc<dyn rdma_transport::Connection>, rdma_transport::RemoteAddr)> {
-        let (conn, at) = self
+    fn place(&self, inode: &Inode) -> Res<Place> {
+        let (conn, record) = self
             .session
             .net
             .storage
             .record(inode.record())
             .map_err(|e| Stop::Errno(crate::session::lease_errno(&e)))?;
-        Ok((conn, at.plus(offset)))
+        Ok(Place {
+            conn,
+            record,
+            layout: self.session.layout,
+            node: self.session.node,
+        })
     }
 
-    /// Makes a change, then reads the flags word and the opens bitmap.
+    /// Has the lease record say what this mount does with the file ([`Opens::usage`]), and returns what it then says of all.
+    ///
+    /// # Errors
+    /// The storage node cannot be reached. What the record says is in doubt then, until the next call that succeeds.
+    pub fn record(&self, inode: &Inode, opens: &mut Opens) -> Res<RecordUse> {
+        self.place(inode)?.record(opens)
+    }
+
+    /// What the lease record says of who uses the file.
     ///
     /// # Errors
     /// The storage node cannot be reached.
-    pub fn change_record(&self, inode: &Inode, change: RecordChange) -> Res<(u64, Vec<u64>)> {
-        let add = |unit: u64, n: i8| if n < 0 { unit.wrapping_neg() } else { unit };
-        let layout = self.session.layout;
-        let (conn, record) = self.word(inode, 0)?;
-        let (offset, bit) = layout.open_bit(self.session.node);
-        let words = layout.map_words() as usize;
-        let (mut flags, mut bitmap) = ([0u8; 8], vec![0u8; words * 8]);
-        let mut ops = Vec::with_capacity(5);
-        if change.open != 0 {
-            ops.push(Op::Faa {
-                at: record.plus(offset),
-                add: add(bit, change.open),
-                old: 0,
-            });
-        }
-        for (unit, n) in [(ONE_WRITER, change.writers), (ONE_PIN, change.pins)] {
-            if n != 0 {
-                ops.push(Op::Faa {
-                    at: record.plus(RecordLayout::FLAGS),
-                    add: add(unit, n),
-                    old: 0,
-                });
-            }
-        }
-        ops.push(Op::Read {
-            at: record.plus(RecordLayout::FLAGS),
-            into: &mut flags,
-        });
-        ops.push(Op::Read {
-            at: record.plus(layout.opens()),
-            into: &mut bitmap,
-        });
-        conn.execute(&mut ops).map_err(|error| {
-            tracing::error!("opens of {:#x}: {error}", inode.ino);
-            Stop::Errno(Errno(libc::EIO))
-        })?;
-        let bitmap = bitmap
-            .chunks_exact(8)
-            .map(|b| u64::from_ne_bytes(b.try_into().unwrap_or_default()))
-            .collect();
-        Ok((u64::from_ne_bytes(flags), bitmap))
+    pub fn look(&self, inode: &Inode) -> Res<RecordUse> {
+        self.place(inode)?.change(std::iter::empty())
     }
 
-    /// Sets or clears a flag; the number of writers beside it may change at any time.
-    pub(crate) fn set_flag(&self, inode: &Inode, flag: u64, on: bool) -> Res<()> {
-        let (conn, at) = self.word(inode, RecordLayout::FLAGS)?;
+    /// Sets or clears the unlinked flag.
+    pub(crate) fn set_unlinked(&self, inode: &Inode, on: bool) -> Res<()> {
+        let place = self.place(inode)?;
+        let flag = RecordLayout::UNLINKED;
         let mut expect = if on { 0 } else { flag };
         loop {
             let new = if on { expect | flag } else { expect & !flag };
             let mut swap = [Op::Cas {
-                at,
+                at: place.record.plus(RecordLayout::FLAGS),
                 expect,
                 new,
                 old: 0,
             }];
-            conn.execute(&mut swap)
+            place
+                .conn
+                .execute(&mut swap)
                 .map_err(|_| Stop::Errno(Errno(libc::EIO)))?;
             match swap {
                 [Op::Cas { old, .. }] if old != expect => expect = old,
@@ -135,9 +211,8 @@ impl OpenRecords {
             }
         }
     }
-
-    pub(crate) fn opened_elsewhere(&self, bitmap: &[u64]) -> bool {
-        let set = self.session.layout.set(bitmap);
-        set.iter().any(|n| n != self.session.node)
-    }
 }
+
+#[cfg(test)]
+#[path = "record_tests.rs"]
+mod tests;

@@ -79,7 +79,7 @@ impl Revocation {
     /// The kernel may be given something to keep again.
     fn cached_again(&self, inode: &Inode) {
         if self.mapped {
-            inode.mapped.revoking(false);
+            inode.waiting.mapped.revoking(false);
         }
         if self.begun {
             inode.kernel.revoking.store(false, Ordering::SeqCst);
@@ -162,7 +162,7 @@ impl Revocations {
     /// Lets the kernel take in what it was answered, and gives it nothing more to keep.
     fn begin(&self, job: &mut Revocation, inode: &Inode, may_wait: bool) -> bool {
         let wait = self.unsettled(inode);
-        if !may_wait && (!wait.is_zero() || inode.mapped.get().is_some_and(|m| !m.is_empty())) {
+        if !may_wait && (!wait.is_zero() || inode.waiting.mapped.get().is_some_and(|m| !m.is_empty())) {
             return false;
         }
         rt::thread::sleep(wait);
@@ -170,7 +170,7 @@ impl Revocations {
         job.begun = true;
         if may_wait && !job.mapped {
             // With the exclusive lease, mapped pages that are still dirty are taken in as they come.
-            inode.mapped.revoking(true);
+            inode.waiting.mapped.revoking(true);
             job.mapped = true;
         }
         true
@@ -269,7 +269,7 @@ impl Revocations {
     fn pages_are_free(&self, inode: &Inode, from: Mode) -> bool {
         if from != Mode::Shared
             || !self.session.local_memory()
-            || inode.edges.get().is_some_and(|e| !e.is_empty())
+            || inode.waiting.edges.get().is_some_and(|e| !e.is_empty())
         {
             return false;
         }

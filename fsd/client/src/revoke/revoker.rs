@@ -48,8 +48,8 @@ impl LeaseUser for Revoker {
             return;
         };
         if mode == Mode::Exclusive {
-            inode.regained.store(true, Ordering::SeqCst);
-            if inode.push.lock().waiting.is_some()
+            inode.transit.regained.store(true, Ordering::SeqCst);
+            if inode.transit.push.lock().waiting.is_some()
                 && let Some(revocations) = self.revocations.get().and_then(Weak::upgrade)
             {
                 revocations.cache.note_dirty(inode.ino);
@@ -61,7 +61,7 @@ impl LeaseUser for Revoker {
                 Mode::Exclusive => Source::Handed,
                 Mode::Shared => Source::Owner,
             };
-            *inode.granted.lock() = Some(Box::new(Granted {
+            *inode.transit.granted.lock() = Some(Box::new(Granted {
                 attr: Attr { version, ..attr },
                 source,
             }));

@@ -77,7 +77,7 @@ impl Forgetting {
         }
         self.cache.inodes.forgotten(&inode);
         self.front.forgotten(&inode);
-        let gone = inode.try_lock_raw().is_some_and(|state| state.gone);
+        let gone = inode.try_lock_raw().is_some_and(|state| state.lasting.gone);
         let many_gone = gone && self.trim.note_gone(number);
         let candidates = self.trim.candidates.fetch_add(1, Ordering::Relaxed) + 1;
         // Looking through all of them must be worth it.

@@ -2,18 +2,22 @@
 
 pub mod caller;
 pub mod ctx;
+pub mod heartbeat;
 pub mod net;
+pub mod term;
 pub mod workers;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use lockmgr::{Guard, LeaseError, LeaseManager, NodeId};
+use rt::channel::Sender;
 use rt::time::Instant;
 
 use crate::session::ctx::Permits;
 use crate::session::net::Net;
+use crate::session::term::Term;
 use crate::session::workers::Workers;
 use fsd_proto::ino;
 use fsd_proto::rpc::Errno;
@@ -36,6 +40,8 @@ pub struct Session {
     pub cache_reads: bool,
     /// Threads that may wait.
     pub threads: Threads,
+    /// How long it may act.
+    pub term: Arc<Term>,
     /// How it ends.
     pub fate: Fate,
     /// Counters for `fsd status`.
@@ -52,6 +58,17 @@ pub struct Threads {
     pub invalidators: Workers,
     /// Event loops that may still wait.
     pub permits: Permits,
+    /// Ends the one that tells the metadata server that this mount lives.
+    pub heartbeat: OnceLock<Sender<()>>,
+}
+
+impl Threads {
+    /// The metadata server is not told any more that this mount lives.
+    pub fn stop_heartbeat(&self) {
+        if let Some(stop) = self.heartbeat.get() {
+            let _ = stop.try_send(());
+        }
+    }
 }
 
 /// How a mount ends.

@@ -29,7 +29,7 @@ impl Push {
     /// Tells the metadata server the attributes of leases given up, and the lease manager when it has them.
     pub fn push_attrs(self: &Arc<Self>, inode: &Arc<Inode>) {
         let update = {
-            let mut push = inode.push.lock();
+            let mut push = inode.transit.push.lock();
             let Some(update) = push.waiting.take() else { return };
             push.sent = Some(update.clone());
             *update
@@ -45,7 +45,7 @@ impl Push {
                     inode.errors.set(error.errno());
                 }
                 {
-                    let mut push = inode.push.lock();
+                    let mut push = inode.transit.push.lock();
                     push.sent.take_if(|u| u.version == update.version);
                 }
                 if let Some(client) = Weak::upgrade(&me) {
@@ -61,7 +61,7 @@ impl Push {
             return self.session.leases.confirmed(id, version);
         };
         let (waiting, sent) = {
-            let push = inode.push.lock();
+            let push = inode.transit.push.lock();
             (
                 push.waiting.as_ref().map(|u| u.version),
                 push.sent.as_ref().map(|u| u.version),
@@ -75,10 +75,13 @@ impl Push {
     }
 
     /// Tells the metadata server what `push_attrs` has not, or has not been answered for.
-    fn push_attrs_now(&self, inode: &Inode) -> Res<()> {
+    ///
+    /// # Errors
+    /// The server cannot be reached, or refuses.
+    pub fn push_attrs_now(&self, inode: &Inode) -> Res<()> {
         let _order = self.attr_push.lock();
         let update = {
-            let push = inode.push.lock();
+            let push = inode.transit.push.lock();
             push.waiting.as_deref().or(push.sent.as_deref()).copied()
         };
         if let Some(update) = update {
@@ -86,7 +89,7 @@ impl Push {
                 updates: vec![update],
             })?;
             {
-                let mut push = inode.push.lock();
+                let mut push = inode.transit.push.lock();
                 push.waiting.take_if(|u| u.version == update.version);
             }
             self.session.leases.confirmed(inode.record(), update.version);
@@ -116,7 +119,7 @@ impl Push {
         };
         let _order = self.attr_push.lock();
         let mut state = self.stored.claim_to_change(ctx, inode, guard.version())?;
-        if state.gone {
+        if state.lasting.gone {
             return Ok(());
         }
         self.writing.flush_pages(ctx, inode, &mut state)?;

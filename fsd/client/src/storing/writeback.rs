@@ -142,7 +142,7 @@ impl Writeback {
             let Ok(mut state) = self.stored.claim_to_change(&ctx, inode, guard.version()) else {
                 continue;
             };
-            if state.gone {
+            if state.lasting.gone {
                 continue;
             }
             match self.writing.flush_pages(&ctx, inode, &mut state) {
@@ -191,7 +191,7 @@ impl Writeback {
                 continue;
             };
             inode.sync(&mut state, guard.version());
-            if state.gone || state.pages.dirty() == 0 {
+            if state.lasting.gone || state.pages.dirty() == 0 {
                 continue;
             }
             state.check_layout();

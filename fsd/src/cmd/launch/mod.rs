@@ -6,12 +6,14 @@
 //!
 //! | module | subject |
 //! | --- | --- |
+//! | `args` | what it is told |
 //! | `ranks` | what MPI launchers and Slurm say in the environment |
 //! | `roles` | which rank plays what |
 //! | `talk`, `rendezvous` | messages, and the coordinator as a state machine |
 //! | `coordinator`, `member` | the two sides |
 //! | `ssh` | starting members |
 
+mod args;
 mod coordinator;
 mod member;
 mod ranks;
@@ -31,115 +33,27 @@ use rand::Rng;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+pub use args::LaunchArgs;
 use coordinator::Coordinator;
 use fsd_client::mount::listen::is_here;
-use fsd_node::config::{
-    CacheMode, Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, Size, StorageConfig,
-};
+use fsd_node::config::{Config, FabricChoice, LeaseConfig, MetaConfig, MountConfig, StorageConfig};
 use member::Member;
 use rendezvous::{Addresses, Job};
 use roles::Roles;
+
+use crate::cmd::defaults::fabric_name;
+use crate::cmd::hex::unhex;
 
 /// Where the key of a job is, if not in a file.
 const KEY_ENV: &str = "FSD_LAUNCH_KEY";
 /// Name that the coordinator and the members of any job go by.
 const RENDEZVOUS: &str = "rendezvous";
 
-/// Arguments of `fsd launch`.
-#[derive(Debug, clap::Args)]
-pub struct LaunchArgs {
-    /// Start a member on every host of this file over ssh (without it: mpirun or srun have started this).
-    #[arg(long, conflicts_with = "hosts")]
-    pub hostfile: Option<PathBuf>,
-    /// The same, hosts separated by commas.
-    #[arg(long, value_delimiter = ',')]
-    pub hosts: Vec<String>,
-    /// Who plays what, by rank: for example meta=0,storage=0-1,client=1-3 (default: rank 0 serves, all mount).
-    #[arg(long)]
-    pub roles: Option<String>,
-    /// Fabric.
-    #[arg(long, default_value = "tcp")]
-    pub fabric: FabricChoice,
-    /// Kernel caching.
-    #[arg(long, default_value = "auto")]
-    pub cache: CacheMode,
-    /// With --cache writethrough, as mount.cache_shared in the configuration: for comparisons, not coherent.
-    #[arg(long)]
-    pub cache_shared: bool,
-    /// Pool of each storage node.
-    #[arg(long, default_value_t = super::DEV_POOL)]
-    pub pool: Size,
-    /// Longest wait for a lease, milliseconds.
-    #[arg(long)]
-    pub lease_wait_ms: Option<u64>,
-    /// Mount at DIR/RANK (default: in a temporary directory).
-    #[arg(long)]
-    pub dir: Option<PathBuf>,
-    /// Keep the stores in DIR/rankN and use them again (default: a temporary directory, removed at the end).
-    #[arg(long)]
-    pub state: Option<PathBuf>,
-    /// HOST:PORT where the members meet: of the first host, or over ssh also of this one (default: found out, where that is
-    /// possible).
-    #[arg(long)]
-    pub rendezvous: Option<String>,
-    /// Secret of the job, the same file on all hosts (default: made up with --hostfile; else $FSD_LAUNCH_KEY).
-    #[arg(long)]
-    pub key_file: Option<PathBuf>,
-    /// How long to wait until all have come, seconds.
-    #[arg(long, default_value_t = 60)]
-    pub wait: u64,
-    /// Program that is used like ssh, with its options.
-    #[arg(long, default_value = "ssh -T -o BatchMode=yes")]
-    pub ssh: String,
-    /// Path of fsd on the other hosts (default: the same as here).
-    #[arg(long)]
-    pub fsd: Option<PathBuf>,
-    /// Begin each line of output with the host it comes from.
-    #[arg(long)]
-    pub tag: bool,
-    #[arg(long, hide = true, requires = "size")]
-    /// This process is a member with this rank, its key comes on standard input.
-    pub member: Option<u32>,
-    #[arg(long, hide = true)]
-    /// How many members there are.
-    pub size: Option<u32>,
-    #[arg(long, hide = true, requires = "member")]
-    /// This member leads the job.
-    pub lead: bool,
-    /// Run this on every host that mounts, with `FSD_MOUNT`, `FSD_RANK`, `FSD_CLIENT` … set (default: nothing,
-    /// until Ctrl-C).
-    #[arg(last = true)]
-    pub command: Vec<String>,
-}
-
-/// Bytes as text.
-#[must_use]
-pub fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, b| {
-        // Writing to a string cannot fail.
-        let _ = write!(text, "{b:02x}");
-        text
-    })
-}
-
-/// The opposite of [`hex`].
-fn unhex(text: &str) -> anyhow::Result<Vec<u8>> {
-    let text = text.trim();
-    ensure!(
-        text.is_ascii() && text.len().is_multiple_of(2),
-        "the key is not hexadecimal"
-    );
-    (0..text.len() / 2)
-        .map(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).context("the key is not hexadecimal"))
-        .collect()
-}
-
 /// Settings of the endpoints that the members meet at.
 fn base(args: &LaunchArgs) -> Config {
     let nowhere = PathBuf::new();
     let mut lease = LeaseConfig::default();
-    if let Some(ms) = args.lease_wait_ms {
+    if let Some(ms) = args.cluster.lease_wait_ms {
         lease.wait_ms = ms;
     }
     Config {
@@ -158,8 +72,8 @@ fn base(args: &LaunchArgs) -> Config {
         storage: Vec::new(),
         verbs: Default::default(),
         mount: MountConfig {
-            cache: args.cache,
-            cache_shared: args.cache_shared,
+            cache: args.cluster.cache,
+            cache_shared: args.cluster.cache_shared,
             ..MountConfig::default()
         },
     }
@@ -181,14 +95,14 @@ fn cluster(args: &LaunchArgs, roles: &Roles) -> Config {
         id,
         listen: String::new(),
         dir: PathBuf::new(),
-        pool: args.pool,
+        pool: args.cluster.pool,
         memory_dir: "/dev/shm".into(),
         scrub: fsd_node::config::default_scrub(),
         scrub_pause_s: fsd_node::config::default_scrub_pause(),
     });
     Config {
         cluster: "launch".into(),
-        fabric: args.fabric,
+        fabric: args.cluster.fabric,
         spin_us: fsd_node::config::default_spin(),
         storage: storage.collect(),
         ..base(args)
@@ -198,10 +112,10 @@ fn cluster(args: &LaunchArgs, roles: &Roles) -> Config {
 /// The roles in a job of so many ranks, if what is asked for can be.
 fn check(args: &LaunchArgs, size: u32) -> anyhow::Result<Roles> {
     ensure!(
-        args.fabric != FabricChoice::Shm,
+        args.cluster.fabric != FabricChoice::Shm,
         "--fabric shm is for one host: use fsd dev, or another fabric"
     );
-    Roles::parse(args.roles.as_deref(), size).map_err(anyhow::Error::msg)
+    Roles::parse(args.cluster.roles.as_deref(), size).map_err(anyhow::Error::msg)
 }
 
 /// Opens the coordinator of a job of so many ranks.
@@ -223,12 +137,12 @@ fn coordinate(args: &LaunchArgs, size: u32, port: &str, key: Vec<u8>) -> anyhow:
 /// # Errors
 /// The job cannot be set up, or was stopped.
 pub fn run(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
-    if let (Some(rank), Some(size)) = (args.member, args.size) {
+    if let (Some(rank), Some(size)) = (args.member.member, args.member.size) {
         return remote_member(args, rank, size);
     }
-    let hosts = match &args.hostfile {
+    let hosts = match &args.hosts.hostfile {
         Some(file) => ssh::hosts(file)?,
-        None => args.hosts.clone(),
+        None => args.hosts.hosts.clone(),
     };
     if !hosts.is_empty() {
         return over_ssh(args, &hosts);
@@ -242,7 +156,7 @@ pub fn run(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
 fn over_ssh(args: &LaunchArgs, hosts: &[String]) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
     let size = u32::try_from(hosts.len()).context("too many hosts")?;
-    let key = match &args.key_file {
+    let key = match &args.meeting.key_file {
         Some(file) => fsd_node::config::read_key(file)?,
         None => {
             let mut key = vec![0; 32];
@@ -250,12 +164,16 @@ fn over_ssh(args: &LaunchArgs, hosts: &[String]) -> anyhow::Result<ExitCode> {
             key
         }
     };
-    let port = match &args.rendezvous {
+    let port = match &args.meeting.rendezvous {
         Some(addr) => addr.rsplit_once(':').context("--rendezvous is not HOST:PORT")?.1,
         None => "0",
     };
     // Where the members meet on another host than this, the first member leads the job.
-    let afar = args.rendezvous.as_deref().is_some_and(|addr| !is_here(addr));
+    let afar = args
+        .meeting
+        .rendezvous
+        .as_deref()
+        .is_some_and(|addr| !is_here(addr));
     let coordinator = if afar {
         // Wrong arguments are told here and now.
         check(args, size)?;
@@ -263,19 +181,19 @@ fn over_ssh(args: &LaunchArgs, hosts: &[String]) -> anyhow::Result<ExitCode> {
     } else {
         Some(coordinate(args, size, port, key.clone())?)
     };
-    let mut options = vec!["--wait".to_owned(), args.wait.to_string()];
-    for (name, path) in [("--dir", &args.dir), ("--state", &args.state)] {
+    let mut options = vec!["--wait".to_owned(), args.meeting.wait.to_string()];
+    for (name, path) in [("--dir", &args.dirs.dir), ("--state", &args.dirs.state)] {
         if let Some(path) = path {
             options.extend([name.to_owned(), path.to_string_lossy().into_owned()]);
         }
     }
     let start = ssh::Start {
-        ssh: &args.ssh,
-        fsd: match &args.fsd {
+        ssh: &args.hosts.ssh,
+        fsd: match &args.hosts.fsd {
             Some(path) => path.clone(),
             None => std::env::current_exe().context("the path of fsd")?,
         },
-        rendezvous: match (&args.rendezvous, &coordinator) {
+        rendezvous: match (&args.meeting.rendezvous, &coordinator) {
             (Some(addr), _) => addr.clone(),
             (None, Some(coordinator)) => format!(":{}", coordinator.port()?),
             (None, None) => bail!("nobody leads the job"),
@@ -283,13 +201,13 @@ fn over_ssh(args: &LaunchArgs, hosts: &[String]) -> anyhow::Result<ExitCode> {
         options,
         lead: afar.then(|| lead_options(args)),
         key: &key,
-        tag: args.tag,
+        tag: args.hosts.tag,
     };
     let mut remotes = ssh::Remotes::start(&start, hosts)?;
     let Some(coordinator) = coordinator else {
         return led_from_afar(args, &mut signals, remotes);
     };
-    let status = coordinator.run(Duration::from_secs(args.wait), |c| {
+    let status = coordinator.run(Duration::from_secs(args.meeting.wait), |c| {
         if signals.pending().next().is_some() {
             ensure!(args.command.is_empty(), "interrupted");
             c.finish();
@@ -301,25 +219,25 @@ fn over_ssh(args: &LaunchArgs, hosts: &[String]) -> anyhow::Result<ExitCode> {
 
 /// What the member that leads the job must be told: what is to be run, and how.
 fn lead_options(args: &LaunchArgs) -> Vec<String> {
-    let cache = args.cache.to_possible_value();
+    let cache = args.cluster.cache.to_possible_value();
     let cache = cache.as_ref().map_or("auto", |value| value.get_name());
     let mut words: Vec<String> = [
         "--lead",
         "--fabric",
-        super::fabric_name(args.fabric),
+        fabric_name(args.cluster.fabric),
         "--cache",
         cache,
     ]
     .map(str::to_owned)
     .into();
-    words.extend(["--pool".to_owned(), args.pool.to_string()]);
-    if args.cache_shared {
+    words.extend(["--pool".to_owned(), args.cluster.pool.to_string()]);
+    if args.cluster.cache_shared {
         words.push("--cache-shared".into());
     }
-    if let Some(roles) = &args.roles {
+    if let Some(roles) = &args.cluster.roles {
         words.extend(["--roles".to_owned(), roles.clone()]);
     }
-    if let Some(ms) = args.lease_wait_ms {
+    if let Some(ms) = args.cluster.lease_wait_ms {
         words.extend(["--lease-wait-ms".to_owned(), ms.to_string()]);
     }
     words.push("--".into());
@@ -376,7 +294,11 @@ fn remote_member(args: &LaunchArgs, rank: u32, size: u32) -> anyhow::Result<Exit
     std::io::stdin()
         .read_line(&mut line)
         .context("the key of the job")?;
-    let told = args.rendezvous.clone().context("--member needs --rendezvous")?;
+    let told = args
+        .meeting
+        .rendezvous
+        .clone()
+        .context("--member needs --rendezvous")?;
     let rendezvous = match told.strip_prefix(':') {
         None => told,
         Some(port) => {
@@ -391,7 +313,7 @@ fn remote_member(args: &LaunchArgs, rank: u32, size: u32) -> anyhow::Result<Exit
             )
         }
     };
-    if args.lead {
+    if args.member.lead {
         return lead(args, size, rendezvous, unhex(&line)?, listen_to_head()?);
     }
     part(args, rank, size, rendezvous, unhex(&line)?).map(|(status, _)| ExitCode::from(status))
@@ -414,7 +336,7 @@ fn lead(
         .rsplit_once(':')
         .context("--rendezvous is not HOST:PORT")?;
     let coordinator = coordinate(args, size, own_port, key.clone())?;
-    let patience = Duration::from_secs(args.wait);
+    let patience = Duration::from_secs(args.meeting.wait);
     let coordinating = std::thread::Builder::new()
         .name("coordinator".into())
         .spawn(move || coordinator.run(patience, poll))
@@ -440,16 +362,16 @@ fn part(
         size,
         rendezvous,
         key,
-        dir: args.dir.clone(),
-        state: args.state.clone(),
-        patience: Duration::from_secs(args.wait),
-        own_stdin: args.lead,
+        dir: args.dirs.dir.clone(),
+        state: args.dirs.state.clone(),
+        patience: Duration::from_secs(args.meeting.wait),
+        own_stdin: args.member.lead,
     })
 }
 
 /// One of several processes that mpirun or srun have started.
 fn as_rank(args: &LaunchArgs, rank: &ranks::Rank) -> anyhow::Result<ExitCode> {
-    let key = match (&args.key_file, std::env::var(KEY_ENV)) {
+    let key = match (&args.meeting.key_file, std::env::var(KEY_ENV)) {
         (Some(file), _) => fsd_node::config::read_key(file)?,
         (None, Ok(text)) => unhex(&text)?,
         (None, Err(_)) => bail!(
@@ -458,7 +380,7 @@ fn as_rank(args: &LaunchArgs, rank: &ranks::Rank) -> anyhow::Result<ExitCode> {
     };
     let port = |number: u64| 20_000 + number % 20_000;
     let parent = rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get());
-    let rendezvous = match (&args.rendezvous, &rank.first_host) {
+    let rendezvous = match (&args.meeting.rendezvous, &rank.first_host) {
         (Some(addr), _) => addr.clone(),
         // All have the same parent.
         (None, _) if rank.local => format!("127.0.0.1:{}", port(parent as u64)),
@@ -472,18 +394,4 @@ fn as_rank(args: &LaunchArgs, rank: &ranks::Rank) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::from(status));
     }
     lead(args, rank.size, rendezvous, key, |_| Ok(()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keys_as_text() {
-        let key: Vec<u8> = (0..32).map(|i| i * 7).collect();
-        assert_eq!(unhex(&format!("{}\n", hex(&key))).unwrap(), key);
-        for bad in ["abc", "zz", "ä"] {
-            assert!(unhex(bad).is_err(), "{bad}");
-        }
-    }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 
 use crate::cmd::children::{code_of, signal, wait_for};
+use crate::cmd::hex::hex;
 
 /// What the member that leads a job is told when it is enough.
 pub const FINISH: &str = "finish";
@@ -126,7 +127,7 @@ impl Remotes {
             // Through the encrypted connection, not on a command line that others can read. If the member
             // has gone already, its end says why.
             if let Some(mut stdin) = child.stdin.take() {
-                let _ = writeln!(stdin, "{}", super::hex(start.key));
+                let _ = writeln!(stdin, "{}", hex(start.key));
                 if rank == 0 && start.lead.is_some() {
                     remotes.lead = Some(stdin);
                 }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt::Write;
 use std::time::Duration;
 
-use super::sched::State;
+use super::task::{Task, TaskId};
 
 /// Notes kept for who looks into a failure.
 const KEPT: usize = 400;
@@ -48,10 +48,11 @@ pub struct Report {
     pub notes: Vec<String>,
 }
 
-/// A hash of all that has happened, and the last notes.
+/// A hash of all that has happened, how often threads were switched, and the last notes.
 #[derive(Default)]
 pub(super) struct Trace {
     hash: u64,
+    switches: u64,
     notes: VecDeque<String>,
 }
 
@@ -76,24 +77,30 @@ impl Trace {
             micros % 1_000_000
         ));
     }
-}
 
-impl State {
-    pub(super) fn report(&mut self, now: u64) -> Report {
-        Report {
-            failure: self.failure.take(),
-            hash: self.trace.hash,
-            switches: self.switches,
-            time: Duration::from_nanos(now),
-            notes: std::mem::take(&mut self.trace.notes).into(),
-        }
+    /// A thread has got its turn.
+    pub(super) fn switched(&mut self, to: TaskId, now: u64) {
+        self.switches += 1;
+        self.mix(to as u64 ^ now << 12);
+    }
+
+    pub(super) fn switches(&self) -> u64 {
+        self.switches
+    }
+
+    pub(super) fn hash(&self) -> u64 {
+        self.hash
+    }
+
+    pub(super) fn take_notes(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notes).into()
     }
 }
 
 /// A line for each thread that waits.
-pub(super) fn who_waits(state: &State, now: u64) -> String {
+pub(super) fn who_waits(tasks: &[Task], now: u64) -> String {
     let mut text = String::new();
-    for task in state.tasks.iter().filter(|t| !t.done) {
+    for task in tasks.iter().filter(|t| !t.done) {
         let _ = match task.wait {
             Some(wait) => writeln!(
                 text,

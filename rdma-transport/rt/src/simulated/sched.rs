@@ -6,11 +6,12 @@ use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::panic::Location;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::report::{Failure, Trace};
-use super::sim::Settings;
+use super::report::{Failure, Report, Trace, who_waits};
+use super::settings::Settings;
 use super::task::{Baton, Killed, Outcome, Task, TaskId, Wait, Why};
 use crate::chance::Chance;
 
@@ -31,7 +32,6 @@ pub(super) struct State {
     pub(super) failure: Option<Failure>,
     pub(super) threads: Vec<std::thread::JoinHandle<()>>,
     pub(super) living: usize,
-    pub(super) switches: u64,
     over: Option<std::sync::mpsc::Sender<()>>,
 }
 
@@ -145,6 +145,16 @@ pub(super) fn block(
 }
 
 impl State {
+    pub(super) fn report(&mut self, now: u64) -> Report {
+        Report {
+            failure: self.failure.take(),
+            hash: self.trace.hash(),
+            switches: self.trace.switches(),
+            time: Duration::from_nanos(now),
+            notes: self.trace.take_notes(),
+        }
+    }
+
     fn new(settings: &Settings, over: std::sync::mpsc::Sender<()>) -> Self {
         Self {
             chance: Chance::new(settings.seed),
@@ -158,7 +168,6 @@ impl State {
             failure: None,
             threads: Vec::new(),
             living: 0,
-            switches: 0,
             over: Some(over),
         }
     }
@@ -278,7 +287,7 @@ impl Core {
                     // Ends that wait for each other: there is nothing to be learned from them.
                     std::process::abort();
                 }
-                let stuck = Failure::Stuck(super::report::who_waits(state, self.now()));
+                let stuck = Failure::Stuck(who_waits(&state.tasks, self.now()));
                 state.fail(stuck);
                 continue;
             };
@@ -286,7 +295,7 @@ impl Core {
             self.fire(state);
         }
         if self.now() > self.settings.longest && state.failure.is_none() {
-            let late = Failure::TooLong(super::report::who_waits(state, self.now()));
+            let late = Failure::TooLong(who_waits(&state.tasks, self.now()));
             state.fail(late);
         }
         let n = state.runnable.len();
@@ -298,8 +307,7 @@ impl Core {
         let timer = state.timers.first().map_or(u64::MAX, |(at, _)| *at);
         self.next_timer.store(timer, Relaxed);
         state.current = next;
-        state.switches += 1;
-        state.trace.mix(next as u64 ^ self.now() << 12);
+        state.trace.switched(next, self.now());
         next
     }
 }

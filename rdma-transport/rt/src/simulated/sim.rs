@@ -8,29 +8,7 @@ use super::sched::{self, Core, Me};
 use super::thread::{JoinHandle, start};
 
 pub use super::report::{Failure, Report};
-
-/// How a simulation is run.
-#[derive(Debug, Clone, Copy)]
-pub struct Settings {
-    /// Says all that is left to chance.
-    pub seed: u64,
-    /// So many points at which others might run are passed on average before they do. One: at each.
-    pub points_between: u32,
-    /// Virtual nanoseconds after which it has failed.
-    pub longest: u64,
-}
-
-impl Settings {
-    /// The usual ones.
-    #[must_use]
-    pub fn new(seed: u64) -> Self {
-        Self {
-            seed,
-            points_between: 20,
-            longest: 3_600_000_000_000,
-        }
-    }
-}
+pub use super::settings::Settings;
 
 /// Runs `root` and all threads it starts as a simulation; those that are left when it returns are ended.
 ///
@@ -140,18 +118,4 @@ pub fn elapsed() -> Duration {
 /// A point at which another thread may get its turn.
 pub fn point() {
     sched::point();
-}
-
-pub(super) fn panicked(me: &Me, payload: &(dyn std::any::Any + Send)) {
-    if payload.is::<super::task::Killed>() {
-        return;
-    }
-    let what = payload
-        .downcast_ref::<String>()
-        .cloned()
-        .or_else(|| payload.downcast_ref::<&str>().map(|s| (*s).to_owned()))
-        .unwrap_or_else(|| "with something that is no text".into());
-    let mut state = me.core.state.lock();
-    let name = state.tasks[me.id].name.clone();
-    state.fail(Why::Panic(name, what));
 }

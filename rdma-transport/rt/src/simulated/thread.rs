@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::report::Failure;
 use super::sched::{self, Me, become_task};
-use super::sim::panicked;
-use super::task::{TaskId, Why};
+use super::task::{Killed, TaskId, Why};
 
 /// What a thread returned, when it has.
 type Slot<T> = Arc<Mutex<Option<std::thread::Result<T>>>>;
@@ -29,6 +29,21 @@ impl<T> std::fmt::Debug for JoinHandle<T> {
 
 fn join_address<T>(slot: &Slot<T>) -> usize {
     Arc::as_ptr(slot) as usize
+}
+
+/// A thread has panicked, or was killed: the simulation fails, or goes on.
+fn panicked(me: &Me, payload: &(dyn std::any::Any + Send)) {
+    if payload.is::<Killed>() {
+        return;
+    }
+    let what = payload
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| payload.downcast_ref::<&str>().map(|s| (*s).to_owned()))
+        .unwrap_or_else(|| "with something that is no text".into());
+    let mut state = me.core.state.lock();
+    let name = state.tasks[me.id].name.clone();
+    state.fail(Failure::Panic(name, what));
 }
 
 /// Starts a thread of a simulation.

@@ -21,6 +21,12 @@ fn nanos(d: Duration) -> u64 {
     u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// Time since the host was started.
+#[must_use]
+pub fn since_boot() -> Duration {
+    Duration::from_nanos(Instant::now().0)
+}
+
 impl Instant {
     /// Now.
     #[must_use]

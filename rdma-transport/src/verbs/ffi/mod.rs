@@ -11,5 +11,5 @@ mod status;
 
 pub(super) use completions::{Channel, Cq, Wc};
 pub(super) use device::{Context, DeviceLimits, Event, Gid, Mr, Pd, PortInfo, names};
-pub(super) use queue::{Caps, Local, Post, Qp, Route, Srq, Verb};
+pub(super) use queue::{Caps, Local, Post, Qp, RdAtomic, Route, Srq, Verb};
 pub(super) use status::access;

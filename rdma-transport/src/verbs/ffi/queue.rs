@@ -88,10 +88,18 @@ pub(crate) struct Route {
     pub(crate) psn: u32,
     pub(crate) own_psn: u32,
     pub(crate) mtu: u8,
-    pub(crate) rd_atomic_source: u8,
-    pub(crate) rd_atomic_target: u8,
+    pub(crate) rd_atomic: RdAtomic,
     pub(crate) timeout: u8,
     pub(crate) retry: u8,
+}
+
+/// Reads and atomics that may be under way at a time.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RdAtomic {
+    /// From here.
+    pub(crate) source: u8,
+    /// From the peer.
+    pub(crate) target: u8,
 }
 
 /// Local memory of a work request.
@@ -235,7 +243,7 @@ impl Qp {
         attr.path_mtu = u32::from(route.mtu);
         attr.dest_qp_num = route.qpn;
         attr.rq_psn = route.psn;
-        attr.max_dest_rd_atomic = route.rd_atomic_target;
+        attr.max_dest_rd_atomic = route.rd_atomic.target;
         // 0.64 ms: credits make it rare.
         attr.min_rnr_timer = 12;
         attr.ah_attr.port_num = route.port;
@@ -260,7 +268,7 @@ impl Qp {
         // For ever: a receiver that is out of buffers is busy, not gone.
         attr.rnr_retry = 7;
         attr.sq_psn = route.own_psn;
-        attr.max_rd_atomic = route.rd_atomic_source;
+        attr.max_rd_atomic = route.rd_atomic.source;
         self.modify(
             &mut attr,
             mask::IBV_QP_STATE

@@ -120,7 +120,15 @@ impl MetaLink {
         let conn = self.connect(deadline)?;
         // It is let in whatever that says, and had better not be late for that.
         let skew = self.compare_clocks(&conn, 1)?;
-        let back = self.join_on(&conn, Some((joined.node, joined.incarnation)), skew)?;
+        let sent = rt::time::since_boot();
+        let back = self.join_on(&conn, Some((joined.node, joined.incarnation)), skew);
+        if let Err(RpcError::Errno(Errno(libc::ESTALE))) = back {
+            self.ways.declared_dead();
+        }
+        let back = back?;
+        if let Some(owner) = self.ways.owner() {
+            owner.alive(sent);
+        }
         self.tell_again(&conn, &back)?;
         tracing::info!("connected to the metadata server again");
         *self.conn.write() = Some(Arc::clone(&conn));
@@ -207,6 +215,22 @@ impl MetaLink {
                         (other, _) => done(other),
                     });
             }
+        }
+    }
+
+    /// Asks over the connection of now, if there is one; `done` gets the answer, or learns that the connection broke, on some thread.
+    pub fn ask_now<R: AskMeta>(
+        &self,
+        request: R,
+        done: impl FnOnce(Result<R::Reply, RpcError>) + Send + 'static,
+    ) {
+        let conn = self.conn.read().as_ref().filter(|c| c.is_alive()).cloned();
+        if let Some(conn) = conn {
+            self.ways.calls.call_async(
+                &conn,
+                &request.message(),
+                move |result: Result<MetaReply, RpcError>| done(result.and_then(ask::answer_to::<R>)),
+            );
         }
     }
 

@@ -1,6 +1,6 @@
 //! The connections to the other mounts.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
@@ -13,7 +13,7 @@ use super::stream::Stream;
 use super::ways::{RETRY, Ways};
 use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::wire::{self, FrameKind, Hello, MountRequest, PeerState, Role};
+use fsd_proto::wire::{self, DeadMount, FrameKind, Hello, MountRequest, PeerState, Role};
 
 #[derive(Default)]
 struct Peer {
@@ -57,6 +57,10 @@ pub struct Peers {
     /// Whoever has it locked waits for nobody: lease messages are sent by the progress thread, too, which would wait for it
     /// instead of bringing what is waited for.
     peers: Mutex<HashMap<NodeId, Peer>>,
+    /// Lives that have been declared dead: nothing of them is heard any more.
+    dead: Mutex<HashSet<u64>>,
+    /// Runs when everybody has heard what was sent before it was asked for.
+    heard: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 /// Why another mount was not reached.
@@ -74,7 +78,55 @@ impl Peers {
             ways: Arc::clone(ways),
             meta: Arc::clone(meta),
             peers: Mutex::default(),
+            dead: Mutex::default(),
+            heard: Mutex::default(),
         })
+    }
+
+    /// Mounts have been declared dead: nothing goes to them, and nothing of them is heard any more.
+    pub fn bury(&self, dead: &[DeadMount]) {
+        self.dead.lock().extend(dead.iter().map(|d| d.life));
+        let mut conns = Vec::new();
+        {
+            let mut peers = self.peers.lock();
+            for mount in dead {
+                if let Some(peer) = peers.get_mut(&NodeId(mount.node)) {
+                    peer.stream.end();
+                    conns.extend(peer.conn.take());
+                }
+            }
+        }
+        for conn in conns {
+            conn.close();
+        }
+        self.tell_if_heard();
+    }
+
+    /// May this life of a mount say anything?
+    pub fn is_dead(&self, life: u64) -> bool {
+        self.dead.lock().contains(&life)
+    }
+
+    /// Runs `then`, on some thread, when every other mount has heard all that this one has sent so far, or has ended. Of several
+    /// that are asked for only the last.
+    pub fn once_heard(&self, then: Box<dyn FnOnce() + Send>) {
+        *self.heard.lock() = Some(then);
+        for peer in self.peers.lock().values_mut() {
+            if peer.stream.await_heard() {
+                peer.flush();
+            }
+        }
+        self.tell_if_heard();
+    }
+
+    fn tell_if_heard(&self) {
+        if self.peers.lock().values().any(|peer| peer.stream.is_awaited()) {
+            return;
+        }
+        let then = self.heard.lock().take();
+        if let Some(then) = then {
+            then();
+        }
     }
 
     /// Sends a lease message to another mount; messages to one mount keep their order. Never waits.
@@ -97,11 +149,21 @@ impl Peers {
         conn: &Arc<dyn Connection>,
         frame: &'a [u8],
     ) -> Option<&'a [u8]> {
+        if self.is_dead(hello.life) {
+            conn.close();
+            return None;
+        }
         let mut peers = self.peers.lock();
         let peer = peers.entry(from).or_default();
+        let awaited = peer.stream.is_awaited();
         match peer.stream.take(hello.life, frame) {
             Ok(message) => {
                 peer.flush();
+                let heard = awaited && !peer.stream.is_awaited();
+                drop(peers);
+                if heard {
+                    self.tell_if_heard();
+                }
                 message
             }
             Err(broken) => {
@@ -118,6 +180,9 @@ impl Peers {
 
     /// Another mount has connected to this one: where there is no connection to it, that is the one.
     pub fn connected(&self, from: NodeId, hello: &Hello, conn: &Arc<dyn Connection>) {
+        if self.is_dead(hello.life) {
+            return conn.close();
+        }
         let mut peers = self.peers.lock();
         let peer = peers.entry(from).or_default();
         if peer.live().is_none() {
@@ -179,6 +244,7 @@ impl Peers {
             let peer = peers.entry(to).or_default();
             match reached {
                 _ if peer.live().is_some() => {}
+                Ok((life, conn)) if self.is_dead(life) => conn.close(),
                 Ok((life, conn)) => peer.adopt(life, &conn),
                 Err(Unreached::Yet(error)) if !self.ways.stopping.load(Ordering::Acquire) => {
                     drop(peers);
@@ -194,6 +260,7 @@ impl Peers {
                     peer.stream.end();
                     drop(peers);
                     tracing::debug!("mount {} has left or ended: {error}", to.0);
+                    self.tell_if_heard();
                     if let Some(owner) = self.ways.owner() {
                         owner.peer_gone(to);
                     }

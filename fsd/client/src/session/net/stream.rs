@@ -8,6 +8,8 @@ use std::collections::VecDeque;
 
 /// A message is told to have come after so many at the latest, in a frame of its own if no message goes back anyhow.
 const TELL: u32 = 16;
+/// In a frame without a message: the other wants to know how far it has been heard.
+const ASK: u8 = 1;
 /// Number, and the last number heard.
 const HEAD: usize = 16;
 
@@ -40,6 +42,10 @@ pub(super) struct Stream {
     heard: u64,
     /// Of those, how many it has not been told of.
     untold: u32,
+    /// Somebody waits until the other has heard so many messages.
+    awaited: Option<u64>,
+    /// It has been asked, over the connection of now, how many it has heard.
+    asked: bool,
 }
 
 impl Stream {
@@ -52,6 +58,21 @@ impl Stream {
     pub(super) fn connected(&mut self, life: u64) {
         self.meet(life);
         self.gone = 0;
+        self.asked = false;
+    }
+
+    /// Waits until the other has heard what it was sent so far. False: it has.
+    pub(super) fn await_heard(&mut self) -> bool {
+        if !self.kept.is_empty() {
+            self.awaited = Some(self.acknowledged + self.kept.len() as u64);
+            self.asked = false;
+        }
+        self.awaited.is_some()
+    }
+
+    /// Is waited for the other to hear something?
+    pub(super) fn is_awaited(&self) -> bool {
+        self.awaited.is_some()
     }
 
     /// The next frame to go over the connection, if there is one.
@@ -63,6 +84,10 @@ impl Stream {
             let frame = frame(number, self.heard, message);
             self.untold = 0;
             return Some(frame);
+        }
+        if self.awaited.is_some() && !std::mem::replace(&mut self.asked, true) {
+            self.untold = 0;
+            return Some(frame(0, self.heard, &[ASK]));
         }
         (self.untold >= TELL).then(|| {
             self.untold = 0;
@@ -91,9 +116,17 @@ impl Stream {
         self.acknowledged += confirmed as u64;
         self.gone = self.gone.saturating_sub(confirmed);
         self.gone_ever -= confirmed;
+        let acknowledged = self.acknowledged;
+        self.awaited.take_if(|awaited| *awaited <= acknowledged);
         let due = self.heard + 1;
         match number {
-            0 => Ok(None),
+            0 => {
+                if !message.is_empty() {
+                    // The other wants to know.
+                    self.untold = TELL;
+                }
+                Ok(None)
+            }
             got if got > due => Err(Broken::Gap { due, got }),
             got => {
                 // One that came before is told of again: the other does not know.
@@ -225,6 +258,24 @@ mod tests {
                 let _ = stream.take(7, &frame);
             }
         }
+    }
+
+    #[test]
+    fn who_asks_is_told_that_everything_was_heard() {
+        let mut pair = Pair::default();
+        pair.reconnect(0);
+        pair.push(0);
+        assert!(pair.ends[0].await_heard());
+        pair.flush(0);
+        // The question is lost with the connection, and asked again over the next.
+        pair.reconnect(0);
+        while pair.lanes.iter().any(|lane| !lane.is_empty()) {
+            assert!(pair.ends[0].is_awaited());
+            pair.deliver(0);
+            pair.deliver(1);
+        }
+        assert!(!pair.ends[0].is_awaited() && pair.got[1] == [0]);
+        assert!(!pair.ends[0].await_heard());
     }
 
     #[test]

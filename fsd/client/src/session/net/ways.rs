@@ -32,6 +32,10 @@ pub trait Owner: Send + Sync {
     fn storage_back(&self, shard: u16);
     /// A storage node came back without its leases: ours on it are worth nothing.
     fn leases_lost(&self, shard: u16);
+    /// The metadata server has taken something that was sent at this time since the host was started for a sign of life.
+    fn alive(&self, sent: Duration);
+    /// This life of the mount has been declared dead.
+    fn declared_dead(&self);
     /// Another mount cannot be reached just now.
     fn peer_unreachable(&self, node: NodeId);
     /// Another mount has left or ended: nothing that it was asked will be answered.
@@ -90,6 +94,13 @@ impl Ways {
 
     pub(super) fn owner(&self) -> Option<Arc<dyn Owner>> {
         self.owner.get().and_then(Weak::upgrade)
+    }
+
+    /// The metadata server says that this life of the mount is over.
+    pub fn declared_dead(&self) {
+        if let Some(owner) = self.owner() {
+            owner.declared_dead();
+        }
     }
 
     /// Messages and one-sided operations so far.

@@ -1,0 +1,117 @@
+//! What this mount does when another one is dead.
+//!
+//! The metadata server tells it twice: before what the dead had is taken back, and after (see `docs/lease-protocol.md`). The first is
+//! answered when nothing of this mount's dealings with earlier epochs is under way: no lease operation, no attributes that only it
+//! has and that the dead may have been handed, no message that its receiver has not heard.
+
+use std::sync::Arc;
+
+use lockmgr::{NodeId, NodeSet};
+use rt::sync::Mutex;
+
+use crate::cache::Cache;
+use crate::session::Session;
+use crate::storing::push::Push;
+use fsd_proto::rpc::{Errno, Responder};
+use fsd_proto::wire::View;
+
+/// See the module.
+pub struct Membership {
+    session: Arc<Session>,
+    cache: Arc<Cache>,
+    push: Arc<Push>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    epoch: u64,
+    /// Who waits until this mount has got there.
+    asked: Option<Responder>,
+}
+
+impl Membership {
+    /// Of a mount.
+    pub fn new(session: &Arc<Session>, cache: &Arc<Cache>, push: &Arc<Push>) -> Arc<Self> {
+        Arc::new(Self {
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+            push: Arc::clone(push),
+            state: Mutex::default(),
+        })
+    }
+
+    /// Who takes part has changed.
+    pub fn take(self: &Arc<Self>, view: View, responder: Responder) {
+        let before = {
+            let mut state = self.state.lock();
+            if view.epoch < state.epoch {
+                drop(state);
+                return responder.reply(&Err::<(), _>(Errno(libc::ESTALE)));
+            }
+            state.epoch = view.epoch;
+            state.asked.take()
+        };
+        if let Some(before) = before {
+            before.reply(&Err::<(), _>(Errno(libc::ESTALE)));
+        }
+        if view.dead.is_empty() {
+            tracing::debug!("epoch {}: everything of the dead has been taken back", view.epoch);
+            self.session.leases.resume(view.epoch);
+            return responder.reply(&Ok(()));
+        }
+        self.state.lock().asked = Some(responder);
+        let dead: Vec<u16> = view.dead.iter().map(|d| d.node).collect();
+        tracing::warn!(
+            "epoch {}: mounts {dead:?} are dead; nothing new is leased until what they had is taken back",
+            view.epoch
+        );
+        self.session.net.peers.bury(&view.dead);
+        let me = Arc::clone(self);
+        let reached = move || {
+            let workers = me.session.threads.workers.clone();
+            workers.run(move || me.settle(view.epoch));
+        };
+        let dead: NodeSet = dead.into_iter().map(NodeId).collect();
+        self.session
+            .leases
+            .begin_epoch(view.epoch, dead, Box::new(reached));
+    }
+
+    /// No lease operation of an earlier epoch is under way any more. On a thread that may wait.
+    fn settle(self: Arc<Self>, epoch: u64) {
+        for inode in self.cache.inodes.all() {
+            while let Err(stop) = self.push.push_attrs_now(&inode) {
+                // Nothing of them is given up: the server may just be starting again.
+                tracing::warn!(
+                    "attributes of {:#x} wait for the metadata server: {stop:?}",
+                    inode.ino
+                );
+                if self.session.term.is_over() || self.state.lock().epoch != epoch {
+                    return;
+                }
+                rt::thread::sleep(std::time::Duration::from_millis(100));
+            }
+        }
+        let me = Arc::clone(&self);
+        self.session
+            .net
+            .peers
+            .once_heard(Box::new(move || me.reached(epoch)));
+    }
+
+    fn reached(&self, epoch: u64) {
+        let asked = {
+            let mut state = self.state.lock();
+            if state.epoch == epoch {
+                state.asked.take()
+            } else {
+                None
+            }
+        };
+        if let Some(asked) = asked {
+            tracing::debug!("epoch {epoch} is reached");
+            asked.reply(&Ok(()));
+        }
+    }
+}
