@@ -316,7 +316,7 @@ mod tests {
         let bench = Bench::new(64);
         let layout = bench.layout;
         let (opens, uses) = (|n| layout.open_bit(NodeId(n)), |n| layout.use_bit(NodeId(n)));
-        let flag = (RecordLayout::FLAGS, FLAG_UNLINKED);
+        let flag = (RecordLayout::FLAGS, RecordLayout::UNLINKED);
         bench.set(1, &[flag, opens(2), uses(2), uses(FAR)]);
         bench.set(2, &[flag, opens(2), opens(4)]);
         bench.set(3, &[flag, uses(4)]);
