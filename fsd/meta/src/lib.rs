@@ -20,3 +20,5 @@ pub use server::MetaServer;
 mod crash_tests;
 #[cfg(test)]
 mod fuzz_tests;
+#[cfg(test)]
+mod takeover_tests;

@@ -157,7 +157,8 @@ impl Fence {
     pub fn close(&self) -> Result<usize, StorageError> {
         let lives: HashSet<u64> = {
             let lives = self.lives.lock();
-            lives.connected.values().map(|(life, _)| *life).collect()
+            let connected = lives.connected.values().filter(|(_, c)| !c.settled());
+            connected.map(|(life, _)| *life).collect()
         };
         let dead: Vec<u64> = lives.into_iter().collect();
         if !dead.is_empty() {

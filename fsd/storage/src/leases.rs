@@ -274,8 +274,8 @@ impl LeaseTable {
                     at: base,
                     into: &mut chunk,
                 }])?;
-                let all = chunk.chunks_exact(record_bytes as usize);
-                for (i, bytes) in (0..).zip(all).filter(|_| chunk != zero) {
+                let some = if chunk == zero { &[] } else { chunk.as_slice() };
+                for (i, bytes) in (0..).zip(some.chunks_exact(record_bytes as usize)) {
                     let index = first + offset / record_bytes + i;
                     let record = words(bytes);
                     let counts = index >= from && record.iter().any(|&w| w != 0);

@@ -513,6 +513,8 @@ impl Connection for ShmConn {
     }
 
     fn settled(&self) -> bool {
-        !self.alive() && !self.channel.busy(self.side.other())
+        // Where the process is not known: the kernel closes the socket of one that dies only after its threads are gone.
+        let over = self.hung_up() && self.executor.is_none();
+        !self.alive() && (over || !self.channel.busy(self.side.other()))
     }
 }

@@ -105,6 +105,26 @@ fn garbage_on_the_control_socket() {
     });
 }
 
+/// An operation of a peer that is stopped in the middle of it is not over, and nobody may believe that it is.
+#[test]
+fn a_peer_in_the_middle_of_an_operation_is_not_expelled() {
+    let dir = tempfile::tempdir().unwrap();
+    let (fabric, seen) = victim(&dir);
+    let path = dir.path().join("other").display().to_string();
+    let other = start(config(&path, "other"), Arc::new(Counting::default())).unwrap();
+    let conn = setup::connect(&other.core, &fabric.local_addr()).unwrap();
+    assert!(!conn.settled());
+    let in_flight = conn.channel.in_flight(conn.side.other(), 5);
+    in_flight.fetch_add(1, Ordering::SeqCst);
+    let refused = conn.expel().unwrap_err();
+    assert!(matches!(refused, TransportError::Timeout { .. }), "{refused:?}");
+    assert!(!conn.is_alive() && !conn.settled());
+    in_flight.fetch_sub(1, Ordering::SeqCst);
+    conn.expel().unwrap();
+    assert!(conn.settled());
+    until("end", || seen.ended.lock().len() == 1);
+}
+
 #[test]
 fn rights_are_checked_at_every_use() {
     // The rogue believes it may write; the region's own rights travel with it, and its key ends with it.

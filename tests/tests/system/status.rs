@@ -107,30 +107,25 @@ fn who_cannot_be_reached_is_told() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A mount that has died is told of as long as what it had cannot be taken back, because a storage node is away.
 #[test]
-fn blocked_leases_are_told() -> anyhow::Result<()> {
+fn a_recovery_that_waits_is_told() -> anyhow::Result<()> {
     let options = Options {
-        storage: 1,
+        storage: 2,
         pool_mib: 16,
         ..Options::default()
     };
     guard::with_cluster(options, |cluster| {
         fs::write(cluster.mount(1).join("f"), b"x")?;
+        stopped(cluster, Role::Storage(1), Signal::STOP)?;
         cluster.kill(Role::Mount(1));
-        wait_for(cluster, &["mount 1", "not connected"])?;
-        wait_for(cluster, &["mount 1", "is dead", "lease records are blocked"])?;
-        let told = std::process::Command::new(system_tests::process::fsd_binary()?)
-            .arg("status")
-            .arg("--config")
-            .arg(cluster.config())
-            .output()?;
+        let waits = wait_for(cluster, &["recovery of mount 1", "waits for storage node 1"]);
+        let told = fsd(cluster, &["status"])?;
+        stopped(cluster, Role::Storage(1), Signal::CONT)?;
+        waits?;
         let text = String::from_utf8_lossy(&told.stdout).into_owned();
         ensure!(told.status.code() == Some(1), "{}", told.status);
-        ensure!(
-            text.contains("NOT HEALTHY") && text.contains("are blocked"),
-            "{text}"
-        );
-        cluster.end(Role::Mount(0))?;
+        ensure!(text.contains("NOT HEALTHY") && text.contains("is dead"), "{text}");
         wait_for(cluster, &[])?;
         let told = std::process::Command::new(system_tests::process::fsd_binary()?)
             .args(["status", "--config", "/nonexistent"])
@@ -138,4 +133,41 @@ fn blocked_leases_are_told() -> anyhow::Result<()> {
         ensure!(told.status.code() == Some(2), "{}", told.status);
         Ok(())
     })
+}
+
+/// Case 8: an operator evicts a mount, and what it had is there for others at once.
+#[test]
+fn an_operator_evicts_a_mount() -> anyhow::Result<()> {
+    guard::with_cluster(Options::default(), |cluster| {
+        fs::write(cluster.mount(1).join("f"), b"x")?;
+        File::open(cluster.mount(1).join("f"))?.sync_all()?;
+        stopped(cluster, Role::Mount(1), Signal::STOP)?;
+        let told = fsd(cluster, &["evict", "1"])?;
+        let start = std::time::Instant::now();
+        let read = fs::read(cluster.mount(0).join("f"));
+        let waited = start.elapsed();
+        stopped(cluster, Role::Mount(1), Signal::CONT)?;
+        ensure!(told.status.success(), "{told:?}");
+        ensure!(
+            String::from_utf8_lossy(&told.stdout).contains("mount 1 is declared dead"),
+            "{told:?}"
+        );
+        ensure!(read? == b"x" && waited < Duration::from_secs(5), "{waited:?}");
+        let none = fsd(cluster, &["evict", "77"])?;
+        ensure!(
+            none.status.code() == Some(1)
+                && String::from_utf8_lossy(&none.stderr).contains("there is no mount 77"),
+            "{none:?}"
+        );
+        Ok(())
+    })
+}
+
+/// Runs a command of `fsd` on the cluster.
+fn fsd(cluster: &Cluster, args: &[&str]) -> anyhow::Result<std::process::Output> {
+    Ok(std::process::Command::new(system_tests::process::fsd_binary()?)
+        .args(args)
+        .arg("--config")
+        .arg(cluster.config())
+        .output()?)
 }

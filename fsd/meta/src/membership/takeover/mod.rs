@@ -112,27 +112,21 @@ impl Takeover {
         self.declare_evicted();
         loop {
             let (view, alive) = self.members.view();
-            self.tell(&view);
             if view.dead.is_empty() {
-                return self.rest(&view);
+                self.tell(&view);
+                return self.rest();
+            }
+            // Before anybody is told, so that no answer is missed.
+            let fenced = self.plan(&view, |plan| plan.is_fenced());
+            self.tell(&view);
+            if fenced {
+                // Only now: the dead may have written to the file that a lock is for.
+                for dead in &view.dead {
+                    self.members.locks.release_node(dead.node);
+                }
             }
             let window = self.members.recovery.is_open();
-            let need = {
-                let mut state = self.state.lock();
-                let storage = self.nodes.ids();
-                let plan = state.plan.get_or_insert_with(|| Plan::new(view.clone(), storage));
-                plan.declared(&view);
-                let fenced = plan.is_fenced();
-                let need = plan.need(&alive, window);
-                drop(state);
-                if fenced {
-                    // Only now: the dead may have written to the file that a lock is for.
-                    for dead in &view.dead {
-                        self.members.locks.release_node(dead.node);
-                    }
-                }
-                need
-            };
+            let need = self.plan(&view, |plan| plan.need(&alive, window));
             match self.meet(&view, &need) {
                 Ok(true) => {}
                 Ok(false) => return RETRY,
@@ -145,6 +139,15 @@ impl Takeover {
         }
     }
 
+    /// Looks at the plan for the dead of a view, or changes it.
+    fn plan<T>(&self, view: &View, act: impl FnOnce(&mut Plan) -> T) -> T {
+        let mut state = self.state.lock();
+        let storage = self.nodes.ids();
+        let plan = state.plan.get_or_insert_with(|| Plan::new(view.clone(), storage));
+        plan.declared(view);
+        act(plan)
+    }
+
     fn names(&self, view: &View) -> String {
         let names: Vec<String> = view.dead.iter().map(|d| self.members.name(d)).collect();
         names.join(", ")
@@ -152,12 +155,6 @@ impl Takeover {
 
     fn note(&self, waits: Vec<String>) {
         self.state.lock().waits = waits;
-    }
-
-    fn with_plan(&self, act: impl FnOnce(&mut Plan)) {
-        if let Some(plan) = &mut self.state.lock().plan {
-            act(plan);
-        }
     }
 
     /// Does what is needed; false: it has to wait for somebody.
@@ -168,7 +165,7 @@ impl Takeover {
                     for &dead in &view.dead {
                         self.nodes.asks.asked(node, ask::storage::Fence { dead })?;
                     }
-                    self.with_plan(|plan| plan.fenced(view.epoch, node));
+                    self.plan(view, |plan| plan.fenced(view.epoch, node));
                     Ok(())
                 }));
             }
@@ -188,7 +185,7 @@ impl Takeover {
                 return Ok(self.ask_all(view, storage, |node| {
                     let dead = view.dead.clone();
                     self.nodes.asks.asked(node, ask::storage::Recover { dead })?;
-                    self.with_plan(|plan| plan.freed(view.epoch, node));
+                    self.plan(view, |plan| plan.freed(view.epoch, node));
                     Ok(())
                 }));
             }
@@ -206,7 +203,7 @@ impl Takeover {
                 return Ok(true);
             }
         }
-        self.with_plan(|plan| plan.done(view.epoch, need));
+        self.plan(view, |plan| plan.done(view.epoch, need));
         Ok(true)
     }
 
@@ -284,7 +281,7 @@ impl Takeover {
     }
 
     /// Nobody is dead, or everybody has been buried: what else there is to do, and how long it is worth waiting then.
-    fn rest(&self, view: &View) -> Duration {
+    fn rest(&self) -> Duration {
         let (done, pause) = {
             let mut state = self.state.lock();
             state.plan = None;
@@ -299,7 +296,6 @@ impl Takeover {
             let sweep = state.sweep.map(|at| at.saturating_duration_since(Instant::now()));
             (done, pause.min(sweep.filter(|_| due.is_none()).unwrap_or(pause)))
         };
-        debug_assert!(view.dead.is_empty());
         for eviction in done {
             eviction.responder.reply(&Ok(MetaReply::Done));
         }
