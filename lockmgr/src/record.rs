@@ -45,9 +45,18 @@ pub struct OwnerWord {
 impl OwnerWord {
     /// Largest version; versions are cut to it.
     pub const MAX_VERSION: u64 = (1 << VERSION_BITS) - 1;
-    /// An owner may have told readers of versions less than this much beyond the one in the word. Whoever
-    /// frees the word of a dead owner moves the version on by as much.
-    pub const RECOVERY_STEP: u64 = 1 << 16;
+    /// An owner may have told readers of versions less than this much beyond the one in the word.
+    pub const MOST_AHEAD: u64 = 1 << 16;
+    /// Whoever frees the word of a dead owner moves the version on by as much: beyond all that anybody has been told, and so far that
+    /// it shows ([`Self::has_died`]).
+    pub const RECOVERY_STEP: u64 = 2 * Self::MOST_AHEAD;
+
+    /// Between these versions, the one seen before and the one of now, an owner may have died: what it had told others, or had moved
+    /// or freed elsewhere, need not be as they know it. Many changes by those that live look the same.
+    #[must_use]
+    pub const fn has_died(before: u64, now: u64) -> bool {
+        now.wrapping_sub(before) & Self::MAX_VERSION > Self::MOST_AHEAD
+    }
 
     /// The word after the death of everybody who knew the record under this one: nobody reads or writes, and no
     /// cache has the version.

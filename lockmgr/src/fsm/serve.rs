@@ -118,7 +118,7 @@ impl Fsm {
     fn may_keep(&self) -> bool {
         let ahead = self.own.new_version.wrapping_sub(self.own.word_version) & OwnerWord::MAX_VERSION;
         // The next tenure adds one.
-        ahead + 1 < OwnerWord::RECOVERY_STEP
+        ahead + 1 < OwnerWord::MOST_AHEAD
     }
 
     /// The word is freed, once it may be.

@@ -210,7 +210,7 @@ fn a_node_that_is_gone_is_not_waited_for_on_a_guess() {
 fn a_kept_word_does_not_fall_behind_too_far() {
     let p = pair_of(|cfg| cfg.keep_word = Duration::from_secs(1000));
     drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());
-    for version in 1..=OwnerWord::RECOVERY_STEP + 10 {
+    for version in 1..=OwnerWord::MOST_AHEAD + 10 {
         let reads = p.park(1, Mode::Shared);
         p.deliver();
         assert_eq!(p.bring_down(0, payload(b"a")), version);

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use lockmgr::RecordId;
+use lockmgr::{OwnerWord, RecordId};
 use rt::sync::{Condvar, Mutex, MutexGuard};
 
 use crate::cache::claims::{Purpose, Span};
@@ -234,6 +234,13 @@ impl Inode {
     /// Brings the state to a version.
     pub fn sync(&self, state: &mut State, version: u64) {
         if state.version != Some(version) {
+            if state
+                .version
+                .is_some_and(|before| OwnerWord::has_died(before, version))
+            {
+                // It may have freed frames, and the layout's number that says so went with it.
+                state.forget_frames();
+            }
             state.forget();
             state.version = Some(version);
         }
@@ -329,6 +336,7 @@ impl Drop for Locked<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fsd_proto::wire::Frame;
     use fsd_proto::wire::Kind;
 
     #[test]
@@ -367,5 +375,23 @@ mod tests {
             Some(Some((9, Kind::File, 3)))
         );
         assert_eq!(inode.lock(&ctx, 8).unwrap().dir.lookup(b"a"), None);
+    }
+
+    #[test]
+    fn where_blocks_are_is_not_believed_when_an_owner_has_died() {
+        let inode = Inode::new(5);
+        let ctx = Ctx::on_worker();
+        let frame = Frame {
+            offset: 0,
+            size: 4096,
+        };
+        let learn = |version| inode.lock(&ctx, version).unwrap().frames.learn(0, frame);
+        let knows = |version| !inode.lock(&ctx, version).unwrap().frames.known().is_empty();
+        learn(7);
+        assert!(knows(8));
+        let died = OwnerWord::owned(lockmgr::NodeId(1), 1, 8).freed_after_death();
+        assert!(!knows(died.version));
+        learn(died.version);
+        assert!(knows(died.version + 1));
     }
 }

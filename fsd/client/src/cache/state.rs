@@ -65,6 +65,11 @@ impl State {
         self.lasting.changes
     }
 
+    /// Forgets where the file's blocks are.
+    pub(super) fn forget_frames(&mut self) {
+        self.frames = FrameMap::default();
+    }
+
     /// Forgets everything that depends on the version.
     pub(super) fn forget(&mut self) {
         let last = self.attr.map(|attr| Box::new(self.shown(&attr)));
