@@ -80,6 +80,7 @@ impl Membership {
 
     /// No lease operation of an earlier epoch is under way any more. On a thread that may wait.
     fn settle(self: Arc<Self>, epoch: u64) {
+        tracing::debug!("epoch {epoch}: no lease operation of before is under way");
         for inode in self.cache.inodes.all() {
             while let Err(stop) = self.push.push_attrs_now(&inode) {
                 // Nothing of them is given up: the server may just be starting again.
@@ -93,6 +94,7 @@ impl Membership {
                 rt::thread::sleep(std::time::Duration::from_millis(100));
             }
         }
+        tracing::debug!("epoch {epoch}: the metadata server knows all attributes");
         let me = Arc::clone(&self);
         self.session
             .net

@@ -95,7 +95,10 @@ pub fn note(text: &impl Display) {
 /// The simulation has found what must not be; it ends.
 pub fn fail(what: String) {
     if let Some(me) = sched::me() {
-        me.core.state.lock().fail(Why::Wrong(what));
+        let mut state = me.core.state.lock();
+        let waits = super::report::who_waits(&state.tasks, me.core.now());
+        state.fail(Why::Wrong(format!("{what}\nwaiting then:\n{waits}")));
+        drop(state);
         me.end_if_killed();
     }
 }

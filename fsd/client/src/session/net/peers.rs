@@ -187,6 +187,8 @@ impl Peers {
         let peer = peers.entry(from).or_default();
         if peer.live().is_none() {
             peer.adopt(hello.life, conn);
+            drop(peers);
+            self.tell_if_heard();
         }
     }
 
@@ -269,6 +271,7 @@ impl Peers {
             }
             peer.connecting = false;
             drop(peers);
+            self.tell_if_heard();
             if let Some(owner) = self.ways.owner() {
                 owner.peer_back(to);
             }

@@ -157,6 +157,7 @@ impl Stream {
         *self = Self {
             life,
             former: self.life,
+            awaited: self.awaited.and(Some(kept.len() as u64)).filter(|n| *n > 0),
             kept,
             ..Self::default()
         };
@@ -267,6 +268,14 @@ mod tests {
         pair.push(0);
         assert!(pair.ends[0].await_heard());
         pair.flush(0);
+        // One that is asked for before the other was ever met is waited for as well.
+        let mut early = Stream::default();
+        early.push(b"early");
+        assert!(early.await_heard());
+        early.connected(7);
+        assert!(early.is_awaited() && early.next().is_some());
+        assert_eq!(early.take(7, &frame(0, 1, &[])), Ok(None));
+        assert!(!early.is_awaited());
         // The question is lost with the connection, and asked again over the next.
         pair.reconnect(0);
         while pair.lanes.iter().any(|lane| !lane.is_empty()) {
