@@ -126,6 +126,7 @@ fn answered(answer: &[u8], hang: bool) -> (TransportError, TransportError) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
     let answer = answer.to_vec();
+    let (end, over) = std::sync::mpsc::channel();
     let server = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         let mut pipe = pipe(&stream);
@@ -140,7 +141,8 @@ fn answered(answer: &[u8], hang: bool) -> (TransportError, TransportError) {
         if !hang {
             let _gone = stream.shutdown(std::net::Shutdown::Write);
         }
-        std::thread::sleep(Duration::from_millis(30));
+        // The connection stays until the other side has had its errors.
+        let _over = over.recv_timeout(Duration::from_secs(5));
     });
     let seen = Arc::new(Counting::default());
     let fabric = open(config("127.0.0.1:0", "victim"), Arc::clone(&seen) as _).unwrap();
@@ -162,6 +164,7 @@ fn answered(answer: &[u8], hang: bool) -> (TransportError, TransportError) {
     );
     let second = told.recv_timeout(Duration::from_secs(5)).unwrap();
     until("end", || seen.ended.lock().len() == 1);
+    end.send(()).unwrap();
     server.join().unwrap();
     (error, second)
 }

@@ -14,6 +14,7 @@ use fsd_node::fake_disk::Luck;
 use fsd_storage::StorageNode;
 use fsd_storage::label::Label;
 use fsd_storage::server::Base as StorageBase;
+use lockmgr::RecordLayout;
 use rdma_transport::sim::{SimConfig, SimNet};
 use rt::sync::Mutex;
 
@@ -253,6 +254,31 @@ impl World {
         if luck != Luck::All {
             self.forget_memory(&n.to_string());
         }
+    }
+
+    /// Records that say of a mount that it has the file open or pins it: the storage node, and the record's number there.
+    #[must_use]
+    pub fn used_records(&self) -> Vec<(usize, usize)> {
+        let bytes = self.config.lease.record_bytes;
+        let layout = RecordLayout::new(bytes).expect("a size of records");
+        let mut used = Vec::new();
+        for node in 0..self.nodes() {
+            let dir = self.dir.path().join("memory").join(node.to_string());
+            let files = std::fs::read_dir(dir).expect("memory");
+            for file in files.map(|f| f.expect("memory").path()) {
+                let segment = file.extension().and_then(|e| e.to_str()?.parse::<usize>().ok());
+                let Some(segment) = segment.filter(|_| file.to_string_lossy().contains("leases")) else {
+                    continue;
+                };
+                let memory = std::fs::read(&file).expect("memory");
+                let records = memory.chunks_exact(bytes as usize);
+                let first = segment * records.len();
+                let says = |record: &[u8]| record[layout.opens() as usize..].iter().any(|&b| b != 0);
+                let found = records.enumerate().filter(|(_, record)| says(record));
+                used.extend(found.map(|(n, _)| (node, first + n)));
+            }
+        }
+        used
     }
 
     /// Stops all servers in order, and has them give their memory up.

@@ -71,15 +71,15 @@ pub struct AttrTransit {
     pub granted: Mutex<Option<Box<Granted>>>,
     /// Attributes the metadata server does not have yet.
     pub push: Mutex<Push>,
-    /// The exclusive lease was granted: attributes that wait to be pushed are this tenure's again.
-    pub regained: AtomicBool,
 }
 
-/// What is known of the lease where this mount does not have it.
+/// What was last heard of the lease.
 #[derive(Debug, Default)]
 pub struct LeaseHints {
     /// The mount that was heard of last in the matter of its lease, plus one; 0: none.
     peer: AtomicU32,
+    /// The exclusive lease was granted: attributes that wait to be pushed are this tenure's again.
+    pub regained: AtomicBool,
     /// When its lease was last waited for in vain, nanoseconds since the mount began; 0: it was had since.
     pub failed: AtomicU64,
 }
@@ -110,7 +110,7 @@ pub struct Inode {
     pub kernel: KernelCache,
     /// What of its lease is delegated to the kernel.
     pub delegation: Lazy<super::delegation::Delegation>,
-    /// How its lease is likely to be had.
+    /// What was last heard of its lease.
     pub hints: LeaseHints,
     /// Whom it was looked up for.
     pub looked_up: super::looked_up::LookedUp,
@@ -224,7 +224,7 @@ impl Inode {
     /// that the metadata server makes in a transaction meanwhile, without what it was not told, would be
     /// taken for newer.
     pub fn reclaim_push(&self, state: &mut State) {
-        if self.transit.regained.swap(false, Ordering::SeqCst)
+        if self.hints.regained.swap(false, Ordering::SeqCst)
             && let Some(update) = self.transit.push.lock().waiting.take()
         {
             state.attr_dirty |= Some(update.version) == state.version;

@@ -203,6 +203,8 @@ pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn 
             tracing::error!("not all leases could be given up: this mount will be taken for dead");
         }
     } else {
+        // Once more: a revocation that began before this mount was leaving may have pinned something.
+        client.opens.pinning.drop_pins(true);
         if let Err(error) = client.session.net.meta.ask(ask::meta::Leave {}) {
             tracing::warn!("leaving: {error}");
         }

@@ -44,12 +44,13 @@ impl Pins {
         self.0.lock().push_back((end, inode));
     }
 
-    fn take(&self, now: Option<Instant>) -> Option<Arc<Inode>> {
+    /// Those that are due by then, or all.
+    fn take(&self, now: Option<Instant>) -> Vec<Arc<Inode>> {
         let mut all = self.0.lock();
-        let due = all
-            .front()
-            .is_some_and(|(end, _)| now.is_none_or(|now| *end <= now));
-        due.then(|| all.pop_front()).flatten().map(|(_, inode)| inode)
+        let due = now.map_or(all.len(), |now| {
+            all.iter().take_while(|(end, _)| *end <= now).count()
+        });
+        all.drain(..due).map(|(_, inode)| inode).collect()
     }
 }
 
@@ -117,9 +118,10 @@ impl Pinning {
     }
 
     /// The lease is about to be given up altogether: pins an inode that was looked up a moment ago. Not one that has been removed: its
-    /// record may serve another by the time the pin is dropped.
+    /// record may serve another by the time the pin is dropped. Not while the mount leaves: nothing comes from its kernel any more, and
+    /// nobody would drop the pin.
     pub fn pin_looked_up(&self, inode: &Arc<Inode>) {
-        if !inode.looked_up.is_fresh(None) {
+        if !self.is_needed(inode) {
             return;
         }
         let mut opens = inode.opens.lock();
@@ -133,9 +135,13 @@ impl Pinning {
         }
     }
 
+    fn is_needed(&self, inode: &Inode) -> bool {
+        inode.looked_up.is_fresh(None) && !self.session.fate.leaving.load(Ordering::SeqCst)
+    }
+
     /// As [`Pinning::pin_looked_up`], on a thread that must not wait for the fabric, nor for who does. False: another one has to.
     pub fn pin_at_once(&self, inode: &Arc<Inode>) -> bool {
-        if !inode.looked_up.is_fresh(None) {
+        if !self.is_needed(inode) {
             return true;
         }
         let Some(mut opens) = inode.opens.try_lock() else {
@@ -159,7 +165,7 @@ impl Pinning {
     /// Drops the pins whose time is over; with `all`, every one.
     pub fn drop_pins(self: &Arc<Self>, all: bool) {
         let now = (!all).then(Instant::now);
-        while let Some(inode) = self.pins.take(now) {
+        for inode in self.pins.take(now) {
             self.drop_pin(&inode, all);
         }
     }
@@ -183,11 +189,10 @@ impl Pinning {
                 self.reap(inode);
             }
             Ok(_) => {}
-            Err(stop) if now => tracing::warn!(
-                "inode {:#x} may stay after its last name is gone, until all mounts have left: {stop:?}",
-                inode.ino
-            ),
-            Err(_) => self.record_later(inode, &opens),
+            Err(stop) => {
+                tracing::debug!("the pin of inode {:#x} stays for now: {stop:?}", inode.ino);
+                self.record_later(inode, &opens);
+            }
         }
     }
 
@@ -232,13 +237,10 @@ impl Pinning {
     /// The last close of a file without a name. Aside, for it waits for other mounts; but for one that leaves, whose workers end.
     pub(crate) fn reap(self: &Arc<Self>, inode: &Arc<Inode>) {
         if self.session.fate.leaving.load(Ordering::SeqCst) {
-            return self.reap_alone(inode, false);
+            return self.reap_alone(inode);
         }
         let (me, gone) = (Arc::clone(self), Arc::clone(inode));
-        self.session
-            .threads
-            .workers
-            .run(move || me.reap_alone(&gone, true));
+        self.session.threads.workers.run(move || me.reap_alone(&gone));
     }
 
     /// A mount that went from a pin to an open just when this one looked may have shown neither bit. Under the exclusive lease nobody does
@@ -251,18 +253,18 @@ impl Pinning {
     }
 
     /// Removes an orphan under its exclusive lease. A mount that closed the file before may still have data of it to store: that must
-    /// not come into frames that have been freed, and are perhaps another file's by then. Without the lease where it is not to be had, for
-    /// nobody else would remove it: whoever has it cannot be reached, or, unless `may_wait`, this mount leaves.
+    /// not come into frames that have been freed, and are perhaps another file's by then. Without the lease where whoever has it cannot be
+    /// reached, for nobody else would remove the inode; but not by a mount that leaves and has no leases any more, while others are well:
+    /// then the metadata server removes it when all mounts have left.
     ///
     /// It may have a name after all: a removal sets the unlinked flag first, and may then fail while the storage node, which would have
     /// to take that back, is away. Then that is done here.
-    fn reap_alone(&self, inode: &Arc<Inode>, may_wait: bool) {
+    fn reap_alone(&self, inode: &Arc<Inode>) {
         let ctx = Ctx::on_worker();
-        let guard = if may_wait {
-            self.cache.lease(&ctx, inode, Mode::Exclusive).ok()
-        } else {
-            self.session.leases.try_enter(inode.record(), Mode::Exclusive)
-        };
+        let guard = self.cache.lease(&ctx, inode, Mode::Exclusive).ok();
+        if guard.is_none() && self.session.fate.leaving.load(Ordering::SeqCst) {
+            return tracing::warn!("orphan {:#x} stays until all mounts have left", inode.ino);
+        }
         let reap = || -> Res<()> {
             let meta = &self.session.net.meta;
             let names = match &guard {

@@ -48,7 +48,7 @@ impl LeaseUser for Revoker {
             return;
         };
         if mode == Mode::Exclusive {
-            inode.transit.regained.store(true, Ordering::SeqCst);
+            inode.hints.regained.store(true, Ordering::SeqCst);
             if inode.transit.push.lock().waiting.is_some()
                 && let Some(revocations) = self.revocations.get().and_then(Weak::upgrade)
             {
