@@ -513,8 +513,8 @@ impl Connection for ShmConn {
     }
 
     fn settled(&self) -> bool {
-        // Where the process is not known: the kernel closes the socket of one that dies only after its threads are gone.
-        let over = self.hung_up() && self.executor.is_none();
-        !self.alive() && (over || !self.channel.busy(self.side.other()))
+        // A hang-up counts: the kernel closes the socket of a process that dies, or executes a program, only after its threads are
+        // gone, and one that lives closes it when its operations are done. Its process may be another life by now.
+        !self.alive() && self.quiet()
     }
 }
