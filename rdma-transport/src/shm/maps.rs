@@ -34,6 +34,7 @@ impl Maps {
     }
 
     /// The region of this key, if it is there.
+    #[inline]
     pub(super) fn find(&self, key: u64) -> Option<Arc<Mapped>> {
         let maps = self.0.read();
         maps.get(slot_of(key))?.as_ref().filter(|m| m.key == key).cloned()
