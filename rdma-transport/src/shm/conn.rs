@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use rustix::event::PollFlags;
 use rustix::net::Shutdown;
 
 use super::control::{self, Notice};
 use super::executor::Executor;
 use super::host::Host;
-use super::layout::{Channel, Directory, SLOTS, Side, slot_of};
+use super::layout::{Channel, Directory, Side, slot_of};
+use super::maps::{Mapped, Maps};
 use super::send::{Outbox, Sent, Unsent};
 use crate::base::{ConnBase, answered_by_base};
 use crate::buffer::Buffer;
@@ -31,12 +32,12 @@ const FENCE: Duration = Duration::from_secs(1);
 /// Longest time that an operation of a peer takes which is expelled and not stopped in the middle of it.
 const OPERATION: Duration = Duration::from_millis(100);
 
-/// A region of the peer, mapped here.
-#[derive(Debug)]
-struct Mapped {
-    key: u64,
-    access: Access,
-    mem: SharedMem,
+/// The process at the other end.
+struct Process {
+    /// Wakes its progress thread.
+    bell: OwnedFd,
+    /// If it has connected to us and has a number here.
+    executor: Option<Executor>,
 }
 
 pub(super) struct ShmConn {
@@ -45,13 +46,11 @@ pub(super) struct ShmConn {
     pub(super) side: Side,
     pub(super) channel: Channel,
     peer_dir: Directory,
-    peer_bell: OwnedFd,
+    process: Process,
     pub(super) sock: Arc<OwnedFd>,
-    /// The peer's process, if it has connected to us and has a number here.
-    executor: Option<Executor>,
     /// Held while a packet is taken from the socket and acted upon: packets count in their order.
     receiving: Mutex<()>,
-    maps: RwLock<Vec<Option<Arc<Mapped>>>>,
+    maps: Maps,
     outbox: Outbox,
     /// The peer is gone: none of its threads executes anything any more.
     hung_up: AtomicBool,
@@ -79,11 +78,13 @@ impl ShmConn {
             side: parts.side,
             channel: parts.channel,
             peer_dir: parts.peer_dir,
-            peer_bell: parts.peer_bell,
+            process: Process {
+                bell: parts.peer_bell,
+                executor: parts.executor,
+            },
             sock: parts.sock,
-            executor: parts.executor,
             receiving: Mutex::new(()),
-            maps: RwLock::new(Vec::new()),
+            maps: Maps::default(),
             outbox: Outbox::new(parts.side),
             hung_up: AtomicBool::new(false),
             ready: AtomicBool::new(false),
@@ -92,7 +93,7 @@ impl ShmConn {
 
     #[cfg(test)]
     pub(super) fn bells_for_tests(&self) -> (&Host, &OwnedFd) {
-        (&self.host, &self.peer_bell)
+        (&self.host, &self.process.bell)
     }
 
     pub(super) fn alive(&self) -> bool {
@@ -148,7 +149,7 @@ impl ShmConn {
 
     /// Lets go of the peer's memory and tells it; the last act of a connection.
     pub(super) fn finish(&self) {
-        self.maps.write().clear();
+        self.maps.clear();
         self.outbox.clear();
         // Already gone: fine.
         let _gone = rustix::net::shutdown(&*self.sock, Shutdown::Both);
@@ -223,38 +224,18 @@ impl ShmConn {
                 let len = usize::try_from(len).map_err(|e| e.to_string())?;
                 let name = format!("region {key:#x} of {}", self.base.addr);
                 let mem = SharedMem::from_fd(fd, len, name).map_err(|e| e.to_string())?;
-                let mut maps = self.maps.write();
-                if maps.is_empty() {
-                    maps.resize_with(SLOTS, || None);
-                }
-                if self.alive() {
-                    maps[slot_of(key)] = Some(Arc::new(Mapped { key, access, mem }));
-                }
+                self.maps.add(Mapped { key, access, mem }, || self.alive());
             }
             Notice::Ready => self.ready.store(true, Ordering::SeqCst),
-            Notice::Gone { key } => {
-                if let Some(slot) = self.maps.write().get_mut(slot_of(key))
-                    && slot.as_ref().is_some_and(|m| m.key == key)
-                {
-                    *slot = None;
-                }
-            }
+            Notice::Gone { key } => self.maps.remove(key),
         }
         Ok(())
     }
 
     fn mapped(&self, key: u64) -> Option<Arc<Mapped>> {
-        let find = || {
-            self.maps
-                .read()
-                .get(slot_of(key))?
-                .as_ref()
-                .filter(|m| m.key == key)
-                .cloned()
-        };
-        find().or_else(|| {
+        self.maps.find(key).or_else(|| {
             self.drain_control();
-            find()
+            self.maps.find(key)
         })
     }
 
@@ -379,7 +360,7 @@ impl ShmConn {
         if sleeping.load(Ordering::SeqCst) != 0 && sleeping.swap(0, Ordering::SeqCst) != 0 {
             stats::count(&self.base.counters.doorbells, 1);
             // A full counter means that it will wake up anyway.
-            let _full = rustix::io::write(&self.peer_bell, &1u64.to_ne_bytes());
+            let _full = rustix::io::write(&self.process.bell, &1u64.to_ne_bytes());
         }
     }
 
@@ -498,23 +479,19 @@ impl Connection for ShmConn {
 
     fn expel(&self) -> Result<(), TransportError> {
         self.fail(disconnected(&self.base.addr, "expelled"));
-        let deadline = Instant::now() + OPERATION;
-        while !self.settled() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_micros(50));
-        }
-        if self.settled() {
+        if self.wait_quiet(None, Instant::now() + OPERATION) {
             return Ok(());
         }
         // One that is stopped in the middle of a copy goes on with it whenever it wakes up.
-        match self.executor.as_ref().filter(|e| !e.is_this()) {
+        match self.process.executor.as_ref().filter(|e| !e.is_this()) {
             Some(executor) => executor.end(),
             None => Err(common::timed_out(&self.base.addr, OPERATION)),
         }
     }
 
     fn settled(&self) -> bool {
-        // Where the process is not known: the kernel closes the socket of one that dies only after its threads are gone.
-        let over = self.hung_up() && self.executor.is_none();
-        !self.alive() && (over || !self.channel.busy(self.side.other()))
+        // A hang-up counts: the kernel closes the socket of a process that dies, or executes a program, only after its threads are
+        // gone, and one that lives closes it when its operations are done. Its process may be another life by now.
+        !self.alive() && self.quiet()
     }
 }

@@ -18,6 +18,7 @@ mod executor;
 mod host;
 mod layout;
 mod listen;
+mod maps;
 mod progress;
 mod ring;
 mod send;
