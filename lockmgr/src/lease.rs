@@ -165,6 +165,15 @@ pub(crate) struct Kept {
     pub(crate) over: bool,
 }
 
+/// Where a record is in the course of things.
+#[derive(Default)]
+pub(crate) struct Counts {
+    /// Grants, so that a timer knows whether it is about this one.
+    pub(crate) tenure: u64,
+    /// The last epoch that the state machine was told of.
+    pub(crate) epoch: u64,
+}
+
 /// State of a record, under the lock of its handle.
 pub(crate) struct Record {
     pub(crate) fsm: Fsm,
@@ -181,11 +190,8 @@ pub(crate) struct Record {
     /// When the word was last kept.
     pub(crate) kept_since: Option<Instant>,
     pub(crate) kept: Kept,
-    /// Counts grants, so that a timer knows whether it is about this one.
-    pub(crate) tenure: u64,
+    pub(crate) counts: Counts,
     pub(crate) broken: Option<Violation>,
-    /// The last epoch that the state machine was told of.
-    pub(crate) epoch: u64,
     /// Why the last batch could not be posted or did not come back.
     pub(crate) trouble: Option<LeaseError>,
 }
@@ -202,9 +208,8 @@ impl Record {
             wish: None,
             kept_since: None,
             kept: Kept::default(),
-            tenure: 0,
+            counts: Counts::default(),
             broken: None,
-            epoch: 0,
             trouble: None,
         }
     }

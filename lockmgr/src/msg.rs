@@ -305,9 +305,9 @@ mod tests {
     }
 
     fn body() -> impl Strategy<Value = Body> {
-        let set = prop::collection::vec(0u16..1984, 0..20)
+        let set = prop::collection::vec(0..NodeSet::MAX_NODES, 0..20)
             .prop_map(|v| v.into_iter().map(NodeId).collect::<NodeSet>());
-        let queue = prop::collection::btree_map(0u16..1984, (any::<u8>(), mode(), any::<u64>()), 0..20)
+        let queue = prop::collection::btree_map(0..NodeSet::MAX_NODES, (any::<u8>(), mode(), any::<u64>()), 0..20)
             .prop_map(|m| {
                 m.into_iter()
                     .map(|(n, (incarnation, mode, epoch))| Waiter {

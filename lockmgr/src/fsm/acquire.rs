@@ -310,7 +310,7 @@ impl Fsm {
 
     pub(super) fn become_exclusive(&mut self, out: &mut Vec<Action>) {
         self.held = Some(Mode::Exclusive);
-        self.tainted = false;
+        self.search.tainted = false;
         self.search.granted_by = None;
         self.search.last_owner = None;
         self.used = false;

@@ -34,7 +34,7 @@ impl Fsm {
                 BatchKind::HandOver | BatchKind::SharedAcquire | BatchKind::ExclusiveAcquire
             )
         });
-        self.tainted || (under_way && !cfg.flaw(Flaw::BatchOutlivesEpoch))
+        self.search.tainted || (under_way && !cfg.flaw(Flaw::BatchOutlivesEpoch))
     }
 
     /// Nothing comes from the dead any more, and everybody who waits asks again later.
@@ -63,7 +63,7 @@ impl Fsm {
         if let Some((_, answer)) = &mut self.search.deferred {
             answer.leave_out(cfg);
         }
-        self.tainted |= self.held == Some(Mode::Shared)
+        self.search.tainted |= self.held == Some(Mode::Shared)
             && self.search.granted_by.is_some_and(is_dead)
             && !cfg.flaw(Flaw::GrantOfDeadKept);
         match self.phase {

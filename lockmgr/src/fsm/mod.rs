@@ -51,8 +51,6 @@ pub struct Fsm {
     answers: NodeSet,
     /// Nodes that wait for our `Done`.
     revokers: NodeSet,
-    /// The shared lease held was granted by one of the dead: it must go.
-    tainted: bool,
     batch: Option<Batch>,
 }
 
@@ -433,7 +431,7 @@ impl Fsm {
                     continue;
                 }
             }
-            if self.tainted
+            if self.search.tainted
                 && self.phase == Phase::Rest
                 && self.held == Some(Mode::Shared)
                 && self.used

@@ -246,7 +246,7 @@ impl Fsm {
     fn give_up_shared(&mut self) {
         self.held = None;
         self.used = false;
-        self.tainted = false;
+        self.search.tainted = false;
         self.search.granted_by = None;
         self.search.seen = Readers::default();
     }

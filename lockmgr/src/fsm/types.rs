@@ -330,6 +330,8 @@ pub(super) struct Search {
     pub(super) deferred: Option<(NodeId, Answer)>,
     /// Who granted the shared lease held, if it came with attributes that the authority may not have.
     pub(super) granted_by: Option<NodeId>,
+    /// That one is dead: the lease must go.
+    pub(super) tainted: bool,
 }
 
 /// Who else reads, as far as a node with a shared lease knows: what it expects of the word when it upgrades.

@@ -112,9 +112,9 @@ impl Driver {
             let from_memory = matches!(event, Event::BatchDone(_));
             let was_keeping = record.fsm.is_keeping();
             let config = self.epochs.config();
-            record.epoch = record
-                .epoch
-                .max(if event == Event::Epoch { config.epoch } else { 0 });
+            if event == Event::Epoch {
+                record.counts.epoch = config.epoch;
+            }
             if let Err(violation) = record.fsm.apply(&config, event, &mut actions) {
                 self.counters.violations.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(record = %lease.id(), phase = record.fsm.phase().name(), %violation, "lease protocol broken");
@@ -172,7 +172,7 @@ impl Driver {
         let config = self.epochs.config();
         record.evicted
             || record.broken.is_some()
-            || (record.epoch == config.epoch && !record.fsm.holds_up_epoch(&config))
+            || (record.counts.epoch == config.epoch && !record.fsm.holds_up_epoch(&config))
     }
 
     /// Some nodes are dead, and what they had is about to be taken back. `reached` runs when no record has anything of earlier
@@ -281,13 +281,13 @@ impl Driver {
                 self.admit(lease);
                 let tenure = {
                     let mut record = lease.record.lock();
-                    record.tenure += 1;
+                    record.counts.tenure += 1;
                     if self.cfg.min_hold.is_zero() {
                         // Those who waited are inside by now, or nobody waits any more.
                         record.inbox.push_back(Event::Used);
                         return;
                     }
-                    record.tenure
+                    record.counts.tenure
                 };
                 let ticket = self.alarms.ticket();
                 let at = Instant::now() + self.cfg.min_hold;

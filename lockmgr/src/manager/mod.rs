@@ -208,7 +208,7 @@ impl LeaseManager {
                     self.0.drive(&lease, None);
                 }
                 Timer::Held(tenure) => {
-                    let current = record.tenure == tenure && !record.evicted;
+                    let current = record.counts.tenure == tenure && !record.evicted;
                     drop(record);
                     if current {
                         self.0.drive(&lease, Some(Event::Used));

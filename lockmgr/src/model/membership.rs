@@ -7,48 +7,9 @@
 use super::node::Node;
 use super::options::{NODES, Options, Problem};
 use super::state::State;
+use super::view::{Change, Place};
 use crate::fsm::Event;
-use crate::ids::{NodeId, NodeSet};
-
-/// What the membership service knows.
-#[derive(Clone, Default, PartialEq, Eq, Hash)]
-pub(super) struct Membership {
-    /// How many nodes may still die.
-    pub(super) crashes: u8,
-    /// How many may come back.
-    pub(super) restarts: u8,
-    pub(super) epoch: u8,
-    /// Nodes that are dead.
-    pub(super) fenced: u8,
-    /// Of those, the ones of which everything has been taken back.
-    pub(super) recovered: u8,
-}
-
-/// How far a node is.
-#[derive(Clone, Default, PartialEq, Eq, Hash)]
-pub(super) struct Place {
-    pub(super) epoch: u8,
-    /// Whose leases are being taken back, as it was told.
-    pub(super) dead: u8,
-    /// It has nothing under way, but for what others have not heard.
-    pub(super) settled: bool,
-    /// So many messages each of the others has to hear.
-    pub(super) unheard: [u8; NODES],
-}
-
-/// What may happen to the membership.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Change {
-    Fence(usize),
-    Epoch(usize),
-    Recover,
-    Resume(usize),
-    Rejoin(usize),
-}
-
-pub(super) fn set(mask: u8) -> NodeSet {
-    NodeSet::from_words(&[mask.into()])
-}
+use crate::ids::NodeId;
 
 impl State {
     pub(super) fn alive(&self, i: usize) -> bool {
@@ -109,7 +70,7 @@ impl State {
                     dead,
                     ..Place::default()
                 };
-                if let Some(version) = self.nodes[i].kept {
+                if let Some(version) = self.nodes[i].versions.kept {
                     self.nodes[i].push(version);
                 }
                 self.event(options, i, Event::Epoch);
@@ -162,7 +123,12 @@ impl State {
         let far = self.word.far;
         if self.word.writer.is_some_and(|w| dead >> w.0 & 1 == 1) {
             // What the living have stored and handed to the dead the authority must have by now.
-            if options.confirm && self.nodes.iter().any(|node| node.stored > self.confirmed) {
+            if options.confirm
+                && self
+                    .nodes
+                    .iter()
+                    .any(|node| node.versions.stored > self.confirmed)
+            {
                 self.fail(Problem::Unconfirmed);
             }
             self.word = self.word.freed_after_death();
@@ -184,7 +150,7 @@ impl State {
                 continue;
             }
             let cfg = self.config(options, i);
-            if self.nodes[i].fsm.holds_up_epoch(&cfg) || !self.nodes[i].confirm.is_empty() {
+            if self.nodes[i].fsm.holds_up_epoch(&cfg) || !self.nodes[i].versions.confirm.is_empty() {
                 continue;
             }
             let lens = std::array::from_fn(|j| {

@@ -21,6 +21,7 @@ mod node;
 mod options;
 mod state;
 mod symmetry;
+mod view;
 
 pub use explore::{Found, Report, explore};
 pub use options::{Options, Problem};

@@ -1,9 +1,22 @@
 //! One node of the model: the state machine, and what its user knows.
 
-use super::membership::{self, Place};
 use super::options::Options;
+use super::view::Place;
 use crate::fsm::{Config, Fsm, Outcome};
-use crate::ids::NodeId;
+use crate::ids::{NodeId, NodeSet};
+
+/// Versions that its user deals with.
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
+pub(super) struct Versions {
+    /// That under which it keeps its caches.
+    pub(super) cached: u64,
+    /// The last one that it stored.
+    pub(super) stored: u64,
+    /// One that the authority may not have, and that goes there when the lease is handed on or an epoch begins.
+    pub(super) kept: Option<u64>,
+    /// Those that are on their way to the authority.
+    pub(super) confirm: Vec<u64>,
+}
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct Node {
@@ -11,21 +24,15 @@ pub(super) struct Node {
     /// Operations of the batch that have taken effect.
     pub(super) done: u8,
     pub(super) outcome: Outcome,
-    /// Version under which the user keeps its caches, and whether they show what was last written.
-    pub(super) cached: u64,
+    pub(super) versions: Versions,
+    /// Its user's caches show what was last written.
     pub(super) fresh: bool,
     pub(super) modified: bool,
     /// The user has been asked to bring its caches down.
     pub(super) asked: bool,
-    /// Versions that are on their way to the authority.
-    pub(super) confirm: Vec<u64>,
     pub(super) left: bool,
     pub(super) budget: u8,
     pub(super) incarnation: u8,
-    /// The last version that it stored.
-    pub(super) stored: u64,
-    /// A version that the authority may not have, and that goes there when the lease is handed on or an epoch begins.
-    pub(super) kept: Option<u64>,
     /// In the membership.
     pub(super) place: Place,
 }
@@ -33,7 +40,7 @@ pub(super) struct Node {
 pub(super) fn config(options: &Options, i: usize, node: &Node) -> Config {
     let mut cfg = Config::new(NodeId(i as u16), node.incarnation);
     cfg.epoch = node.place.epoch.into();
-    cfg.dead = membership::set(node.place.dead);
+    cfg.dead = NodeSet::from_words(&[node.place.dead.into()]);
     cfg.keep_shared = options.keep_shared;
     cfg.keep_word = options.keep_word;
     cfg.ask_first = options.ask_first;
@@ -52,25 +59,22 @@ impl Node {
             fsm: Fsm::new(),
             done: 0,
             outcome: Outcome::default(),
-            cached: 0,
+            versions: Versions::default(),
             fresh: true,
             modified: false,
             asked: false,
-            confirm: Vec::new(),
             left: false,
             budget,
             incarnation: 1,
-            stored: 0,
-            kept: None,
             place: Place::default(),
         }
     }
 
     /// The user tells the authority about a version.
     pub(super) fn push(&mut self, version: u64) {
-        self.kept.take_if(|kept| *kept == version);
-        if !self.confirm.contains(&version) {
-            self.confirm.push(version);
+        self.versions.kept.take_if(|kept| *kept == version);
+        if !self.versions.confirm.contains(&version) {
+            self.versions.confirm.push(version);
         }
     }
 }

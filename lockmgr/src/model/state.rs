@@ -2,9 +2,9 @@
 
 use std::collections::VecDeque;
 
-use super::membership::{Change, Membership};
 use super::node::{Node, config};
 use super::options::{NODES, Options, Problem};
+use super::view::{Change, Membership};
 use crate::fsm::{Action, Config, Event, Outcome, Phase, WordOp};
 use crate::ids::{Mode, NodeId, NodeSet};
 use crate::msg::Body;
@@ -112,9 +112,9 @@ impl State {
                         self.fail(Problem::WrongPayload);
                     }
                     let node = &mut self.nodes[i];
-                    node.kept.take_if(|_| mode == Mode::Exclusive);
-                    if node.cached != version {
-                        node.cached = version;
+                    node.versions.kept.take_if(|_| mode == Mode::Exclusive);
+                    if node.versions.cached != version {
+                        node.versions.cached = version;
                         node.fresh = self.store_fresh;
                     }
                 }
@@ -125,7 +125,7 @@ impl State {
     fn check(&mut self, options: &Options) {
         for i in 0..NODES {
             let held = self.nodes[i].fsm.held();
-            if held.is_some() && self.nodes[i].cached != self.nodes[i].fsm.version() {
+            if held.is_some() && self.nodes[i].versions.cached != self.nodes[i].fsm.version() {
                 self.fail(Problem::WrongVersion);
             }
             if held.is_some() && !self.nodes[i].fresh {
@@ -220,16 +220,16 @@ impl State {
         let event = if let &Phase::Flushing { to } = node.fsm.phase() {
             let modified = std::mem::take(&mut node.modified);
             let version = node.fsm.version() + u64::from(modified);
-            node.cached = version;
+            node.versions.cached = version;
             if modified {
                 self.store_fresh = true;
-                node.stored = version;
+                node.versions.stored = version;
             }
             // A holder that changed nothing still passes on what the one before it has not yet confirmed.
             let needs_confirm = options.confirm && self.confirmed < version;
             match to {
                 None if needs_confirm => node.push(version),
-                _ => node.kept = needs_confirm.then_some(version),
+                _ => node.versions.kept = needs_confirm.then_some(version),
             }
             Event::Flushed {
                 modified,
@@ -283,7 +283,7 @@ impl State {
             }
             Step::Bring(i) => self.bring(options, i),
             Step::Confirm(i) => {
-                let version = self.nodes[i].confirm.remove(0);
+                let version = self.nodes[i].versions.confirm.remove(0);
                 self.confirmed = self.confirmed.max(version);
                 self.event(options, i, Event::Confirmed { version });
             }
@@ -359,7 +359,7 @@ impl State {
             if node.asked {
                 out.push(Step::Bring(i));
             }
-            if !node.confirm.is_empty() {
+            if !node.versions.confirm.is_empty() {
                 out.push(Step::Confirm(i));
             }
             if fsm.held().is_some() && fsm.is_at_rest() && !fsm.can_release() {

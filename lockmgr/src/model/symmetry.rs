@@ -2,10 +2,10 @@
 
 use std::hash::{Hash, Hasher};
 
-use super::membership::Place;
 use super::node::Node;
 use super::options::{NODES, Options};
 use super::state::State;
+use super::view::Place;
 use crate::fsm::Outcome;
 use crate::fsm::symmetry::Symmetry;
 use crate::ids::NodeId;
@@ -60,7 +60,13 @@ impl State {
         let n = &self.nodes[i];
         let mut h = Folded(0x1319_8a2e_0370_7344);
         (
-            n.budget, n.fresh, n.cached, n.asked, n.done, n.left, &n.confirm, n.modified,
+            n.budget,
+            n.fresh,
+            &n.versions,
+            n.asked,
+            n.done,
+            n.left,
+            n.modified,
         )
             .hash(&mut h);
         (self.alive(i), n.incarnation, n.place.epoch, n.place.settled).hash(&mut h);
