@@ -307,17 +307,18 @@ mod tests {
     fn body() -> impl Strategy<Value = Body> {
         let set = prop::collection::vec(0..NodeSet::MAX_NODES, 0..20)
             .prop_map(|v| v.into_iter().map(NodeId).collect::<NodeSet>());
-        let queue = prop::collection::btree_map(0..NodeSet::MAX_NODES, (any::<u8>(), mode(), any::<u64>()), 0..20)
-            .prop_map(|m| {
-                m.into_iter()
-                    .map(|(n, (incarnation, mode, epoch))| Waiter {
-                        node: NodeId(n),
-                        incarnation,
-                        mode,
-                        epoch,
-                    })
-                    .collect::<Vec<_>>()
-            });
+        let queue =
+            prop::collection::btree_map(0..NodeSet::MAX_NODES, (any::<u8>(), mode(), any::<u64>()), 0..20)
+                .prop_map(|m| {
+                    m.into_iter()
+                        .map(|(n, (incarnation, mode, epoch))| Waiter {
+                            node: NodeId(n),
+                            incarnation,
+                            mode,
+                            epoch,
+                        })
+                        .collect::<Vec<_>>()
+                });
         prop_oneof![
             mode().prop_map(Body::Want),
             mode().prop_map(Body::Ask),

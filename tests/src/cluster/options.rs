@@ -61,6 +61,8 @@ pub struct Options {
     pub lease_wait: Duration,
     /// Longest wait for an answer.
     pub timeout: Duration,
+    /// How long a mount may act without being heard; a fifth of it is the margin and the time between two heartbeats.
+    pub term: Duration,
     /// Inodes a mount keeps that the kernel has forgotten.
     pub max_inodes: usize,
     /// Entries of the lease table shared with the kernel extension.
@@ -99,6 +101,7 @@ impl Default for Options {
             pool_mib: 128,
             lease_wait: Duration::from_secs(30),
             timeout: Duration::from_secs(10),
+            term: Duration::from_secs(10),
             max_inodes: 100_000,
             lease_table: 1 << 15,
             spin_us: 20,

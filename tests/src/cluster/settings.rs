@@ -35,11 +35,15 @@ pub(super) fn settings(o: &Options, base: &Path, memory: &Path) -> anyhow::Resul
         })
     };
     let mut text = format!(
-        "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\nspin_us = {}\ntimeout_ms = {}\n[lease]\nwait_ms = {}\n\
+        "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\nspin_us = {}\ntimeout_ms = {}\n\
+         [membership]\nterm_ms = {}\nmargin_ms = {}\nheartbeat_ms = {}\n[lease]\nwait_ms = {}\n\
          [mount]\ncache = \"{}\"\n{}buffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\nmemory_dir = \"{}\"\n",
         o.fabric.name(),
         o.spin_us,
         o.timeout.as_millis(),
+        o.term.as_millis(),
+        o.term.as_millis() / 5,
+        o.term.as_millis() / 5,
         o.lease_wait.as_millis(),
         o.cache.name(),
         if o.shared_mappings {

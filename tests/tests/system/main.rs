@@ -9,6 +9,7 @@ mod bad_input;
 mod coherence;
 mod contended;
 mod copies;
+mod deaths;
 mod durable;
 mod ends;
 mod extension;
