@@ -152,6 +152,11 @@ pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Res
     let doomed = mount.is_doomed();
     mount.stop();
     match former {
+        // Who was told to end while the servers were not heard of does.
+        Some(former) if signals.pending().any(|signal| signal != SIGUSR1) => {
+            former.abandon();
+            Ok(ExitCode::SUCCESS)
+        }
         Some(former) => begin_anew(&former),
         // It is not mounted any more.
         None if doomed => Ok(ExitCode::FAILURE),

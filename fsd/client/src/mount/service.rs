@@ -143,7 +143,7 @@ impl Owner for Client {
     fn declared_dead(&self) {
         if self.session.term.finish() {
             tracing::error!(
-                "this mount was silent for so long that it was declared dead: what it had not stored is lost, and it begins anew"
+                "this mount was declared dead, because it was silent for too long or was evicted: what it had not stored is lost, and it begins anew"
             );
             self.session.fate.doomed.store(true, Ordering::SeqCst);
         }
