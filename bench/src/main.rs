@@ -3,6 +3,7 @@
 //! Everything that is measured is measured here and now, floors included; nothing is quoted.
 
 mod counts;
+mod deaths;
 mod demo;
 mod fs;
 mod lease;
@@ -57,6 +58,8 @@ enum Command {
     Others(others::Args),
     /// File systems that are mounted already, beside each other and beside their network.
     Mounts(mounts::Args),
+    /// How long others wait for what a mount had that is killed, stopped or evicted.
+    Deaths(deaths::Args),
     /// A real tree, a real build, coherence and a table, on a cluster of three mounts.
     Demo(demo::Args),
     /// Embedded stores for the metadata server.
@@ -93,6 +96,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Paper(args) => paper::run(args, &cli.out),
         Command::Others(args) => others::run(args, &cli.out),
         Command::Mounts(args) => mounts::run(args, &cli.out),
+        Command::Deaths(args) => deaths::run(args, &cli.out),
         Command::Demo(args) => demo::run(args),
         #[cfg(feature = "stores")]
         Command::Store(args) => stores::run(args, &cli.out),

@@ -64,11 +64,12 @@ pub fn words_of(flags: MountFlags) -> Vec<&'static str> {
         .collect()
 }
 
-/// Mounts at `point`; the device file that the kernel talks through. Only root may.
+/// Mounts at `point`; the device file that the kernel talks through. What a former life has left there goes just before, so that hardly
+/// anybody sees the directory below. Only root may.
 ///
 /// # Errors
 /// Those of open(2) of /dev/fuse and of mount(2).
-pub fn mount(point: &Path, name: &str, flags: MountFlags) -> std::io::Result<File> {
+pub fn mount(point: &Path, name: &str, flags: MountFlags, former: Option<&Mounted>) -> std::io::Result<File> {
     let device = OpenOptions::new().read(true).write(true).open("/dev/fuse")?;
     let data = format!(
         "fd={},rootmode=40000,user_id={},group_id={},default_permissions,allow_other",
@@ -77,6 +78,7 @@ pub fn mount(point: &Path, name: &str, flags: MountFlags) -> std::io::Result<Fil
         rustix::process::getgid().as_raw()
     );
     let data = std::ffi::CString::new(data)?;
+    former.into_iter().for_each(Mounted::abandon);
     rustix::mount::mount(name, point, TYPE, flags, data.as_c_str())?;
     Ok(device)
 }

@@ -105,11 +105,13 @@ fn open_session(
     };
     let files = FsdFs::new(Arc::clone(client));
     let session = if root && !options.auto_unmount {
-        let device = kernel_mount::mount(point, &config.cluster, flags).map_err(refused)?;
+        let former = options.former.as_ref();
+        let device = kernel_mount::mount(point, &config.cluster, flags, former).map_err(refused)?;
         let mounted = Mounted::at(point);
         fuser::Session::from_fd(files, device.into(), fuse.acl, fuse)
             .inspect_err(|_| mounted.iter().for_each(Mounted::unmount))
     } else {
+        options.former.iter().for_each(Mounted::abandon);
         fuse.mount_options = vec![
             fuser::MountOption::FSName(config.cluster.clone()),
             fuser::MountOption::Subtype("distfuse".into()),
@@ -197,9 +199,6 @@ impl Mount {
         let (client, threads) = join(config, name, &how, endpoint, front)?;
         let (node, loops) = (client.session.node, config.mount.loops.max(SPARE_LOOPS + 1));
 
-        if let Some(former) = &options.former {
-            former.abandon();
-        }
         let (session, mounted) = open_session(config, options, loops, &client, (&point, flags))?;
         if let Some(mounted) = &mounted {
             // The kernel has answered the handshake, which would undo it.
