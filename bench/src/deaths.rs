@@ -201,10 +201,11 @@ fn round(roles: &mut Roles, kind: Kind, round: usize) -> anyhow::Result<(Duratio
         }
         Kind::Stopped | Kind::Evicted => {
             let pid = roles.pid("mount0")?;
+            // The status asks the mounts, too, and waits for one that is stopped.
+            let number = number_of(roles, &dying)?;
             kill_process(pid, Signal::STOP)?;
             let start = Instant::now();
             if matches!(kind, Kind::Evicted) {
-                let number = number_of(roles, &dying)?;
                 roles.run(&["evict", &number])?;
             }
             use_it(&other, round)?;
