@@ -44,11 +44,7 @@ impl Service for Front {
             }
             (Ok(MountRequest::View(view)), Role::Meta) => client.membership.take(view, responder),
             (Ok(MountRequest::Relay { from, life, frame }), Role::Meta) => {
-                let taken = client
-                    .session
-                    .net
-                    .peers
-                    .take_relayed(NodeId(from), life, &frame);
+                let taken = client.session.net.peers.take_relayed(NodeId(from), life, &frame);
                 if let Ok(Some(message)) = taken {
                     heard(&client, from, message);
                 }
@@ -95,8 +91,7 @@ impl Service for Front {
 
 /// A lease message has come from another mount, whichever way.
 fn heard(client: &Client, node: u16, message: &[u8]) {
-    if let Some(inode) =
-        LeaseMsg::record_of(message).and_then(|record| client.cache.inodes.by_record(record))
+    if let Some(inode) = LeaseMsg::record_of(message).and_then(|record| client.cache.inodes.by_record(record))
     {
         inode.heard_of(node);
     }

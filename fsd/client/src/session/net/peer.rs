@@ -228,11 +228,7 @@ impl Peer {
             Stream::next
         };
         while let Some(frame) = next(&mut self.stream, Carrier::Direct) {
-            if link
-                .conn
-                .queue(&wire::plain(FrameKind::Lease, &frame))
-                .is_err()
-            {
+            if link.conn.queue(&wire::plain(FrameKind::Lease, &frame)).is_err() {
                 return;
             }
         }
@@ -240,7 +236,11 @@ impl Peer {
 
     /// The metadata server has answered. True: the other mount can be reached this way, and could not before.
     pub(super) fn relayed(&mut self, turn: u64, answer: &Result<(), RpcError>) -> bool {
-        if self.relay.under_way.is_none_or(|(under_way, _)| under_way != turn) {
+        if self
+            .relay
+            .under_way
+            .is_none_or(|(under_way, _)| under_way != turn)
+        {
             return false;
         }
         self.relay.under_way = None;
@@ -277,14 +277,21 @@ impl Peer {
     /// Looks after it.
     pub(super) fn tend(&mut self, now: Instant) -> Todo {
         let mut todo = Todo::default();
-        if self.relay.under_way.is_some_and(|(_, since)| now >= since + RELAY_LIMIT) {
+        if self
+            .relay
+            .under_way
+            .is_some_and(|(_, since)| now >= since + RELAY_LIMIT)
+        {
             self.relay.under_way = None;
             self.relay.works = false;
             self.stream.restart(Carrier::Relay);
         }
         let live = self.live().is_some();
         if self.relay.on {
-            if self.waiting.is_some_and(|since| now >= self.asked.unwrap_or(since) + PATIENCE) {
+            if self
+                .waiting
+                .is_some_and(|since| now >= self.asked.unwrap_or(since) + PATIENCE)
+            {
                 self.asked = Some(now);
                 self.stream.ask(Carrier::Relay);
             }
@@ -335,10 +342,7 @@ impl Peer {
         let (relay, probe) = if self.relay.on {
             let limit = self.relay.under_way.map(|(_, since)| since + RELAY_LIMIT);
             let probed = self.relay.probed.filter(|_| live);
-            (
-                limit.or(self.relay.not_before),
-                probed.map(|at| at + PATIENCE),
-            )
+            (limit.or(self.relay.not_before), probed.map(|at| at + PATIENCE))
         } else {
             (None, None)
         };

@@ -132,7 +132,10 @@ impl Peers {
         self.set_alarm(peer.due());
         drop(peers);
         if let Err(error) = answer {
-            tracing::debug!("mount {} cannot be reached by way of the metadata server: {error}", to.0);
+            tracing::debug!(
+                "mount {} cannot be reached by way of the metadata server: {error}",
+                to.0
+            );
         }
         self.relay(to, next);
         if back && let Some(owner) = self.ways.owner() {

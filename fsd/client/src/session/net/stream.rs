@@ -449,7 +449,10 @@ mod tests {
         assert!(early.await_heard());
         early.connected(7);
         assert!(early.is_awaited() && early.next(Carrier::Direct).is_some());
-        assert_eq!(early.take(7, Carrier::Direct, &frame(0, 1, &[])), Ok(Taken::Nothing));
+        assert_eq!(
+            early.take(7, Carrier::Direct, &frame(0, 1, &[])),
+            Ok(Taken::Nothing)
+        );
         assert!(!early.is_awaited());
         // The question is lost with the connection, and asked again over the next.
         pair.reconnect(0);
@@ -475,8 +478,14 @@ mod tests {
         assert_eq!(&new[HEAD..], b"new");
         assert_eq!(stream.next(Carrier::Direct), None);
         // What the former life had sent comes late.
-        assert_eq!(stream.take(7, Carrier::Direct, &frame(1, 1, b"late")), Ok(Taken::Nothing));
-        assert_eq!(stream.take(9, Carrier::Direct, &frame(1, 1, b"now")), Ok(Taken::Message(&b"now"[..])));
+        assert_eq!(
+            stream.take(7, Carrier::Direct, &frame(1, 1, b"late")),
+            Ok(Taken::Nothing)
+        );
+        assert_eq!(
+            stream.take(9, Carrier::Direct, &frame(1, 1, b"now")),
+            Ok(Taken::Message(&b"now"[..]))
+        );
         assert!(stream.kept.is_empty());
     }
 }
