@@ -53,6 +53,30 @@ impl SimFabric {
     }
 }
 
+fn no_link(addr: &str) -> TransportError {
+    TransportError::Unreachable {
+        addr: addr.to_owned(),
+        reason: "no link".to_owned(),
+    }
+}
+
+impl SimFabric {
+    /// Without a link one is told so at once, or nothing is heard.
+    fn look_for_link(&self, net: &Mutex<State>, addr: &str) -> Result<(), TransportError> {
+        let mut state = net.lock();
+        if !state.are_apart([&self.addr, addr]) {
+            return Ok(());
+        }
+        let schedule = &mut state.lanes.schedule;
+        if schedule.clock.is_none() || schedule.toss() {
+            return Err(no_link(addr));
+        }
+        drop(state);
+        rt::thread::sleep(self.timeout);
+        Err(common::timed_out(addr, self.timeout))
+    }
+}
+
 impl Fabric for SimFabric {
     fn kind(&self) -> FabricKind {
         FabricKind::Sim
@@ -96,6 +120,7 @@ impl Fabric for SimFabric {
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError> {
         let net = self.net.get()?;
         travel(&net);
+        self.look_for_link(&net, addr)?;
         let (target, key, handler, identity) = {
             let state = net.lock();
             if !state.is_up(self.id) {
@@ -123,6 +148,9 @@ impl Fabric for SimFabric {
                 reason,
             })?;
         let mut state = net.lock();
+        if state.are_apart([&self.addr, addr]) {
+            return Err(no_link(addr));
+        }
         let serial = state.unique();
         let alive = state.lanes.links(self.id, target);
         let peer = Peer {
@@ -164,7 +192,9 @@ impl Fabric for SimFabric {
     }
 
     fn is_deserted(&self, addr: &str) -> bool {
-        self.net.get().is_ok_and(|net| net.lock().find(addr).is_none())
+        let Ok(net) = self.net.get() else { return false };
+        let state = net.lock();
+        state.find(addr).is_none() && !state.are_apart([&self.addr, addr])
     }
 
     fn shutdown(&self) {

@@ -31,6 +31,15 @@ pub struct EndState {
 pub struct Pair {
     pub ends: [EndState; 2],
     pub peer: Peer,
+    /// What waits until the link is there again, and where it comes from; none while that is there.
+    pub held: Option<Vec<(End, Parcel)>>,
+}
+
+impl Pair {
+    fn is_between(&self, ends: [EndpointId; 2]) -> bool {
+        let [a, b] = &self.ends;
+        [a.endpoint, b.endpoint] == ends || [b.endpoint, a.endpoint] == ends
+    }
 }
 
 /// One end of a connection to be: itself, what it counts, and what it may send.
@@ -66,6 +75,15 @@ impl Lanes {
 
     /// Puts something into the lane from `end`.
     pub fn ship(&mut self, pair: PairId, end: End, parcel: Parcel) {
+        if let Some(state) = self.pairs.get_mut(&pair)
+            && let Some(held) = &mut state.held
+        {
+            // An end that has closed, or was told of an error, hears of that whatever the link does.
+            let local = matches!(parcel, Parcel::Down(_)) && !state.ends[1 - end].alive;
+            if !local {
+                return held.push((end, parcel));
+            }
+        }
         let delay = self.schedule.delay();
         let now = self.schedule.look();
         let lane = usize::from(matches!(parcel, Parcel::Results { .. } | Parcel::Credit));
@@ -154,16 +172,34 @@ impl Lanes {
 
     /// All connections between two endpoints break; of what was under way a random first part of each direction arrives.
     pub fn cut(&mut self, ends: [EndpointId; 2]) {
-        let between = |pair: &Pair| {
-            let [a, b] = &pair.ends;
-            [a.endpoint, b.endpoint] == ends || [b.endpoint, a.endpoint] == ends
-        };
-        let pairs = self.pairs.iter().filter(|(_, pair)| between(pair));
-        let pairs: Vec<PairId> = pairs.map(|(id, _)| *id).collect();
-        for pair in pairs {
+        for pair in self.between(ends) {
             self.lose(pair, 0);
             self.lose(pair, 1);
             self.down_both(pair, &disconnected("the peer", "the link was cut"));
+        }
+    }
+
+    fn between(&self, ends: [EndpointId; 2]) -> Vec<PairId> {
+        let pairs = self.pairs.iter().filter(|(_, pair)| pair.is_between(ends));
+        pairs.map(|(id, _)| *id).collect()
+    }
+
+    /// Nothing more goes from one of two endpoints to the other, and neither is told.
+    pub fn hold(&mut self, ends: [EndpointId; 2]) {
+        for pair in self.between(ends) {
+            if let Some(state) = self.pairs.get_mut(&pair) {
+                state.held.get_or_insert_default();
+            }
+        }
+    }
+
+    /// What was held goes on.
+    pub fn release(&mut self, ends: [EndpointId; 2]) {
+        for pair in self.between(ends) {
+            let held = self.pairs.get_mut(&pair).and_then(|state| state.held.take());
+            for (end, parcel) in held.into_iter().flatten() {
+                self.ship(pair, end, parcel);
+            }
         }
     }
 

@@ -164,6 +164,16 @@ impl SimNet {
             state.lanes.cut([a, b]);
         }
     }
+
+    /// Nothing goes between these two addresses any more, and nobody is told: connections are silent, new ones cannot be made.
+    pub fn separate(&self, addrs: [&str; 2]) {
+        self.0.lock().set_apart(addrs, true);
+    }
+
+    /// Ends [`SimNet::separate`]; what was sent meanwhile over connections that are still there arrives.
+    pub fn join(&self, addrs: [&str; 2]) {
+        self.0.lock().set_apart(addrs, false);
+    }
 }
 
 fn start(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, TransportError> {

@@ -61,6 +61,11 @@ impl Schedule {
             .between(nanos(self.config.min_delay), nanos(self.config.max_delay))
     }
 
+    /// One or the other.
+    pub fn toss(&mut self) -> bool {
+        self.chance.between(0, 1) == 0
+    }
+
     pub fn add(&mut self, at: u64, what: What) {
         self.seq += 1;
         self.queue.insert((at, self.seq), what);

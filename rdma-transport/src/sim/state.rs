@@ -1,6 +1,6 @@
 //! The state of the simulated network: its endpoints, and their connections.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::config::SimConfig;
@@ -42,6 +42,8 @@ impl EndpointState {
 pub struct State {
     pub endpoints: Vec<EndpointState>,
     pub lanes: Lanes,
+    /// Addresses between which there is no link.
+    apart: BTreeSet<[String; 2]>,
     next: u64,
 }
 
@@ -53,8 +55,32 @@ impl State {
                 pairs: BTreeMap::new(),
                 schedule: Schedule::new(seed, config),
             },
+            apart: BTreeSet::new(),
             next: 1,
         }
+    }
+
+    /// There is no link between two addresses from now on, or there is one again.
+    pub fn set_apart(&mut self, mut addrs: [&str; 2], apart: bool) {
+        let ends = addrs.map(|addr| self.find(addr));
+        addrs.sort_unstable();
+        let addrs = addrs.map(str::to_owned);
+        if apart {
+            self.apart.insert(addrs);
+        } else {
+            self.apart.remove(&addrs);
+        }
+        match ends {
+            [Some(a), Some(b)] if apart => self.lanes.hold([a, b]),
+            [Some(a), Some(b)] => self.lanes.release([a, b]),
+            _ => {}
+        }
+    }
+
+    /// Is there no link between them?
+    pub fn are_apart(&self, mut addrs: [&str; 2]) -> bool {
+        addrs.sort_unstable();
+        self.apart.contains(&addrs.map(str::to_owned))
     }
 
     pub fn add(
@@ -279,7 +305,8 @@ impl State {
         }
         let state = |(endpoint, end)| EndState::new(endpoint, end);
         let ends = [state(from), state(to)];
-        self.lanes.pairs.insert(id, Pair { ends, peer });
+        let held = None;
+        self.lanes.pairs.insert(id, Pair { ends, peer, held });
         self.lanes.ship(id, 0, Parcel::Connected);
     }
 

@@ -97,7 +97,16 @@ impl Trouble {
     }
 }
 
-/// In one phase of three the links between mounts break, a few times.
+/// For how long a link stays away, at most: the last is longer than a call waits for a lease.
+const AWAY: [Duration; 4] = [
+    Duration::from_millis(3),
+    Duration::from_secs(2),
+    Duration::from_secs(20),
+    Duration::from_secs(90),
+];
+
+/// In one phase of three the links between mounts break, a few times; now and then one stays away for a while, or longer than calls
+/// wait for a lease.
 pub fn cut_links(world: &World, mounts: &[String], phase: Duration) {
     let times = if once_in(3) && mounts.len() > 1 {
         1 + below(6)
@@ -108,8 +117,21 @@ pub fn cut_links(world: &World, mounts: &[String], phase: Duration) {
         wait(phase / 3);
         let one = below(mounts.len() as u64) as usize;
         let other = (one + 1 + below(mounts.len() as u64 - 1) as usize) % mounts.len();
-        rt::sim::note(&format!("no link between {} and {}", mounts[one], mounts[other]));
-        world.cut([&mounts[one], &mounts[other]]);
+        let both = [mounts[one].as_str(), mounts[other].as_str()];
+        rt::sim::note(&format!("no link between {} and {}", both[0], both[1]));
+        let away = once_in(3);
+        if away {
+            world.separate(both);
+        }
+        // Else connections are up, and silent.
+        if !away || once_in(2) {
+            world.cut(both);
+        }
+        if away {
+            wait(one_of(&AWAY));
+            rt::sim::note(&format!("the link between {} and {} is back", both[0], both[1]));
+            world.join(both);
+        }
     }
 }
 

@@ -329,6 +329,16 @@ impl World {
         self.net.cut(addrs);
     }
 
+    /// There is no link between two mounts any more, and nobody is told.
+    pub fn separate(&self, addrs: [&str; 2]) {
+        self.net.separate(addrs);
+    }
+
+    /// There is one again.
+    pub fn join(&self, addrs: [&str; 2]) {
+        self.net.join(addrs);
+    }
+
     /// A mount's process dies.
     pub fn kill_mount(&self, mount: Mount) {
         mount.life.end(&self.net);

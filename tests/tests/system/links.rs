@@ -1,4 +1,4 @@
-//! The link between two mounts breaks, not those to the servers: what one asked the other is answered when it is back.
+//! The link between two mounts breaks, not those to the servers: what one asked the other is answered by way of the metadata server.
 
 use std::path::Path;
 use std::process::{Child, Command};
@@ -54,6 +54,92 @@ fn until(what: &str, mut holds: impl FnMut() -> anyhow::Result<bool>) -> anyhow:
 
 fn until_there(dir: &Path, name: &str) -> anyhow::Result<()> {
     until(name, || Ok(dir.join(name).exists()))
+}
+
+/// Each in turn writes and renames what the other then reads. A step that takes longer than five seconds is told of.
+const TURNS: &str = r#"
+set -e
+at() { while ! [ -e "@/$1" ]; do sleep 0.02; done; }
+now() { date +%s%3N; }
+step() {
+    began=$(now)
+    "$@"
+    took=$(( $(now) - began ))
+    [ $took -lt 5000 ] || { echo "$* took $took ms" > "@/slow"; exit 1; }
+}
+says() { [ "$(cat "$1")" = "$2" ]; }
+puts() { echo "$2" > "$1"; }
+cd "$FSD_MOUNT"
+mkdir -p d
+if [ "$FSD_CLIENT" = 0 ]; then
+    echo one > shared; : > @/one
+    at two
+else
+    at one; [ "$(cat shared)" = one ]; echo two > shared; : > @/two
+fi
+: > "@/known$FSD_CLIENT"
+at cut
+for turn in 1 2 3 4 5 6; do
+    if [ $(( turn % 2 )) = "$FSD_CLIENT" ]; then
+        step puts shared "turn $turn"
+        step puts "d/made$turn" "$turn"
+        [ "$turn" = 1 ] || step mv "d/name$(( turn - 1 ))" "d/name$turn"
+        [ "$turn" != 1 ] || step puts d/name1 name
+        : > "@/turn$turn"
+    else
+        at "turn$turn"
+        step says shared "turn $turn"
+        step says "d/made$turn" "$turn"
+        step says "d/name$turn" name
+        step test ! -e "d/name$(( turn - 1 ))"
+        : > "@/seen$turn"
+    fi
+    at "seen$turn"
+done
+: > "@/done$FSD_CLIENT"
+at mended
+"#;
+
+/// Runs it on two clients, with the link cut as soon as they know each other.
+#[test]
+fn mounts_that_cannot_reach_each_other_go_on() -> anyhow::Result<()> {
+    let body = || {
+        let hosts = Hosts::new(3)?;
+        let dir = hosts.dir().to_path_buf();
+        let mut job = Job(Command::new(fsd_binary()?)
+            .args(["launch", "--pool", "64MiB", "--hostfile"])
+            .arg(hosts.hostfile()?)
+            .arg("--ssh")
+            .arg(hosts.ssh())
+            .args(["--roles", "meta=0,storage=0,client=1-2", "--", "sh", "-c"])
+            .arg(TURNS.replace("@/", &format!("{}/", dir.display())))
+            .env("RUST_LOG", "warn")
+            .spawn()?);
+        until_there(&dir, "known0")?;
+        until_there(&dir, "known1")?;
+        hosts.cut(1, 2)?;
+        let cut = Instant::now();
+        std::fs::write(dir.join("cut"), "")?;
+        for client in ["done0", "done1"] {
+            until(client, || {
+                ensure!(job.0.try_wait()?.is_none(), "the job has ended: {}", slow(&dir));
+                Ok(dir.join(client).exists())
+            })?;
+        }
+        eprintln!("six turns with the link cut took {:?}", cut.elapsed());
+        hosts.mend(1, 2)?;
+        std::fs::write(dir.join("mended"), "")?;
+        until("the job to end", || Ok(job.0.try_wait()?.is_some()))?;
+        let status = job.0.wait()?;
+        ensure!(status.success(), "the job ended with {status}");
+        hosts.wait_quiet(Duration::from_secs(1))
+    };
+    guard::within(LIMIT, body, || ())
+}
+
+/// What took too long.
+fn slow(dir: &Path) -> String {
+    std::fs::read_to_string(dir.join("slow")).unwrap_or_default()
 }
 
 #[test]

@@ -39,13 +39,22 @@ const HOPS: u32 = 2;
 #[derive(Debug, Default)]
 pub(crate) struct Away {
     next: AtomicU64,
-    calls: Mutex<HashMap<u64, (Call, Instant)>>,
+    calls: Mutex<HashMap<u64, Sent>>,
+}
+
+/// A call at another mount.
+#[derive(Debug)]
+struct Sent {
+    call: Call,
+    peer: u16,
+    since: Instant,
 }
 
 impl Away {
-    fn begin(&self, call: Call) -> u64 {
+    fn begin(&self, call: Call, peer: u16) -> u64 {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        self.calls.lock().insert(number, (call, Instant::now()));
+        let since = Instant::now();
+        self.calls.lock().insert(number, Sent { call, peer, since });
         number
     }
 
@@ -55,9 +64,13 @@ impl Away {
     }
 
     fn give_up(&self, after: Duration) -> Vec<Call> {
+        self.take_back(|sent| sent.since.elapsed() > after)
+    }
+
+    fn take_back(&self, which: impl Fn(&Sent) -> bool) -> Vec<Call> {
         let mut calls = self.calls.lock();
-        let late = calls.extract_if(|_, (_, since)| since.elapsed() > after);
-        late.map(|(_, (call, _))| call).collect()
+        let taken = calls.extract_if(|_, sent| which(sent));
+        taken.map(|(_, sent)| sent.call).collect()
     }
 }
 
@@ -107,7 +120,7 @@ impl Forward {
             offset: call.offset,
             act,
         };
-        let number = self.away.begin(call);
+        let number = self.away.begin(call, peer);
         let (me, theirs) = (Arc::clone(self), Arc::clone(ext));
         let asked = self.session.net.peers.ask(NodeId(peer), request, move |result| {
             if me.away.end(number) {
@@ -186,6 +199,17 @@ impl Forward {
                 self.session.lease_wait
             );
             ext.answer(&call, Answer::Failed(libc::ETIMEDOUT));
+        }
+    }
+
+    /// Another mount does not answer just now: what it was to read is read here. What it was to write it may have written, so its
+    /// answer is waited for.
+    pub(crate) fn take_back_reads(self: &Arc<Self>, peer: u16) {
+        let reads = self
+            .away
+            .take_back(|sent| sent.peer == peer && matches!(sent.call.act, Asked::Read));
+        for call in reads {
+            self.here.call_here(&self.delegations.ext, call);
         }
     }
 
@@ -313,8 +337,10 @@ mod tests {
             len: 1,
             act: Asked::Read,
         };
-        let (first, second) = (away.begin(call), away.begin(call));
+        let (first, second, third) = (away.begin(call, 1), away.begin(call, 1), away.begin(call, 2));
         assert!(away.end(first) && !away.end(first));
+        assert_eq!(away.take_back(|sent| sent.peer == 2), [call]);
+        assert!(!away.end(third));
         assert!(away.give_up(Duration::from_secs(60)).is_empty());
         assert_eq!(away.give_up(Duration::ZERO), [call]);
         assert!(!away.end(second));

@@ -141,6 +141,7 @@ pub(super) fn join(
     })?];
     let leases = Arc::clone(&client.session.leases);
     threads.push(thread("fsd-leases", move || leases.run_timers())?);
+    threads.push(thread("fsd-peers", net.peers.attending())?);
     let heartbeat = Heartbeat {
         net,
         term: Arc::clone(&client.session.term),
@@ -214,6 +215,7 @@ pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn 
     client.session.fate.stopping.store(true, Ordering::Release);
     let _ = client.cache.wake_writeback.try_send(());
     client.session.leases.stop_timers();
+    client.session.net.peers.stop();
     client.session.threads.stop_heartbeat();
     for thread in threads {
         let _ = thread.join();

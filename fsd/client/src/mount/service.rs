@@ -43,6 +43,13 @@ impl Service for Front {
                 }
             }
             (Ok(MountRequest::View(view)), Role::Meta) => client.membership.take(view, responder),
+            (Ok(MountRequest::Relay { from, life, frame }), Role::Meta) => {
+                let taken = client.session.net.peers.take_relayed(NodeId(from), life, &frame);
+                if let Ok(Some(message)) = taken {
+                    heard(&client, from, message);
+                }
+                responder.reply(&taken.map(|_| ()));
+            }
             (Ok(MountRequest::Visit { ino, offset, act }), Role::Client(Some(node))) => {
                 match client.calls.get() {
                     Some(calls) => calls.forward.receive(node, ino, offset, act, responder),
@@ -61,16 +68,8 @@ impl Service for Front {
             return;
         };
         let peers = &client.session.net.peers;
-        let Some(body) = peers.take_lease(NodeId(node), hello, conn, frame) else {
-            return;
-        };
-        if let Some(inode) =
-            LeaseMsg::record_of(body).and_then(|record| client.cache.inodes.by_record(record))
-        {
-            inode.heard_of(node);
-        }
-        if let Err(error) = client.session.leases.message(NodeId(node), body) {
-            tracing::error!("lease message from mount {node}: {error}");
+        if let Some(message) = peers.take_lease(NodeId(node), hello.life, conn, frame) {
+            heard(&client, node, message);
         }
     }
 
@@ -87,6 +86,17 @@ impl Service for Front {
         if let Some(client) = self.client.get().and_then(Weak::upgrade) {
             client.session.net.disconnected(conn);
         }
+    }
+}
+
+/// A lease message has come from another mount, whichever way.
+fn heard(client: &Client, node: u16, message: &[u8]) {
+    if let Some(inode) = LeaseMsg::record_of(message).and_then(|record| client.cache.inodes.by_record(record))
+    {
+        inode.heard_of(node);
+    }
+    if let Err(error) = client.session.leases.message(NodeId(node), message) {
+        tracing::error!("lease message from mount {node}: {error}");
     }
 }
 
@@ -150,6 +160,11 @@ impl Owner for Client {
     }
     fn peer_unreachable(&self, node: NodeId) {
         self.session.leases.peer_unreachable(node);
+    }
+    fn peer_silent(&self, node: NodeId) {
+        if let Some(calls) = self.calls.get() {
+            calls.forward.take_back_reads(node.0);
+        }
     }
     fn peer_gone(&self, node: NodeId) {
         self.session.leases.peer_gone(node);

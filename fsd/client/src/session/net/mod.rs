@@ -3,9 +3,11 @@
 //! A connection that breaks is made again in the background; requests wait for that up to their time
 //! limit and are then repeated (the servers carry repeated transactions out only once).
 
+mod alarm;
 mod clock;
 mod log;
 mod meta;
+mod peer;
 mod peers;
 mod storage;
 mod stream;

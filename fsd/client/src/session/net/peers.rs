@@ -3,50 +3,33 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use lockmgr::NodeId;
 use rdma_transport::Connection;
 use rt::sync::Mutex;
+use rt::time::Instant;
 
+use super::alarm::Alarm;
 use super::meta::MetaLink;
-use super::stream::Stream;
+use super::peer::{self, Peer, Relayed};
+use super::stream::{Carrier, Taken};
 use super::ways::{RETRY, Ways};
 use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::wire::{self, DeadMount, FrameKind, Hello, MountRequest, PeerState, Role};
+use fsd_proto::wire::{DeadMount, Hello, MountRequest, PeerState, Role};
 
-#[derive(Default)]
-struct Peer {
-    /// Made by either mount.
-    conn: Option<Arc<dyn Connection>>,
-    stream: Stream,
-    connecting: bool,
-}
+/// Longest pause between attempts to reach another mount.
+const LONGEST_RETRY: Duration = Duration::from_secs(1);
+/// Most connections to other mounts; beyond that the one that has been idle longest is closed.
+const MOST: usize = 256;
 
-impl Peer {
-    fn live(&self) -> Option<&Arc<dyn Connection>> {
-        self.conn.as_ref().filter(|c| c.is_alive())
-    }
-
-    /// Everything there is to send goes over this connection from now on.
-    fn adopt(&mut self, life: u64, conn: &Arc<dyn Connection>) {
-        self.stream.connected(life);
-        self.conn = Some(Arc::clone(conn));
-        self.flush();
-    }
-
-    /// Sends what has not gone yet; whatever the connection loses goes over the next one.
-    fn flush(&mut self) {
-        // Not `live`, which borrows the stream as well; a message that comes calls this, mostly for nothing.
-        let Some(conn) = self.conn.as_ref().filter(|c| c.is_alive()) else {
-            return;
-        };
-        while let Some(frame) = self.stream.next() {
-            if conn.queue(&wire::plain(FrameKind::Lease, &frame)).is_err() {
-                return;
-            }
-        }
-    }
+/// How a frame has come from another mount.
+enum Came<'a> {
+    /// Over this connection.
+    Over(&'a Arc<dyn Connection>),
+    /// By way of the metadata server.
+    Round,
 }
 
 /// The ways to the other mounts.
@@ -61,6 +44,8 @@ pub struct Peers {
     dead: Mutex<HashSet<u64>>,
     /// Runs when everybody has heard what was sent before it was asked for.
     heard: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    /// When somebody is to be looked after.
+    alarm: Arc<Alarm>,
 }
 
 /// Why another mount was not reached.
@@ -80,7 +65,82 @@ impl Peers {
             peers: Mutex::default(),
             dead: Mutex::default(),
             heard: Mutex::default(),
+            alarm: Arc::default(),
         })
+    }
+
+    /// What a thread does that looks after messages which are not told to have come, until [`Self::stop`].
+    pub fn attending(&self) -> impl FnOnce() + Send + use<> {
+        let (me, alarm) = (Weak::clone(&self.me), Arc::clone(&self.alarm));
+        move || {
+            while alarm.wait() {
+                let Some(peers) = me.upgrade() else { return };
+                peers.tend();
+            }
+        }
+    }
+
+    /// Nobody is looked after any more.
+    pub fn stop(&self) {
+        self.alarm.end();
+    }
+
+    /// Looks after all.
+    fn tend(&self) {
+        let now = Instant::now();
+        let (mut relayed, mut silent) = (Vec::new(), Vec::new());
+        for (&node, peer) in self.peers.lock().iter_mut() {
+            let todo = peer.tend(now);
+            relayed.extend(todo.relayed.map(|frame| (node, frame)));
+            silent.extend(todo.silent.then_some(node));
+            self.set_alarm(todo.due);
+        }
+        for (node, frame) in relayed {
+            self.relay(node, Some(frame));
+        }
+        if let Some(owner) = self.ways.owner() {
+            silent.into_iter().for_each(|node| owner.peer_silent(node));
+        }
+    }
+
+    fn set_alarm(&self, due: Option<Instant>) {
+        if let Some(at) = due {
+            self.alarm.set(at);
+        }
+    }
+
+    /// Passes a frame on by way of the metadata server, and then the next one. With nothing locked.
+    fn relay(&self, to: NodeId, relayed: Option<Relayed>) {
+        let Some(Relayed { turn, frame }) = relayed else {
+            return;
+        };
+        let me = Weak::clone(&self.me);
+        let answered = move |answer| {
+            if let Some(peers) = me.upgrade() {
+                peers.relayed(to, turn, &answer);
+            }
+        };
+        // Without a connection it is tried again when no answer has come for a while.
+        self.meta.ask_now(ask::meta::Relay { to: to.0, frame }, answered);
+    }
+
+    fn relayed(&self, to: NodeId, turn: u64, answer: &Result<(), RpcError>) {
+        let mut peers = self.peers.lock();
+        let Some(peer) = peers.get_mut(&to) else { return };
+        let back = peer.relayed(turn, answer);
+        let next = peer.flush();
+        self.set_alarm(peer.due());
+        drop(peers);
+        if let Err(error) = answer {
+            tracing::debug!(
+                "mount {} cannot be reached by way of the metadata server: {error}",
+                to.0
+            );
+        }
+        self.relay(to, next);
+        if back && let Some(owner) = self.ways.owner() {
+            owner.peer_back(to);
+        }
     }
 
     /// Mounts have been declared dead: nothing goes to them, and nothing of them is heard any more.
@@ -91,8 +151,8 @@ impl Peers {
             let mut peers = self.peers.lock();
             for mount in dead {
                 if let Some(peer) = peers.get_mut(&NodeId(mount.node)) {
-                    peer.stream.end();
-                    conns.extend(peer.conn.take());
+                    peer.end();
+                    conns.extend(peer.unlink());
                 }
             }
         }
@@ -111,10 +171,14 @@ impl Peers {
     /// that are asked for only the last.
     pub fn once_heard(&self, then: Box<dyn FnOnce() + Send>) {
         *self.heard.lock() = Some(then);
-        for peer in self.peers.lock().values_mut() {
+        let mut relayed = Vec::new();
+        for (&node, peer) in self.peers.lock().iter_mut() {
             if peer.stream.await_heard() {
-                peer.flush();
+                relayed.push((node, peer.flush()));
             }
+        }
+        for (node, frame) in relayed {
+            self.relay(node, frame);
         }
         self.tell_if_heard();
     }
@@ -133,73 +197,148 @@ impl Peers {
     pub fn send_lease(&self, to: NodeId, message: &[u8]) {
         let mut peers = self.peers.lock();
         let peer = peers.entry(to).or_default();
-        peer.stream.push(message);
-        if peer.live().is_some() {
-            peer.flush();
-        } else {
+        if peer.push(message) {
+            self.set_alarm(peer.due());
+        }
+        if peer.live().is_none() {
             self.begin_to_reach(to, peer);
         }
+        let relayed = peer.flush();
+        drop(peers);
+        self.relay(to, relayed);
     }
 
     /// A frame of lease messages has come from another mount; the message in it, unless it has come before.
     pub fn take_lease<'a>(
         &self,
         from: NodeId,
-        hello: &Hello,
+        life: u64,
         conn: &Arc<dyn Connection>,
         frame: &'a [u8],
     ) -> Option<&'a [u8]> {
-        if self.is_dead(hello.life) {
-            conn.close();
-            return None;
+        self.take(from, life, &Came::Over(conn), frame)
+            .unwrap_or_else(|_| {
+                conn.close();
+                None
+            })
+    }
+
+    /// One has come by way of the metadata server.
+    ///
+    /// # Errors
+    /// `ESTALE`: it is for, or of, a life that is over; `EPROTO`: it cannot be taken now, and is to be sent again.
+    pub fn take_relayed<'a>(
+        &self,
+        from: NodeId,
+        life: u64,
+        relayed: &'a [u8],
+    ) -> Result<Option<&'a [u8]>, Errno> {
+        let (to, frame) = peer::open(relayed).ok_or(Errno(libc::EPROTO))?;
+        if to != 0 && to != self.ways.life {
+            return Err(Errno(libc::ESTALE));
+        }
+        self.take(from, life, &Came::Round, frame)
+    }
+
+    /// Both carriers' frames are taken here, on the progress thread, so that what they bring is done in the order in which it is taken.
+    fn take<'a>(
+        &self,
+        from: NodeId,
+        life: u64,
+        came: &Came<'_>,
+        frame: &'a [u8],
+    ) -> Result<Option<&'a [u8]>, Errno> {
+        if self.is_dead(life) {
+            return Err(Errno(libc::ESTALE));
         }
         let mut peers = self.peers.lock();
         let peer = peers.entry(from).or_default();
         let awaited = peer.stream.is_awaited();
-        match peer.stream.take(hello.life, frame) {
-            Ok(message) => {
-                peer.flush();
-                let heard = awaited && !peer.stream.is_awaited();
-                drop(peers);
-                if heard {
-                    self.tell_if_heard();
+        let acknowledged = peer.stream.acknowledged();
+        let carrier = match came {
+            Came::Over(_) => Carrier::Direct,
+            Came::Round => Carrier::Relay,
+        };
+        let taken = peer.stream.take(life, carrier, frame).map_err(|broken| {
+            tracing::error!(
+                "a lease message from mount {}: {broken}; it is sent again",
+                from.0
+            );
+            Errno(libc::EPROTO)
+        })?;
+        peer.heard(acknowledged, life);
+        match (came, &taken) {
+            (Came::Over(_), Taken::Answer) if peer.is_round() => peer.go_direct(),
+            (Came::Over(conn), Taken::Bye) => {
+                if peer.is_over(conn) {
+                    peer.unlink();
+                    if peer.stream.keeps() {
+                        self.begin_to_reach(from, peer);
+                    }
                 }
-                message
-            }
-            Err(broken) => {
-                tracing::error!(
-                    "a lease message from mount {}: {broken}; it is sent again",
-                    from.0
-                );
-                drop(peers);
                 conn.close();
-                None
+            }
+            (Came::Over(_), _) => {}
+            (Came::Round, _) => {
+                // It cannot reach this mount itself, and is not to wait until that is found out here.
+                peer.go_round();
+                if peer.live().is_none() {
+                    self.begin_to_reach(from, peer);
+                }
             }
         }
+        let relayed = peer.flush();
+        if peer.is_round() {
+            self.set_alarm(peer.due());
+        }
+        let heard = awaited && !peer.stream.is_awaited();
+        drop(peers);
+        self.relay(from, relayed);
+        if heard {
+            self.tell_if_heard();
+        }
+        Ok(match taken {
+            Taken::Message(message) => Some(message),
+            _ => None,
+        })
     }
 
-    /// Another mount has connected to this one: where there is no connection to it, that is the one.
+    /// Another mount has connected to this one: where there is no connection to it that works, that is the one.
     pub fn connected(&self, from: NodeId, hello: &Hello, conn: &Arc<dyn Connection>) {
         if self.is_dead(hello.life) {
             return conn.close();
         }
         let mut peers = self.peers.lock();
         let peer = peers.entry(from).or_default();
-        if peer.live().is_none() {
-            peer.adopt(hello.life, conn);
+        if peer.answering().is_none() {
+            peer.adopt(hello.life, conn, false);
+            self.adopted(&mut peers, from);
             drop(peers);
             self.tell_if_heard();
+        }
+    }
+
+    /// There is a connection more.
+    fn adopted(&self, peers: &mut HashMap<NodeId, Peer>, to: NodeId) {
+        self.set_alarm(peers.get(&to).and_then(Peer::due));
+        if peers.values().filter(|peer| peer.live().is_some()).count() <= MOST {
+            return;
+        }
+        let now = Instant::now();
+        let others = peers.iter_mut().filter(|(node, _)| **node != to);
+        let idle = others.filter_map(|(_, peer)| Some((peer.idle_since(now)?, peer)));
+        if let Some((_, longest)) = idle.min_by_key(|(since, _)| *since) {
+            longest.say_goodbye();
         }
     }
 
     /// A connection has ended. If it was the one to another mount, that is connected to again, or found to have ended.
     pub(super) fn disconnected(&self, conn: &Arc<dyn Connection>) {
         let mut peers = self.peers.lock();
-        let mut all = peers.iter_mut();
-        let lost = all.find(|(_, p)| p.conn.as_ref().is_some_and(|c| c.id() == conn.id()));
-        if let Some((&node, peer)) = lost {
-            peer.conn = None;
+        if let Some((&node, peer)) = peers.iter_mut().find(|(_, p)| p.is_over(conn)) {
+            peer.unlink();
             self.begin_to_reach(node, peer);
+            self.set_alarm(peer.due());
         }
     }
 
@@ -215,7 +354,7 @@ impl Peers {
         });
     }
 
-    /// Asks another mount; `done` gets the answer on some thread. None, and `done` is not called, without a connection.
+    /// Asks another mount; `done` gets the answer on some thread. None, and `done` is not called, without a connection that works.
     pub fn ask<R>(
         &self,
         to: NodeId,
@@ -226,7 +365,7 @@ impl Peers {
         R: ask::Request<Message = MountRequest, Answer: 'static>,
     {
         let peers = self.peers.lock();
-        let conn = peers.get(&to)?.live().cloned()?;
+        let conn = peers.get(&to)?.answering().cloned()?;
         drop(peers);
         self.ways.calls.call_async(
             &conn,
@@ -240,6 +379,7 @@ impl Peers {
 
     /// Connects to another mount and sends what waits for it; gives up when it has left or ended.
     fn reach(&self, to: NodeId) {
+        let mut pause = RETRY;
         loop {
             let reached = self.connect_peer(to);
             let mut peers = self.peers.lock();
@@ -247,19 +387,27 @@ impl Peers {
             match reached {
                 _ if peer.live().is_some() => {}
                 Ok((life, conn)) if self.is_dead(life) => conn.close(),
-                Ok((life, conn)) => peer.adopt(life, &conn),
+                Ok((life, conn)) => {
+                    peer.adopt(life, &conn, true);
+                    peer.connecting = false;
+                    self.adopted(&mut peers, to);
+                    drop(peers);
+                    return self.back(to);
+                }
                 Err(Unreached::Yet(error)) if !self.ways.stopping.load(Ordering::Acquire) => {
+                    let relayed = peer.is_relayed();
                     drop(peers);
                     tracing::debug!("mount {} cannot be reached yet: {error}", to.0);
-                    if let Some(owner) = self.ways.owner() {
+                    if let Some(owner) = self.ways.owner().filter(|_| !relayed) {
                         owner.peer_unreachable(to);
                     }
-                    rt::thread::sleep(RETRY);
+                    rt::thread::sleep(pause);
+                    pause = (pause * 2).min(LONGEST_RETRY);
                     continue;
                 }
                 Err(Unreached::Yet(error) | Unreached::Ever(error)) => {
                     peer.connecting = false;
-                    peer.stream.end();
+                    peer.end();
                     drop(peers);
                     tracing::debug!("mount {} has left or ended: {error}", to.0);
                     self.tell_if_heard();
@@ -271,11 +419,15 @@ impl Peers {
             }
             peer.connecting = false;
             drop(peers);
-            self.tell_if_heard();
-            if let Some(owner) = self.ways.owner() {
-                owner.peer_back(to);
-            }
-            return;
+            return self.back(to);
+        }
+    }
+
+    /// Another mount was reached.
+    fn back(&self, to: NodeId) {
+        self.tell_if_heard();
+        if let Some(owner) = self.ways.owner() {
+            owner.peer_back(to);
         }
     }
 
@@ -303,5 +455,11 @@ impl Peers {
                 Err(Unreached::Yet(RpcError::Errno(Errno(libc::EAGAIN))))
             }
         }
+    }
+}
+
+impl Drop for Peers {
+    fn drop(&mut self) {
+        self.alarm.end();
     }
 }

@@ -38,6 +38,8 @@ pub trait Owner: Send + Sync {
     fn declared_dead(&self);
     /// Another mount cannot be reached just now.
     fn peer_unreachable(&self, node: NodeId);
+    /// Another mount does not answer over a connection that is up; messages go another way.
+    fn peer_silent(&self, node: NodeId);
     /// Another mount has left or ended: nothing that it was asked will be answered.
     fn peer_gone(&self, node: NodeId);
     /// Another mount can be reached (again).
