@@ -206,6 +206,7 @@ pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn 
     } else {
         // Once more: a revocation that began before this mount was leaving may have pinned something.
         client.opens.pinning.drop_pins(true);
+        client.session.fate.left.store(true, Ordering::SeqCst);
         if let Err(error) = client.session.net.meta.ask(ask::meta::Leave {}) {
             tracing::warn!("leaving: {error}");
         }

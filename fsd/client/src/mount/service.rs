@@ -151,7 +151,7 @@ impl Owner for Client {
         self.session.term.renew(sent);
     }
     fn declared_dead(&self) {
-        if self.session.term.finish() {
+        if !self.session.fate.left.load(Ordering::SeqCst) && self.session.term.finish() {
             tracing::error!(
                 "this mount was declared dead, because it was silent for too long or was evicted: what it had not stored is lost, and it begins anew"
             );

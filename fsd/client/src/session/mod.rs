@@ -78,6 +78,8 @@ pub struct Fate {
     pub stopping: AtomicBool,
     /// The mount is about to stop: what cannot be stored by now never will be.
     pub leaving: AtomicBool,
+    /// The metadata server is told that the mount leaves: that it does not know it afterwards is no news.
+    pub left: AtomicBool,
     /// The leases are lost; nothing is served any more.
     pub doomed: AtomicBool,
 }
