@@ -134,7 +134,7 @@ bool df_write_page(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret)
 	if (!folio_test_dirty(folio) || file_update_time(file) || !folio_trylock(folio))
 		goto put;
 	if (likely(folio->mapping == mapping && folio_test_uptodate(folio) &&
-		   folio_test_dirty(folio) && !folio_test_writeback(folio) &&
+		   df_in_term(df_i(inode)->sb) && folio_test_dirty(folio) && !folio_test_writeback(folio) &&
 		   iocb->ki_pos + count <= i_size_read(inode))) {
 		page = folio_file_page(folio, index);
 		if (unlikely(mapping_writably_mapped(mapping)))
