@@ -22,9 +22,9 @@ const STOPPED: Duration = Duration::from_secs(6);
 /// Looks of each reader.
 const LOOKS: u64 = 30;
 
-fn signal(cluster: &Cluster, signal: Signal) -> anyhow::Result<()> {
-    let pid = cluster.pid(Role::Mount(1)).and_then(|pid| Pid::from_raw(pid as i32));
-    Ok(kill_process(pid.context("the mount does not run")?, signal)?)
+fn signal(cluster: &Cluster, role: Role, signal: Signal) -> anyhow::Result<()> {
+    let pid = cluster.pid(role).and_then(|pid| Pid::from_raw(pid as i32));
+    Ok(kill_process(pid.context("it does not run")?, signal)?)
 }
 
 fn cluster() -> anyhow::Result<Cluster> {
@@ -66,10 +66,10 @@ fn extension_stopped_past_its_term() -> anyhow::Result<()> {
         readers.wait_for_looks(LOOKS, OTHERS)?;
         none_is_stale(&readers.seen()?, "before")?;
 
-        signal(cluster, Signal::STOP)?;
+        signal(cluster, Role::Mount(1), Signal::STOP)?;
         let stopped = Instant::now();
         let others = stopped_for_long(cluster, &mut writer, &mut readers, stopped);
-        signal(cluster, Signal::CONT)?;
+        signal(cluster, Role::Mount(1), Signal::CONT)?;
         others?;
         readers.wait_for_looks(LOOKS, ANEW)?;
         none_is_stale(&readers.seen()?, "when it goes on")?;
@@ -107,4 +107,41 @@ fn stopped_for_long(
     std::thread::sleep(Duration::from_secs(1));
     ensure!(readers.seen()? == seen, "somebody is answered past the term");
     Ok(())
+}
+
+/// The metadata server is silent for longer than a term: all mounts freeze, and go on with all they had when they hear of it.
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn extension_frozen_while_nobody_answers() -> anyhow::Result<()> {
+    guard::with(cluster()?, |cluster| {
+        let _clock = Setting::set("vm/dirty_writeback_centisecs", "0")?;
+        let board = cluster.path("board");
+        let mut writer = Writer::new(&cluster.mount(0).join("f"), &board)?;
+        let dirty = sys::open(&cluster.mount(1).join("dirty"), libc::O_RDWR | libc::O_CREAT)?;
+        dirty.write_all_at(&[b'd'; 8192], 0)?;
+        let mut readers = Readers::start(&cluster.mount(1).join("f"), &board)?;
+        readers.wait_for_looks(LOOKS, OTHERS)?;
+        signal(cluster, Role::Meta, Signal::STOP)?;
+        std::thread::sleep(STOPPED / 2);
+        let frozen = readers.seen();
+        std::thread::sleep(STOPPED / 6);
+        let still = readers.seen();
+        signal(cluster, Role::Meta, Signal::CONT)?;
+        let (frozen, still) = (frozen?, still?);
+        none_is_stale(&still, "while nobody answers")?;
+        ensure!(frozen == still, "answered past the term: {frozen:?}, then {still:?}");
+        readers.wait_for_looks(LOOKS, ANEW)?;
+        writer.step()?;
+        readers.wait_for_looks(LOOKS, OTHERS)?;
+        let seen = readers.seen()?;
+        none_is_stale(&seen, "when it goes on")?;
+        ensure!(
+            seen.iter().all(|s| s.failed == 0),
+            "something failed although nobody died: {seen:?}"
+        );
+        dirty.sync_all().context("what was dirty")?;
+        drop(dirty);
+        ensure!(fs::read(cluster.mount(0).join("dirty"))? == [b'd'; 8192], "what was dirty");
+        Ok(())
+    })
 }
