@@ -114,7 +114,8 @@ static bool df_is_plain(const struct kiocb *iocb, const struct inode *inode, siz
  * accounted for then, for space, dirty pages or a file that grows, and no writing back to be
  * waited for. So the inode need not be locked, only the page, as by a store to a mapping: a
  * truncation sets the size before it asks for the page's lock, and longer writes come before or
- * after in each page. False: nothing is done.
+ * after in each page. Nothing here sleeps, so it is within the term in which it was entered.
+ * False: nothing is done.
  */
 bool df_write_page(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret)
 {
@@ -134,7 +135,7 @@ bool df_write_page(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret)
 	if (!folio_test_dirty(folio) || file_update_time(file) || !folio_trylock(folio))
 		goto put;
 	if (likely(folio->mapping == mapping && folio_test_uptodate(folio) &&
-		   df_in_term(df_i(inode)->sb) && folio_test_dirty(folio) && !folio_test_writeback(folio) &&
+		   folio_test_dirty(folio) && !folio_test_writeback(folio) &&
 		   iocb->ki_pos + count <= i_size_read(inode))) {
 		page = folio_file_page(folio, index);
 		if (unlikely(mapping_writably_mapped(mapping)))

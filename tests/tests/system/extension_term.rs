@@ -81,7 +81,10 @@ fn extension_stopped_past_its_term() -> anyhow::Result<()> {
         ensure!(dirty.sync_all().is_err(), "nobody is told of what is lost");
         drop(dirty);
         let anew = fs::read(cluster.mount(1).join("dirty"))?;
-        ensure!(anew == [b's'; 8192], "what was not stored is there in the next life");
+        ensure!(
+            anew == [b's'; 8192],
+            "what was not stored is there in the next life"
+        );
         Ok(())
     })
 }
@@ -129,7 +132,10 @@ fn extension_frozen_while_nobody_answers() -> anyhow::Result<()> {
         signal(cluster, Role::Meta, Signal::CONT)?;
         let (frozen, still) = (frozen?, still?);
         none_is_stale(&still, "while nobody answers")?;
-        ensure!(frozen == still, "answered past the term: {frozen:?}, then {still:?}");
+        ensure!(
+            frozen == still,
+            "answered past the term: {frozen:?}, then {still:?}"
+        );
         readers.wait_for_looks(LOOKS, ANEW)?;
         writer.step()?;
         readers.wait_for_looks(LOOKS, OTHERS)?;
@@ -141,7 +147,10 @@ fn extension_frozen_while_nobody_answers() -> anyhow::Result<()> {
         );
         dirty.sync_all().context("what was dirty")?;
         drop(dirty);
-        ensure!(fs::read(cluster.mount(0).join("dirty"))? == [b'd'; 8192], "what was dirty");
+        ensure!(
+            fs::read(cluster.mount(0).join("dirty"))? == [b'd'; 8192],
+            "what was dirty"
+        );
         Ok(())
     })
 }

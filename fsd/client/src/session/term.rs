@@ -64,7 +64,11 @@ impl Term {
     fn tell(&self) {
         if let Some(watcher) = self.watcher.get() {
             let ended = self.early.load(Ordering::Acquire) || self.is_over();
-            watcher(if ended { 0 } else { self.end.load(Ordering::Acquire) });
+            watcher(if ended {
+                0
+            } else {
+                self.end.load(Ordering::Acquire)
+            });
         }
     }
 
@@ -157,7 +161,10 @@ mod tests {
 
     #[test]
     fn who_watches_is_told_every_end() {
-        let (term, told) = (Term::new(Duration::from_secs(5)), Arc::new(Mutex::new(Vec::new())));
+        let (term, told) = (
+            Term::new(Duration::from_secs(5)),
+            Arc::new(Mutex::new(Vec::new())),
+        );
         let ends = Arc::clone(&told);
         term.watch(Box::new(move |end| ends.lock().push(end)));
         let sent = since_boot() + Duration::from_secs(1);

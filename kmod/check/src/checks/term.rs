@@ -38,8 +38,19 @@ pub fn over() -> Result<()> {
     manager.automatic.store(false, SeqCst);
     manager.mount(0)?.set_term(0);
     let lookups = fixture.control.block().lookups.load(SeqCst);
-    ensure!(fixture.path(0, "f1").parent().is_some_and(std::path::Path::exists), "root");
-    let (a, b, c, d) = (dirty.try_clone()?, dirty.try_clone()?, clean.try_clone()?, clean.try_clone()?);
+    ensure!(
+        fixture
+            .path(0, "f1")
+            .parent()
+            .is_some_and(std::path::Path::exists),
+        "root"
+    );
+    let (a, b, c, d) = (
+        dirty.try_clone()?,
+        dirty.try_clone()?,
+        clean.try_clone()?,
+        clean.try_clone()?,
+    );
     let rewrite = Task::start(move || a.write_all_at(b"x", 5));
     let append = Task::start(move || b.write_all_at(&[b'y'; 8192], 65536));
     let read = Task::start(move || read_at(&c, 0, 10));
@@ -65,10 +76,18 @@ pub fn over() -> Result<()> {
     rewrite.end("the write")??;
     append.end("the longer write")??;
     ensure_eq!(read.end("the read")??, vec![b'b'; 10], "what is read");
-    ensure_eq!(end_of_file.end("the read at the end")??.len(), 0, "bytes behind the end");
+    ensure_eq!(
+        end_of_file.end("the read at the end")??.len(),
+        0,
+        "bytes behind the end"
+    );
     ensure_eq!(stat.end("stat")??.len(), 65536, "size");
     ensure_eq!(read_at(&dirty, 4, 3)?, b"dxd".to_vec(), "what was written");
-    ensure_eq!(dirty.metadata()?.len(), 65536 + 8192, "size after the longer write");
+    ensure_eq!(
+        dirty.metadata()?.len(),
+        65536 + 8192,
+        "size after the longer write"
+    );
     drop((dirty, clean));
     fixture.end()
 }
@@ -145,7 +164,10 @@ pub fn slept() -> Result<()> {
         });
         until("the server is asked", || block.reads.load(SeqCst) > reads)?;
         std::thread::sleep(OVER + OVER / 5 + WHILE);
-        ensure!(!map.load(SeqCst), "a {kind} that slept past the end of the term is not found out");
+        ensure!(
+            !map.load(SeqCst),
+            "a {kind} that slept past the end of the term is not found out"
+        );
         block.read_delay.store(0, SeqCst);
         manager.mount(0)?.set_term(u64::MAX);
         manager.automatic.store(true, SeqCst);
