@@ -166,7 +166,7 @@ struct df_inode {
 	wait_queue_head_t	wq;
 
 	struct list_head	mapped_link;	/* in df_sb.mapped */
-	u32			mapped;		/* so often still to be unmapped at the end of a term */
+	u32			mapped;		/* so often still to be unmapped at a term's end */
 
 	struct task_struct	*flusher;	/* who flushes it for the daemon */
 	struct df_att		*cleaned;	/* after its end */
@@ -183,7 +183,7 @@ struct df_inode {
 struct df_whole {
 	struct list_head	link;
 	struct task_struct	*task;
-	const struct iov_iter	*from;		/* NULL: there is space for it, or it is done in parts */
+	const struct iov_iter	*from;		/* NULL: there is space, or it goes in parts */
 };
 
 /* An open file of such an inode: what is needed to flush it. */

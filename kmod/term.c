@@ -112,6 +112,7 @@ void df_term_init(struct df_att *att)
 /* The daemon is gone, or the mount with all its inodes: neither starts the timer any more. */
 void df_term_stop(struct df_att *att)
 {
+	/* Who is about to start it does so now, or finds the daemon dead. */
 	mutex_lock(&att->sb->mapped_lock);
 	mutex_unlock(&att->sb->mapped_lock);
 	hrtimer_cancel(&att->term_timer);
