@@ -30,6 +30,7 @@ struct df_att *df_att_new(void)
 	init_waitqueue_head(&att->event_wq);
 	mutex_init(&att->command_lock);
 	INIT_WORK(&att->cleanup, df_cleanup);
+	df_term_init(att);
 	return att;
 }
 
@@ -90,6 +91,7 @@ static int df_att_map(struct df_att *att, struct distfuse_attach *arg)
 	att->spin_credit = DF_SPIN_CREDIT;
 	att->shared->abi = DISTFUSE_ABI_VERSION;
 	att->shared->state = DISTFUSE_STATE_ATTACHED;
+	att->shared->term_end = U64_MAX;
 	att->shared->command_need_kick = 1;
 	return df_calls_init(att, att->map + arg->buffers_offset, arg->buffers);
 }
@@ -136,6 +138,7 @@ static int df_attach_sb(struct df_att *att, struct super_block *sb, struct distf
 	smp_store_release(&att->sb, ds);
 	/* And with what goes from the mount to the attachment, which is whole. */
 	smp_store_release(&ds->att, att);
+	df_term_begin(att);
 	df_debugfs_add(att, sb->s_id);
 	return 0;
 }
@@ -227,6 +230,7 @@ void df_detach(struct df_att *att)
 		/* Before the mount may be attached to again. */
 		smp_store_release(&ds->att, NULL);
 		df_wake_everyone(ds);
+		df_term_stop(att);
 		/*
 		 * The mount may end while that runs: it holds the attachment, and looks for the
 		 * mount.
@@ -247,6 +251,7 @@ void df_sb_gone(struct df_sb *ds)
 	mutex_lock(&df_attach_lock);
 	list_for_each_entry_safe(att, next, &ds->atts, link) {
 		df_debugfs_remove(att);
+		df_term_stop(att);
 		WRITE_ONCE(att->sb, NULL);
 		WRITE_ONCE(att->shared->state, DISTFUSE_STATE_GONE);
 		wake_up_all(&att->event_wq);

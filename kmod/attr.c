@@ -102,25 +102,30 @@ static int df_file_getattr(df_idmap *idmap, const struct path *path, struct ksta
 	struct df_sb *ds = df_of_riop(inode);
 	struct df_inode *di = df_inode_get(ds, inode);
 	struct distfuse_entry *entry;
-	int ret = 0;
+	bool in_term;
+	int ret;
 
 	if (!di)
 		return -ENOMEM;
 	if (flags & AT_STATX_DONT_SYNC)
 		return ds->stock_riop->getattr(idmap, path, stat, mask, flags);
-	entry = df_enter(di, DISTFUSE_SHARED, 0);
-	if (IS_ERR(entry))
-		return PTR_ERR(entry);
-	if (!(flags & AT_STATX_FORCE_SYNC) && df_wants(ds, DISTFUSE_ATTACH_STAT) &&
-	    df_stat_from(entry, idmap, mask, inode, stat)) {
-		df_count_sb(ds, DISTFUSE_STAT_LOCAL);
-	} else {
-		df_count_sb(ds, DISTFUSE_STAT_REMOTE);
-		ret = ds->stock_riop->getattr(idmap, path, stat, mask, flags);
-		if (!ret)
-			df_show_entry(entry, inode, stat);
-	}
-	df_leave(di, entry);
+	do {
+		ret = 0;
+		entry = df_enter(di, DISTFUSE_SHARED, 0);
+		if (IS_ERR(entry))
+			return PTR_ERR(entry);
+		if (!(flags & AT_STATX_FORCE_SYNC) && df_wants(ds, DISTFUSE_ATTACH_STAT) &&
+		    df_stat_from(entry, idmap, mask, inode, stat)) {
+			df_count_sb(ds, DISTFUSE_STAT_LOCAL);
+		} else {
+			df_count_sb(ds, DISTFUSE_STAT_REMOTE);
+			ret = ds->stock_riop->getattr(idmap, path, stat, mask, flags);
+			if (!ret)
+				df_show_entry(entry, inode, stat);
+		}
+		in_term = df_in_term(ds);
+		df_leave(di, entry);
+	} while (unlikely(!ret && !in_term));
 	return ret;
 }
 
@@ -139,7 +144,8 @@ static int df_dir_getattr(df_idmap *idmap, const struct path *path, struct kstat
 		if (di && df_held(di, DISTFUSE_SHARED, true)) {
 			entry = df_enter_fast(di, DISTFUSE_SHARED, 0);
 			if (entry) {
-				done = df_stat_from(entry, idmap, mask, inode, stat);
+				done = df_stat_from(entry, idmap, mask, inode, stat) &&
+				       df_in_term(ds);
 				df_leave(di, entry);
 				if (done) {
 					df_count_sb(ds, DISTFUSE_STAT_LOCAL);

@@ -114,7 +114,8 @@ static bool df_is_plain(const struct kiocb *iocb, const struct inode *inode, siz
  * accounted for then, for space, dirty pages or a file that grows, and no writing back to be
  * waited for. So the inode need not be locked, only the page, as by a store to a mapping: a
  * truncation sets the size before it asks for the page's lock, and longer writes come before or
- * after in each page. False: nothing is done.
+ * after in each page. Nothing here sleeps, so it is within the term in which it was entered.
+ * False: nothing is done.
  */
 bool df_write_page(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret)
 {

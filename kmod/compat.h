@@ -6,6 +6,7 @@
 #include <linux/version.h>
 #include <linux/fs.h>
 #include <linux/file.h>
+#include <linux/hrtimer.h>
 #include <linux/mm.h>
 #include <linux/pagemap.h>
 #include <linux/stat.h>
@@ -103,6 +104,19 @@ static inline struct folio *df_cached_folio(struct address_space *mapping, pgoff
 #else
 #define df_written	struct page
 #endif
+
+/* 6.15: a timer and its function are set up in one. */
+static inline void df_timer_setup(struct hrtimer *timer,
+				  enum hrtimer_restart (*function)(struct hrtimer *),
+				  clockid_t clock)
+{
+#if DF_KERNEL(6, 15)
+	hrtimer_setup(timer, function, clock, HRTIMER_MODE_ABS);
+#else
+	hrtimer_init(timer, clock, HRTIMER_MODE_ABS);
+	timer->function = function;
+#endif
+}
 
 /* 6.5: splice reads the page cache by itself; before, it goes through read_iter. */
 #define DF_SPLICE_OWN	DF_KERNEL(6, 5)

@@ -33,6 +33,7 @@ static const char * const df_names[DISTFUSE_NR_COUNTERS] = {
 	[DISTFUSE_CALLS_AGAIN] = "calls_again",
 	[DISTFUSE_SPINS] = "spins",
 	[DISTFUSE_SPACE_ASKED] = "space_asked",
+	[DISTFUSE_TERM_UNMAPS] = "term_unmaps",
 };
 
 static int df_counters_show(struct seq_file *m, void *unused)

@@ -161,6 +161,7 @@ static ssize_t df_read_entered(struct kiocb *iocb, struct iov_iter *to)
 	struct distfuse_entry *entry;
 	ssize_t ret, done = 0;
 	int again = 0;
+	bool in_term;
 	size_t want;
 
 	for (;;) {
@@ -174,7 +175,14 @@ static ssize_t df_read_entered(struct kiocb *iocb, struct iov_iter *to)
 		ret = generic_file_read_iter(iocb, to);
 		if (user)
 			pagefault_enable();
+		in_term = df_in_term(ds);
 		df_leave_file(file, entry);
+		if (unlikely(ret >= 0 && !in_term)) {
+			/* It may have slept: others may have written meanwhile. Entering waits. */
+			iov_iter_revert(to, iov_iter_count(&start) - iov_iter_count(to));
+			iocb->ki_pos = pos;
+			continue;
+		}
 		if (likely(!user || !iov_iter_count(to)) || !ret || (ret < 0 && ret != -EFAULT))
 			break;
 		if (ret > 0 && iocb->ki_pos >= i_size_read(file_inode(file)))
@@ -346,18 +354,22 @@ static loff_t df_llseek(struct file *file, loff_t offset, int whence)
 {
 	struct df_sb *ds = df_of_fop(file);
 	struct distfuse_entry *entry;
+	bool in_term;
 	loff_t ret;
 
 	if (whence == SEEK_DATA || whence == SEEK_HOLE)
 		return df_seek_data(ds, file, offset, whence);
 	if (whence != SEEK_END)
 		return ds->stock_fop->llseek(file, offset, whence);
-	entry = df_enter_file(file, DISTFUSE_SHARED, 0);
-	if (IS_ERR(entry))
-		return PTR_ERR(entry);
-	/* FUSE would ask its server, for the size that is known here. */
-	ret = generic_file_llseek(file, offset, whence);
-	df_leave_file(file, entry);
+	do {
+		entry = df_enter_file(file, DISTFUSE_SHARED, 0);
+		if (IS_ERR(entry))
+			return PTR_ERR(entry);
+		/* FUSE would ask its server, for the size that is known here. */
+		ret = generic_file_llseek(file, offset, whence);
+		in_term = df_in_term(ds);
+		df_leave_file(file, entry);
+	} while (unlikely(!in_term));
 	return ret;
 }
 

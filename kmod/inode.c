@@ -34,6 +34,7 @@ struct df_inode *df_inode_get(struct df_sb *ds, struct inode *inode)
 	for (mode = 0; mode < ARRAY_SIZE(di->need_post); mode++)
 		INIT_LIST_HEAD(&di->need_post[mode].link);
 	INIT_LIST_HEAD(&di->drained_post.link);
+	INIT_LIST_HEAD(&di->mapped_link);
 
 	spin_lock(&ds->lock);
 	old = inode->i_private;
@@ -92,6 +93,7 @@ void df_inode_evict(struct df_sb *ds, struct inode *inode)
 
 	if (!di)
 		return;
+	df_map_forget(di);
 	spin_lock(&ds->lock);
 	hash_del(&di->hash);
 	inode->i_private = NULL;

@@ -7,6 +7,7 @@
 #include <linux/completion.h>
 #include <linux/fs.h>
 #include <linux/hashtable.h>
+#include <linux/hrtimer.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/refcount.h>
@@ -14,6 +15,7 @@
 #include <linux/slab.h>
 #include <linux/sched/clock.h>
 #include <linux/spinlock.h>
+#include <linux/timekeeping.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
 #include <linux/exportfs.h>
@@ -100,6 +102,8 @@ struct df_att {
 	wait_queue_head_t	call_wq;	/* for a call for space */
 	struct df_refused	refused[1 << DF_REFUSED_BITS];
 
+	struct hrtimer		term_timer;	/* under df_sb.mapped_lock, but for its own work */
+	struct work_struct	term_work;
 	struct work_struct	cleanup;
 	struct dentry		*debugfs;
 };
@@ -116,6 +120,8 @@ struct df_sb {
 	spinlock_t		lock;		/* setting up of the tables below, inodes */
 	wait_queue_head_t	evict_wq;
 	atomic64_t		epoch;		/* last given to a directory's names */
+	struct mutex		mapped_lock;	/* mapped, and starting the timer that empties it */
+	struct list_head	mapped;		/* inodes of which pages may be in page tables */
 
 	struct super_operations		sop;
 	struct dentry_operations	dop;
@@ -159,6 +165,9 @@ struct df_inode {
 	int			refusal;
 	wait_queue_head_t	wq;
 
+	struct list_head	mapped_link;	/* in df_sb.mapped */
+	u32			mapped;		/* so often still to be unmapped at a term's end */
+
 	struct task_struct	*flusher;	/* who flushes it for the daemon */
 	struct df_att		*cleaned;	/* after its end */
 
@@ -174,7 +183,7 @@ struct df_inode {
 struct df_whole {
 	struct list_head	link;
 	struct task_struct	*task;
-	const struct iov_iter	*from;		/* NULL: there is space for it, or it is done in parts */
+	const struct iov_iter	*from;		/* NULL: there is space, or it goes in parts */
 };
 
 /* An open file of such an inode: what is needed to flush it. */
@@ -252,6 +261,14 @@ int df_call_wait(struct df_att *att, struct df_call *call);
 void df_call_end(struct df_att *att, struct df_call *call);
 bool df_call(struct df_inode *di, struct kiocb *iocb, struct iov_iter *it, u32 mode, ssize_t *ret);
 
+/* term.c */
+extern struct workqueue_struct *df_term_wq;
+void df_term_init(struct df_att *att);
+void df_term_begin(struct df_att *att);
+void df_term_stop(struct df_att *att);
+void df_map_note(struct df_inode *di);
+void df_map_forget(struct df_inode *di);
+
 /* cached.c */
 bool df_read_cached(struct kiocb *iocb, struct iov_iter *to, ssize_t *ret);
 bool df_write_page(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret);
@@ -310,6 +327,21 @@ static inline void df_count_sb(struct df_sb *ds, enum distfuse_counter which)
 		df_count(att, which);
 }
 
+/*
+ * Whether the daemon may act still, and with it what it has delegated. Looked at before a lease
+ * is entered, and again before what was read under it is returned, or a page written to: a task
+ * that slept in between is found out. What is left is a task that is kept from running between
+ * that look and what it does next; for that the others wait longer than a term before they take
+ * the daemon for dead. The clock is behind by a tick at most, which is part of that, too.
+ */
+static inline bool df_in_term(const struct df_sb *ds)
+{
+	const struct df_att *att = READ_ONCE(ds->att);
+
+	return likely(att) &&
+	       likely(ktime_get_coarse_boottime_ns() < READ_ONCE(att->shared->term_end));
+}
+
 static inline atomic64_t *df_word(struct distfuse_entry *entry)
 {
 	return (atomic64_t *)&entry->word;
@@ -348,7 +380,7 @@ static inline struct distfuse_entry *df_enter_fast(struct df_inode *di, u32 mode
 	u32 generation = smp_load_acquire(&di->generation);
 	s64 word;
 
-	if (unlikely(!entry || !generation))
+	if (unlikely(!entry || !generation || !df_in_term(di->sb)))
 		return NULL;
 	word = atomic64_read_acquire(df_word(entry));
 	do {
@@ -367,7 +399,7 @@ struct df_glance {
 	u32			mode;
 };
 
-/* Looks at a lease, without entering. */
+/* Looks at a lease, without entering. Whether it is within the term is to be seen at the end. */
 static inline bool df_glance(struct df_inode *di, u32 mode, struct df_glance *glance)
 {
 	u64 word;
@@ -387,11 +419,13 @@ static inline bool df_glance(struct df_inode *di, u32 mode, struct df_glance *gl
 	return true;
 }
 
+/* Whether all that was done since is of a time at which the lease was held, within the term. */
 static inline bool df_glance_holds(struct df_inode *di, const struct df_glance *glance)
 {
 	/* What was read meanwhile was read before this. */
 	smp_rmb();
-	return df_admits_installed(atomic64_read(df_word(glance->entry)), glance->mode,
+	return df_in_term(di->sb) &&
+	       df_admits_installed(atomic64_read(df_word(glance->entry)), glance->mode,
 				   glance->generation) &&
 	       READ_ONCE(di->generation) == glance->generation;
 }

@@ -91,14 +91,22 @@ static int __init df_init(void)
 	BUILD_BUG_ON(DISTFUSE_NR_COUNTERS > DISTFUSE_COUNTERS_STRIDE);
 	BUILD_BUG_ON(sizeof(struct distfuse_shared) > PAGE_SIZE);
 	df_wq = alloc_workqueue("distfuse", WQ_UNBOUND, 0);
-	if (!df_wq)
-		return -ENOMEM;
+	/* Of its own: flushes wait for a daemon that may be stopped. */
+	df_term_wq = alloc_workqueue("distfuse_term", WQ_UNBOUND | WQ_HIGHPRI, 0);
+	if (!df_wq || !df_term_wq) {
+		ret = -ENOMEM;
+		goto queues;
+	}
 	df_debugfs_init();
 	ret = misc_register(&df_dev);
-	if (ret) {
-		df_debugfs_exit();
+	if (!ret)
+		return 0;
+	df_debugfs_exit();
+queues:
+	if (df_term_wq)
+		destroy_workqueue(df_term_wq);
+	if (df_wq)
 		destroy_workqueue(df_wq);
-	}
 	return ret;
 }
 
@@ -106,6 +114,7 @@ static int __init df_init(void)
 static void __exit df_exit(void)
 {
 	misc_deregister(&df_dev);
+	destroy_workqueue(df_term_wq);
 	destroy_workqueue(df_wq);
 	df_debugfs_exit();
 	/* Tasks that let go of the last mount may not have left our code yet. */

@@ -54,6 +54,7 @@ static vm_fault_t df_fault(struct vm_fault *vmf)
 
 	if (unlikely(!di || df_is_dead(ds)))
 		return VM_FAULT_SIGBUS;
+	df_map_note(di);
 	entry = df_enter_fast(di, mode, DISTFUSE_MAPPED);
 	if (!entry)
 		return df_fault_wait(vmf, di, mode);
@@ -63,6 +64,13 @@ static vm_fault_t df_fault(struct vm_fault *vmf)
 		return df_space_fault(vmf, di);
 	}
 	ret = ds->stock_vmop->fault(vmf);
+	if (unlikely((ret & VM_FAULT_LOCKED) && !df_in_term(ds))) {
+		/* It has slept for the page, which nobody may see any more. */
+		unlock_page(vmf->page);
+		put_page(vmf->page);
+		vmf->page = NULL;
+		ret = VM_FAULT_NOPAGE;
+	}
 	df_leave(di, entry);
 	return ret;
 }
@@ -75,7 +83,8 @@ static vm_fault_t df_map_pages(struct vm_fault *vmf, pgoff_t start, pgoff_t end)
 	struct distfuse_entry *entry;
 	vm_fault_t ret;
 
-	if (unlikely(!di))
+	/* The fault proper notes that it is mapped, which may sleep. */
+	if (unlikely(!di) || !READ_ONCE(di->mapped))
 		return 0;
 	entry = df_enter_fast(di, DISTFUSE_SHARED, DISTFUSE_MAPPED);
 	if (!entry)

@@ -139,10 +139,18 @@ static int df_write_begin(struct file *file, struct address_space *mapping, loff
 	struct df_sb *ds = df_of_aops(mapping);
 	struct df_inode *di = df_i(mapping->host);
 	struct distfuse_entry *entry = di ? READ_ONCE(di->entry) : NULL;
+	int ret;
 
-	if (unlikely(!entry || !df_covered(di, entry, pos, len)))
+	/* What is past the term goes the same way: the daemon answers when it may act again. */
+	if (unlikely(!entry || !df_in_term(ds) || !df_covered(di, entry, pos, len)))
 		return DF_NO_SPACE;
-	return ds->stock_aops->write_begin(file, mapping, pos, len, written, fsdata);
+	ret = ds->stock_aops->write_begin(file, mapping, pos, len, written, fsdata);
+	if (unlikely(!ret && !df_in_term(ds))) {
+		/* It has slept for what is in the page already. As if nothing could be copied. */
+		ds->stock_aops->write_end(file, mapping, pos, len, 0, *written, *fsdata);
+		ret = DF_NO_SPACE;
+	}
+	return ret;
 }
 
 /*

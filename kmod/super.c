@@ -152,6 +152,8 @@ int df_sb_interpose(struct super_block *sb, struct df_sb **found)
 	spin_lock_init(&ds->lock);
 	hash_init(ds->inodes);
 	init_waitqueue_head(&ds->evict_wq);
+	mutex_init(&ds->mapped_lock);
+	INIT_LIST_HEAD(&ds->mapped);
 
 	ds->stock_sop = sb->s_op;
 	ds->sop = *sb->s_op;

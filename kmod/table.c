@@ -44,16 +44,16 @@ bool df_would_admit(struct df_inode *di, u32 mode)
 	if (!entry)
 		return false;
 	word = atomic64_read_acquire(df_word(entry));
-	return df_admits(word, mode) && READ_ONCE(entry->ino) == di->ino;
+	return df_admits(word, mode) && READ_ONCE(entry->ino) == di->ino && df_in_term(di->sb);
 }
 
-/* Enters if the lease is held, installed or not. Does not sleep. */
+/* Enters if the lease is held, installed or not, within the term. Does not sleep. */
 struct distfuse_entry *df_try(struct df_inode *di, u32 mode, u64 set)
 {
 	struct distfuse_entry *entry = df_entry_of(di);
 	s64 word;
 
-	if (!entry)
+	if (!entry || !df_in_term(di->sb))
 		return NULL;
 	word = atomic64_read_acquire(df_word(entry));
 	do {
@@ -206,7 +206,7 @@ bool df_held(struct df_inode *di, u32 mode, bool may_sleep)
 	struct df_glance glance;
 
 	for (;;) {
-		if (df_glance(di, mode, &glance))
+		if (df_glance(di, mode, &glance) && df_in_term(di->sb))
 			return true;
 		if (!may_sleep || df_is_dead(di->sb) || !df_would_admit(di, mode))
 			return false;

@@ -22,4 +22,5 @@ pub mod pressure;
 pub mod process;
 pub mod proxy;
 pub mod side_by_side;
+pub mod stale;
 pub mod sys;

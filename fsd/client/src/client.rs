@@ -92,12 +92,18 @@ impl Client {
             cache: Arc::clone(&self.cache),
         };
         let kernel = self.kernel.attach(&base, ext);
+        let told = Arc::downgrade(ext);
+        self.session.term.watch(Box::new(move |end| {
+            if let Some(ext) = told.upgrade() {
+                ext.set_term(end);
+            }
+        }));
         let calls = Calls::new(&base, &kernel, &self.data, &self.namespace);
         let _ = self.calls.set(calls);
     }
 
     /// Nothing may be answered from caches before long: those of a stock kernel go now, for it asks nobody. One with the extension
-    /// looks at the term itself.
+    /// has been told when the term ends, and looks at that itself.
     pub fn freeze(&self) {
         if self.kernel.caches.mode == CacheMode::Writeback {
             return;

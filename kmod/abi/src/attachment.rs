@@ -84,6 +84,13 @@ impl Attachment {
         self.map.shared().state.load(Ordering::Acquire) == layout::STATE_GONE
     }
 
+    /// Until when this daemon may act, in nanoseconds of `CLOCK_BOOTTIME`: from then on the kernel answers nothing from its caches,
+    /// but has its tasks ask, and takes pages out of page tables. To be said before anything is granted, and again whenever it is
+    /// renewed; 0 ends it at once. Tasks that asked meanwhile are to be woken only when a later end has been said.
+    pub fn set_term(&self, end: u64) {
+        self.map.shared().term_end.store(end, Ordering::Release);
+    }
+
     /// The device, for polling along with others: readable when there are events, after
     /// [`Attachment::try_event`] had none.
     pub fn device(&self) -> BorrowedFd<'_> {

@@ -83,6 +83,8 @@ counters! {
     spins,
     /// Writes and faults that had to ask for space.
     space_asked,
+    /// Inodes taken out of page tables at the end of a term.
+    term_unmaps,
 }
 
 pub(crate) fn read(map: &Map) -> Counters {

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
 
 /// The version of the interface that this crate speaks.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 /// The device.
 pub const DEVICE: &str = "/dev/distfuse";
 
@@ -197,7 +197,9 @@ pub struct Shared {
     pub abi: u32,
     /// `STATE_…`
     pub state: AtomicU32,
-    reserved0: [u32; 14],
+    /// Until when the daemon may act, nanoseconds of `CLOCK_BOOTTIME`; `u64::MAX` until it says.
+    pub term_end: AtomicU64,
+    reserved0: [u32; 12],
     /// Next event to be written.
     pub event_head: AtomicU64,
     /// More wait for room.

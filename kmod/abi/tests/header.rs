@@ -77,6 +77,7 @@ fn expected() -> Vec<(String, u64)> {
         "distfuse_shared",
         abi,
         state,
+        term_end,
         event_head,
         event_overflow,
         event_tail,

@@ -13,7 +13,7 @@
 #include <linux/ioctl.h>
 
 /* Moves with every change that an older daemon or module would misunderstand. */
-#define DISTFUSE_ABI_VERSION	3
+#define DISTFUSE_ABI_VERSION	4
 
 #define DISTFUSE_DEVICE		"distfuse"
 
@@ -185,6 +185,7 @@ enum distfuse_counter {
 	DISTFUSE_CALLS_AGAIN,		/* those that it left to the kernel */
 	DISTFUSE_SPINS,			/* answers that came while the task still looked for them */
 	DISTFUSE_SPACE_ASKED,		/* writes and faults that had to ask for space */
+	DISTFUSE_TERM_UNMAPS,		/* inodes unmapped at the end of a term */
 	DISTFUSE_NR_COUNTERS
 };
 
@@ -197,7 +198,12 @@ enum distfuse_counter {
 struct distfuse_shared {
 	__u32	abi;
 	__u32	state;
-	__u32	reserved0[14];
+	/*
+	 * Daemon: until when it may act, nanoseconds of CLOCK_BOOTTIME. From then on the kernel
+	 * lets nobody enter, and takes pages out of page tables, until it is later again.
+	 */
+	__u64	term_end;
+	__u32	reserved0[12];
 	__u64	event_head;		/* kernel: next event to be written */
 	__u32	event_overflow;		/* kernel: more wait for room; KICK when there is */
 	__u32	reserved1[13];

@@ -16,6 +16,7 @@ mod extension;
 mod extension_contended;
 mod extension_names;
 mod extension_space;
+mod extension_term;
 mod faults;
 mod generations;
 mod half_done;

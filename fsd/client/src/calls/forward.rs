@@ -92,6 +92,14 @@ pub struct Forward {
 impl Forward {
     /// Does what a task wants, here or where the lease is. It sleeps until then.
     pub(crate) fn answer_call(self: &Arc<Self>, ext: &Arc<Extension>, call: Call) {
+        let (me, ext) = (Arc::clone(self), Arc::clone(ext));
+        self.session.in_term(move |held| match held {
+            Ok(()) => me.answer_in_term(&ext, call),
+            Err(errno) => ext.answer(&call, Answer::Failed(errno.0)),
+        });
+    }
+
+    fn answer_in_term(self: &Arc<Self>, ext: &Arc<Extension>, call: Call) {
         if call.act == Asked::Space {
             return self.space_calls.provide_space(ext, call);
         }
@@ -162,7 +170,7 @@ impl Forward {
         };
         self.cache.inode(call.ino).heard_of(peer);
         self.session.counters.sent.fetch_add(1, Ordering::Relaxed);
-        ext.answer(&call, answer);
+        self.here.answer(ext, call, answer);
     }
 
     /// Reads in the lease's record who owns it, and sends the call there.
@@ -220,14 +228,24 @@ impl Forward {
         if matches!(act, Act::Read(_))
             && let Ok(done) = self.carry_out(&Ctx::on_loop(&ext.nobody_waits), ext, from, ino, offset, &act)
         {
-            return responder.reply(&Ok(done));
+            return self.reply(responder, done);
         }
         let (me, ext) = (Arc::clone(self), Arc::clone(ext));
         self.session.threads.workers.run(move || {
             let done = me.carry_out(&Ctx::on_worker(), &ext, from, ino, offset, &act);
             // Nothing was done: whoever takes the lease is told why by the servers.
-            responder.reply(&Ok(done.unwrap_or(Visited::Take)));
+            me.reply(responder, done.unwrap_or(Visited::Take));
         });
+    }
+
+    /// Answers another mount, and what was read only while this one may act. What was written is at the storage nodes, which refuse the
+    /// dead, so that it was written in time.
+    fn reply(&self, responder: Responder, done: Visited) {
+        if !matches!(done, Visited::Read(_)) {
+            return responder.reply(&Ok(done));
+        }
+        self.session
+            .in_term(move |held| responder.reply(&Ok(held.map_or(Visited::Take, |()| done))));
     }
 
     /// Enters under a lease that is here, or on its way to here: a forwarder that took it then would only take it away again.

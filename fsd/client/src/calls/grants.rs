@@ -37,6 +37,14 @@ impl Grants {
         ino: u64,
         mode: distfuse_abi::Mode,
     ) {
+        let (me, ext) = (Arc::clone(self), Arc::clone(ext));
+        self.session.in_term(move |held| match held {
+            Ok(()) => me.delegate_in_term(&ext, ino, mode),
+            Err(errno) => ext.wake(ino, Some(errno.0)),
+        });
+    }
+
+    fn delegate_in_term(self: &Arc<Self>, ext: &Arc<Extension>, ino: u64, mode: distfuse_abi::Mode) {
         let mode = match mode {
             distfuse_abi::Mode::Exclusive => Mode::Exclusive,
             _ => Mode::Shared,

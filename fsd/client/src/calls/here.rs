@@ -63,11 +63,22 @@ impl Here {
                     let result = me
                         .space
                         .with_frees(&ctx, is_full, || me.call_now(&ctx, &ext, &call));
-                    ext.answer(&call, answer_of(result));
+                    me.answer(&ext, call, answer_of(result));
                 });
             }
-            result => ext.answer(&call, answer_of(result)),
+            result => self.answer(ext, call, answer_of(result)),
         }
+    }
+
+    /// Answers a call, while the mount may act: by then others may have written what was read.
+    pub(crate) fn answer(&self, ext: &Arc<Extension>, call: Call, answer: Answer) {
+        let ext = Arc::clone(ext);
+        self.session.in_term(move |held| {
+            ext.answer(
+                &call,
+                held.map_or_else(|errno| Answer::Failed(errno.0), |()| answer),
+            );
+        });
     }
 
     fn call_now(&self, ctx: &Ctx<'_>, ext: &Extension, call: &Call) -> Res<Answer> {

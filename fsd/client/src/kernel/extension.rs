@@ -119,6 +119,11 @@ impl Extension {
         });
     }
 
+    /// Until when the kernel may use what is delegated to it, nanoseconds since the host was started.
+    pub fn set_term(&self, end: u64) {
+        self.attachment.set_term(end);
+    }
+
     /// What the kernel has counted.
     #[must_use]
     pub fn counters(&self) -> Counters {

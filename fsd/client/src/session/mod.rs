@@ -128,6 +128,16 @@ impl Session {
         self.began.elapsed().as_nanos() as u64
     }
 
+    /// Does something while the mount may act; for a thread that must not wait. One that is frozen does it when it is thawed, or has
+    /// been declared dead: then with the error that is to be answered.
+    pub fn in_term(self: &Arc<Self>, act: impl FnOnce(Result<(), Errno>) + Send + 'static) {
+        if self.term.is_valid() {
+            return act(Ok(()));
+        }
+        let me = Arc::clone(self);
+        self.threads.workers.run(move || act(me.term.hold()));
+    }
+
     /// The storage node of a block.
     #[must_use]
     pub fn storage_of(&self, number: u64, block: u64) -> u16 {

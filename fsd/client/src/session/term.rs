@@ -7,6 +7,7 @@
 //!
 //! Time is that since the host was started, which goes on while the host is suspended.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -14,6 +15,9 @@ use rt::sync::{Condvar, Mutex};
 use rt::time::since_boot;
 
 use fsd_proto::rpc::Errno;
+
+/// Is told the end of the term, nanoseconds since the host was started: 0 while the mount is frozen before its end, or dead.
+pub type Watcher = Box<dyn Fn(u64) + Send + Sync>;
 
 /// See the module.
 pub struct Term {
@@ -24,9 +28,10 @@ pub struct Term {
     early: AtomicBool,
     /// This life has been declared dead.
     over: AtomicBool,
-    /// Guards nothing but the sleep of those who wait.
+    /// Guards the sleep of those who wait, and changes: whoever watches sees them in the order in which they were made.
     waiting: Mutex<()>,
     changed: Condvar,
+    watcher: OnceLock<Watcher>,
 }
 
 fn nanos(time: Duration) -> u64 {
@@ -44,6 +49,26 @@ impl Term {
             over: AtomicBool::new(false),
             waiting: Mutex::new(()),
             changed: Condvar::new(),
+            watcher: OnceLock::new(),
+        }
+    }
+
+    /// Has one who cannot ask told when the term ends: now, and whenever that changes. The first one only.
+    pub fn watch(&self, watcher: Watcher) {
+        let _guard = self.waiting.lock();
+        let _ = self.watcher.set(watcher);
+        self.tell();
+    }
+
+    /// With `waiting` locked. Those who wait are woken after it: what they are about to answer is of a term that is known.
+    fn tell(&self) {
+        if let Some(watcher) = self.watcher.get() {
+            let ended = self.early.load(Ordering::Acquire) || self.is_over();
+            watcher(if ended {
+                0
+            } else {
+                self.end.load(Ordering::Acquire)
+            });
         }
     }
 
@@ -73,26 +98,28 @@ impl Term {
 
     /// A heartbeat that was sent at `sent`, time since the host was started, has been answered.
     pub fn renew(&self, sent: Duration) {
-        self.end.fetch_max(nanos(sent + self.length), Ordering::AcqRel);
+        let _guard = self.waiting.lock();
+        let end = nanos(sent + self.length).max(self.end.load(Ordering::Acquire));
+        self.end.store(end, Ordering::Release);
         self.early.store(false, Ordering::Release);
-        self.wake();
+        self.tell();
+        self.changed.notify_all();
     }
 
     /// Nothing is answered until the next heartbeat is.
     pub fn freeze(&self) {
+        let _guard = self.waiting.lock();
         self.early.store(true, Ordering::Release);
+        self.tell();
     }
 
     /// This life has been declared dead. True: for the first time.
     pub fn finish(&self) -> bool {
-        let first = !self.over.swap(true, Ordering::AcqRel);
-        self.wake();
-        first
-    }
-
-    fn wake(&self) {
         let _guard = self.waiting.lock();
+        let first = !self.over.swap(true, Ordering::AcqRel);
+        self.tell();
         self.changed.notify_all();
+        first
     }
 
     /// Waits while the mount is frozen.
@@ -130,6 +157,27 @@ mod tests {
         // An earlier one that is answered late takes nothing away.
         term.renew(now);
         assert!(term.left() > Duration::from_secs(140));
+    }
+
+    #[test]
+    fn who_watches_is_told_every_end() {
+        let (term, told) = (
+            Term::new(Duration::from_secs(5)),
+            Arc::new(Mutex::new(Vec::new())),
+        );
+        let ends = Arc::clone(&told);
+        term.watch(Box::new(move |end| ends.lock().push(end)));
+        let sent = since_boot() + Duration::from_secs(1);
+        term.renew(sent);
+        term.freeze();
+        term.renew(sent);
+        term.finish();
+        // A late answer brings nobody back to life.
+        term.renew(sent);
+        let later = nanos(sent + Duration::from_secs(5));
+        let told = told.lock();
+        assert_eq!(told[1..], [later, 0, later, 0, 0]);
+        assert!(told[0] > 0 && told[0] < later);
     }
 
     #[test]

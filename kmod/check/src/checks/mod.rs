@@ -11,6 +11,7 @@ mod revoke;
 mod rewritten;
 mod space;
 mod stress;
+mod term;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -72,6 +73,10 @@ pub const ALL: &[Check] = &[
     ("names: a mode that no answer brought", names::mode),
     ("names: made under a name known not to be there", names::born),
     ("calls: exec of what another mount replaces", calls::exec),
+    ("term: past its end all wait, and go on", term::over),
+    ("term: past its end nothing is mapped", term::mapped),
+    ("term: who sleeps past its end is found out", term::slept),
+    ("term: who waits past its end can be killed", term::killed),
     ("end: the device is closed with waiters", ends::device),
     ("end: the daemon is killed with dirty pages", ends::killed),
     ("end: unmounted with dirty pages, device open", ends::unmounted),

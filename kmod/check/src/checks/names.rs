@@ -15,7 +15,7 @@ use crate::fixture::{Fixture, all, ino};
 
 const ROOT: u64 = 1;
 
-fn grant_root(fixture: &Fixture, version: u64) -> Result<()> {
+pub(super) fn grant_root(fixture: &Fixture, version: u64) -> Result<()> {
     let grant = Grant {
         version,
         since: version,
