@@ -69,7 +69,7 @@ impl Client {
         let files = FileOperations::new(base, &kernel, &data, &opens, &namespace, &storing, access_times);
         let trim = Trim::new(settings.max_inodes);
         let revoke = Revoke::new(base, &kernel, &data, &opens, &storing, trim);
-        let membership = Membership::new(&base.session, &base.cache, &storing.push);
+        let membership = Membership::new(&base.session, &base.cache, &storing.push, &opens.pinning);
         Self {
             session: Arc::clone(&base.session),
             cache: Arc::clone(&base.cache),

@@ -88,10 +88,13 @@ impl Record<'_> {
         Ok(some)
     }
 
-    /// Has the inode no name, and does nobody have it open or keep it?
+    /// Has the inode no name, and does nobody have it open or keep it? Nor own it: an owner may still have data of it to store, which must
+    /// not come into frames that have been freed.
     fn is_unused(&self) -> bool {
         let maps = self.layout.opens() as usize / 8;
-        self.words[1] & RecordLayout::UNLINKED != 0 && self.words[maps..].iter().all(|&w| w == 0)
+        OwnerWord::decode(self.words[0]).writer.is_none()
+            && self.words[1] & RecordLayout::UNLINKED != 0
+            && self.words[maps..].iter().all(|&w| w == 0)
     }
 }
 

@@ -356,7 +356,13 @@ impl Mount {
     /// Stores what it has not stored.
     pub fn sync(&self) {
         let client = Arc::clone(&self.mounted.client);
-        let synced = rt::sim::spawn_in(self.life.group, "sync", move || client.storing.writeback.write_all());
+        let synced = rt::sim::spawn_in(self.life.group, "sync", move || {
+            client.storing.writeback.write_all();
+            for inode in client.cache.inodes.all() {
+                // What was changed under a lease that others have been let in under.
+                client.storing.push.push_attrs_now(&inode).expect("the server is there");
+            }
+        });
         synced.join().expect("no panic");
     }
 

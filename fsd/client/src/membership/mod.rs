@@ -6,10 +6,11 @@
 
 use std::sync::Arc;
 
-use lockmgr::{NodeId, NodeSet};
+use lockmgr::{Mode, NodeId, NodeSet};
 use rt::sync::Mutex;
 
 use crate::cache::Cache;
+use crate::opens::pins::Pinning;
 use crate::session::Session;
 use crate::storing::push::Push;
 use fsd_proto::rpc::{Errno, Responder};
@@ -20,6 +21,7 @@ pub struct Membership {
     session: Arc<Session>,
     cache: Arc<Cache>,
     push: Arc<Push>,
+    pinning: Arc<Pinning>,
     state: Mutex<State>,
 }
 
@@ -32,11 +34,17 @@ struct State {
 
 impl Membership {
     /// Of a mount.
-    pub fn new(session: &Arc<Session>, cache: &Arc<Cache>, push: &Arc<Push>) -> Arc<Self> {
+    pub fn new(
+        session: &Arc<Session>,
+        cache: &Arc<Cache>,
+        push: &Arc<Push>,
+        pinning: &Arc<Pinning>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             session: Arc::clone(session),
             cache: Arc::clone(cache),
             push: Arc::clone(push),
+            pinning: Arc::clone(pinning),
             state: Mutex::default(),
         })
     }
@@ -58,6 +66,7 @@ impl Membership {
         if view.dead.is_empty() {
             tracing::debug!("epoch {}: everything of the dead has been taken back", view.epoch);
             self.session.leases.resume(view.epoch);
+            self.reap_orphans();
             return responder.reply(&Ok(()));
         }
         self.state.lock().asked = Some(responder);
@@ -100,6 +109,22 @@ impl Membership {
             .net
             .peers
             .once_heard(Box::new(move || me.reached(epoch)));
+    }
+
+    /// Removes files without a name that this mount owns and that one of the dead had open last: nobody else would.
+    fn reap_orphans(&self) {
+        for inode in self.cache.inodes.all() {
+            let nameless = inode
+                .try_lock_raw()
+                .is_some_and(|state| state.attr.is_some_and(|attr| attr.nlink == 0) && !state.lasting.gone);
+            let owned = || {
+                let held = self.session.leases.held(inode.record());
+                held.is_some_and(|(mode, _)| mode == Mode::Exclusive)
+            };
+            if nameless && inode.opens.lock().count == 0 && owned() {
+                self.pinning.reap(&inode);
+            }
+        }
     }
 
     fn reached(&self, epoch: u64) {

@@ -235,7 +235,7 @@ impl Pinning {
     }
 
     /// The last close of a file without a name. Aside, for it waits for other mounts; but for one that leaves, whose workers end.
-    pub(crate) fn reap(self: &Arc<Self>, inode: &Arc<Inode>) {
+    pub fn reap(self: &Arc<Self>, inode: &Arc<Inode>) {
         if self.session.fate.leaving.load(Ordering::SeqCst) {
             return self.reap_alone(inode);
         }
@@ -253,26 +253,28 @@ impl Pinning {
     }
 
     /// Removes an orphan under its exclusive lease. A mount that closed the file before may still have data of it to store: that must
-    /// not come into frames that have been freed, and are perhaps another file's by then. Without the lease where whoever has it cannot be
-    /// reached, for nobody else would remove the inode; but not by a mount that leaves and has no leases any more, while others are well:
-    /// then the metadata server removes it when all mounts have left.
+    /// not come into frames that have been freed, and are perhaps another file's by then. So it is waited for the lease as long as it takes:
+    /// whoever has it is reached some way, or declared dead. Not by a mount that leaves: then the metadata server removes it when all
+    /// mounts have left.
     ///
     /// It may have a name after all: a removal sets the unlinked flag first, and may then fail while the storage node, which would have
     /// to take that back, is away. Then that is done here.
     fn reap_alone(&self, inode: &Arc<Inode>) {
         let ctx = Ctx::on_worker();
-        let guard = self.cache.lease(&ctx, inode, Mode::Exclusive).ok();
-        if guard.is_none() && self.session.fate.leaving.load(Ordering::SeqCst) {
-            return tracing::warn!("orphan {:#x} stays until all mounts have left", inode.ino);
-        }
+        let guard = loop {
+            if let Ok(guard) = self.cache.lease(&ctx, inode, Mode::Exclusive) {
+                break guard;
+            }
+            if self.session.fate.leaving.load(Ordering::SeqCst) || self.session.term.is_over() {
+                return tracing::warn!("orphan {:#x} stays until all mounts have left", inode.ino);
+            }
+            rt::thread::sleep(KEEP);
+        };
         let reap = || -> Res<()> {
             let meta = &self.session.net.meta;
-            let names = match &guard {
-                Some(guard) => {
-                    let mut state = inode.lock(&ctx, guard.version())?;
-                    self.cache.load_attr(&ctx, inode, &mut state)?.nlink
-                }
-                None => meta.ask(ask::meta::GetAttr { ino: inode.ino })?.nlink,
+            let names = {
+                let mut state = inode.lock(&ctx, guard.version())?;
+                self.cache.load_attr(&ctx, inode, &mut state)?.nlink
             };
             if names > 0 {
                 return self.clear_unlinked(inode);

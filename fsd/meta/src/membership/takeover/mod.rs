@@ -310,7 +310,12 @@ impl Takeover {
             return;
         }
         match self.remains.reap_unused() {
-            Ok(()) => self.state.lock().sweep = None,
+            // One that somebody owns is left to him, and may come free later.
+            Ok(()) => {
+                let term = Duration::from_millis(self.members.terms.term_ms);
+                let left = self.remains.transactions.orphans() > 0;
+                self.state.lock().sweep = left.then(|| Instant::now() + term);
+            }
             Err(error) => tracing::debug!("orphans are looked at later: {error}"),
         }
     }
