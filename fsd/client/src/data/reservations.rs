@@ -256,14 +256,14 @@ impl Reservations {
         self.cache.wake_writer();
     }
 
-    /// Drops what is cached of a file that is gone, and its lease.
-    pub fn forget_data(&self, inode: &Inode) {
-        if let Some(mut state) = inode.try_claim_raw() {
-            self.abandon_pages(inode, &mut state);
-            state.attr_dirty = false;
-            state.lasting.gone = true;
-            inode.transit.push.lock().waiting = None;
-        }
+    /// Drops what is cached of a file that is gone, and its lease. All of the file has been claimed since before the server was told
+    /// to remove it: what is stored of it later would come into frames that are another file's.
+    pub fn forget_data(&self, inode: &Inode, mut claimed: Locked<'_>) {
+        self.abandon_pages(inode, &mut claimed);
+        claimed.attr_dirty = false;
+        claimed.lasting.gone = true;
+        inode.transit.push.lock().waiting = None;
+        drop(claimed);
         self.cache.dirty.lock().remove(&inode.ino);
         self.session.leases.release(inode.record());
     }

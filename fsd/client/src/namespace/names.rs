@@ -9,7 +9,8 @@ use lockmgr::Mode;
 use rt::sync::Mutex;
 
 use crate::cache::Cache;
-use crate::cache::inode::Inode;
+use crate::cache::claims::{Purpose, Span};
+use crate::cache::inode::{Inode, Locked};
 use crate::cache::lazy::Lazy;
 use crate::data::reservations::Reservations;
 use crate::kernel::caches::KernelCaches;
@@ -300,7 +301,16 @@ impl Names {
                     keep,
                 }
             };
-            let result = self.transactions.namespace(ctx, &[dir, &victim], &guards, op);
+            // Nothing of it may be stored any more when its blocks are another file's.
+            let mut gone = self.claim_gone(ctx, &victim, &guards, last && !keep)?;
+            let change = || self.transactions.namespace(ctx, &[dir, &victim], &guards, op);
+            let result = match &mut gone {
+                Some(state) => state.unlocked(change),
+                None => change(),
+            };
+            if let Some(state) = gone.filter(|_| result.is_ok()) {
+                self.reservations.forget_data(&victim, state);
+            }
             if self.is_stale(ctx, &result, &[dir], &guards)? {
                 continue;
             }
@@ -311,13 +321,24 @@ impl Names {
                 return Err(stop);
             }
             dir.lock(ctx, guards.version_of(dir.ino))?.dir.remove(name);
-            drop(guards);
-            if last && !keep {
-                self.reservations.forget_data(&victim);
-            }
             return Ok(());
         }
         fail(libc::ESTALE)
+    }
+
+    /// Claims all of a file that is about to be `gone`: nothing of it is being stored then, nor will be.
+    fn claim_gone<'a>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &'a Inode,
+        guards: &Guards,
+        gone: bool,
+    ) -> Res<Option<Locked<'a>>> {
+        if !gone {
+            return Ok(None);
+        }
+        let version = guards.version_of(inode.ino);
+        inode.claim(ctx, version, Span::ALL, Purpose::Change).map(Some)
     }
 
     /// Is an inode about to lose its last name, and is it then still open somewhere?
@@ -429,7 +450,18 @@ impl Names {
             if let Some(other) = other.as_deref() {
                 held.push(other);
             }
-            let result = self.transactions.namespace(ctx, &held, &guards, op);
+            let mut gone = match &other {
+                Some(other) => self.claim_gone(ctx, other, &guards, last && !keep)?,
+                None => None,
+            };
+            let change = || self.transactions.namespace(ctx, &held, &guards, op);
+            let result = match &mut gone {
+                Some(state) => state.unlocked(change),
+                None => change(),
+            };
+            if let (Some(other), Some(state)) = (&other, gone.filter(|_| result.is_ok())) {
+                self.reservations.forget_data(other, state);
+            }
             if self.is_stale(ctx, &result, &[dir, to], &guards)? {
                 continue;
             }
@@ -451,10 +483,6 @@ impl Names {
             to.lock(ctx, guards.version_of(to.ino))?
                 .dir
                 .add(to_name, number, kind, created.cookie);
-            drop(guards);
-            if let Some(other) = other.filter(|_| last && !keep) {
-                self.reservations.forget_data(&other);
-            }
             return Ok(());
         }
         fail(libc::ESTALE)

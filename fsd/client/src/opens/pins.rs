@@ -17,6 +17,7 @@ use rt::sync::Mutex;
 use rt::time::Instant;
 
 use crate::cache::Cache;
+use crate::cache::claims::{Purpose, Span};
 use crate::cache::inode::Inode;
 use crate::cache::opens::Opens;
 use crate::data::reservations::Reservations;
@@ -272,18 +273,16 @@ impl Pinning {
         };
         let reap = || -> Res<()> {
             let meta = &self.session.net.meta;
-            let names = {
-                let mut state = inode.lock(&ctx, guard.version())?;
-                self.cache.load_attr(&ctx, inode, &mut state)?.nlink
-            };
-            if names > 0 {
-                return self.clear_unlinked(inode);
+            // This mount itself may be storing what it has of it.
+            let mut state = inode.claim(&ctx, guard.version(), Span::ALL, Purpose::Change)?;
+            if self.cache.load_attr(&ctx, inode, &mut state)?.nlink > 0 {
+                return state.unlocked(|| self.clear_unlinked(inode));
             }
-            if self.is_used_after_all(inode)? {
+            if state.unlocked(|| self.is_used_after_all(inode))? {
                 return Ok(());
             }
-            meta.ask(ask::meta::Reap { ino: inode.ino })?;
-            self.reservations.forget_data(inode);
+            state.unlocked(|| meta.ask(ask::meta::Reap { ino: inode.ino }))?;
+            self.reservations.forget_data(inode, state);
             Ok(())
         };
         match reap() {

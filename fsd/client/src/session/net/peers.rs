@@ -406,13 +406,19 @@ impl Peers {
                     continue;
                 }
                 Err(Unreached::Yet(error) | Unreached::Ever(error)) => {
+                    // One that has died may have passed on, in a hand-over, what it was asked: that is for the epoch to undo.
+                    let left = error.errno() == Errno(libc::ENOENT);
                     peer.connecting = false;
                     peer.end();
                     drop(peers);
                     tracing::debug!("mount {} has left or ended: {error}", to.0);
                     self.tell_if_heard();
                     if let Some(owner) = self.ways.owner() {
-                        owner.peer_gone(to);
+                        if left {
+                            owner.peer_gone(to);
+                        } else {
+                            owner.peer_unreachable(to);
+                        }
                     }
                     return;
                 }
