@@ -127,6 +127,13 @@ impl Peers {
     fn relayed(&self, to: NodeId, turn: u64, answer: &Result<(), RpcError>) {
         let mut peers = self.peers.lock();
         let Some(peer) = peers.get_mut(&to) else { return };
+        let left = answer
+            .as_ref()
+            .is_err_and(|error| error.errno() == Errno(libc::ENOENT));
+        if left {
+            // Nobody has this number any more.
+            peer.end();
+        }
         let back = peer.relayed(turn, answer);
         let next = peer.flush();
         self.set_alarm(peer.due());
@@ -138,7 +145,11 @@ impl Peers {
             );
         }
         self.relay(to, next);
-        if back && let Some(owner) = self.ways.owner() {
+        let Some(owner) = self.ways.owner() else { return };
+        if left {
+            self.tell_if_heard();
+            owner.peer_gone(to);
+        } else if back {
             owner.peer_back(to);
         }
     }
