@@ -58,6 +58,13 @@ const LEASES: &[LeaseFlaw] = &[
     LeaseFlaw::NearForgotten,
     LeaseFlaw::FarUnsaid,
     LeaseFlaw::FarForgotten,
+    LeaseFlaw::QueueOutlivesEpoch,
+    LeaseFlaw::OldRequestTaken,
+    LeaseFlaw::AcquiredWhileRecovering,
+    LeaseFlaw::BatchOutlivesEpoch,
+    LeaseFlaw::GrantOfDeadKept,
+    LeaseFlaw::DeadHeard,
+    LeaseFlaw::NotAskedAgain,
 ];
 
 impl Flaws {

@@ -126,7 +126,11 @@ impl Shared {
             rt::sim::fail(format!("names cannot be made durable: error {error}"));
         }
         let mut history = std::mem::take(&mut *self.history.lock());
-        history.extend(std::mem::take(&mut *self.under_way.lock()).into_values().flatten());
+        history.extend(
+            std::mem::take(&mut *self.under_way.lock())
+                .into_values()
+                .flatten(),
+        );
         if let Err(index) = check(&Directory(self.start.clone()), &history) {
             rt::sim::fail(format!(
                 "no single machine could have shown this; stuck at {:?}\nfrom {:?}\n{}",

@@ -360,7 +360,11 @@ impl Mount {
             client.storing.writeback.write_all();
             for inode in client.cache.inodes.all() {
                 // What was changed under a lease that others have been let in under.
-                client.storing.push.push_attrs_now(&inode).expect("the server is there");
+                client
+                    .storing
+                    .push
+                    .push_attrs_now(&inode)
+                    .expect("the server is there");
             }
         });
         synced.join().expect("no panic");

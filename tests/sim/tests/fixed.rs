@@ -5,9 +5,23 @@ use fsd_sim::scenario::{Size, run};
 
 #[test]
 fn nothing_is_wrong() {
+    all_are_well(250, Size::default());
+}
+
+/// With a third one there is a mount to go on with another when one dies.
+#[test]
+fn nothing_is_wrong_with_three_mounts() {
+    let size = Size {
+        mounts: 3,
+        ..Size::default()
+    };
+    all_are_well(150, size);
+}
+
+fn all_are_well(seeds: u64, size: Size) {
     let mut failed = Vec::new();
-    for seed in 1..=250 {
-        let report = run(seed, Size::default(), Flaws::default());
+    for seed in 1..=seeds {
+        let report = run(seed, size, Flaws::default());
         if let Some(failure) = report.failure {
             let last = report.notes.len().saturating_sub(40);
             report.notes[last..].iter().for_each(|note| println!("{note}"));
@@ -17,7 +31,8 @@ fn nothing_is_wrong() {
     }
     assert!(
         failed.is_empty(),
-        "seeds {failed:?}: fsd-sim --seeds N --verbose tells all"
+        "seeds {failed:?}: fsd-sim --mounts {} --seeds N --verbose tells all",
+        size.mounts
     );
 }
 
@@ -53,6 +68,8 @@ fn what_is_left_out_is_found() {
         "LoserKeepsShared",
         "KeptWithoutRevoking",
         "BitLeftOn",
+        "QueueOutlivesEpoch",
+        "NotAskedAgain",
     ] {
         let flaws: Flaws = name.parse().expect("a flaw");
         let fails = |seed, flaws| run(seed, Size::default(), flaws).failure.is_some();
