@@ -172,7 +172,9 @@ fn join_slow(ahead: Duration, slow: usize) -> (Result<JoinReply, JoinError>, usi
         timeout: Duration::from_secs(10),
         name: "slow".into(),
     };
-    let joined = Net::new(config, &peer, Workers::new("test", 4)).join();
+    let joined = Net::new(config, &peer, Workers::new("test", 4))
+        .join()
+        .map(|joined| joined.reply);
     peer.fabric.shutdown();
     server.fabric.shutdown();
     world.server.stop().unwrap();

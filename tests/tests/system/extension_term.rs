@@ -11,8 +11,6 @@ use system_tests::pressure::Setting;
 use system_tests::stale::{KINDS, Readers, Seen, Writer};
 use system_tests::{guard, sys};
 
-/// What a mount may be silent for, in milliseconds, and what others wait for longer.
-const TERMS: &str = "membership = { term_ms = 2000, margin_ms = 500, heartbeat_ms = 300 }\n";
 /// Others go on after a term and its margin. Guests of the lab are slow.
 const OTHERS: Duration = Duration::from_secs(20);
 /// A mount that was declared dead serves again within.
@@ -28,15 +26,11 @@ fn signal(cluster: &Cluster, role: Role, signal: Signal) -> anyhow::Result<()> {
 }
 
 fn cluster() -> anyhow::Result<Cluster> {
-    let options = Options {
+    Cluster::start(Options {
         fabric: Fabric::Tcp,
+        term: Duration::from_secs(2),
         ..Options::extension()
-    };
-    let cluster = Cluster::formatted(options)?;
-    let text = fs::read_to_string(cluster.config())?;
-    fs::write(cluster.config(), format!("{TERMS}{text}"))?;
-    cluster.start_all()?;
-    Ok(cluster)
+    })
 }
 
 fn none_is_stale(seen: &[Seen], when: &str) -> anyhow::Result<()> {

@@ -19,7 +19,7 @@ use crate::client::Client;
 use crate::revoke::revoker::Revoker;
 use crate::session::ctx::Permits;
 use crate::session::heartbeat::Heartbeat;
-use crate::session::net::{JoinError, Net, NetConfig, Owner};
+use crate::session::net::{JoinError, Joined, Net, NetConfig, Owner};
 use crate::session::term::Term;
 use crate::session::workers::Workers;
 use crate::session::{Counters, Fate, Session, Threads};
@@ -73,7 +73,7 @@ pub(super) fn join(
         name,
     };
     let net = Net::new(net_config, endpoint, workers.clone());
-    let joined = net.join().map_err(|error| match error {
+    let Joined { reply: joined, alive } = net.join().map_err(|error| match error {
         JoinError::Clocks(skew) => MountError::Clocks(skew),
         JoinError::Rpc(RpcError::Errno(Errno(libc::EUSERS))) => MountError::Full,
         JoinError::Rpc(RpcError::Errno(Errno(libc::ESTALE))) => MountError::Stores,
@@ -112,7 +112,7 @@ pub(super) fn join(
             permits: Permits::new(loops, SPARE_LOOPS),
             heartbeat: OnceLock::new(),
         },
-        term: Arc::new(Term::new(Duration::from_millis(joined.terms.term_ms))),
+        term: Arc::new(Term::new(Duration::from_millis(joined.terms.term_ms), alive)),
         fate: Fate::default(),
         counters: Counters::default(),
     });

@@ -39,12 +39,12 @@ fn nanos(time: Duration) -> u64 {
 }
 
 impl Term {
-    /// One that begins now.
+    /// One that began at a time since the host was started, when the last sign of life was sent that has been answered.
     #[must_use]
-    pub fn new(length: Duration) -> Self {
+    pub fn new(length: Duration, began: Duration) -> Self {
         Self {
             length,
-            end: AtomicU64::new(nanos(since_boot() + length)),
+            end: AtomicU64::new(nanos(began + length)),
             early: AtomicBool::new(false),
             over: AtomicBool::new(false),
             waiting: Mutex::new(()),
@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_heartbeat_counts_from_when_it_was_sent() {
-        let term = Term::new(Duration::from_secs(100));
+        let term = Term::new(Duration::from_secs(100), since_boot());
         assert!(term.is_valid());
         let now = since_boot();
         term.renew(now + Duration::from_secs(50));
@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn who_watches_is_told_every_end() {
         let (term, told) = (
-            Term::new(Duration::from_secs(5)),
+            Term::new(Duration::from_secs(5), since_boot()),
             Arc::new(Mutex::new(Vec::new())),
         );
         let ends = Arc::clone(&told);
@@ -183,7 +183,7 @@ mod tests {
     #[test]
     fn a_frozen_mount_waits_until_it_is_heard_or_dead() {
         for dead in [false, true] {
-            let term = Arc::new(Term::new(Duration::ZERO));
+            let term = Arc::new(Term::new(Duration::ZERO, since_boot()));
             assert!(!term.is_valid());
             let waiting = Arc::clone(&term);
             let held = std::thread::spawn(move || waiting.hold());

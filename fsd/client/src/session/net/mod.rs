@@ -16,12 +16,14 @@ mod ways;
 pub use storage::StorageSession;
 pub use ways::{NetConfig, Owner};
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use meta::MetaLink;
 use peers::Peers;
 use rdma_transport::Connection;
+use rt::channel::{RecvTimeoutError, Sender};
 use rt::time::Instant;
 use storage::{StorageLink, StorageLinks};
 use ways::{JOIN_GRACE, RETRY, Ways};
@@ -43,6 +45,45 @@ pub enum JoinError {
     /// Anything else.
     #[error(transparent)]
     Rpc(#[from] RpcError),
+}
+
+/// What a mount learns when it joins.
+pub struct Joined {
+    /// From the metadata server.
+    pub reply: JoinReply,
+    /// When the last sign of life was sent that has been answered, since the host was started.
+    pub alive: Duration,
+}
+
+/// Tells the metadata server that a mount lives which is still joining; until it is dropped.
+struct Beating(Sender<()>);
+
+impl Beating {
+    fn start(meta: &Arc<MetaLink>, alive: &Arc<AtomicU64>, every_ms: u64) -> Result<Self, RpcError> {
+        let (stop, stopped) = rt::channel::bounded(1);
+        let (meta, alive) = (Arc::clone(meta), Arc::clone(alive));
+        let every = Duration::from_millis(every_ms.max(1));
+        let beat = move || {
+            while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(every) {
+                let (sent, alive) = (rt::time::since_boot(), Arc::clone(&alive));
+                meta.ask_now(ask::meta::Heartbeat {}, move |answer| {
+                    if answer.is_ok() {
+                        alive.fetch_max(sent.as_nanos() as u64, Ordering::AcqRel);
+                    }
+                });
+            }
+        };
+        let thread = rt::thread::Builder::new().name("fsd-joining".into());
+        let started = thread.spawn(beat);
+        started.map_err(|error| RpcError::Errno(Errno(error.raw_os_error().unwrap_or(libc::EAGAIN))))?;
+        Ok(Self(stop))
+    }
+}
+
+impl Drop for Beating {
+    fn drop(&mut self) {
+        let _ = self.0.try_send(());
+    }
 }
 
 /// All connections of a mount.
@@ -78,7 +119,7 @@ impl Net {
     ///
     /// # Errors
     /// Unreachable, wrong key, clocks apart…
-    pub fn join(&self) -> Result<JoinReply, JoinError> {
+    pub fn join(&self) -> Result<Joined, JoinError> {
         let conn = self.meta.connect(Instant::now() + self.ways.timeout())?;
         let skew = self.meta.compare_clocks(&conn, meta::EXCHANGES)?;
         if skew.verdict() == Verdict::Unsure {
@@ -87,7 +128,9 @@ impl Net {
             );
         }
         let patience = Instant::now() + self.ways.timeout() + JOIN_GRACE;
+        let mut sent = rt::time::since_boot();
         let reply = loop {
+            sent = sent.max(rt::time::since_boot());
             match self.meta.join_on(&conn, None, skew) {
                 Err(RpcError::Errno(Errno(libc::EAGAIN))) if Instant::now() < patience => {
                     rt::thread::sleep(RETRY);
@@ -107,6 +150,9 @@ impl Net {
         let _ = self.meta.joined.set(reply.clone());
         self.meta.log.heard(reply.durable);
         *self.meta.conn.write() = Some(conn);
+        // Connecting to the storage nodes may take longer than a term.
+        let alive = Arc::new(AtomicU64::new(sent.as_nanos() as u64));
+        let _beating = Beating::start(&self.meta, &alive, reply.terms.heartbeat_ms)?;
         let (mut ids, mut stores, mut places) = (Vec::new(), Vec::new(), Vec::new());
         for storage in &reply.storage {
             let session = self.storage.session(storage.id)?;
@@ -115,7 +161,10 @@ impl Net {
             places.push(session.attached.place);
         }
         self.meta.ask(ask::meta::Tables { ids, stores, places })?;
-        Ok(reply)
+        Ok(Joined {
+            reply,
+            alive: Duration::from_nanos(alive.load(Ordering::Acquire)),
+        })
     }
 
     /// A connection has ended: make it again where it is one that is always needed.
