@@ -35,6 +35,30 @@ fi
 /// A job, which is ended where the test fails; what it has started on the hosts ends with them.
 struct Job(Child);
 
+impl Job {
+    /// Runs `script` on two clients, with the hosts' folder for its `@/`.
+    fn start(hosts: &Hosts, script: &str) -> anyhow::Result<Self> {
+        let dir = hosts.dir().to_str().context("a path that is no text")?;
+        let child = Command::new(fsd_binary()?)
+            .args(["launch", "--pool", "64MiB", "--hostfile"])
+            .arg(hosts.hostfile()?)
+            .arg("--ssh")
+            .arg(hosts.ssh())
+            .args(["--roles", "meta=0,storage=0,client=1-2", "--", "sh", "-c"])
+            .arg(script.replace("@/", &format!("{dir}/")))
+            .env("RUST_LOG", "warn")
+            .spawn()?;
+        Ok(Self(child))
+    }
+
+    fn end(&mut self) -> anyhow::Result<()> {
+        until("the job to end", || Ok(self.0.try_wait()?.is_some()))?;
+        let status = self.0.wait()?;
+        ensure!(status.success(), "the job ended with {status}");
+        Ok(())
+    }
+}
+
 impl Drop for Job {
     fn drop(&mut self) {
         // It may have ended.
@@ -106,15 +130,7 @@ fn mounts_that_cannot_reach_each_other_go_on() -> anyhow::Result<()> {
     let body = || {
         let hosts = Hosts::new(3)?;
         let dir = hosts.dir().to_path_buf();
-        let mut job = Job(Command::new(fsd_binary()?)
-            .args(["launch", "--pool", "64MiB", "--hostfile"])
-            .arg(hosts.hostfile()?)
-            .arg("--ssh")
-            .arg(hosts.ssh())
-            .args(["--roles", "meta=0,storage=0,client=1-2", "--", "sh", "-c"])
-            .arg(TURNS.replace("@/", &format!("{}/", dir.display())))
-            .env("RUST_LOG", "warn")
-            .spawn()?);
+        let mut job = Job::start(&hosts, TURNS)?;
         until_there(&dir, "known0")?;
         until_there(&dir, "known1")?;
         hosts.cut(1, 2)?;
@@ -129,9 +145,7 @@ fn mounts_that_cannot_reach_each_other_go_on() -> anyhow::Result<()> {
         eprintln!("six turns with the link cut took {:?}", cut.elapsed());
         hosts.mend(1, 2)?;
         std::fs::write(dir.join("mended"), "")?;
-        until("the job to end", || Ok(job.0.try_wait()?.is_some()))?;
-        let status = job.0.wait()?;
-        ensure!(status.success(), "the job ended with {status}");
+        job.end()?;
         hosts.wait_quiet(Duration::from_secs(1))
     };
     guard::within(LIMIT, body, || ())
@@ -147,15 +161,7 @@ fn a_question_outlives_its_connection() -> anyhow::Result<()> {
     let body = || {
         let hosts = Hosts::new(3)?;
         let dir = hosts.dir().to_path_buf();
-        let mut job = Job(Command::new(fsd_binary()?)
-            .args(["launch", "--pool", "64MiB", "--hostfile"])
-            .arg(hosts.hostfile()?)
-            .arg("--ssh")
-            .arg(hosts.ssh())
-            .args(["--roles", "meta=0,storage=0,client=1-2", "--", "sh", "-c"])
-            .arg(JOB.replace('@', dir.to_str().context("a path that is no text")?))
-            .env("RUST_LOG", "warn")
-            .spawn()?);
+        let mut job = Job::start(&hosts, JOB)?;
         until_there(&dir, "listed")?;
         let before = hosts.connections(2, 1)?;
         ensure!(before > 0, "the mounts do not know each other");
@@ -166,9 +172,7 @@ fn a_question_outlives_its_connection() -> anyhow::Result<()> {
             Ok(hosts.connections(2, 1)? < before)
         })?;
         hosts.mend(1, 2)?;
-        until("the job to end", || Ok(job.0.try_wait()?.is_some()))?;
-        let status = job.0.wait()?;
-        ensure!(status.success(), "the job ended with {status}");
+        job.end()?;
         hosts.wait_quiet(Duration::from_secs(1))
     };
     guard::within(LIMIT, body, || ())
