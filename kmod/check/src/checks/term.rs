@@ -137,7 +137,7 @@ pub fn slept() -> Result<()> {
     let manager = fixture.manager()?;
     let block = fixture.control.block();
     for kind in ["read", "map", "write"] {
-        let (file, map) = (fixture.open(0, "f2")?, Arc::new(AtomicBool::new(false)));
+        let (file, answered) = (fixture.open(0, "f2")?, Arc::new(AtomicBool::new(false)));
         manager.mount(0)?.set_term(u64::MAX);
         manager.automatic.store(true, SeqCst);
         manager.replace(0, ino(2), || fixture.control.write(ino(2), 0, &[b'c'; 65536]))?;
@@ -146,7 +146,7 @@ pub fn slept() -> Result<()> {
         let reads = block.reads.load(SeqCst);
         block.read_delay.store(OVER.as_millis() as u64, SeqCst);
         manager.mount(0)?.set_term(end_in(SHORT));
-        let done = Arc::clone(&map);
+        let done = Arc::clone(&answered);
         let task = Task::start(move || -> Result<()> {
             match kind {
                 "read" => ensure_eq!(read_at(&file, 0, 3)?, b"ccc".to_vec(), "what is read"),
@@ -165,7 +165,7 @@ pub fn slept() -> Result<()> {
         until("the server is asked", || block.reads.load(SeqCst) > reads)?;
         std::thread::sleep(OVER + OVER / 5 + WHILE);
         ensure!(
-            !map.load(SeqCst),
+            !answered.load(SeqCst),
             "a {kind} that slept past the end of the term is not found out"
         );
         block.read_delay.store(0, SeqCst);
