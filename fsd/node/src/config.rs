@@ -167,10 +167,12 @@ impl Config {
                 return Err(format!("the address {address} has no port: write host:port"));
             }
         }
-        for (name, value) in [
+        let waits = [
             ("timeout_ms", self.timeout_ms),
             ("lease.wait_ms", self.lease.wait_ms),
-        ] {
+        ];
+        let hard = self.mount.hard_ms.map(|ms| ("mount.hard_ms", ms));
+        for (name, value) in waits.into_iter().chain(hard) {
             if !(MIN_WAIT_MS..=MAX_WAIT_MS).contains(&value) {
                 return Err(format!(
                     "{name} = {value}: it must be between {MIN_WAIT_MS} and {MAX_WAIT_MS} milliseconds"
@@ -262,6 +264,7 @@ mod tests {
             ("10.0.0.1:7000", "10.0.0.1:0", "10.0.0.1:0 has no port"),
             ("fabric", "timeout_ms = 0\nfabric", "timeout_ms = 0"),
             ("fabric", "lease = { wait_ms = 1 }\nfabric", "lease.wait_ms = 1"),
+            ("fabric", "mount = { hard_ms = 1 }\nfabric", "mount.hard_ms = 1"),
             (
                 "fabric",
                 "membership = { term_ms = 400, heartbeat_ms = 100 }\nfabric",

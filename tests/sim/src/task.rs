@@ -181,7 +181,7 @@ impl Task {
             c.namespace
                 .names
                 .create(ctx, &self.root(), name.as_bytes(), &new, |inode, _| {
-                    let (number, _) = c.opens.open_files.make_handle(inode, Kind::File, libc::O_RDWR)?;
+                    let (number, _) = c.opens.open_files.make_handle(ctx, inode, Kind::File, libc::O_RDWR)?;
                     made = Some((Arc::clone(inode), number));
                     Ok(())
                 })?;

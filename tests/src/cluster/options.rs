@@ -61,6 +61,8 @@ pub struct Options {
     pub lease_wait: Duration,
     /// Longest wait for an answer.
     pub timeout: Duration,
+    /// How long programs wait for a server that is away; for ever without it.
+    pub hard: Option<Duration>,
     /// How long a mount may act without being heard; a fifth of it is the margin and the time between two heartbeats.
     pub term: Duration,
     /// Inodes a mount keeps that the kernel has forgotten.
@@ -101,6 +103,7 @@ impl Default for Options {
             pool_mib: 128,
             lease_wait: Duration::from_secs(30),
             timeout: Duration::from_secs(10),
+            hard: None,
             term: Duration::from_secs(10),
             max_inodes: 100_000,
             lease_table: 1 << 15,

@@ -37,7 +37,7 @@ pub(super) fn settings(o: &Options, base: &Path, memory: &Path) -> anyhow::Resul
     let mut text = format!(
         "cluster = \"test\"\nkey_file = \"cluster.key\"\nfabric = \"{}\"\nspin_us = {}\ntimeout_ms = {}\n\
          [membership]\nterm_ms = {}\nmargin_ms = {}\nheartbeat_ms = {}\n[lease]\nwait_ms = {}\n\
-         [mount]\ncache = \"{}\"\n{}buffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\nmemory_dir = \"{}\"\n",
+         [mount]\ncache = \"{}\"\n{}{}buffer_cache = \"32MiB\"\nmax_inodes = {}\nlease_table = {}\n[meta]\nlisten = \"{}\"\ndir = \"meta\"\nmemory_dir = \"{}\"\n",
         o.fabric.name(),
         o.spin_us,
         o.timeout.as_millis(),
@@ -51,6 +51,9 @@ pub(super) fn settings(o: &Options, base: &Path, memory: &Path) -> anyhow::Resul
         } else {
             ""
         },
+        o.hard
+            .map(|hard| format!("hard_ms = {}\n", hard.as_millis()))
+            .unwrap_or_default(),
         o.max_inodes,
         o.lease_table,
         address("meta")?,

@@ -34,6 +34,7 @@ mod names_held;
 mod posix;
 mod pressure;
 mod privileges;
+mod servers_away;
 mod side_by_side;
 mod status;
 mod stopping;

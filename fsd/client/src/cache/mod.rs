@@ -174,19 +174,34 @@ impl Cache {
             return Ok(guard);
         }
         ctx.may_wait()?;
-        if !self.session.net.storage.knows_record(record) {
-            self.session.net.storage.find_record(record)?;
-        }
         let failed = &inode.hints.failed;
-        let entered = self.session.leases.enter(record, mode, self.patience(failed));
-        match &entered {
-            Ok(_) => failed.store(0, Ordering::Relaxed),
-            Err(LeaseError::Timeout { .. } | LeaseError::Unreachable { .. }) => {
+        let began = Instant::now();
+        let mut told = false;
+        loop {
+            if !self.session.net.storage.knows_record(record) {
+                self.session.net.storage.find_record(record)?;
+            }
+            let round = Instant::now();
+            let error = match self.session.leases.enter(record, mode, self.patience(failed)) {
+                Ok(guard) => {
+                    failed.store(0, Ordering::Relaxed);
+                    return Ok(guard);
+                }
+                Err(error) => error,
+            };
+            let in_vain = matches!(error, LeaseError::Timeout { .. } | LeaseError::Unreachable { .. });
+            let away = in_vain || matches!(error, LeaseError::StorageLost { .. });
+            if away && self.session.waits_on(began, round) {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!("{error}; it is waited for on: a server is away, or was a moment ago");
+                }
+                continue;
+            }
+            if in_vain {
                 failed.store(self.session.now().max(1), Ordering::Relaxed);
             }
-            Err(_) => {}
+            return Err(Stop::Errno(lease_errno(&error)));
         }
-        entered.map_err(|e| Stop::Errno(lease_errno(&e)))
     }
 
     /// How long to wait for a lease; `failed`: when that was last in vain. The kernel sends changes of one directory one after the other: who

@@ -201,11 +201,11 @@ impl Forward {
 
     /// Ends calls that another mount does not answer, although it can be reached.
     pub(crate) fn give_up_calls(&self, ext: &Extension) {
-        for call in self.away.give_up(self.session.lease_wait) {
-            tracing::error!(
-                "another mount has not answered a read or write for {:?}",
-                self.session.lease_wait
-            );
+        let Some(limit) = self.session.longest_wait() else {
+            return;
+        };
+        for call in self.away.give_up(limit) {
+            tracing::error!("another mount has not answered a read or write for {limit:?}");
             ext.answer(&call, Answer::Failed(libc::ETIMEDOUT));
         }
     }

@@ -15,8 +15,6 @@ use fsd_proto::rpc::Errno;
 
 /// Transfers in one batch; with the counter of a slab for each it stays below any fabric's limit.
 const BATCH: usize = 32;
-/// How long one-sided operations are repeated on new connections before they fail.
-const DATA_TIMEOUT: Duration = Duration::from_secs(20);
 /// Pause between two attempts.
 const RETRY: Duration = Duration::from_millis(10);
 
@@ -73,7 +71,7 @@ impl Transfer {
     /// Runs operations against the pools of storage nodes: of several of them at once.
     ///
     /// # Errors
-    /// Park; a node cannot be reached within the time limit.
+    /// Park; a node is away for longer than programs wait.
     pub fn all(&self, ctx: &Ctx<'_>, mut transfers: Transfers<'_>) -> Res<()> {
         if !self.session.local_memory() && transfers.0.len() > 1 {
             ctx.may_wait()?;
@@ -101,7 +99,7 @@ impl Transfer {
                 batches.push((Arc::clone(&session.conn), batch));
             }
         }
-        let outcomes = gather(batches, self.session.net.ways.timeout());
+        let outcomes = gather(batches, self.session.net.ways.patience.for_answer());
         let mut failed: Vec<u16> = Vec::new();
         let mut begun: BTreeMap<u16, usize> = BTreeMap::new();
         for ((node, len), outcome) in asked.into_iter().zip(outcomes) {
@@ -150,7 +148,7 @@ impl Transfer {
         if !self.session.local_memory() {
             ctx.may_wait()?;
         }
-        let deadline = Instant::now() + DATA_TIMEOUT;
+        let began = Instant::now();
         loop {
             let session = match self.session.net.storage.session_now(node) {
                 Some(session) => session,
@@ -168,7 +166,7 @@ impl Transfer {
                 }
                 Err(error) => {
                     tracing::debug!("storage node {node}: {error}");
-                    if Instant::now() > deadline {
+                    if self.session.net.ways.patience.is_over(began) {
                         return Err(Stop::Errno(Errno(libc::EIO)));
                     }
                     ctx.may_wait()?;

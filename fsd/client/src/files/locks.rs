@@ -2,24 +2,19 @@
 //! has restarted, and which open file each was taken through.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use rt::sync::Mutex;
 
 use crate::session::Session;
 use crate::session::caller::Caller;
 use crate::session::ctx::{Ctx, Res, Stop, fail};
+use crate::session::waiting::{Until, Waits};
 use fsd_proto::ask;
 use fsd_proto::locks::LockTable;
 use fsd_proto::rpc::{Errno, RpcError};
 use fsd_proto::wire::{LockKind, LockOwner, LockRange, LockSpec};
-
-/// How often waiting requests are looked through for processes that have got a signal …
-const SIGNAL_POLL: Duration = Duration::from_millis(50);
-/// … and less often when there are many: so much time is left between two looks at one.
-const SIGNAL_POLL_EACH: Duration = Duration::from_micros(500);
 
 /// The answer to a waiting request.
 type Done = Box<dyn FnOnce(Result<(), Errno>) + Send>;
@@ -29,8 +24,9 @@ struct Waiter {
     lock: LockSpec,
     /// The open file it came through.
     handle: u64,
-    done: Done,
-    cancelled: bool,
+    /// None: its process was killed, and has been answered.
+    done: Option<Done>,
+    _waits: Waits,
 }
 
 #[derive(Debug, Default)]
@@ -46,7 +42,6 @@ pub struct LocalLocks {
     held: Mutex<Held>,
     waiting: Mutex<HashMap<u64, Waiter>>,
     next: AtomicU64,
-    polled: AtomicBool,
 }
 
 impl LocalLocks {
@@ -180,20 +175,39 @@ impl Locks {
         done: impl FnOnce(Result<(), Errno>) + Send + 'static,
     ) {
         let id = self.file_locks.next.fetch_add(1, Ordering::Relaxed);
-        let waiter = Waiter {
-            lock,
-            handle,
-            done: Box::new(done),
-            cancelled: false,
-        };
-        self.file_locks.waiting.lock().insert(id, waiter);
+        {
+            // Who gives up finds the waiter.
+            let mut waiting = self.file_locks.waiting.lock();
+            let (me, caller) = (
+                Arc::downgrade(self),
+                Caller {
+                    pid: lock.pid,
+                    uid: 0,
+                },
+            );
+            let waits = self
+                .session
+                .threads
+                .waiting
+                .begin(caller, Until::Signal, move || {
+                    if let Some(me) = me.upgrade() {
+                        me.cancel(id);
+                    }
+                });
+            let waiter = Waiter {
+                lock,
+                handle,
+                done: Some(Box::new(done)),
+                _waits: waits,
+            };
+            waiting.insert(id, waiter);
+        }
         if self.session.net.meta.is_up() {
             self.ask_for_lock(id);
         } else {
             let me = Arc::clone(self);
             self.session.threads.workers.run(move || me.ask_for_lock(id));
         }
-        self.look_for_signals();
     }
 
     /// Sends a waiting request to the metadata server.
@@ -228,64 +242,54 @@ impl Locks {
         let Some(waiter) = self.file_locks.waiting.lock().remove(&id) else {
             return;
         };
-        if result.is_ok() {
-            self.file_locks.note(&waiter.lock, waiter.handle);
+        match waiter.done {
+            Some(done) => {
+                if result.is_ok() {
+                    self.file_locks.note(&waiter.lock, waiter.handle);
+                }
+                done(result);
+            }
+            None if result.is_ok() => self.drop_lock(waiter.lock),
+            None => {}
         }
-        (waiter.done)(result);
     }
 
-    /// Has one thread look, as long as requests wait, whether their processes have got signals: the kernel's interrupt requests
-    /// do not reach us.
-    fn look_for_signals(self: &Arc<Self>) {
-        if self.file_locks.polled.swap(true, Ordering::SeqCst) {
-            return;
-        }
-        let me = Arc::clone(self);
-        self.session.threads.workers.run(move || {
-            loop {
-                let waiting = me.file_locks.waiting.lock().len();
-                if waiting == 0 {
-                    me.file_locks.polled.store(false, Ordering::SeqCst);
-                    // Who came before that has not started another.
-                    if me.file_locks.waiting.lock().is_empty()
-                        || me.file_locks.polled.swap(true, Ordering::SeqCst)
-                    {
-                        return;
-                    }
-                }
-                rt::thread::sleep(SIGNAL_POLL.max(SIGNAL_POLL_EACH * waiting as u32));
-                me.cancel_interrupted();
+    /// The process behind a waiting request has got a signal, or was killed.
+    fn cancel(&self, id: u64) {
+        let (lock, done) = {
+            let mut waiting = self.file_locks.waiting.lock();
+            let Some(waiter) = waiting.get_mut(&id) else {
+                return;
+            };
+            let killed = Caller {
+                pid: waiter.lock.pid,
+                uid: 0,
+            }
+            .is_dying();
+            (waiter.lock, killed.then(|| waiter.done.take()).flatten())
+        };
+        // The answer to the waiting request then comes as EINTR, or it had been granted.
+        let request = ask::meta::CancelLock { lock };
+        self.session.net.meta.ask_async(request, |result| {
+            if let Err(error) = result {
+                tracing::debug!("a request for a file lock cannot be taken back: {error}");
             }
         });
+        // Who was killed does not wait for a server that may be away.
+        if let Some(done) = done {
+            done(Err(Errno(libc::EINTR)));
+        }
     }
 
-    fn cancel_interrupted(&self) {
-        let waiting: Vec<(u64, LockSpec)> = {
-            let all = self.file_locks.waiting.lock();
-            let open = all.iter().filter(|(_, w)| !w.cancelled);
-            open.map(|(&id, w)| (id, w.lock)).collect()
-        };
-        for (id, lock) in waiting {
-            let process = Caller {
-                pid: lock.pid,
-                uid: 0,
-            };
-            if !process.has_signal() {
-                continue;
+    /// A lock was granted to a process that had been killed.
+    fn drop_lock(&self, lock: LockSpec) {
+        let lock = LockSpec { kind: None, ..lock };
+        let request = ask::meta::SetLock { lock, wait: false };
+        self.session.net.meta.ask_async(request, |result| {
+            if let Err(error) = result {
+                tracing::warn!("a file lock of a process that was killed cannot be dropped: {error}");
             }
-            if let Some(waiter) = self.file_locks.waiting.lock().get_mut(&id) {
-                waiter.cancelled = true;
-            }
-            // The answer to the waiting request then comes as EINTR, or it had been granted.
-            self.session
-                .net
-                .meta
-                .ask_async(ask::meta::CancelLock { lock }, |result| {
-                    if let Err(error) = result {
-                        tracing::debug!("a request for a file lock cannot be taken back: {error}");
-                    }
-                });
-        }
+        });
     }
 
     /// Drops what an owner holds on a file, if anything.

@@ -274,6 +274,6 @@ impl Files {
             self.cache.note_dirty(inode.ino);
             self.kernel.invalidate_attrs(inode);
         }
-        self.open_files.make_handle(inode, kind, flags)
+        self.open_files.make_handle(ctx, inode, kind, flags)
     }
 }

@@ -6,90 +6,115 @@ use std::sync::atomic::Ordering;
 use fuser::{INodeNo, ReplyData, ReplyWrite, Request};
 
 use super::convert::{caller_of, error_of};
-use super::serve::serve;
+use super::serve::{Pending, serve};
 use crate::cache::MAX_FILE_SIZE;
 use crate::cache::inode::Inode;
 use crate::cache::write::{Queued, Write};
 use crate::client::Client;
 use crate::fuse::buffers;
 use crate::opens::handles::Handle;
-use crate::session::ctx::{Ctx, Permits, Stop};
+use crate::session::ctx::{Ctx, Permits, Res, Stop};
 use fsd_node::config::CacheMode;
 
 /// `fills`: the kernel puts what it gets into its page cache.
 pub(super) fn read(
     client: &Arc<Client>,
+    req: &Request,
     ino: INodeNo,
     offset: u64,
     size: u32,
     fills: bool,
     reply: ReplyData,
 ) {
-    serve(client, reply, ReplyData::error, move |c, ctx, reply| {
-        let mut buffer = buffers::take(size as usize);
-        let result = c
-            .files
-            .opened
-            .read(ctx, &c.cache.inode(ino.0), offset, &mut buffer, fills, |data| {
-                if let Some(reply) = reply.take() {
-                    reply.data(data);
-                }
-            });
-        buffers::give(buffer);
-        result
-    });
+    serve(
+        client,
+        Some(caller_of(req)),
+        reply,
+        ReplyData::error,
+        move |c, ctx, reply| {
+            let mut buffer = buffers::take(size as usize);
+            let result =
+                c.files
+                    .opened
+                    .read(ctx, &c.cache.inode(ino.0), offset, &mut buffer, fills, |data| {
+                        if let Some(reply) = reply.take() {
+                            reply.data(data);
+                        }
+                    });
+            buffers::give(buffer);
+            result
+        },
+    );
 }
 
 /// `mapped`: the pages come from the kernel's page cache, which may hold them locked.
-pub(super) fn write(client: &Arc<Client>, ino: INodeNo, write: &Write<'_>, mapped: bool, reply: ReplyWrite) {
+pub(super) fn write(
+    client: &Arc<Client>,
+    req: &Request,
+    ino: INodeNo,
+    write: &Write<'_>,
+    mapped: bool,
+    reply: ReplyWrite,
+) {
     client.session.counters.requests.fetch_add(1, Ordering::Relaxed);
     let inode = client.cache.inode(ino.0);
+    if mapped {
+        return write_mapped(client, inode, write, reply);
+    }
+    let mut pending = Pending::new(&client.session, Some(caller_of(req)), reply, ReplyWrite::error);
+    let watcher = pending.watcher();
     // The data is only borrowed here: the first attempt uses it in place.
-    if !mapped && client.session.term.is_valid() {
-        let first = client
-            .files
-            .writes
-            .write(&Ctx::on_loop(&client.session.threads.permits), &inode, write);
-        return match first {
-            Ok(n) => reply.written(n),
-            Err(Stop::Errno(e)) => reply.error(error_of(e)),
-            Err(Stop::Park) => write_later(client, inode, Queued::from(write), reply),
-        };
+    if client.session.term.is_valid() {
+        let ctx = Ctx::on_loop(&client.session.threads.permits).telling(&watcher);
+        match client.files.writes.write(&ctx, &inode, write) {
+            Err(Stop::Park) => {}
+            result => return written(&mut pending, result),
+        }
     }
-    if !mapped {
-        return write_later(client, inode, Queued::from(write), reply);
-    }
-    write_mapped(client, inode, write, reply);
-}
-
-/// A write that is answered when it is durable: on a worker at once, for it will wait.
-pub(super) fn write_sync(client: &Arc<Client>, handle: Arc<Handle>, write: &Write<'_>, reply: ReplyWrite) {
-    client.session.counters.requests.fetch_add(1, Ordering::Relaxed);
+    watcher();
     let (me, queued) = (Arc::clone(client), Queued::from(write));
+    client.session.counters.parked.fetch_add(1, Ordering::Relaxed);
     client.session.threads.workers.run(move || {
         let ctx = Ctx::on_worker();
-        let held = me.session.term.hold().map_err(Stop::Errno);
-        let written = held.and_then(|()| me.files.writes.write(&ctx, &handle.inode, &queued.write()));
-        let durable = written.and_then(|n| {
-            me.files.opened.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
-            Ok(n)
-        });
-        match durable {
-            Ok(n) => reply.written(n),
-            Err(stop) => reply.error(error_of(stop.errno())),
-        }
+        let held = pending.hold(&ctx);
+        let result = held.and_then(|()| me.files.writes.write(&ctx, &inode, &queued.write()));
+        written(&mut pending, result);
     });
 }
 
-fn write_later(client: &Arc<Client>, inode: Arc<Inode>, queued: Queued, reply: ReplyWrite) {
-    let me = Arc::clone(client);
-    me.session.counters.parked.fetch_add(1, Ordering::Relaxed);
-    client.session.threads.workers.run(move || {
-        let held = me.session.term.hold().map_err(Stop::Errno);
-        match held.and_then(|()| me.files.writes.write(&Ctx::on_worker(), &inode, &queued.write())) {
-            Ok(n) => reply.written(n),
-            Err(stop) => reply.error(error_of(stop.errno())),
+fn written(pending: &mut Pending<ReplyWrite>, result: Res<u32>) {
+    match result {
+        Ok(n) => {
+            if let Some(reply) = pending.take() {
+                reply.written(n);
+            }
         }
+        Err(stop) => pending.fail(stop),
+    }
+}
+
+/// A write that is answered when it is durable: on a worker at once, for it will wait.
+pub(super) fn write_sync(
+    client: &Arc<Client>,
+    req: &Request,
+    handle: Arc<Handle>,
+    write: &Write<'_>,
+    reply: ReplyWrite,
+) {
+    client.session.counters.requests.fetch_add(1, Ordering::Relaxed);
+    let (me, queued) = (Arc::clone(client), Queued::from(write));
+    let mut pending = Pending::new(&client.session, Some(caller_of(req)), reply, ReplyWrite::error);
+    pending.watcher()();
+    client.session.threads.workers.run(move || {
+        let ctx = Ctx::on_worker();
+        let done = pending
+            .hold(&ctx)
+            .and_then(|()| me.files.writes.write(&ctx, &handle.inode, &queued.write()));
+        let durable = done.and_then(|n| {
+            me.files.opened.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
+            Ok(n)
+        });
+        written(&mut pending, durable);
     });
 }
 
@@ -146,15 +171,21 @@ pub(super) fn copy_file_range(
         return reply.error(fuser::Errno::EFBIG);
     }
     let caller = caller_of(req);
-    serve(client, reply, ReplyWrite::error, move |c, ctx, reply| {
-        let (from, to) = (c.cache.inode(ino_in.0), c.cache.inode(ino_out.0));
-        let n = c
-            .files
-            .opened
-            .copy_range(ctx, (&from, offset_in), (&to, offset_out), len, caller)?;
-        if let Some(reply) = reply.take() {
-            reply.written(n);
-        }
-        Ok(())
-    });
+    serve(
+        client,
+        Some(caller),
+        reply,
+        ReplyWrite::error,
+        move |c, ctx, reply| {
+            let (from, to) = (c.cache.inode(ino_in.0), c.cache.inode(ino_out.0));
+            let n = c
+                .files
+                .opened
+                .copy_range(ctx, (&from, offset_in), (&to, offset_out), len, caller)?;
+            if let Some(reply) = reply.take() {
+                reply.written(n);
+            }
+            Ok(())
+        },
+    );
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use fuser::{FileHandle, LockOwner, ReplyEmpty, ReplyLock, Request};
 
-use super::convert::error_of;
+use super::convert::{caller_of, error_of};
 use super::serve::{done, serve};
 use crate::client::Client;
 use crate::files::locks::type_of;
@@ -71,27 +71,40 @@ pub(super) fn is_flock(req: &Request, fh: FileHandle, owner: LockOwner, (start, 
         && lock.flags & FUSE_LK_FLOCK != 0
 }
 
-pub(super) fn getlk(client: &Arc<Client>, lock: LockSpec, reply: ReplyLock) {
-    serve(client, reply, ReplyLock::error, move |c, ctx, reply| {
-        let found = c.files.locks.getlk(ctx, lock)?;
-        if let Some(reply) = reply.take() {
-            match found {
-                // A process of another host has no number here, and the kernel shows none that it does not know: so the daemon stands in,
-                // through which that lock reaches this host.
-                Some(l) => {
-                    let here = l.owner.node == c.session.node.0;
-                    let pid = if here { l.pid } else { std::process::id() };
-                    reply.locked(l.range.start, l.range.end, type_of(l.kind), pid);
+pub(super) fn getlk(client: &Arc<Client>, req: &Request, lock: LockSpec, reply: ReplyLock) {
+    serve(
+        client,
+        Some(caller_of(req)),
+        reply,
+        ReplyLock::error,
+        move |c, ctx, reply| {
+            let found = c.files.locks.getlk(ctx, lock)?;
+            if let Some(reply) = reply.take() {
+                match found {
+                    // A process of another host has no number here, and the kernel shows none that it does not know: so the daemon stands in,
+                    // through which that lock reaches this host.
+                    Some(l) => {
+                        let here = l.owner.node == c.session.node.0;
+                        let pid = if here { l.pid } else { std::process::id() };
+                        reply.locked(l.range.start, l.range.end, type_of(l.kind), pid);
+                    }
+                    None => reply.locked(0, 0, libc::F_UNLCK, 0),
                 }
-                None => reply.locked(0, 0, libc::F_UNLCK, 0),
             }
-        }
-        Ok(())
-    });
+            Ok(())
+        },
+    );
 }
 
 /// `sleep`: wait for a lock that is taken.
-pub(super) fn setlk(client: &Arc<Client>, lock: LockSpec, handle: u64, sleep: bool, reply: ReplyEmpty) {
+pub(super) fn setlk(
+    client: &Arc<Client>,
+    req: &Request,
+    lock: LockSpec,
+    handle: u64,
+    sleep: bool,
+    reply: ReplyEmpty,
+) {
     if sleep && lock.kind.is_some() {
         return client
             .files
@@ -101,9 +114,15 @@ pub(super) fn setlk(client: &Arc<Client>, lock: LockSpec, handle: u64, sleep: bo
                 Err(e) => reply.error(error_of(e)),
             });
     }
-    serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.files.locks.setlk(ctx, lock, handle)?;
-        done(reply);
-        Ok(())
-    });
+    serve(
+        client,
+        Some(caller_of(req)),
+        reply,
+        ReplyEmpty::error,
+        move |c, ctx, reply| {
+            c.files.locks.setlk(ctx, lock, handle)?;
+            done(reply);
+            Ok(())
+        },
+    );
 }

@@ -87,8 +87,8 @@ impl Filesystem for FsdFs {
         self.client.revoke.forgetting.forget(ino.0, nlookup);
     }
 
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        attrs::getattr(&self.client, ino, reply);
+    fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        attrs::getattr(&self.client, req, ino, reply);
     }
 
     fn setattr(
@@ -120,11 +120,11 @@ impl Filesystem for FsdFs {
             caller: caller_of(req),
             keep_ctime: false,
         };
-        attrs::setattr(&self.client, ino, set, reply);
+        attrs::setattr(&self.client, req, ino, set, reply);
     }
 
-    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        attrs::readlink(&self.client, ino, reply);
+    fn readlink(&self, req: &Request, ino: INodeNo, reply: ReplyData) {
+        attrs::readlink(&self.client, req, ino, reply);
     }
 
     fn mknod(
@@ -176,8 +176,8 @@ impl Filesystem for FsdFs {
         );
     }
 
-    fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
-        names::link(&self.client, ino, newparent, newname, reply);
+    fn link(&self, req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        names::link(&self.client, req, ino, newparent, newname, reply);
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -199,7 +199,7 @@ impl Filesystem for FsdFs {
 
     fn read(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -211,12 +211,12 @@ impl Filesystem for FsdFs {
         // The kernel names a lock owner for reads that go past its page cache; those that fill it (mapped
         // pages also through uncached handles) have none.
         let fills = lock_owner.is_none();
-        data::read(&self.client, ino, offset, size, fills, reply);
+        data::read(&self.client, req, ino, offset, size, fills, reply);
     }
 
     fn write(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -242,13 +242,13 @@ impl Filesystem for FsdFs {
             flags: kind,
         };
         match handle {
-            Some(handle) if kind.sync => data::write_sync(&self.client, handle, &write, reply),
-            _ => data::write(&self.client, ino, &write, mapped, reply),
+            Some(handle) if kind.sync => data::write_sync(&self.client, req, handle, &write, reply),
+            _ => data::write(&self.client, req, ino, &write, mapped, reply),
         }
     }
 
-    fn flush(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, lock_owner: LockOwner, reply: ReplyEmpty) {
-        files::flush(&self.client, fh, lock_owner, reply);
+    fn flush(&self, req: &Request, _ino: INodeNo, fh: FileHandle, lock_owner: LockOwner, reply: ReplyEmpty) {
+        files::flush(&self.client, req, fh, lock_owner, reply);
     }
 
     fn release(
@@ -264,16 +264,16 @@ impl Filesystem for FsdFs {
         files::release(&self.client, ino, fh, lock_owner, reply);
     }
 
-    fn fsync(&self, _req: &Request, ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        files::fsync(&self.client, ino, fh, reply);
+    fn fsync(&self, req: &Request, ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        files::fsync(&self.client, req, ino, fh, reply);
     }
 
-    fn opendir(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        dirs::opendir(&self.client, ino, flags, reply);
+    fn opendir(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        dirs::opendir(&self.client, req, ino, flags, reply);
     }
 
-    fn readdir(&self, _req: &Request, ino: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectory) {
-        dirs::readdir(&self.client, ino, fh, offset, reply);
+    fn readdir(&self, req: &Request, ino: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectory) {
+        dirs::readdir(&self.client, req, ino, fh, offset, reply);
     }
 
     fn releasedir(
@@ -287,17 +287,17 @@ impl Filesystem for FsdFs {
         dirs::releasedir(&self.client, fh, reply);
     }
 
-    fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        dirs::fsyncdir(&self.client, ino, reply);
+    fn fsyncdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        dirs::fsyncdir(&self.client, req, ino, reply);
     }
 
-    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        attrs::statfs(&self.client, reply);
+    fn statfs(&self, req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        attrs::statfs(&self.client, req, reply);
     }
 
     fn setxattr(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -305,19 +305,19 @@ impl Filesystem for FsdFs {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        xattrs::setxattr(&self.client, ino, name, value, flags, reply);
+        xattrs::setxattr(&self.client, req, ino, name, value, flags, reply);
     }
 
-    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        xattrs::getxattr(&self.client, ino, name, size, reply);
+    fn getxattr(&self, req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        xattrs::getxattr(&self.client, req, ino, name, size, reply);
     }
 
     fn listxattr(&self, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         xattrs::listxattr(&self.client, req, ino, size, reply);
     }
 
-    fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        xattrs::removexattr(&self.client, ino, name, reply);
+    fn removexattr(&self, req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        xattrs::removexattr(&self.client, req, ino, name, reply);
     }
 
     fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
@@ -327,7 +327,7 @@ impl Filesystem for FsdFs {
 
     fn getlk(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         lock_owner: LockOwner,
@@ -341,7 +341,7 @@ impl Filesystem for FsdFs {
             Ok(kind) => {
                 let owner = self.client.files.locks.lock_owner(lock_owner.0, false);
                 let lock = crate::files::locks::Locks::lock_spec(ino.0, owner, pid, (start, end), kind);
-                locks::getlk(&self.client, lock, reply);
+                locks::getlk(&self.client, req, lock, reply);
             }
             Err(_) => reply.error(fuser::Errno::EINVAL),
         }
@@ -365,7 +365,7 @@ impl Filesystem for FsdFs {
                 let flock = locks::is_flock(req, fh, lock_owner, (start, end));
                 let owner = self.client.files.locks.lock_owner(lock_owner.0, flock);
                 let lock = crate::files::locks::Locks::lock_spec(ino.0, owner, pid, (start, end), kind);
-                locks::setlk(&self.client, lock, fh.0, sleep, reply);
+                locks::setlk(&self.client, req, lock, fh.0, sleep, reply);
             }
             Err(_) => reply.error(fuser::Errno::EINVAL),
         }
@@ -415,14 +415,14 @@ impl Filesystem for FsdFs {
 
     fn lseek(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: i64,
         whence: i32,
         reply: ReplyLseek,
     ) {
-        files::lseek(&self.client, ino, offset, whence, reply);
+        files::lseek(&self.client, req, ino, offset, whence, reply);
     }
 
     fn copy_file_range(

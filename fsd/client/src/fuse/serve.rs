@@ -1,71 +1,141 @@
 //! How a request finds a thread, and its answer.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use fuser::ReplyEmpty;
+use rt::sync::Mutex;
 
 use super::convert::error_of;
 use crate::client::Client;
+use crate::session::Session;
+use crate::session::caller::Caller;
 use crate::session::ctx::{Ctx, Res, Stop};
-use crate::session::term::Term;
+use crate::session::waiting::{Until, Waits};
+use fsd_proto::rpc::Errno;
 
 /// Names are never cached by the kernel: taking them back could deadlock with a create under way.
 pub(super) const NAME_TTL: Duration = Duration::ZERO;
 
-/// A reply that has not been sent. It is sent only while the mount may act: by then others may have what it was made from.
-pub(super) struct Pending<T> {
-    reply: Option<T>,
+/// A reply, and who waits for it.
+struct Slot<T> {
+    reply: Mutex<Option<T>>,
     refuse: fn(T, fuser::Errno),
-    term: Arc<Term>,
+    waits: OnceLock<Waits>,
 }
 
-impl<T> Pending<T> {
+impl<T> Slot<T> {
+    fn refuse(&self, errno: Errno) {
+        // Not in the condition: the answer is a system call.
+        let reply = self.reply.lock().take();
+        if let Some(reply) = reply {
+            (self.refuse)(reply, error_of(errno));
+        }
+    }
+}
+
+/// A reply that has not been sent. It is sent only while the mount may act: by then others may have what it was made from. A process
+/// that waits for it and is killed is answered at once; what it asked for goes on, and ends where it can.
+pub(super) struct Pending<T> {
+    slot: Arc<Slot<T>>,
+    session: Arc<Session>,
+    caller: Option<Caller>,
+}
+
+impl<T: Send + 'static> Pending<T> {
+    /// A reply for a process, or, without one, for the kernel itself, which waits until it comes.
+    pub(super) fn new(
+        session: &Arc<Session>,
+        caller: Option<Caller>,
+        reply: T,
+        refuse: fn(T, fuser::Errno),
+    ) -> Self {
+        Self {
+            slot: Arc::new(Slot {
+                reply: Mutex::new(Some(reply)),
+                refuse,
+                waits: OnceLock::new(),
+            }),
+            session: Arc::clone(session),
+            caller: caller.filter(|caller| caller.pid != 0),
+        }
+    }
+
+    /// What is to be called when the process begins to wait: from then on it is looked at.
+    pub(super) fn watcher(&self) -> impl Fn() + Send + use<T> {
+        let (slot, waiting) = (
+            Arc::downgrade(&self.slot),
+            Arc::clone(&self.session.threads.waiting),
+        );
+        let caller = self.caller;
+        move || {
+            if let (Some(caller), Some(waits)) = (caller, slot.upgrade()) {
+                let slot = Weak::clone(&slot);
+                waits.waits.get_or_init(|| {
+                    waiting.begin(caller, Until::Death, move || {
+                        if let Some(slot) = slot.upgrade() {
+                            slot.refuse(Errno(libc::EINTR));
+                        }
+                    })
+                });
+            }
+        }
+    }
+
     /// The reply, to be sent now. A mount that is frozen waits; one that is thawed has all it had, and nobody else has got it. None
-    /// if it was sent before, or if the mount has been declared dead: then it is refused here.
+    /// if it was sent before, if its process was killed, or if the mount has been declared dead: then it is refused here.
     pub(super) fn take(&mut self) -> Option<T> {
-        if let Err(errno) = self.term.hold() {
-            self.fail(Stop::Errno(errno));
+        if !self.session.term.is_valid() {
+            self.watcher()();
+            if let Err(errno) = self.session.term.hold() {
+                self.slot.refuse(errno);
+            }
         }
-        self.reply.take()
+        self.slot.reply.lock().take()
     }
 
-    fn fail(&mut self, stop: Stop) {
-        if let Some(reply) = self.reply.take() {
-            (self.refuse)(reply, error_of(stop.errno()));
+    /// Waits while the mount is frozen, before anything is done.
+    pub(super) fn hold(&self, ctx: &Ctx<'_>) -> Res<()> {
+        if !self.session.term.is_valid() {
+            ctx.may_wait()?;
+            self.session.term.hold()?;
         }
+        Ok(())
+    }
+
+    /// Has it not been sent?
+    pub(super) fn is_open(&self) -> bool {
+        self.slot.reply.lock().is_some()
+    }
+
+    pub(super) fn fail(&self, stop: Stop) {
+        self.slot.refuse(stop.errno());
     }
 }
 
-/// A request that can be tried more than once; `T` is its reply, taken when it is answered.
+/// A request that can be tried more than once; `T` is its reply, taken when it is answered. It comes from a process, or from the kernel
+/// itself.
 pub(super) fn serve<T: Send + 'static>(
     client: &Arc<Client>,
+    caller: Option<Caller>,
     reply: T,
     refuse: fn(T, fuser::Errno),
     mut step: impl FnMut(&Arc<Client>, &Ctx<'_>, &mut Pending<T>) -> Res<()> + Send + 'static,
 ) {
     client.session.counters.requests.fetch_add(1, Ordering::Relaxed);
-    let mut pending = Pending {
-        reply: Some(reply),
-        refuse,
-        term: Arc::clone(&client.session.term),
-    };
+    let mut pending = Pending::new(&client.session, caller, reply, refuse);
+    let watcher = pending.watcher();
     let mut step = move |client: &Arc<Client>, ctx: &Ctx<'_>, pending: &mut Pending<T>| {
-        if !pending.term.is_valid() {
-            ctx.may_wait()?;
-            pending.term.hold()?;
-        }
+        pending.hold(ctx)?;
         step(client, ctx, pending)
     };
-    match step(
-        client,
-        &Ctx::on_loop(&client.session.threads.permits),
-        &mut pending,
-    ) {
+    let ctx = Ctx::on_loop(&client.session.threads.permits).telling(&watcher);
+    match step(client, &ctx, &mut pending) {
         Ok(()) => {}
-        Err(Stop::Park) if pending.reply.is_some() => {
+        Err(Stop::Park) if pending.is_open() => {
             client.session.counters.parked.fetch_add(1, Ordering::Relaxed);
+            watcher();
             let me = Arc::clone(client);
             client.session.threads.workers.run(move || {
                 if let Err(stop) = step(&me, &Ctx::on_worker(), &mut pending) {
@@ -75,6 +145,30 @@ pub(super) fn serve<T: Send + 'static>(
         }
         Err(stop) => pending.fail(stop),
     }
+}
+
+/// The kernel was not told of this open file: its process was killed while it waited for that.
+pub(super) fn unopened(client: &Arc<Client>, handle: u64) {
+    let me = Arc::clone(client);
+    client.session.threads.workers.run(move || {
+        if let Err(stop) = me.opens.open_files.release(&Ctx::on_worker(), handle) {
+            tracing::warn!(
+                "a file that was opened for nobody cannot be closed: {}",
+                stop.errno()
+            );
+        }
+    });
+}
+
+/// The kernel was not told of this inode, which was counted to be known to it.
+pub(super) fn unnamed(client: &Arc<Client>, ino: u64) {
+    let me = Arc::clone(client);
+    // The inode is locked here.
+    client
+        .session
+        .threads
+        .workers
+        .run(move || me.revoke.forgetting.forget(ino, 1));
 }
 
 pub(super) fn done(reply: &mut Pending<ReplyEmpty>) {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use fuser::{INodeNo, ReplyEmpty, ReplyXattr, Request};
 
+use super::convert::caller_of;
 use super::serve::{Pending, done, serve};
 use crate::client::Client;
 
@@ -22,6 +23,7 @@ fn send_xattr(reply: &mut Pending<ReplyXattr>, value: &[u8], size: u32) {
 
 pub(super) fn setxattr(
     client: &Arc<Client>,
+    req: &Request,
     ino: INodeNo,
     name: &OsStr,
     value: &[u8],
@@ -29,43 +31,80 @@ pub(super) fn setxattr(
     reply: ReplyEmpty,
 ) {
     let (name, value) = (name.as_bytes().to_vec(), value.to_vec());
-    serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.namespace
-            .xattrs
-            .setxattr(ctx, &c.cache.inode(ino.0), &name, &value, flags)?;
-        done(reply);
-        Ok(())
-    });
+    serve(
+        client,
+        Some(caller_of(req)),
+        reply,
+        ReplyEmpty::error,
+        move |c, ctx, reply| {
+            c.namespace
+                .xattrs
+                .setxattr(ctx, &c.cache.inode(ino.0), &name, &value, flags)?;
+            done(reply);
+            Ok(())
+        },
+    );
 }
 
-pub(super) fn getxattr(client: &Arc<Client>, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+pub(super) fn getxattr(
+    client: &Arc<Client>,
+    req: &Request,
+    ino: INodeNo,
+    name: &OsStr,
+    size: u32,
+    reply: ReplyXattr,
+) {
     let name = name.as_bytes().to_vec();
-    serve(client, reply, ReplyXattr::error, move |c, ctx, reply| {
-        let value = c.namespace.xattrs.getxattr(ctx, &c.cache.inode(ino.0), &name)?;
-        send_xattr(reply, &value, size);
-        Ok(())
-    });
+    serve(
+        client,
+        Some(caller_of(req)),
+        reply,
+        ReplyXattr::error,
+        move |c, ctx, reply| {
+            let value = c.namespace.xattrs.getxattr(ctx, &c.cache.inode(ino.0), &name)?;
+            send_xattr(reply, &value, size);
+            Ok(())
+        },
+    );
 }
 
 pub(super) fn listxattr(client: &Arc<Client>, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
     let privileged = req.uid() == 0;
-    serve(client, reply, ReplyXattr::error, move |c, ctx, reply| {
-        let names = c
-            .namespace
-            .xattrs
-            .listxattr(ctx, &c.cache.inode(ino.0), privileged)?;
-        send_xattr(reply, &names, size);
-        Ok(())
-    });
+    serve(
+        client,
+        Some(caller_of(req)),
+        reply,
+        ReplyXattr::error,
+        move |c, ctx, reply| {
+            let names = c
+                .namespace
+                .xattrs
+                .listxattr(ctx, &c.cache.inode(ino.0), privileged)?;
+            send_xattr(reply, &names, size);
+            Ok(())
+        },
+    );
 }
 
-pub(super) fn removexattr(client: &Arc<Client>, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+pub(super) fn removexattr(
+    client: &Arc<Client>,
+    req: &Request,
+    ino: INodeNo,
+    name: &OsStr,
+    reply: ReplyEmpty,
+) {
     let name = name.as_bytes().to_vec();
-    serve(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.namespace
-            .xattrs
-            .removexattr(ctx, &c.cache.inode(ino.0), &name)?;
-        done(reply);
-        Ok(())
-    });
+    serve(
+        client,
+        Some(caller_of(req)),
+        reply,
+        ReplyEmpty::error,
+        move |c, ctx, reply| {
+            c.namespace
+                .xattrs
+                .removexattr(ctx, &c.cache.inode(ino.0), &name)?;
+            done(reply);
+            Ok(())
+        },
+    );
 }

@@ -19,7 +19,7 @@ use crate::client::Client;
 use crate::revoke::revoker::Revoker;
 use crate::session::ctx::Permits;
 use crate::session::heartbeat::Heartbeat;
-use crate::session::net::{JoinError, Joined, Net, NetConfig, Owner};
+use crate::session::net::{JoinError, Joined, Net, NetConfig, Owner, Patience};
 use crate::session::term::Term;
 use crate::session::workers::Workers;
 use crate::session::{Counters, Fate, Session, Threads};
@@ -69,7 +69,10 @@ pub(super) fn join(
     let net_config = NetConfig {
         cluster: config.cluster.clone(),
         meta_addr: config.meta.listen.clone(),
-        timeout: Duration::from_millis(config.timeout_ms),
+        patience: Patience::new(
+            Duration::from_millis(config.timeout_ms),
+            config.mount.hard_ms.map(Duration::from_millis),
+        ),
         name,
     };
     let net = Net::new(net_config, endpoint, workers.clone());
@@ -110,9 +113,14 @@ pub(super) fn join(
             revokers: Workers::new("fsd-revoke", 128),
             invalidators: Workers::new("fsd-inval", 256),
             permits: Permits::new(loops, SPARE_LOOPS),
+            waiting: Arc::default(),
             heartbeat: OnceLock::new(),
         },
-        term: Arc::new(Term::new(Duration::from_millis(joined.terms.term_ms), alive)),
+        term: Arc::new(Term::new(
+            Duration::from_millis(joined.terms.term_ms),
+            alive,
+            config.mount.hard_ms.map(Duration::from_millis),
+        )),
         fate: Fate::default(),
         counters: Counters::default(),
     });
@@ -134,6 +142,7 @@ pub(super) fn join(
     let _ = front.client.set(Arc::downgrade(&client));
     let owner: Arc<dyn Owner> = Arc::clone(&client) as Arc<dyn Owner>;
     net.ways.set_owner(Arc::downgrade(&owner));
+    net.ways.patience.serve();
 
     let writer = Arc::clone(&client);
     let mut threads = vec![thread("fsd-writeback", move || {
@@ -180,13 +189,14 @@ fn left(done: &rt::channel::Receiver<()>, alone: &impl Fn() -> bool) -> bool {
 /// Writes everything back, gives up all leases and leaves.
 pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn Fabric) {
     client.session.fate.leaving.store(true, Ordering::SeqCst);
+    client.session.net.ways.patience.leave();
     if !client.session.net.is_alone() {
         client.opens.open_files.close_all();
     }
     client.storing.writeback.write_all();
     if client.cache.dirty.lock().is_empty() {
         // Nothing is lost any more, whoever is not there.
-        client.session.net.ways.hurry();
+        client.session.net.ways.patience.hurry();
     }
     client.data.space.return_space();
     let (tx, rx) = rt::channel::bounded(1);
@@ -222,6 +232,7 @@ pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn 
         let _ = thread.join();
     }
     client.session.net.ways.stop();
+    client.session.threads.waiting.close(CLOSE_WAIT);
     client.session.threads.workers.close(CLOSE_WAIT);
     client.session.threads.revokers.close(CLOSE_WAIT);
     client.session.threads.invalidators.close(CLOSE_WAIT);

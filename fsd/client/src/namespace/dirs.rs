@@ -157,7 +157,7 @@ impl Directories {
                     if attr.kind == Kind::File && !self.pinning.note_look_up(ctx, &inode, thread)? {
                         // Another request of this mount is just taking the name away.
                         drop(guard);
-                        if began.elapsed() > self.session.lease_wait {
+                        if began.elapsed() > self.session.lease_wait && !self.session.waits_on(began, began) {
                             break;
                         }
                         ctx.may_wait()?;

@@ -156,13 +156,13 @@ impl OpenFiles {
     ///
     /// # Errors
     /// The storage node cannot be reached.
-    pub fn make_handle(&self, inode: &Arc<Inode>, kind: Kind, flags: i32) -> Res<(u64, bool)> {
+    pub fn make_handle(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, kind: Kind, flags: i32) -> Res<(u64, bool)> {
         let is_file = kind == Kind::File;
         let access = flags & libc::O_ACCMODE;
         let writer = is_file && access != libc::O_RDONLY;
         let (mut cached, mut page_writer) = (false, false);
         if is_file {
-            self.records.reach_record(inode)?;
+            self.records.reach_record(ctx, inode)?;
             let (shared, written) = self.count_open(inode, writer)?;
             cached = match self.kernel.mode {
                 // The kernel extension enters the lease for each call, O_DIRECT included.
@@ -227,7 +227,7 @@ impl OpenFiles {
             ctx.may_wait()?;
         }
         if inode.opens.lock().count == 1 {
-            self.records.reach_record(inode)?;
+            self.records.reach_record(ctx, inode)?;
         }
         let Some(handle) = self.handles.remove(number) else {
             return Ok(());

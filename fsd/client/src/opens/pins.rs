@@ -205,7 +205,7 @@ impl Pinning {
     /// The storage node cannot be reached.
     pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
         ctx.may_wait()?;
-        self.records.reach_record(inode)?;
+        self.records.reach_record(ctx, inode)?;
         self.records.set_unlinked(inode, true)?;
         let used = self.is_used(inode, thread);
         if used.is_err() {

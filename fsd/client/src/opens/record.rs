@@ -8,7 +8,7 @@ use rdma_transport::{Connection, Op, RemoteAddr};
 use crate::cache::inode::Inode;
 use crate::cache::opens::{Opens, Usage, UsageBit};
 use crate::session::Session;
-use crate::session::ctx::{Res, Stop};
+use crate::session::ctx::{Ctx, Res, Stop};
 use fsd_proto::rpc::Errno;
 
 /// What a lease record says of who uses the file.
@@ -146,9 +146,10 @@ pub struct OpenRecords {
 impl OpenRecords {
     /// Waits until the storage node that has an inode's record is there: one that is just being started again is no error yet. Not
     /// while `opens` is locked, nor on a thread that brings answers from the fabric.
-    pub(crate) fn reach_record(&self, inode: &Inode) -> Res<()> {
+    pub(crate) fn reach_record(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<()> {
         let (record, storage) = (inode.record(), &self.session.net.storage);
         if !storage.knows_record(record) {
+            ctx.may_wait()?;
             storage.find_record(record)?;
         }
         Ok(())

@@ -3,6 +3,9 @@
 /// Bit of `CAP_FSETID` in a capability mask (`linux/capability.h`).
 const CAP_FSETID: u64 = 1 << 4;
 
+/// Flag of a process that is about to end, in `/proc/PID/stat` (`PF_EXITING`, `linux/sched.h`).
+const PF_EXITING: u64 = 4;
+
 /// A process that a request came from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Caller {
@@ -10,6 +13,13 @@ pub struct Caller {
     pub pid: u32,
     /// Its user.
     pub uid: u32,
+}
+
+/// Field 9 of `/proc/PID/stat`, behind a name that may have blanks and brackets in it (proc(5)).
+fn flags(stat: &str) -> u64 {
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let field = fields.split_whitespace().nth(6);
+    field.and_then(|f| f.parse().ok()).unwrap_or(0)
 }
 
 fn status(pid: u32) -> Option<String> {
@@ -42,6 +52,19 @@ impl Caller {
         let pending = mask(&status, "SigPnd:") | mask(&status, "ShdPnd:");
         pending & !mask(&status, "SigBlk:") & !mask(&status, "SigIgn:") != 0
     }
+
+    /// Has it been killed, or is it ending (or gone)?
+    #[must_use]
+    pub fn is_dying(self) -> bool {
+        const KILLED: u64 = 1 << (libc::SIGKILL - 1);
+        let Some(status) = status(self.pid) else {
+            return true;
+        };
+        // Whatever else would end a process is turned into this for each of its threads; one that ends has it no longer.
+        (mask(&status, "SigPnd:") | mask(&status, "ShdPnd:")) & KILLED != 0
+            || std::fs::read_to_string(format!("/proc/{}/stat", self.pid))
+                .is_ok_and(|stat| flags(&stat) & PF_EXITING != 0)
+    }
 }
 
 #[cfg(test)]
@@ -56,7 +79,9 @@ mod tests {
         };
         let text = status(me.pid).unwrap();
         assert_eq!(me.keeps_suid(), mask(&text, "CapEff:") & CAP_FSETID != 0);
-        assert!(!me.has_signal());
+        assert!(!me.has_signal() && !me.is_dying());
+        assert_eq!(flags("7 (a b) c) S 1 7 7 0 -1 4194564 0 0"), 4_194_564);
+        assert_eq!(flags("7 (a"), 0);
         assert_eq!(mask("A:\nSigIgn:\t00000000000010f0\n", "SigIgn:"), 0x10f0);
         assert_eq!(mask("nothing", "SigIgn:"), 0);
     }
@@ -65,6 +90,6 @@ mod tests {
     fn a_process_that_is_gone() {
         let gone = |uid| Caller { pid: u32::MAX, uid };
         assert!(gone(0).keeps_suid() && !gone(1).keeps_suid());
-        assert!(gone(0).has_signal());
+        assert!(gone(0).has_signal() && gone(0).is_dying());
     }
 }

@@ -75,10 +75,11 @@ impl Permits {
 }
 
 /// The right of one request to wait, or to ask for it.
-#[derive(Debug)]
 pub struct Ctx<'a> {
     permits: Option<&'a Permits>,
     holds: std::cell::Cell<bool>,
+    /// Is told when it waits for the first time.
+    on_wait: std::cell::Cell<Option<&'a dyn Fn()>>,
 }
 
 impl<'a> Ctx<'a> {
@@ -88,7 +89,15 @@ impl<'a> Ctx<'a> {
         Self {
             permits: Some(permits),
             holds: std::cell::Cell::new(false),
+            on_wait: std::cell::Cell::new(None),
         }
+    }
+
+    /// Has `on_wait` told when it waits for the first time.
+    #[must_use]
+    pub fn telling(self, on_wait: &'a dyn Fn()) -> Self {
+        self.on_wait.set(Some(on_wait));
+        self
     }
 
     /// On a worker thread: may always wait.
@@ -97,6 +106,7 @@ impl<'a> Ctx<'a> {
         Ctx {
             permits: None,
             holds: std::cell::Cell::new(false),
+            on_wait: std::cell::Cell::new(None),
         }
     }
 
@@ -105,6 +115,9 @@ impl<'a> Ctx<'a> {
     /// # Errors
     /// [`Stop::Park`]: not here.
     pub fn may_wait(&self) -> Res<()> {
+        if let Some(on_wait) = self.on_wait.take() {
+            on_wait();
+        }
         match self.permits {
             Some(permits) if !self.holds.get() => {
                 if permits.take() {

@@ -5,9 +5,10 @@ pub mod ctx;
 pub mod heartbeat;
 pub mod net;
 pub mod term;
+pub mod waiting;
 pub mod workers;
 
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use rt::time::Instant;
 use crate::session::ctx::Permits;
 use crate::session::net::Net;
 use crate::session::term::Term;
+use crate::session::waiting::Waiting;
 use crate::session::workers::Workers;
 use fsd_proto::ino;
 use fsd_proto::rpc::Errno;
@@ -58,6 +60,8 @@ pub struct Threads {
     pub invalidators: Workers,
     /// Event loops that may still wait.
     pub permits: Permits,
+    /// Processes that requests wait for.
+    pub waiting: Arc<Waiting>,
     /// Ends the one that tells the metadata server that this mount lives.
     pub heartbeat: OnceLock<Sender<()>>,
 }
@@ -136,6 +140,27 @@ impl Session {
         }
         let me = Arc::clone(self);
         self.threads.workers.run(move || act(me.term.hold()));
+    }
+
+    /// Is something waited for on, after a round of waiting in vain, that is needed since `began`? It is where a server is away or has
+    /// just come back: others may wait for it, too, and who waits for them fails no sooner.
+    #[must_use]
+    pub fn waits_on(&self, began: Instant, round: Instant) -> bool {
+        self.net.was_away_since(round)
+            && !self.net.ways.patience.is_over(began)
+            && !self.fate.doomed.load(Ordering::Relaxed)
+    }
+
+    /// Longest wait for another mount: as for a lease, or, while a server is away, as for that; none: for ever.
+    #[must_use]
+    pub fn longest_wait(&self) -> Option<Duration> {
+        let now = Instant::now();
+        let round = now.checked_sub(self.lease_wait).unwrap_or(now);
+        if !self.net.was_away_since(round) {
+            return Some(self.lease_wait);
+        }
+        let limit = self.net.ways.patience.for_return();
+        limit.map(|limit| limit.max(self.lease_wait))
     }
 
     /// The storage node of a block.

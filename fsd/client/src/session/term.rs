@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rt::sync::{Condvar, Mutex};
-use rt::time::since_boot;
+use rt::time::{Instant, since_boot};
 
 use fsd_proto::rpc::Errno;
 
@@ -22,6 +22,8 @@ pub type Watcher = Box<dyn Fn(u64) + Send + Sync>;
 /// See the module.
 pub struct Term {
     length: Duration,
+    /// Longest time that who waits for it to be renewed does so; none: for ever.
+    patience: Option<Duration>,
     /// Its end, nanoseconds since the host was started.
     end: AtomicU64,
     /// Frozen before its end: the kernel's caches are being dropped, and must not be filled again.
@@ -39,11 +41,13 @@ fn nanos(time: Duration) -> u64 {
 }
 
 impl Term {
-    /// One that began at a time since the host was started, when the last sign of life was sent that has been answered.
+    /// One that began at a time since the host was started, when the last sign of life was sent that has been answered. Past its end,
+    /// requests wait for a new one, at most for `patience`, or for ever.
     #[must_use]
-    pub fn new(length: Duration, began: Duration) -> Self {
+    pub fn new(length: Duration, began: Duration, patience: Option<Duration>) -> Self {
         Self {
             length,
+            patience,
             end: AtomicU64::new(nanos(began + length)),
             early: AtomicBool::new(false),
             over: AtomicBool::new(false),
@@ -125,17 +129,24 @@ impl Term {
     /// Waits while the mount is frozen.
     ///
     /// # Errors
-    /// `EIO`: it has been declared dead.
+    /// `EIO`: it has been declared dead. `ETIMEDOUT`: it has been waited for long enough.
     pub fn hold(&self) -> Result<(), Errno> {
         if self.is_valid() {
             return Ok(());
         }
+        let deadline = self.patience.map(|patience| Instant::now() + patience);
         let mut guard = self.waiting.lock();
         while !self.is_valid() {
             if self.is_over() {
                 return Err(Errno(libc::EIO));
             }
-            self.changed.wait(&mut guard);
+            match deadline {
+                Some(deadline) if self.changed.wait_until(&mut guard, deadline).timed_out() => {
+                    return Err(Errno(libc::ETIMEDOUT));
+                }
+                Some(_) => {}
+                None => self.changed.wait(&mut guard),
+            }
         }
         Ok(())
     }
@@ -149,7 +160,7 @@ mod tests {
 
     #[test]
     fn a_heartbeat_counts_from_when_it_was_sent() {
-        let term = Term::new(Duration::from_secs(100), since_boot());
+        let term = Term::new(Duration::from_secs(100), since_boot(), None);
         assert!(term.is_valid());
         let now = since_boot();
         term.renew(now + Duration::from_secs(50));
@@ -162,7 +173,7 @@ mod tests {
     #[test]
     fn who_watches_is_told_every_end() {
         let (term, told) = (
-            Term::new(Duration::from_secs(5), since_boot()),
+            Term::new(Duration::from_secs(5), since_boot(), None),
             Arc::new(Mutex::new(Vec::new())),
         );
         let ends = Arc::clone(&told);
@@ -183,7 +194,7 @@ mod tests {
     #[test]
     fn a_frozen_mount_waits_until_it_is_heard_or_dead() {
         for dead in [false, true] {
-            let term = Arc::new(Term::new(Duration::ZERO, since_boot()));
+            let term = Arc::new(Term::new(Duration::ZERO, since_boot(), None));
             assert!(!term.is_valid());
             let waiting = Arc::clone(&term);
             let held = std::thread::spawn(move || waiting.hold());

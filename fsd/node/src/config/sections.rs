@@ -225,6 +225,9 @@ pub struct MountConfig {
     /// How much the kernel reads ahead of a program that reads a file from front to back, and asks for at once; zero:
     /// what it does by itself, 128 KiB.
     pub read_ahead: Size,
+    /// Programs wait so long for a server that is away before they get an error, milliseconds; for ever where it is not said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hard_ms: Option<u64>,
     /// FUSE event loops.
     pub loops: usize,
     /// Longest time data stays only in the mount's memory, milliseconds.
@@ -246,6 +249,7 @@ impl Default for MountConfig {
             shared_mappings: false,
             buffer_cache: Size(256 << 20),
             read_ahead: Size(1 << 20),
+            hard_ms: None,
             loops: 2,
             writeback_ms: 2_000,
             max_inodes: 100_000,

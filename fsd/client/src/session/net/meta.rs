@@ -52,12 +52,13 @@ impl MetaLink {
         })
     }
 
-    /// Connects to the metadata server, trying until the deadline: it may just be starting again.
-    pub(super) fn connect(&self, deadline: Instant) -> Result<Arc<dyn Connection>, RpcError> {
+    /// Connects to the metadata server for the first time: it may just be starting.
+    pub(super) fn connect(&self) -> Result<Arc<dyn Connection>, RpcError> {
+        let began = Instant::now();
         loop {
             match self.ways.fabric.connect(&self.addr) {
                 Ok(conn) => return Ok(conn),
-                Err(error) => self.ways.pause(deadline, error)?,
+                Err(error) => self.ways.pause(began, error)?,
             }
         }
     }
@@ -78,7 +79,8 @@ impl MetaLink {
             // The one that measures first: what happens between the two makes the bounds wider, not wrong.
             let start = Instant::now();
             let sent = Time::now();
-            let theirs = ask::ask_on(&self.ways.calls, conn, ask::meta::Clock {}, self.ways.timeout())?;
+            let patience = self.ways.patience.for_answer();
+            let theirs = ask::ask_on(&self.ways.calls, conn, ask::meta::Clock {}, patience)?;
             skew = skew.and(Skew::of_exchange(sent, theirs, start.elapsed()));
             if skew.verdict() != Verdict::Unsure || begun.elapsed() > EXCHANGES_FOR {
                 break;
@@ -105,10 +107,11 @@ impl MetaLink {
             locks,
             durable: self.log.durable(),
         };
-        ask::ask_on(&self.ways.calls, conn, request, self.ways.timeout())
+        ask::ask_on(&self.ways.calls, conn, request, self.ways.patience.for_answer())
     }
 
-    pub(super) fn connection(&self, deadline: Instant) -> Result<Arc<dyn Connection>, RpcError> {
+    /// The connection; makes another one where it has broken, at the first attempt or not at all.
+    pub(super) fn connection(&self) -> Result<Arc<dyn Connection>, RpcError> {
         if let Some(conn) = self.conn.read().as_ref().filter(|c| c.is_alive()) {
             return Ok(Arc::clone(conn));
         }
@@ -117,7 +120,7 @@ impl MetaLink {
             return Ok(Arc::clone(conn));
         }
         let joined = self.joined.get().ok_or(RpcError::Errno(Errno(libc::ENOTCONN)))?;
-        let conn = self.connect(deadline)?;
+        let conn = self.ways.fabric.connect(&self.addr)?;
         // It is let in whatever that says, and had better not be late for that.
         let skew = self.compare_clocks(&conn, 1)?;
         let sent = rt::time::since_boot();
@@ -131,15 +134,16 @@ impl MetaLink {
         }
         self.tell_again(&conn, &back)?;
         tracing::info!("connected to the metadata server again");
+        self.ways.note_outage();
         *self.conn.write() = Some(Arc::clone(&conn));
         Ok(conn)
     }
 
-    /// As [`MetaLink::connection`], for a server that may die again before it has been told what it lost.
-    fn reached(&self, deadline: Instant) -> Result<Arc<dyn Connection>, RpcError> {
+    /// As [`MetaLink::connection`], for a server that is needed since `began`, and may come back.
+    fn reached(&self, began: Instant) -> Result<Arc<dyn Connection>, RpcError> {
         loop {
-            match self.connection(deadline) {
-                Err(RpcError::Transport(error)) => self.ways.pause(deadline, error)?,
+            match self.connection() {
+                Err(RpcError::Transport(error)) => self.ways.pause(began, error)?,
                 other => return other,
             }
         }
@@ -148,19 +152,22 @@ impl MetaLink {
     /// Asks the metadata server; repeats the request on a new connection where the old one broke.
     ///
     /// # Errors
-    /// Its refusal, or no answer within the time limit.
+    /// Its refusal; it is away for longer than programs wait.
     pub fn ask<R: AskMeta>(&self, request: R) -> Result<R::Reply, RpcError> {
         ask::answer_to::<R>(self.ask_message(&request.message())?)
     }
 
     /// As [`MetaLink::ask`], with what goes over the wire.
     fn ask_message(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
-        let patience = self.ways.patience();
-        let deadline = Instant::now() + patience;
+        let began = Instant::now();
         loop {
-            let conn = self.reached(deadline)?;
-            match self.ways.calls.call(&conn, request, patience) {
-                Err(RpcError::Transport(error)) => self.ways.pause(deadline, error)?,
+            let conn = self.reached(began)?;
+            match self
+                .ways
+                .calls
+                .call(&conn, request, self.ways.patience.for_meta())
+            {
+                Err(RpcError::Transport(error)) => self.ways.pause(began, error)?,
                 other => return other.map(|reply| self.taken(request, reply)),
             }
         }
@@ -180,6 +187,12 @@ impl MetaLink {
                 other => return other,
             }
         }
+    }
+
+    /// Does the metadata server answer, now?
+    pub(super) fn probe(&self) -> Result<(), RpcError> {
+        let (conn, patience) = (self.connection()?, self.ways.patience.for_answer());
+        ask::ask_on(&self.ways.calls, &conn, ask::meta::Clock {}, patience).map(drop)
     }
 
     /// Sends a request to the metadata server; `done` gets the answer on some thread. A connection that
@@ -249,7 +262,7 @@ impl MetaLink {
         request: R,
         done: impl FnOnce(Result<R::Reply, RpcError>) + Send + 'static,
     ) -> Result<(), RpcError> {
-        let conn = self.reached(Instant::now() + self.ways.timeout())?;
+        let conn = self.reached(Instant::now())?;
         self.ways.calls.call_async(
             &conn,
             &request.message(),
@@ -316,14 +329,14 @@ impl MetaLink {
             let request = MetaRequest::Replay { entries, last: false };
             self.ways
                 .calls
-                .call::<_, MetaReply>(conn, &request, self.ways.timeout())?;
+                .call::<_, MetaReply>(conn, &request, self.ways.patience.for_answer())?;
         }
         let request = ask::meta::Replay {
             entries: last,
             last: true,
         };
         // The others have to come, too, or to be given up.
-        let failed = ask::ask_on(&self.ways.calls, conn, request, self.ways.patience())?;
+        let failed = ask::ask_on(&self.ways.calls, conn, request, self.ways.patience.for_meta())?;
         for (place, error) in failed {
             if let (Some(request), Some(owner)) = (self.log.get(place), self.ways.owner()) {
                 owner.transaction_lost(&request, error);

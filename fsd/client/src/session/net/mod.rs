@@ -7,12 +7,14 @@ mod alarm;
 mod clock;
 mod log;
 mod meta;
+mod patience;
 mod peer;
 mod peers;
 mod storage;
 mod stream;
 mod ways;
 
+pub use patience::Patience;
 pub use storage::StorageSession;
 pub use ways::{NetConfig, Owner};
 
@@ -21,12 +23,13 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use meta::MetaLink;
+use patience::JOIN_GRACE;
 use peers::Peers;
 use rdma_transport::Connection;
 use rt::channel::{RecvTimeoutError, Sender};
 use rt::time::Instant;
 use storage::{StorageLink, StorageLinks};
-use ways::{JOIN_GRACE, RETRY, Ways};
+use ways::{RETRY, Ways};
 
 use super::workers::Workers;
 use fsd_node::endpoint::Endpoint;
@@ -120,14 +123,14 @@ impl Net {
     /// # Errors
     /// Unreachable, wrong key, clocks apart…
     pub fn join(&self) -> Result<Joined, JoinError> {
-        let conn = self.meta.connect(Instant::now() + self.ways.timeout())?;
+        let conn = self.meta.connect()?;
         let skew = self.meta.compare_clocks(&conn, meta::EXCHANGES)?;
         if skew.verdict() == Verdict::Unsure {
             tracing::warn!(
                 "the metadata server answers too slowly to tell whether the clock of this host is right: it is {skew} the server's"
             );
         }
-        let patience = Instant::now() + self.ways.timeout() + JOIN_GRACE;
+        let patience = Instant::now() + self.ways.patience.for_answer() + JOIN_GRACE;
         let mut sent = rt::time::since_boot();
         let reply = loop {
             sent = sent.max(rt::time::since_boot());
@@ -183,9 +186,7 @@ impl Net {
             tracing::warn!("connection to the metadata server lost");
             self.ways.workers.run(move || {
                 while let Some(net) = me.upgrade() {
-                    if net.ways.stopping.load(Ordering::Acquire)
-                        || net.meta.connection(Instant::now() + net.ways.timeout()).is_ok()
-                    {
+                    if net.ways.stopping.load(Ordering::Acquire) || net.meta.connection().is_ok() {
                         return;
                     }
                     rt::thread::sleep(RETRY);
@@ -230,6 +231,15 @@ impl Net {
         !self.meta.is_up() && links.any(|link| self.storage.session_now(link.id).is_none())
     }
 
+    /// Is a server away, or was one since then?
+    #[must_use]
+    pub fn was_away_since(&self, since: Instant) -> bool {
+        let mut links = self.storage.links.get().into_iter().flatten();
+        !self.meta.is_up()
+            || links.any(|link| self.storage.session_now(link.id).is_none())
+            || self.ways.outage_since(since)
+    }
+
     /// A sentence for each server that cannot be reached.
     #[must_use]
     pub fn unreachable(&self) -> Vec<String> {
@@ -239,20 +249,14 @@ impl Net {
         let net = std::sync::Arc::clone(&me);
         let meta = Probe {
             who: format!("the metadata server ({})", me.meta.addr),
-            ask: Box::new(move || match net.meta.ask(ask::meta::Clock {}) {
-                Ok(_) => Ok(()),
-                Err(error) => Err(error.to_string()),
-            }),
+            ask: Box::new(move || net.meta.probe().map_err(|error| error.to_string())),
         };
         let links = me.storage.links.get().into_iter().flatten();
         let storage = links.map(|link| {
             let (net, id) = (std::sync::Arc::clone(&me), link.id);
             Probe {
                 who: format!("storage node {id} ({})", link.addr()),
-                ask: Box::new(move || match net.storage.ask(id, ask::storage::Space {}) {
-                    Ok(_) => Ok(()),
-                    Err(error) => Err(error.to_string()),
-                }),
+                ask: Box::new(move || net.storage.probe(id).map_err(|error| error.to_string())),
             }
         });
         probe::unreachable([meta].into_iter().chain(storage).collect(), probe::PATIENCE)

@@ -135,8 +135,23 @@ impl StorageLinks {
     /// The session with a storage node; connects if need be.
     ///
     /// # Errors
-    /// It cannot be reached within the time limit.
+    /// It is away for longer than programs wait, or refuses.
     pub fn session(&self, id: u16) -> Result<Arc<StorageSession>, RpcError> {
+        self.session_since(id, Instant::now())
+    }
+
+    /// As [`StorageLinks::session`], needed since `began`.
+    fn session_since(&self, id: u16, began: Instant) -> Result<Arc<StorageSession>, RpcError> {
+        loop {
+            match self.session_or_attach(id) {
+                Err(RpcError::Transport(error)) => self.ways.pause(began, error)?,
+                other => return other,
+            }
+        }
+    }
+
+    /// The session; attaches to the node where there is none, at the first attempt or not at all.
+    fn session_or_attach(&self, id: u16) -> Result<Arc<StorageSession>, RpcError> {
         if let Some(session) = self.session_now(id) {
             return Ok(session);
         }
@@ -145,29 +160,18 @@ impl StorageLinks {
         if let Some(session) = self.session_now(id) {
             return Ok(session);
         }
-        let deadline = Instant::now() + self.ways.timeout();
-        let again = link.session.read().is_some();
-        loop {
-            match self.attach(link) {
-                Ok(session) => {
-                    let session = Arc::new(session);
-                    let before = link.session.write().replace(Arc::clone(&session));
-                    if let (Some(before), Some(owner)) = (before, self.ways.owner())
-                        && before.attached.table != session.attached.table
-                    {
-                        owner.leases_lost(id);
-                        return Err(RpcError::Errno(Errno(libc::EIO)));
-                    }
-                    if again && let Some(owner) = self.ways.owner() {
-                        tracing::info!("connected to storage node {id} again");
-                        owner.storage_back(id);
-                    }
-                    return Ok(session);
-                }
-                Err(RpcError::Transport(error)) => self.ways.pause(deadline, error)?,
-                Err(error) => return Err(error),
+        let session = Arc::new(self.attach(link)?);
+        let before = link.session.write().replace(Arc::clone(&session));
+        if let (Some(before), Some(owner)) = (before, self.ways.owner()) {
+            if before.attached.table != session.attached.table {
+                owner.leases_lost(id);
+                return Err(RpcError::Errno(Errno(libc::EIO)));
             }
+            tracing::info!("connected to storage node {id} again");
+            self.ways.note_outage();
+            owner.storage_back(id);
         }
+        Ok(session)
     }
 
     fn attach(&self, link: &StorageLink) -> Result<StorageSession, RpcError> {
@@ -176,7 +180,7 @@ impl StorageLinks {
             &self.ways.calls,
             &conn,
             ask::storage::Attach {},
-            self.ways.timeout(),
+            self.ways.patience.for_answer(),
         )?;
         let expected = link.store.get_or_init(|| attached.store.clone());
         if *expected != attached.store {
@@ -221,7 +225,8 @@ impl StorageLinks {
 
     fn load_segment(&self, session: &StorageSession, segment: u32) -> Result<(), RpcError> {
         let request = ask::storage::LeaseSegment { segment };
-        let key = ask::ask_on(&self.ways.calls, &session.conn, request, self.ways.timeout())?;
+        let patience = self.ways.patience.for_answer();
+        let key = ask::ask_on(&self.ways.calls, &session.conn, request, patience)?;
         session.segments.write().insert(segment, RegionKey(key));
         Ok(())
     }
@@ -229,20 +234,27 @@ impl StorageLinks {
     /// Asks a storage node; repeats the request on a new connection where the old one broke.
     ///
     /// # Errors
-    /// Its refusal, or no answer within the time limit.
+    /// Its refusal; it is away for longer than programs wait.
     pub fn ask<R>(&self, id: u16, request: R) -> Result<R::Reply, RpcError>
     where
         R: ask::Request<Message = StorageRequest, Answer = StorageReply>,
     {
         let request = request.message();
-        let deadline = Instant::now() + self.ways.timeout();
+        let began = Instant::now();
         loop {
-            let session = self.session(id)?;
-            match self.ways.calls.call(&session.conn, &request, self.ways.timeout()) {
-                Err(RpcError::Transport(error)) => self.ways.pause(deadline, error)?,
+            let session = self.session_since(id, began)?;
+            let patience = self.ways.patience.for_answer();
+            match self.ways.calls.call(&session.conn, &request, patience) {
+                Err(RpcError::Transport(error)) => self.ways.pause(began, error)?,
                 other => return ask::answer_to::<R>(other?),
             }
         }
+    }
+
+    /// Does a storage node answer, now?
+    pub(super) fn probe(&self, id: u16) -> Result<(), RpcError> {
+        let (session, patience) = (self.session_or_attach(id)?, self.ways.patience.for_answer());
+        ask::ask_on(&self.ways.calls, &session.conn, ask::storage::Space {}, patience).map(drop)
     }
 
     /// Asks storage nodes at once, and waits for all their answers, in the order of the requests.
@@ -260,7 +272,7 @@ impl StorageLinks {
             .collect();
         let asked = requests.iter().zip(begun);
         let answers = asked.map(|((id, request), pending)| {
-            match pending.map(|p| p.wait(self.ways.timeout())) {
+            match pending.map(|p| p.wait(self.ways.patience.for_answer())) {
                 // There was no connection, or it has broken.
                 None | Some(Err(RpcError::Transport(_))) => self.ask(*id, request.clone()),
                 Some(answer) => ask::answer_to::<R>(answer?),
@@ -289,17 +301,17 @@ impl StorageLinks {
     /// Finds out where a lease record is.
     ///
     /// # Errors
-    /// Its storage node cannot be reached or refuses.
+    /// Its storage node is away for longer than programs wait, or refuses.
     pub fn find_record(&self, record: RecordId) -> Result<(), RpcError> {
-        let deadline = Instant::now() + self.ways.timeout();
+        let began = Instant::now();
         loop {
-            let session = self.session(ino::record_shard(record))?;
+            let session = self.session_since(ino::record_shard(record), began)?;
             if self.place(&session, record).is_some() {
                 return Ok(());
             }
             let segment = (record.index() / u64::from(session.attached.segment_records)) as u32;
             match self.load_segment(&session, segment) {
-                Err(RpcError::Transport(error)) => self.ways.pause(deadline, error)?,
+                Err(RpcError::Transport(error)) => self.ways.pause(began, error)?,
                 Err(error) => return Err(error),
                 Ok(()) => {}
             }

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use lockmgr::NodeId;
 use rdma_transport::{Buffer, Fabric, TransportError};
+use rt::sync::Mutex;
 use rt::time::Instant;
 
+use super::patience::Patience;
 use crate::session::workers::Workers;
 use fsd_node::endpoint::Endpoint;
 use fsd_proto::rpc::{Calls, Errno, RpcError};
@@ -15,10 +17,6 @@ use fsd_proto::wire::{Hello, LockSpec, MetaRequest, Role};
 
 /// Pause between attempts to reach a server again.
 pub(super) const RETRY: Duration = Duration::from_millis(50);
-/// Longest wait for an answer of a mount that leaves with nothing left to lose.
-const HURRY: Duration = Duration::from_secs(1);
-/// How much longer than for an answer a mount waits for those of a former life to come back or be given up.
-pub(super) const JOIN_GRACE: Duration = Duration::from_secs(15);
 
 /// What the connections need to know of the mount.
 pub trait Owner: Send + Sync {
@@ -52,8 +50,8 @@ pub struct NetConfig {
     pub cluster: String,
     /// Address of the metadata server.
     pub meta_addr: String,
-    /// Longest wait for an answer.
-    pub timeout: Duration,
+    /// How long servers are waited for.
+    pub patience: Patience,
     /// Host and mount point.
     pub name: String,
 }
@@ -64,9 +62,10 @@ pub struct Ways {
     pub(super) fabric: Arc<dyn Fabric>,
     pub(super) cluster: String,
     pub(super) name: String,
-    timeout: Duration,
-    /// Nobody is waited for who is not there.
-    hurried: AtomicBool,
+    /// How long servers are waited for.
+    pub patience: Patience,
+    /// When a server was last found away or came back.
+    outage: Mutex<Option<Instant>>,
     pub(super) life: u64,
     pub(super) workers: Workers,
     owner: OnceLock<Weak<dyn Owner>>,
@@ -80,8 +79,8 @@ impl Ways {
             fabric: Arc::clone(&endpoint.fabric),
             cluster: config.cluster,
             name: config.name,
-            timeout: config.timeout,
-            hurried: AtomicBool::new(false),
+            patience: config.patience,
+            outage: Mutex::default(),
             life: endpoint.life,
             workers,
             owner: OnceLock::new(),
@@ -116,8 +115,19 @@ impl Ways {
         Hello::new(&self.cluster, Role::Client(node), self.life)
     }
 
-    /// Waits a little before another attempt, if the error may pass and there is time.
-    pub(super) fn pause(&self, deadline: Instant, error: TransportError) -> Result<(), RpcError> {
+    /// A server has just been found away, or has come back.
+    pub(super) fn note_outage(&self) {
+        *self.outage.lock() = Some(Instant::now());
+    }
+
+    /// Was a server found away, or did it come back, since then?
+    pub(super) fn outage_since(&self, since: Instant) -> bool {
+        self.outage.lock().is_some_and(|at| at >= since)
+    }
+
+    /// Waits a little before another attempt to reach a server that is needed since `began`, if the error may pass and there is time.
+    pub(super) fn pause(&self, began: Instant, error: TransportError) -> Result<(), RpcError> {
+        self.note_outage();
         let passing = match &error {
             TransportError::Unreachable { .. }
             | TransportError::Disconnected { .. }
@@ -125,7 +135,7 @@ impl Ways {
             TransportError::Refused { reason, .. } => fsd_proto::rpc::is_not_yet(reason),
             _ => false,
         };
-        if !passing || Instant::now() + RETRY > deadline || self.stopping.load(Ordering::Acquire) {
+        if !passing || self.patience.is_over(began) || self.stopping.load(Ordering::Acquire) {
             return Err(error.into());
         }
         rt::thread::sleep(RETRY);
@@ -138,29 +148,6 @@ impl Ways {
     /// The system refuses.
     pub fn buffer(&self, len: usize) -> Result<Buffer, TransportError> {
         self.fabric.buffer(len)
-    }
-
-    /// Longest wait for an answer.
-    pub fn timeout(&self) -> Duration {
-        if self.hurried.load(Ordering::Acquire) {
-            HURRY.min(self.timeout)
-        } else {
-            self.timeout
-        }
-    }
-
-    /// Longest wait for the metadata server: one that has restarted may wait for other mounts before it answers.
-    pub(super) fn patience(&self) -> Duration {
-        if self.hurried.load(Ordering::Acquire) {
-            self.timeout()
-        } else {
-            self.timeout + JOIN_GRACE
-        }
-    }
-
-    /// The mount leaves and has nothing left to lose.
-    pub fn hurry(&self) {
-        self.hurried.store(true, Ordering::Release);
     }
 
     /// No more attempts to reach anybody again.
