@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use lockmgr::Mode;
+use lockmgr::{LeaseInfo, Mode};
 use rustix::mount::MountFlags;
 
 use crate::cache::{Base, Cache};
@@ -23,6 +23,9 @@ use crate::session::Session;
 use crate::storing::Storing;
 use fsd_node::config::{CacheMode, Config};
 use fsd_proto::wire::MountStatus;
+
+/// A file is blocked that a request has waited for so long.
+const BLOCKED: Duration = Duration::from_secs(2);
 
 /// Everything a mount consists of.
 pub struct Client {
@@ -147,7 +150,33 @@ impl Client {
             sent: self.session.counters.sent.load(Ordering::Relaxed),
             visits: self.session.counters.visits.load(Ordering::Relaxed),
             kernel: self.kernel.front.counters(),
-            troubles: self.session.net.unreachable(),
+            troubles: self
+                .blocked(&leases)
+                .chain(self.session.net.unreachable())
+                .collect(),
         }
+    }
+
+    /// A sentence for each file that requests have waited for for too long.
+    fn blocked<'a>(&'a self, leases: &'a [LeaseInfo]) -> impl Iterator<Item = String> + 'a {
+        leases.iter().filter_map(|lease| {
+            let waited = lease.since?.elapsed();
+            if waited < BLOCKED {
+                return None;
+            }
+            let inode = self.cache.inodes.by_record(lease.id);
+            let what = inode.map_or_else(|| lease.id.to_string(), |inode| self.cache.path_of(inode.ino));
+            let whom: Vec<String> = lease.waits_for.iter().map(|n| format!("mount {}", n.0)).collect();
+            let whom = match &whom[..] {
+                [] => "a server".into(),
+                whom => whom.join(", "),
+            };
+            Some(format!(
+                "{what}: {} requests have waited for {:.1} s for {whom} ({})",
+                lease.waiting,
+                waited.as_secs_f64(),
+                lease.state
+            ))
+        })
     }
 }

@@ -2,7 +2,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::ids::{Mode, RecordId};
+use rt::time::Instant;
+
+use crate::ids::{Mode, NodeSet, RecordId};
 use crate::lease::LeaseHandle;
 use crate::table::Table;
 
@@ -60,6 +62,10 @@ pub struct LeaseInfo {
     pub in_flight: u32,
     /// Where in the protocol.
     pub state: &'static str,
+    /// Since when the first of those that wait does.
+    pub since: Option<Instant>,
+    /// Nodes whose answer is awaited.
+    pub waits_for: NodeSet,
 }
 
 impl LeaseInfo {
@@ -77,6 +83,8 @@ impl LeaseInfo {
             } else {
                 record.fsm.phase().name()
             },
+            since: record.parked.iter().map(|parked| parked.since).min(),
+            waits_for: record.fsm.waits_for(),
         }
     }
 }

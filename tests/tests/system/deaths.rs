@@ -3,10 +3,10 @@
 //! The numbers are those of the cases to survive in `docs/failures.md`.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -219,6 +219,103 @@ fn an_evicted_mount_gives_everything_up() -> anyhow::Result<()> {
         })?;
         Ok(())
     })
+}
+
+/// A program that stores to a mapped file without end, and says how far it has got with msync.
+struct Mapper(Child, BufReader<ChildStdout>);
+
+impl Mapper {
+    fn start(file: &Path, pages: usize) -> anyhow::Result<Self> {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_mapper"))
+            .arg(file)
+            .arg(pages.to_string())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let out = child.stdout.take().context("an output")?;
+        Ok(Self(child, BufReader::new(out)))
+    }
+
+    /// How far it has got next; none: it has ended.
+    fn next(&mut self) -> anyhow::Result<Option<u64>> {
+        let mut line = String::new();
+        self.1.read_line(&mut line)?;
+        Ok(match line.trim() {
+            "" => None,
+            number => Some(number.parse()?),
+        })
+    }
+}
+
+impl Drop for Mapper {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Case 10: a mount is evicted while a program stores to a mapping. What msync has returned for is there, page by page; nothing
+/// of it lands later; the program ends or fails.
+fn evicted_while_mapped(fabric: Fabric, stop: bool) -> anyhow::Result<()> {
+    const PAGES: usize = 64;
+    const PAGE: usize = 4096;
+    guard::with_cluster_within(LIMIT, options(fabric, Cache::Writethrough), move |cluster| {
+        let (file, seen) = (cluster.mount(0).join("mapped"), cluster.mount(1).join("mapped"));
+        fs::write(&file, vec![0; PAGES * PAGE])?;
+        File::open(&file)?.sync_all()?;
+        File::open(cluster.mount(0))?.sync_all()?;
+        let mut mapper = Mapper::start(&file, PAGES)?;
+        let mut done = 0;
+        while done < 20 {
+            done = mapper.next()?.context("the program has ended by itself")?;
+        }
+        if stop {
+            signal(cluster, Role::Mount(0), rustix::process::Signal::STOP)?;
+        }
+        let config = cluster.config().display().to_string();
+        cluster.tool(&["evict", "0", "--config", &config])?;
+        let found = fs::read(&seen)?;
+        let number = |bytes: &[u8]| bytes.first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
+        let pages: Vec<u64> = found.chunks(PAGE).map(number).collect();
+        let theirs = vec![0xee; PAGES * PAGE];
+        fs::write(&seen, &theirs)?;
+        File::open(&seen)?.sync_all()?;
+        if stop {
+            signal(cluster, Role::Mount(0), rustix::process::Signal::CONT)?;
+        }
+        // It ends: the file that it has mapped is no longer there.
+        while let Some(number) = mapper.next()? {
+            done = number;
+        }
+        let ended = mapper.0.wait()?;
+        ensure!(!ended.success(), "the program does not know: {ended}");
+        println!(
+            "{fabric:?}: msync {done}, found {:?}, {ended}",
+            (pages.iter().min(), pages.iter().max())
+        );
+        ensure!(
+            pages.len() == PAGES && pages.iter().all(|&page| page >= done),
+            "msync has returned for {done}, and found is {pages:?}"
+        );
+        until("the mount to begin anew", || {
+            fs::read(&file).is_ok_and(|bytes| bytes == theirs)
+        })?;
+        ensure!(
+            fs::read(&seen)? == theirs,
+            "something of the former life has landed"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn an_evicted_mount_whose_files_are_mapped() -> anyhow::Result<()> {
+    for stop in [false, true] {
+        evicted_while_mapped(Fabric::Tcp, stop)?;
+        evicted_while_mapped(Fabric::Shm, stop)?;
+    }
+    Ok(())
 }
 
 /// While the metadata server is away nothing is answered from caches past the term; then everything goes on with what it had.

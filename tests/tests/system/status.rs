@@ -135,6 +135,35 @@ fn a_recovery_that_waits_is_told() -> anyhow::Result<()> {
     })
 }
 
+/// A file that somebody waits for is told by name, and who has it.
+#[test]
+fn a_file_that_is_waited_for_is_told() -> anyhow::Result<()> {
+    let options = Options {
+        term: Duration::from_secs(60),
+        ..Options::default()
+    };
+    guard::with_cluster(options, |cluster| {
+        fs::create_dir(cluster.mount(0).join("sub"))?;
+        fs::write(cluster.mount(1).join("sub/wanted"), b"x")?;
+        // Names are known here, the file's lease is there.
+        fs::read_dir(cluster.mount(0).join("sub"))?.for_each(drop);
+        stopped(cluster, Role::Mount(1), Signal::STOP)?;
+        let mut reader = std::process::Command::new("cat")
+            .arg(cluster.mount(0).join("sub/wanted"))
+            .stdout(std::process::Stdio::piped())
+            .spawn()?;
+        let told = wait_for(
+            cluster,
+            &["mount 0: ", "sub/wanted: 1 requests have waited", "for mount 1"],
+        );
+        stopped(cluster, Role::Mount(1), Signal::CONT)?;
+        let read = reader.wait()?;
+        told?;
+        ensure!(read.success(), "{read}");
+        wait_for(cluster, &[])
+    })
+}
+
 /// Case 8: an operator evicts a mount, and what it had is there for others at once.
 #[test]
 fn an_operator_evicts_a_mount() -> anyhow::Result<()> {

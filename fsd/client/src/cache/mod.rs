@@ -15,6 +15,7 @@ pub mod looked_up;
 pub mod mapped;
 pub mod opens;
 pub mod pages;
+pub mod path;
 pub mod range;
 pub mod state;
 pub mod suid;
