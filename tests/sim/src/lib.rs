@@ -11,5 +11,6 @@ pub mod owned;
 pub mod scenario;
 pub mod seeds;
 pub mod shared;
+pub mod strain;
 pub mod task;
 pub mod world;

@@ -10,6 +10,7 @@ use system_tests::linear::{Event, check};
 
 use crate::chance::{below, once_in, one_of, wait};
 use crate::content::{CELL, Content};
+use crate::owned::Pace;
 use crate::model::{Directory, Op, State};
 use crate::task::{File, Mounted, Sys, Task};
 
@@ -30,10 +31,32 @@ pub struct Shared {
     history: Mutex<Vec<Event<Op>>>,
     /// By task: what the call does that it is in. It may have been done though its mount died in it.
     under_way: Mutex<BTreeMap<u32, Vec<Event<Op>>>>,
-    /// A storage node dies: what is under way may be an I/O error.
-    troubled: bool,
+    /// What may come over the phase.
+    bears: Bears,
     /// What there was when it began.
     start: State,
+}
+
+/// What may come over a phase.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Bears {
+    /// A storage node dies, or does not answer: what is under way may be an I/O error.
+    pub storage: bool,
+    /// For so long somebody may be away whom calls wait for.
+    pub away: Duration,
+}
+
+/// What a task is to do.
+#[derive(Debug, Clone, Copy)]
+pub struct Part {
+    /// Its number.
+    pub id: u32,
+    /// Calls.
+    pub calls: u32,
+    /// Its mount dies, or may be declared dead: it changes nothing that goes with it.
+    pub doomed: bool,
+    /// How long it pauses.
+    pub pace: Pace,
 }
 
 /// A task in its phase.
@@ -52,9 +75,9 @@ fn cells(bytes: u64) -> u64 {
 impl Shared {
     /// A phase that begins with these files.
     #[must_use]
-    pub fn new(files: &[(usize, Content)], first_stamp: u64, troubled: bool) -> Arc<Self> {
+    pub fn new(files: &[(usize, Content)], first_stamp: u64, bears: Bears) -> Arc<Self> {
         Arc::new(Self {
-            troubled,
+            bears,
             clock: AtomicU64::new(0),
             handles: AtomicU32::new(1),
             stamps: AtomicU64::new(first_stamp),
@@ -80,25 +103,33 @@ impl Shared {
         self.history.lock().len()
     }
 
-    /// Plays a task's part. One whose mount is `doomed` changes nothing that goes with its mount.
-    pub fn play(&self, mount: &Mounted, id: u32, calls: u32, doomed: bool) {
-        let mut player = Player::new(self, mount, id);
-        player.doomed = doomed;
-        for _ in 0..calls {
-            if once_in(8) {
-                wait(Duration::from_millis(2));
+    /// Plays a task's part, until its mount's life ends.
+    pub fn play(&self, mount: &Mounted, part: Part) {
+        let mut player = Player::new(self, mount, part.id);
+        player.doomed = part.doomed;
+        for _ in 0..part.calls {
+            match part.pace {
+                Pace::Fast if once_in(8) => wait(Duration::from_millis(2)),
+                Pace::Slow if once_in(3) => wait(part.pace.pause()),
+                _ => {}
             }
             player.call();
+            if player.task.is_over() {
+                return;
+            }
         }
         while let Some((number, file)) = player.open.pop() {
             player.close(number, file);
+            if player.task.is_over() {
+                return;
+            }
         }
     }
 
     /// What there is, when nobody changes anything.
     #[must_use]
     pub fn look(mount: &Mounted) -> Vec<(usize, Content)> {
-        let shared = Self::new(&[], 0, false);
+        let shared = Self::new(&[], 0, Bears::default());
         let files = shared.files(mount);
         shared.history.lock().clear();
         files
@@ -190,19 +221,26 @@ impl<'a> Player<'a> {
         let took = rt::sim::elapsed() - began;
         let mut returned = Some(self.shared.tick());
         let mut ops = ops(&result);
-        if let (true, Err(libc::EIO)) = (self.shared.troubled, &result) {
+        if result.as_ref().is_err_and(|error| self.may_fail(*error)) {
             returned = None;
             ops = unknown;
         } else if ops.is_empty() {
             rt::sim::fail(format!("task {}: error {:?}", self.id, result.as_ref().err()));
         }
         rt::sim::note(&format!("task {} {called} - {returned:?}: {ops:?}", self.id));
-        if took > LONGEST {
+        if took > LONGEST + self.shared.bears.away {
             rt::sim::fail(format!("task {}: a call took {took:?}: {ops:?}", self.id));
         }
         let events = ops.into_iter().map(|op| Event { op, called, returned });
         self.shared.history.lock().extend(events);
         result
+    }
+
+    /// May a call end so because of what has come over the phase?
+    fn may_fail(&self, error: i32) -> bool {
+        let bears = &self.shared.bears;
+        let late = !bears.away.is_zero() && error == libc::ETIMEDOUT;
+        self.task.is_over() || (bears.storage && (error == libc::EIO || late))
     }
 
     fn record<T>(
@@ -389,7 +427,7 @@ impl<'a> Player<'a> {
         // It changes nothing that anybody sees.
         let done = self.task.fsync(file);
         if let Err(error) = done
-            && !(self.shared.troubled && error == libc::EIO)
+            && !self.may_fail(error)
         {
             rt::sim::fail(format!("task {}: fsync: error {error}", self.id));
         }

@@ -20,7 +20,7 @@ use rt::sync::Mutex;
 
 use crate::chance;
 use crate::disk::{Ledger, Platter, SimDisk};
-use crate::flaws::Flaws;
+use crate::flaws::{ClusterFlaw, Flaws};
 use crate::task::Mounted;
 
 const KEY: &[u8] = b"a key for simulations only";
@@ -32,10 +32,41 @@ struct Life {
     alive: Arc<AtomicBool>,
 }
 
+/// By how many parts of a million clocks may be too fast or too slow: two of them differ by 1 % at most.
+const RATES: [i64; 3] = [-5_000, 0, 5_000];
+/// As [`RATES`], in a cluster whose clocks are worse than its margins allow for.
+const BAD_RATES: [i64; 3] = [-500_000, 0, 500_000];
+
+/// A node, by what it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Node {
+    /// The metadata server.
+    Meta,
+    /// A storage node.
+    Storage(usize),
+    /// A mount.
+    Mount(usize),
+}
+
+/// A node that is stopped.
+pub struct Stopped {
+    addr: String,
+    group: u32,
+    /// Who is not heard meanwhile.
+    unheard: Vec<String>,
+}
+
 impl Life {
-    fn new(groups: &AtomicU32, addr: String) -> Self {
+    fn new(groups: &AtomicU32, addr: String, flaws: Flaws) -> Self {
+        let rates = if flaws.cluster == Some(ClusterFlaw::ClocksApart) {
+            &BAD_RATES
+        } else {
+            &RATES
+        };
+        let group = groups.fetch_add(1, Ordering::Relaxed);
+        rt::sim::set_clock_rate(group, chance::one_of(rates));
         Self {
-            group: groups.fetch_add(1, Ordering::Relaxed),
+            group,
             addr,
             alive: Arc::new(AtomicBool::new(true)),
         }
@@ -53,7 +84,7 @@ struct Host<S> {
     running: Option<(S, Life)>,
 }
 
-struct Node {
+struct Storage {
     label: Label,
     platter: Arc<Platter>,
     ledger: Arc<Ledger>,
@@ -69,7 +100,7 @@ pub struct World {
     groups: AtomicU32,
     ledger: Arc<Ledger>,
     meta: Mutex<Host<MetaServer>>,
-    nodes: Vec<Node>,
+    nodes: Vec<Storage>,
 }
 
 /// A mount.
@@ -107,7 +138,11 @@ impl World {
             .prefix("fsd-sim-")
             .tempdir_in("/dev/shm")
             .expect("a directory in /dev/shm");
-        let config = Arc::new(config(dir.path(), nodes));
+        let mut config = config(dir.path(), nodes);
+        if flaws.cluster == Some(ClusterFlaw::NoMargin) {
+            config.membership.margin_ms = 0;
+        }
+        let config = Arc::new(config);
         let delays = SimConfig {
             min_delay: Duration::from_micros(2),
             max_delay: Duration::from_micros(40),
@@ -117,7 +152,7 @@ impl World {
         let ledger = Arc::new(Ledger::default());
         let alive = Arc::new(AtomicBool::new(true));
         fsd_meta::server::make(&ledger.open(&alive), &config, "sim").expect("format");
-        let nodes = config.storage.iter().map(|section| Node {
+        let nodes = config.storage.iter().map(|section| Storage {
             label: Label::new(&config, section),
             platter: Arc::default(),
             ledger: Arc::default(),
@@ -149,7 +184,7 @@ impl World {
 
     /// Starts the metadata server.
     pub fn start_meta(self: &Arc<Self>) {
-        let life = Life::new(&self.groups, self.config.meta.listen.clone());
+        let life = Life::new(&self.groups, self.config.meta.listen.clone(), self.flaws);
         let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
         let started = rt::sim::spawn_in(life.group, "meta", move || {
             let base = MetaBase {
@@ -180,7 +215,7 @@ impl World {
 
     /// Starts a storage node.
     pub fn start_node(self: &Arc<Self>, n: usize) {
-        let life = Life::new(&self.groups, self.config.storage[n].listen.clone());
+        let life = Life::new(&self.groups, self.config.storage[n].listen.clone(), self.flaws);
         let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
         let started = rt::sim::spawn_in(life.group, &format!("storage{n}"), move || {
             let base = me.node_base(n, &alive);
@@ -197,7 +232,7 @@ impl World {
     pub fn start_node_in_vain(self: &Arc<Self>, n: usize) {
         let unreadable = &self.nodes[n].platter.faults.unreadable;
         unreadable.store(chance::once_in(2), Ordering::Relaxed);
-        let life = Life::new(&self.groups, self.config.storage[n].listen.clone());
+        let life = Life::new(&self.groups, self.config.storage[n].listen.clone(), self.flaws);
         let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
         let _started = rt::sim::spawn_in(life.group, &format!("storage{n}"), move || {
             let base = me.node_base(n, &alive);
@@ -307,6 +342,7 @@ impl World {
         let life = Life::new(
             &self.groups,
             format!("{name}-{}:1", self.groups.load(Ordering::Relaxed)),
+            self.flaws,
         );
         let (me, addr) = (Arc::clone(self), life.addr.clone());
         let started = rt::sim::spawn_in(life.group, name, move || {
@@ -318,6 +354,7 @@ impl World {
             mounted: Mounted {
                 client: Arc::clone(detached.client()),
                 kernel: Arc::default(),
+                late: self.flaws.cluster == Some(ClusterFlaw::AnsweredLate),
             },
             detached,
             life,
@@ -337,6 +374,61 @@ impl World {
     /// There is one again.
     pub fn join(&self, addrs: [&str; 2]) {
         self.net.join(addrs);
+    }
+
+    /// Nothing comes from the first of two addresses to the second.
+    pub fn silence(&self, way: [&str; 2]) {
+        self.net.silence(way);
+    }
+
+    /// It does again.
+    pub fn hear(&self, way: [&str; 2]) {
+        self.net.hear(way);
+    }
+
+    /// Where a node is reached, and the group of its threads; none while it does not run.
+    #[must_use]
+    pub fn whereabouts(&self, node: Node, mounts: &[(String, u32)]) -> Option<(String, u32)> {
+        let of = |life: &Life| (life.addr.clone(), life.group);
+        match node {
+            Node::Meta => self.meta.lock().running.as_ref().map(|(_, life)| of(life)),
+            Node::Storage(n) => {
+                let host = self.nodes[n].host.lock();
+                host.running.as_ref().map(|(_, life)| of(life))
+            }
+            Node::Mount(n) => mounts.get(n).cloned(),
+        }
+    }
+
+    /// The other addresses that there are.
+    fn others(&self, node: Node, mounts: &[(String, u32)]) -> Vec<String> {
+        let servers = (0..self.nodes()).map(Node::Storage).chain([Node::Meta]);
+        let all = servers.chain((0..mounts.len()).map(Node::Mount));
+        let others = all.filter(|other| *other != node);
+        others
+            .filter_map(|other| Some(self.whereabouts(other, mounts)?.0))
+            .collect()
+    }
+
+    /// None of a node's threads runs any more. What others do on its memory they still do, unless it is `deaf`, as a node is whose
+    /// system carries out nothing without the process.
+    pub fn stop_node(&self, node: Node, mounts: &[(String, u32)], deaf: bool) -> Option<Stopped> {
+        let (addr, group) = self.whereabouts(node, mounts)?;
+        self.net.still(|| rt::sim::stop(group));
+        let mut unheard = self.others(node, mounts);
+        unheard.retain(|_| deaf);
+        for other in &unheard {
+            self.net.silence([other, &addr]);
+        }
+        Some(Stopped { addr, group, unheard })
+    }
+
+    /// It goes on, unless it has died meanwhile.
+    pub fn go_on(&self, stopped: &Stopped) {
+        for other in &stopped.unheard {
+            self.net.hear([other, &stopped.addr]);
+        }
+        rt::sim::go_on(stopped.group);
     }
 
     /// A mount's process dies.
@@ -368,6 +460,19 @@ impl Mount {
             }
         });
         synced.join().expect("no panic");
+    }
+
+    /// Does something as one of its threads does it.
+    pub fn run<T: Send + 'static>(&self, act: impl FnOnce(&Mounted) -> T + Send + 'static) -> T {
+        let mounted = self.mounted.clone();
+        let done = rt::sim::spawn_in(self.life.group, "act", move || act(&mounted));
+        done.join().expect("no panic")
+    }
+
+    /// Has its life ended, because it was declared dead?
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.mounted.is_over()
     }
 
     /// Where others reach it.
