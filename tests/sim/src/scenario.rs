@@ -205,7 +205,7 @@ impl Play {
             let (shared, mounted) = (Arc::clone(&shared), self.mounts[m].mounted.clone());
             let part = Part {
                 id: 100 * (m as u32 + 1) + n,
-                calls: self.size.calls,
+                calls: if pace == Pace::Slow { 2 } else { 1 } * self.size.calls,
                 doomed: victim == Some(m),
                 pace,
             };
@@ -224,6 +224,7 @@ impl Play {
         let bears = Bears {
             storage: strain.is_storage() || trouble.loses_connections(),
             away: 4 * TERM,
+            late: strain.is_long(),
         };
         let (shared, tasks) = self.meet(phase, (bears, Pace::Slow), victim);
         let straining = self.strain(strain);

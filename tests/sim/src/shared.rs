@@ -44,6 +44,8 @@ pub struct Bears {
     pub storage: bool,
     /// For so long somebody may be away whom calls wait for.
     pub away: Duration,
+    /// That may be a server, for longer than a call waits for a lease.
+    pub late: bool,
 }
 
 /// What a task is to do.
@@ -110,7 +112,7 @@ impl Shared {
         for _ in 0..part.calls {
             match part.pace {
                 Pace::Fast if once_in(8) => wait(Duration::from_millis(2)),
-                Pace::Slow if once_in(3) => wait(part.pace.pause()),
+                Pace::Slow if once_in(2) => wait(part.pace.pause()),
                 _ => {}
             }
             player.call();
@@ -239,8 +241,10 @@ impl<'a> Player<'a> {
     /// May a call end so because of what has come over the phase?
     fn may_fail(&self, error: i32) -> bool {
         let bears = &self.shared.bears;
-        let late = !bears.away.is_zero() && error == libc::ETIMEDOUT;
-        self.task.is_over() || (bears.storage && (error == libc::EIO || late))
+        let cut_off = self.doomed && !bears.away.is_zero();
+        self.task.is_over()
+            || (bears.storage && error == libc::EIO)
+            || ((bears.late || cut_off) && error == libc::ETIMEDOUT)
     }
 
     fn record<T>(
@@ -261,17 +265,24 @@ impl<'a> Player<'a> {
         self.record_all(call, vec![op], |result| done(result).into_iter().collect())
     }
 
+    /// Does a storage node not answer for so long that calls fail?
+    fn fails(&self) -> bool {
+        self.shared.bears.storage && self.shared.bears.late
+    }
+
     fn call(&mut self) {
         let name = below(NAMES.len() as u64) as usize;
         if self.open.is_empty() || (self.open.len() < 3 && once_in(4)) {
             return match below(3) {
                 0 => self.create(name),
-                _ => self.open(name, once_in(6) && !self.doomed),
+                _ => self.open(name, once_in(6) && !self.doomed && !self.fails()),
             };
         }
         let slot = below(self.open.len() as u64) as usize;
         match below(20) {
             0..=6 | 12 if self.doomed => drop(self.list()),
+            // A truncation that fails may have cut off a part of what it should.
+            12 if self.fails() => drop(self.list()),
             0..=4 => self.write(slot),
             5..=6 => self.append(slot),
             7..=11 => {

@@ -88,6 +88,16 @@ impl Strain {
         }
     }
 
+    /// May a server be away for so long that who waits for a lease gives up?
+    #[must_use]
+    pub fn is_long(&self) -> bool {
+        let is = |node: &Node| matches!(node, Node::Storage(_) | Node::Meta);
+        match self {
+            Self::Stop { node, .. } => is(node),
+            Self::Silence { ways, .. } => ways.iter().any(|way| way.iter().all(is)) || self.is_storage(),
+        }
+    }
+
     /// May calls fail because a storage node does not answer?
     #[must_use]
     pub fn is_storage(&self) -> bool {
@@ -107,7 +117,7 @@ impl Strain {
                 let stopped = world.stop_node(*node, mounts, *deaf);
                 rt::thread::sleep(*time);
                 if let Some(stopped) = stopped {
-                    world.go_on(&stopped);
+                    world.go_on(stopped);
                 }
             }
             Self::Silence { ways, time, lost } => {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use fsd_client::Detached;
+use fsd_client::{Detached, MountError};
 use fsd_meta::MetaServer;
 use fsd_meta::rules::Rules;
 use fsd_meta::server::Base as MetaBase;
@@ -49,7 +49,7 @@ pub enum Node {
 }
 
 /// A node that is stopped.
-pub struct Stopped {
+struct Stopped {
     addr: String,
     group: u32,
     /// Who is not heard meanwhile.
@@ -101,6 +101,7 @@ pub struct World {
     ledger: Arc<Ledger>,
     meta: Mutex<Host<MetaServer>>,
     nodes: Vec<Storage>,
+    stopped: Mutex<Vec<Stopped>>,
 }
 
 /// A mount.
@@ -167,6 +168,7 @@ impl World {
             groups: AtomicU32::new(1),
             ledger,
             meta: Mutex::new(Host { running: None }),
+            stopped: Mutex::default(),
         })
     }
 
@@ -270,6 +272,7 @@ impl World {
         let running = self.meta.lock().running.take();
         let Some((server, life)) = running else { return };
         life.end(&self.net);
+        self.go_on(life.group);
         drop(server);
         self.ledger.cut(luck);
         if luck != Luck::All {
@@ -283,6 +286,7 @@ impl World {
         let running = node.host.lock().running.take();
         let Some((server, life)) = running else { return };
         life.end(&self.net);
+        self.go_on(life.group);
         drop(server);
         node.platter.cut(luck);
         node.ledger.cut(luck);
@@ -337,8 +341,19 @@ impl World {
         }
     }
 
-    /// Starts a mount.
+    /// Starts a mount. While it cannot join because the dead have to be taken over first it is tried again, as the daemon does it.
     pub fn mount(self: &Arc<Self>, name: &str) -> Mount {
+        for _ in 0..60 {
+            match self.try_mount(name) {
+                Ok(mount) => return mount,
+                Err(error) => rt::sim::note(&format!("{name} cannot join: {error}")),
+            }
+            rt::thread::sleep(Duration::from_secs(1));
+        }
+        self.try_mount(name).expect("the mount joins")
+    }
+
+    fn try_mount(self: &Arc<Self>, name: &str) -> Result<Mount, MountError> {
         let life = Life::new(
             &self.groups,
             format!("{name}-{}:1", self.groups.load(Ordering::Relaxed)),
@@ -349,8 +364,8 @@ impl World {
             let flaws = me.flaws.leases.map_or(0, |flaw| 1 << flaw as u32);
             Detached::start(&me.net, &me.config, KEY.to_vec(), addr, CacheMode::Direct, flaws)
         });
-        let detached = started.join().expect("no panic").expect("the mount joins");
-        Mount {
+        let detached = started.join().expect("no panic")?;
+        Ok(Mount {
             mounted: Mounted {
                 client: Arc::clone(detached.client()),
                 kernel: Arc::default(),
@@ -358,7 +373,7 @@ impl World {
             },
             detached,
             life,
-        }
+        })
     }
 
     /// The connections between two mounts break.
@@ -412,7 +427,8 @@ impl World {
 
     /// None of a node's threads runs any more. What others do on its memory they still do, unless it is `deaf`, as a node is whose
     /// system carries out nothing without the process.
-    pub fn stop_node(&self, node: Node, mounts: &[(String, u32)], deaf: bool) -> Option<Stopped> {
+    /// Until [`World::go_on`] with the number that this returns, or until it dies.
+    pub fn stop_node(&self, node: Node, mounts: &[(String, u32)], deaf: bool) -> Option<u32> {
         let (addr, group) = self.whereabouts(node, mounts)?;
         self.net.still(|| rt::sim::stop(group));
         let mut unheard = self.others(node, mounts);
@@ -420,11 +436,18 @@ impl World {
         for other in &unheard {
             self.net.silence([other, &addr]);
         }
-        Some(Stopped { addr, group, unheard })
+        self.stopped.lock().push(Stopped { addr, group, unheard });
+        Some(group)
     }
 
     /// It goes on, unless it has died meanwhile.
-    pub fn go_on(&self, stopped: &Stopped) {
+    pub fn go_on(&self, group: u32) {
+        let mut all = self.stopped.lock();
+        let Some(n) = all.iter().position(|s| s.group == group) else {
+            return;
+        };
+        let stopped = all.swap_remove(n);
+        drop(all);
         for other in &stopped.unheard {
             self.net.hear([other, &stopped.addr]);
         }
