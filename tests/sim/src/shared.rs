@@ -28,13 +28,19 @@ pub struct Shared {
     clock: AtomicU64,
     handles: AtomicU32,
     stamps: AtomicU64,
-    history: Mutex<Vec<Event<Op>>>,
-    /// By task: what the call does that it is in. It may have been done though its mount died in it.
-    under_way: Mutex<BTreeMap<u32, Vec<Event<Op>>>>,
+    seen: Mutex<Seen>,
     /// What may come over the phase.
     bears: Bears,
     /// What there was when it began.
     start: State,
+}
+
+/// What is known of calls. A task that dies leaves its call in one of both, for which they are behind one mutex.
+#[derive(Default)]
+struct Seen {
+    history: Vec<Event<Op>>,
+    /// By task: what the call does that it is in. It may have been done though its mount died in it.
+    under_way: BTreeMap<u32, Vec<Event<Op>>>,
 }
 
 /// What may come over a phase.
@@ -83,8 +89,7 @@ impl Shared {
             clock: AtomicU64::new(0),
             handles: AtomicU32::new(1),
             stamps: AtomicU64::new(first_stamp),
-            history: Mutex::default(),
-            under_way: Mutex::default(),
+            seen: Mutex::default(),
             start: State::with(files),
         })
     }
@@ -102,7 +107,7 @@ impl Shared {
     /// Calls so far.
     #[must_use]
     pub fn calls(&self) -> usize {
-        self.history.lock().len()
+        self.seen.lock().history.len()
     }
 
     /// Plays a task's part, until its mount's life ends.
@@ -133,7 +138,7 @@ impl Shared {
     pub fn look(mount: &Mounted) -> Vec<(usize, Content)> {
         let shared = Self::new(&[], 0, Bears::default());
         let files = shared.files(mount);
-        shared.history.lock().clear();
+        shared.seen.lock().history.clear();
         files
     }
 
@@ -158,12 +163,11 @@ impl Shared {
         if let Err(error) = Task::new(mount, 99).fsync_dir() {
             rt::sim::fail(format!("names cannot be made durable: error {error}"));
         }
-        let mut history = std::mem::take(&mut *self.history.lock());
-        history.extend(
-            std::mem::take(&mut *self.under_way.lock())
-                .into_values()
-                .flatten(),
-        );
+        let Seen {
+            mut history,
+            under_way,
+        } = std::mem::take(&mut *self.seen.lock());
+        history.extend(under_way.into_values().flatten());
         if let Err(index) = check(&Directory(self.start.clone()), &history) {
             rt::sim::fail(format!(
                 "no single machine could have shown this; stuck at {:?}\nfrom {:?}\n{}",
@@ -217,9 +221,11 @@ impl<'a> Player<'a> {
             called,
             returned: None,
         });
-        self.shared.under_way.lock().insert(self.id, may_be.collect());
+        let may_be = may_be.collect();
+        self.shared.seen.lock().under_way.insert(self.id, may_be);
         let result = call(&self.task);
-        self.shared.under_way.lock().remove(&self.id);
+        let mut seen = self.shared.seen.lock();
+        seen.under_way.remove(&self.id);
         let took = rt::sim::elapsed() - began;
         let mut returned = Some(self.shared.tick());
         let mut ops = ops(&result);
@@ -234,7 +240,7 @@ impl<'a> Player<'a> {
             rt::sim::fail(format!("task {}: a call took {took:?}: {ops:?}", self.id));
         }
         let events = ops.into_iter().map(|op| Event { op, called, returned });
-        self.shared.history.lock().extend(events);
+        seen.history.extend(events);
         result
     }
 
