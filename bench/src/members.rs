@@ -145,7 +145,7 @@ impl Members {
     fn join(config: &Config, count: usize) -> anyhow::Result<Self> {
         let told = Arc::new(Told::default());
         let service = Arc::clone(&told) as Arc<dyn Service>;
-        let key = config.read_key()?;
+        let key = config.key()?;
         let listen = "127.0.0.1:17342".to_owned();
         let endpoint = Endpoint::open(config, Role::Client(None), listen, key, service)?;
         let mut members = Self {
@@ -200,7 +200,7 @@ impl Members {
     fn beat(&self, which: std::ops::Range<usize>) {
         for conn in &self.conns[which] {
             let answered = Arc::clone(&self.answered);
-            let beat: wire::MetaRequest = ask::Request::message(&ask::meta::Heartbeat {});
+            let beat: wire::MetaRequest = ask::Request::message(ask::meta::Heartbeat {});
             let done = move |answer: Result<MetaReply, RpcError>| {
                 answered[usize::from(answer.is_err())].fetch_add(1, Ordering::Relaxed);
             };

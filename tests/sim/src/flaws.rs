@@ -22,7 +22,7 @@ pub struct Flaws {
 /// A rule left out that is none of one program's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClusterFlaw {
-    /// Terms have margins that cover clocks which go at different rates.
+    /// Terms have margins: here the least that a configuration may have.
     NoMargin,
     /// The rates of clocks differ by no more than that.
     ClocksApart,

@@ -34,6 +34,8 @@ struct Life {
 
 /// By how many parts of a million clocks may be too fast or too slow: two of them differ by 1 % at most.
 const RATES: [i64; 3] = [-5_000, 0, 5_000];
+/// As [`RATES`], in a cluster without margins: what a mount has besides, because it freezes early, covers less than that.
+const POOR_RATES: [i64; 3] = [-100_000, 0, 100_000];
 /// As [`RATES`], in a cluster whose clocks are worse than its margins allow for.
 const BAD_RATES: [i64; 3] = [-500_000, 0, 500_000];
 
@@ -57,21 +59,6 @@ struct Stopped {
 }
 
 impl Life {
-    fn new(groups: &AtomicU32, addr: String, flaws: Flaws) -> Self {
-        let rates = if flaws.cluster == Some(ClusterFlaw::ClocksApart) {
-            &BAD_RATES
-        } else {
-            &RATES
-        };
-        let group = groups.fetch_add(1, Ordering::Relaxed);
-        rt::sim::set_clock_rate(group, chance::one_of(rates));
-        Self {
-            group,
-            addr,
-            alive: Arc::new(AtomicBool::new(true)),
-        }
-    }
-
     /// The process is no more.
     fn end(&self, net: &SimNet) {
         self.alive.store(false, Ordering::Relaxed);
@@ -102,6 +89,7 @@ pub struct World {
     meta: Mutex<Host<MetaServer>>,
     nodes: Vec<Storage>,
     stopped: Mutex<Vec<Stopped>>,
+    next_rate: Mutex<Option<i64>>,
 }
 
 /// A mount.
@@ -141,7 +129,7 @@ impl World {
             .expect("a directory in /dev/shm");
         let mut config = config(dir.path(), nodes);
         if flaws.cluster == Some(ClusterFlaw::NoMargin) {
-            config.membership.margin_ms = 0;
+            config.membership.margin_ms = 100;
         }
         let config = Arc::new(config);
         let delays = SimConfig {
@@ -169,7 +157,31 @@ impl World {
             ledger,
             meta: Mutex::new(Host { running: None }),
             stopped: Mutex::default(),
+            next_rate: Mutex::default(),
         })
+    }
+
+    /// The clock of the next node that is started is too fast by so many parts of a million; else the seed says by how many.
+    pub fn next_clock(&self, rate: i64) {
+        *self.next_rate.lock() = Some(rate);
+    }
+
+    /// A life that is about to begin.
+    fn life(&self, addr: String) -> Life {
+        let rates = match self.flaws.cluster {
+            Some(ClusterFlaw::ClocksApart) => &BAD_RATES,
+            Some(ClusterFlaw::NoMargin) => &POOR_RATES,
+            _ => &RATES,
+        };
+        let drawn = chance::one_of(rates);
+        let rate = self.next_rate.lock().take().unwrap_or(drawn);
+        let group = self.groups.fetch_add(1, Ordering::Relaxed);
+        rt::sim::set_clock_rate(group, rate);
+        Life {
+            group,
+            addr,
+            alive: Arc::new(AtomicBool::new(true)),
+        }
     }
 
     /// Storage nodes.
@@ -186,7 +198,7 @@ impl World {
 
     /// Starts the metadata server.
     pub fn start_meta(self: &Arc<Self>) {
-        let life = Life::new(&self.groups, self.config.meta.listen.clone(), self.flaws);
+        let life = self.life(self.config.meta.listen.clone());
         let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
         let started = rt::sim::spawn_in(life.group, "meta", move || {
             let base = MetaBase {
@@ -217,7 +229,7 @@ impl World {
 
     /// Starts a storage node.
     pub fn start_node(self: &Arc<Self>, n: usize) {
-        let life = Life::new(&self.groups, self.config.storage[n].listen.clone(), self.flaws);
+        let life = self.life(self.config.storage[n].listen.clone());
         let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
         let started = rt::sim::spawn_in(life.group, &format!("storage{n}"), move || {
             let base = me.node_base(n, &alive);
@@ -234,7 +246,7 @@ impl World {
     pub fn start_node_in_vain(self: &Arc<Self>, n: usize) {
         let unreadable = &self.nodes[n].platter.faults.unreadable;
         unreadable.store(chance::once_in(2), Ordering::Relaxed);
-        let life = Life::new(&self.groups, self.config.storage[n].listen.clone(), self.flaws);
+        let life = self.life(self.config.storage[n].listen.clone());
         let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
         let _started = rt::sim::spawn_in(life.group, &format!("storage{n}"), move || {
             let base = me.node_base(n, &alive);
@@ -354,11 +366,7 @@ impl World {
     }
 
     fn try_mount(self: &Arc<Self>, name: &str) -> Result<Mount, MountError> {
-        let life = Life::new(
-            &self.groups,
-            format!("{name}-{}:1", self.groups.load(Ordering::Relaxed)),
-            self.flaws,
-        );
+        let life = self.life(format!("{name}-{}:1", self.groups.load(Ordering::Relaxed)));
         let (me, addr) = (Arc::clone(self), life.addr.clone());
         let started = rt::sim::spawn_in(life.group, name, move || {
             let flaws = me.flaws.leases.map_or(0, |flaw| 1 << flaw as u32);
