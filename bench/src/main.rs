@@ -4,10 +4,10 @@
 
 mod counts;
 mod deaths;
-mod members;
 mod demo;
 mod fs;
 mod lease;
+mod members;
 mod mounts;
 mod nullfs;
 mod others;

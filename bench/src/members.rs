@@ -41,6 +41,8 @@ pub struct Args {
 
 /// Longest wait for anything.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Mounts of an endpoint: it makes no more than 128 connections to one address.
+const SHARE: usize = 100;
 
 /// Servers that end with this.
 struct Servers {
@@ -119,14 +121,19 @@ impl Told {
         let start = Instant::now();
         loop {
             let views = self.views.lock();
-            let of = views.iter().filter(|(v, _)| v.epoch == epoch && v.dead.is_empty() != dead);
+            let of = views
+                .iter()
+                .filter(|(v, _)| v.epoch == epoch && v.dead.is_empty() != dead);
             let times: Vec<Instant> = of.map(|(_, at)| *at).collect();
             drop(views);
             if let (true, Some(last)) = (times.len() >= mounts, times.iter().max()) {
                 return Ok(*last);
             }
             let told = times.len();
-            ensure!(start.elapsed() < PATIENCE, "{told} of {mounts} were told of epoch {epoch}");
+            ensure!(
+                start.elapsed() < PATIENCE,
+                "{told} of {mounts} were told of epoch {epoch}"
+            );
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -134,7 +141,7 @@ impl Told {
 
 /// Mounts as far as the metadata server can tell.
 struct Members {
-    endpoint: Endpoint,
+    endpoints: Vec<Endpoint>,
     told: Arc<Told>,
     conns: Vec<Arc<dyn Connection>>,
     /// Heartbeats that were answered, and that were not.
@@ -144,19 +151,27 @@ struct Members {
 impl Members {
     fn join(config: &Config, count: usize) -> anyhow::Result<Self> {
         let told = Arc::new(Told::default());
-        let service = Arc::clone(&told) as Arc<dyn Service>;
         let key = config.key()?;
-        let listen = "127.0.0.1:17342".to_owned();
-        let endpoint = Endpoint::open(config, Role::Client(None), listen, key, service)?;
+        let open = |n: usize| {
+            let (listen, service) = (format!("127.0.0.1:{}", 17_342 + n), Arc::clone(&told));
+            Endpoint::open(
+                config,
+                Role::Client(None),
+                listen,
+                key.clone(),
+                service as Arc<dyn Service>,
+            )
+        };
+        let endpoints = (0..count.div_ceil(SHARE)).map(open).collect::<Result<_, _>>()?;
         let mut members = Self {
-            endpoint,
-            told,
+            endpoints,
+            told: Arc::clone(&told),
             conns: Vec::new(),
             answered: Arc::default(),
         };
         let start = Instant::now();
         let first = loop {
-            match members.endpoint.fabric.connect(&config.meta.listen) {
+            match members.endpoint().fabric.connect(&config.meta.listen) {
                 Ok(conn) => break conn,
                 Err(error) => ensure!(start.elapsed() < PATIENCE, "the metadata server: {error}"),
             }
@@ -165,13 +180,18 @@ impl Members {
         members.add(first)?;
         for _ in 1..count {
             check()?;
-            let conn = members.endpoint.fabric.connect(&config.meta.listen)?;
+            let conn = members.endpoint().fabric.connect(&config.meta.listen)?;
             members.add(conn)?;
             if members.conns.len().is_multiple_of(100) {
                 members.beat(0..members.conns.len());
             }
         }
         Ok(members)
+    }
+
+    /// That of the next mount.
+    fn endpoint(&self) -> &Endpoint {
+        &self.endpoints[self.conns.len() / SHARE]
     }
 
     /// Another mount, on a connection of its own. Nobody listens where it says that others reach it.
@@ -187,7 +207,7 @@ impl Members {
                 locks: Vec::new(),
                 durable: 0,
             };
-            match ask::ask_on(&self.endpoint.calls, &conn, request, PATIENCE) {
+            match ask::ask_on(&self.endpoint().calls, &conn, request, PATIENCE) {
                 Ok(_) => break,
                 Err(error) => ensure!(start.elapsed() < PATIENCE, "a mount cannot join: {error}"),
             }
@@ -198,13 +218,14 @@ impl Members {
     }
 
     fn beat(&self, which: std::ops::Range<usize>) {
-        for conn in &self.conns[which] {
+        for n in which {
+            let (conn, endpoint) = (&self.conns[n], &self.endpoints[n / SHARE]);
             let answered = Arc::clone(&self.answered);
             let beat: wire::MetaRequest = ask::Request::message(ask::meta::Heartbeat {});
             let done = move |answer: Result<MetaReply, RpcError>| {
                 answered[usize::from(answer.is_err())].fetch_add(1, Ordering::Relaxed);
             };
-            self.endpoint.calls.call_async(conn, &beat, done);
+            endpoint.calls.call_async(conn, &beat, done);
         }
     }
 
@@ -230,7 +251,10 @@ fn beats(members: &Members, meta: u32, period: Duration, args: &Args) -> anyhow:
     let took = start.elapsed().as_secs_f64();
     let used = (cpu_time(meta) - cpu).as_secs_f64();
     let count = members.answered[0].load(Ordering::Relaxed) - count;
-    ensure!(members.answered[1].load(Ordering::Relaxed) == 0, "a heartbeat was refused");
+    ensure!(
+        members.answered[1].load(Ordering::Relaxed) == 0,
+        "a heartbeat was refused"
+    );
     ensure!(count > 0, "no heartbeat was answered");
     Ok((used * 1e6 / count as f64, used / took * 100.0, count))
 }
@@ -279,7 +303,10 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
         "all free, ms",
         "worst",
     ];
-    let title = format!("{} mounts, TCP, one storage node; {} deaths", args.mounts, args.rounds);
+    let title = format!(
+        "{} mounts, TCP, one storage node; {} deaths",
+        args.mounts, args.rounds
+    );
     let mut table = Table::new(title, &header);
     let progress = Progress::new("members", 2);
     for (term_ms, heartbeat_ms) in [(10_000, 1_000), (2_000, 400)] {
@@ -317,7 +344,7 @@ pub fn run(args: &Args, out: &Path) -> anyhow::Result<()> {
             sig(median(&free)),
             sig(worst(&free)),
         ]);
-        members.endpoint.fabric.shutdown();
+        members.endpoints.iter().for_each(|e| e.fabric.shutdown());
         progress.tick();
     }
     drop(progress);

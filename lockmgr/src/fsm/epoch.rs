@@ -138,7 +138,10 @@ mod tests {
         out.clear();
         fsm.apply(&cfg, Event::Epoch, &mut out).unwrap();
         assert_eq!(out, [Action::Invalidate]);
-        assert!(fsm.holds_up_epoch(&cfg), "what the dead had granted is still used");
+        assert!(
+            fsm.holds_up_epoch(&cfg),
+            "what the dead had granted is still used"
+        );
         fsm.apply(&cfg, Event::Invalidated, &mut out).unwrap();
         assert!(!fsm.holds_up_epoch(&cfg));
         assert_eq!((fsm.held(), fsm.wanted()), (None, Some(Mode::Exclusive)));

@@ -209,7 +209,9 @@ impl Lanes {
 
     /// Does what this end sends not arrive?
     pub fn is_held(&self, pair: PairId, end: End) -> bool {
-        self.pairs.get(&pair).is_some_and(|state| state.held[end].is_some())
+        self.pairs
+            .get(&pair)
+            .is_some_and(|state| state.held[end].is_some())
     }
 
     /// Of what this end has sent only a random first part still arrives.

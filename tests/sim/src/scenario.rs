@@ -234,6 +234,19 @@ impl Play {
             let _ = task.join();
         }
         self.all_but_live(victim);
+        if shared.has_given_up() {
+            // All of them may know names wrongly.
+            for (n, mount) in std::mem::take(&mut self.mounts).into_iter().enumerate() {
+                if mount.is_over() || victim == Some(n) {
+                    self.world.kill_mount(mount);
+                } else {
+                    mount.stop();
+                }
+            }
+            self.mount();
+            self.files = self.mounts[0].run(Shared::look);
+            return;
+        }
         let other = (one + 1 + below(mounts as u64 - 1) as usize) % mounts;
         self.files = self.mounts[other].run(move |mounted| shared.settle(mounted));
         if let Some(victim) = victim
@@ -378,7 +391,9 @@ impl Play {
             last = straining.is_finished();
             wait(Duration::from_secs(4));
             let pace = one_of(&[Pace::Fast, Pace::Slow]);
-            self.own(pace, Some(victim)).into_iter().for_each(|task| drop(task.join()));
+            self.own(pace, Some(victim))
+                .into_iter()
+                .for_each(|task| drop(task.join()));
         }
         straining.join().expect("no panic");
         theirs.into_iter().for_each(|task| drop(task.join()));
@@ -391,7 +406,10 @@ impl Play {
             let look = |owners: Vec<Arc<Owner>>| {
                 self.mounts[0].run(move |mounted| {
                     let task = Task::new(mounted, 1);
-                    owners.iter().map(|owner| owner.contents(&task)).collect::<Vec<_>>()
+                    owners
+                        .iter()
+                        .map(|owner| owner.contents(&task))
+                        .collect::<Vec<_>>()
                 })
             };
             let before = look(mine.clone());

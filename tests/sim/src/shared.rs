@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rt::sync::Mutex;
@@ -10,8 +10,8 @@ use system_tests::linear::{Event, check};
 
 use crate::chance::{below, once_in, one_of, wait};
 use crate::content::{CELL, Content};
-use crate::owned::Pace;
 use crate::model::{Directory, Op, State};
+use crate::owned::Pace;
 use crate::task::{File, Mounted, Sys, Task};
 
 /// Names that the tasks use: few, so that they meet.
@@ -29,6 +29,8 @@ pub struct Shared {
     handles: AtomicU32,
     stamps: AtomicU64,
     seen: Mutex<Seen>,
+    /// A change of names was given up that may still be made, under nobody's lease: what is known of names then counts for nothing.
+    given_up: AtomicBool,
     /// What may come over the phase.
     bears: Bears,
     /// What there was when it began.
@@ -90,6 +92,7 @@ impl Shared {
             handles: AtomicU32::new(1),
             stamps: AtomicU64::new(first_stamp),
             seen: Mutex::default(),
+            given_up: AtomicBool::new(false),
             start: State::with(files),
         })
     }
@@ -154,6 +157,12 @@ impl Shared {
             }
         }
         files
+    }
+
+    /// Was a change of names given up that may still be made?
+    #[must_use]
+    pub fn has_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
     }
 
     /// Looks at everything, when nobody changes anything, and checks what all have seen. What there is now.
@@ -232,6 +241,11 @@ impl<'a> Player<'a> {
         if result.as_ref().is_err_and(|error| self.may_fail(*error)) {
             returned = None;
             ops = unknown;
+            let late = matches!(result, Err(libc::ETIMEDOUT)) && !self.task.is_over();
+            let names = |op: &Op| matches!(op, Op::Create(..) | Op::Unlink(..) | Op::Rename(..));
+            if late && ops.iter().any(names) {
+                self.shared.given_up.store(true, Ordering::Relaxed);
+            }
         } else if ops.is_empty() {
             rt::sim::fail(format!("task {}: error {:?}", self.id, result.as_ref().err()));
         }

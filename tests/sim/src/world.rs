@@ -1,6 +1,5 @@
 //! The cluster: a metadata server, storage nodes and mounts, each a group of threads on one simulated network.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
@@ -19,6 +18,7 @@ use rdma_transport::sim::{SimConfig, SimNet};
 use rt::sync::Mutex;
 
 use crate::chance;
+use crate::cluster;
 use crate::disk::{Ledger, Platter, SimDisk};
 use crate::flaws::{ClusterFlaw, Flaws};
 use crate::task::Mounted;
@@ -31,13 +31,6 @@ struct Life {
     addr: String,
     alive: Arc<AtomicBool>,
 }
-
-/// By how many parts of a million clocks may be too fast or too slow: two of them differ by 1 % at most.
-const RATES: [i64; 3] = [-5_000, 0, 5_000];
-/// As [`RATES`], in a cluster without margins: what a mount has besides, because it freezes early, covers less than that.
-const POOR_RATES: [i64; 3] = [-100_000, 0, 100_000];
-/// As [`RATES`], in a cluster whose clocks are worse than its margins allow for.
-const BAD_RATES: [i64; 3] = [-500_000, 0, 500_000];
 
 /// A node, by what it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,25 +93,6 @@ pub struct Mount {
     life: Life,
 }
 
-fn config(dir: &Path, nodes: usize) -> Config {
-    let shm = dir.join("memory").display().to_string();
-    let mut text = format!(
-        "cluster = \"sim\"\nkey_file = \"key\"\nfabric = \"tcp\"\ntimeout_ms = 10000\n\
-         [lease]\nwait_ms = 30000\n[mount]\nloops = 3\n\
-         [meta]\nlisten = \"meta:1\"\ndir = \"meta\"\nmemory_dir = \"{shm}/meta\"\n"
-    );
-    for node in 0..nodes {
-        text += &format!(
-            "[[storage]]\nid = {node}\nlisten = \"storage{node}:1\"\ndir = \"{node}\"\npool = \"16MiB\"\nmemory_dir = \"{shm}/{node}\"\n"
-        );
-        std::fs::create_dir_all(format!("{shm}/{node}")).expect("memory");
-    }
-    std::fs::create_dir_all(format!("{shm}/meta")).expect("memory");
-    let path = dir.join("cluster.toml");
-    std::fs::write(&path, text).expect("configuration");
-    Config::load(&path).expect("configuration")
-}
-
 impl World {
     /// A formatted cluster in which nothing runs.
     #[must_use]
@@ -127,11 +101,7 @@ impl World {
             .prefix("fsd-sim-")
             .tempdir_in("/dev/shm")
             .expect("a directory in /dev/shm");
-        let mut config = config(dir.path(), nodes);
-        if flaws.cluster == Some(ClusterFlaw::NoMargin) {
-            config.membership.margin_ms = 100;
-        }
-        let config = Arc::new(config);
+        let config = Arc::new(cluster::config(dir.path(), nodes, flaws));
         let delays = SimConfig {
             min_delay: Duration::from_micros(2),
             max_delay: Duration::from_micros(40),
@@ -168,12 +138,7 @@ impl World {
 
     /// A life that is about to begin.
     fn life(&self, addr: String) -> Life {
-        let rates = match self.flaws.cluster {
-            Some(ClusterFlaw::ClocksApart) => &BAD_RATES,
-            Some(ClusterFlaw::NoMargin) => &POOR_RATES,
-            _ => &RATES,
-        };
-        let drawn = chance::one_of(rates);
+        let drawn = cluster::rate(self.flaws);
         let rate = self.next_rate.lock().take().unwrap_or(drawn);
         let group = self.groups.fetch_add(1, Ordering::Relaxed);
         rt::sim::set_clock_rate(group, rate);

@@ -89,9 +89,15 @@ fn margins_cover_clocks_that_differ() {
     };
     assert!(!sees_what_is_old(Flaws::default(), [5_000, -5_000]));
     assert!(!sees_what_is_old(Flaws::default(), [100_000, -100_000]));
-    assert!(sees_what_is_old(without(ClusterFlaw::NoMargin), [100_000, -100_000]));
+    assert!(sees_what_is_old(
+        without(ClusterFlaw::NoMargin),
+        [100_000, -100_000]
+    ));
     assert!(sees_what_is_old(Flaws::default(), [500_000, -500_000]));
-    assert!(sees_what_is_old(without(ClusterFlaw::AnsweredLate), [5_000, -5_000]));
+    assert!(sees_what_is_old(
+        without(ClusterFlaw::AnsweredLate),
+        [5_000, -5_000]
+    ));
 }
 
 /// A mount is stopped with data that it has not stored; others get its file, remove it, and use the frames. When it goes on it changes

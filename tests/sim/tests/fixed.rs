@@ -70,6 +70,11 @@ fn what_is_left_out_is_found() {
         "BitLeftOn",
         "QueueOutlivesEpoch",
         "NotAskedAgain",
+        "PauseBlamed",
+        "DeclaredEarly",
+        "NotFenced",
+        "AnsweredLate",
+        "ClocksApart",
     ] {
         let flaws: Flaws = name.parse().expect("a flaw");
         let fails = |seed, flaws| run(seed, Size::default(), flaws).failure.is_some();

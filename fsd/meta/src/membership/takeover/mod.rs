@@ -163,7 +163,11 @@ impl Takeover {
         match need {
             Need::Fence(storage) => {
                 return Ok(self.ask_all(view, storage, |node| {
-                    for &dead in view.dead.iter().filter(|_| !self.remains.rules.lack(Flaw::NotFenced)) {
+                    for &dead in view
+                        .dead
+                        .iter()
+                        .filter(|_| !self.remains.rules.lack(Flaw::NotFenced))
+                    {
                         self.nodes.asks.asked(node, ask::storage::Fence { dead })?;
                     }
                     self.plan(view, |plan| plan.fenced(view.epoch, node));
