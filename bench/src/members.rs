@@ -144,8 +144,10 @@ struct Members {
     endpoints: Vec<Endpoint>,
     told: Arc<Told>,
     conns: Vec<Arc<dyn Connection>>,
-    /// Heartbeats that were answered, and that were not.
-    answered: Arc<[AtomicU64; 2]>,
+    /// Heartbeats that were answered.
+    answered: Arc<AtomicU64>,
+    /// Why one was not.
+    refused: Arc<Mutex<Option<String>>>,
 }
 
 impl Members {
@@ -168,20 +170,11 @@ impl Members {
             told: Arc::clone(&told),
             conns: Vec::new(),
             answered: Arc::default(),
+            refused: Arc::default(),
         };
-        let start = Instant::now();
-        let first = loop {
-            match members.endpoint().fabric.connect(&config.meta.listen) {
-                Ok(conn) => break conn,
-                Err(error) => ensure!(start.elapsed() < PATIENCE, "the metadata server: {error}"),
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        };
-        members.add(first)?;
-        for _ in 1..count {
+        for _ in 0..count {
             check()?;
-            let conn = members.endpoint().fabric.connect(&config.meta.listen)?;
-            members.add(conn)?;
+            members.add(config)?;
             if members.conns.len().is_multiple_of(100) {
                 members.beat(0..members.conns.len());
             }
@@ -195,35 +188,46 @@ impl Members {
     }
 
     /// Another mount, on a connection of its own. Nobody listens where it says that others reach it.
-    fn add(&mut self, conn: Arc<dyn Connection>) -> anyhow::Result<()> {
-        let start = Instant::now();
-        loop {
-            let request = ask::meta::Join {
-                again: None,
-                life: rand::random(),
-                listen: "127.0.0.1:9".to_owned(),
-                name: format!("member{}", self.conns.len()),
-                skew: Skew { least: 0, most: 0 },
-                locks: Vec::new(),
-                durable: 0,
-            };
-            match ask::ask_on(&self.endpoint().calls, &conn, request, PATIENCE) {
-                Ok(_) => break,
+    fn add(&mut self, config: &Config) -> anyhow::Result<()> {
+        let (start, life) = (Instant::now(), rand::random());
+        let hello = Hello::new(&config.cluster, Role::Client(None), life);
+        self.endpoint().fabric.set_identity(hello.encode());
+        let conn = loop {
+            match self.join_as(config, life) {
+                Ok(conn) => break conn,
+                // The servers are just starting.
                 Err(error) => ensure!(start.elapsed() < PATIENCE, "a mount cannot join: {error}"),
             }
             std::thread::sleep(Duration::from_millis(10));
-        }
+        };
         self.conns.push(conn);
         Ok(())
+    }
+
+    fn join_as(&self, config: &Config, life: u64) -> Result<Arc<dyn Connection>, RpcError> {
+        let endpoint = self.endpoint();
+        let conn = endpoint.fabric.connect(&config.meta.listen)?;
+        let request = ask::meta::Join {
+            again: None,
+            life,
+            listen: "127.0.0.1:9".to_owned(),
+            name: format!("member{}", self.conns.len()),
+            skew: Skew { least: 0, most: 0 },
+            locks: Vec::new(),
+            durable: 0,
+        };
+        ask::ask_on(&endpoint.calls, &conn, request, PATIENCE)?;
+        Ok(conn)
     }
 
     fn beat(&self, which: std::ops::Range<usize>) {
         for n in which {
             let (conn, endpoint) = (&self.conns[n], &self.endpoints[n / SHARE]);
-            let answered = Arc::clone(&self.answered);
+            let (answered, refused) = (Arc::clone(&self.answered), Arc::clone(&self.refused));
             let beat: wire::MetaRequest = ask::Request::message(ask::meta::Heartbeat {});
-            let done = move |answer: Result<MetaReply, RpcError>| {
-                answered[usize::from(answer.is_err())].fetch_add(1, Ordering::Relaxed);
+            let done = move |answer: Result<MetaReply, RpcError>| match answer {
+                Ok(_) => drop(answered.fetch_add(1, Ordering::Relaxed)),
+                Err(error) => *refused.lock() = Some(format!("mount {n}: {error}")),
             };
             endpoint.calls.call_async(conn, &beat, done);
         }
@@ -245,16 +249,15 @@ impl Members {
 
 /// Microseconds of processor time for each heartbeat, per cent of a processor, and the heartbeats.
 fn beats(members: &Members, meta: u32, period: Duration, args: &Args) -> anyhow::Result<(f64, f64, u64)> {
-    let (cpu, count) = (cpu_time(meta), members.answered[0].load(Ordering::Relaxed));
+    let (cpu, count) = (cpu_time(meta), members.answered.load(Ordering::Relaxed));
     let (start, time) = (Instant::now(), Duration::from_secs(args.seconds));
     members.live(period, || start.elapsed() >= time);
     let took = start.elapsed().as_secs_f64();
     let used = (cpu_time(meta) - cpu).as_secs_f64();
-    let count = members.answered[0].load(Ordering::Relaxed) - count;
-    ensure!(
-        members.answered[1].load(Ordering::Relaxed) == 0,
-        "a heartbeat was refused"
-    );
+    let count = members.answered.load(Ordering::Relaxed) - count;
+    if let Some(why) = members.refused.lock().take() {
+        anyhow::bail!("a heartbeat was refused: {why}");
+    }
     ensure!(count > 0, "no heartbeat was answered");
     Ok((used * 1e6 / count as f64, used / took * 100.0, count))
 }
