@@ -91,7 +91,8 @@ impl Fsm {
 
 #[cfg(test)]
 mod tests {
-    use crate::fsm::types::{Body, Event, Outcome};
+    use crate::fsm::{Event, Outcome};
+    use crate::msg::Body;
     use crate::ids::{Mode, NodeId, NodeSet};
     use crate::record::OwnerWord;
 
