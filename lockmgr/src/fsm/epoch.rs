@@ -92,8 +92,8 @@ impl Fsm {
 #[cfg(test)]
 mod tests {
     use crate::fsm::{Event, Outcome};
-    use crate::msg::Body;
     use crate::ids::{Mode, NodeId, NodeSet};
+    use crate::msg::Body;
     use crate::record::OwnerWord;
 
     use super::*;
