@@ -146,6 +146,8 @@ mod tests {
         fsm.apply(&cfg, Event::Invalidated, &mut out).unwrap();
         assert!(!fsm.holds_up_epoch(&cfg));
         assert_eq!((fsm.held(), fsm.wanted()), (None, Some(Mode::Exclusive)));
+        // Its bit is cleared.
+        fsm.apply(&cfg, found(owner, true), &mut out).unwrap();
         cfg.dead = NodeSet::new();
         out.clear();
         fsm.apply(&cfg, Event::Resume, &mut out).unwrap();
