@@ -7,6 +7,7 @@ mod deaths;
 mod demo;
 mod fs;
 mod lease;
+mod members;
 mod mounts;
 mod nullfs;
 mod others;
@@ -60,6 +61,8 @@ enum Command {
     Mounts(mounts::Args),
     /// How long others wait for what a mount had that is killed, stopped or evicted.
     Deaths(deaths::Args),
+    /// What a thousand mounts that only say that they live cost the metadata server.
+    Members(members::Args),
     /// A real tree, a real build, coherence and a table, on a cluster of three mounts.
     Demo(demo::Args),
     /// Embedded stores for the metadata server.
@@ -97,6 +100,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Others(args) => others::run(args, &cli.out),
         Command::Mounts(args) => mounts::run(args, &cli.out),
         Command::Deaths(args) => deaths::run(args, &cli.out),
+        Command::Members(args) => members::run(args, &cli.out),
         Command::Demo(args) => demo::run(args),
         #[cfg(feature = "stores")]
         Command::Store(args) => stores::run(args, &cli.out),

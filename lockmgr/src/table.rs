@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rt::sync::RwLock;
 
 use crate::hint::Hint;
-use crate::ids::RecordId;
+use crate::ids::{NodeId, NodeSet, RecordId};
 use crate::lease::LeaseHandle;
 
 const SHARDS: usize = 64;
@@ -88,8 +88,24 @@ impl Table {
         Arc::clone(lease)
     }
 
-    /// Removes the lease if it is still this one.
-    pub(crate) fn remove(&self, lease: &Arc<LeaseHandle>, hint: Hint) {
+    /// Forgets who owned a word last, where that is one of the dead: asked on that guess, they do not answer. Records that are in the
+    /// table are told of the epoch themselves. To be called when [`Table::remove`] is already told who is dead.
+    pub(crate) fn forget_owners(&self, dead: &NodeSet) {
+        for shard in &self.shards {
+            for hint in shard.0.write().hints.values_mut() {
+                hint.owner.take_if(|owner| dead.contains(*owner));
+            }
+        }
+    }
+
+    /// Removes the lease if it is still this one. Who `is_dead` is asked with the table locked, so that no owner gets past
+    /// [`Table::forget_owners`].
+    pub(crate) fn remove(
+        &self,
+        lease: &Arc<LeaseHandle>,
+        mut hint: Hint,
+        is_dead: impl FnOnce(NodeId) -> bool,
+    ) {
         let id = lease.id();
         let mut shard = self.shard(id).write();
         if shard.leases.get(&id).is_some_and(|l| Arc::ptr_eq(l, lease)) {
@@ -97,6 +113,7 @@ impl Table {
             if shard.hints.len() >= HINTS {
                 shard.hints.clear();
             }
+            hint.owner = hint.owner.filter(|owner| !is_dead(*owner));
             if hint != Hint::default() {
                 shard.hints.insert(id, hint);
             }
@@ -113,5 +130,38 @@ impl Table {
             .iter()
             .flat_map(|s| s.0.read().leases.values().cloned().collect::<Vec<_>>())
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: RecordId = RecordId(7);
+    const HINT: Hint = Hint {
+        version: 3,
+        owner: Some(NodeId(4)),
+    };
+
+    fn remembered(table: &Table) -> (u64, Option<NodeId>) {
+        let lease = table.get_or_insert(ID);
+        let record = lease.record.lock();
+        (record.fsm.version(), record.fsm.last_owner())
+    }
+
+    /// Whoever asked one of the dead on a guess would wait until it gives up: nobody goes on with what was asked after the epoch.
+    #[test]
+    fn the_dead_are_not_remembered_as_owners() {
+        let table = Table::new();
+        let dead = NodeSet::from_iter([NodeId(4)]);
+        table.remove(&table.get_or_insert(ID), HINT, |_| false);
+        table.forget_owners(&NodeSet::from_iter([NodeId(5)]));
+        assert_eq!(remembered(&table), (3, Some(NodeId(4))));
+        table.remove(&table.get_or_insert(ID), HINT, |_| false);
+        table.forget_owners(&dead);
+        assert_eq!(remembered(&table), (3, None));
+        // It was leaving the table while the epoch began.
+        table.remove(&table.get_or_insert(ID), HINT, |node| dead.contains(node));
+        assert_eq!(remembered(&table), (3, None));
     }
 }

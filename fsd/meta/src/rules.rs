@@ -19,6 +19,12 @@ pub enum Flaw {
     PlacesAgain,
     /// What dead mounts left beyond the ends of files stays.
     EndsNotCut,
+    /// Mounts are taken for silent that this server did not hear because it was stopped itself.
+    PauseBlamed,
+    /// A mount is declared dead before its own term has ended.
+    DeclaredEarly,
+    /// What the dead had is given to others though the storage nodes have not shut them out.
+    NotFenced,
 }
 
 /// The rules that a server keeps: all of them, except in tests.

@@ -70,6 +70,9 @@ impl Fsm {
             Phase::LostUpgrade { .. } => self.phase = Phase::LostUpgrade { to: None },
             Phase::Revoking if self.answers.is_empty() => self.become_exclusive(out),
             Phase::Granting if self.answers.is_empty() => self.next_step(cfg, out),
+            // The node knew of the epoch, and of this record's upgrade, before the record was told: what the dead had granted is
+            // dropped first, or this record would hold the epoch up, which the upgrade waits for.
+            Phase::Paused if self.search.tainted => self.begin_drop(Phase::LostUpgrade { to: None }, out),
             _ => {}
         }
     }
@@ -83,5 +86,71 @@ impl Fsm {
             self.search.asking = false;
             self.search.deferred = Some((cfg.node, Answer::Retry));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::fsm::{Event, Outcome};
+    use crate::ids::{Mode, NodeId, NodeSet};
+    use crate::msg::Body;
+    use crate::record::OwnerWord;
+
+    use super::*;
+
+    fn found(owner: OwnerWord, bit: bool) -> Event {
+        Event::BatchDone(Outcome {
+            owner: Some(owner),
+            bit: Some(bit),
+            ..Outcome::default()
+        })
+    }
+
+    /// The manager knows of an epoch for all records before each of them is told: a reader that asks for more in between still lets
+    /// go of what one of the dead has granted to it, or the epoch would wait for it, and it for the epoch.
+    #[test]
+    fn an_upgrade_that_begins_with_the_epoch_does_not_hold_it_up() {
+        let (mut cfg, mut fsm, mut out) = (Config::new(NodeId(0), 1), Fsm::new(), Vec::new());
+        let owner = OwnerWord::owned(NodeId(1), 1, 0);
+        let granted = Event::Message {
+            from: NodeId(1),
+            incarnation: 1,
+            epoch: 0,
+            body: Body::GrantS {
+                version: 1,
+                payload: None,
+            },
+        };
+        let before = [
+            Event::Want(Mode::Shared),
+            found(owner, false),
+            found(owner, true),
+            granted,
+            found(owner, false),
+            Event::Used,
+        ];
+        for event in before {
+            fsm.apply(&cfg, event, &mut out).unwrap();
+        }
+        assert_eq!(fsm.held(), Some(Mode::Shared));
+        cfg.epoch = 1;
+        cfg.dead = NodeSet::from_iter([NodeId(1)]);
+        fsm.apply(&cfg, Event::Want(Mode::Exclusive), &mut out).unwrap();
+        out.clear();
+        fsm.apply(&cfg, Event::Epoch, &mut out).unwrap();
+        assert_eq!(out, [Action::Invalidate]);
+        assert!(
+            fsm.holds_up_epoch(&cfg),
+            "what the dead had granted is still used"
+        );
+        fsm.apply(&cfg, Event::Invalidated, &mut out).unwrap();
+        assert!(!fsm.holds_up_epoch(&cfg));
+        assert_eq!((fsm.held(), fsm.wanted()), (None, Some(Mode::Exclusive)));
+        // Its bit is cleared.
+        fsm.apply(&cfg, found(owner, true), &mut out).unwrap();
+        cfg.dead = NodeSet::new();
+        out.clear();
+        fsm.apply(&cfg, Event::Resume, &mut out).unwrap();
+        assert!(matches!(out[..], [Action::Post(_)]), "it asks again: {out:?}");
     }
 }

@@ -75,7 +75,7 @@ impl Driver {
                         violation,
                     });
                 }
-                None => self.table.remove(&lease, Hint::default()),
+                None => self.table.remove(&lease, Hint::default(), |_| false),
             }
         }
     }
@@ -161,7 +161,7 @@ impl Driver {
             self.counters
                 .hits
                 .fetch_add(lease.hits.swap(0, Ordering::Relaxed), Ordering::Relaxed);
-            self.table.remove(lease, hint);
+            self.table.remove(lease, hint, |node| self.epochs.is_dead(node));
             self.check_left();
         }
         Some(result)
@@ -178,7 +178,8 @@ impl Driver {
     /// Some nodes are dead, and what they had is about to be taken back. `reached` runs when no record has anything of earlier
     /// epochs under way.
     pub(super) fn begin_epoch(&self, epoch: u64, dead: NodeSet, reached: Box<dyn FnOnce() + Send>) {
-        self.epochs.set(epoch, dead);
+        self.epochs.set(epoch, dead.clone());
+        self.table.forget_owners(&dead);
         let all = self.table.all();
         self.epochs.wait_for(all.iter().map(|lease| lease.id()), reached);
         for lease in &all {

@@ -138,7 +138,8 @@ impl LeaseManager {
             if record.evicted {
                 let hint = record.hint();
                 drop(record);
-                self.0.table.remove(&lease, hint);
+                let is_dead = |node| self.0.epochs.is_dead(node);
+                self.0.table.remove(&lease, hint, is_dead);
                 continue;
             }
             let refused = match record.broken {

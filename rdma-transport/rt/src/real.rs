@@ -58,6 +58,12 @@ pub mod time {
         Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32)
     }
 
+    /// Time that passes for all alike, whatever their clocks show in simulation; since any moment.
+    #[must_use]
+    pub fn for_all() -> Duration {
+        since_boot()
+    }
+
     /// What the clock on the wall says.
     #[must_use]
     pub fn system_now() -> std::time::SystemTime {

@@ -185,3 +185,59 @@ fn outside_of_simulations_all_is_real() {
     assert!(start.elapsed() >= Duration::from_millis(5));
     assert!(rx.recv_timeout(Duration::from_secs(10)).is_ok() && thread.join().unwrap());
 }
+
+#[test]
+fn a_group_that_is_stopped_does_nothing_until_it_goes_on() {
+    let report = run(settings(1), || {
+        let (count, shared) = (Arc::new(AtomicU64::new(0)), Arc::new(Mutex::new(())));
+        let (theirs, lock) = (Arc::clone(&count), Arc::clone(&shared));
+        let busy = rt::sim::spawn_in(7, "busy", move || {
+            loop {
+                drop(lock.lock());
+                theirs.fetch_add(1, Ordering::Relaxed);
+                rt::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        rt::thread::sleep(Duration::from_millis(50));
+        {
+            // While nobody of the group has it.
+            let _lock = shared.lock();
+            rt::sim::stop(7);
+        }
+        let before = count.load(Ordering::Relaxed);
+        assert!(before > 30);
+        rt::thread::sleep(Duration::from_secs(5));
+        drop(shared.lock());
+        assert_eq!(count.load(Ordering::Relaxed), before);
+        rt::sim::go_on(7);
+        rt::thread::sleep(Duration::from_millis(50));
+        assert!(count.load(Ordering::Relaxed) > before + 30);
+        // One that is stopped can be killed as well.
+        let lock = shared.lock();
+        rt::sim::stop(7);
+        drop(lock);
+        rt::sim::kill(7);
+        assert!(busy.is_finished());
+    });
+    assert!(report.failure.is_none(), "{}", report.failure.unwrap());
+}
+
+#[test]
+fn clocks_of_groups_go_at_their_rates() {
+    let report = run(settings(1), || {
+        rt::sim::set_clock_rate(1, 100_000);
+        rt::sim::set_clock_rate(2, -500_000);
+        for (group, sleeps) in [(0, 1000), (1, 909), (2, 2000)] {
+            let began = rt::sim::elapsed();
+            let shown = rt::sim::spawn_in(group, "sleeper", || {
+                let start = Instant::now();
+                rt::thread::sleep(Duration::from_secs(1));
+                start.elapsed()
+            });
+            let shown = shown.join().unwrap();
+            assert_eq!(shown.as_millis(), 1000, "group {group}");
+            assert_eq!((rt::sim::elapsed() - began).as_millis(), sleeps, "group {group}");
+        }
+    });
+    assert!(report.failure.is_none(), "{}", report.failure.unwrap());
+}

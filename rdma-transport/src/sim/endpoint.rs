@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rt::channel::RecvTimeoutError;
 use rt::sync::Mutex;
 use rt::thread::JoinHandle;
 
@@ -18,8 +19,11 @@ use crate::stats;
 use crate::stats::Counters;
 use crate::{
     Access, AsyncOp, BatchError, Buffer, Completion, ConnId, Connection, Fabric, FabricConfig, FabricKind,
-    FabricStats, Limits, Op, RegionKey, TransportError,
+    FabricStats, Handler, Limits, Op, RegionKey, TransportError,
 };
+
+/// From when one is let in until the connection is there.
+const HANDSHAKE: Duration = Duration::from_secs(5);
 
 pub(super) struct SimFabric {
     net: NetRef,
@@ -67,12 +71,22 @@ impl SimFabric {
         if !state.are_apart([&self.addr, addr]) {
             return Ok(());
         }
+        let cut_off = state.are_cut_off([&self.addr, addr]);
         let schedule = &mut state.lanes.schedule;
-        if schedule.clock.is_none() || schedule.toss() {
+        if schedule.clock.is_none() || (cut_off && schedule.toss()) {
             return Err(no_link(addr));
         }
         drop(state);
-        rt::thread::sleep(self.timeout);
+        // Nothing is heard until the link is back.
+        let (mut pause, mut waited) = (LOOK / 1000, Duration::ZERO);
+        while waited < self.timeout {
+            rt::thread::sleep(pause);
+            waited += pause;
+            pause = (pause * 2).min(LOOK);
+            if !net.lock().are_apart([&self.addr, addr]) {
+                return Ok(());
+            }
+        }
         Err(common::timed_out(addr, self.timeout))
     }
 }
@@ -121,7 +135,7 @@ impl Fabric for SimFabric {
         let net = self.net.get()?;
         travel(&net);
         self.look_for_link(&net, addr)?;
-        let (target, key, handler, identity) = {
+        let (target, key, handler, inbox, identity) = {
             let state = net.lock();
             if !state.is_up(self.id) {
                 return Err(TransportError::Shutdown);
@@ -133,7 +147,8 @@ impl Fabric for SimFabric {
                 });
             };
             let (key, handler) = state.target(target);
-            (target, key, handler, state.identity(self.id))
+            let inbox = state.endpoints[target].inbox.clone();
+            (target, key, handler, inbox, state.identity(self.id))
         };
         if key != self.key {
             net.lock().wrong_key(target);
@@ -141,13 +156,12 @@ impl Fabric for SimFabric {
                 addr: addr.to_owned(),
             });
         }
-        handler
-            .admit(&identity)
-            .map_err(|reason| TransportError::Refused {
-                addr: addr.to_owned(),
-                reason,
-            })?;
+        let admitted = admission(inbox.as_ref(), (handler, identity.clone()), (addr, self.timeout))?;
         let mut state = net.lock();
+        // Whoever was stopped in the middle of a handshake finds that the other end has given it up.
+        if rt::time::for_all().saturating_sub(admitted) > HANDSHAKE {
+            return Err(common::timed_out(addr, HANDSHAKE));
+        }
         if state.are_apart([&self.addr, addr]) {
             return Err(no_link(addr));
         }
@@ -213,9 +227,69 @@ impl Fabric for SimFabric {
     }
 }
 
+/// Asks the other end whether it lets one in, on its thread if it has one: one that is stopped does not answer. When it did.
+fn admission(
+    inbox: Option<&Inbox>,
+    (handler, identity): (Arc<dyn Handler>, Vec<u8>),
+    (addr, timeout): (&str, Duration),
+) -> Result<Duration, TransportError> {
+    let (answer, answered) = rt::channel::bounded(1);
+    let ask = move || {
+        // Nobody hears it who has waited for too long.
+        let _ = answer.send((handler.admit(&identity), rt::time::for_all()));
+    };
+    match inbox {
+        Some(inbox) => drop(inbox.send(((0, 0), After::Call(Box::new(ask))))),
+        None => ask(),
+    }
+    match answered.recv_timeout(timeout) {
+        Ok((Ok(()), at)) => Ok(at),
+        Ok((Err(reason), _)) => Err(TransportError::Refused {
+            addr: addr.to_owned(),
+            reason,
+        }),
+        Err(RecvTimeoutError::Disconnected) => Err(no_link(addr)),
+        Err(RecvTimeoutError::Timeout) => Err(common::timed_out(addr, timeout)),
+    }
+}
+
+/// Longest pause between two looks for a link.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Waits until there is a link in the direction from this end, or breaks the connection.
+fn wait_for_link(
+    net: &Mutex<State>,
+    (pair, end): (PairId, End),
+    (addr, timeout): (&str, Duration),
+) -> Result<(), TransportError> {
+    let (mut pause, mut waited) = (Duration::from_micros(50), Duration::ZERO);
+    loop {
+        {
+            let mut state = net.lock();
+            if state.lanes.schedule.clock.is_none() || !state.lanes.is_held(pair, end) {
+                return Ok(());
+            }
+            if waited > timeout {
+                let why = common::timed_out(addr, timeout);
+                state.lanes.down_both(pair, &why);
+                return Err(why);
+            }
+        }
+        rt::thread::sleep(pause);
+        waited += pause;
+        pause = (pause * 2).min(LOOK);
+    }
+}
+
 /// Runs what this end has under way towards the other, then `ops` at once.
-fn execute(net: &Mutex<State>, pair: PairId, end: End, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
+fn execute(
+    net: &Mutex<State>,
+    (pair, end): (PairId, End),
+    ops: &mut [Op<'_>],
+    peer: (&str, Duration),
+) -> Result<(), TransportError> {
     travel(net);
+    wait_for_link(net, (pair, end), peer)?;
     loop {
         let after = net.lock().pull(pair, end);
         match after {
@@ -234,7 +308,7 @@ fn execute(net: &Mutex<State>, pair: PairId, end: End, ops: &mut [Op<'_>]) -> Re
         }
     }
     travel(net);
-    Ok(())
+    wait_for_link(net, (pair, 1 - end), peer)
 }
 
 pub(super) struct SimConn {
@@ -297,7 +371,7 @@ impl Connection for SimConn {
     fn execute(&self, ops: &mut [Op<'_>]) -> Result<(), TransportError> {
         let bytes = common::check_ops(ops)?;
         let net = self.net.get()?;
-        execute(&net, self.pair, self.end, ops)?;
+        execute(&net, (self.pair, self.end), ops, (&self.addr, self.timeout))?;
         if let Some(counters) = net.lock().counters(self.pair, self.end) {
             counters.did_ops(ops.len(), bytes);
         }

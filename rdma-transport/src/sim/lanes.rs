@@ -31,14 +31,15 @@ pub struct EndState {
 pub struct Pair {
     pub ends: [EndState; 2],
     pub peer: Peer,
-    /// What waits until the link is there again, and where it comes from; none while that is there.
-    pub held: Option<Vec<(End, Parcel)>>,
+    /// By the end that it comes from: what waits until the link is there again in that direction; none while it is there.
+    pub held: [Option<Vec<Parcel>>; 2],
 }
 
 impl Pair {
-    fn is_between(&self, ends: [EndpointId; 2]) -> bool {
-        let [a, b] = &self.ends;
-        [a.endpoint, b.endpoint] == ends || [b.endpoint, a.endpoint] == ends
+    /// The end at the first of two endpoints, where the other end is at the second.
+    fn end_at(&self, [from, to]: [EndpointId; 2]) -> Option<End> {
+        let is = |end: End| self.ends[end].endpoint == from && self.ends[1 - end].endpoint == to;
+        (0..2).find(|end| is(*end))
     }
 }
 
@@ -76,12 +77,12 @@ impl Lanes {
     /// Puts something into the lane from `end`.
     pub fn ship(&mut self, pair: PairId, end: End, parcel: Parcel) {
         if let Some(state) = self.pairs.get_mut(&pair)
-            && let Some(held) = &mut state.held
+            && let Some(held) = &mut state.held[end]
         {
             // An end that has closed, or was told of an error, hears of that whatever the link does.
             let local = matches!(parcel, Parcel::Down(_)) && !state.ends[1 - end].alive;
             if !local {
-                return held.push((end, parcel));
+                return held.push(parcel);
             }
         }
         let delay = self.schedule.delay();
@@ -180,15 +181,15 @@ impl Lanes {
     }
 
     fn between(&self, ends: [EndpointId; 2]) -> Vec<PairId> {
-        let pairs = self.pairs.iter().filter(|(_, pair)| pair.is_between(ends));
+        let pairs = self.pairs.iter().filter(|(_, pair)| pair.end_at(ends).is_some());
         pairs.map(|(id, _)| *id).collect()
     }
 
-    /// Nothing more goes from one of two endpoints to the other, and neither is told.
+    /// Nothing more goes from the first of two endpoints to the second, and neither is told.
     pub fn hold(&mut self, ends: [EndpointId; 2]) {
-        for pair in self.between(ends) {
-            if let Some(state) = self.pairs.get_mut(&pair) {
-                state.held.get_or_insert_default();
+        for state in self.pairs.values_mut() {
+            if let Some(end) = state.end_at(ends) {
+                state.held[end].get_or_insert_default();
             }
         }
     }
@@ -196,17 +197,31 @@ impl Lanes {
     /// What was held goes on.
     pub fn release(&mut self, ends: [EndpointId; 2]) {
         for pair in self.between(ends) {
-            let held = self.pairs.get_mut(&pair).and_then(|state| state.held.take());
-            for (end, parcel) in held.into_iter().flatten() {
+            let Some(state) = self.pairs.get_mut(&pair) else {
+                continue;
+            };
+            let Some(end) = state.end_at(ends) else { continue };
+            for parcel in state.held[end].take().into_iter().flatten() {
                 self.ship(pair, end, parcel);
             }
         }
+    }
+
+    /// Does what this end sends not arrive?
+    pub fn is_held(&self, pair: PairId, end: End) -> bool {
+        self.pairs
+            .get(&pair)
+            .is_some_and(|state| state.held[end].is_some())
     }
 
     /// Of what this end has sent only a random first part still arrives.
     pub fn lose(&mut self, pair: PairId, end: End) {
         self.schedule.lose(pair, end);
         if let Some(state) = self.pairs.get_mut(&pair) {
+            // What a link without an end has taken is the last that was sent.
+            if let Some(held) = &mut state.held[end] {
+                held.clear();
+            }
             // A `Down` that was under way may have been among what was lost.
             state.ends[1 - end].ending = false;
         }

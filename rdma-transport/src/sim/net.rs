@@ -71,6 +71,7 @@ impl SimNet {
         let net = Self::new(seed, config);
         let clock = Arc::new(Clock {
             began: Instant::now(),
+            origin: rt::time::for_all(),
             changed: Condvar::new(),
         });
         net.0.lock().lanes.schedule.clock = Some(Arc::clone(&clock));
@@ -167,12 +168,33 @@ impl SimNet {
 
     /// Nothing goes between these two addresses any more, and nobody is told: connections are silent, new ones cannot be made.
     pub fn separate(&self, addrs: [&str; 2]) {
-        self.0.lock().set_apart(addrs, true);
+        let [a, b] = addrs;
+        self.silence([a, b]);
+        self.silence([b, a]);
+    }
+
+    /// Nothing comes from the first of these addresses to the second any more, and nobody is told: what is sent is kept. What goes the
+    /// other way arrives. New connections cannot be made.
+    pub fn silence(&self, way: [&str; 2]) {
+        self.0.lock().set_silent(way, true);
+    }
+
+    /// Ends [`SimNet::silence`].
+    pub fn hear(&self, way: [&str; 2]) {
+        self.0.lock().set_silent(way, false);
+    }
+
+    /// Does something while no thread is in the middle of what it does with this network.
+    pub fn still(&self, act: impl FnOnce()) {
+        let _state = self.0.lock();
+        act();
     }
 
     /// Ends [`SimNet::separate`]; what was sent meanwhile over connections that are still there arrives.
     pub fn join(&self, addrs: [&str; 2]) {
-        self.0.lock().set_apart(addrs, false);
+        let [a, b] = addrs;
+        self.hear([a, b]);
+        self.hear([b, a]);
     }
 }
 

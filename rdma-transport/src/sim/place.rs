@@ -1,6 +1,7 @@
 //! What stands in the place of other things: time that passes by itself, and the handler of an endpoint that is down.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use rt::sync::Condvar;
 
@@ -9,6 +10,8 @@ use crate::{Connection, Handler, TransportError};
 /// Time that passes by itself.
 pub(super) struct Clock {
     pub(super) began: rt::time::Instant,
+    /// The same moment, for those whose clocks go at rates of their own.
+    pub(super) origin: Duration,
     pub(super) changed: Condvar,
 }
 

@@ -50,7 +50,9 @@ impl Schedule {
     /// The time it is.
     pub fn look(&mut self) -> u64 {
         if let Some(clock) = &self.clock {
-            self.now = self.now.max(nanos(clock.began.elapsed()));
+            self.now = self
+                .now
+                .max(nanos(rt::time::for_all().saturating_sub(clock.origin)));
         }
         self.now
     }

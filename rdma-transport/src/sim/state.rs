@@ -42,7 +42,7 @@ impl EndpointState {
 pub struct State {
     pub endpoints: Vec<EndpointState>,
     pub lanes: Lanes,
-    /// Addresses between which there is no link.
+    /// From which address to which nothing comes.
     apart: BTreeSet<[String; 2]>,
     next: u64,
 }
@@ -60,27 +60,40 @@ impl State {
         }
     }
 
-    /// There is no link between two addresses from now on, or there is one again.
-    pub fn set_apart(&mut self, mut addrs: [&str; 2], apart: bool) {
-        let ends = addrs.map(|addr| self.find(addr));
-        addrs.sort_unstable();
-        let addrs = addrs.map(str::to_owned);
-        if apart {
-            self.apart.insert(addrs);
+    /// Nothing comes from one address to another from now on, or it does again.
+    pub fn set_silent(&mut self, [from, to]: [&str; 2], silent: bool) {
+        // Also of those that have died: what they had sent last is still under way.
+        let all = &self.endpoints;
+        let at = |addr| (0..all.len()).filter(move |id: &EndpointId| all[*id].addr == addr);
+        let ends: Vec<[EndpointId; 2]> = at(from).flat_map(|a| at(to).map(move |b| [a, b])).collect();
+        let way = [from.to_owned(), to.to_owned()];
+        if silent {
+            self.apart.insert(way);
         } else {
-            self.apart.remove(&addrs);
+            self.apart.remove(&way);
         }
-        match ends {
-            [Some(a), Some(b)] if apart => self.lanes.hold([a, b]),
-            [Some(a), Some(b)] => self.lanes.release([a, b]),
-            _ => {}
+        for ends in ends {
+            if silent {
+                self.lanes.hold(ends);
+            } else {
+                self.lanes.release(ends);
+            }
         }
     }
 
-    /// Is there no link between them?
-    pub fn are_apart(&self, mut addrs: [&str; 2]) -> bool {
-        addrs.sort_unstable();
-        self.apart.contains(&addrs.map(str::to_owned))
+    /// Does nothing come from one to the other?
+    fn is_silent(&self, way: [&str; 2]) -> bool {
+        self.apart.contains(&way.map(str::to_owned))
+    }
+
+    /// Is there no link between them, in one direction at least?
+    pub fn are_apart(&self, [a, b]: [&str; 2]) -> bool {
+        self.is_silent([a, b]) || self.is_silent([b, a])
+    }
+
+    /// Is there none in either?
+    pub fn are_cut_off(&self, [a, b]: [&str; 2]) -> bool {
+        self.is_silent([a, b]) && self.is_silent([b, a])
     }
 
     pub fn add(
@@ -305,7 +318,7 @@ impl State {
         }
         let state = |(endpoint, end)| EndState::new(endpoint, end);
         let ends = [state(from), state(to)];
-        let held = None;
+        let held = [None, None];
         self.lanes.pairs.insert(id, Pair { ends, peer, held });
         self.lanes.ship(id, 0, Parcel::Connected);
     }

@@ -15,7 +15,26 @@ pub struct Flaws {
     pub storage: Option<StorageFlaw>,
     /// One of the lease manager's.
     pub leases: Option<LeaseFlaw>,
+    /// One that the cluster is run by.
+    pub cluster: Option<ClusterFlaw>,
 }
+
+/// A rule left out that is none of one program's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClusterFlaw {
+    /// Terms have margins: here the least that a configuration may have.
+    NoMargin,
+    /// The rates of clocks differ by no more than that.
+    ClocksApart,
+    /// A mount answers nothing when its term has passed.
+    AnsweredLate,
+}
+
+const CLUSTER: &[ClusterFlaw] = &[
+    ClusterFlaw::NoMargin,
+    ClusterFlaw::ClocksApart,
+    ClusterFlaw::AnsweredLate,
+];
 
 const META: &[MetaFlaw] = &[
     MetaFlaw::NumbersEarly,
@@ -26,6 +45,9 @@ const META: &[MetaFlaw] = &[
     MetaFlaw::WindowForgotten,
     MetaFlaw::PlacesAgain,
     MetaFlaw::EndsNotCut,
+    MetaFlaw::PauseBlamed,
+    MetaFlaw::DeclaredEarly,
+    MetaFlaw::NotFenced,
 ];
 
 const STORAGE: &[StorageFlaw] = &[
@@ -84,7 +106,11 @@ impl Flaws {
             let leases = Some(*f);
             (format!("leases {f:?}"), Self { leases, ..none })
         });
-        storage.chain(meta).chain(leases).collect()
+        let cluster = CLUSTER.iter().map(|f| {
+            let cluster = Some(*f);
+            (format!("cluster {f:?}"), Self { cluster, ..none })
+        });
+        storage.chain(meta).chain(leases).chain(cluster).collect()
     }
 }
 

@@ -2,6 +2,7 @@
 //! disks, virtual time, and a seeded scheduler. docs/simulation.md says what is simulated, what is checked, and what it finds.
 
 pub mod chance;
+pub mod cluster;
 pub mod content;
 pub mod disk;
 pub mod faults;
@@ -11,5 +12,6 @@ pub mod owned;
 pub mod scenario;
 pub mod seeds;
 pub mod shared;
+pub mod strain;
 pub mod task;
 pub mod world;

@@ -44,7 +44,9 @@ pub enum Pace {
 }
 
 impl Pace {
-    fn pause(self) -> Duration {
+    /// A pause.
+    #[must_use]
+    pub fn pause(self) -> Duration {
         match self {
             Self::Fast => Duration::from_millis(3),
             Self::Slow => Duration::from_millis(one_of(&[20, 200, 3000])),
@@ -333,6 +335,11 @@ impl Owner {
         let log = self.log.lock();
         let first = log.names[0][n]?;
         log.names.iter().all(|names| names[n].is_some()).then_some(first)
+    }
+
+    /// What its names name, when nobody changes anything.
+    pub fn contents(&self, task: &Task) -> Vec<Option<Content>> {
+        (0..NAMES).map(|n| self.found(task, n)).collect()
     }
 
     fn found(&self, task: &Task, n: usize) -> Option<Content> {

@@ -11,9 +11,10 @@ use crate::content::Content;
 use crate::faults::{self, Trouble};
 use crate::flaws::Flaws;
 use crate::owned::{Owner, Pace};
-use crate::shared::Shared;
+use crate::shared::{Bears, Part, Shared};
+use crate::strain::{Strain, TERM};
 use crate::task::Task;
-use crate::world::{Mount, World};
+use crate::world::{Mount, Node, World};
 
 /// How large a simulation is.
 #[derive(Debug, Clone, Copy)]
@@ -52,6 +53,8 @@ enum End {
     Mounts,
     /// One of them does, and the others go on.
     OneMount,
+    /// One of them is stopped, or cut off, and comes back while the others go on.
+    OneAway,
     /// Everything dies, but no host.
     Processes,
     /// All hosts lose power, with so much left of what was not synced.
@@ -153,21 +156,17 @@ impl Play {
     }
 
     fn shared(&mut self, phase: u32) {
+        if once_in(3) && self.mounts.len() > 1 {
+            return self.strained(phase);
+        }
         let trouble = Trouble::drawn();
-        let stamp = 1 + u64::from(phase) * 1_000_000;
-        let shared = Shared::new(&self.files, stamp, trouble.loses_connections());
-        let calls = self.size.calls;
+        let bears = Bears {
+            storage: trouble.loses_connections(),
+            ..Bears::default()
+        };
         let victim = (once_in(2) && self.mounts.len() > 1 && !trouble.loses_names())
             .then(|| below(self.mounts.len() as u64) as usize);
-        if let Some(victim) = victim {
-            self.mounts[victim].sync();
-        }
-        let tasks = self.tasks(|m, n| {
-            let (shared, mounted) = (Arc::clone(&shared), self.mounts[m].mounted.clone());
-            let id = 100 * (m as u32 + 1) + n;
-            let doomed = victim == Some(m);
-            Box::new(move || shared.play(&mounted, id, calls, doomed))
-        });
+        let (shared, tasks) = self.meet(phase, (bears, Pace::Fast), victim);
         let longest = Duration::from_millis(6);
         let links = self.beside("links", move |world, mounts| {
             faults::cut_links(world, mounts, longest)
@@ -186,7 +185,111 @@ impl Play {
             let mount = self.world.mount(&format!("mount{victim}"));
             self.mounts.insert(victim, mount);
         }
-        self.files = shared.settle(&self.mounts[phase as usize % self.mounts.len()].mounted);
+        let mount = &self.mounts[phase as usize % self.mounts.len()];
+        self.files = mount.run(move |mounted| shared.settle(mounted));
+    }
+
+    /// All mounts' tasks on the same files. Those of a `victim` change nothing that goes with it.
+    fn meet(
+        &self,
+        phase: u32,
+        (bears, pace): (Bears, Pace),
+        victim: Option<usize>,
+    ) -> (Arc<Shared>, Vec<rt::thread::JoinHandle<()>>) {
+        let stamp = 1 + u64::from(phase) * 1_000_000;
+        let shared = Shared::new(&self.files, stamp, bears);
+        if let Some(victim) = victim {
+            self.mounts[victim].sync();
+        }
+        let tasks = self.tasks(|m, n| {
+            let (shared, mounted) = (Arc::clone(&shared), self.mounts[m].mounted.clone());
+            let part = Part {
+                id: 100 * (m as u32 + 1) + n,
+                calls: if pace == Pace::Slow { 2 } else { 1 } * self.size.calls,
+                doomed: victim == Some(m),
+                pace,
+            };
+            Box::new(move || shared.play(&mounted, part))
+        });
+        (shared, tasks)
+    }
+
+    /// A node is stopped for a while, or links are silent; a server may die besides.
+    fn strained(&mut self, phase: u32) {
+        let mounts = self.mounts.len();
+        let one = below(mounts as u64) as usize;
+        let strain = Strain::drawn(&self.world, one, mounts);
+        let trouble = one_of(&[Trouble::None, Trouble::None, Trouble::MetaDies, Trouble::NodeDies]);
+        let victim = Some(one).filter(|n| strain.may_kill(Node::Mount(*n)));
+        let bears = Bears {
+            storage: strain.is_storage() || trouble.loses_connections(),
+            away: 4 * TERM,
+            late: strain.is_long(),
+        };
+        let (shared, tasks) = self.meet(phase, (bears, Pace::Slow), victim);
+        let straining = self.strain(strain);
+        trouble.make(&self.world, Pace::Slow.phase());
+        straining.join().expect("no panic");
+        for task in tasks {
+            let _ = task.join();
+        }
+        self.all_but_live(victim);
+        if shared.has_given_up() {
+            // All of them may know names wrongly.
+            for (n, mount) in std::mem::take(&mut self.mounts).into_iter().enumerate() {
+                if mount.is_over() || victim == Some(n) {
+                    self.world.kill_mount(mount);
+                } else {
+                    mount.stop();
+                }
+            }
+            self.mount();
+            self.files = self.mounts[0].run(Shared::look);
+            return;
+        }
+        let other = (one + 1 + below(mounts as u64 - 1) as usize) % mounts;
+        self.files = self.mounts[other].run(move |mounted| shared.settle(mounted));
+        if let Some(victim) = victim
+            && self.is_dead(victim)
+        {
+            self.world.kill_mount(self.mounts.remove(victim));
+            let mount = self.world.mount(&format!("mount{victim}"));
+            self.mounts.insert(victim, mount);
+        }
+    }
+
+    /// Has a strain begin soon.
+    fn strain(&self, strain: Strain) -> rt::thread::JoinHandle<()> {
+        let world = Arc::clone(&self.world);
+        let mounts: Vec<(String, u32)> = self.mounts.iter().map(|m| (m.addr(), m.group())).collect();
+        let thread = rt::thread::Builder::new().name("strain".into());
+        let body = move || strain.make(&world, &mounts, Duration::from_secs(4));
+        thread.spawn(body).expect("a thread")
+    }
+
+    /// Nobody has been declared dead but a victim.
+    fn all_but_live(&self, victim: Option<usize>) {
+        for (n, mount) in self.mounts.iter().enumerate() {
+            if victim != Some(n) && mount.is_over() {
+                rt::sim::fail(format!("mount {n} was declared dead, and it was never away"));
+            }
+        }
+    }
+
+    /// Was a mount declared dead? When all nodes run and all links are there it learns that, or that it was not.
+    fn is_dead(&self, n: usize) -> bool {
+        let began = rt::sim::elapsed();
+        while !self.mounts[n].is_over() {
+            if self.mounts[n].run(|mounted| mounted.client.session.term.is_valid()) {
+                return false;
+            }
+            if rt::sim::elapsed() - began > Duration::from_secs(60) {
+                rt::sim::fail(format!("mount {n} learns nothing of its fate"));
+            }
+            rt::thread::sleep(Duration::from_millis(10));
+        }
+        rt::sim::note(&format!("mount {n} was declared dead"));
+        true
     }
 
     fn owned(&mut self) {
@@ -198,6 +301,8 @@ impl Play {
             End::Mounts,
             End::OneMount,
             End::OneMount,
+            End::OneAway,
+            End::OneAway,
             End::Processes,
             End::Power(Luck::None),
             End::Power(Luck::Some),
@@ -205,13 +310,11 @@ impl Play {
             End::StoragePower(Luck::None),
             End::StoragePower(Luck::Some),
         ]);
+        if end == End::OneAway && self.mounts.len() > 1 {
+            return self.away();
+        }
         let pace = one_of(&[Pace::Fast, Pace::Fast, Pace::Slow]);
-        let (calls, owners) = (self.size.calls, Arc::new(self.owners.clone()));
-        let tasks = self.tasks(|m, n| {
-            let (owners, mounted) = (Arc::clone(&owners), self.mounts[m].mounted.clone());
-            let mine = m * self.size.tasks as usize + n as usize;
-            Box::new(move || owners[mine].play(&mounted, &owners, calls, pace))
-        });
+        let tasks = self.own(pace, None);
         let disks = self.beside("disks", move |world, _| faults::fill_a_disk(world, pace.phase()));
         let links = self.beside("links", move |world, mounts| {
             faults::cut_links(world, mounts, pace.phase());
@@ -222,7 +325,7 @@ impl Play {
             rt::sim::note(&format!("mount {victim} dies"));
             self.world.kill_mount(self.mounts.remove(victim));
         }
-        if matches!(end, End::Order | End::Left(_) | End::OneMount) {
+        if matches!(end, End::Order | End::Left(_) | End::OneMount | End::OneAway) {
             for task in tasks {
                 let _ = task.join();
             }
@@ -235,19 +338,104 @@ impl Play {
         rt::sim::note(&format!("{end:?}"));
         self.end(end);
         self.mount();
-        let task = Task::new(&self.mounts[0].mounted, 1);
-        for owner in &self.owners {
-            owner.check(&task, end.is_durable());
+        self.check(end.is_durable());
+        self.files = self.mounts[0].run(Shared::look);
+    }
+
+    /// All mounts' tasks, each on its own files; but for those of one mount.
+    fn own(&self, pace: Pace, without: Option<usize>) -> Vec<rt::thread::JoinHandle<()>> {
+        let (calls, owners) = (self.size.calls, Arc::new(self.owners.clone()));
+        self.tasks(|m, n| {
+            let (owners, mounted) = (Arc::clone(&owners), self.mounts[m].mounted.clone());
+            let mine = m * self.size.tasks as usize + n as usize;
+            Box::new(move || {
+                if without != Some(m) {
+                    owners[mine].play(&mounted, &owners, calls, pace);
+                }
+            })
+        })
+    }
+
+    /// Looks at everything.
+    fn check(&self, durable: bool) {
+        let owners = self.owners.clone();
+        self.mounts[0].run(move |mounted| {
+            let task = Task::new(mounted, 1);
+            owners.iter().for_each(|owner| owner.check(&task, durable));
+        });
+    }
+
+    /// A mount is stopped or cut off while the others go on, and comes back: perhaps it was declared dead.
+    fn away(&mut self) {
+        let mounts = self.mounts.len();
+        let victim = below(mounts as u64) as usize;
+        let strain = loop {
+            let drawn = Strain::drawn(&self.world, victim, mounts);
+            if drawn.may_kill(Node::Mount(victim)) {
+                break drawn;
+            }
+        };
+        let tasks = self.own(Pace::Slow, None);
+        let straining = self.strain(strain);
+        let mut theirs = Vec::new();
+        for (n, task) in tasks.into_iter().enumerate() {
+            if n % mounts == victim {
+                theirs.push(task);
+            } else {
+                let _ = task.join();
+            }
         }
-        self.files = Shared::look(&self.mounts[0].mounted);
+        // What the dead had is used by others before it comes back, and while it does.
+        let mut last = false;
+        while !last {
+            last = straining.is_finished();
+            wait(Duration::from_secs(4));
+            let pace = one_of(&[Pace::Fast, Pace::Slow]);
+            self.own(pace, Some(victim))
+                .into_iter()
+                .for_each(|task| drop(task.join()));
+        }
+        straining.join().expect("no panic");
+        theirs.into_iter().for_each(|task| drop(task.join()));
+        self.all_but_live(Some(victim));
+        let dead = self.is_dead(victim);
+        let tasks = self.size.tasks as usize;
+        let mine: Vec<Arc<Owner>> = self.owners[victim * tasks..(victim + 1) * tasks].to_vec();
+        let gone = self.mounts.remove(victim);
+        if dead {
+            let look = |owners: Vec<Arc<Owner>>| {
+                self.mounts[0].run(move |mounted| {
+                    let task = Task::new(mounted, 1);
+                    owners
+                        .iter()
+                        .map(|owner| owner.contents(&task))
+                        .collect::<Vec<_>>()
+                })
+            };
+            let before = look(mine.clone());
+            rt::thread::sleep(Duration::from_secs(3));
+            if before != look(mine) {
+                rt::sim::fail(format!("what mount {victim} had has changed after its death"));
+            }
+            self.world.kill_mount(gone);
+        } else {
+            gone.stop();
+        }
+        self.end(End::OneMount);
+        self.mount();
+        self.check(false);
+        self.files = self.mounts[0].run(Shared::look);
     }
 
     fn end(&mut self, end: End) {
         let mounts = std::mem::take(&mut self.mounts);
         if end == End::OneMount {
             // The others have seen what there is, and see that it stays.
-            let task = Task::new(&mounts[0].mounted, 1);
-            self.owners.iter().for_each(|owner| owner.check(&task, false));
+            let owners = self.owners.clone();
+            mounts[0].run(move |mounted| {
+                let task = Task::new(mounted, 1);
+                owners.iter().for_each(|owner| owner.check(&task, false));
+            });
             return mounts.into_iter().for_each(Mount::stop);
         }
         if end == End::Order {
@@ -263,7 +451,7 @@ impl Play {
             mounts.into_iter().for_each(|mount| self.world.kill_mount(mount));
         }
         let (meta, nodes) = match end {
-            End::Order | End::OneMount | End::Mounts => return,
+            End::Order | End::OneMount | End::OneAway | End::Mounts => return,
             End::Processes => (Some(Luck::All), Some(Luck::All)),
             End::Power(luck) => (Some(luck), Some(luck)),
             End::Left(luck) | End::MetaPower(luck) => (Some(luck), None),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rt::sync::Mutex;
@@ -11,6 +11,7 @@ use system_tests::linear::{Event, check};
 use crate::chance::{below, once_in, one_of, wait};
 use crate::content::{CELL, Content};
 use crate::model::{Directory, Op, State};
+use crate::owned::Pace;
 use crate::task::{File, Mounted, Sys, Task};
 
 /// Names that the tasks use: few, so that they meet.
@@ -27,13 +28,45 @@ pub struct Shared {
     clock: AtomicU64,
     handles: AtomicU32,
     stamps: AtomicU64,
-    history: Mutex<Vec<Event<Op>>>,
-    /// By task: what the call does that it is in. It may have been done though its mount died in it.
-    under_way: Mutex<BTreeMap<u32, Vec<Event<Op>>>>,
-    /// A storage node dies: what is under way may be an I/O error.
-    troubled: bool,
+    seen: Mutex<Seen>,
+    /// A change of names was given up that may still be made, under nobody's lease: what is known of names then counts for nothing.
+    given_up: AtomicBool,
+    /// What may come over the phase.
+    bears: Bears,
     /// What there was when it began.
     start: State,
+}
+
+/// What is known of calls. A task that dies leaves its call in one of both, for which they are behind one mutex.
+#[derive(Default)]
+struct Seen {
+    history: Vec<Event<Op>>,
+    /// By task: what the call does that it is in. It may have been done though its mount died in it.
+    under_way: BTreeMap<u32, Vec<Event<Op>>>,
+}
+
+/// What may come over a phase.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Bears {
+    /// A storage node dies, or does not answer: what is under way may be an I/O error.
+    pub storage: bool,
+    /// For so long somebody may be away whom calls wait for.
+    pub away: Duration,
+    /// That may be a server, for longer than a call waits for a lease.
+    pub late: bool,
+}
+
+/// What a task is to do.
+#[derive(Debug, Clone, Copy)]
+pub struct Part {
+    /// Its number.
+    pub id: u32,
+    /// Calls.
+    pub calls: u32,
+    /// Its mount dies, or may be declared dead: it changes nothing that goes with it.
+    pub doomed: bool,
+    /// How long it pauses.
+    pub pace: Pace,
 }
 
 /// A task in its phase.
@@ -52,14 +85,14 @@ fn cells(bytes: u64) -> u64 {
 impl Shared {
     /// A phase that begins with these files.
     #[must_use]
-    pub fn new(files: &[(usize, Content)], first_stamp: u64, troubled: bool) -> Arc<Self> {
+    pub fn new(files: &[(usize, Content)], first_stamp: u64, bears: Bears) -> Arc<Self> {
         Arc::new(Self {
-            troubled,
+            bears,
             clock: AtomicU64::new(0),
             handles: AtomicU32::new(1),
             stamps: AtomicU64::new(first_stamp),
-            history: Mutex::default(),
-            under_way: Mutex::default(),
+            seen: Mutex::default(),
+            given_up: AtomicBool::new(false),
             start: State::with(files),
         })
     }
@@ -77,30 +110,38 @@ impl Shared {
     /// Calls so far.
     #[must_use]
     pub fn calls(&self) -> usize {
-        self.history.lock().len()
+        self.seen.lock().history.len()
     }
 
-    /// Plays a task's part. One whose mount is `doomed` changes nothing that goes with its mount.
-    pub fn play(&self, mount: &Mounted, id: u32, calls: u32, doomed: bool) {
-        let mut player = Player::new(self, mount, id);
-        player.doomed = doomed;
-        for _ in 0..calls {
-            if once_in(8) {
-                wait(Duration::from_millis(2));
+    /// Plays a task's part, until its mount's life ends.
+    pub fn play(&self, mount: &Mounted, part: Part) {
+        let mut player = Player::new(self, mount, part.id);
+        player.doomed = part.doomed;
+        for _ in 0..part.calls {
+            match part.pace {
+                Pace::Fast if once_in(8) => wait(Duration::from_millis(2)),
+                Pace::Slow if once_in(2) => wait(part.pace.pause()),
+                _ => {}
             }
             player.call();
+            if player.task.is_over() {
+                return;
+            }
         }
         while let Some((number, file)) = player.open.pop() {
             player.close(number, file);
+            if player.task.is_over() {
+                return;
+            }
         }
     }
 
     /// What there is, when nobody changes anything.
     #[must_use]
     pub fn look(mount: &Mounted) -> Vec<(usize, Content)> {
-        let shared = Self::new(&[], 0, false);
+        let shared = Self::new(&[], 0, Bears::default());
         let files = shared.files(mount);
-        shared.history.lock().clear();
+        shared.seen.lock().history.clear();
         files
     }
 
@@ -118,6 +159,12 @@ impl Shared {
         files
     }
 
+    /// Was a change of names given up that may still be made?
+    #[must_use]
+    pub fn has_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
+    }
+
     /// Looks at everything, when nobody changes anything, and checks what all have seen. What there is now.
     pub fn settle(&self, mount: &Mounted) -> Vec<(usize, Content)> {
         let files = self.files(mount);
@@ -125,12 +172,11 @@ impl Shared {
         if let Err(error) = Task::new(mount, 99).fsync_dir() {
             rt::sim::fail(format!("names cannot be made durable: error {error}"));
         }
-        let mut history = std::mem::take(&mut *self.history.lock());
-        history.extend(
-            std::mem::take(&mut *self.under_way.lock())
-                .into_values()
-                .flatten(),
-        );
+        let Seen {
+            mut history,
+            under_way,
+        } = std::mem::take(&mut *self.seen.lock());
+        history.extend(under_way.into_values().flatten());
         if let Err(index) = check(&Directory(self.start.clone()), &history) {
             rt::sim::fail(format!(
                 "no single machine could have shown this; stuck at {:?}\nfrom {:?}\n{}",
@@ -184,25 +230,41 @@ impl<'a> Player<'a> {
             called,
             returned: None,
         });
-        self.shared.under_way.lock().insert(self.id, may_be.collect());
+        let may_be = may_be.collect();
+        self.shared.seen.lock().under_way.insert(self.id, may_be);
         let result = call(&self.task);
-        self.shared.under_way.lock().remove(&self.id);
+        let mut seen = self.shared.seen.lock();
+        seen.under_way.remove(&self.id);
         let took = rt::sim::elapsed() - began;
         let mut returned = Some(self.shared.tick());
         let mut ops = ops(&result);
-        if let (true, Err(libc::EIO)) = (self.shared.troubled, &result) {
+        if result.as_ref().is_err_and(|error| self.may_fail(*error)) {
             returned = None;
             ops = unknown;
+            let late = matches!(result, Err(libc::ETIMEDOUT)) && !self.task.is_over();
+            let names = |op: &Op| matches!(op, Op::Create(..) | Op::Unlink(..) | Op::Rename(..));
+            if late && ops.iter().any(names) {
+                self.shared.given_up.store(true, Ordering::Relaxed);
+            }
         } else if ops.is_empty() {
             rt::sim::fail(format!("task {}: error {:?}", self.id, result.as_ref().err()));
         }
         rt::sim::note(&format!("task {} {called} - {returned:?}: {ops:?}", self.id));
-        if took > LONGEST {
+        if took > LONGEST + self.shared.bears.away {
             rt::sim::fail(format!("task {}: a call took {took:?}: {ops:?}", self.id));
         }
         let events = ops.into_iter().map(|op| Event { op, called, returned });
-        self.shared.history.lock().extend(events);
+        seen.history.extend(events);
         result
+    }
+
+    /// May a call end so because of what has come over the phase?
+    fn may_fail(&self, error: i32) -> bool {
+        let bears = &self.shared.bears;
+        let cut_off = self.doomed && !bears.away.is_zero();
+        self.task.is_over()
+            || (bears.storage && error == libc::EIO)
+            || ((bears.late || cut_off) && error == libc::ETIMEDOUT)
     }
 
     fn record<T>(
@@ -223,17 +285,24 @@ impl<'a> Player<'a> {
         self.record_all(call, vec![op], |result| done(result).into_iter().collect())
     }
 
+    /// Does a storage node not answer for so long that calls fail?
+    fn fails(&self) -> bool {
+        self.shared.bears.storage && self.shared.bears.late
+    }
+
     fn call(&mut self) {
         let name = below(NAMES.len() as u64) as usize;
         if self.open.is_empty() || (self.open.len() < 3 && once_in(4)) {
             return match below(3) {
                 0 => self.create(name),
-                _ => self.open(name, once_in(6) && !self.doomed),
+                _ => self.open(name, once_in(6) && !self.doomed && !self.fails()),
             };
         }
         let slot = below(self.open.len() as u64) as usize;
         match below(20) {
             0..=6 | 12 if self.doomed => drop(self.list()),
+            // A truncation that fails may have cut off a part of what it should.
+            12 if self.fails() => drop(self.list()),
             0..=4 => self.write(slot),
             5..=6 => self.append(slot),
             7..=11 => {
@@ -389,7 +458,7 @@ impl<'a> Player<'a> {
         // It changes nothing that anybody sees.
         let done = self.task.fsync(file);
         if let Err(error) = done
-            && !(self.shared.troubled && error == libc::EIO)
+            && !self.may_fail(error)
         {
             rt::sim::fail(format!("task {}: fsync: error {error}", self.id));
         }

@@ -43,6 +43,7 @@ pub struct Task {
     client: Arc<Client>,
     kernel: Arc<Kernel>,
     thread: u32,
+    late: bool,
 }
 
 /// What tasks need of a mount.
@@ -52,6 +53,16 @@ pub struct Mounted {
     pub client: Arc<Client>,
     /// What its kernel keeps.
     pub kernel: Arc<Kernel>,
+    /// It answers although its term has passed.
+    pub late: bool,
+}
+
+impl Mounted {
+    /// Has its life ended?
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.client.session.term.is_over() || self.client.session.fate.doomed.load(Ordering::SeqCst)
+    }
 }
 
 /// An open file.
@@ -69,7 +80,14 @@ impl Task {
             client: Arc::clone(&mount.client),
             kernel: Arc::clone(&mount.kernel),
             thread,
+            late: mount.late,
         }
+    }
+
+    /// Has the life of its mount ended?
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.client.session.term.is_over() || self.client.session.fate.doomed.load(Ordering::SeqCst)
     }
 
     fn caller(&self) -> Caller {
@@ -79,10 +97,23 @@ impl Task {
         }
     }
 
-    /// On an event loop if that may be, else on a worker.
+    /// On an event loop if that may be, else on a worker. As in `fuse/serve.rs`: nothing is begun, and nothing answered, before the
+    /// mount may act.
     fn serve<T>(&self, mut step: impl FnMut(&Arc<Client>, &Ctx<'_>) -> Res<T>) -> Sys<T> {
         REQUESTS.fetch_add(1, Ordering::Relaxed);
         rt::sim::point();
+        let term = &self.client.session.term;
+        let mut step = |client: &Arc<Client>, ctx: &Ctx<'_>| {
+            if !self.late && !term.is_valid() {
+                ctx.may_wait()?;
+                term.hold()?;
+            }
+            let done = step(client, ctx)?;
+            if !self.late {
+                term.hold()?;
+            }
+            Ok(done)
+        };
         let first = step(&self.client, &Ctx::on_loop(&self.client.session.threads.permits));
         let result = match first {
             Err(Stop::Park) => step(&self.client, &Ctx::on_worker()),
@@ -181,7 +212,10 @@ impl Task {
             c.namespace
                 .names
                 .create(ctx, &self.root(), name.as_bytes(), &new, |inode, _| {
-                    let (number, _) = c.opens.open_files.make_handle(ctx, inode, Kind::File, libc::O_RDWR)?;
+                    let (number, _) = c
+                        .opens
+                        .open_files
+                        .make_handle(ctx, inode, Kind::File, libc::O_RDWR)?;
                     made = Some((Arc::clone(inode), number));
                     Ok(())
                 })?;

@@ -1,11 +1,10 @@
 //! The cluster: a metadata server, storage nodes and mounts, each a group of threads on one simulated network.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use fsd_client::Detached;
+use fsd_client::{Detached, MountError};
 use fsd_meta::MetaServer;
 use fsd_meta::rules::Rules;
 use fsd_meta::server::Base as MetaBase;
@@ -19,8 +18,9 @@ use rdma_transport::sim::{SimConfig, SimNet};
 use rt::sync::Mutex;
 
 use crate::chance;
+use crate::cluster;
 use crate::disk::{Ledger, Platter, SimDisk};
-use crate::flaws::Flaws;
+use crate::flaws::{ClusterFlaw, Flaws};
 use crate::task::Mounted;
 
 const KEY: &[u8] = b"a key for simulations only";
@@ -32,15 +32,26 @@ struct Life {
     alive: Arc<AtomicBool>,
 }
 
-impl Life {
-    fn new(groups: &AtomicU32, addr: String) -> Self {
-        Self {
-            group: groups.fetch_add(1, Ordering::Relaxed),
-            addr,
-            alive: Arc::new(AtomicBool::new(true)),
-        }
-    }
+/// A node, by what it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Node {
+    /// The metadata server.
+    Meta,
+    /// A storage node.
+    Storage(usize),
+    /// A mount.
+    Mount(usize),
+}
 
+/// A node that is stopped.
+struct Stopped {
+    addr: String,
+    group: u32,
+    /// Who is not heard meanwhile.
+    unheard: Vec<String>,
+}
+
+impl Life {
     /// The process is no more.
     fn end(&self, net: &SimNet) {
         self.alive.store(false, Ordering::Relaxed);
@@ -53,7 +64,7 @@ struct Host<S> {
     running: Option<(S, Life)>,
 }
 
-struct Node {
+struct Storage {
     label: Label,
     platter: Arc<Platter>,
     ledger: Arc<Ledger>,
@@ -69,7 +80,9 @@ pub struct World {
     groups: AtomicU32,
     ledger: Arc<Ledger>,
     meta: Mutex<Host<MetaServer>>,
-    nodes: Vec<Node>,
+    nodes: Vec<Storage>,
+    stopped: Mutex<Vec<Stopped>>,
+    next_rate: Mutex<Option<i64>>,
 }
 
 /// A mount.
@@ -80,25 +93,6 @@ pub struct Mount {
     life: Life,
 }
 
-fn config(dir: &Path, nodes: usize) -> Config {
-    let shm = dir.join("memory").display().to_string();
-    let mut text = format!(
-        "cluster = \"sim\"\nkey_file = \"key\"\nfabric = \"tcp\"\ntimeout_ms = 10000\n\
-         [lease]\nwait_ms = 30000\n[mount]\nloops = 3\n\
-         [meta]\nlisten = \"meta:1\"\ndir = \"meta\"\nmemory_dir = \"{shm}/meta\"\n"
-    );
-    for node in 0..nodes {
-        text += &format!(
-            "[[storage]]\nid = {node}\nlisten = \"storage{node}:1\"\ndir = \"{node}\"\npool = \"16MiB\"\nmemory_dir = \"{shm}/{node}\"\n"
-        );
-        std::fs::create_dir_all(format!("{shm}/{node}")).expect("memory");
-    }
-    std::fs::create_dir_all(format!("{shm}/meta")).expect("memory");
-    let path = dir.join("cluster.toml");
-    std::fs::write(&path, text).expect("configuration");
-    Config::load(&path).expect("configuration")
-}
-
 impl World {
     /// A formatted cluster in which nothing runs.
     #[must_use]
@@ -107,7 +101,7 @@ impl World {
             .prefix("fsd-sim-")
             .tempdir_in("/dev/shm")
             .expect("a directory in /dev/shm");
-        let config = Arc::new(config(dir.path(), nodes));
+        let config = Arc::new(cluster::config(dir.path(), nodes, flaws));
         let delays = SimConfig {
             min_delay: Duration::from_micros(2),
             max_delay: Duration::from_micros(40),
@@ -117,7 +111,7 @@ impl World {
         let ledger = Arc::new(Ledger::default());
         let alive = Arc::new(AtomicBool::new(true));
         fsd_meta::server::make(&ledger.open(&alive), &config, "sim").expect("format");
-        let nodes = config.storage.iter().map(|section| Node {
+        let nodes = config.storage.iter().map(|section| Storage {
             label: Label::new(&config, section),
             platter: Arc::default(),
             ledger: Arc::default(),
@@ -132,7 +126,27 @@ impl World {
             groups: AtomicU32::new(1),
             ledger,
             meta: Mutex::new(Host { running: None }),
+            stopped: Mutex::default(),
+            next_rate: Mutex::default(),
         })
+    }
+
+    /// The clock of the next node that is started is too fast by so many parts of a million; else the seed says by how many.
+    pub fn next_clock(&self, rate: i64) {
+        *self.next_rate.lock() = Some(rate);
+    }
+
+    /// A life that is about to begin.
+    fn life(&self, addr: String) -> Life {
+        let drawn = cluster::rate(self.flaws);
+        let rate = self.next_rate.lock().take().unwrap_or(drawn);
+        let group = self.groups.fetch_add(1, Ordering::Relaxed);
+        rt::sim::set_clock_rate(group, rate);
+        Life {
+            group,
+            addr,
+            alive: Arc::new(AtomicBool::new(true)),
+        }
     }
 
     /// Storage nodes.
@@ -149,7 +163,7 @@ impl World {
 
     /// Starts the metadata server.
     pub fn start_meta(self: &Arc<Self>) {
-        let life = Life::new(&self.groups, self.config.meta.listen.clone());
+        let life = self.life(self.config.meta.listen.clone());
         let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
         let started = rt::sim::spawn_in(life.group, "meta", move || {
             let base = MetaBase {
@@ -180,7 +194,7 @@ impl World {
 
     /// Starts a storage node.
     pub fn start_node(self: &Arc<Self>, n: usize) {
-        let life = Life::new(&self.groups, self.config.storage[n].listen.clone());
+        let life = self.life(self.config.storage[n].listen.clone());
         let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
         let started = rt::sim::spawn_in(life.group, &format!("storage{n}"), move || {
             let base = me.node_base(n, &alive);
@@ -197,7 +211,7 @@ impl World {
     pub fn start_node_in_vain(self: &Arc<Self>, n: usize) {
         let unreadable = &self.nodes[n].platter.faults.unreadable;
         unreadable.store(chance::once_in(2), Ordering::Relaxed);
-        let life = Life::new(&self.groups, self.config.storage[n].listen.clone());
+        let life = self.life(self.config.storage[n].listen.clone());
         let (me, alive) = (Arc::clone(self), Arc::clone(&life.alive));
         let _started = rt::sim::spawn_in(life.group, &format!("storage{n}"), move || {
             let base = me.node_base(n, &alive);
@@ -235,6 +249,7 @@ impl World {
         let running = self.meta.lock().running.take();
         let Some((server, life)) = running else { return };
         life.end(&self.net);
+        self.go_on(life.group);
         drop(server);
         self.ledger.cut(luck);
         if luck != Luck::All {
@@ -248,6 +263,7 @@ impl World {
         let running = node.host.lock().running.take();
         let Some((server, life)) = running else { return };
         life.end(&self.net);
+        self.go_on(life.group);
         drop(server);
         node.platter.cut(luck);
         node.ledger.cut(luck);
@@ -302,26 +318,35 @@ impl World {
         }
     }
 
-    /// Starts a mount.
+    /// Starts a mount. While it cannot join because the dead have to be taken over first it is tried again, as the daemon does it.
     pub fn mount(self: &Arc<Self>, name: &str) -> Mount {
-        let life = Life::new(
-            &self.groups,
-            format!("{name}-{}:1", self.groups.load(Ordering::Relaxed)),
-        );
+        for _ in 0..60 {
+            match self.try_mount(name) {
+                Ok(mount) => return mount,
+                Err(error) => rt::sim::note(&format!("{name} cannot join: {error}")),
+            }
+            rt::thread::sleep(Duration::from_secs(1));
+        }
+        self.try_mount(name).expect("the mount joins")
+    }
+
+    fn try_mount(self: &Arc<Self>, name: &str) -> Result<Mount, MountError> {
+        let life = self.life(format!("{name}-{}:1", self.groups.load(Ordering::Relaxed)));
         let (me, addr) = (Arc::clone(self), life.addr.clone());
         let started = rt::sim::spawn_in(life.group, name, move || {
             let flaws = me.flaws.leases.map_or(0, |flaw| 1 << flaw as u32);
             Detached::start(&me.net, &me.config, KEY.to_vec(), addr, CacheMode::Direct, flaws)
         });
-        let detached = started.join().expect("no panic").expect("the mount joins");
-        Mount {
+        let detached = started.join().expect("no panic")?;
+        Ok(Mount {
             mounted: Mounted {
                 client: Arc::clone(detached.client()),
                 kernel: Arc::default(),
+                late: self.flaws.cluster == Some(ClusterFlaw::AnsweredLate),
             },
             detached,
             life,
-        }
+        })
     }
 
     /// The connections between two mounts break.
@@ -337,6 +362,69 @@ impl World {
     /// There is one again.
     pub fn join(&self, addrs: [&str; 2]) {
         self.net.join(addrs);
+    }
+
+    /// Nothing comes from the first of two addresses to the second.
+    pub fn silence(&self, way: [&str; 2]) {
+        self.net.silence(way);
+    }
+
+    /// It does again.
+    pub fn hear(&self, way: [&str; 2]) {
+        self.net.hear(way);
+    }
+
+    /// Where a node is reached, and the group of its threads; none while it does not run.
+    #[must_use]
+    pub fn whereabouts(&self, node: Node, mounts: &[(String, u32)]) -> Option<(String, u32)> {
+        let of = |life: &Life| (life.addr.clone(), life.group);
+        match node {
+            Node::Meta => self.meta.lock().running.as_ref().map(|(_, life)| of(life)),
+            Node::Storage(n) => {
+                let host = self.nodes[n].host.lock();
+                host.running.as_ref().map(|(_, life)| of(life))
+            }
+            Node::Mount(n) => mounts.get(n).cloned(),
+        }
+    }
+
+    /// The other addresses that there are.
+    fn others(&self, node: Node, mounts: &[(String, u32)]) -> Vec<String> {
+        let servers = (0..self.nodes()).map(Node::Storage).chain([Node::Meta]);
+        let all = servers.chain((0..mounts.len()).map(Node::Mount));
+        let others = all.filter(|other| *other != node);
+        others
+            .filter_map(|other| Some(self.whereabouts(other, mounts)?.0))
+            .collect()
+    }
+
+    /// None of a node's threads runs any more. What others do on its memory they still do, unless it is `deaf`, as a node is whose
+    /// system carries out nothing without the process.
+    /// Until [`World::go_on`] with the number that this returns, or until it dies.
+    pub fn stop_node(&self, node: Node, mounts: &[(String, u32)], deaf: bool) -> Option<u32> {
+        let (addr, group) = self.whereabouts(node, mounts)?;
+        self.net.still(|| rt::sim::stop(group));
+        let mut unheard = self.others(node, mounts);
+        unheard.retain(|_| deaf);
+        for other in &unheard {
+            self.net.silence([other, &addr]);
+        }
+        self.stopped.lock().push(Stopped { addr, group, unheard });
+        Some(group)
+    }
+
+    /// It goes on, unless it has died meanwhile.
+    pub fn go_on(&self, group: u32) {
+        let mut all = self.stopped.lock();
+        let Some(n) = all.iter().position(|s| s.group == group) else {
+            return;
+        };
+        let stopped = all.swap_remove(n);
+        drop(all);
+        for other in &stopped.unheard {
+            self.net.hear([other, &stopped.addr]);
+        }
+        rt::sim::go_on(stopped.group);
     }
 
     /// A mount's process dies.
@@ -368,6 +456,19 @@ impl Mount {
             }
         });
         synced.join().expect("no panic");
+    }
+
+    /// Does something as one of its threads does it.
+    pub fn run<T: Send + 'static>(&self, act: impl FnOnce(&Mounted) -> T + Send + 'static) -> T {
+        let mounted = self.mounted.clone();
+        let done = rt::sim::spawn_in(self.life.group, "act", move || act(&mounted));
+        done.join().expect("no panic")
+    }
+
+    /// Has its life ended, because it was declared dead?
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.mounted.is_over()
     }
 
     /// Where others reach it.

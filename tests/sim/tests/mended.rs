@@ -97,3 +97,35 @@ fn a_removal_that_failed_costs_nothing() {
         assert_eq!(task.read(&again, 0, 100), Ok(b"hello world".to_vec()));
     });
 }
+
+/// A mount has left while the link to it was cut. Whoever asks it because it was the last that owned a file is told by the metadata
+/// server that nobody has its number any more, and looks at the file's record.
+#[test]
+fn who_asks_a_mount_that_has_left_looks_elsewhere() {
+    simulate(|world| {
+        let (a, b) = (world.mount("a"), world.mount("b"));
+        a.run(|mounted| {
+            let task = Task::new(mounted, 1);
+            let file = task.create("one").unwrap();
+            task.write(&file, 0, b"hello", false).unwrap();
+            task.close(file).unwrap();
+        });
+        b.run(|mounted| {
+            let task = Task::new(mounted, 2);
+            let file = task.open("one", libc::O_RDWR).unwrap();
+            task.write(&file, 0, b"world", false).unwrap();
+            task.fsync(&file).unwrap();
+            task.close(file).unwrap();
+        });
+        world.separate([&a.addr(), &b.addr()]);
+        b.stop();
+        let took = a.run(|mounted| {
+            let (task, began) = (Task::new(mounted, 1), rt::sim::elapsed());
+            let file = task.open("one", libc::O_RDWR).unwrap();
+            assert_eq!(task.read(&file, 0, 100), Ok(b"world".to_vec()));
+            task.close(file).unwrap();
+            rt::sim::elapsed() - began
+        });
+        assert!(took < Duration::from_secs(5), "it waited for {took:?}");
+    });
+}

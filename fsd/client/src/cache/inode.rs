@@ -60,8 +60,11 @@ pub struct Granted {
 pub struct Push {
     /// Not sent: the record is still this mount's, which may well change them again.
     pub waiting: Option<Box<AttrUpdate>>,
-    /// Sent, not answered.
+    /// Sent, not answered. One at a time: of two with one version the one that came last would count, and that is any of them where
+    /// a connection breaks.
     pub sent: Option<Box<AttrUpdate>>,
+    /// What waits is to be sent when that has been answered.
+    pub next: bool,
 }
 
 /// Attributes on their way from lease to lease, and to the metadata server.

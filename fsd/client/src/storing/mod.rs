@@ -32,6 +32,7 @@ impl Storing {
     ) -> Self {
         let push = Arc::new(Push {
             attr_push: Default::default(),
+            answers: Default::default(),
             session: Arc::clone(session),
             cache: Arc::clone(cache),
             stored: Arc::clone(&data.stored),

@@ -2,38 +2,63 @@
 //! becomes free, and for fsync.
 
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use lockmgr::{Mode, RecordId};
-use rt::sync::Mutex;
+use rt::sync::{Condvar, Mutex};
+use rt::time::Instant;
 
 use crate::cache::Cache;
 use crate::cache::inode::Inode;
 use crate::data::stored::Stored;
 use crate::data::writing::Writing;
 use crate::session::Session;
-use crate::session::ctx::{Ctx, Res};
+use crate::session::ctx::{Ctx, Res, fail};
 use fsd_proto::ask;
 use fsd_proto::wire::AttrUpdate;
+
+/// What is to be sent now, if nothing is under way; else it is sent after that.
+fn begin(inode: &Inode) -> Option<AttrUpdate> {
+    let mut push = inode.transit.push.lock();
+    if push.sent.is_some() {
+        push.next = true;
+        return None;
+    }
+    let update = push.waiting.take()?;
+    push.sent = Some(update.clone());
+    Some(*update)
+}
 
 /// Attributes on their way to the metadata server.
 pub struct Push {
     /// Held from looking at attributes until the metadata server has them, so that later ones come later.
     pub attr_push: Mutex<()>,
+    /// Counts answers, for those who wait for one.
+    pub(crate) answers: Answers,
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
     pub(crate) stored: Arc<Stored>,
     pub(crate) writing: Arc<Writing>,
 }
 
+/// Those who wait for an answer of the metadata server to what another thread has sent.
+#[derive(Debug, Default)]
+pub struct Answers {
+    waiting: Mutex<()>,
+    came: Condvar,
+}
+
+impl Answers {
+    fn tell(&self) {
+        drop(self.waiting.lock());
+        self.came.notify_all();
+    }
+}
+
 impl Push {
     /// Tells the metadata server the attributes of leases given up, and the lease manager when it has them.
     pub fn push_attrs(self: &Arc<Self>, inode: &Arc<Inode>) {
-        let update = {
-            let mut push = inode.transit.push.lock();
-            let Some(update) = push.waiting.take() else { return };
-            push.sent = Some(update.clone());
-            *update
-        };
+        let Some(update) = begin(inode) else { return };
         let (me, inode) = (Arc::downgrade(self), Arc::clone(inode));
         self.session.net.meta.ask_async(
             ask::meta::Update {
@@ -44,15 +69,37 @@ impl Push {
                     tracing::error!("attributes of {:#x} lost: {error}", inode.ino);
                     inode.errors.set(error.errno());
                 }
-                {
+                let next = {
                     let mut push = inode.transit.push.lock();
-                    push.sent.take_if(|u| u.version == update.version);
-                }
-                if let Some(client) = Weak::upgrade(&me) {
-                    client.session.leases.confirmed(inode.record(), update.version);
+                    push.sent = None;
+                    std::mem::take(&mut push.next)
+                };
+                if let Some(me) = Weak::upgrade(&me) {
+                    me.answers.tell();
+                    me.session.leases.confirmed(inode.record(), update.version);
+                    if next {
+                        me.push_attrs(&inode);
+                    }
                 }
             },
         );
+    }
+
+    /// Waits until nothing is under way that the metadata server might take in after what is sent next.
+    ///
+    /// # Errors
+    /// `ETIMEDOUT`: it is away for longer than programs wait.
+    pub(crate) fn settle(&self, inode: &Inode) -> Res<()> {
+        const LOOK: Duration = Duration::from_millis(500);
+        let began = Instant::now();
+        let mut waiting = self.answers.waiting.lock();
+        while inode.transit.push.lock().sent.is_some() {
+            if self.session.net.ways.patience.is_over(began) {
+                return fail(libc::ETIMEDOUT);
+            }
+            self.answers.came.wait_for(&mut waiting, LOOK);
+        }
+        Ok(())
     }
 
     /// The record is about to become free: the metadata server must have the attributes of this version.
@@ -60,41 +107,48 @@ impl Push {
         let Some(inode) = self.cache.inodes.by_record(id) else {
             return self.session.leases.confirmed(id, version);
         };
-        let (waiting, sent) = {
-            let push = inode.transit.push.lock();
-            (
-                push.waiting.as_ref().map(|u| u.version),
-                push.sent.as_ref().map(|u| u.version),
-            )
+        let (waits, under_way) = {
+            let mut push = inode.transit.push.lock();
+            let is = |update: &Option<Box<AttrUpdate>>| update.as_ref().is_some_and(|u| u.version == version);
+            let under_way = is(&push.sent);
+            // Should that fail, it waits again.
+            push.next |= under_way;
+            (is(&push.waiting), under_way)
         };
-        if waiting == Some(version) {
+        if waits {
             self.push_attrs(&inode);
-        } else if sent != Some(version) {
+        } else if !under_way {
             self.session.leases.confirmed(id, version);
         }
     }
 
-    /// Tells the metadata server what `push_attrs` has not, or has not been answered for.
+    /// Has the metadata server told of what `push_attrs` has not, or has not been answered for, when it returns.
     ///
     /// # Errors
     /// The server cannot be reached, or refuses.
-    pub fn push_attrs_now(&self, inode: &Inode) -> Res<()> {
+    pub fn push_attrs_now(self: &Arc<Self>, inode: &Arc<Inode>) -> Res<()> {
         let _order = self.attr_push.lock();
-        let update = {
-            let push = inode.transit.push.lock();
-            push.waiting.as_deref().or(push.sent.as_deref()).copied()
-        };
-        if let Some(update) = update {
-            self.session.net.meta.ask(ask::meta::Update {
-                updates: vec![update],
-            })?;
-            {
-                let mut push = inode.transit.push.lock();
-                push.waiting.take_if(|u| u.version == update.version);
+        self.settle(inode)?;
+        let Some(update) = begin(inode) else { return Ok(()) };
+        let updates = vec![update];
+        let result = self.session.net.meta.ask(ask::meta::Update { updates });
+        let next = {
+            let mut push = inode.transit.push.lock();
+            push.sent = None;
+            if result.is_err() {
+                // Unless later ones have come to wait.
+                push.waiting.get_or_insert_with(|| Box::new(update));
             }
+            std::mem::take(&mut push.next)
+        };
+        self.answers.tell();
+        if result.is_ok() {
             self.session.leases.confirmed(inode.record(), update.version);
         }
-        Ok(())
+        if next {
+            self.push_attrs(inode);
+        }
+        Ok(result?)
     }
 
     /// Brings an inode's dirty data and attributes to the servers while the lease stays. With `wait`, gets
@@ -102,7 +156,7 @@ impl Push {
     ///
     /// # Errors
     /// The servers cannot take it; it stays dirty.
-    pub fn write_back(&self, ctx: &Ctx<'_>, inode: &Inode, wait: bool) -> Res<()> {
+    pub fn write_back(self: &Arc<Self>, ctx: &Ctx<'_>, inode: &Arc<Inode>, wait: bool) -> Res<()> {
         ctx.may_wait()?;
         let record = inode.record();
         if wait {
@@ -118,6 +172,7 @@ impl Push {
             None => return Ok(()),
         };
         let _order = self.attr_push.lock();
+        self.settle(inode)?;
         let mut state = self.stored.claim_to_change(ctx, inode, guard.version())?;
         if state.lasting.gone {
             return Ok(());

@@ -139,6 +139,10 @@ impl Writeback {
         let _order = self.push.attr_push.lock();
         let (mut updates, mut told) = (Vec::with_capacity(held.len()), Vec::with_capacity(held.len()));
         for (inode, guard) in &held {
+            if let Err(stop) = self.push.settle(inode) {
+                self.put_off(inode, stop.errno());
+                continue;
+            }
             let Ok(mut state) = self.stored.claim_to_change(&ctx, inode, guard.version()) else {
                 continue;
             };

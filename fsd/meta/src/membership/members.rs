@@ -20,6 +20,7 @@ use crate::journal::records::{Member, encode, key};
 use crate::namespace::numbers;
 use crate::namespace::transactions::Transactions;
 use crate::nodes::stores::Stores;
+use crate::rules::{Flaw, Rules};
 use fsd_proto::clock::{Skew, Verdict};
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{DeadMount, JoinReply, LockSpec, MetaReply, NodeInfo, PeerState, Terms, View};
@@ -38,6 +39,7 @@ pub struct Members {
     pub pulse: Mutex<Pulse>,
     /// Told when a connection is lost.
     pub lost: Sender<()>,
+    pub rules: Rules,
 }
 
 /// A mount that joins, or comes back.
@@ -255,6 +257,9 @@ impl Members {
 
     /// How long a mount may be silent.
     fn patience(&self) -> Duration {
+        if self.rules.lack(Flaw::DeclaredEarly) {
+            return Duration::from_millis(self.terms.term_ms / 2);
+        }
         Duration::from_millis(self.terms.term_ms + self.terms.margin_ms)
     }
 
@@ -262,7 +267,7 @@ impl Members {
     pub fn judge(&self, now: Instant) {
         let pause = self.pulse.lock().beat(now);
         let mut sessions = self.sessions.lock();
-        if let Some(pause) = pause {
+        if let Some(pause) = pause.filter(|_| !self.rules.lack(Flaw::PauseBlamed)) {
             tracing::debug!("this server was stopped for {pause:?}: nobody is taken for silent for that");
             sessions.excuse(pause, now);
         }

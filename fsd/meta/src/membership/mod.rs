@@ -88,6 +88,7 @@ impl Membership {
             copies: Arc::clone(&copies),
             pulse: Mutex::new(Pulse::new(terms)),
             lost: tell_lost,
+            rules,
         });
         let remains = Remains {
             journal: journal.clone(),

@@ -3,6 +3,7 @@
 mod affinity;
 pub mod channel;
 mod entropy;
+mod groups;
 pub mod hint;
 mod lock;
 mod report;

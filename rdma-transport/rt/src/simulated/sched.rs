@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::groups::Groups;
 use super::report::{Failure, Report, Trace, who_waits};
 use super::settings::Settings;
 use super::task::{Baton, Killed, Outcome, Task, TaskId, Wait, Why};
@@ -24,6 +25,7 @@ pub(super) struct State {
     pub(super) chance: Chance,
     pub(super) entropy: Chance,
     pub(super) tasks: Vec<Task>,
+    pub(super) groups: Groups,
     runnable: Vec<TaskId>,
     timers: BTreeSet<(u64, TaskId)>,
     waiting: HashMap<usize, Vec<TaskId>, BuildHasherDefault<DefaultHasher>>,
@@ -51,6 +53,8 @@ pub(super) struct Core {
 pub(super) struct Me {
     pub(super) core: Arc<Core>,
     pub(super) id: TaskId,
+    /// By how many parts of a million its clock is too fast.
+    pub(super) rate: i64,
 }
 
 thread_local! {
@@ -160,6 +164,7 @@ impl State {
             chance: Chance::new(settings.seed),
             entropy: Chance::new(settings.seed ^ 0x5eed_5eed_5eed_5eed),
             tasks: Vec::new(),
+            groups: Groups::default(),
             runnable: Vec::new(),
             timers: BTreeSet::new(),
             waiting: HashMap::default(),
@@ -190,7 +195,28 @@ impl State {
     }
 
     pub(super) fn ready(&mut self, id: TaskId) {
-        self.runnable.push(id);
+        if self.groups.admits(id, &self.tasks[id]) {
+            self.runnable.push(id);
+        }
+    }
+
+    /// Threads of a group do not run any more; not for the caller's.
+    pub(super) fn stop(&mut self, group: u32) {
+        self.groups.stop(group);
+        for id in std::mem::take(&mut self.runnable) {
+            self.ready(id);
+        }
+    }
+
+    /// They go on.
+    pub(super) fn go_on(&mut self, group: u32) {
+        self.groups.go_on(group);
+        self.unpark();
+    }
+
+    fn unpark(&mut self) {
+        let free = self.groups.released(&self.tasks);
+        self.runnable.extend(free);
     }
 
     /// Ends a task's wait.
@@ -216,8 +242,10 @@ impl State {
         while let Some(waiting) = self.waiting.get(&address) {
             let n = waiting.len();
             let id = waiting[self.chance.one_of(n)];
+            // One that is stopped does nothing about it: others may have to.
+            let enough = !all && !self.groups.is_stopped(&self.tasks[id]);
             self.release(id, Outcome::Woken);
-            if !all {
+            if enough {
                 return;
             }
         }
@@ -232,6 +260,7 @@ impl State {
                 self.release(id, Outcome::TimedOut);
             }
         }
+        self.unpark();
     }
 
     pub(super) fn fail(&mut self, failure: Failure) {

@@ -21,6 +21,7 @@ pub fn run(settings: Settings, root: impl FnOnce() + Send + 'static) -> Report {
     let starter = Me {
         core: core.clone(),
         id: usize::MAX,
+        rate: 0,
     };
     let body = move || {
         root();
@@ -79,6 +80,33 @@ pub fn kill(group: u32) {
         .any(|t| t.group == group && !t.done)
     {
         sched::give_way();
+    }
+}
+
+/// None of a group's threads runs any more, as SIGSTOP does it to a process, until [`go_on`]. What others wait for one of them to
+/// unlock they wait for until then.
+///
+/// # Panics
+/// The caller is in no simulation, or belongs to the group.
+pub fn stop(group: u32) {
+    let me = sched::me().unwrap_or_else(|| panic!("not in a simulation"));
+    let mut state = me.core.state.lock();
+    assert!(state.tasks[me.id].group != group, "a group does not stop itself");
+    state.stop(group);
+}
+
+/// Ends [`stop`].
+pub fn go_on(group: u32) {
+    if let Some(me) = sched::me() {
+        me.core.state.lock().go_on(group);
+    }
+}
+
+/// From now on the clocks of a group's threads that are still to be started gain so many parts of a million, or lose them. Clocks
+/// on the wall do not.
+pub fn set_clock_rate(group: u32, parts_of_a_million: i64) {
+    if let Some(me) = sched::me() {
+        me.core.state.lock().groups.set_rate(group, parts_of_a_million);
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::groups::{shown, when};
 use super::report::Failure;
 use super::sched::{self, Me, become_task};
 use super::task::{Killed, TaskId, Why};
@@ -56,8 +57,12 @@ pub(super) fn start<T: Send + 'static>(
 ) -> std::io::Result<(TaskId, Slot<T>)> {
     let slot: Slot<T> = Arc::new(Mutex::new(None));
     let core = Arc::clone(&me.core);
-    let (id, baton) = core.state.lock().add(name.clone(), group);
-    let (theirs, result) = (Me { core, id }, Arc::clone(&slot));
+    let (id, baton, rate) = {
+        let mut state = core.state.lock();
+        let (id, baton) = state.add(name.clone(), group);
+        (id, baton, state.groups.rate(group))
+    };
+    let (theirs, result) = (Me { core, id, rate }, Arc::clone(&slot));
     let mut builder = std::thread::Builder::new().name(name);
     if let Some(stack) = stack {
         builder = builder.stack_size(stack);
@@ -198,10 +203,8 @@ pub fn sleep(time: Duration) {
     let Some(me) = sched::me() else {
         return std::thread::sleep(time);
     };
-    let until = me
-        .core
-        .now()
-        .saturating_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    let time = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    let until = when(shown(me.core.now(), me.rate).saturating_add(time), me.rate);
     sched::block(Why::Sleep, [0, 0], Some(until), Location::caller(), |_| {});
 }
 

@@ -4,6 +4,7 @@ use std::ops::{Add, AddAssign, Sub};
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
+use super::groups::{shown, when};
 use super::sched;
 
 /// Instants count from long before anything began, so that one may look back.
@@ -27,6 +28,18 @@ pub fn since_boot() -> Duration {
     Duration::from_nanos(Instant::now().0)
 }
 
+/// Time that passes for all alike, whatever their clocks show; since any moment.
+#[must_use]
+pub fn for_all() -> Duration {
+    match sched::me() {
+        Some(me) => {
+            me.core.tick(LOOK);
+            Duration::from_nanos(BEGINNING + me.core.now())
+        }
+        None => since_boot(),
+    }
+}
+
 impl Instant {
     /// Now.
     #[must_use]
@@ -35,7 +48,7 @@ impl Instant {
         match sched::me() {
             Some(me) => {
                 me.core.tick(LOOK);
-                Self(BEGINNING + me.core.now())
+                Self(BEGINNING + shown(me.core.now(), me.rate))
             }
             None => Self(BEGINNING + nanos(BASE.get_or_init(std::time::Instant::now).elapsed())),
         }
@@ -77,9 +90,10 @@ impl Instant {
         self.0.checked_sub(nanos(d)).map(Self)
     }
 
-    /// Nanoseconds of the simulation.
+    /// When the caller's clock shows it, in nanoseconds of the simulation.
     pub(super) fn virtual_nanos(self) -> u64 {
-        self.0.saturating_sub(BEGINNING)
+        let shows = self.0.saturating_sub(BEGINNING);
+        when(shows, sched::me().map_or(0, |me| me.rate))
     }
 
     /// The same for the system, outside of simulations.

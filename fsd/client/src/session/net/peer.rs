@@ -369,3 +369,33 @@ impl Peer {
         }
     }
 }
+
+/// Does an error say that a mount has left, so that it answers nothing that it was asked? Nobody has its number then. One that has died
+/// may have passed on, in a hand-over, what it was asked: that is for the epoch to undo, and not to be asked a second time before.
+pub(super) fn has_left(error: &RpcError) -> bool {
+    error.errno() == Errno(libc::ENOENT)
+}
+
+#[cfg(test)]
+mod tests {
+    use rdma_transport::TransportError;
+
+    use super::*;
+
+    #[test]
+    fn the_dead_have_not_left() {
+        let no_endpoint = TransportError::Unreachable {
+            addr: "a:1".into(),
+            reason: "nobody listens".into(),
+        };
+        assert!(has_left(&RpcError::Errno(Errno(libc::ENOENT))));
+        assert!(
+            !has_left(&RpcError::Errno(Errno(libc::EHOSTDOWN))),
+            "it was declared dead"
+        );
+        assert!(
+            !has_left(&no_endpoint.into()),
+            "it has ended, and may be declared dead next"
+        );
+    }
+}

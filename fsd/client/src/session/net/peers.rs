@@ -127,9 +127,7 @@ impl Peers {
     fn relayed(&self, to: NodeId, turn: u64, answer: &Result<(), RpcError>) {
         let mut peers = self.peers.lock();
         let Some(peer) = peers.get_mut(&to) else { return };
-        let left = answer
-            .as_ref()
-            .is_err_and(|error| error.errno() == Errno(libc::ENOENT));
+        let left = answer.as_ref().is_err_and(peer::has_left);
         if left {
             // Nobody has this number any more.
             peer.end();
@@ -417,8 +415,7 @@ impl Peers {
                     continue;
                 }
                 Err(Unreached::Yet(error) | Unreached::Ever(error)) => {
-                    // One that has died may have passed on, in a hand-over, what it was asked: that is for the epoch to undo.
-                    let left = error.errno() == Errno(libc::ENOENT);
+                    let left = peer::has_left(&error);
                     peer.connecting = false;
                     peer.end();
                     drop(peers);

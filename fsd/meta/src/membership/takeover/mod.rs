@@ -16,6 +16,7 @@ use rt::time::Instant;
 use super::members::Members;
 use crate::error::MetaError;
 use crate::nodes::Nodes;
+use crate::rules::Flaw;
 use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, Responder, RpcError};
 use fsd_proto::wire::{MetaReply, View};
@@ -162,7 +163,11 @@ impl Takeover {
         match need {
             Need::Fence(storage) => {
                 return Ok(self.ask_all(view, storage, |node| {
-                    for &dead in &view.dead {
+                    for &dead in view
+                        .dead
+                        .iter()
+                        .filter(|_| !self.remains.rules.lack(Flaw::NotFenced))
+                    {
                         self.nodes.asks.asked(node, ask::storage::Fence { dead })?;
                     }
                     self.plan(view, |plan| plan.fenced(view.epoch, node));
