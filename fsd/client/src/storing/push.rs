@@ -181,9 +181,10 @@ impl Push {
         if state.attr_dirty
             && let Some(attr) = state.attr
         {
-            // Under the version of before: the one after the tenure stands for its end only.
+            // Under the version of before: the one after the tenure is for its end.
             let update = AttrUpdate {
                 version: guard.version(),
+                midway: true,
                 ..AttrUpdate::from(&attr)
             };
             let updates = vec![update];

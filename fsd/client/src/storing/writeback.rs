@@ -159,6 +159,7 @@ impl Writeback {
             if let Some(attr) = state.attr.filter(|_| state.attr_dirty) {
                 updates.push(AttrUpdate {
                     version: guard.version(),
+                    midway: true,
                     ..AttrUpdate::from(&attr)
                 });
                 told.push((inode, attr));

@@ -49,7 +49,7 @@ pub struct Superblock {
 }
 
 /// Layout version of this build.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// A stored inode.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +58,8 @@ pub struct Inode {
     pub attr: Attr,
     /// Era of `attr.version`.
     pub era: u32,
+    /// The attributes are of a tenure that began with `attr.version`: what was told at the end of the one before is older.
+    pub midway: bool,
     /// Directory above, for directories.
     pub parent: u64,
     /// Next cookie, for directories.
@@ -340,6 +342,7 @@ pub fn new_root(now: Time, uid: u32, gid: u32) -> Inode {
             layout: 0,
         },
         era: 0,
+        midway: false,
         parent: fsd_proto::ino::ROOT,
         next_cookie: FIRST_COOKIE,
         target: Vec::new(),

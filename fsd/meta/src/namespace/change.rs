@@ -61,12 +61,10 @@ impl<'a> Change<'a> {
 
     fn save_unchanged_time(&mut self, inode: &mut Inode) {
         if let Some(&version) = self.versions.get(&inode.attr.ino) {
-            inode.attr.version = if inode.era == self.era {
-                inode.attr.version.max(version)
-            } else {
-                version
-            };
-            inode.era = self.era;
+            // The size may still be that of before the tenure, and come when its end is told.
+            if inode.era != self.era || version > inode.attr.version {
+                (inode.era, inode.attr.version, inode.midway) = (self.era, version, false);
+            }
         }
         self.txn.set_inode(inode);
         self.attrs.retain(|a| a.ino != inode.attr.ino);

@@ -81,6 +81,7 @@ pub fn create(change: &mut Change<'_>, op: &NamespaceOp) -> Result<u64, Refusal>
             layout: 0,
         },
         era: change.era,
+        midway: false,
         parent: *parent,
         next_cookie: FIRST_COOKIE,
         target: target.clone(),

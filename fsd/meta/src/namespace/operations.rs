@@ -46,7 +46,8 @@ pub fn reap(mut change: Change<'_>, ino: u64) -> Result<Option<(Txn<'_>, Effects
     Ok(Some((change.txn, change.effects)))
 }
 
-/// Stores attribute changes of an inode's exclusive holder; older versions than the one stored are ignored.
+/// Stores attribute changes of an inode's exclusive holder; what is older than that which is stored is ignored. Mounts tell when they can,
+/// so the end of a tenure may be told after a later owner has begun.
 ///
 /// # Errors
 /// The store failed. An inode that is gone is no error.
@@ -56,11 +57,12 @@ pub fn update(txn: &mut Txn<'_>, era: u32, change: &AttrUpdate) -> Result<(), Re
         Err(Refusal::Errno(_)) => return Ok(()),
         Err(error) => return Err(error),
     };
-    if inode.era == era && change.version < inode.attr.version {
+    if inode.era == era && (change.version, change.midway) < (inode.attr.version, inode.midway) {
         return Ok(());
     }
     let a = &mut inode.attr;
     a.version = change.version;
+    inode.midway = change.midway;
     a.mode = change.mode & 0o7777;
     a.uid = change.uid;
     a.gid = change.gid;

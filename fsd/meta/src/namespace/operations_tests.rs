@@ -248,13 +248,14 @@ fn attributes_of_an_older_version_are_ignored() {
     let mut s = Server::new();
     let ino = s.create(ROOT, "a", Kind::File).unwrap();
     let attr = Txn::new(&s.store).inode(ino).unwrap().attr;
-    let push = |version, size, era| {
+    let push = |version, midway, size, era| {
         let mut txn = Txn::new(&s.store);
         update(
             &mut txn,
             era,
             &AttrUpdate {
                 version,
+                midway,
                 size,
                 ..AttrUpdate::from(&attr)
             },
@@ -263,10 +264,13 @@ fn attributes_of_an_older_version_are_ignored() {
         txn.commit().unwrap();
         Txn::new(&s.store).inode(ino).unwrap().attr.size
     };
-    assert_eq!(push(5, 100, 0), 100);
-    assert_eq!(push(4, 50, 0), 100);
-    assert_eq!(push(5, 60, 0), 60);
-    assert_eq!(push(0, 70, 1), 70, "versions begin again in a new era");
+    assert_eq!(push(5, false, 100, 0), 100);
+    assert_eq!(push(4, true, 50, 0), 100);
+    assert_eq!(push(5, true, 60, 0), 60, "the tenure after that of the 100");
+    assert_eq!(push(5, false, 100, 0), 60, "its end, told late");
+    assert_eq!(push(5, true, 65, 0), 65);
+    assert_eq!(push(6, false, 66, 0), 66);
+    assert_eq!(push(0, false, 70, 1), 70, "versions begin again in a new era");
 }
 
 #[test]

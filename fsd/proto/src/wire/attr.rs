@@ -96,8 +96,11 @@ impl Attr {
 pub struct AttrUpdate {
     /// Inode.
     pub ino: u64,
-    /// Version the attributes will have when the lease is given up; older updates are ignored.
+    /// That of the lease record when the tenure ended; older updates are ignored.
     pub version: u64,
+    /// The tenure goes on: it *began* with that version, and so these are newer than those of the tenure that ended with it, which another
+    /// mount may still be about to tell.
+    pub midway: bool,
     /// Permission bits.
     pub mode: u16,
     /// Owner.
@@ -123,6 +126,7 @@ impl From<&Attr> for AttrUpdate {
         Self {
             ino: a.ino,
             version: a.version,
+            midway: false,
             mode: a.mode,
             uid: a.uid,
             gid: a.gid,
