@@ -23,4 +23,5 @@ pub mod process;
 pub mod proxy;
 pub mod side_by_side;
 pub mod stale;
+pub mod storm;
 pub mod sys;

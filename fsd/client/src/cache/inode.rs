@@ -9,6 +9,7 @@ use crate::cache::claims::{Purpose, Span};
 use crate::cache::errseq::ErrorSequence;
 use crate::cache::lazy::Lazy;
 use crate::cache::opens::Opens;
+use crate::cache::refills::Refills;
 use crate::cache::state::State;
 use crate::session::ctx::{Ctx, Res};
 use fsd_proto::ino;
@@ -23,7 +24,9 @@ pub struct KernelCache {
     pub pages: AtomicBool,
     /// Reads answered that fill the page cache.
     pub fills: AtomicU64,
-    /// Invalidations under way for writes that went past the page cache.
+    /// What those have brought since pages were dropped.
+    pub refills: Lazy<Refills>,
+    /// Invalidations under way for writes that went past the page cache, or whose pages a read has brought back.
     pub invals: AtomicU64,
     /// A revocation is under way: nothing new may get a time to live.
     pub revoking: AtomicBool,

@@ -16,6 +16,7 @@ pub mod mapped;
 pub mod opens;
 pub mod pages;
 pub mod range;
+pub mod refills;
 pub mod state;
 pub mod suid;
 pub mod write;

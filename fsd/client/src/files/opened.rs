@@ -225,6 +225,9 @@ impl Files {
                 .read_held(ctx, inode, &mut state, offset, buffer, keep)?;
         }
         if fills && self.kernel.mode != CacheMode::Writeback {
+            if let Some(refills) = inode.kernel.refills.get() {
+                refills.filled(offset, buffer.len() as u64);
+            }
             inode
                 .kernel
                 .pages

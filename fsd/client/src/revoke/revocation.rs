@@ -33,6 +33,7 @@ use crate::opens::pins::Pinning;
 use crate::session::Session;
 use crate::session::ctx::Ctx;
 use crate::storing::push::Push;
+use fsd_node::config::CacheMode;
 use fsd_proto::layout::BLOCK;
 
 /// How long the kernel gets to take in the attributes of an answer before it is told to drop them; only
@@ -219,6 +220,9 @@ impl Revocations {
         }
         if !may_wait && !self.pages_are_free(inode, job.from) {
             return false;
+        }
+        if self.kernel.mode == CacheMode::Writethrough {
+            inode.kernel.refills.emptying(self.session.now());
         }
         inode.kernel.pages.store(false, Ordering::SeqCst);
         inode.kernel.attrs.store(false, Ordering::SeqCst);
