@@ -22,6 +22,8 @@ pub struct KernelCache {
     pub attrs: AtomicBool,
     /// Pages.
     pub pages: AtomicBool,
+    /// Revocations that are dropping them: they do not count as there any more, but still are.
+    pub drops: AtomicU64,
     /// Reads answered that fill the page cache.
     pub fills: AtomicU64,
     /// What those have brought since pages were dropped.

@@ -37,11 +37,12 @@ impl State {
 pub struct Refills(Mutex<State>);
 
 impl Refills {
-    /// The page cache is about to be emptied, at a time in nanoseconds.
-    pub fn emptying(&self, now: u64) {
+    /// The page cache is about to be emptied, at a time in nanoseconds. The number for [`Refills::dropped`], when that is done: until then
+    /// what was read before is still there.
+    pub fn emptying(&self, now: u64) -> u64 {
         let mut state = self.0.lock();
         state.emptied = Some(now);
-        state.ranges.clear();
+        state.number
     }
 
     /// A read is answered that fills these pages.
@@ -100,7 +101,7 @@ mod tests {
         let refills = Refills::default();
         refills.filled(0, 4096);
         assert_eq!(refills.may_be_old(5, 0, 10), None, "never emptied");
-        refills.emptying(10);
+        assert_eq!(refills.emptying(10), 0);
         assert_eq!(refills.may_be_old(11, 0, 10), None, "nothing read since");
         refills.filled(4096, 8192);
         assert_eq!(refills.may_be_old(11, 0, 4096), None);
@@ -112,12 +113,20 @@ mod tests {
         let number = refills.may_be_old(12, 4096, 1).unwrap();
         refills.dropped(number, 0, 1 << 20);
         assert_eq!(refills.may_be_old(12, 4096, 1), None);
+        // Emptied again: what was read before is there until that is done, what is read meanwhile stays.
+        refills.filled(0, 4096);
+        let number = refills.emptying(20);
+        refills.filled(4096, 4096);
+        assert!(refills.may_be_old(21, 0, 1).is_some());
+        refills.dropped(number, 0, u64::MAX);
+        assert_eq!(refills.may_be_old(21, 0, 1), None);
+        assert!(refills.may_be_old(21, 4096, 1).is_some());
     }
 
     #[test]
     fn many_ranges_become_one() {
         let refills = Refills::default();
-        refills.emptying(1);
+        assert_eq!(refills.emptying(1), 0);
         (0..=MOST as u64).for_each(|n| refills.filled(n * 8192, 4096));
         assert!(refills.may_be_old(1, 4096, 4096).is_some());
     }

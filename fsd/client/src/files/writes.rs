@@ -70,7 +70,8 @@ impl Writes {
         };
         self.cache.note_dirty(inode.ino);
         self.kernel.invalidate_attrs(inode);
-        let stale = !cached && inode.kernel.pages.load(Ordering::SeqCst);
+        let stale = !cached
+            && (inode.kernel.pages.load(Ordering::SeqCst) || inode.kernel.drops.load(Ordering::SeqCst) > 0);
         let old = old(at);
         if cached && self.kernel.mode != CacheMode::Writeback {
             inode.kernel.pages.store(true, Ordering::SeqCst);

@@ -221,15 +221,19 @@ impl Revocations {
         if !may_wait && !self.pages_are_free(inode, job.from) {
             return false;
         }
-        if self.kernel.mode == CacheMode::Writethrough {
-            inode.kernel.refills.emptying(self.session.now());
-        }
+        let through = self.kernel.mode == CacheMode::Writethrough;
+        let before = through.then(|| inode.kernel.refills.emptying(self.session.now()));
+        inode.kernel.drops.fetch_add(1, Ordering::SeqCst);
         inode.kernel.pages.store(false, Ordering::SeqCst);
         inode.kernel.attrs.store(false, Ordering::SeqCst);
         if may_wait {
             self.kernel.invalidate_pages(inode);
         } else {
             self.kernel.notify(inode, 0, 0);
+        }
+        inode.kernel.drops.fetch_sub(1, Ordering::SeqCst);
+        if let Some(number) = before {
+            inode.kernel.refills.dropped(number, 0, u64::MAX);
         }
         true
     }
