@@ -221,10 +221,10 @@ impl Board {
         self.word(MOUNT_AT + mount * OF_MOUNT + 4)
     }
 
-    /// The mount was in danger once.
+    /// Something was done to a mount; each is in danger once, before its first life.
     #[must_use]
     pub fn ever(&self) -> bool {
-        (0..MOUNTS).any(|m| self.begun(m).load(SeqCst) > 0)
+        (0..MOUNTS).any(|m| self.begun(m).load(SeqCst) > 1)
     }
 
     /// For each mount the faults begun at it, or nothing where it is in danger.

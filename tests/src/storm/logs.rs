@@ -132,6 +132,22 @@ pub fn look(task: &Task<'_>, log: usize) -> Step<()> {
         let missing = |n: &u64| numbers.binary_search(n).is_err();
         let lost: Vec<u64> = due[t].durable.iter().copied().filter(missing).collect();
         let stale: Vec<u64> = due[t].acked.clone().filter(missing).collect();
+        if !lost.is_empty() || safe[t / TASKS_EACH] && !stale.is_empty() {
+            let all: Vec<_> = data.chunks(LEN).map(|part| parse(log, part)).collect();
+            let number = lost.iter().chain(&stale).next().copied().unwrap_or(0);
+            let at = all
+                .iter()
+                .position(|r| r.is_some_and(|(of, n)| of == t && n + 1 >= number));
+            let near = at.map_or(0, |at| at.saturating_sub(2));
+            let some: Vec<_> = all.iter().skip(near).take(30).collect();
+            task.trace(|| {
+                format!(
+                    "log {log}, {} records of zeros, {} in all; from {near} on: {some:?}",
+                    found.zeros,
+                    all.len()
+                )
+            });
+        }
         if !lost.is_empty() {
             task.wrong(&format!(
                 "log {log} lacks records of task {t} that were fsynced: {lost:?}"
@@ -163,6 +179,7 @@ pub fn append(task: &Task<'_>, file: &mut File, log: usize) -> Step<()> {
         words.base.store(number, SeqCst);
         return Err(stop);
     }
+    task.trace(|| format!("log {log} record {number}"));
     words.acked.store(number, SeqCst);
     task.board.add(Count::Appends, 1);
     Ok(())

@@ -32,6 +32,7 @@ mod memory;
 mod models;
 mod mounting;
 mod names_held;
+mod parked;
 mod posix;
 mod pressure;
 mod privileges;
