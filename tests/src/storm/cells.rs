@@ -28,7 +28,7 @@ pub fn name(file: usize) -> String {
 /// The only mount that writes a file.
 #[must_use]
 pub fn owner(file: usize) -> Option<usize> {
-    (file != SHARED).then(|| file / FILES_EACH / TASKS_EACH)
+    (file != SHARED).then_some(file / FILES_EACH / TASKS_EACH)
 }
 
 /// Cells of a file.
@@ -69,14 +69,10 @@ fn bytes(file: usize, cell: usize, number: u64) -> Vec<u8> {
 }
 
 /// The parts of a cell that lie in one page each.
-fn parts(file: usize, cell: usize) -> Vec<Range<usize>> {
+fn parts(file: usize, cell: usize) -> impl Iterator<Item = Range<usize>> {
     let (start, len) = (offset(file, cell), size(file));
-    let first = (PAGE - start % PAGE) as usize;
-    if first >= len {
-        vec![0..len]
-    } else {
-        vec![0..first, first..len]
-    }
+    let first = ((PAGE - start % PAGE) as usize).min(len);
+    [0..first, first..len].into_iter().filter(|part| !part.is_empty())
 }
 
 /// What the bytes of a cell are.
@@ -96,11 +92,11 @@ fn content(file: usize, cell: usize, data: &[u8], candidates: Range<u64>) -> Con
     if data == bytes(file, cell, claimed) {
         return Content::Whole(claimed);
     }
-    let of = |part: &Range<usize>| {
+    let of = |part: Range<usize>| {
         let same = |n: &u64| bytes(file, cell, *n)[part.clone()] == data[part.clone()];
         candidates.clone().chain([0]).find(same)
     };
-    let numbers: Option<Vec<u64>> = parts(file, cell).iter().map(of).collect();
+    let numbers: Option<Vec<u64>> = parts(file, cell).map(of).collect();
     numbers.map_or(Content::Garbage, |all| {
         if all.iter().all(|n| *n == all[0]) {
             Content::Whole(all[0])
@@ -325,7 +321,7 @@ mod tests {
     #[test]
     fn pages_of_different_numbers_are_told() {
         let (file, cell) = (1, 2);
-        let split = parts(file, cell)[0].end;
+        let split = parts(file, cell).next().unwrap().end;
         assert_eq!(split, 4096 - 3000);
         let mut mixed = bytes(file, cell, 7);
         mixed[split..].copy_from_slice(&bytes(file, cell, 6)[split..]);

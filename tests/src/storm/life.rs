@@ -52,7 +52,7 @@ pub fn device_at(point: &Path) -> Option<(u32, u32)> {
         let (major, minor) = device.split_once(':')?;
         (Path::new(at) == point).then_some((major.parse().ok()?, minor.parse().ok()?))
     };
-    text.lines().filter_map(of).last()
+    text.lines().rev().find_map(of)
 }
 
 impl Life {
