@@ -132,32 +132,25 @@ pub fn look(task: &Task<'_>, log: usize) -> Step<()> {
         let missing = |n: &u64| numbers.binary_search(n).is_err();
         let lost: Vec<u64> = due[t].durable.iter().copied().filter(missing).collect();
         let stale: Vec<u64> = due[t].acked.clone().filter(missing).collect();
-        if !lost.is_empty() || safe[t / TASKS_EACH] && !stale.is_empty() {
-            let all: Vec<_> = data.chunks(LEN).map(|part| parse(log, part)).collect();
-            let number = lost.iter().chain(&stale).next().copied().unwrap_or(0);
-            let at = all
-                .iter()
-                .position(|r| r.is_some_and(|(of, n)| of == t && n + 1 >= number));
-            let near = at.map_or(0, |at| at.saturating_sub(2));
-            let some: Vec<_> = all.iter().skip(near).take(30).collect();
-            task.trace(|| {
-                format!(
-                    "log {log}, {} records of zeros, {} in all; from {near} on: {some:?}",
-                    found.zeros,
-                    all.len()
-                )
-            });
-        }
-        if !lost.is_empty() {
-            task.wrong(&format!(
-                "log {log} lacks records of task {t} that were fsynced: {lost:?}"
-            ));
+        let what = if !lost.is_empty() {
+            "fsynced"
         } else if safe[t / TASKS_EACH] && !stale.is_empty() {
-            task.wrong(&format!(
-                "log {log} lacks records of task {t} that were acknowledged: {stale:?}"
-            ));
-        }
-        task.board.add(Count::Records, numbers.len());
+            "acknowledged"
+        } else {
+            task.board.add(Count::Records, numbers.len());
+            continue;
+        };
+        // Another's record in its place, zeros, or an end that is too early?
+        let first = lost.iter().chain(&stale).min().copied().unwrap_or(0);
+        let before = numbers.iter().rev().find(|n| **n < first).copied().unwrap_or(0);
+        let all: Vec<_> = data.chunks(LEN).map(|part| parse(log, part)).collect();
+        let at = all.iter().position(|r| *r == Some((t, before))).unwrap_or(0);
+        let next: Vec<_> = all.iter().skip(at).take(12).collect();
+        task.wrong(&format!(
+            "log {log} lacks records of task {t} that were {what}: {lost:?} {stale:?}; of {} records {} are zeros; from {at} on: {next:?}",
+            all.len(),
+            found.zeros
+        ));
     }
     Ok(())
 }
