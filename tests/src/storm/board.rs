@@ -191,6 +191,19 @@ impl Board {
         self.word(5).fetch_add(1, SeqCst) + 1
     }
 
+    /// Nothing is in kernels' caches: so a mount that was stopped shows nothing old either.
+    #[must_use]
+    pub fn uncached(&self) -> &AtomicU64 {
+        self.word(6)
+    }
+
+    /// What a mount shows is not old, whatever is being done to it: it was stopped at most, and its kernel has nothing by itself.
+    #[must_use]
+    pub fn honest(&self, mount: usize) -> bool {
+        let evicted = self.deadly(mount).load(SeqCst) > self.settled(mount).load(SeqCst);
+        self.uncached().load(SeqCst) == 1 && !evicted
+    }
+
     /// Faults that were begun at a mount.
     #[must_use]
     pub fn begun(&self, mount: usize) -> &AtomicU64 {

@@ -171,11 +171,9 @@ pub fn look(task: &Task<'_>, file: &File, which: usize, cells: Range<usize>) -> 
         let seen = content(which, cell, &data[i], known.synced..issued + 1);
         let wrong = match &seen {
             Content::Garbage => Some("garbage"),
-            // Only a death stores pages of a cell apart.
-            Content::Torn(_) if trusted => Some("torn"),
-            Content::Torn(all) => all
-                .iter()
-                .find_map(|n| known.wrong(*n, issued, [false; 3], owner)),
+            // Only a death stores pages of a cell apart; and a kernel that sends a write through its page cache page by page.
+            Content::Torn(_) if trusted && task.board.uncached().load(SeqCst) == 1 => Some("torn"),
+            Content::Torn(all) => all.iter().find_map(|n| known.wrong(*n, issued, safe, owner)),
             Content::Whole(n) => known.wrong(*n, issued, safe, owner),
         };
         // A mount that is being shut out may show what is old, but nothing that never was.

@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::board::{Board, Phase};
 use super::leaks::Watch;
 use super::{MOUNTS, TASKS, now};
-use crate::cluster::{Cluster, Role, nodes};
+use crate::cluster::{Cache, Cluster, Role, nodes};
 use crate::process::tail;
 
 /// Longest time of a call beside the term and the margin: restarts, and a machine that is busy.
@@ -101,6 +101,8 @@ impl<'a> Storm<'a> {
     pub fn start(cluster: &'a Cluster, rng: StdRng, seed: u64) -> anyhow::Result<Self> {
         let at = cluster.path("board");
         let board = Board::open(&at)?;
+        let uncached = cluster.options().cache == Cache::Direct;
+        board.uncached().store(uncached.into(), SeqCst);
         let mut workers = Workers(Vec::new());
         for mount in 0..MOUNTS {
             // Until it has begun its first life.

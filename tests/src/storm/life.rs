@@ -207,14 +207,13 @@ impl Task<'_> {
         self.call(what, &[], call)?.map_err(Stop::Failed)
     }
 
-    /// What is safe throughout: mounts that are as they were `before`. Nothing is where this task's own mount is in danger, as what it shows
-    /// may be old.
+    /// What is safe throughout: mounts that are as they were `before`. Nothing is where this task's own mount is being shut out, as what it
+    /// shows may be old.
     #[must_use]
     pub fn still_safe(&self, before: [Option<u64>; MOUNTS]) -> Option<[bool; MOUNTS]> {
         let after = self.board.safe();
-        let safe = std::array::from_fn(|m| before[m].is_some() && before[m] == after[m]);
-        let own: [bool; MOUNTS] = safe;
-        own[self.mount()].then_some(safe)
+        let safe: [bool; MOUNTS] = std::array::from_fn(|m| before[m].is_some() && before[m] == after[m]);
+        (safe[self.mount()] || self.board.honest(self.mount())).then_some(safe)
     }
 
     /// Tasks are to stop, or to find out what came of a fault.
