@@ -5,7 +5,8 @@
 //! chance that can be had again ([`chance`]), cross-mount checks ([`coherence`]), a
 //! linearizability checker ([`linear`]) with recorded histories ([`history`]), random operations against a
 //! local directory ([`model`]), random input and output on one file through several paths ([`fsx`]),
-//! reads and writes in batches ([`async_io`]), and machines that are short of memory ([`pressure`]).
+//! reads and writes in batches ([`async_io`]), machines that are short of memory ([`pressure`]), and faults at random under a workload
+//! that knows what it may see ([`storm`]).
 
 pub mod async_io;
 pub mod chance;
@@ -23,4 +24,5 @@ pub mod process;
 pub mod proxy;
 pub mod side_by_side;
 pub mod stale;
+pub mod storm;
 pub mod sys;

@@ -9,6 +9,7 @@ use crate::cache::claims::{Purpose, Span};
 use crate::cache::errseq::ErrorSequence;
 use crate::cache::lazy::Lazy;
 use crate::cache::opens::Opens;
+use crate::cache::refills::Refills;
 use crate::cache::state::State;
 use crate::session::ctx::{Ctx, Res};
 use fsd_proto::ino;
@@ -21,9 +22,13 @@ pub struct KernelCache {
     pub attrs: AtomicBool,
     /// Pages.
     pub pages: AtomicBool,
+    /// Revocations that are dropping them: they do not count as there any more, but still are.
+    pub drops: AtomicU64,
     /// Reads answered that fill the page cache.
     pub fills: AtomicU64,
-    /// Invalidations under way for writes that went past the page cache.
+    /// What those have brought since pages were dropped.
+    pub refills: Lazy<Refills>,
+    /// Invalidations under way for writes that went past the page cache, or whose pages a read has brought back.
     pub invals: AtomicU64,
     /// A revocation is under way: nothing new may get a time to live.
     pub revoking: AtomicBool,

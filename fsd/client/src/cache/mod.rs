@@ -17,6 +17,7 @@ pub mod opens;
 pub mod pages;
 pub mod path;
 pub mod range;
+pub mod refills;
 pub mod state;
 pub mod suid;
 pub mod write;

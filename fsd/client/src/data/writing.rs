@@ -188,6 +188,10 @@ impl Writing {
             ctx.may_wait()?;
             self.stored.allocate(inode, state, &wants)?;
         }
+        if !self.session.local_memory() || state.pages.dirty() > 0 {
+            // From here on this must not park: what is dirty of the range is nowhere else, and would be missing until the write goes on.
+            ctx.may_wait()?;
+        }
         // What is cached of the range is replaced; done first, so that a failure cannot leave old dirty
         // pages over new data.
         let before = state.pages.len();

@@ -219,6 +219,16 @@ impl Files {
             let mut state = self
                 .reads
                 .claim_to_read(ctx, inode, guard.version(), offset, buffer.len())?;
+            if fills && self.kernel.mode != CacheMode::Writeback {
+                // With the range claimed: a write that comes behind this read knows of it, and has dropped what it is answered.
+                inode
+                    .kernel
+                    .pages
+                    .store(true, std::sync::atomic::Ordering::SeqCst);
+                if let Some(refills) = inode.kernel.refills.get() {
+                    refills.filled(offset, buffer.len() as u64);
+                }
+            }
             // Not what the kernel is about to keep: it would be here twice, and copied once more.
             let keep = !fills || self.kernel.mode == CacheMode::Direct;
             self.reads

@@ -42,7 +42,12 @@ impl Writes {
 
     fn write_at_once(&self, ctx: &Ctx<'_>, inode: &Inode, write: &Write<'_>) -> Res<u32> {
         let cached = write.flags.cached;
-        if !cached && inode.kernel.pages.load(Ordering::SeqCst) {
+        let refills = || inode.kernel.refills.get().filter(|_| cached);
+        let came = self.session.now();
+        let len = write.data.len() as u64;
+        let old = |at| refills().and_then(|r| r.may_be_old(came, at, len));
+        let emptied = refills().is_some_and(|r| r.emptied_lately(came));
+        if !cached && inode.kernel.pages.load(Ordering::SeqCst) || emptied {
             // The kernel's pages will have to be invalidated, which may wait for a read.
             ctx.may_wait()?;
         }
@@ -65,10 +70,13 @@ impl Writes {
         };
         self.cache.note_dirty(inode.ino);
         self.kernel.invalidate_attrs(inode);
-        let stale = !cached && inode.kernel.pages.load(Ordering::SeqCst);
+        let stale = !cached
+            && (inode.kernel.pages.load(Ordering::SeqCst) || inode.kernel.drops.load(Ordering::SeqCst) > 0);
+        let old = old(at);
         if cached && self.kernel.mode != CacheMode::Writeback {
             inode.kernel.pages.store(true, Ordering::SeqCst);
-        } else if stale {
+        }
+        if stale || old.is_some() {
             inode.kernel.invals.fetch_add(1, Ordering::SeqCst);
         }
         // Not held any longer: a read may keep the page locked that is to be invalidated, and wait for a
@@ -77,7 +85,13 @@ impl Writes {
         if stale {
             // Other open files of this mount read through the page cache, and one of their reads may have
             // filled it after the kernel invalidated the range for this write.
-            self.kernel.invalidate_range(inode, at, write.data.len() as u64);
+            self.kernel.invalidate_range(inode, at, len);
+        }
+        if let (Some(number), Some(refills)) = (old, refills()) {
+            self.kernel.invalidate_written(inode, at, len);
+            refills.dropped(number, at, len);
+        }
+        if stale || old.is_some() {
             inode.kernel.invals.fetch_sub(1, Ordering::SeqCst);
         }
         u32::try_from(write.data.len()).map_err(|_| Stop::Errno(Errno(libc::EINVAL)))

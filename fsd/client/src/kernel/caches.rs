@@ -9,7 +9,7 @@ use std::time::Duration;
 use fuser::INodeNo;
 use rt::channel::bounded;
 
-use crate::cache::edges::{EDGE_WAIT, around};
+use crate::cache::edges::{EDGE_WAIT, around, edge_of};
 use crate::cache::inode::Inode;
 use crate::cache::pages::PAGE;
 use crate::cache::state::State;
@@ -94,6 +94,33 @@ impl KernelCaches {
             // An inode the kernel does not know (any more) has no pages.
             let _ = notifier.inval_inode(fuser::INodeNo(inode.ino), offset as i64, len as i64);
         }
+    }
+
+    /// Drops the pages of a write through the page cache that is not answered yet. The kernel may keep one folio of them locked until it is
+    /// answered, which then holds nothing old: that one aside, and for a while only.
+    pub(crate) fn invalidate_written(self: &Arc<Self>, inode: &Inode, offset: u64, len: u64) {
+        let end = offset + len;
+        let Some((first, last)) = edge_of(offset, len) else {
+            return self.invalidate_range(inode, offset, len);
+        };
+        let (first, last) = ((first * PAGE).max(offset), ((last + 1) * PAGE).min(end));
+        if first > offset {
+            self.invalidate_range(inode, offset, first - offset);
+        }
+        if end > last {
+            self.invalidate_range(inode, last, end - last);
+        }
+        let Some(notifier) = self.notifier.get().cloned() else {
+            return;
+        };
+        let (tx, rx) = bounded(1);
+        let ino = INodeNo(inode.ino);
+        self.session.threads.invalidators.run(move || {
+            // An inode the kernel does not know (any more) has no pages.
+            let _ = notifier.inval_inode(ino, first as i64, (last - first) as i64);
+            let _ = tx.send(());
+        });
+        let _ = rx.recv_timeout(EDGE_WAIT);
     }
 
     /// Another mount has removed a directory: has the kernel know, so that getcwd(2) says so, too. Aside, for it takes the inode lock

@@ -33,6 +33,7 @@ use crate::opens::pins::Pinning;
 use crate::session::Session;
 use crate::session::ctx::Ctx;
 use crate::storing::push::Push;
+use fsd_node::config::CacheMode;
 use fsd_proto::layout::BLOCK;
 
 /// How long the kernel gets to take in the attributes of an answer before it is told to drop them; only
@@ -220,12 +221,19 @@ impl Revocations {
         if !may_wait && !self.pages_are_free(inode, job.from) {
             return false;
         }
+        let through = self.kernel.mode == CacheMode::Writethrough;
+        let before = through.then(|| inode.kernel.refills.emptying(self.session.now()));
+        inode.kernel.drops.fetch_add(1, Ordering::SeqCst);
         inode.kernel.pages.store(false, Ordering::SeqCst);
         inode.kernel.attrs.store(false, Ordering::SeqCst);
         if may_wait {
             self.kernel.invalidate_pages(inode);
         } else {
             self.kernel.notify(inode, 0, 0);
+        }
+        inode.kernel.drops.fetch_sub(1, Ordering::SeqCst);
+        if let Some(number) = before {
+            inode.kernel.refills.dropped(number, 0, u64::MAX);
         }
         true
     }

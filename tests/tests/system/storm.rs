@@ -1,0 +1,80 @@
+//! Faults at random on all processes of a cluster under a workload that knows what it may see: `system_tests::storm`.
+
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use system_tests::chance;
+use system_tests::cluster::{Cache, Fabric, Options};
+use system_tests::guard;
+use system_tests::storm::MOUNTS;
+use system_tests::storm::board::Count;
+use system_tests::storm::faults::Storm;
+
+const TERM: Duration = Duration::from_secs(2);
+
+/// How long faults are done: `FSD_STORM_SECONDS`.
+fn length() -> anyhow::Result<Duration> {
+    let seconds = std::env::var("FSD_STORM_SECONDS").unwrap_or_else(|_| "60".into());
+    Ok(Duration::from_secs(seconds.parse().context("FSD_STORM_SECONDS")?))
+}
+
+/// `FSD_STORM_CACHE`, or what a test takes without it.
+fn cache(usual: Cache) -> anyhow::Result<Cache> {
+    match std::env::var("FSD_STORM_CACHE").ok().as_deref() {
+        None => Ok(usual),
+        Some("direct") => Ok(Cache::Direct),
+        Some("writethrough") => Ok(Cache::Writethrough),
+        Some(other) => bail!("FSD_STORM_CACHE: {other}"),
+    }
+}
+
+fn storm(fabric: Fabric, usual: Cache) -> anyhow::Result<()> {
+    let cache = cache(usual)?;
+    let options = Options {
+        fabric,
+        cache,
+        mounts: MOUNTS,
+        term: TERM,
+        ..Options::default()
+    };
+    let length = length()?;
+    let seed = chance::seeds(1)?[0];
+    println!("{fabric:?} {cache:?}, seed {seed:#x}, {length:?}");
+    guard::with_cluster_within(length + Duration::from_secs(180), options, move |cluster| {
+        let mut storm = Storm::start(cluster, StdRng::seed_from_u64(seed), seed)?;
+        storm.run(length)?;
+        // A storm that is none, or in which nothing was looked at, says nothing.
+        let least = length.as_secs();
+        ensure!(
+            storm.faults() as u64 >= least / 6,
+            "only {} faults",
+            storm.faults()
+        );
+        for (what, a_second) in [
+            (Count::Writes, 20),
+            (Count::Fsyncs, 5),
+            (Count::Strict, 100),
+            (Count::Loose, 1),
+            (Count::Recovered, 10),
+            (Count::Looks, 3),
+            (Count::Locks, 1),
+        ] {
+            let n = storm.board().count(what).load(SeqCst);
+            ensure!(n >= least * a_second, "only {n} of {what:?}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn storm_over_tcp() -> anyhow::Result<()> {
+    storm(Fabric::Tcp, Cache::Direct)
+}
+
+#[test]
+fn storm_over_shared_memory() -> anyhow::Result<()> {
+    storm(Fabric::Shm, Cache::Writethrough)
+}
