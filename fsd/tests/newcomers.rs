@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use fsd_client::session::net::{JoinError, Net, NetConfig};
+use fsd_client::session::net::{JoinError, Net, NetConfig, Patience};
 use fsd_client::session::workers::Workers;
 use fsd_meta::MetaServer;
 use fsd_node::config::Config;
@@ -169,7 +169,7 @@ fn join_slow(ahead: Duration, slow: usize) -> (Result<JoinReply, JoinError>, usi
     let config = NetConfig {
         cluster: "test".into(),
         meta_addr: server.fabric.local_addr(),
-        timeout: Duration::from_secs(10),
+        patience: Patience::new(Duration::from_secs(10), None),
         name: "slow".into(),
     };
     let joined = Net::new(config, &peer, Workers::new("test", 4))

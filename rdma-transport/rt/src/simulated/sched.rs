@@ -33,7 +33,12 @@ pub(super) struct State {
     pub(super) trace: Trace,
     pub(super) failure: Option<Failure>,
     pub(super) threads: Vec<std::thread::JoinHandle<()>>,
-    pub(super) living: usize,
+    living: Living,
+}
+
+/// Threads that have not ended, and who is told when there is none.
+struct Living {
+    count: usize,
     over: Option<std::sync::mpsc::Sender<()>>,
 }
 
@@ -172,8 +177,10 @@ impl State {
             trace: Trace::default(),
             failure: None,
             threads: Vec::new(),
-            living: 0,
-            over: Some(over),
+            living: Living {
+                count: 0,
+                over: Some(over),
+            },
         }
     }
 
@@ -190,7 +197,7 @@ impl State {
             baton: Arc::clone(&baton),
             thread: None,
         });
-        self.living += 1;
+        self.living.count += 1;
         (self.tasks.len() - 1, baton)
     }
 
@@ -385,10 +392,10 @@ impl Me {
         let next = {
             let mut state = self.core.state.lock();
             state.tasks[self.id].done = true;
-            state.living -= 1;
+            state.living.count -= 1;
             state.wake(join_address, true);
-            if state.living == 0 {
-                if let Some(over) = state.over.take() {
+            if state.living.count == 0 {
+                if let Some(over) = state.living.over.take() {
                     let _ = over.send(());
                 }
                 return;
