@@ -87,8 +87,9 @@ impl Writes {
             // filled it after the kernel invalidated the range for this write.
             self.kernel.invalidate_range(inode, at, len);
         }
-        if let (Some(number), Some(refills)) = (old, refills()) {
-            self.kernel.invalidate_written(inode, at, len);
+        if let (Some(number), Some(refills)) = (old, refills())
+            && self.kernel.invalidate_written(inode, at, len)
+        {
             refills.dropped(number, at, len);
         }
         if stale || old.is_some() {

@@ -97,11 +97,12 @@ impl KernelCaches {
     }
 
     /// Drops the pages of a write through the page cache that is not answered yet. The kernel may keep one folio of them locked until it is
-    /// answered, which then holds nothing old: that one aside, and for a while only.
-    pub(crate) fn invalidate_written(self: &Arc<Self>, inode: &Inode, offset: u64, len: u64) {
+    /// answered, which then holds nothing old: that one aside, and for a while only. False: that was not long enough.
+    pub(crate) fn invalidate_written(self: &Arc<Self>, inode: &Inode, offset: u64, len: u64) -> bool {
         let end = offset + len;
         let Some((first, last)) = edge_of(offset, len) else {
-            return self.invalidate_range(inode, offset, len);
+            self.invalidate_range(inode, offset, len);
+            return true;
         };
         let (first, last) = ((first * PAGE).max(offset), ((last + 1) * PAGE).min(end));
         if first > offset {
@@ -111,7 +112,7 @@ impl KernelCaches {
             self.invalidate_range(inode, last, end - last);
         }
         let Some(notifier) = self.notifier.get().cloned() else {
-            return;
+            return true;
         };
         let (tx, rx) = bounded(1);
         let ino = INodeNo(inode.ino);
@@ -120,7 +121,7 @@ impl KernelCaches {
             let _ = notifier.inval_inode(ino, first as i64, (last - first) as i64);
             let _ = tx.send(());
         });
-        let _ = rx.recv_timeout(EDGE_WAIT);
+        rx.recv_timeout(EDGE_WAIT).is_ok()
     }
 
     /// Another mount has removed a directory: has the kernel know, so that getcwd(2) says so, too. Aside, for it takes the inode lock

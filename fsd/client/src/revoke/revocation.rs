@@ -232,7 +232,9 @@ impl Revocations {
             self.kernel.notify(inode, 0, 0);
         }
         inode.kernel.drops.fetch_sub(1, Ordering::SeqCst);
-        if let Some(number) = before {
+        // Pages that a write may keep locked are dropped aside, and perhaps later: what a read has brought of them may still be there.
+        let all = inode.waiting.edges.get().is_none_or(|edges| edges.is_empty());
+        if let (Some(number), true) = (before, all) {
             inode.kernel.refills.dropped(number, 0, u64::MAX);
         }
         true
