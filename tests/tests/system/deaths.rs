@@ -110,6 +110,43 @@ fn a_killed_mount_blocks_nobody() -> anyhow::Result<()> {
     killed(Fabric::Tcp, Cache::Writethrough)
 }
 
+/// Requests wait for what the dead had on every thread there is for waiting: their mount gets to the epoch all the same.
+#[test]
+fn a_death_that_hundreds_of_requests_wait_for() -> anyhow::Result<()> {
+    const FILES: usize = 400;
+    let options = Options {
+        lease_wait: Duration::from_secs(20),
+        term: Duration::from_secs(60),
+        ..options(Fabric::Tcp, Cache::Direct)
+    };
+    guard::with_cluster_within(LIMIT, options, |cluster| {
+        for n in 0..FILES {
+            let mut file = File::create_new(cluster.mount(0).join(n.to_string()))?;
+            file.write_all(n.to_string().as_bytes())?;
+            file.sync_all()?;
+        }
+        // The directory's lease is not in the way.
+        fs::read_dir(cluster.mount(1))?.for_each(drop);
+        signal(cluster, Role::Mount(0), rustix::process::Signal::STOP)?;
+        let readers: Vec<_> = (0..FILES)
+            .map(|n| {
+                let file = cluster.mount(1).join(n.to_string());
+                std::thread::spawn(move || fs::read(file))
+            })
+            .collect();
+        until("all threads of the mount to wait", || {
+            cluster.total("waiting").is_ok_and(|waiting| waiting >= 256)
+        })?;
+        cluster.kill(Role::Mount(0));
+        for (n, reader) in readers.into_iter().enumerate() {
+            let read = reader.join().map_err(|_| anyhow::anyhow!("a reader panicked"))?;
+            let read = read.with_context(|| format!("file {n}"))?;
+            ensure!(read == n.to_string().as_bytes(), "file {n} is another's");
+        }
+        Ok(())
+    })
+}
+
 /// Cases 11, 15: it comes back to find that it was declared dead, and nothing of its former life lands.
 fn stopped(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
     guard::with_cluster_within(LIMIT, options(fabric, cache), move |cluster| {

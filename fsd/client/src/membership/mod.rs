@@ -5,6 +5,7 @@
 //! has and that the dead may have been handed, no message that its receiver has not heard.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use lockmgr::{Mode, NodeId, NodeSet};
 use rt::sync::Mutex;
@@ -12,9 +13,13 @@ use rt::sync::Mutex;
 use crate::cache::Cache;
 use crate::opens::pins::Pinning;
 use crate::session::Session;
+use crate::session::workers::Workers;
 use crate::storing::push::Push;
 use fsd_proto::rpc::{Errno, Responder};
 use fsd_proto::wire::View;
+
+/// Epochs whose settling may still wait for a server, when the next one begins.
+const SETTLING: usize = 8;
 
 /// See the module.
 pub struct Membership {
@@ -22,6 +27,8 @@ pub struct Membership {
     cache: Arc<Cache>,
     push: Arc<Push>,
     pinning: Arc<Pinning>,
+    /// Threads of its own: all others may be waiting for what the dead had.
+    settling: Workers,
     state: Mutex<State>,
 }
 
@@ -45,31 +52,42 @@ impl Membership {
             cache: Arc::clone(cache),
             push: Arc::clone(push),
             pinning: Arc::clone(pinning),
+            settling: Workers::new("fsd-epoch", SETTLING),
             state: Mutex::default(),
         })
     }
 
     /// Who takes part has changed.
     pub fn take(self: &Arc<Self>, view: View, responder: Responder) {
-        let before = {
+        let mut responder = Some(responder);
+        let (late, before) = {
             let mut state = self.state.lock();
-            if view.epoch < state.epoch {
-                drop(state);
-                return responder.reply(&Err::<(), _>(Errno(libc::ESTALE)));
-            }
-            state.epoch = view.epoch;
-            state.asked.take()
+            let late = view.epoch < state.epoch;
+            let before = if late {
+                None
+            } else {
+                state.epoch = view.epoch;
+                // Answered when this mount has got there.
+                let waits = responder.take_if(|_| !view.dead.is_empty());
+                std::mem::replace(&mut state.asked, waits)
+            };
+            (late, before)
         };
-        if let Some(before) = before {
-            before.reply(&Err::<(), _>(Errno(libc::ESTALE)));
+        for refused in before.into_iter().chain(responder.take_if(|_| late)) {
+            refused.reply(&Err::<(), _>(Errno(libc::ESTALE)));
+        }
+        if late {
+            return;
         }
         if view.dead.is_empty() {
             tracing::debug!("epoch {}: everything of the dead has been taken back", view.epoch);
             self.session.leases.resume(view.epoch);
             self.reap_orphans();
-            return responder.reply(&Ok(()));
+            if let Some(responder) = responder {
+                responder.reply(&Ok(()));
+            }
+            return;
         }
-        self.state.lock().asked = Some(responder);
         let dead: Vec<u16> = view.dead.iter().map(|d| d.node).collect();
         tracing::warn!(
             "epoch {}: mounts {dead:?} are dead; nothing new is leased until what they had is taken back",
@@ -78,13 +96,18 @@ impl Membership {
         self.session.net.peers.bury(&view.dead);
         let me = Arc::clone(self);
         let reached = move || {
-            let workers = me.session.threads.workers.clone();
-            workers.run(move || me.settle(view.epoch));
+            let settling = me.settling.clone();
+            settling.run(move || me.settle(view.epoch));
         };
         let dead: NodeSet = dead.into_iter().map(NodeId).collect();
         self.session
             .leases
             .begin_epoch(view.epoch, dead, Box::new(reached));
+    }
+
+    /// The mount leaves: waits for what is under way, at most so long.
+    pub fn close(&self, limit: Duration) {
+        self.settling.close(limit);
     }
 
     /// No lease operation of an earlier epoch is under way any more. On a thread that may wait.
@@ -100,7 +123,7 @@ impl Membership {
                 if self.session.term.is_over() || self.state.lock().epoch != epoch {
                     return;
                 }
-                rt::thread::sleep(std::time::Duration::from_millis(100));
+                rt::thread::sleep(Duration::from_millis(100));
             }
         }
         tracing::debug!("epoch {epoch}: the metadata server knows all attributes");

@@ -234,6 +234,7 @@ pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn 
     client.session.net.ways.stop();
     client.session.threads.waiting.close(CLOSE_WAIT);
     client.session.threads.workers.close(CLOSE_WAIT);
+    client.membership.close(CLOSE_WAIT);
     client.session.threads.revokers.close(CLOSE_WAIT);
     client.session.threads.invalidators.close(CLOSE_WAIT);
     fabric.shutdown();
