@@ -97,11 +97,19 @@ impl World {
     /// A formatted cluster in which nothing runs.
     #[must_use]
     pub fn new(seed: u64, nodes: usize, flaws: Flaws) -> Arc<Self> {
+        Self::with(seed, nodes, flaws, |_| {})
+    }
+
+    /// As [`World::new`], of a configuration that is changed first.
+    #[must_use]
+    pub fn with(seed: u64, nodes: usize, flaws: Flaws, change: impl FnOnce(&mut Config)) -> Arc<Self> {
         let dir = tempfile::Builder::new()
             .prefix("fsd-sim-")
             .tempdir_in("/dev/shm")
             .expect("a directory in /dev/shm");
-        let config = Arc::new(cluster::config(dir.path(), nodes, flaws));
+        let mut config = cluster::config(dir.path(), nodes, flaws);
+        change(&mut config);
+        let config = Arc::new(config);
         let delays = SimConfig {
             min_delay: Duration::from_micros(2),
             max_delay: Duration::from_micros(40),

@@ -2,14 +2,22 @@
 
 use std::time::Duration;
 
+use fsd_node::config::Config;
 use fsd_node::fake_disk::Luck;
 use fsd_sim::flaws::Flaws;
 use fsd_sim::task::Task;
 use fsd_sim::world::World;
 
 fn simulate(body: impl FnOnce(&std::sync::Arc<World>) + Send + 'static) {
+    simulate_with(|_| {}, body);
+}
+
+fn simulate_with(
+    change: impl FnOnce(&mut Config) + Send + 'static,
+    body: impl FnOnce(&std::sync::Arc<World>) + Send + 'static,
+) {
     let report = rt::sim::run(rt::sim::Settings::new(1), move || {
-        let world = World::new(1, 1, Flaws::default());
+        let world = World::with(1, 1, Flaws::default(), change);
         world.start();
         body(&world);
     });
@@ -74,7 +82,8 @@ fn what_is_stored_late_does_not_come_into_another_file() {
 /// and what was written to it.
 #[test]
 fn a_removal_that_failed_costs_nothing() {
-    simulate(|world| {
+    let soft = |config: &mut Config| config.mount.hard_ms = Some(15_000);
+    simulate_with(soft, |world| {
         let mount = world.mount("a");
         let task = Task::new(&mount.mounted, 1);
         let file = task.create("one").unwrap();
