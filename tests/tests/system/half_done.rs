@@ -20,12 +20,13 @@ const FILES: usize = 16;
 /// Longest time that work may stand still after a storage node is back.
 const RECOVERY: Duration = Duration::from_secs(20);
 
-/// Two storage nodes, and mounts that soon take one that does not answer for dead.
+/// Two storage nodes, and mounts that soon give up one that does not answer.
 fn options() -> Options {
     Options {
         fabric: Fabric::Tcp,
         storage: 2,
         timeout: Duration::from_millis(300),
+        hard: Some(Duration::from_millis(300)),
         ..Options::default()
     }
 }

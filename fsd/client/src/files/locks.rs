@@ -261,11 +261,11 @@ impl Locks {
             let Some(waiter) = waiting.get_mut(&id) else {
                 return;
             };
-            let killed = Caller {
+            let process = Caller {
                 pid: waiter.lock.pid,
                 uid: 0,
-            }
-            .is_dying();
+            };
+            let killed = process.is_killed() || process.is_ending();
             (waiter.lock, killed.then(|| waiter.done.take()).flatten())
         };
         // The answer to the waiting request then comes as EINTR, or it had been granted.

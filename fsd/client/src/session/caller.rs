@@ -53,17 +53,19 @@ impl Caller {
         pending & !mask(&status, "SigBlk:") & !mask(&status, "SigIgn:") != 0
     }
 
-    /// Has it been killed, or is it ending (or gone)?
+    /// Has it been killed, and not begun to end? Whatever else would end a process is turned into this signal for each of its threads.
     #[must_use]
-    pub fn is_dying(self) -> bool {
+    pub fn is_killed(self) -> bool {
         const KILLED: u64 = 1 << (libc::SIGKILL - 1);
-        let Some(status) = status(self.pid) else {
-            return true;
-        };
-        // Whatever else would end a process is turned into this for each of its threads; one that ends has it no longer.
-        (mask(&status, "SigPnd:") | mask(&status, "ShdPnd:")) & KILLED != 0
-            || std::fs::read_to_string(format!("/proc/{}/stat", self.pid))
-                .is_ok_and(|stat| flags(&stat) & PF_EXITING != 0)
+        status(self.pid)
+            .is_some_and(|status| (mask(&status, "SigPnd:") | mask(&status, "ShdPnd:")) & KILLED != 0)
+    }
+
+    /// Is it ending, killed or by itself, or gone? It may be closing its files.
+    #[must_use]
+    pub fn is_ending(self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
+        !stat.is_ok_and(|stat| flags(&stat) & PF_EXITING == 0)
     }
 }
 
@@ -79,7 +81,7 @@ mod tests {
         };
         let text = status(me.pid).unwrap();
         assert_eq!(me.keeps_suid(), mask(&text, "CapEff:") & CAP_FSETID != 0);
-        assert!(!me.has_signal() && !me.is_dying());
+        assert!(!me.has_signal() && !me.is_killed() && !me.is_ending());
         assert_eq!(flags("7 (a b) c) S 1 7 7 0 -1 4194564 0 0"), 4_194_564);
         assert_eq!(flags("7 (a"), 0);
         assert_eq!(mask("A:\nSigIgn:\t00000000000010f0\n", "SigIgn:"), 0x10f0);
@@ -90,6 +92,6 @@ mod tests {
     fn a_process_that_is_gone() {
         let gone = |uid| Caller { pid: u32::MAX, uid };
         assert!(gone(0).keeps_suid() && !gone(1).keeps_suid());
-        assert!(gone(0).has_signal() && gone(0).is_dying());
+        assert!(gone(0).has_signal() && !gone(0).is_killed() && gone(0).is_ending());
     }
 }

@@ -22,6 +22,9 @@ const POLL_EACH: Duration = Duration::from_micros(500);
 /// What is waited for usually comes sooner: before that nobody is looked at.
 const SOON: Duration = Duration::from_millis(40);
 
+/// One that is ending waits for what it closes so long: its file locks should be gone when it is.
+const LAST: Duration = Duration::from_secs(1);
+
 /// What ends the wait of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Until {
@@ -114,15 +117,17 @@ impl Waiting {
     }
 
     fn look(&self) {
-        let waiting: Vec<(u64, Caller, Until)> = {
+        let waiting: Vec<(u64, Caller, Until, Duration)> = {
             let all = self.all.lock();
-            let long = all.iter().filter(|(_, w)| w.since.elapsed() >= SOON);
-            long.map(|(&id, w)| (id, w.caller, w.until)).collect()
+            let waited = all
+                .iter()
+                .map(|(&id, w)| (id, w.caller, w.until, w.since.elapsed()));
+            waited.filter(|(.., waited)| *waited >= SOON).collect()
         };
-        for (id, caller, until) in waiting {
+        for (id, caller, until, waited) in waiting {
             let over = match until {
                 Until::Signal => caller.has_signal(),
-                Until::Death => caller.is_dying(),
+                Until::Death => caller.is_killed() || (waited >= LAST && caller.is_ending()),
             };
             let waiter = over.then(|| self.all.lock().remove(&id)).flatten();
             if let Some(waiter) = waiter {
