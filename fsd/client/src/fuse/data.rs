@@ -26,25 +26,19 @@ pub(super) fn read(
     fills: bool,
     reply: ReplyData,
 ) {
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyData::error,
-        move |c, ctx, reply| {
-            let mut buffer = buffers::take(size as usize);
-            let result =
-                c.files
-                    .opened
-                    .read(ctx, &c.cache.inode(ino.0), offset, &mut buffer, fills, |data| {
-                        if let Some(reply) = reply.take() {
-                            reply.data(data);
-                        }
-                    });
-            buffers::give(buffer);
-            result
-        },
-    );
+    serve(client, req, reply, ReplyData::error, move |c, ctx, reply| {
+        let mut buffer = buffers::take(size as usize);
+        let result = c
+            .files
+            .opened
+            .read(ctx, &c.cache.inode(ino.0), offset, &mut buffer, fills, |data| {
+                if let Some(reply) = reply.take() {
+                    reply.data(data);
+                }
+            });
+        buffers::give(buffer);
+        result
+    });
 }
 
 /// `mapped`: the pages come from the kernel's page cache, which may hold them locked.
@@ -61,28 +55,28 @@ pub(super) fn write(
     if mapped {
         return write_mapped(client, inode, write, reply);
     }
-    let mut pending = Pending::new(&client.session, Some(caller_of(req)), reply, ReplyWrite::error);
-    let watcher = pending.watcher();
+    let pending = Pending::new(&client.session, Some(caller_of(req)), reply, ReplyWrite::error);
     // The data is only borrowed here: the first attempt uses it in place.
     if client.session.term.is_valid() {
-        let ctx = Ctx::on_loop(&client.session.threads.permits).telling(&watcher);
+        let watch = || pending.watch();
+        let ctx = Ctx::on_loop(&client.session.threads.permits).telling(&watch);
         match client.files.writes.write(&ctx, &inode, write) {
             Err(Stop::Park) => {}
-            result => return written(&mut pending, result),
+            result => return written(&pending, result),
         }
     }
-    watcher();
+    pending.watch();
     let (me, queued) = (Arc::clone(client), Queued::from(write));
     client.session.counters.parked.fetch_add(1, Ordering::Relaxed);
     client.session.threads.workers.run(move || {
         let ctx = Ctx::on_worker();
         let held = pending.hold(&ctx);
         let result = held.and_then(|()| me.files.writes.write(&ctx, &inode, &queued.write()));
-        written(&mut pending, result);
+        written(&pending, result);
     });
 }
 
-fn written(pending: &mut Pending<ReplyWrite>, result: Res<u32>) {
+fn written(pending: &Pending<ReplyWrite>, result: Res<u32>) {
     match result {
         Ok(n) => {
             if let Some(reply) = pending.take() {
@@ -103,8 +97,8 @@ pub(super) fn write_sync(
 ) {
     client.session.counters.requests.fetch_add(1, Ordering::Relaxed);
     let (me, queued) = (Arc::clone(client), Queued::from(write));
-    let mut pending = Pending::new(&client.session, Some(caller_of(req)), reply, ReplyWrite::error);
-    pending.watcher()();
+    let pending = Pending::new(&client.session, Some(caller_of(req)), reply, ReplyWrite::error);
+    pending.watch();
     client.session.threads.workers.run(move || {
         let ctx = Ctx::on_worker();
         let done = pending
@@ -114,7 +108,7 @@ pub(super) fn write_sync(
             me.files.opened.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
             Ok(n)
         });
-        written(&mut pending, durable);
+        written(&pending, durable);
     });
 }
 
@@ -171,21 +165,15 @@ pub(super) fn copy_file_range(
         return reply.error(fuser::Errno::EFBIG);
     }
     let caller = caller_of(req);
-    serve(
-        client,
-        Some(caller),
-        reply,
-        ReplyWrite::error,
-        move |c, ctx, reply| {
-            let (from, to) = (c.cache.inode(ino_in.0), c.cache.inode(ino_out.0));
-            let n = c
-                .files
-                .opened
-                .copy_range(ctx, (&from, offset_in), (&to, offset_out), len, caller)?;
-            if let Some(reply) = reply.take() {
-                reply.written(n);
-            }
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyWrite::error, move |c, ctx, reply| {
+        let (from, to) = (c.cache.inode(ino_in.0), c.cache.inode(ino_out.0));
+        let n = c
+            .files
+            .opened
+            .copy_range(ctx, (&from, offset_in), (&to, offset_out), len, caller)?;
+        if let Some(reply) = reply.take() {
+            reply.written(n);
+        }
+        Ok(())
+    });
 }

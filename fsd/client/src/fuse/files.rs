@@ -10,7 +10,7 @@ use fuser::{
 };
 
 use super::convert::{attr_of, caller_of};
-use super::serve::{NAME_TTL, done, serve, unnamed, unopened};
+use super::serve::{NAME_TTL, done, serve, serve_kernel, unnamed, unopened};
 use crate::client::Client;
 use crate::namespace::dirs::ATTEMPTS;
 use crate::namespace::names::New;
@@ -31,20 +31,14 @@ fn open_flags(mode: CacheMode, cached: bool) -> FopenFlags {
 
 pub(super) fn open(client: &Arc<Client>, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
     let caller = caller_of(req);
-    serve(
-        client,
-        Some(caller),
-        reply,
-        ReplyOpen::error,
-        move |c, ctx, reply| {
-            let (fh, cached) = c.files.opened.open(ctx, &c.cache.inode(ino.0), flags.0, caller)?;
-            match reply.take() {
-                Some(reply) => reply.opened(FileHandle(fh), open_flags(c.kernel.caches.mode, cached)),
-                None => unopened(c, fh),
-            }
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyOpen::error, move |c, ctx, reply| {
+        let (fh, cached) = c.files.opened.open(ctx, &c.cache.inode(ino.0), flags.0, caller)?;
+        match reply.take() {
+            Some(reply) => reply.opened(FileHandle(fh), open_flags(c.kernel.caches.mode, cached)),
+            None => unopened(c, fh),
+        }
+        Ok(())
+    });
 }
 
 pub(super) fn create(
@@ -66,57 +60,51 @@ pub(super) fn create(
         rdev: 0,
         target: Vec::new(),
     };
-    serve(
-        client,
-        Some(caller),
-        reply,
-        ReplyCreate::error,
-        move |c, ctx, reply| {
-            let dir = c.cache.inode(parent);
-            let mut send = |attr: &Attr, (fh, cached): (u64, bool)| {
-                let Some(reply) = reply.take() else {
-                    unnamed(c, attr.ino);
-                    return unopened(c, fh);
-                };
-                let generation = Generation(u64::from(ino::generation(attr.ino)));
-                // One time to live serves both here: names must not be kept, so neither are attributes.
-                let open = open_flags(c.kernel.caches.mode, cached);
-                reply.created(&NAME_TTL, &attr_of(attr), generation, FileHandle(fh), open);
+    serve(client, req, reply, ReplyCreate::error, move |c, ctx, reply| {
+        let dir = c.cache.inode(parent);
+        let send = |attr: &Attr, (fh, cached): (u64, bool)| {
+            let Some(reply) = reply.take() else {
+                unnamed(c, attr.ino);
+                return unopened(c, fh);
             };
-            for _ in 0..ATTEMPTS {
-                let made = c.namespace.names.create(ctx, &dir, &name, &new, |inode, attr| {
-                    send(
-                        attr,
-                        c.opens.open_files.make_handle(ctx, inode, Kind::File, flags)?,
-                    );
-                    Ok(())
-                });
-                match made {
-                    Err(Stop::Errno(Errno(libc::EEXIST))) if flags & libc::O_EXCL == 0 => {}
-                    other => return other,
-                }
-                // Somebody else was faster: open what is there now.
-                let mut found = None;
-                match c
-                    .namespace
-                    .directories
-                    .lookup(ctx, &dir, &name, caller.pid, |inode, attr, _| {
-                        found = Some((Arc::clone(inode), *attr))
-                    }) {
-                    Err(Stop::Errno(Errno(libc::ENOENT))) => continue,
-                    other => other?,
-                }
-                if let Some((inode, attr)) = found {
-                    match c.files.opened.open(ctx, &inode, flags, caller) {
-                        Err(Stop::Errno(Errno(libc::ESTALE))) => continue,
-                        opened => send(&attr, opened?),
-                    }
-                    return Ok(());
-                }
+            let generation = Generation(u64::from(ino::generation(attr.ino)));
+            // One time to live serves both here: names must not be kept, so neither are attributes.
+            let open = open_flags(c.kernel.caches.mode, cached);
+            reply.created(&NAME_TTL, &attr_of(attr), generation, FileHandle(fh), open);
+        };
+        for _ in 0..ATTEMPTS {
+            let made = c.namespace.names.create(ctx, &dir, &name, &new, |inode, attr| {
+                send(
+                    attr,
+                    c.opens.open_files.make_handle(ctx, inode, Kind::File, flags)?,
+                );
+                Ok(())
+            });
+            match made {
+                Err(Stop::Errno(Errno(libc::EEXIST))) if flags & libc::O_EXCL == 0 => {}
+                other => return other,
             }
-            Err(Stop::Errno(Errno(libc::ESTALE)))
-        },
-    );
+            // Somebody else was faster: open what is there now.
+            let mut found = None;
+            match c
+                .namespace
+                .directories
+                .lookup(ctx, &dir, &name, caller.pid, |inode, attr, _| {
+                    found = Some((Arc::clone(inode), *attr))
+                }) {
+                Err(Stop::Errno(Errno(libc::ENOENT))) => continue,
+                other => other?,
+            }
+            if let Some((inode, attr)) = found {
+                match c.files.opened.open(ctx, &inode, flags, caller) {
+                    Err(Stop::Errno(Errno(libc::ESTALE))) => continue,
+                    opened => send(&attr, opened?),
+                }
+                return Ok(());
+            }
+        }
+        Err(Stop::Errno(Errno(libc::ESTALE)))
+    });
 }
 
 pub(super) fn flush(
@@ -127,24 +115,18 @@ pub(super) fn flush(
     reply: ReplyEmpty,
 ) {
     let handle = client.opens.open_files.handles.get(fh.0);
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyEmpty::error,
-        move |c, ctx, reply| {
-            if let Some(handle) = &handle {
-                c.files.locks.release_locks(
-                    ctx,
-                    handle.inode.ino,
-                    c.files.locks.lock_owner(lock_owner.0, false),
-                )?;
-                c.files.opened.flush(ctx, handle)?;
-            }
-            done(reply);
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        if let Some(handle) = &handle {
+            c.files.locks.release_locks(
+                ctx,
+                handle.inode.ino,
+                c.files.locks.lock_owner(lock_owner.0, false),
+            )?;
+            c.files.opened.flush(ctx, handle)?;
+        }
+        done(reply);
+        Ok(())
+    });
 }
 
 pub(super) fn release(
@@ -154,7 +136,7 @@ pub(super) fn release(
     lock_owner: Option<LockOwner>,
     reply: ReplyEmpty,
 ) {
-    serve(client, None, reply, ReplyEmpty::error, move |c, ctx, reply| {
+    serve_kernel(client, reply, ReplyEmpty::error, move |c, ctx, reply| {
         if let Some(owner) = lock_owner {
             c.files
                 .locks
@@ -169,19 +151,13 @@ pub(super) fn release(
 
 pub(super) fn fsync(client: &Arc<Client>, req: &Request, ino: INodeNo, fh: FileHandle, reply: ReplyEmpty) {
     let handle = client.opens.open_files.handles.get(fh.0);
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyEmpty::error,
-        move |c, ctx, reply| {
-            c.files
-                .opened
-                .fsync(ctx, &c.cache.inode(ino.0), handle.as_ref().map(|h| &h.seen))?;
-            done(reply);
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        c.files
+            .opened
+            .fsync(ctx, &c.cache.inode(ino.0), handle.as_ref().map(|h| &h.seen))?;
+        done(reply);
+        Ok(())
+    });
 }
 
 pub(super) fn fallocate(
@@ -194,19 +170,13 @@ pub(super) fn fallocate(
     reply: ReplyEmpty,
 ) {
     let caller = caller_of(req);
-    serve(
-        client,
-        Some(caller),
-        reply,
-        ReplyEmpty::error,
-        move |c, ctx, reply| {
-            c.files
-                .allocations
-                .fallocate(ctx, &c.cache.inode(ino.0), (offset, length), mode, caller)?;
-            done(reply);
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        c.files
+            .allocations
+            .fallocate(ctx, &c.cache.inode(ino.0), (offset, length), mode, caller)?;
+        done(reply);
+        Ok(())
+    });
 }
 
 pub(super) fn lseek(
@@ -217,17 +187,11 @@ pub(super) fn lseek(
     whence: i32,
     reply: ReplyLseek,
 ) {
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyLseek::error,
-        move |c, ctx, reply| {
-            let at = c.files.opened.lseek(ctx, &c.cache.inode(ino.0), offset, whence)?;
-            if let Some(reply) = reply.take() {
-                reply.offset(at);
-            }
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyLseek::error, move |c, ctx, reply| {
+        let at = c.files.opened.lseek(ctx, &c.cache.inode(ino.0), offset, whence)?;
+        if let Some(reply) = reply.take() {
+            reply.offset(at);
+        }
+        Ok(())
+    });
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use fuser::{FileHandle, LockOwner, ReplyEmpty, ReplyLock, Request};
 
-use super::convert::{caller_of, error_of};
+use super::convert::error_of;
 use super::serve::{done, serve};
 use crate::client::Client;
 use crate::files::locks::type_of;
@@ -72,28 +72,22 @@ pub(super) fn is_flock(req: &Request, fh: FileHandle, owner: LockOwner, (start, 
 }
 
 pub(super) fn getlk(client: &Arc<Client>, req: &Request, lock: LockSpec, reply: ReplyLock) {
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyLock::error,
-        move |c, ctx, reply| {
-            let found = c.files.locks.getlk(ctx, lock)?;
-            if let Some(reply) = reply.take() {
-                match found {
-                    // A process of another host has no number here, and the kernel shows none that it does not know: so the daemon stands in,
-                    // through which that lock reaches this host.
-                    Some(l) => {
-                        let here = l.owner.node == c.session.node.0;
-                        let pid = if here { l.pid } else { std::process::id() };
-                        reply.locked(l.range.start, l.range.end, type_of(l.kind), pid);
-                    }
-                    None => reply.locked(0, 0, libc::F_UNLCK, 0),
+    serve(client, req, reply, ReplyLock::error, move |c, ctx, reply| {
+        let found = c.files.locks.getlk(ctx, lock)?;
+        if let Some(reply) = reply.take() {
+            match found {
+                // A process of another host has no number here, and the kernel shows none that it does not know: so the daemon stands in,
+                // through which that lock reaches this host.
+                Some(l) => {
+                    let here = l.owner.node == c.session.node.0;
+                    let pid = if here { l.pid } else { std::process::id() };
+                    reply.locked(l.range.start, l.range.end, type_of(l.kind), pid);
                 }
+                None => reply.locked(0, 0, libc::F_UNLCK, 0),
             }
-            Ok(())
-        },
-    );
+        }
+        Ok(())
+    });
 }
 
 /// `sleep`: wait for a lock that is taken.
@@ -114,15 +108,9 @@ pub(super) fn setlk(
                 Err(e) => reply.error(error_of(e)),
             });
     }
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyEmpty::error,
-        move |c, ctx, reply| {
-            c.files.locks.setlk(ctx, lock, handle)?;
-            done(reply);
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        c.files.locks.setlk(ctx, lock, handle)?;
+        done(reply);
+        Ok(())
+    });
 }

@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use fuser::{Generation, INodeNo, RenameFlags, ReplyEmpty, ReplyEntry, Request};
 
-use super::convert::{attr_of, caller_of};
+use super::convert::attr_of;
 use super::serve::{NAME_TTL, Pending, done, serve, unnamed};
 use crate::client::Client;
 use crate::namespace::names::New;
 use fsd_proto::ino;
 use fsd_proto::wire::{Attr, Kind};
 
-fn send_entry(client: &Arc<Client>, reply: &mut Pending<ReplyEntry>, attr: &Attr, ttl: Duration) {
+fn send_entry(client: &Arc<Client>, reply: &Pending<ReplyEntry>, attr: &Attr, ttl: Duration) {
     match reply.take() {
         Some(reply) => reply.entry_with_ttls(
             &ttl,
@@ -30,48 +30,35 @@ fn send_entry(client: &Arc<Client>, reply: &mut Pending<ReplyEntry>, attr: &Attr
 pub(super) fn lookup(client: &Arc<Client>, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
     let thread = req.pid();
     let (name, parent) = (name.as_bytes().to_vec(), parent.0);
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyEntry::error,
-        move |c, ctx, reply| {
-            if matches!(&name[..], b"." | b"..") {
-                // The kernel has forgotten an inode that somebody has a handle of.
-                return c.namespace.directories.lookup_by_number(
-                    ctx,
-                    parent,
-                    &name,
-                    thread,
-                    |_, attr, ttl| send_entry(c, reply, attr, ttl),
-                );
-            }
-            c.namespace
+    serve(client, req, reply, ReplyEntry::error, move |c, ctx, reply| {
+        if matches!(&name[..], b"." | b"..") {
+            // The kernel has forgotten an inode that somebody has a handle of.
+            return c
+                .namespace
                 .directories
-                .lookup(ctx, &c.cache.inode(parent), &name, thread, |_, attr, ttl| {
+                .lookup_by_number(ctx, parent, &name, thread, |_, attr, ttl| {
                     send_entry(c, reply, attr, ttl)
-                })
-        },
-    );
+                });
+        }
+        c.namespace
+            .directories
+            .lookup(ctx, &c.cache.inode(parent), &name, thread, |_, attr, ttl| {
+                send_entry(c, reply, attr, ttl)
+            })
+    });
 }
 
 fn make(client: &Arc<Client>, req: &Request, parent: INodeNo, name: &OsStr, mut new: New, reply: ReplyEntry) {
     let (name, parent) = (name.as_bytes().to_vec(), parent.0);
     (new.uid, new.gid) = (req.uid(), req.gid());
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyEntry::error,
-        move |c, ctx, reply| {
-            c.namespace
-                .names
-                .create(ctx, &c.cache.inode(parent), &name, &new, |inode, attr| {
-                    send_entry(c, reply, attr, c.kernel.caches.attr_ttl(inode, attr.kind));
-                    Ok(())
-                })
-        },
-    );
+    serve(client, req, reply, ReplyEntry::error, move |c, ctx, reply| {
+        c.namespace
+            .names
+            .create(ctx, &c.cache.inode(parent), &name, &new, |inode, attr| {
+                send_entry(c, reply, attr, c.kernel.caches.attr_ttl(inode, attr.kind));
+                Ok(())
+            })
+    });
 }
 
 pub(super) fn mknod(
@@ -146,19 +133,13 @@ pub(super) fn remove(
 ) {
     let thread = req.pid();
     let (name, parent) = (name.as_bytes().to_vec(), parent.0);
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyEmpty::error,
-        move |c, ctx, reply| {
-            c.namespace
-                .names
-                .remove(ctx, &c.cache.inode(parent), &name, directory, thread)?;
-            done(reply);
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        c.namespace
+            .names
+            .remove(ctx, &c.cache.inode(parent), &name, directory, thread)?;
+        done(reply);
+        Ok(())
+    });
 }
 
 pub(super) fn rename(
@@ -171,20 +152,14 @@ pub(super) fn rename(
 ) {
     let thread = req.pid();
     let (name, newname) = (name.as_bytes().to_vec(), newname.as_bytes().to_vec());
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyEmpty::error,
-        move |c, ctx, reply| {
-            let (from, to) = (c.cache.inode(parent.0), c.cache.inode(newparent.0));
-            c.namespace
-                .names
-                .rename(ctx, (&from, &name), (&to, &newname), flags.bits(), thread)?;
-            done(reply);
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        let (from, to) = (c.cache.inode(parent.0), c.cache.inode(newparent.0));
+        c.namespace
+            .names
+            .rename(ctx, (&from, &name), (&to, &newname), flags.bits(), thread)?;
+        done(reply);
+        Ok(())
+    });
 }
 
 pub(super) fn link(
@@ -196,16 +171,10 @@ pub(super) fn link(
     reply: ReplyEntry,
 ) {
     let name = newname.as_bytes().to_vec();
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyEntry::error,
-        move |c, ctx, reply| {
-            let (inode, dir) = (c.cache.inode(ino.0), c.cache.inode(newparent.0));
-            c.namespace.names.link(ctx, &inode, &dir, &name, |_, attr, ttl| {
-                send_entry(c, reply, attr, ttl)
-            })
-        },
-    );
+    serve(client, req, reply, ReplyEntry::error, move |c, ctx, reply| {
+        let (inode, dir) = (c.cache.inode(ino.0), c.cache.inode(newparent.0));
+        c.namespace.names.link(ctx, &inode, &dir, &name, |_, attr, ttl| {
+            send_entry(c, reply, attr, ttl)
+        })
+    });
 }

@@ -1,13 +1,13 @@
 //! How a request finds a thread, and its answer.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use fuser::ReplyEmpty;
+use fuser::{ReplyEmpty, Request};
 use rt::sync::Mutex;
 
-use super::convert::error_of;
+use super::convert::{caller_of, error_of};
 use crate::client::Client;
 use crate::session::Session;
 use crate::session::caller::Caller;
@@ -62,32 +62,24 @@ impl<T: Send + 'static> Pending<T> {
         }
     }
 
-    /// What is to be called when the process begins to wait: from then on it is looked at.
-    pub(super) fn watcher(&self) -> impl Fn() + Send + use<T> {
-        let (slot, waiting) = (
-            Arc::downgrade(&self.slot),
-            Arc::clone(&self.session.threads.waiting),
-        );
-        let caller = self.caller;
-        move || {
-            if let (Some(caller), Some(waits)) = (caller, slot.upgrade()) {
-                let slot = Weak::clone(&slot);
-                waits.waits.get_or_init(|| {
-                    waiting.begin(caller, Until::Death, move || {
-                        if let Some(slot) = slot.upgrade() {
-                            slot.refuse(Errno(libc::EINTR));
-                        }
-                    })
-                });
-            }
-        }
+    /// The process begins to wait: from then on it is looked at.
+    pub(super) fn watch(&self) {
+        let Some(caller) = self.caller else { return };
+        self.slot.waits.get_or_init(|| {
+            let slot = Arc::downgrade(&self.slot);
+            self.session.threads.waiting.begin(caller, Until::Death, move || {
+                if let Some(slot) = slot.upgrade() {
+                    slot.refuse(Errno(libc::EINTR));
+                }
+            })
+        });
     }
 
     /// The reply, to be sent now. A mount that is frozen waits; one that is thawed has all it had, and nobody else has got it. None
     /// if it was sent before, if its process was killed, or if the mount has been declared dead: then it is refused here.
-    pub(super) fn take(&mut self) -> Option<T> {
+    pub(super) fn take(&self) -> Option<T> {
         if !self.session.term.is_valid() {
-            self.watcher()();
+            self.watch();
             if let Err(errno) = self.session.term.hold() {
                 self.slot.refuse(errno);
             }
@@ -114,31 +106,53 @@ impl<T: Send + 'static> Pending<T> {
     }
 }
 
-/// A request that can be tried more than once; `T` is its reply, taken when it is answered. It comes from a process, or from the kernel
-/// itself.
+/// A request of a process that can be tried more than once; `T` is its reply, taken when it is answered.
 pub(super) fn serve<T: Send + 'static>(
     client: &Arc<Client>,
-    caller: Option<Caller>,
+    req: &Request,
     reply: T,
     refuse: fn(T, fuser::Errno),
-    mut step: impl FnMut(&Arc<Client>, &Ctx<'_>, &mut Pending<T>) -> Res<()> + Send + 'static,
+    step: impl FnMut(&Arc<Client>, &Ctx<'_>, &Pending<T>) -> Res<()> + Send + 'static,
+) {
+    run(
+        client,
+        Pending::new(&client.session, Some(caller_of(req)), reply, refuse),
+        step,
+    );
+}
+
+/// As [`serve`], of the kernel itself: no process waits for it.
+pub(super) fn serve_kernel<T: Send + 'static>(
+    client: &Arc<Client>,
+    reply: T,
+    refuse: fn(T, fuser::Errno),
+    step: impl FnMut(&Arc<Client>, &Ctx<'_>, &Pending<T>) -> Res<()> + Send + 'static,
+) {
+    run(client, Pending::new(&client.session, None, reply, refuse), step);
+}
+
+fn run<T: Send + 'static>(
+    client: &Arc<Client>,
+    pending: Pending<T>,
+    mut step: impl FnMut(&Arc<Client>, &Ctx<'_>, &Pending<T>) -> Res<()> + Send + 'static,
 ) {
     client.session.counters.requests.fetch_add(1, Ordering::Relaxed);
-    let mut pending = Pending::new(&client.session, caller, reply, refuse);
-    let watcher = pending.watcher();
-    let mut step = move |client: &Arc<Client>, ctx: &Ctx<'_>, pending: &mut Pending<T>| {
+    let mut step = move |client: &Arc<Client>, ctx: &Ctx<'_>, pending: &Pending<T>| {
         pending.hold(ctx)?;
         step(client, ctx, pending)
     };
-    let ctx = Ctx::on_loop(&client.session.threads.permits).telling(&watcher);
-    match step(client, &ctx, &mut pending) {
+    let watch = || pending.watch();
+    let ctx = Ctx::on_loop(&client.session.threads.permits).telling(&watch);
+    let result = step(client, &ctx, &pending);
+    drop(ctx);
+    match result {
         Ok(()) => {}
         Err(Stop::Park) if pending.is_open() => {
             client.session.counters.parked.fetch_add(1, Ordering::Relaxed);
-            watcher();
+            pending.watch();
             let me = Arc::clone(client);
             client.session.threads.workers.run(move || {
-                if let Err(stop) = step(&me, &Ctx::on_worker(), &mut pending) {
+                if let Err(stop) = step(&me, &Ctx::on_worker(), &pending) {
                     pending.fail(stop);
                 }
             });
@@ -171,7 +185,7 @@ pub(super) fn unnamed(client: &Arc<Client>, ino: u64) {
         .run(move || me.revoke.forgetting.forget(ino, 1));
 }
 
-pub(super) fn done(reply: &mut Pending<ReplyEmpty>) {
+pub(super) fn done(reply: &Pending<ReplyEmpty>) {
     if let Some(reply) = reply.take() {
         reply.ok();
     }

@@ -6,11 +6,10 @@ use std::sync::Arc;
 
 use fuser::{INodeNo, ReplyEmpty, ReplyXattr, Request};
 
-use super::convert::caller_of;
 use super::serve::{Pending, done, serve};
 use crate::client::Client;
 
-fn send_xattr(reply: &mut Pending<ReplyXattr>, value: &[u8], size: u32) {
+fn send_xattr(reply: &Pending<ReplyXattr>, value: &[u8], size: u32) {
     let Some(reply) = reply.take() else { return };
     if size == 0 {
         reply.size(value.len() as u32);
@@ -31,19 +30,13 @@ pub(super) fn setxattr(
     reply: ReplyEmpty,
 ) {
     let (name, value) = (name.as_bytes().to_vec(), value.to_vec());
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyEmpty::error,
-        move |c, ctx, reply| {
-            c.namespace
-                .xattrs
-                .setxattr(ctx, &c.cache.inode(ino.0), &name, &value, flags)?;
-            done(reply);
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        c.namespace
+            .xattrs
+            .setxattr(ctx, &c.cache.inode(ino.0), &name, &value, flags)?;
+        done(reply);
+        Ok(())
+    });
 }
 
 pub(super) fn getxattr(
@@ -55,35 +48,23 @@ pub(super) fn getxattr(
     reply: ReplyXattr,
 ) {
     let name = name.as_bytes().to_vec();
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyXattr::error,
-        move |c, ctx, reply| {
-            let value = c.namespace.xattrs.getxattr(ctx, &c.cache.inode(ino.0), &name)?;
-            send_xattr(reply, &value, size);
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyXattr::error, move |c, ctx, reply| {
+        let value = c.namespace.xattrs.getxattr(ctx, &c.cache.inode(ino.0), &name)?;
+        send_xattr(reply, &value, size);
+        Ok(())
+    });
 }
 
 pub(super) fn listxattr(client: &Arc<Client>, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
     let privileged = req.uid() == 0;
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyXattr::error,
-        move |c, ctx, reply| {
-            let names = c
-                .namespace
-                .xattrs
-                .listxattr(ctx, &c.cache.inode(ino.0), privileged)?;
-            send_xattr(reply, &names, size);
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyXattr::error, move |c, ctx, reply| {
+        let names = c
+            .namespace
+            .xattrs
+            .listxattr(ctx, &c.cache.inode(ino.0), privileged)?;
+        send_xattr(reply, &names, size);
+        Ok(())
+    });
 }
 
 pub(super) fn removexattr(
@@ -94,17 +75,11 @@ pub(super) fn removexattr(
     reply: ReplyEmpty,
 ) {
     let name = name.as_bytes().to_vec();
-    serve(
-        client,
-        Some(caller_of(req)),
-        reply,
-        ReplyEmpty::error,
-        move |c, ctx, reply| {
-            c.namespace
-                .xattrs
-                .removexattr(ctx, &c.cache.inode(ino.0), &name)?;
-            done(reply);
-            Ok(())
-        },
-    );
+    serve(client, req, reply, ReplyEmpty::error, move |c, ctx, reply| {
+        c.namespace
+            .xattrs
+            .removexattr(ctx, &c.cache.inode(ino.0), &name)?;
+        done(reply);
+        Ok(())
+    });
 }

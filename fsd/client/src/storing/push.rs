@@ -69,20 +69,31 @@ impl Push {
                     tracing::error!("attributes of {:#x} lost: {error}", inode.ino);
                     inode.errors.set(error.errno());
                 }
-                let next = {
-                    let mut push = inode.transit.push.lock();
-                    push.sent = None;
-                    std::mem::take(&mut push.next)
-                };
                 if let Some(me) = Weak::upgrade(&me) {
-                    me.answers.tell();
-                    me.session.leases.confirmed(inode.record(), update.version);
-                    if next {
-                        me.push_attrs(&inode);
-                    }
+                    me.answered(&inode, update, false);
                 }
             },
         );
+    }
+
+    /// Nothing is under way any more. Where it is to be told `again`, it waits for that; else the lease manager need not.
+    fn answered(self: &Arc<Self>, inode: &Arc<Inode>, update: AttrUpdate, again: bool) {
+        let next = {
+            let mut push = inode.transit.push.lock();
+            push.sent = None;
+            if again {
+                // Unless later ones have come to wait.
+                push.waiting.get_or_insert_with(|| Box::new(update));
+            }
+            std::mem::take(&mut push.next)
+        };
+        self.answers.tell();
+        if !again {
+            self.session.leases.confirmed(inode.record(), update.version);
+        }
+        if next {
+            self.push_attrs(inode);
+        }
     }
 
     /// Waits until nothing is under way that the metadata server might take in after what is sent next.
@@ -132,22 +143,7 @@ impl Push {
         let Some(update) = begin(inode) else { return Ok(()) };
         let updates = vec![update];
         let result = self.session.net.meta.ask(ask::meta::Update { updates });
-        let next = {
-            let mut push = inode.transit.push.lock();
-            push.sent = None;
-            if result.is_err() {
-                // Unless later ones have come to wait.
-                push.waiting.get_or_insert_with(|| Box::new(update));
-            }
-            std::mem::take(&mut push.next)
-        };
-        self.answers.tell();
-        if result.is_ok() {
-            self.session.leases.confirmed(inode.record(), update.version);
-        }
-        if next {
-            self.push_attrs(inode);
-        }
+        self.answered(inode, update, result.is_err());
         Ok(result?)
     }
 
