@@ -6,6 +6,7 @@
 mod allocation;
 mod async_io;
 mod bad_input;
+mod both_die;
 mod coherence;
 mod contended;
 mod copies;

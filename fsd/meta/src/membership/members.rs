@@ -148,7 +148,7 @@ impl Members {
         sessions.incarnations.insert(node, incarnation);
         let session = Session::new(member, Some(Arc::clone(joining.conn)));
         sessions.nodes.insert(node, session);
-        let (awaited, epoch) = (self.recovery.awaits(node), sessions.view.epoch);
+        let (awaited, epoch) = (self.recovery.awaits(node), sessions.published);
         drop(sessions);
         self.locks.restore(node, joining.locks);
         Ok(MetaReply::Joined(JoinReply {
@@ -180,9 +180,7 @@ impl Members {
             Some(_) => no(libc::ESTALE),
             None if sessions.nodes.values().any(|s| s.member.life == life && s.dead) => no(libc::ESTALE),
             // Nobody new while leases are taken back: it would not know whose.
-            None if !sessions.view.dead.is_empty() || self.recovery.is_open() || self.copies.holds_up() => {
-                no(libc::EAGAIN)
-            }
+            None if sessions.paused || self.recovery.is_open() || self.copies.holds_up() => no(libc::EAGAIN),
             None => {
                 // It has joined before, and has not got the answer.
                 if let Some((node, session)) = known {
@@ -332,6 +330,15 @@ impl Members {
             .collect()
     }
 
+    /// What the mounts are to be told, of a view whose dead are shut out everywhere, or not yet.
+    pub fn publish(&self, view: &View, fenced: bool) -> Option<View> {
+        let mut sessions = self.sessions.lock();
+        if fenced && sessions.view == *view {
+            sessions.publish();
+        }
+        sessions.published()
+    }
+
     /// Everything has been taken back from the dead of a view: they are forgotten, their numbers are free. False if others have
     /// died meanwhile.
     pub fn bury(&self, view: &View) -> Result<bool, MetaError> {
@@ -354,6 +361,7 @@ impl Members {
         txn.commit()?;
         self.journal.order.sync()?;
         sessions.view = after;
+        sessions.publish();
         Ok(true)
     }
 

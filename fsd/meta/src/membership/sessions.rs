@@ -61,6 +61,10 @@ pub struct Sessions {
     pub incarnations: BTreeMap<u16, u8>,
     /// The epoch, and the dead from which everything is still to be taken back. Stored before anything else is done.
     pub view: View,
+    /// The epoch that the mounts are in, or on their way to: they are told of a death only when the dead are shut out everywhere.
+    pub published: u64,
+    /// The mounts were told of dead, and that all is taken back only later: they lease nothing new.
+    pub paused: bool,
 }
 
 impl Sessions {
@@ -69,6 +73,9 @@ impl Sessions {
         let view = store.get(&key::view())?;
         let view: View = view.map_or_else(|| Ok(View::default()), |bytes| decode(&bytes))?;
         let mut sessions = Self {
+            // Whether the mounts have been told of its dead is not stored: they may have been, and those who have not need not be yet.
+            published: view.epoch - u64::from(!view.dead.is_empty()).min(view.epoch),
+            paused: !view.dead.is_empty(),
             view,
             ..Self::default()
         };
@@ -166,6 +173,25 @@ impl Sessions {
         conns
     }
 
+    /// The mounts are told of this view from now on. With dead in it, they lease nothing new until they are told of one without.
+    pub fn publish(&mut self) {
+        self.published = self.view.epoch;
+        self.paused = !self.view.dead.is_empty();
+    }
+
+    /// What the mounts are to know; none while they wait for the end of an epoch that others have died in.
+    pub fn published(&self) -> Option<View> {
+        let current = self.published == self.view.epoch;
+        match (current, self.paused) {
+            (true, _) => Some(self.view.clone()),
+            (false, true) => None,
+            (false, false) => Some(View {
+                epoch: self.published,
+                dead: Vec::new(),
+            }),
+        }
+    }
+
     /// Who is lost, and may have ended: node, life, and where it was reached.
     pub fn missed(&self) -> Vec<(u16, u64, String)> {
         let missed = self.nodes.iter();
@@ -261,6 +287,35 @@ mod tests {
         assert!(s.by_life(6).is_none() && s.by_life(5).is_some());
         let view = s.view_without(&[0, 1]);
         assert_eq!((view.epoch, view.dead.len()), (2, 2), "nobody dies twice");
+    }
+
+    /// Mounts are told of the dead behind the fence; until then they go on in their epoch, or wait for the end of the one they are in.
+    #[test]
+    fn a_death_is_published_when_it_may_be() {
+        let view = |epoch, dead: &[u16]| View {
+            epoch,
+            dead: dead
+                .iter()
+                .map(|&node| DeadMount {
+                    node,
+                    incarnation: 1,
+                    life: u64::from(node) + 5,
+                })
+                .collect(),
+        };
+        let mut s = sessions();
+        s.nodes.insert(2, session(7));
+        s.enter(s.view_without(&[1]));
+        assert_eq!((s.published(), s.paused), (Some(view(0, &[])), false));
+        s.publish();
+        assert_eq!((s.published(), s.paused), (Some(view(1, &[1])), true));
+        s.enter(s.view_without(&[0]));
+        assert_eq!((s.published(), s.paused, s.published), (None, true, 1));
+        s.publish();
+        assert_eq!(s.published(), Some(view(2, &[1, 0])));
+        s.enter(view(2, &[]));
+        s.publish();
+        assert_eq!((s.published(), s.paused), (Some(view(2, &[])), false));
     }
 
     #[test]

@@ -117,9 +117,12 @@ impl Takeover {
                 self.tell(&view);
                 return self.rest();
             }
-            // Before anybody is told, so that no answer is missed.
+            // Mounts that are told of a death lease nothing new before everything has been taken back. That needs every storage node:
+            // while one of them is away, only what the dead had is blocked.
             let fenced = self.plan(&view, |plan| plan.is_fenced());
-            self.tell(&view);
+            if let Some(published) = self.members.publish(&view, fenced) {
+                self.tell(&published);
+            }
             if fenced {
                 // Only now: the dead may have written to the file that a lock is for.
                 for dead in &view.dead {
