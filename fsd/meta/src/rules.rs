@@ -25,6 +25,8 @@ pub enum Flaw {
     DeclaredEarly,
     /// What the dead had is given to others though the storage nodes have not shut them out.
     NotFenced,
+    /// Mounts are told of what others have changed before it is durable.
+    SharedEarly,
 }
 
 /// The rules that a server keeps: all of them, except in tests.

@@ -48,6 +48,7 @@ const META: &[MetaFlaw] = &[
     MetaFlaw::PauseBlamed,
     MetaFlaw::DeclaredEarly,
     MetaFlaw::NotFenced,
+    MetaFlaw::SharedEarly,
 ];
 
 const STORAGE: &[StorageFlaw] = &[

@@ -20,7 +20,7 @@ const TICK: Duration = Duration::from_secs(1);
 const SYNC_AFTER: Duration = Duration::from_secs(5);
 
 /// An answer that is given when everything so far is durable.
-pub type OnceDurable = (Responder, MetaReply);
+pub type OnceDurable = (Responder, Result<MetaReply, Errno>);
 
 /// Who waits until everything is durable.
 pub struct Commits {
@@ -44,8 +44,8 @@ impl Commits {
     }
 
     /// Answers when everything so far is durable.
-    pub fn once_durable(&self, responder: Responder, reply: MetaReply) {
-        if let Err(refused) = self.waiting.send((responder, reply)) {
+    pub fn once_durable(&self, responder: Responder, answer: Result<MetaReply, Errno>) {
+        if let Err(refused) = self.waiting.send((responder, answer)) {
             let (responder, _) = refused.0;
             responder.reply::<MetaReply>(&Err(Errno(libc::ESHUTDOWN)));
         }
@@ -83,8 +83,9 @@ impl Commits {
     /// Makes everything so far durable, and answers who waits for that.
     pub fn answer(&self, waiting: Vec<OnceDurable>) {
         let result = self.order.sync().map_err(|e| Refusal::Store(e).errno());
-        for (responder, reply) in waiting {
-            responder.reply(&result.map(|()| self.ordered(0, reply)));
+        for (responder, answer) in waiting {
+            let answer = result.and(answer);
+            responder.reply(&answer.map(|reply| self.ordered(0, reply)));
         }
     }
 

@@ -7,6 +7,7 @@ pub mod names;
 pub mod numbers;
 pub mod operations;
 pub mod rename;
+pub mod sharing;
 pub mod transactions;
 pub mod xattrs;
 

@@ -8,6 +8,7 @@ use rt::sync::Mutex;
 use super::change::{Change, Effects};
 use super::freeing::Freeing;
 use super::operations;
+use super::sharing::Sharing;
 use crate::error::{MetaError, Refusal, no};
 use crate::journal::Journal;
 use crate::journal::records::{Txn, decode, encode, key};
@@ -29,6 +30,8 @@ struct State {
 pub struct Transactions {
     journal: Journal,
     freeing: Arc<Freeing>,
+    /// What other mounts are not told yet.
+    pub sharing: Sharing,
     state: Mutex<State>,
 }
 
@@ -57,6 +60,7 @@ impl Transactions {
         Ok(Self {
             journal: journal.clone(),
             freeing: Arc::clone(freeing),
+            sharing: Sharing::default(),
             state: Mutex::new(State {
                 answers,
                 early_reaps: Vec::new(),
@@ -149,6 +153,7 @@ impl Transactions {
                 return Err(error.into());
             }
         };
+        self.sharing.note(node, op, place, self.journal.order.durable());
         self.settle(state, &effects);
         Ok((created, place))
     }

@@ -131,12 +131,27 @@ impl Service {
             }
             MetaRequest::GetLock { lock } => return self.membership.locks.test(&lock, responder),
             request @ MetaRequest::Join { .. } => return self.join(request, responder),
-            other => (false, self.answer(conn, other)),
+            other => {
+                let shows = self.shows_undurable(conn, &other);
+                // What a transaction changes is its own mount's, whether or not it rests on what others have changed: that was shown to it.
+                let changes = matches!(other, MetaRequest::Namespace { .. });
+                let answer = self.answer(conn, other);
+                (shows && !(changes && answer.is_ok()), answer)
+            }
         };
-        match answer {
-            Ok(reply) if durable => self.journal.commits.once_durable(responder, reply),
-            answer => responder.reply(&answer.map_err(|refusal| refusal.errno())),
+        let answer = answer.map_err(|refusal| refusal.errno());
+        if durable {
+            self.journal.commits.once_durable(responder, answer);
+        } else {
+            responder.reply(&answer);
         }
+    }
+
+    /// Would the answer show what another mount has changed and a crash could undo?
+    fn shows_undurable(&self, conn: ConnId, request: &MetaRequest) -> bool {
+        let (sharing, durable) = (&self.namespace.transactions.sharing, self.journal.order.durable());
+        let node = || self.membership.members.of(conn).ok();
+        !self.rules.lack(Flaw::SharedEarly) && sharing.shows(node, request, durable)
     }
 
     fn reserve(&self, conn: ConnId, count: u32) -> Result<MetaReply, Refusal> {
