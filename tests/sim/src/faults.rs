@@ -41,7 +41,7 @@ impl Trouble {
         ])
     }
 
-    /// May the metadata server's host lose power? Then what a mount that is dead by then has done to names goes with it.
+    /// May the metadata server's host lose power? Then what a mount that is dead by then has done to names, and nobody has seen, goes with it.
     #[must_use]
     pub fn loses_names(self) -> bool {
         matches!(self, Self::MetaPower | Self::MetaTwice | Self::Any)
@@ -151,7 +151,7 @@ pub fn fill_a_disk(world: &World, phase: Duration) {
 }
 
 /// While nobody is there: often not long enough for anybody to notice.
-fn pause() {
+pub fn pause() {
     if once_in(2) {
         wait(Duration::from_millis(2));
     } else {

@@ -160,12 +160,12 @@ impl Play {
             return self.strained(phase);
         }
         let trouble = Trouble::drawn();
+        let victim = (once_in(2) && self.mounts.len() > 1).then(|| below(self.mounts.len() as u64) as usize);
         let bears = Bears {
             storage: trouble.loses_connections(),
+            forgets: victim.is_some() && trouble.loses_names(),
             ..Bears::default()
         };
-        let victim = (once_in(2) && self.mounts.len() > 1 && !trouble.loses_names())
-            .then(|| below(self.mounts.len() as u64) as usize);
         let (shared, tasks) = self.meet(phase, (bears, Pace::Fast), victim);
         let longest = Duration::from_millis(6);
         let links = self.beside("links", move |world, mounts| {
@@ -174,9 +174,20 @@ impl Play {
         if let Some(victim) = victim {
             wait(longest);
             rt::sim::note(&format!("mount {victim} dies"));
-            self.world.kill_mount(self.mounts.remove(victim));
+            let mount = self.mounts.remove(victim);
+            if bears.forgets {
+                // Together with the only other one that knows what it has done.
+                self.world.crash_meta(one_of(&[Luck::None, Luck::Some]));
+                self.world.kill_mount(mount);
+                faults::pause();
+                self.world.start_meta();
+            } else {
+                self.world.kill_mount(mount);
+            }
         }
-        trouble.make(&self.world, longest);
+        if !bears.forgets {
+            trouble.make(&self.world, longest);
+        }
         links.join().expect("no panic");
         for task in tasks {
             let _ = task.join();
@@ -225,6 +236,7 @@ impl Play {
             storage: strain.is_storage() || trouble.loses_connections(),
             away: 4 * TERM,
             late: strain.is_long(),
+            forgets: false,
         };
         let (shared, tasks) = self.meet(phase, (bears, Pace::Slow), victim);
         let straining = self.strain(strain);

@@ -54,6 +54,9 @@ pub struct Bears {
     pub away: Duration,
     /// That may be a server, for longer than a call waits for a lease.
     pub late: bool,
+    /// The metadata server's host may die together with the mount that dies: what that has changed of names, and nobody else has seen,
+    /// may come to nothing.
+    pub forgets: bool,
 }
 
 /// What a task is to do.
@@ -189,6 +192,10 @@ impl Shared {
     }
 }
 
+fn changes_names(op: &Op) -> bool {
+    matches!(op, Op::Create(..) | Op::Unlink(..) | Op::Rename(..))
+}
+
 /// A history, a line for each call.
 fn tell(history: &[Event<Op>]) -> String {
     let mut order: Vec<&Event<Op>> = history.iter().collect();
@@ -242,8 +249,7 @@ impl<'a> Player<'a> {
             returned = None;
             ops = unknown;
             let late = matches!(result, Err(libc::ETIMEDOUT)) && !self.task.is_over();
-            let names = |op: &Op| matches!(op, Op::Create(..) | Op::Unlink(..) | Op::Rename(..));
-            if late && ops.iter().any(names) {
+            if late && ops.iter().any(changes_names) {
                 self.shared.given_up.store(true, Ordering::Relaxed);
             }
         } else if ops.is_empty() {
@@ -252,6 +258,11 @@ impl<'a> Player<'a> {
         rt::sim::note(&format!("task {} {called} - {returned:?}: {ops:?}", self.id));
         if took > LONGEST + self.shared.bears.away {
             rt::sim::fail(format!("task {}: a call took {took:?}: {ops:?}", self.id));
+        }
+        if self.doomed && self.shared.bears.forgets {
+            // What it sees is its own, and may go with it.
+            ops.retain(|op| changes_names(op) && result.is_ok());
+            returned = None;
         }
         let events = ops.into_iter().map(|op| Event { op, called, returned });
         seen.history.extend(events);
@@ -265,6 +276,8 @@ impl<'a> Player<'a> {
         self.task.is_over()
             || (bears.storage && error == libc::EIO)
             || ((bears.late || cut_off) && error == libc::ETIMEDOUT)
+            // It is dead, and hears that from a storage node first.
+            || (cut_off && error == libc::EIO)
     }
 
     fn record<T>(
@@ -314,6 +327,8 @@ impl<'a> Player<'a> {
             14 => self.stat(name),
             15 => self.unlink(name),
             16 => self.rename(name, below(NAMES.len() as u64) as usize),
+            // What is durable nobody forgets.
+            17 if self.shared.bears.forgets => drop(self.list()),
             17 => self.fsync(slot),
             18 => drop(self.list()),
             _ => {

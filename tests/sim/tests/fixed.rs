@@ -74,6 +74,7 @@ fn what_is_left_out_is_found() {
         "PauseBlamed",
         "DeclaredEarly",
         "NotFenced",
+        "SharedEarly",
         "AnsweredLate",
         "ClocksApart",
     ] {

@@ -5,14 +5,15 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use lockmgr::msg::LeaseMsg;
-use lockmgr::{Directory, LeaseError, NodeId, RecordId};
+use lockmgr::{Directory, LeaseError, Mode, NodeId, RecordId};
 use rdma_transport::{Connection, RemoteAddr};
 
+use crate::cache::inode::Inode;
 use crate::cache::lazy::Lazy;
 use crate::client::Client;
 use crate::session::net::{Net, Owner};
 use fsd_proto::rpc::{Errno, Responder, Service};
-use fsd_proto::wire::{Hello, LockSpec, MetaRequest, MountRequest, Role, Visited};
+use fsd_proto::wire::{AttrUpdate, Hello, LockSpec, MetaRequest, MountRequest, Role, Visited};
 
 /// Connects the router to the client, which is made later.
 pub(super) struct Front {
@@ -117,6 +118,18 @@ impl Directory for Places {
 impl Owner for Client {
     fn held_locks(&self) -> Vec<LockSpec> {
         self.files.locks.file_locks.all()
+    }
+    fn shared_attrs(&self) -> Vec<AttrUpdate> {
+        let known = |inode: Arc<Inode>| {
+            let (mode, version) = self.session.leases.held(inode.record())?;
+            let state = inode.try_lock_raw()?;
+            let attr = state.attr.filter(|_| state.version == Some(version))?;
+            (mode == Mode::Shared).then(|| AttrUpdate {
+                version,
+                ..AttrUpdate::from(&attr)
+            })
+        };
+        self.cache.inodes.all().into_iter().filter_map(known).collect()
     }
     fn storage_lost(&self, shard: u16) {
         self.data.space.accounts.forget(shard);

@@ -1,6 +1,7 @@
 //! A cluster at work, and what its mounts know.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use rand::rngs::StdRng;
@@ -43,6 +44,8 @@ pub struct World {
     pub mounts: Vec<Mount>,
     pub rng: StdRng,
     pub clock: i64,
+    /// Transactions that were answered only when they were durable: from when on they were done and not answered, whose they are.
+    pub delayed: Vec<(Range<usize>, usize, MetaRequest)>,
     /// Numbers given out: when that was answered, to which mount.
     pub given: Vec<(usize, usize, u64)>,
     /// Creations that were answered.
@@ -102,6 +105,7 @@ impl World {
             mounts: Vec::new(),
             rng: StdRng::seed_from_u64(seed),
             clock: 0,
+            delayed: Vec::new(),
             given: Vec::new(),
             created: Vec::new(),
             written: Vec::new(),
@@ -148,8 +152,14 @@ impl World {
     /// A request of a mount, and what it learns by the answer.
     pub fn ask(&mut self, m: usize, request: &MetaRequest) -> Result<MetaReply, Errno> {
         let conn = Arc::clone(&self.mounts[m].conn);
-        let (order, durable, reply) = plain(self.server.ask(&conn, request))?;
+        let number = self.server.send(&conn, request);
+        let done = self.at();
+        self.server.sync();
+        let (order, durable, reply) = plain(conn.taken(number).expect("an answer"))?;
         let at = self.at();
+        if order > 0 && done < at {
+            self.delayed.push((done..at, m, request.clone()));
+        }
         if order > 0 {
             self.mounts[m].log.push((at, order, request.clone()));
         }

@@ -309,7 +309,9 @@ fn crashes(seed: u64, steps: usize, flaw: Option<Flaw>) -> Result<usize, String>
                 let answers = mount.log.iter().filter(|(when, ..)| *when == at);
                 answers.map(move |(.., request)| (m, request.clone()))
             });
-            let unanswered = last.next().filter(|_| rng.random());
+            let delayed = world.delayed.iter().find(|(then, ..)| then.contains(&at));
+            let delayed = delayed.map(|(_, m, request)| (*m, request.clone()));
+            let unanswered = delayed.or_else(|| last.next().filter(|_| rng.random()));
             let crash = Crash {
                 at,
                 tables,

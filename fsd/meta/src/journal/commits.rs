@@ -84,8 +84,11 @@ impl Commits {
     pub fn answer(&self, waiting: Vec<OnceDurable>) {
         let result = self.order.sync().map_err(|e| Refusal::Store(e).errno());
         for (responder, answer) in waiting {
-            let answer = result.and(answer);
-            responder.reply(&answer.map(|reply| self.ordered(0, reply)));
+            let answer = result.and(answer).map(|reply| match reply {
+                MetaReply::Ordered { order, reply, .. } => self.ordered(order, *reply),
+                reply => self.ordered(0, reply),
+            });
+            responder.reply(&answer);
         }
     }
 

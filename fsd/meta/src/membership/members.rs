@@ -148,7 +148,7 @@ impl Members {
         sessions.incarnations.insert(node, incarnation);
         let session = Session::new(member, Some(Arc::clone(joining.conn)));
         sessions.nodes.insert(node, session);
-        let (awaited, epoch) = (self.recovery.awaits(node), sessions.published);
+        let (awaited, epoch) = (self.recovery.awaits(node), sessions.view.epoch);
         drop(sessions);
         self.locks.restore(node, joining.locks);
         Ok(MetaReply::Joined(JoinReply {
@@ -180,7 +180,9 @@ impl Members {
             Some(_) => no(libc::ESTALE),
             None if sessions.nodes.values().any(|s| s.member.life == life && s.dead) => no(libc::ESTALE),
             // Nobody new while leases are taken back: it would not know whose.
-            None if sessions.paused || self.recovery.is_open() || self.copies.holds_up() => no(libc::EAGAIN),
+            None if !sessions.view.dead.is_empty() || self.recovery.is_open() || self.copies.holds_up() => {
+                no(libc::EAGAIN)
+            }
             None => {
                 // It has joined before, and has not got the answer.
                 if let Some((node, session)) = known {

@@ -63,7 +63,7 @@ fn shown(request: &MetaRequest) -> Vec<Key> {
         MetaRequest::Lookup { parent, name } => vec![Key::Name(*parent, name.clone())],
         MetaRequest::ReadDir { ino, .. } => vec![Key::Directory(*ino)],
         MetaRequest::GetXattrs { ino } => vec![Key::Xattrs(*ino)],
-        // A refusal says that a name is there, or is not.
+        // Whether it succeeds or not, it says whether a name was there.
         MetaRequest::Namespace { op, .. } => {
             let name = |(parent, name): (u64, &[u8])| Key::Name(parent, name.to_vec());
             names(op).into_iter().map(name).chain(xattrs(op)).collect()
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn attributes_and_refusals_show_it_too() {
+    fn attributes_and_changes_show_it_too() {
         let sharing = Sharing::default();
         let op = NamespaceOp::RemoveXattr {
             ino: 7,

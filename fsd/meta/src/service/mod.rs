@@ -133,10 +133,7 @@ impl Service {
             request @ MetaRequest::Join { .. } => return self.join(request, responder),
             other => {
                 let shows = self.shows_undurable(conn, &other);
-                // What a transaction changes is its own mount's, whether or not it rests on what others have changed: that was shown to it.
-                let changes = matches!(other, MetaRequest::Namespace { .. });
-                let answer = self.answer(conn, other);
-                (shows && !(changes && answer.is_ok()), answer)
+                (shows, self.answer(conn, other))
             }
         };
         let answer = answer.map_err(|refusal| refusal.errno());

@@ -45,6 +45,14 @@ impl Log {
         self.durable.load(Ordering::Acquire)
     }
 
+    /// Place of the last one that is kept.
+    pub(super) fn last(&self) -> u64 {
+        self.entries
+            .lock()
+            .last_key_value()
+            .map_or(0, |(place, _)| *place)
+    }
+
     pub(super) fn get(&self, order: u64) -> Option<MetaRequest> {
         self.entries.lock().get(&order).cloned()
     }

@@ -14,12 +14,15 @@ use super::ways::{RETRY, Ways};
 use fsd_proto::ask;
 use fsd_proto::clock::{Skew, Verdict};
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::wire::{JoinReply, MetaReply, MetaRequest, Time};
+use fsd_proto::wire::{JoinReply, Logged, MetaReply, MetaRequest, Time};
 
 /// Most exchanges of a newcomer to find out about the clocks, where the first ones took too long to tell.
 pub(super) const EXCHANGES: usize = 5;
 /// No further one after this: on a link that is slow for good it would tell no more.
 const EXCHANGES_FOR: Duration = Duration::from_secs(8);
+
+/// Attributes told in one message.
+const ATTRS: usize = 256;
 
 /// A request to the metadata server.
 pub trait AskMeta: ask::Request<Message = MetaRequest, Answer = MetaReply> {}
@@ -321,6 +324,18 @@ impl MetaLink {
     /// Tells a server that has restarted what it may have lost, and waits until that has been carried out again.
     pub(super) fn tell_again(&self, conn: &Arc<dyn Connection>, joined: &JoinReply) -> Result<(), RpcError> {
         let mut parts = self.log.parts_after(joined.executed);
+        if joined.awaited {
+            // Behind all that this mount has done: it may have made some of these inodes.
+            let place = self.log.last().max(joined.executed + 1);
+            let known = self.ways.owner().map(|owner| owner.shared_attrs());
+            parts.extend(known.unwrap_or_default().chunks(ATTRS).map(|updates| {
+                let updates = updates.to_vec();
+                vec![Logged {
+                    order: place,
+                    request: MetaRequest::Update { updates },
+                }]
+            }));
+        }
         if !joined.awaited && parts.iter().all(Vec::is_empty) {
             return Ok(());
         }

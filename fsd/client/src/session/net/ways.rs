@@ -13,7 +13,7 @@ use super::patience::Patience;
 use crate::session::workers::Workers;
 use fsd_node::endpoint::Endpoint;
 use fsd_proto::rpc::{Calls, Errno, RpcError};
-use fsd_proto::wire::{Hello, LockSpec, MetaRequest, Role};
+use fsd_proto::wire::{AttrUpdate, Hello, LockSpec, MetaRequest, Role};
 
 /// Pause between attempts to reach a server again.
 pub(super) const RETRY: Duration = Duration::from_millis(50);
@@ -22,6 +22,9 @@ pub(super) const RETRY: Duration = Duration::from_millis(50);
 pub trait Owner: Send + Sync {
     /// File locks held, to be told to a metadata server that has restarted.
     fn held_locks(&self) -> Vec<LockSpec>;
+    /// The attributes that this mount has under shared leases, as far as they can be looked at now: who has told them to the metadata
+    /// server may be gone, with a host of that which has forgotten them.
+    fn shared_attrs(&self) -> Vec<AttrUpdate>;
     /// The connection to a storage node broke.
     fn storage_lost(&self, shard: u16);
     /// A metadata server that has lost a transaction, which it had answered, cannot carry it out again.
