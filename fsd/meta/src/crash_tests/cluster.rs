@@ -33,6 +33,8 @@ pub struct Mount {
     pub numbers: Vec<u64>,
     /// What it was answered: when, the place, the transaction.
     pub log: Vec<(usize, u64, MetaRequest)>,
+    /// Transactions that were answered only when they were durable: when they were done and not answered.
+    pub delayed: Vec<(Range<usize>, MetaRequest)>,
     /// When it heard up to which place everything is durable.
     pub heard: Vec<(usize, u64)>,
 }
@@ -44,8 +46,6 @@ pub struct World {
     pub mounts: Vec<Mount>,
     pub rng: StdRng,
     pub clock: i64,
-    /// Transactions that were answered only when they were durable: from when on they were done and not answered, whose they are.
-    pub delayed: Vec<(Range<usize>, usize, MetaRequest)>,
     /// Numbers given out: when that was answered, to which mount.
     pub given: Vec<(usize, usize, u64)>,
     /// Creations that were answered.
@@ -105,7 +105,6 @@ impl World {
             mounts: Vec::new(),
             rng: StdRng::seed_from_u64(seed),
             clock: 0,
-            delayed: Vec::new(),
             given: Vec::new(),
             created: Vec::new(),
             written: Vec::new(),
@@ -145,6 +144,7 @@ impl World {
             seq: 0,
             numbers: Vec::new(),
             log: Vec::new(),
+            delayed: Vec::new(),
             heard: Vec::new(),
         });
     }
@@ -158,7 +158,7 @@ impl World {
         let (order, durable, reply) = plain(conn.taken(number).expect("an answer"))?;
         let at = self.at();
         if order > 0 && done < at {
-            self.delayed.push((done..at, m, request.clone()));
+            self.mounts[m].delayed.push((done..at, request.clone()));
         }
         if order > 0 {
             self.mounts[m].log.push((at, order, request.clone()));

@@ -309,8 +309,10 @@ fn crashes(seed: u64, steps: usize, flaw: Option<Flaw>) -> Result<usize, String>
                 let answers = mount.log.iter().filter(|(when, ..)| *when == at);
                 answers.map(move |(.., request)| (m, request.clone()))
             });
-            let delayed = world.delayed.iter().find(|(then, ..)| then.contains(&at));
-            let delayed = delayed.map(|(_, m, request)| (*m, request.clone()));
+            let delayed = world.mounts.iter().enumerate().find_map(|(m, mount)| {
+                let then = mount.delayed.iter().find(|(then, _)| then.contains(&at));
+                then.map(|(_, request)| (m, request.clone()))
+            });
             let unanswered = delayed.or_else(|| last.next().filter(|_| rng.random()));
             let crash = Crash {
                 at,
