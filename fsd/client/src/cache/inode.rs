@@ -79,6 +79,8 @@ pub struct AttrTransit {
     pub granted: Mutex<Option<Box<Granted>>>,
     /// Attributes the metadata server does not have yet.
     pub push: Mutex<Push>,
+    /// Place of the last transaction of this mount that has changed how many names a file has: another mount is shown that with the lease.
+    pub linked: AtomicU64,
 }
 
 /// What was last heard of the lease.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rt::sync::Mutex;
 
@@ -60,6 +61,10 @@ impl Transactions {
                 version: guards.version_of(i.ino),
             })
             .collect();
+        let links = matches!(
+            op,
+            NamespaceOp::Link { .. } | NamespaceOp::Unlink { .. } | NamespaceOp::Rename { .. }
+        );
         let (seq, acknowledged) = self.seqs.begin();
         let request = ask::meta::Namespace {
             seq,
@@ -90,9 +95,13 @@ impl Transactions {
                 return Err(error.into());
             }
         };
+        let place = self.session.net.meta.last_place();
         for inode in held {
             self.kernel.invalidate_attrs(inode);
             let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
+            if links && state.attr.is_some_and(|attr| attr.kind != Kind::Directory) {
+                inode.transit.linked.fetch_max(place, Ordering::SeqCst);
+            }
             state.modified = true;
             state.changed();
             match created.attrs.iter().find(|a| a.ino == inode.ino) {

@@ -34,6 +34,7 @@ use crate::session::Session;
 use crate::session::ctx::Ctx;
 use crate::storing::push::Push;
 use fsd_node::config::CacheMode;
+use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
 
 /// How long the kernel gets to take in the attributes of an answer before it is told to drop them; only
@@ -333,7 +334,9 @@ impl Revocations {
         if !may_wait && job.to.is_none() && !self.pinning.pin_at_once(inode) {
             return None;
         }
-        if job.from == Mode::Exclusive && !self.flush(inode, &mut state, may_wait) {
+        if job.from == Mode::Exclusive
+            && !(self.flush(inode, &mut state, may_wait) && self.commit_names(inode, may_wait))
+        {
             return None;
         }
         let how = self.relinquish_flushed(inode, &mut state, job.from);
@@ -368,6 +371,25 @@ impl Revocations {
                 tracing::warn!("data of {:#x} cannot be stored, and is kept: {error}", inode.ino);
             }
             rt::thread::sleep(RETRY);
+        }
+        true
+    }
+
+    /// Has made durable what this mount has changed of the names of a file, for whoever gets its attributes next is shown that; false: it
+    /// would have to wait.
+    fn commit_names(&self, inode: &Inode, may_wait: bool) -> bool {
+        let place = inode.transit.linked.load(Ordering::SeqCst);
+        while !self.session.net.meta.is_durable(place) {
+            if !may_wait {
+                return false;
+            }
+            if let Err(error) = self.session.net.meta.ask(ask::meta::Sync {}) {
+                tracing::warn!("names of {:#x} are not durable yet: {error}", inode.ino);
+                if self.session.fate.leaving.load(Ordering::SeqCst) || self.session.term.is_over() {
+                    break;
+                }
+                rt::thread::sleep(RETRY);
+            }
         }
         true
     }

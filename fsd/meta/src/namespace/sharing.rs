@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use rt::sync::Mutex;
 
-use fsd_proto::wire::{MetaRequest, NamespaceOp};
+use fsd_proto::wire::{MetaReply, MetaRequest, NamespaceOp};
 
 /// So many changes are remembered before those that are durable are looked for.
 const TIDY: usize = 4096;
@@ -23,6 +23,8 @@ enum Key {
     Directory(u64),
     /// The extended attributes of an inode.
     Xattrs(u64),
+    /// How many names an inode has.
+    Links(u64),
 }
 
 /// The last change by each mount: its number, the place of the transaction in the order of all.
@@ -57,13 +59,24 @@ fn xattrs(op: &NamespaceOp) -> Option<Key> {
     }
 }
 
-/// What the answer to a request shows.
-fn shown(request: &MetaRequest) -> Vec<Key> {
+/// The inodes whose number of names an operation changes; but for directories above, which nobody counts by.
+fn links(op: &NamespaceOp) -> Vec<Key> {
+    match op {
+        NamespaceOp::Link { ino, .. } | NamespaceOp::Unlink { ino, .. } | NamespaceOp::Rmdir { ino, .. } => {
+            vec![Key::Links(*ino)]
+        }
+        NamespaceOp::Rename { replaced, .. } => replaced.iter().map(|ino| Key::Links(*ino)).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// What the answer to a request shows, whatever it is: whether a change succeeds or not, it says whether a name was there.
+fn asked(request: &MetaRequest) -> Vec<Key> {
     match request {
         MetaRequest::Lookup { parent, name } => vec![Key::Name(*parent, name.clone())],
         MetaRequest::ReadDir { ino, .. } => vec![Key::Directory(*ino)],
+        MetaRequest::GetAttr { ino } => vec![Key::Links(*ino)],
         MetaRequest::GetXattrs { ino } => vec![Key::Xattrs(*ino)],
-        // Whether it succeeds or not, it says whether a name was there.
         MetaRequest::Namespace { op, .. } => {
             let name = |(parent, name): (u64, &[u8])| Key::Name(parent, name.to_vec());
             names(op).into_iter().map(name).chain(xattrs(op)).collect()
@@ -72,10 +85,33 @@ fn shown(request: &MetaRequest) -> Vec<Key> {
     }
 }
 
+/// What an answer shows besides.
+fn found(answer: &MetaReply) -> Vec<Key> {
+    match answer {
+        MetaReply::Found(Some((_, attr))) => vec![Key::Links(attr.ino)],
+        MetaReply::Entries(entries, _) => entries.iter().map(|(_, attr)| Key::Links(attr.ino)).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// What an answer would show.
+#[derive(Debug, Default)]
+pub struct Shown(Vec<Key>);
+
+impl Shown {
+    /// This as well.
+    pub fn and(mut self, answer: &MetaReply) -> Self {
+        if !self.0.is_empty() {
+            self.0.extend(found(answer));
+        }
+        self
+    }
+}
+
 impl Sharing {
     /// A mount has changed something, at a place behind `durable` in the order of all.
     pub fn note(&self, node: u16, op: &NamespaceOp, place: u64, durable: u64) {
-        let mut keys: Vec<Key> = xattrs(op).into_iter().collect();
+        let mut keys: Vec<Key> = xattrs(op).into_iter().chain(links(op)).collect();
         for (parent, name) in names(op) {
             keys.extend([Key::Name(parent, name.to_vec()), Key::Directory(parent)]);
         }
@@ -90,15 +126,19 @@ impl Sharing {
         }
     }
 
-    /// Would the answer show this mount what another one has changed behind `durable`?
-    pub fn shows(&self, node: impl FnOnce() -> Option<u16>, request: &MetaRequest, durable: u64) -> bool {
+    /// What the answer to a request shows that there may be something to wait for.
+    pub fn asked(&self, request: &MetaRequest) -> Shown {
+        let none = self.0.lock().is_empty();
+        Shown(if none { Vec::new() } else { asked(request) })
+    }
+
+    /// Would this show a mount what another one has changed behind `durable`?
+    pub fn holds_back(&self, node: impl FnOnce() -> Option<u16>, shown: &Shown, durable: u64) -> bool {
         let changes = self.0.lock();
-        if changes.is_empty() {
-            return false;
-        }
-        let mut others = shown(request)
-            .into_iter()
-            .filter_map(|key| changes.get(&key))
+        let mut others = shown
+            .0
+            .iter()
+            .filter_map(|key| changes.get(key))
             .flatten()
             .filter(|(_, at)| *at > durable)
             .map(|(by, _)| *by)
@@ -121,6 +161,7 @@ impl Sharing {
 mod tests {
     use super::*;
     use fsd_proto::ino::ROOT;
+    use fsd_proto::wire::Attr;
 
     fn unlink(name: &str) -> NamespaceOp {
         NamespaceOp::Unlink {
@@ -157,14 +198,18 @@ mod tests {
     #[test]
     fn others_see_what_is_durable_and_a_mount_its_own() {
         let sharing = Sharing::default();
-        let shows =
-            |node: u16, request: &MetaRequest, durable| sharing.shows(|| Some(node), request, durable);
+        let shows = |node: u16, request: &MetaRequest, durable| {
+            sharing.holds_back(|| Some(node), &sharing.asked(request), durable)
+        };
         sharing.note(1, &rename("a", 9, "b"), 5, 4);
         for seen in [lookup(ROOT, "a"), lookup(9, "b"), list(ROOT), list(9)] {
             assert!(shows(2, &seen, 4), "{seen:?}");
             assert!(!shows(1, &seen, 4), "{seen:?}: its own");
             assert!(!shows(2, &seen, 5), "{seen:?}: durable");
-            assert!(sharing.shows(|| None, &seen, 4), "{seen:?}: somebody's");
+            assert!(
+                sharing.holds_back(|| None, &sharing.asked(&seen), 4),
+                "{seen:?}: somebody's"
+            );
         }
         for other in [lookup(ROOT, "b"), lookup(9, "a"), list(10), MetaRequest::StatFs] {
             assert!(!shows(2, &other, 4), "{other:?}");
@@ -177,10 +222,10 @@ mod tests {
         let sharing = Sharing::default();
         sharing.note(1, &unlink("a"), 5, 4);
         sharing.note(2, &unlink("b"), 6, 4);
-        assert!(sharing.shows(|| Some(2), &list(ROOT), 4));
-        assert!(sharing.shows(|| Some(1), &list(ROOT), 4));
-        assert!(!sharing.shows(|| Some(2), &list(ROOT), 5));
-        assert!(sharing.shows(|| Some(1), &list(ROOT), 5));
+        assert!(sharing.holds_back(|| Some(2), &sharing.asked(&list(ROOT)), 4));
+        assert!(sharing.holds_back(|| Some(1), &sharing.asked(&list(ROOT)), 4));
+        assert!(!sharing.holds_back(|| Some(2), &sharing.asked(&list(ROOT)), 5));
+        assert!(sharing.holds_back(|| Some(1), &sharing.asked(&list(ROOT)), 5));
     }
 
     #[test]
@@ -191,8 +236,8 @@ mod tests {
             name: b"user.a".to_vec(),
         };
         sharing.note(1, &op, 5, 4);
-        assert!(sharing.shows(|| Some(2), &MetaRequest::GetXattrs { ino: 7 }, 4));
-        assert!(!sharing.shows(|| Some(2), &MetaRequest::GetXattrs { ino: 8 }, 4));
+        assert!(sharing.holds_back(|| Some(2), &sharing.asked(&MetaRequest::GetXattrs { ino: 7 }), 4));
+        assert!(!sharing.holds_back(|| Some(2), &sharing.asked(&MetaRequest::GetXattrs { ino: 8 }), 4));
         sharing.note(1, &unlink("a"), 6, 4);
         let request = MetaRequest::Namespace {
             seq: 1,
@@ -201,7 +246,23 @@ mod tests {
             touched: Vec::new(),
             op: unlink("a"),
         };
-        assert!(sharing.shows(|| Some(2), &request, 4));
+        assert!(sharing.holds_back(|| Some(2), &sharing.asked(&request), 4));
+    }
+
+    #[test]
+    fn how_many_names_there_are_is_shown_with_attributes() {
+        let sharing = Sharing::default();
+        sharing.note(1, &unlink("a"), 5, 4);
+        let (attr, other) = (Attr::of_file(7, 1, 0), Attr::of_file(8, 1, 0));
+        let shows = |request: &MetaRequest, answer: &MetaReply| {
+            sharing.holds_back(|| Some(2), &sharing.asked(request).and(answer), 4)
+        };
+        for (attr, shown) in [(attr, true), (other, false)] {
+            let get = MetaRequest::GetAttr { ino: attr.ino };
+            assert_eq!(shows(&get, &MetaReply::Attr(attr)), shown);
+            let found = MetaReply::Found(Some((3, attr)));
+            assert_eq!(shows(&lookup(9, "elsewhere"), &found), shown);
+        }
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::membership::members::Joining;
 use crate::membership::{Membership, Woken};
 use crate::namespace::Namespace;
 use crate::namespace::freeing::Told;
+use crate::namespace::sharing::Shown;
 use crate::nodes::stores::Stores;
 use crate::nodes::{Nodes, Reach};
 use crate::rules::{Flaw, Rules};
@@ -132,8 +133,13 @@ impl Service {
             MetaRequest::GetLock { lock } => return self.membership.locks.test(&lock, responder),
             request @ MetaRequest::Join { .. } => return self.join(request, responder),
             other => {
-                let shows = self.shows_undurable(conn, &other);
-                (shows, self.answer(conn, other))
+                let shown = self.namespace.transactions.sharing.asked(&other);
+                let answer = self.answer(conn, other);
+                let shown = match &answer {
+                    Ok(reply) => shown.and(reply),
+                    Err(_) => shown,
+                };
+                (self.holds_back(conn, &shown), answer)
             }
         };
         let answer = answer.map_err(|refusal| refusal.errno());
@@ -144,11 +150,11 @@ impl Service {
         }
     }
 
-    /// Would the answer show what another mount has changed and a crash could undo?
-    fn shows_undurable(&self, conn: ConnId, request: &MetaRequest) -> bool {
+    /// Would an answer show what another mount has changed and a crash could undo?
+    fn holds_back(&self, conn: ConnId, shown: &Shown) -> bool {
         let (sharing, durable) = (&self.namespace.transactions.sharing, self.journal.order.durable());
         let node = || self.membership.members.of(conn).ok();
-        !self.rules.lack(Flaw::SharedEarly) && sharing.shows(node, request, durable)
+        !self.rules.lack(Flaw::SharedEarly) && sharing.holds_back(node, shown, durable)
     }
 
     fn reserve(&self, conn: ConnId, count: u32) -> Result<MetaReply, Refusal> {

@@ -192,6 +192,18 @@ impl MetaLink {
         }
     }
 
+    /// Place of the last transaction that a crash of the server's host could undo; 0: there is none.
+    #[must_use]
+    pub fn last_place(&self) -> u64 {
+        self.log.last()
+    }
+
+    /// Can a crash of the server's host undo nothing up to this place?
+    #[must_use]
+    pub fn is_durable(&self, place: u64) -> bool {
+        place <= self.log.durable()
+    }
+
     /// Does the metadata server answer, now?
     pub(super) fn probe(&self) -> Result<(), RpcError> {
         let (conn, patience) = (self.connection()?, self.ways.patience.for_answer());
