@@ -178,12 +178,7 @@ impl Push {
             && let Some(attr) = state.attr
         {
             // Under the version of before: the one after the tenure is for its end.
-            let update = AttrUpdate {
-                version: guard.version(),
-                midway: true,
-                ..AttrUpdate::from(&attr)
-            };
-            let updates = vec![update];
+            let updates = vec![AttrUpdate::midway(&attr, guard.version())];
             state.unlocked(|| self.session.net.meta.ask(ask::meta::Update { updates }))?;
             state.told(&attr);
         }

@@ -157,11 +157,7 @@ impl Writeback {
                 }
             }
             if let Some(attr) = state.attr.filter(|_| state.attr_dirty) {
-                updates.push(AttrUpdate {
-                    version: guard.version(),
-                    midway: true,
-                    ..AttrUpdate::from(&attr)
-                });
+                updates.push(AttrUpdate::midway(&attr, guard.version()));
                 told.push((inode, attr));
             }
         }

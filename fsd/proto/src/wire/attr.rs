@@ -121,6 +121,18 @@ pub struct AttrUpdate {
     pub layout: u64,
 }
 
+impl AttrUpdate {
+    /// Those of a tenure that goes on and began with this version.
+    #[must_use]
+    pub fn midway(attr: &Attr, version: u64) -> Self {
+        Self {
+            version,
+            midway: true,
+            ..Self::from(attr)
+        }
+    }
+}
+
 impl From<&Attr> for AttrUpdate {
     fn from(a: &Attr) -> Self {
         Self {

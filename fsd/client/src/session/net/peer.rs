@@ -158,12 +158,16 @@ impl Peer {
 
     /// Messages go over the connection from now on.
     pub(super) fn go_direct(&mut self) {
+        self.leave_relay();
+        self.send_direct();
+    }
+
+    fn leave_relay(&mut self) {
         self.relay = Relay {
             turns: self.relay.turns,
             ..Relay::default()
         };
         self.wait_anew();
-        self.send_direct();
     }
 
     /// Messages go by way of the metadata server from now on, until the connection is known to work, or another is made.
@@ -183,11 +187,7 @@ impl Peer {
     /// The other mount has ended, or left.
     pub(super) fn end(&mut self) {
         self.stream.end();
-        self.relay = Relay {
-            turns: self.relay.turns,
-            ..Relay::default()
-        };
-        self.wait_anew();
+        self.leave_relay();
     }
 
     /// Sends what has not gone yet; what is to go by way of the metadata server is given back.
