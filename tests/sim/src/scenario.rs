@@ -59,6 +59,8 @@ enum End {
     Processes,
     /// All hosts lose power, with so much left of what was not synced.
     Power(Luck),
+    /// The storage nodes' hosts do, and the mounts, whose leases went with them, begin anew one after the other.
+    StorageLost(Luck),
     /// The storage nodes' hosts do, and the mounts end with them.
     StoragePower(Luck),
 }
@@ -321,6 +323,8 @@ impl Play {
             End::Power(Luck::Some),
             End::StoragePower(Luck::None),
             End::StoragePower(Luck::Some),
+            End::StorageLost(Luck::None),
+            End::StorageLost(Luck::Some),
         ]);
         if end == End::OneAway && self.mounts.len() > 1 {
             return self.away();
@@ -439,8 +443,33 @@ impl Play {
         self.files = self.mounts[0].run(Shared::look);
     }
 
+    /// Mounts whose leases are lost find that out by themselves; each then ends, and another one mounts.
+    fn begin_anew(&self, mut mounts: Vec<Mount>) -> Vec<Mount> {
+        let (mut anew, began) = (Vec::new(), rt::sim::elapsed());
+        while !mounts.is_empty() {
+            rt::thread::sleep(Duration::from_millis(100));
+            let (over, left): (Vec<_>, Vec<_>) = mounts.into_iter().partition(Mount::is_over);
+            mounts = left;
+            for mount in over {
+                self.world.kill_mount(mount);
+                anew.push(self.world.mount(&format!("anew{}", anew.len())));
+            }
+            if rt::sim::elapsed() - began > Duration::from_secs(60) {
+                rt::sim::fail("a mount does not find out that its leases are lost".into());
+            }
+        }
+        anew
+    }
+
     fn end(&mut self, end: End) {
         let mounts = std::mem::take(&mut self.mounts);
+        if let End::StorageLost(luck) = end {
+            for n in 0..self.world.nodes() {
+                self.world.crash_node(n, luck);
+                self.world.start_node(n);
+            }
+            return self.begin_anew(mounts).into_iter().for_each(Mount::stop);
+        }
         if end == End::OneMount {
             // The others have seen what there is, and see that it stays.
             let owners = self.owners.clone();
@@ -463,7 +492,7 @@ impl Play {
             mounts.into_iter().for_each(|mount| self.world.kill_mount(mount));
         }
         let (meta, nodes) = match end {
-            End::Order | End::OneMount | End::OneAway | End::Mounts => return,
+            End::Order | End::OneMount | End::OneAway | End::Mounts | End::StorageLost(_) => return,
             End::Processes => (Some(Luck::All), Some(Luck::All)),
             End::Power(luck) => (Some(luck), Some(luck)),
             End::Left(luck) | End::MetaPower(luck) => (Some(luck), None),

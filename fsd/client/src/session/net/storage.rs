@@ -161,12 +161,17 @@ impl StorageLinks {
             return Ok(session);
         }
         let session = Arc::new(self.attach(link)?);
-        let before = link.session.write().replace(Arc::clone(&session));
-        if let (Some(before), Some(owner)) = (before, self.ways.owner()) {
-            if before.attached.table != session.attached.table {
+        let before = link.session.read().clone();
+        if before.is_some_and(|before| before.attached.table != session.attached.table) {
+            // Not one operation of this life may reach the new table: it would change words there that it knows nothing of.
+            session.conn.close();
+            if let Some(owner) = self.ways.owner() {
                 owner.leases_lost(id);
-                return Err(RpcError::Errno(Errno(libc::EIO)));
             }
+            return Err(RpcError::Errno(Errno(libc::EIO)));
+        }
+        let before = link.session.write().replace(Arc::clone(&session));
+        if let (Some(_), Some(owner)) = (before, self.ways.owner()) {
             tracing::info!("connected to storage node {id} again");
             self.ways.note_outage();
             owner.storage_back(id);
