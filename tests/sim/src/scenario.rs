@@ -445,20 +445,23 @@ impl Play {
 
     /// Mounts whose leases are lost find that out by themselves; each then ends, and another one mounts.
     fn begin_anew(&self, mut mounts: Vec<Mount>) -> Vec<Mount> {
-        let (mut anew, began) = (Vec::new(), rt::sim::elapsed());
+        let (mut joining, began) = (Vec::new(), rt::sim::elapsed());
         while !mounts.is_empty() {
             rt::thread::sleep(Duration::from_millis(100));
             let (over, left): (Vec<_>, Vec<_>) = mounts.into_iter().partition(Mount::is_over);
             mounts = left;
             for mount in over {
                 self.world.kill_mount(mount);
-                anew.push(self.world.mount(&format!("anew{}", anew.len())));
+                let (world, name) = (Arc::clone(&self.world), format!("anew{}", joining.len()));
+                let thread = rt::thread::Builder::new().name(name.clone());
+                joining.push(thread.spawn(move || world.mount(&name)).expect("a thread"));
             }
             if rt::sim::elapsed() - began > Duration::from_secs(60) {
                 rt::sim::fail("a mount does not find out that its leases are lost".into());
             }
         }
-        anew
+        let joined = joining.into_iter().map(|thread| thread.join().expect("no panic"));
+        joined.collect()
     }
 
     fn end(&mut self, end: End) {

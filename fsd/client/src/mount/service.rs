@@ -155,10 +155,11 @@ impl Owner for Client {
         self.session.leases.storage_reconnected(u32::from(shard));
     }
     fn leases_lost(&self, shard: u16) {
-        tracing::error!(
-            "storage node {shard} came back without its leases (its host was restarted): this mount cannot know what others have changed, and begins anew"
-        );
-        self.session.fate.doomed.store(true, Ordering::SeqCst);
+        if !self.session.fate.doomed.swap(true, Ordering::SeqCst) {
+            tracing::error!(
+                "storage node {shard} came back without its leases (its host was restarted): this mount cannot know what others have changed, and begins anew"
+            );
+        }
     }
     fn alive(&self, sent: Duration) {
         self.session.term.renew(sent);
