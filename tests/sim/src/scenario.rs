@@ -213,6 +213,11 @@ impl Play {
         let shared = Shared::new(&self.files, stamp, bears);
         if let Some(victim) = victim {
             self.mounts[victim].sync();
+            if bears.forgets {
+                // Sizes, too: it may be the only one to know them.
+                let synced = self.mounts[victim].run(|mounted| Task::new(mounted, 99).fsync_dir());
+                assert_eq!(synced, Ok(()), "the servers are there");
+            }
         }
         let tasks = self.tasks(|m, n| {
             let (shared, mounted) = (Arc::clone(&shared), self.mounts[m].mounted.clone());

@@ -234,13 +234,16 @@ impl Peer {
         }
     }
 
+    /// Is the metadata server's answer to this one still waited for?
+    pub(super) fn waits_for(&self, turn: u64) -> bool {
+        self.relay
+            .under_way
+            .is_some_and(|(under_way, _)| under_way == turn)
+    }
+
     /// The metadata server has answered. True: the other mount can be reached this way, and could not before.
     pub(super) fn relayed(&mut self, turn: u64, answer: &Result<(), RpcError>) -> bool {
-        if self
-            .relay
-            .under_way
-            .is_none_or(|(under_way, _)| under_way != turn)
-        {
+        if !self.waits_for(turn) {
             return false;
         }
         self.relay.under_way = None;
@@ -252,6 +255,11 @@ impl Peer {
             self.relay.not_before = Some(Instant::now() + RELAY_RETRY);
         }
         self.relay.works && !worked
+    }
+
+    /// The life of it that was met last.
+    pub(super) fn life(&self) -> Option<u64> {
+        self.stream.life()
     }
 
     /// Do messages go by way of the metadata server?

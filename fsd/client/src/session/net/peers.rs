@@ -127,7 +127,8 @@ impl Peers {
     fn relayed(&self, to: NodeId, turn: u64, answer: &Result<(), RpcError>) {
         let mut peers = self.peers.lock();
         let Some(peer) = peers.get_mut(&to) else { return };
-        let left = answer.as_ref().is_err_and(peer::has_left);
+        // An answer to what was asked of the life before says nothing of this one.
+        let left = peer.waits_for(turn) && answer.as_ref().is_err_and(peer::has_left);
         if left {
             // Nobody has this number any more.
             peer.end();
@@ -390,11 +391,14 @@ impl Peers {
     fn reach(&self, to: NodeId) {
         let mut pause = RETRY;
         loop {
+            let before = self.peers.lock().entry(to).or_default().life();
             let reached = self.connect_peer(to);
             let mut peers = self.peers.lock();
             let peer = peers.entry(to).or_default();
             match reached {
                 _ if peer.live().is_some() => {}
+                // Another life of it has come meanwhile: what has ended is the one before.
+                Err(Unreached::Ever(_)) if peer.life() != before => continue,
                 Ok((life, conn)) if self.is_dead(life) => conn.close(),
                 Ok((life, conn)) => {
                     peer.adopt(life, &conn, true);
