@@ -247,7 +247,13 @@ impl Cluster {
 
     /// SIGKILL; a mount's mount point is detached.
     pub fn kill(&self, role: Role) {
-        if let Some(mut process) = self.running().remove(&role) {
+        let process = self.running().remove(&role);
+        if let (Some(process), Role::Mount(i)) = (&process, role) {
+            process.signal(rustix::process::Signal::KILL);
+            // A thread that invalidates a page which a read has locked does not end before that has got an answer.
+            disk::disconnect(&self.mount(i));
+        }
+        if let Some(mut process) = process {
             process.kill();
         }
         if let Role::Mount(i) = role {

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod allocation;
+mod anew;
 mod async_io;
 mod bad_input;
 mod coherence;
