@@ -34,6 +34,7 @@ mod models;
 mod mounting;
 mod names_held;
 mod parked;
+mod partitions;
 mod posix;
 mod pressure;
 mod privileges;
