@@ -23,7 +23,7 @@ const DEAD: Duration = Duration::from_millis(2000 + 400 + 1000);
 /// Longest time of a call that has nothing to do with what is cut, or has another way.
 const SOON: Duration = Duration::from_secs(2);
 /// Longest time of all that is done in one cluster.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(60);
 /// Longest time after which all is as before.
 const BACK: Duration = Duration::from_secs(10);
 
@@ -136,6 +136,13 @@ fn within<T>(limit: Duration, what: &str, call: impl FnOnce() -> std::io::Result
     Ok(result)
 }
 
+/// Makes a file; the storage node that has its lease and its first block.
+fn make(path: &Path) -> anyhow::Result<usize> {
+    fs::write(path, "first")?;
+    // Numbers of inodes: [generation:19 | shard:8 | index:36].
+    Ok(usize::try_from(fs::metadata(path)?.ino() >> 36 & 0xff)?)
+}
+
 /// A cluster, and files that it is tried with.
 struct Field<'a> {
     cluster: &'a Cluster,
@@ -148,35 +155,38 @@ impl<'a> Field<'a> {
     fn new(cluster: &'a Cluster) -> anyhow::Result<Self> {
         let mut files = BTreeMap::new();
         for mount in 0..MOUNTS {
-            fs::create_dir(cluster.mount(mount).join(format!("d{mount}")))?;
             for n in 0.. {
                 ensure!(n < 1000, "no file has its lease on one of the storage nodes");
                 if (0..SHARDS).all(|shard| files.contains_key(&(mount, shard))) {
                     break;
                 }
                 let name = PathBuf::from(format!("f{mount}.{n}"));
-                let path = cluster.mount(mount).join(&name);
-                fs::write(&path, "first")?;
-                // Numbers of inodes: [generation:19 | shard:8 | index:36].
-                let shard = usize::try_from(fs::metadata(&path)?.ino() >> 36 & 0xff)?;
+                let shard = make(&cluster.mount(mount).join(&name))?;
                 files.entry((mount, shard)).or_insert(name);
             }
         }
-        let field = Self {
+        let mut field = Self {
             cluster,
             files,
             turn: 0,
         };
-        field.names()?;
+        for mount in 0..MOUNTS {
+            let name = field.fresh(mount, 0)?;
+            let root = cluster.mount(mount);
+            fs::rename(root.join(name), root.join(format!("known{mount}")))?;
+        }
         Ok(field)
     }
 
-    /// Numbers in advance for names to come, on all storage nodes.
-    fn names(&self) -> anyhow::Result<()> {
-        (0..MOUNTS).try_for_each(|mount| {
-            let path = self.cluster.mount(mount).join(format!("d{mount}/known"));
-            Ok(fs::write(path, "known")?)
-        })
+    /// A file that no other mount has used.
+    fn fresh(&mut self, mount: usize, shard: usize) -> anyhow::Result<PathBuf> {
+        loop {
+            self.turn += 1;
+            let name = PathBuf::from(format!("fresh{}", self.turn));
+            if make(&self.cluster.mount(mount).join(&name))? == shard {
+                return Ok(name);
+            }
+        }
     }
 
     fn path(&self, at: usize, of: usize, shard: usize) -> PathBuf {
@@ -188,20 +198,32 @@ impl<'a> Field<'a> {
         format!("turn {}", self.turn)
     }
 
-    /// One mount writes, fsyncs and renames, and others see it, each call within the time.
+    /// As [`Field::exchange_by`], of one of the files, and fsyncs it.
     fn exchange(&mut self, from: usize, to: &[usize], shard: usize, limit: Duration) -> anyhow::Result<()> {
-        let text = self.text();
         let name = self.files[&(from, shard)].clone();
-        let what = |who: usize, does: &str| format!("mount {who} {does} {}, {text}", name.display());
+        self.exchange_by(from, to, &name, limit)?;
         let path = self.path(from, from, shard);
+        within(limit, "fsync", || fs::File::open(&path)?.sync_all())
+    }
+
+    /// One mount writes and renames (in the root directory, a file whose lease is where that directory's is), and others see it, each call within the time.
+    fn exchange_by(
+        &mut self,
+        from: usize,
+        to: &[usize],
+        name: &Path,
+        limit: Duration,
+    ) -> anyhow::Result<()> {
+        let text = self.text();
+        let what = |who: usize, does: &str| format!("mount {who} {does} {}, {text}", name.display());
+        let path = self.cluster.mount(from).join(name);
         within(limit, &what(from, "writes"), || fs::write(&path, &text))?;
-        within(limit, &what(from, "syncs"), || fs::File::open(&path)?.sync_all())?;
         for &at in to {
-            let path = self.path(at, from, shard);
+            let path = self.cluster.mount(at).join(name);
             let seen = within(limit, &what(at, "reads"), || fs::read_to_string(&path))?;
             ensure!(seen == text, "mount {at} reads {seen:?}, and {text:?} was written");
         }
-        let (old, new) = (format!("d{from}/known"), format!("d{from}/{text}"));
+        let (old, new) = (format!("known{from}"), format!("known{from}, {text}"));
         let root = |at: usize| self.cluster.mount(at);
         within(limit, &what(from, "renames beside"), || {
             fs::rename(root(from).join(&old), root(from).join(&new))
@@ -253,14 +275,18 @@ impl<'a> Field<'a> {
         // Acknowledged, and not stored yet.
         let text = self.text();
         fs::write(self.path(mount, mount, shard), &text)?;
+        // Of which the mount has no lease: what it has leased there waits with it.
+        let fresh = [self.fresh(other, shard)?, self.fresh(third, shard)?];
         let cut = Cut::new(self.cluster, (Role::Mount(mount), Role::Storage(shard)), ways)?;
         let mut own = Asking::shell("cat \"$0\"", &self.path(mount, other, shard))?;
         let mut others = Asking::shell("cat \"$0\"", &self.path(other, mount, shard))?;
         let start = Instant::now();
         while start.elapsed() < TERM * 2 {
-            self.exchange(other, &[third], shard, SOON)?;
-            self.exchange(third, &[other], shard, SOON)?;
-            self.exchange(mount, &[other, third], 1 - shard, SOON)?;
+            self.exchange_by(other, &[third], &fresh[0], SOON)?;
+            self.exchange_by(third, &[other], &fresh[1], SOON)?;
+            // Of the mount without fsync, which asks all storage nodes.
+            let name = self.files[&(mount, 1 - shard)].clone();
+            self.exchange_by(mount, &[other, third], &name, SOON)?;
             self.exchange(other, &[mount, third], 1 - shard, SOON)?;
         }
         let (own_waits, others_wait) = (own.waits()?, others.waits()?);
@@ -362,6 +388,8 @@ fn options(cache: Cache) -> Options {
         mounts: MOUNTS,
         storage: SHARDS,
         term: TERM,
+        // Shorter than links are cut: what has waited in vain for an answer is asked again.
+        timeout: TERM,
         apart: true,
         ..Options::default()
     }
@@ -384,7 +412,7 @@ fn cut_all(
     };
     for &cache in caches {
         let (links, then) = (links.clone(), then.clone());
-        guard::with_cluster_within(LIMIT, options(cache), move |cluster| {
+        guard::with_cluster_within(LIMIT * pairs.min(6) as u32, options(cache), move |cluster| {
             let mut field = Field::new(cluster)?;
             field.all_well().context("at first")?;
             for link in links().into_iter().take(pairs) {
