@@ -146,7 +146,11 @@ impl Hosts {
     fn tell_nobody(&self, i: u32) -> anyhow::Result<()> {
         let status = Command::new("nsenter")
             .arg(format!("--net={}", self.net_of(i).display()))
-            .args(["sh", "-c", "for f in /proc/sys/net/ipv4/conf/*/forwarding; do echo 0 >$f; done"])
+            .args([
+                "sh",
+                "-c",
+                "for f in /proc/sys/net/ipv4/conf/*/forwarding; do echo 0 >$f; done",
+            ])
             .status()
             .context("cannot run nsenter")?;
         ensure!(status.success(), "nsenter: {status}");
@@ -196,7 +200,9 @@ impl Hosts {
     /// The receiver drops what comes: a sender that knows of it would not wait, as it does where packets are lost.
     fn way(&self, from: u32, to: u32, what: &str) -> anyhow::Result<()> {
         let (host, of) = (self.namespace(to), self.address(from));
-        ip(&format!("-n {host} rule {what} pref {DROP} from {of}/32 blackhole"))
+        ip(&format!(
+            "-n {host} rule {what} pref {DROP} from {of}/32 blackhole"
+        ))
     }
 
     /// Connections of a host to another one.

@@ -70,9 +70,7 @@ impl Process {
             // Not `ip netns exec`: mounts that are made in its name space of mounts are seen nowhere else.
             Some(net) => {
                 let mut command = Command::new("nsenter");
-                command
-                    .arg(format!("--net={}", net.display()))
-                    .arg(fsd_binary()?);
+                command.arg(format!("--net={}", net.display())).arg(fsd_binary()?);
                 command
             }
         };

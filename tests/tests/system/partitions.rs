@@ -207,13 +207,7 @@ impl<'a> Field<'a> {
     }
 
     /// One mount writes and renames (in the root directory, a file whose lease is where that directory's is), and others see it, each call within the time.
-    fn exchange_by(
-        &mut self,
-        from: usize,
-        to: &[usize],
-        name: &Path,
-        limit: Duration,
-    ) -> anyhow::Result<()> {
+    fn exchange_by(&mut self, from: usize, to: &[usize], name: &Path, limit: Duration) -> anyhow::Result<()> {
         let text = self.text();
         let what = |who: usize, does: &str| format!("mount {who} {does} {}, {text}", name.display());
         let path = self.cluster.mount(from).join(name);
@@ -221,7 +215,10 @@ impl<'a> Field<'a> {
         for &at in to {
             let path = self.cluster.mount(at).join(name);
             let seen = within(limit, &what(at, "reads"), || fs::read_to_string(&path))?;
-            ensure!(seen == text, "mount {at} reads {seen:?}, and {text:?} was written");
+            ensure!(
+                seen == text,
+                "mount {at} reads {seen:?}, and {text:?} was written"
+            );
         }
         let (old, new) = (format!("known{from}"), format!("known{from}, {text}"));
         let root = |at: usize| self.cluster.mount(at);
@@ -229,7 +226,9 @@ impl<'a> Field<'a> {
             fs::rename(root(from).join(&old), root(from).join(&new))
         })?;
         for &at in to {
-            let there = within(limit, &what(at, "looks beside"), || root(at).join(&new).try_exists())?;
+            let there = within(limit, &what(at, "looks beside"), || {
+                root(at).join(&new).try_exists()
+            })?;
             ensure!(there, "mount {at} does not see {new}");
         }
         within(limit, &what(from, "renames back"), || {
@@ -325,8 +324,14 @@ impl<'a> Field<'a> {
             self.cluster
                 .tool(&["evict", &number.to_string(), "--config", &config])?;
             cut.mend()?;
-            ensure!(lock.answer(DEAD)?.as_deref() == Some("locked"), "the lock is not free");
-            ensure!(change.answer(DEAD)?.as_deref() == Some("theirs"), "another cannot write");
+            ensure!(
+                lock.answer(DEAD)?.as_deref() == Some("locked"),
+                "the lock is not free"
+            );
+            ensure!(
+                change.answer(DEAD)?.as_deref() == Some("theirs"),
+                "another cannot write"
+            );
         } else {
             self.exchange(other, &[third], 0, DEAD)?;
             self.exchange(third, &[other], 1, SOON)?;
@@ -443,7 +448,11 @@ fn mounts_that_are_cut_off_from_each_other() -> anyhow::Result<()> {
 fn servers_that_are_cut_off_from_each_other() -> anyhow::Result<()> {
     let links = || {
         let storage = (Role::Storage(0), Role::Storage(1));
-        vec![(Role::Storage(1), Role::Meta), (Role::Storage(0), Role::Meta), storage]
+        vec![
+            (Role::Storage(1), Role::Meta),
+            (Role::Storage(0), Role::Meta),
+            storage,
+        ]
     };
     cut_all(links, |field, link, ways| field.without(link, ways))
 }

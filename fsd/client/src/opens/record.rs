@@ -165,7 +165,12 @@ impl OpenRecords {
 
     /// Does something with an inode's record. A storage node that goes away meanwhile is waited for, as one that is away before is, and it
     /// is done once more. Not while `opens` is locked.
-    pub(crate) fn patiently<T>(&self, ctx: &Ctx<'_>, inode: &Inode, mut act: impl FnMut() -> Res<T>) -> Res<T> {
+    pub(crate) fn patiently<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        mut act: impl FnMut() -> Res<T>,
+    ) -> Res<T> {
         let net = &self.session.net;
         let (began, mut failed) = (Instant::now(), 0);
         loop {
