@@ -12,15 +12,18 @@ fn lock(file: &str, how: &str) -> anyhow::Result<()> {
     sys::lock(&file, libc::F_WRLCK, 0, 1, how != "try")?;
     println!("locked");
     std::io::stdout().flush()?;
-    while how == "hold" {
+    if how != "hold" {
+        return Ok(());
+    }
+    loop {
         std::thread::park();
     }
-    Ok(())
 }
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [file, how @ ("hold" | "take" | "try")] = &args.iter().map(String::as_str).collect::<Vec<_>>()[..] else {
+    let [file, how @ ("hold" | "take" | "try")] = &args.iter().map(String::as_str).collect::<Vec<_>>()[..]
+    else {
         eprintln!("usage: locker FILE hold|take|try");
         return ExitCode::from(2);
     };

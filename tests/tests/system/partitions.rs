@@ -269,7 +269,7 @@ impl<'a> Field<'a> {
     }
 
     /// The link between a mount and a storage node: what needs it waits, and is not lost, and nothing else does.
-    fn to_storage(&mut self, mount: usize, shard: usize, ways: Ways) -> anyhow::Result<()> {
+    fn without_storage(&mut self, mount: usize, shard: usize, ways: Ways) -> anyhow::Result<()> {
         let (other, third) = ((mount + 1) % MOUNTS, (mount + 2) % MOUNTS);
         // Acknowledged, and not stored yet.
         let text = self.text();
@@ -289,7 +289,10 @@ impl<'a> Field<'a> {
             self.exchange(other, &[mount, third], 1 - shard, SOON)?;
         }
         let (own_waits, others_wait) = (own.waits()?, others.waits()?);
-        println!("  what needs the link waits: {own_waits} on the mount, {others_wait} on another");
+        ensure!(
+            own_waits && others_wait,
+            "what needs the link does not wait: {own_waits} on the mount, {others_wait} on another"
+        );
         let known = nodes(&self.cluster.status()?)?;
         ensure!(known.len() == MOUNTS, "a mount was declared dead: {known:?}");
         cut.mend()?;
@@ -303,7 +306,7 @@ impl<'a> Field<'a> {
     }
 
     /// The link between a mount and the metadata server: it is dead in time, others have what it had, and it comes back.
-    fn to_meta(&mut self, mount: usize, ways: Ways, evict: bool) -> anyhow::Result<()> {
+    fn without_meta(&mut self, mount: usize, ways: Ways, evict: bool) -> anyhow::Result<()> {
         let (other, third) = ((mount + 1) % MOUNTS, (mount + 2) % MOUNTS);
         let mine = self.path(mount, mount, 0);
         let text = self.text();
@@ -467,7 +470,7 @@ fn mounts_that_are_cut_off_from_a_storage_node() -> anyhow::Result<()> {
         all
     };
     cut_all(links, |field, link, ways| match link {
-        (Role::Mount(mount), Role::Storage(shard)) => field.to_storage(mount, shard, ways),
+        (Role::Mount(mount), Role::Storage(shard)) => field.without_storage(mount, shard, ways),
         _ => anyhow::bail!("no such link"),
     })
 }
@@ -479,9 +482,9 @@ fn mounts_that_are_cut_off_from_the_metadata_server() -> anyhow::Result<()> {
         let Role::Mount(mount) = link.0 else {
             anyhow::bail!("no such link");
         };
-        field.to_meta(mount, ways, false)?;
+        field.without_meta(mount, ways, false)?;
         field.all_well()?;
         // Eviction beside a reconnection.
-        field.to_meta(mount, ways, true).context("evicted")
+        field.without_meta(mount, ways, true).context("evicted")
     })
 }
