@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 
+use crate::hosts::Hosts;
 use crate::process::{Process, fsd_binary, tail};
 use crate::proxy::Proxies;
 use disk::Disk;
@@ -62,6 +63,7 @@ pub struct Cluster {
     base: tempfile::TempDir,
     memory: tempfile::TempDir,
     proxies: Option<Proxies>,
+    hosts: Option<Hosts>,
     running: Mutex<BTreeMap<Role, Process>>,
 }
 
@@ -87,12 +89,18 @@ impl Cluster {
             base,
             memory,
             proxies: None,
+            hosts: None,
             running: Mutex::default(),
         };
         for i in 0..cluster.options.mounts {
             std::fs::create_dir_all(cluster.mount(i))?;
         }
-        let settings = settings(&cluster.options, cluster.base.path(), cluster.memory())?;
+        if cluster.options.apart {
+            let count = 1 + cluster.options.storage + cluster.options.mounts;
+            cluster.hosts = Some(Hosts::new(u32::try_from(count)?)?);
+        }
+        let hosts = cluster.hosts.as_ref();
+        let settings = settings(&cluster.options, cluster.base.path(), cluster.memory(), hosts)?;
         std::fs::write(cluster.config(), &settings)?;
         if cluster.options.proxied {
             let (proxies, of_meta, of_mounts) = Proxies::start(&settings)?;
@@ -102,8 +110,53 @@ impl Cluster {
         }
         let key = cluster.path("cluster.key").to_string_lossy().into_owned();
         cluster.tool(&["keygen", &key])?;
-        cluster.tool(&["format", "--config", &cluster.config().to_string_lossy()])?;
+        cluster.format()?;
         Ok(cluster)
+    }
+
+    fn format(&self) -> anyhow::Result<()> {
+        let config = self.config().display().to_string();
+        if self.hosts.is_none() {
+            return self.tool(&["format", "--config", &config]).map(drop);
+        }
+        self.tool(&["format", "--role", "meta", "--config", &config])?;
+        (0..self.options.storage).try_for_each(|id| {
+            let id = id.to_string();
+            self.tool(&["format", "--role", "storage", "--id", &id, "--config", &config])
+                .map(drop)
+        })
+    }
+
+    /// The number of a role's host.
+    fn host(&self, role: Role) -> anyhow::Result<u32> {
+        let n = match role {
+            Role::Meta => 0,
+            Role::Storage(i) => 1 + i,
+            Role::Mount(i) => 1 + self.options.storage + i,
+        };
+        Ok(u32::try_from(n)?)
+    }
+
+    fn hosts(&self) -> anyhow::Result<&Hosts> {
+        self.hosts
+            .as_ref()
+            .context("the processes of this cluster share a host")
+    }
+
+    /// What one role sends to another does not arrive; what comes back does ([`Options::apart`]).
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn cut_way(&self, from: Role, to: Role) -> anyhow::Result<()> {
+        self.hosts()?.cut_way(self.host(from)?, self.host(to)?)
+    }
+
+    /// Ends [`Cluster::cut_way`].
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn mend_way(&self, from: Role, to: Role) -> anyhow::Result<()> {
+        self.hosts()?.mend_way(self.host(from)?, self.host(to)?)
     }
 
     /// Formats and starts a cluster.
@@ -228,7 +281,9 @@ impl Cluster {
             }
             args.push(self.mount(i).display().to_string());
         }
-        let process = Process::start(&args, &self.log(role), self.base.path())?;
+        let host = self.host(role)?;
+        let net = self.hosts.as_ref().map(|hosts| hosts.net_of(host));
+        let process = Process::start(&args, &self.log(role), self.base.path(), net.as_deref())?;
         self.running().insert(role, process);
         Ok(())
     }
@@ -247,7 +302,13 @@ impl Cluster {
 
     /// SIGKILL; a mount's mount point is detached.
     pub fn kill(&self, role: Role) {
-        if let Some(mut process) = self.running().remove(&role) {
+        let process = self.running().remove(&role);
+        if let (Some(process), Role::Mount(i)) = (&process, role) {
+            process.signal(rustix::process::Signal::KILL);
+            // A thread that invalidates a page which a read has locked does not end before that has got an answer.
+            disk::disconnect(&self.mount(i));
+        }
+        if let Some(mut process) = process {
             process.kill();
         }
         if let Role::Mount(i) = role {

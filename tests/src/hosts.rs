@@ -7,6 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 
+/// Preference of the rule that finds local addresses, and of those that drop packets.
+const LOCAL: u32 = 200;
+const DROP: u32 = 100;
+
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// Some hosts with addresses of one network; dropping them takes them away, with what still runs there.
@@ -57,6 +61,10 @@ impl Hosts {
             ip(&format!("-n {host} addr add {address}/24 dev eth0"))?;
             ip(&format!("-n {host} link set eth0 up"))?;
             ip(&format!("-n {host} link set lo up"))?;
+            // What is local is found after the rules that drop packets.
+            ip(&format!("-n {host} rule add pref {LOCAL} lookup local"))?;
+            ip(&format!("-n {host} rule del pref 0"))?;
+            hosts.tell_nobody(i)?;
         }
         let cases: Vec<String> = (0..count)
             .map(|i| format!("{}) host={} ;;", hosts.address(i), hosts.namespace(i)))
@@ -134,12 +142,34 @@ impl Hosts {
         Ok(pids)
     }
 
+    /// A host that does not forward packets tells nobody of those that it drops.
+    fn tell_nobody(&self, i: u32) -> anyhow::Result<()> {
+        let status = Command::new("nsenter")
+            .arg(format!("--net={}", self.net_of(i).display()))
+            .args([
+                "sh",
+                "-c",
+                "for f in /proc/sys/net/ipv4/conf/*/forwarding; do echo 0 >$f; done",
+            ])
+            .status()
+            .context("cannot run nsenter")?;
+        ensure!(status.success(), "nsenter: {status}");
+        Ok(())
+    }
+
+    /// The file of a host's network, for nsenter(1).
+    #[must_use]
+    pub fn net_of(&self, i: u32) -> PathBuf {
+        Path::new("/run/netns").join(self.namespace(i))
+    }
+
     /// Nothing goes from one of two hosts to the other any more, and nobody is told.
     ///
     /// # Errors
     /// The system refuses.
     pub fn cut(&self, a: u32, b: u32) -> anyhow::Result<()> {
-        self.between(a, b, "add")
+        self.cut_way(a, b)?;
+        self.cut_way(b, a)
     }
 
     /// Ends [`Hosts::cut`].
@@ -147,15 +177,32 @@ impl Hosts {
     /// # Errors
     /// The system refuses.
     pub fn mend(&self, a: u32, b: u32) -> anyhow::Result<()> {
-        self.between(a, b, "del")
+        self.mend_way(a, b)?;
+        self.mend_way(b, a)
     }
 
-    fn between(&self, a: u32, b: u32, what: &str) -> anyhow::Result<()> {
-        for (from, to) in [(a, b), (b, a)] {
-            let (host, address) = (self.namespace(from), self.address(to));
-            ip(&format!("-n {host} route {what} blackhole {address}/32"))?;
-        }
-        Ok(())
+    /// What one host sends to another does not arrive; what comes back does.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn cut_way(&self, from: u32, to: u32) -> anyhow::Result<()> {
+        self.way(from, to, "add")
+    }
+
+    /// Ends [`Hosts::cut_way`].
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn mend_way(&self, from: u32, to: u32) -> anyhow::Result<()> {
+        self.way(from, to, "del")
+    }
+
+    /// The receiver drops what comes: a sender that knows of it would not wait, as it does where packets are lost.
+    fn way(&self, from: u32, to: u32, what: &str) -> anyhow::Result<()> {
+        let (host, of) = (self.namespace(to), self.address(from));
+        ip(&format!(
+            "-n {host} rule {what} pref {DROP} from {of}/32 blackhole"
+        ))
     }
 
     /// Connections of a host to another one.

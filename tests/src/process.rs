@@ -57,15 +57,23 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `fsd` with `args`; its output is appended to `log`.
+    /// Starts `fsd` with `args`, in the network of a file if there is one; its output is appended to `log`.
     ///
     /// # Errors
     /// It cannot be started, ends, or is not ready in time.
-    pub fn start(args: &[String], log: &Path, scratch: &Path) -> anyhow::Result<Self> {
+    pub fn start(args: &[String], log: &Path, scratch: &Path, net: Option<&Path>) -> anyhow::Result<Self> {
         let notify = scratch.join(format!("ready-{:08x}", rand::random::<u32>()));
         let socket = UnixDatagram::bind(&notify).context("readiness socket")?;
         let out = File::options().create(true).append(true).open(log)?;
-        let mut command = Command::new(fsd_binary()?);
+        let mut command = match net {
+            None => Command::new(fsd_binary()?),
+            // Not `ip netns exec`: mounts that are made in its name space of mounts are seen nowhere else.
+            Some(net) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net={}", net.display())).arg(fsd_binary()?);
+                command
+            }
+        };
         command
             .args(args)
             .env("NOTIFY_SOCKET", &notify)

@@ -40,18 +40,18 @@ fn ready(what: &str) {
     tracing::info!("{what}");
 }
 
-/// Waits for the signal to end; `poll` may end it, too.
-fn wait(signals: &mut Signals, mut poll: impl FnMut() -> bool) {
+/// Waits for the signal to end; `poll` may end it, too. Whether a signal did.
+fn wait(signals: &mut Signals, mut poll: impl FnMut() -> bool) -> bool {
     let mut linger: Option<Instant> = None;
     loop {
         for signal in signals.pending() {
             if signal != SIGUSR1 {
-                return;
+                return true;
             }
             linger = Some(Instant::now());
         }
         if poll() || linger.is_some_and(|t| t.elapsed() > LINGER) {
-            return;
+            return false;
         }
         std::thread::sleep(Duration::from_millis(100));
     }
@@ -147,13 +147,13 @@ pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Res
         mount.point().display(),
         mount.mode()
     ));
-    wait(&mut signals, || mount.is_gone());
+    let told = wait(&mut signals, || mount.is_gone());
     let former = mount.mounted().filter(|_| mount.is_doomed()).cloned();
     let doomed = mount.is_doomed();
     mount.stop();
     match former {
-        // Who was told to end while the servers were not heard of does.
-        Some(former) if signals.pending().any(|signal| signal != SIGUSR1) => {
+        // Who was told to end does, before or after it was declared dead.
+        Some(former) if told || signals.pending().any(|signal| signal != SIGUSR1) => {
             former.abandon();
             Ok(ExitCode::SUCCESS)
         }

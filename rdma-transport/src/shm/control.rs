@@ -113,10 +113,8 @@ impl HandshakePipe {
         if e == Errno::TIMEDOUT {
             return crate::common::timed_out(&self.addr, self.timeout);
         }
-        TransportError::Protocol {
-            addr: self.addr.clone(),
-            detail: format!("handshake broken off: {e}"),
-        }
+        // Who dies in the middle of one is away, like one that cannot be reached.
+        crate::common::disconnected(&self.addr, &format!("handshake broken off: {e}"))
     }
 
     pub(super) fn send_with(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), TransportError> {
@@ -127,10 +125,8 @@ impl HandshakePipe {
         loop {
             if let Some(packet) = try_recv(self.sock.as_fd()).map_err(|e| self.failed(e))? {
                 if packet.bytes.is_empty() {
-                    return Err(TransportError::Protocol {
-                        addr: self.addr.clone(),
-                        detail: "handshake broken off by the other side".to_owned(),
-                    });
+                    let why = "handshake broken off by the other side";
+                    return Err(crate::common::disconnected(&self.addr, why));
                 }
                 return Ok(packet);
             }

@@ -110,7 +110,8 @@ impl FramedPipe {
         if e == Errno::TIMEDOUT {
             return common::timed_out(&self.addr, self.timeout);
         }
-        self.malformed(&format!("handshake broken off: {e}"))
+        // Who dies in the middle of one is away, like one that cannot be reached.
+        common::disconnected(&self.addr, &format!("handshake broken off: {e}"))
     }
 
     fn malformed(&self, detail: &str) -> TransportError {
@@ -132,7 +133,10 @@ impl FramedPipe {
         let mut got = 0;
         while got < into.len() {
             match rustix::net::recv(&*self.sock, &mut into[got..], RecvFlags::DONTWAIT) {
-                Ok((0, _)) => return Err(self.malformed("handshake broken off by the other side")),
+                Ok((0, _)) => {
+                    let why = "handshake broken off by the other side";
+                    return Err(common::disconnected(&self.addr, why));
+                }
                 Ok((n, _)) => got += n,
                 Err(Errno::AGAIN) => self.wait(PollFlags::IN)?,
                 Err(Errno::INTR) => {}
@@ -184,6 +188,26 @@ mod tests {
 
     use super::*;
     use crate::test_util::allocating;
+
+    #[test]
+    fn who_dies_in_the_middle_of_a_handshake_is_away() {
+        for said in [&[][..], &[9, 0, 0, 0, 1]] {
+            let (mut theirs, ours) = UnixStream::pair().unwrap();
+            theirs.write_all(said).unwrap();
+            drop(theirs);
+            let timeout = Duration::from_secs(5);
+            let mut pipe = FramedPipe {
+                sock: Arc::new(ours.into()),
+                addr: "dying".to_owned(),
+                deadline: Instant::now() + timeout,
+                timeout,
+            };
+            let (received, sent) = (pipe.recv().unwrap_err(), pipe.send(b"hello").unwrap_err());
+            for error in [received, sent] {
+                assert!(matches!(error, TransportError::Disconnected { .. }), "{error}");
+            }
+        }
+    }
 
     proptest! {
         #[test]

@@ -74,7 +74,10 @@ impl Subject {
     pub fn run(&self, tier: Tier, kernel: &str, machine: &Machine) -> Result<Outcome> {
         match self {
             Subject::Known(scenario) => {
-                let options = machine.options(tier, kernel, None, None)?;
+                let mut options = machine.options(tier, kernel, None, None)?;
+                if machine.nodes.is_none() {
+                    options.nodes = options.nodes.max(scenario.nodes);
+                }
                 if options.nodes < scenario.nodes {
                     return Err(Error::check(format!(
                         "the scenario {} needs {} nodes",

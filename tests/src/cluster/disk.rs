@@ -35,3 +35,10 @@ pub fn detach(point: &Path) {
     // EINVAL where nothing is mounted.
     while rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH).is_ok() {}
 }
+
+/// Unmounts a mount point lazily; who waits for an answer of its daemon fails.
+pub(super) fn disconnect(point: &Path) {
+    use rustix::mount::{UnmountFlags, unmount};
+    // EINVAL where nothing is mounted.
+    let _ = unmount(point, UnmountFlags::DETACH | UnmountFlags::FORCE);
+}

@@ -77,6 +77,8 @@ pub struct Options {
     pub meta_disk_mib: Option<u64>,
     /// Mounts reach the servers through proxies; over TCP.
     pub proxied: bool,
+    /// Each process on a host of its own, a network namespace; over TCP. Links between them can be cut.
+    pub apart: bool,
 }
 
 impl Options {
@@ -111,6 +113,7 @@ impl Default for Options {
             shared_mappings: false,
             meta_disk_mib: None,
             proxied: false,
+            apart: false,
         }
     }
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 
 use super::options::{Fabric, Options};
+use crate::hosts::Hosts;
 
 /// The address of the `n`th node, where each has one (and an RDMA device) of its own.
 pub(super) fn lab_ip(n: usize) -> anyhow::Result<String> {
@@ -24,14 +25,23 @@ fn free_port(ip: &str, held: &mut Vec<TcpListener>) -> anyhow::Result<String> {
     Ok(address)
 }
 
-/// The configuration file of a cluster in the folder `base`, whose servers keep memory in `memory`.
-pub(super) fn settings(o: &Options, base: &Path, memory: &Path) -> anyhow::Result<String> {
+/// The configuration file of a cluster in the folder `base`, whose servers keep memory in `memory`; the first of the hosts, if there are
+/// some, are those of the metadata server and of the storage nodes.
+pub(super) fn settings(
+    o: &Options,
+    base: &Path,
+    memory: &Path,
+    hosts: Option<&Hosts>,
+) -> anyhow::Result<String> {
     let mut held = Vec::new();
+    let mut next = 0..;
     let mut address = |name: &str| -> anyhow::Result<String> {
-        Ok(match o.fabric {
-            Fabric::Shm => base.join(format!("{name}.sock")).display().to_string(),
-            Fabric::Tcp => free_port("127.0.0.1", &mut held)?,
-            Fabric::Verbs => free_port(&lab_ip(0)?, &mut held)?,
+        let of_host = hosts.zip(next.next()).map(|(hosts, i)| hosts.address(i));
+        Ok(match (o.fabric, of_host) {
+            (Fabric::Shm, _) => base.join(format!("{name}.sock")).display().to_string(),
+            (Fabric::Tcp, Some(ip)) => format!("{ip}:7000"),
+            (Fabric::Tcp, None) => free_port("127.0.0.1", &mut held)?,
+            (Fabric::Verbs, _) => free_port(&lab_ip(0)?, &mut held)?,
         })
     };
     let mut text = format!(

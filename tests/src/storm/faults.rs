@@ -35,6 +35,32 @@ pub enum Kind {
     Stop(Duration),
     /// `fsd evict`; nothing is done about it for that time.
     Evict(Duration),
+    /// The link to another process is cut for that time.
+    Cut(Role, Ways, Duration),
+}
+
+/// In which directions a link is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ways {
+    /// Both.
+    Both,
+    /// What the first sends does not arrive.
+    There,
+    /// What the other sends does not arrive.
+    Back,
+}
+
+/// What may be drawn.
+#[derive(Debug, Clone, Copy)]
+pub struct Chances<'a> {
+    /// Processes.
+    pub roles: &'a [Role],
+    /// Those that are never killed.
+    pub spared: &'a [Role],
+    /// The term.
+    pub term: Duration,
+    /// Every other fault is a link that is cut.
+    pub links: bool,
 }
 
 /// A fault.
@@ -46,25 +72,44 @@ pub struct Fault {
     pub kind: Kind,
 }
 
-/// One fault, or two at once; nobody of `spared` is killed.
-pub fn draw(rng: &mut StdRng, roles: &[Role], spared: &[Role], term: Duration) -> Vec<Fault> {
+/// A link that is cut; which one, any pair of processes as likely as another.
+fn draw_cut(rng: &mut StdRng, chances: Chances<'_>) -> Option<Fault> {
+    let pair: Vec<Role> = chances.roles.choose_multiple(rng, 2).copied().collect();
+    // A mount, if there is one, is the one that it is done to.
+    let (&role, &other) = match &pair[..] {
+        [a, b] if matches!(b, Role::Mount(_)) => (b, a),
+        [a, b] => (a, b),
+        _ => return None,
+    };
+    let ways = [Ways::Both, Ways::Both, Ways::There, Ways::Back]
+        .choose(rng)
+        .copied()?;
+    let time = chances.term.mul_f64(rng.random_range(0.0..3.0));
+    let kind = Kind::Cut(other, ways, time);
+    Some(Fault { role, kind })
+}
+
+/// One fault, or two at once.
+pub fn draw(rng: &mut StdRng, chances: Chances<'_>) -> Vec<Fault> {
     let mut faults: Vec<Fault> = Vec::new();
     let count = if rng.random_range(0..3) == 0 { 2 } else { 1 };
     while faults.len() < count {
-        let Some(role) = roles.choose(rng).copied() else {
+        let Some(role) = chances.roles.choose(rng).copied() else {
             break;
         };
         let short = Duration::from_millis(rng.random_range(0..1500));
-        let stop = Kind::Stop(term.mul_f64(rng.random_range(0.0..3.0)));
+        let stop = Kind::Stop(chances.term.mul_f64(rng.random_range(0.0..3.0)));
         let kind = match (role, rng.random_range(0..6)) {
             (_, 0..2) => stop,
             (Role::Mount(_), 2..4) => Kind::Evict(short),
-            _ if spared.contains(&role) => stop,
+            _ if chances.spared.contains(&role) => stop,
             _ => Kind::Kill(short),
         };
-        if faults.iter().all(|f| f.role != role) {
-            faults.push(Fault { role, kind });
+        let mut fault = Some(Fault { role, kind });
+        if chances.links && rng.random_range(0..2) == 0 {
+            fault = draw_cut(rng, chances);
         }
+        faults.extend(fault.filter(|new| faults.iter().all(|f| f.role != new.role)));
     }
     faults
 }
@@ -171,10 +216,16 @@ impl<'a> Storm<'a> {
             .copied()
             .collect();
         println!("never killed: {spared:?}");
-        let term = self.cluster.options().term;
+        let options = self.cluster.options();
+        let chances = Chances {
+            roles: &roles,
+            spared: &spared,
+            term: options.term,
+            links: options.apart,
+        };
         let end = Instant::now() + length;
         while Instant::now() < end {
-            let faults = draw(&mut self.rng, &roles, &spared, term);
+            let faults = draw(&mut self.rng, chances);
             self.tell(&format!("{faults:?}"));
             self.faults += faults.len();
             self.both(&faults)?;
@@ -238,18 +289,35 @@ impl<'a> Storm<'a> {
     }
 
     fn one(&self, fault: Fault, numbers: [Option<u64>; MOUNTS]) -> anyhow::Result<()> {
-        let storage = matches!(fault.role, Role::Storage(_));
+        let storage = matches!(fault.role, Role::Storage(_)) && !matches!(fault.kind, Kind::Cut(..));
         if storage {
             self.board.outages().fetch_add(1, SeqCst);
         }
-        let begun = match fault.role {
-            Role::Mount(m) => Some((m, self.board.begin(m, !matches!(fault.kind, Kind::Stop(_))))),
+        let begun = match (fault.role, fault.kind) {
+            // It goes on without the link, or waits, and loses nothing.
+            (_, Kind::Cut(other, ..)) if other != Role::Meta => None,
+            (Role::Mount(m), Kind::Stop(_) | Kind::Cut(..)) => Some((m, self.board.begin(m, false))),
+            (Role::Mount(m), _) => Some((m, self.board.begin(m, true))),
             _ => None,
         };
         match (fault.kind, fault.role) {
             (Kind::Evict(linger), Role::Mount(m)) => {
                 self.evict(numbers[m])?;
                 std::thread::sleep(linger);
+            }
+            (Kind::Cut(other, ways, time), role) => {
+                let all = match ways {
+                    Ways::Both => vec![(role, other), (other, role)],
+                    Ways::There => vec![(role, other)],
+                    Ways::Back => vec![(other, role)],
+                };
+                for &(from, to) in &all {
+                    self.cluster.cut_way(from, to)?;
+                }
+                std::thread::sleep(time);
+                for &(from, to) in &all {
+                    self.cluster.mend_way(from, to)?;
+                }
             }
             (Kind::Stop(time), role) => {
                 self.signal(role, Signal::STOP)?;

@@ -95,7 +95,7 @@ fn accepting(cluster: &Cluster, role: &[&str]) -> anyhow::Result<Process> {
         .copied()
         .chain(["--accept-older", "--config", &config]);
     let args: Vec<String> = args.map(str::to_owned).collect();
-    Process::start(&args, &cluster.path("accepting.log"), &cluster.path("."))
+    Process::start(&args, &cluster.path("accepting.log"), &cluster.path("."), None)
 }
 
 fn ended(mut process: Process) -> anyhow::Result<()> {

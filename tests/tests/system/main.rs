@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod allocation;
+mod anew;
 mod async_io;
 mod bad_input;
 mod both_die;
@@ -34,6 +35,7 @@ mod models;
 mod mounting;
 mod names_held;
 mod parked;
+mod partitions;
 mod posix;
 mod pressure;
 mod privileges;

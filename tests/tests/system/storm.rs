@@ -31,13 +31,14 @@ fn cache(usual: Cache) -> anyhow::Result<Cache> {
     }
 }
 
-fn storm(fabric: Fabric, usual: Cache) -> anyhow::Result<()> {
+fn storm(fabric: Fabric, usual: Cache, apart: bool) -> anyhow::Result<()> {
     let cache = cache(usual)?;
     let options = Options {
         fabric,
         cache,
         mounts: MOUNTS,
         term: TERM,
+        apart,
         ..Options::default()
     };
     let length = length()?;
@@ -71,10 +72,16 @@ fn storm(fabric: Fabric, usual: Cache) -> anyhow::Result<()> {
 
 #[test]
 fn storm_over_tcp() -> anyhow::Result<()> {
-    storm(Fabric::Tcp, Cache::Direct)
+    storm(Fabric::Tcp, Cache::Direct, false)
 }
 
 #[test]
 fn storm_over_shared_memory() -> anyhow::Result<()> {
-    storm(Fabric::Shm, Cache::Writethrough)
+    storm(Fabric::Shm, Cache::Writethrough, false)
+}
+
+/// Each process on a host of its own, and every other fault is a link that is cut.
+#[test]
+fn storm_between_hosts() -> anyhow::Result<()> {
+    storm(Fabric::Tcp, Cache::Direct, true)
 }

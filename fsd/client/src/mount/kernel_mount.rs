@@ -8,6 +8,8 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 /// Type of the file system, as in /proc/mounts.
@@ -145,6 +147,29 @@ impl Mounted {
     #[must_use]
     pub fn point(&self) -> &Path {
         &self.point
+    }
+
+    /// Ends the connection to the kernel of a mount that answers nothing any more, and leaves it where it is. All that wait for an answer
+    /// fail: programs, and this process's own invalidations of pages that are locked for reads. Such a thread can be ended by nothing
+    /// else, and keeps the process from ending and from beginning anew.
+    pub fn disconnect(&self) {
+        if Self::at(&self.point).as_ref() != Some(self) {
+            return;
+        }
+        // The kernel ends the connection before it finds that the mount is in use, by this handle of its root, and refuses to unmount it.
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::open(&self.point, flags, Mode::empty());
+        if root.is_ok() && rustix::mount::unmount(&self.point, UnmountFlags::FORCE) == Err(Errno::BUSY) {
+            return;
+        }
+        // Not root: whose mount it is may end it by a file, where the file system with that file is mounted.
+        let minor = self.device.split(':').next_back().unwrap_or_default();
+        if let Err(error) = std::fs::write(format!("/sys/fs/fuse/connections/{minor}/abort"), "1") {
+            tracing::debug!(
+                "the connection of {} ends with this process only: {error}",
+                self.point.display()
+            );
+        }
     }
 
     /// Takes one whose daemon is no more out of the name space, unless it is gone, or something else lies above it. What waits for an

@@ -265,11 +265,12 @@ impl Mount {
     /// not know.
     pub fn stop(mut self) {
         if self.is_doomed() {
-            // Nothing that is cached can be trusted, nor written without a lease. The connection to the kernel ends with
-            // the process.
+            // Nothing that is cached can be trusted, nor written without a lease. Nobody must wait for an answer any more: a thread that
+            // invalidates a page waits for the read that has it locked, and outlives even the end of the process until that is answered.
             if let Some(session) = self.session.take() {
                 std::mem::forget(session);
             }
+            self.mounted.iter().for_each(Mounted::disconnect);
             self.client.session.net.ways.stop();
             return self.fabric.shutdown();
         }

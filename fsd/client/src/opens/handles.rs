@@ -162,8 +162,9 @@ impl OpenFiles {
         let writer = is_file && access != libc::O_RDONLY;
         let (mut cached, mut page_writer) = (false, false);
         if is_file {
-            self.records.reach_record(ctx, inode)?;
-            let (shared, written) = self.count_open(inode, writer)?;
+            let (shared, written) = self
+                .records
+                .patiently(ctx, inode, || self.count_open(inode, writer))?;
             cached = match self.kernel.mode {
                 // The kernel extension enters the lease for each call, O_DIRECT included.
                 CacheMode::Writeback => true,

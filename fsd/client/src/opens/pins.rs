@@ -205,14 +205,15 @@ impl Pinning {
     /// The storage node cannot be reached.
     pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
         ctx.may_wait()?;
-        self.records.reach_record(ctx, inode)?;
-        self.records.set_unlinked(inode, true)?;
-        let used = self.is_used(inode, thread);
-        if used.is_err() {
-            // The name stays; with the flag the next last close would take the file for one without.
-            self.clear_unlinked(inode)?;
-        }
-        used
+        self.records.patiently(ctx, inode, || {
+            self.records.set_unlinked(inode, true)?;
+            let used = self.is_used(inode, thread);
+            if used.is_err() {
+                // The name stays; with the flag the next last close would take the file for one without.
+                self.clear_unlinked(inode)?;
+            }
+            used
+        })
     }
 
     fn is_used(&self, inode: &Arc<Inode>, thread: u32) -> Res<bool> {

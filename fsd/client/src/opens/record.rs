@@ -1,15 +1,23 @@
 //! The words of a lease record that say who has the file open.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use lockmgr::{NodeId, NodeSet, RecordLayout};
 use rdma_transport::{Connection, Op, RemoteAddr};
+use rt::time::Instant;
 
 use crate::cache::inode::Inode;
 use crate::cache::opens::{Opens, Usage, UsageBit};
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res, Stop};
 use fsd_proto::rpc::Errno;
+
+/// Pause before something is done to a record again.
+const RETRY: Duration = Duration::from_millis(50);
+/// How often it is tried while the storage node is there.
+const TRIES: u32 = 3;
 
 /// What a lease record says of who uses the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,9 +123,9 @@ impl Place {
     /// A bit that was set twice would carry into the bit of another mount. So what the record says is never guessed: after a failure in
     /// the middle of a change it is read first.
     fn record(&self, opens: &mut Opens) -> Result<RecordUse, Stop> {
-        const TRIES: usize = 2;
+        const CHANGES: usize = 2;
         let wanted = opens.usage();
-        for _ in 0..TRIES {
+        for _ in 0..CHANGES {
             if opens.in_doubt {
                 opens.recorded = self.change(std::iter::empty())?.own();
             }
@@ -153,6 +161,37 @@ impl OpenRecords {
             storage.find_record(record)?;
         }
         Ok(())
+    }
+
+    /// Does something with an inode's record. A storage node that goes away meanwhile is waited for, as one that is away before is, and it
+    /// is done once more. Not while `opens` is locked.
+    pub(crate) fn patiently<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        mut act: impl FnMut() -> Res<T>,
+    ) -> Res<T> {
+        let net = &self.session.net;
+        let (began, mut failed) = (Instant::now(), 0);
+        loop {
+            self.reach_record(ctx, inode)?;
+            let stop = match act() {
+                Err(stop @ Stop::Errno(Errno(libc::EIO))) => stop,
+                done => return done,
+            };
+            // It is told a little later that the connection is lost.
+            ctx.may_wait()?;
+            rt::thread::sleep(RETRY);
+            failed = if net.storage.knows_record(inode.record()) {
+                failed + 1
+            } else {
+                0
+            };
+            let doomed = self.session.fate.doomed.load(Ordering::Relaxed);
+            if failed >= TRIES || doomed || net.ways.patience.is_over(began) {
+                return Err(stop);
+            }
+        }
     }
 
     fn place(&self, inode: &Inode) -> Res<Place> {

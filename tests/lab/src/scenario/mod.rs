@@ -14,6 +14,7 @@ use crate::options::Tier;
 const MOUNT: &str = include_str!("../../scenarios/mount.toml");
 const CONFORMANCE: &str = include_str!("../../scenarios/conformance.toml");
 const HOLDER_KILLED: &str = include_str!("../../scenarios/holder-killed.toml");
+const POWER_OFF: &str = include_str!("../../scenarios/power-off.toml");
 const LAUNCH: &str = include_str!("../../scenarios/launch.toml");
 const HISTORIES: &str = include_str!("../../scenarios/histories.toml");
 const EXTENSION: &str = include_str!("../../scenarios/extension.toml");
@@ -103,6 +104,22 @@ pub const ALL: &[Scenario] = &[
         nodes: 3,
         soak: Some(30),
         run: |cluster| script(HOLDER_KILLED, cluster),
+    },
+    Scenario {
+        name: "power-off",
+        about: "a mount's, the metadata server's, the storage node's guest dies under load (scenarios/power-off.toml)",
+        tiers: &[Tier::Multi],
+        nodes: 4,
+        soak: Some(65),
+        run: |cluster| script(POWER_OFF, cluster),
+    },
+    Scenario {
+        name: "power-off-extension",
+        about: "the same with the kernel extension",
+        tiers: &[Tier::Multi],
+        nodes: 4,
+        soak: Some(90),
+        run: |cluster| script(&POWER_OFF.replace("kmod = false", "kmod = true"), cluster),
     },
     Scenario {
         name: "counts",
