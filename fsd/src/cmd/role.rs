@@ -13,17 +13,17 @@ use fsd_meta::MetaServer;
 use fsd_node::config::Config;
 use fsd_storage::StorageNode;
 
-/// Set by `fsd dev` for its children: they end when it dies.
+/// Set by `fsd dev`, and by a keeper, for its children: they end when it dies.
 pub const PARENT_ENV: &str = "FSD_PARENT";
 /// Set for the next life of a mount: what the one before has left mounted.
-const FORMER_ENV: &str = "FSD_FORMER";
+pub(super) const FORMER_ENV: &str = "FSD_FORMER";
 /// Pause before servers that are not there are looked for again.
 const AGAIN: Duration = Duration::from_secs(1);
 /// How long a server outlives a parent that died, for the mounts to write back.
 const LINGER: Duration = Duration::from_secs(3);
 
-/// Arranges for a signal when the parent dies, if we are a child of `fsd dev`.
-fn follow_parent(signal: rustix::process::Signal) -> anyhow::Result<()> {
+/// Arranges for a signal when the parent dies, if we are a child of `fsd dev` or of a keeper.
+pub(super) fn follow_parent(signal: rustix::process::Signal) -> anyhow::Result<()> {
     if let Some(parent) = std::env::var(PARENT_ENV).ok().and_then(|p| p.parse::<i32>().ok()) {
         rustix::process::set_parent_process_death_signal(Some(signal)).context("prctl")?;
         let now = rustix::process::getppid().map(|p| p.as_raw_nonzero().get());
@@ -33,7 +33,7 @@ fn follow_parent(signal: rustix::process::Signal) -> anyhow::Result<()> {
 }
 
 /// Tells systemd, or `fsd dev`, that we are ready.
-fn ready(what: &str) {
+pub(super) fn ready(what: &str) {
     if let Err(error) = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]) {
         tracing::debug!("readiness not told: {error}");
     }
@@ -142,6 +142,7 @@ pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Res
     let mut signals = signals()?;
     follow_parent(rustix::process::Signal::TERM)?;
     let mount = start(config, key, options, &mut signals)?;
+    mount.mounted().into_iter().for_each(super::keeper::tell);
     ready(&format!(
         "mounted on {} ({:?})",
         mount.point().display(),

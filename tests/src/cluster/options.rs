@@ -77,6 +77,8 @@ pub struct Options {
     pub meta_disk_mib: Option<u64>,
     /// Mounts reach the servers through proxies; over TCP.
     pub proxied: bool,
+    /// Each mount is a keeper with a daemon.
+    pub keep: bool,
 }
 
 impl Options {
@@ -111,6 +113,7 @@ impl Default for Options {
             shared_mappings: false,
             meta_disk_mib: None,
             proxied: false,
+            keep: false,
         }
     }
 }

@@ -22,6 +22,7 @@ mod faults;
 mod generations;
 mod half_done;
 mod histories;
+mod keeper;
 mod launch;
 mod leftovers;
 mod links;
