@@ -19,7 +19,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
 use super::children::code_of;
-use super::role::{FORMER_ENV, PARENT_ENV, follow_parent, ready};
+use super::life::{FORMER_ENV, PARENT_ENV, follow_parent, ready};
 use fsd_client::Mounted;
 
 /// Set for a daemon that is kept: the number of the descriptor over which it tells what it has mounted.

@@ -11,6 +11,7 @@ pub mod hex;
 pub mod keeper;
 pub mod launch;
 pub mod leftovers;
+pub mod life;
 pub mod logging;
 pub mod role;
 pub mod status;
@@ -160,7 +161,7 @@ pub fn run(cli: Cli) -> ExitCode {
         } => load(&role).and_then(|(c, key)| {
             let cache = cache.unwrap_or(c.mount.cache);
             let options = fsd_client::MountOptions {
-                former: role::former(),
+                former: life::former(),
                 options,
                 point,
                 cache,
