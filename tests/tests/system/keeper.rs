@@ -65,12 +65,19 @@ fn ticks(pid: Pid) -> anyhow::Result<u64> {
     Ok(word(11)? + word(12)?)
 }
 
+/// Makes a file that tells the mount from the directory below, for good.
+fn mark(point: &Path) -> anyhow::Result<()> {
+    File::create(point.join("marker"))?.sync_all()?;
+    Ok(File::open(point)?.sync_all()?)
+}
+
 /// Kills the daemon, and waits until another one serves; with the number of it.
 fn kill(keeper: Pid, point: &Path) -> anyhow::Result<Duration> {
     let killed = daemon(keeper).context("no daemon")?;
     kill_process(killed, Signal::KILL)?;
     until("the next life", || {
-        daemon(keeper).is_some_and(|pid| pid != killed) && fs::read_dir(point).is_ok()
+        // The directory below has no such file, and can be seen for a moment.
+        daemon(keeper).is_some_and(|pid| pid != killed) && point.join("marker").exists()
     })
 }
 
@@ -79,6 +86,7 @@ fn served_again(fabric: Fabric) -> anyhow::Result<()> {
         let (kept, other) = (cluster.mount(0), cluster.mount(1));
         let keeper = keeper(cluster, 0)?;
         fs::write(other.join("apart"), "apart")?;
+        mark(&kept)?;
         let over = AtomicBool::new(false);
         let slowest = std::thread::scope(|scope| {
             // The other mount goes on with what the dead one has nothing of.
@@ -153,6 +161,7 @@ fn a_killed_daemon_is_started_again() -> anyhow::Result<()> {
 fn a_keeper_ends_while_its_daemon_is_dead() -> anyhow::Result<()> {
     guard::with_cluster(options(Fabric::Shm), |cluster| {
         let (point, keeper) = (cluster.mount(0), keeper(cluster, 0)?);
+        mark(&point)?;
         for _ in 0..5 {
             kill(keeper, &point)?;
         }
