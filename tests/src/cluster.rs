@@ -279,6 +279,9 @@ impl Cluster {
             if self.options.fabric == Fabric::Verbs {
                 args.extend(["--listen".into(), format!("{}:0", lab_ip(i + 1)?)]);
             }
+            if self.options.keep {
+                args.push("--keep".into());
+            }
             args.push(self.mount(i).display().to_string());
         }
         let host = self.host(role)?;

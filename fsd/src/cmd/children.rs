@@ -91,7 +91,7 @@ impl Children {
             .arg(&self.config)
             .args(point)
             .env("NOTIFY_SOCKET", &path)
-            .env(super::role::PARENT_ENV, std::process::id().to_string())
+            .env(super::life::PARENT_ENV, std::process::id().to_string())
             .stdin(self.temporary.held()?)
             // Ctrl-C is for this process; it takes the others down in order.
             .process_group(0)

@@ -8,8 +8,10 @@ pub mod dev;
 pub mod evict;
 pub mod format;
 pub mod hex;
+pub mod keeper;
 pub mod launch;
 pub mod leftovers;
+pub mod life;
 pub mod logging;
 pub mod role;
 pub mod status;
@@ -85,6 +87,9 @@ pub enum Command {
         /// Have fusermount3 unmount when this process dies.
         #[arg(long)]
         auto_unmount: bool,
+        /// Have a small process wait for the daemon, and start it again when it dies.
+        #[arg(long, conflicts_with = "auto_unmount")]
+        keep: bool,
         /// Where to mount.
         point: PathBuf,
     },
@@ -142,6 +147,7 @@ pub fn run(cli: Cli) -> ExitCode {
             forget,
             accept_older,
         } => load(&role).and_then(|(c, key)| role::storage(&c, key, id, forget, accept_older)),
+        Command::Mount { keep: true, .. } if !keeper::is_kept() => keeper::run(),
         Command::Mount {
             role,
             cache,
@@ -150,11 +156,12 @@ pub fn run(cli: Cli) -> ExitCode {
             options,
             allow_nonempty,
             auto_unmount,
+            keep: _,
             point,
         } => load(&role).and_then(|(c, key)| {
             let cache = cache.unwrap_or(c.mount.cache);
             let options = fsd_client::MountOptions {
-                former: role::former(),
+                former: life::former(),
                 options,
                 point,
                 cache,

@@ -8,37 +8,16 @@ use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
+use super::life::{FORMER_ENV, follow_parent, ready};
 use fsd_client::{Mount, MountError, MountOptions, Mounted};
 use fsd_meta::MetaServer;
 use fsd_node::config::Config;
 use fsd_storage::StorageNode;
 
-/// Set by `fsd dev` for its children: they end when it dies.
-pub const PARENT_ENV: &str = "FSD_PARENT";
-/// Set for the next life of a mount: what the one before has left mounted.
-const FORMER_ENV: &str = "FSD_FORMER";
 /// Pause before servers that are not there are looked for again.
 const AGAIN: Duration = Duration::from_secs(1);
 /// How long a server outlives a parent that died, for the mounts to write back.
 const LINGER: Duration = Duration::from_secs(3);
-
-/// Arranges for a signal when the parent dies, if we are a child of `fsd dev`.
-fn follow_parent(signal: rustix::process::Signal) -> anyhow::Result<()> {
-    if let Some(parent) = std::env::var(PARENT_ENV).ok().and_then(|p| p.parse::<i32>().ok()) {
-        rustix::process::set_parent_process_death_signal(Some(signal)).context("prctl")?;
-        let now = rustix::process::getppid().map(|p| p.as_raw_nonzero().get());
-        anyhow::ensure!(now == Some(parent), "the parent has died already");
-    }
-    Ok(())
-}
-
-/// Tells systemd, or `fsd dev`, that we are ready.
-fn ready(what: &str) {
-    if let Err(error) = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]) {
-        tracing::debug!("readiness not told: {error}");
-    }
-    tracing::info!("{what}");
-}
 
 /// Waits for the signal to end; `poll` may end it, too. Whether a signal did.
 fn wait(signals: &mut Signals, mut poll: impl FnMut() -> bool) -> bool {
@@ -97,12 +76,6 @@ pub fn storage(
     Ok(ExitCode::SUCCESS)
 }
 
-/// What a former life of this process has left mounted, if this is not the first.
-#[must_use]
-pub fn former() -> Option<Mounted> {
-    Mounted::from_text(&std::env::var(FORMER_ENV).ok()?)
-}
-
 /// Begins anew in the same process: another life of the mount, at the same mount point, with the same arguments.
 fn begin_anew(former: &Mounted) -> anyhow::Result<ExitCode> {
     tracing::warn!("the mount on {} begins anew", former.point().display());
@@ -142,6 +115,7 @@ pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Res
     let mut signals = signals()?;
     follow_parent(rustix::process::Signal::TERM)?;
     let mount = start(config, key, options, &mut signals)?;
+    mount.mounted().into_iter().for_each(super::keeper::tell);
     ready(&format!(
         "mounted on {} ({:?})",
         mount.point().display(),

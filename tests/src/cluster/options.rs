@@ -79,6 +79,8 @@ pub struct Options {
     pub proxied: bool,
     /// Each process on a host of its own, a network namespace; over TCP. Links between them can be cut.
     pub apart: bool,
+    /// Each mount is a keeper with a daemon.
+    pub keep: bool,
 }
 
 impl Options {
@@ -114,6 +116,7 @@ impl Default for Options {
             meta_disk_mib: None,
             proxied: false,
             apart: false,
+            keep: false,
         }
     }
 }

@@ -24,6 +24,7 @@ mod faults;
 mod generations;
 mod half_done;
 mod histories;
+mod keeper;
 mod launch;
 mod leftovers;
 mod links;
