@@ -81,7 +81,37 @@ enum Content {
     Whole(u64),
     /// Pages of different numbers.
     Torn(Vec<u64>),
+    /// Pieces of different numbers, which end anywhere.
+    Pieces(Vec<u64>),
     Garbage,
+}
+
+/// The numbers of the pieces that a cell consists of, if it is nothing but such pieces: one of them may end within a word.
+fn pieces(file: usize, cell: usize, data: &[u8], candidates: &Range<u64>) -> Option<Vec<u64>> {
+    let whole: Vec<(u64, Vec<u8>)> = candidates
+        .clone()
+        .chain([0])
+        .map(|n| (n, bytes(file, cell, n)))
+        .collect();
+    let (mut numbers, mut at) = (Vec::new(), 0);
+    while at < data.len() {
+        // The longest piece from here on.
+        let same = |is: &[u8]| {
+            is[at..]
+                .iter()
+                .zip(&data[at..])
+                .take_while(|(a, b)| a == b)
+                .count()
+        };
+        let (len, number) = whole.iter().map(|(n, is)| (same(is), *n)).max()?;
+        // Shorter ones may be anything.
+        if len < 64.min(data.len() - at) {
+            return None;
+        }
+        numbers.push(number);
+        at += len;
+    }
+    Some(numbers)
 }
 
 fn content(file: usize, cell: usize, data: &[u8], candidates: Range<u64>) -> Content {
@@ -97,13 +127,11 @@ fn content(file: usize, cell: usize, data: &[u8], candidates: Range<u64>) -> Con
         candidates.clone().chain([0]).find(same)
     };
     let numbers: Option<Vec<u64>> = parts(file, cell).map(of).collect();
-    numbers.map_or(Content::Garbage, |all| {
-        if all.iter().all(|n| *n == all[0]) {
-            Content::Whole(all[0])
-        } else {
-            Content::Torn(all)
-        }
-    })
+    match numbers {
+        Some(all) if all.iter().all(|n| *n == all[0]) => Content::Whole(all[0]),
+        Some(all) => Content::Torn(all),
+        None => pieces(file, cell, data, &candidates).map_or(Content::Garbage, Content::Pieces),
+    }
 }
 
 fn read(file: &File, which: usize, cells: &Range<usize>) -> std::io::Result<Vec<Vec<u8>>> {
@@ -173,7 +201,11 @@ pub fn look(task: &Task<'_>, file: &File, which: usize, cells: Range<usize>) -> 
             Content::Garbage => Some("garbage"),
             // Only a death stores pages of a cell apart; and a kernel that sends a write through its page cache page by page.
             Content::Torn(_) if trusted && task.board.uncached().load(SeqCst) == 1 => Some("torn"),
-            Content::Torn(all) => all.iter().find_map(|n| known.wrong(*n, issued, safe, owner)),
+            // A mount that is shut out in the middle of storing a page leaves it in part; nothing else does.
+            Content::Pieces(_) if trusted => Some("in pieces"),
+            Content::Torn(all) | Content::Pieces(all) => {
+                all.iter().find_map(|n| known.wrong(*n, issued, safe, owner))
+            }
             Content::Whole(n) => known.wrong(*n, issued, safe, owner),
         };
         // A mount that is being shut out may show what is old, but nothing that never was.
@@ -268,7 +300,7 @@ pub fn recover(task: &Task<'_>, which: usize) -> Step<File> {
             let seen = content(which, cell, &data, known.synced..issued + 1);
             let (wrong, left) = match &seen {
                 Content::Garbage => (Some("garbage"), 0),
-                Content::Torn(all) => {
+                Content::Torn(all) | Content::Pieces(all) => {
                     torn.push(cell);
                     (
                         all.iter().find_map(|n| known.wrong(*n, issued, [false; 3], None)),
@@ -325,5 +357,16 @@ mod tests {
         mixed[split..].copy_from_slice(&bytes(file, cell, 6)[split..]);
         assert_eq!(content(file, cell, &mixed, 5..9), Content::Torn(vec![7, 6]));
         assert_eq!(content(file, cell, &mixed, 7..9), Content::Garbage);
+    }
+
+    #[test]
+    fn pieces_end_anywhere_and_are_of_what_was_written() {
+        let (file, cell) = (0, 2);
+        let mut mixed = bytes(file, cell, 7);
+        mixed[1503..].copy_from_slice(&bytes(file, cell, 6)[1503..]);
+        assert_eq!(content(file, cell, &mixed, 5..9), Content::Pieces(vec![7, 6]));
+        assert_eq!(content(file, cell, &mixed, 7..9), Content::Garbage);
+        mixed[2000..2030].fill(9);
+        assert_eq!(content(file, cell, &mixed, 5..9), Content::Garbage);
     }
 }
