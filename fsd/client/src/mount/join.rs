@@ -37,6 +37,8 @@ const CLOSE_WAIT: Duration = Duration::from_secs(10);
 const LEAVE_WAIT: Duration = Duration::from_secs(20);
 /// As [`LEAVE_WAIT`], while neither the metadata server nor a storage node is there: they may just be starting again.
 const ALONE_WAIT: Duration = Duration::from_secs(1);
+/// Longest wait for other mounts to hear the last message when leaving.
+const HEARD_WAIT: Duration = Duration::from_secs(5);
 /// How long late questions of other mounts are still answered after leaving.
 const LINGER: Duration = Duration::from_millis(100);
 
@@ -186,6 +188,17 @@ fn left(done: &rt::channel::Receiver<()>, alone: &impl Fn() -> bool) -> bool {
     false
 }
 
+/// Waits until other mounts have heard what they were granted last: nobody can be asked for that any more when this one has left.
+fn await_heard(client: &Client) {
+    let (tx, rx) = rt::channel::bounded(1);
+    client.session.net.peers.once_heard(Box::new(move || {
+        let _ = tx.send(());
+    }));
+    if rx.recv_timeout(HEARD_WAIT).is_err() {
+        tracing::warn!("another mount has not heard the last message of this one");
+    }
+}
+
 /// Writes everything back, gives up all leases and leaves.
 pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn Fabric) {
     client.session.fate.leaving.store(true, Ordering::SeqCst);
@@ -217,6 +230,7 @@ pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn 
         // Once more: a revocation that began before this mount was leaving may have pinned something.
         client.opens.pinning.drop_pins(true);
         client.session.fate.left.store(true, Ordering::SeqCst);
+        await_heard(client);
         if let Err(error) = client.session.net.meta.ask(ask::meta::Leave {}) {
             tracing::warn!("leaving: {error}");
         }
