@@ -70,6 +70,8 @@ pub struct Push {
     pub sent: Option<Box<AttrUpdate>>,
     /// What waits is to be sent when that has been answered.
     pub next: bool,
+    /// A transaction of this mount has changed how many names the file has: another mount is shown that with the lease.
+    pub linked: bool,
 }
 
 /// Attributes on their way from lease to lease, and to the metadata server.
@@ -79,8 +81,6 @@ pub struct AttrTransit {
     pub granted: Mutex<Option<Box<Granted>>>,
     /// Attributes the metadata server does not have yet.
     pub push: Mutex<Push>,
-    /// Place of the last transaction of this mount that has changed how many names a file has: another mount is shown that with the lease.
-    pub linked: AtomicU64,
 }
 
 /// What was last heard of the lease.

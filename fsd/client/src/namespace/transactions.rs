@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use rt::sync::Mutex;
 
@@ -95,12 +94,11 @@ impl Transactions {
                 return Err(error.into());
             }
         };
-        let place = self.session.net.meta.last_place();
         for inode in held {
             self.kernel.invalidate_attrs(inode);
             let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
             if links && state.attr.is_some_and(|attr| attr.kind != Kind::Directory) {
-                inode.transit.linked.fetch_max(place, Ordering::SeqCst);
+                inode.transit.push.lock().linked = true;
             }
             state.modified = true;
             state.changed();
