@@ -105,6 +105,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "house",
             "server",
             "crash_tests",
+            "takeover_tests",
         ],
     ),
 ];
