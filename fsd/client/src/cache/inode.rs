@@ -70,8 +70,9 @@ pub struct Push {
     pub sent: Option<Box<AttrUpdate>>,
     /// What waits is to be sent when that has been answered.
     pub next: bool,
-    /// A transaction of this mount has changed how many names the file has: another mount is shown that with the lease.
-    pub linked: bool,
+    /// Low bits of the place of the last transaction of this mount that has changed how many names the file has, which another mount is
+    /// shown with the lease; 0: there is none.
+    pub linked: u32,
 }
 
 /// Attributes on their way from lease to lease, and to the metadata server.

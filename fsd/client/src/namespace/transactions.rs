@@ -94,11 +94,12 @@ impl Transactions {
                 return Err(error.into());
             }
         };
+        let place = self.session.net.meta.last_place();
         for inode in held {
             self.kernel.invalidate_attrs(inode);
             let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
             if links && state.attr.is_some_and(|attr| attr.kind != Kind::Directory) {
-                inode.transit.push.lock().linked = true;
+                inode.transit.push.lock().linked = (place as u32).max(1);
             }
             state.modified = true;
             state.changed();

@@ -378,12 +378,8 @@ impl Revocations {
     /// Has made durable what this mount has changed of the names of a file, for whoever gets its attributes next is shown that; false: it
     /// would have to wait.
     fn commit_names(&self, inode: &Inode, may_wait: bool) -> bool {
-        if !inode.transit.push.lock().linked {
-            return true;
-        }
-        // Its own place is not known any more; it is not behind this one.
-        let place = self.session.net.meta.last_place();
-        while !self.session.net.meta.is_durable(place) {
+        let low = inode.transit.push.lock().linked;
+        while low != 0 && !self.session.net.meta.is_durable_low(low) {
             if !may_wait {
                 return false;
             }
@@ -395,7 +391,7 @@ impl Revocations {
                 rt::thread::sleep(RETRY);
             }
         }
-        inode.transit.push.lock().linked = false;
+        inode.transit.push.lock().linked = 0;
         true
     }
 

@@ -198,10 +198,12 @@ impl MetaLink {
         self.log.last()
     }
 
-    /// Can a crash of the server's host undo nothing up to this place?
+    /// Can a crash of the server's host undo nothing up to the place with these low bits? It is the last one with them.
     #[must_use]
-    pub fn is_durable(&self, place: u64) -> bool {
-        place <= self.log.durable()
+    pub fn is_durable_low(&self, low: u32) -> bool {
+        let durable = self.log.durable();
+        let last = self.log.last().max(durable);
+        last.saturating_sub(u64::from((last as u32).wrapping_sub(low))) <= durable
     }
 
     /// Does the metadata server answer, now?
