@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail, ensure};
 
@@ -63,6 +63,23 @@ pub fn with_cluster_within(
     body: impl FnOnce(&Cluster) -> anyhow::Result<()> + Send + 'static,
 ) -> anyhow::Result<()> {
     run(Cluster::start(options)?, limit, body)
+}
+
+/// Waits until something holds; how long that took.
+///
+/// # Errors
+/// It does not within the limit, or cannot be looked at.
+pub fn until(
+    what: &str,
+    limit: Duration,
+    mut holds: impl FnMut() -> anyhow::Result<bool>,
+) -> anyhow::Result<Duration> {
+    let start = Instant::now();
+    while !holds()? {
+        ensure!(start.elapsed() < limit, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(start.elapsed())
 }
 
 /// As [`with_cluster`], with a cluster that need not run yet.

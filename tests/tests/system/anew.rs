@@ -21,13 +21,8 @@ fn signal(cluster: &Cluster, role: Role, signal: Signal) -> anyhow::Result<()> {
     )?)
 }
 
-fn until(what: &str, mut holds: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
-    let start = Instant::now();
-    while !holds()? {
-        ensure!(start.elapsed() < LIMIT, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
+fn until(what: &str, holds: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+    guard::until(what, LIMIT, holds).map(drop)
 }
 
 /// Whether a thread of a process waits in the kernel for a page that is locked.

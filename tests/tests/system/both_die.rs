@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role};
@@ -22,13 +22,8 @@ fn file(n: usize) -> String {
     format!("file-{n}")
 }
 
-fn until(what: &str, mut holds: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
-    let start = Instant::now();
-    while !holds()? {
-        ensure!(start.elapsed() < LIMIT / 3, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
+fn until(what: &str, holds: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+    guard::until(what, LIMIT / 3, holds).map(drop)
 }
 
 /// A change that needs the exclusive lease of each of these files, on one mount after the other.

@@ -27,12 +27,7 @@ fn options(fabric: Fabric) -> Options {
 }
 
 fn until(what: &str, mut holds: impl FnMut() -> bool) -> anyhow::Result<Duration> {
-    let start = Instant::now();
-    while !holds() {
-        ensure!(start.elapsed() < PATIENCE, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(start.elapsed())
+    guard::until(what, PATIENCE, || Ok(holds()))
 }
 
 /// The keeper of a mount.

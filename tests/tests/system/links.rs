@@ -67,13 +67,8 @@ impl Drop for Job {
     }
 }
 
-fn until(what: &str, mut holds: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
-    let start = Instant::now();
-    while !holds()? {
-        ensure!(start.elapsed() < LIMIT / 3, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
+fn until(what: &str, holds: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+    guard::until(what, LIMIT / 3, holds).map(drop)
 }
 
 fn until_there(dir: &Path, name: &str) -> anyhow::Result<()> {

@@ -3,7 +3,8 @@
 //! A transaction is answered when it has been carried out, and durable some time later; until then the mount that asked for it keeps it, and
 //! tells it again to a server whose host has lost it. Another mount that was told of the change meanwhile would have seen what
 //! never was, if that host and the first mount died together. So an answer to another mount that shows such a change is given when the
-//! change is durable. Mounts learn of names by asking this server and in no other way, so nobody else has to wait for anything.
+//! change is durable. Mounts learn of names by asking this server. How many names a file has they are shown with its lease, too, and the
+//! mount that gives that up sees to it (`client/src/revoke/revocation.rs`).
 
 use std::collections::HashMap;
 
