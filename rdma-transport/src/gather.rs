@@ -56,6 +56,16 @@ impl Gathering {
 /// [`TransportError::Timeout`]. Over the simulator somebody must step it meanwhile. Must not be called from a [`Handler`](crate::Handler) callback or a
 /// [`Completion`](crate::Completion).
 pub fn gather(batches: Vec<(Arc<dyn Connection>, Vec<AsyncOp>)>, timeout: Duration) -> Vec<Outcome> {
+    gather_then(batches, &mut || (), timeout)
+}
+
+/// As [`gather`]; `then` runs when all batches are on their way, before they are waited for. It must not wait for anything:
+/// messages are to be queued ([`Connection::queue`]).
+pub fn gather_then(
+    batches: Vec<(Arc<dyn Connection>, Vec<AsyncOp>)>,
+    then: &mut dyn FnMut(),
+    timeout: Duration,
+) -> Vec<Outcome> {
     let gathering = Arc::new(Gathering {
         come: Mutex::new(Come {
             outcomes: batches.iter().map(|_| None).collect(),
@@ -76,6 +86,7 @@ pub fn gather(batches: Vec<(Arc<dyn Connection>, Vec<AsyncOp>)>, timeout: Durati
             let gathering = Arc::clone(&gathering);
             conn.submit(batch, Box::new(move |outcome| gathering.put(n, outcome)));
         }
+        then();
     };
     let come = |conn: &Arc<dyn Connection>| {
         let come = gathering.come.lock();

@@ -43,7 +43,7 @@ pub use buffer::Buffer;
 pub use deserted::is_deserted;
 pub use error::TransportError;
 pub use fabric::{ConnId, Connection, Fabric, FabricConfig, Handler, Limits};
-pub use gather::gather;
+pub use gather::{gather, gather_then};
 pub use kind::FabricKind;
 pub use open::{open, open_verbs};
 pub use ops::{Access, AsyncOp, BatchError, Completion, Op, OpResult, Outcome, RegionKey, RemoteAddr};

@@ -156,6 +156,27 @@ impl Calls {
         conn: &Arc<dyn Connection>,
         request: &Q,
     ) -> Result<Pending<'_>, RpcError> {
+        self.begin_by(conn, request, |conn, frame| conn.send(frame))
+    }
+
+    /// As [`Calls::begin`], but never waits for room at the peer: for who is in the middle of something else, and bounds what is under way.
+    ///
+    /// # Errors
+    /// As [`Calls::begin`].
+    pub fn begin_queued<Q: Serialize>(
+        &self,
+        conn: &Arc<dyn Connection>,
+        request: &Q,
+    ) -> Result<Pending<'_>, RpcError> {
+        self.begin_by(conn, request, |conn, frame| conn.queue(frame))
+    }
+
+    fn begin_by<Q: Serialize>(
+        &self,
+        conn: &Arc<dyn Connection>,
+        request: &Q,
+        send: Sending,
+    ) -> Result<Pending<'_>, RpcError> {
         let slot = Arc::new(Slot::default());
         let filler = Arc::clone(&slot);
         let number = self.start(
@@ -165,7 +186,7 @@ impl Calls {
                 *filler.answer.lock() = Some(answer);
                 filler.filled.notify_one();
             }),
-            |conn, frame| conn.send(frame),
+            send,
         )?;
         Ok(Pending {
             calls: self,

@@ -12,10 +12,13 @@ use fsd_client::namespace::names::New;
 use fsd_client::opens::handles::Handle;
 use fsd_client::session::caller::Caller;
 use fsd_client::session::ctx::{Ctx, Res, Stop};
+use fsd_client::storing::syncing::Scope;
 use fsd_proto::ino::ROOT;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::Kind;
 use rt::sync::{Mutex, RwLock};
+
+use crate::chance::once_in;
 
 /// Requests that clients have served in all simulations of this process: how fast they go is told by it.
 pub static REQUESTS: AtomicU64 = AtomicU64::new(0);
@@ -302,14 +305,15 @@ impl Task {
         })
     }
 
-    /// `fsync`.
+    /// `fsync` or `fdatasync`: what they leave on disks is told apart by times alone.
     ///
     /// # Errors
     /// As fsync(2).
     pub fn fsync(&self, file: &File) -> Sys<()> {
         let lock = self.kernel.file(file.inode.ino);
         let _alone = lock.lock();
-        self.serve(|c, ctx| c.files.opened.fsync(ctx, &file.inode, Some(&file.handle.seen)))
+        let (handle, scope) = (&file.handle, Scope::of_datasync(once_in(2)));
+        self.serve(|c, ctx| c.files.opened.fsync(ctx, &file.inode, Some(&handle.seen), scope))
     }
 
     /// `fsync` of the directory.
@@ -317,7 +321,7 @@ impl Task {
     /// # Errors
     /// As fsync(2).
     pub fn fsync_dir(&self) -> Sys<()> {
-        self.serve(|c, ctx| c.files.opened.fsync(ctx, &self.root(), None))
+        self.serve(|c, ctx| c.files.opened.fsync(ctx, &self.root(), None, Scope::All))
     }
 
     /// `unlink`.

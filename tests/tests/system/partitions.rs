@@ -283,9 +283,7 @@ impl<'a> Field<'a> {
         while start.elapsed() < TERM * 2 {
             self.exchange_by(other, &[third], &fresh[0], SOON)?;
             self.exchange_by(third, &[other], &fresh[1], SOON)?;
-            // Of the mount without fsync, which asks all storage nodes.
-            let name = self.files[&(mount, 1 - shard)].clone();
-            self.exchange_by(mount, &[other, third], &name, SOON)?;
+            self.exchange(mount, &[other, third], 1 - shard, SOON)?;
             self.exchange(other, &[mount, third], 1 - shard, SOON)?;
         }
         let (own_waits, others_wait) = (own.waits()?, others.waits()?);

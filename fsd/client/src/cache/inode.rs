@@ -117,6 +117,8 @@ pub struct Inode {
     landed: Condvar,
     /// Attributes that come with leases and go on with them.
     pub transit: AttrTransit,
+    /// Held from looking at attributes until the metadata server has them, so that later ones come later.
+    pub telling: Mutex<()>,
     /// What the kernel has cached.
     pub kernel: KernelCache,
     /// What of its lease is delegated to the kernel.
@@ -143,6 +145,7 @@ impl Inode {
             state: Mutex::default(),
             landed: Condvar::new(),
             transit: AttrTransit::default(),
+            telling: Mutex::new(()),
             kernel: KernelCache::default(),
             delegation: Lazy::default(),
             hints: LeaseHints::default(),

@@ -3,6 +3,7 @@
 pub mod claims;
 pub mod delegation;
 pub mod dir_cache;
+pub mod durable;
 pub mod edges;
 pub mod errseq;
 pub mod frames;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::cache::claims::Claims;
 use crate::cache::dir_cache::DirCache;
+use crate::cache::durable::Durable;
 use crate::cache::frames::FrameMap;
 use crate::cache::lazy::Lazy;
 use crate::cache::pages::Pages;
@@ -46,9 +47,11 @@ pub struct Lasting {
     /// The last attributes known, where those of this version are not: what can still be said of an inode that is gone.
     pub last: Option<Box<Attr>>,
     /// Target of a symbolic link (never changes).
-    pub target: Option<Vec<u8>>,
+    pub target: Option<Box<[u8]>>,
     /// Where a directory was found: the directory above, and the name in it.
     pub place: Option<Box<(u64, Vec<u8>)>>,
+    /// What of it is durable; none: nothing is known.
+    pub durable: Option<Box<Durable>>,
     /// Moves when something that a server had answered is no longer so: what was asked for before is not kept.
     changes: u64,
 }
@@ -76,6 +79,9 @@ impl State {
         let mut lasting = std::mem::take(&mut self.lasting);
         lasting.last = last.or(lasting.last);
         lasting.changes += 1;
+        if let Some(durable) = lasting.durable.as_mut() {
+            durable.forget();
+        }
         // Frames have a number of their own; space was set aside for pages that are gone.
         let mut frames = std::mem::take(&mut self.frames);
         frames.reserved.clear();
@@ -85,6 +91,24 @@ impl State {
             claims: self.claims.take(),
             ..Self::default()
         };
+    }
+
+    /// This mount changes something of the file at a storage node.
+    pub fn changed_at(&mut self, node: u16) {
+        if let Some(durable) = self.lasting.durable.as_mut() {
+            durable.changed(node);
+        }
+    }
+
+    /// Is everything durable at the metadata server that reading a file of this size needs?
+    #[must_use]
+    pub fn is_told(&self, size: u64) -> bool {
+        self.lasting.durable.as_ref().is_some_and(|d| d.is_told(size))
+    }
+
+    /// This mount frees blocks up to `last`: that is to be made durable even where the file does not reach there any more.
+    pub fn frees_up_to(&mut self, last: u64) {
+        self.lasting.durable.get_or_insert_default().freed(last + 1);
     }
 
     /// What `stat` is told: the storage that dirty data is going to take counts already, for programs take a file without any for

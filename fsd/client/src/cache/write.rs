@@ -9,9 +9,6 @@ pub struct WriteFlags {
     pub kill_suid: bool,
     /// The kernel has put the data into its page cache.
     pub cached: bool,
-    /// Answered only when data and attributes are durable: O_SYNC, O_DSYNC, or pwritev2(2) with the like, past the page cache
-    /// (through it the kernel sends an FSYNC of its own).
-    pub sync: bool,
 }
 
 /// What one request writes; the data is the request's.

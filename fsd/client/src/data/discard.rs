@@ -112,6 +112,12 @@ impl Discards {
             let node = self.session.storage_of(inode.ino, block);
             by_node.entry(node).or_default().push(block);
         }
+        if let Some((&last, _)) = state.frames.known().range(first..=last).next_back() {
+            state.frees_up_to(last);
+        }
+        for &node in by_node.keys() {
+            state.changed_at(node);
+        }
         let ino = inode.ino;
         let free = |&node| (node, ask::storage::Free { ino, first, last });
         let frees: Vec<_> = by_node.keys().map(free).collect();

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::cache::claims::{Purpose, Span};
+use crate::cache::durable::Durable;
 use crate::cache::inode::{Inode, Locked};
 use crate::cache::state::State;
 use crate::data::space::Space;
@@ -165,6 +166,9 @@ impl Stored {
                 asked.push((node, ask::storage::Allocate { wants, reserved }));
             }
         }
+        for (node, _) in &asked {
+            state.changed_at(*node);
+        }
         let answers = state.unlocked(|| self.session.net.storage.ask_each(&asked));
         let mut result = Ok(());
         for ((node, request), answer) in asked.into_iter().zip(answers) {
@@ -234,18 +238,82 @@ impl Stored {
         state: &mut Locked<'_>,
         parts: impl Iterator<Item = (u64, u64, &'a [u8])>,
     ) -> Res<()> {
+        let writes = self.writes_into(inode, state, parts)?;
+        state.unlocked(|| self.transfer.all(ctx, writes))
+    }
+
+    /// As [`Stored::write_frames`]; `then` runs when the writes are on their way, so that what it sends to the same storage nodes
+    /// comes behind them. Returns what it has returned, if that is so: where writes had to be repeated it is not.
+    pub(crate) fn write_frames_then<'a, T>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut Locked<'_>,
+        parts: impl Iterator<Item = (u64, u64, &'a [u8])>,
+        then: impl FnOnce() -> T,
+    ) -> Res<Option<T>> {
+        let writes = self.writes_into(inode, state, parts)?;
+        state.unlocked(|| self.transfer.all_then(ctx, writes, then))
+    }
+
+    fn writes_into<'a>(
+        &self,
+        inode: &Inode,
+        state: &mut Locked<'_>,
+        parts: impl Iterator<Item = (u64, u64, &'a [u8])>,
+    ) -> Res<Transfers<'a>> {
         let mut writes = Transfers::default();
         for (block, at, from) in parts {
             let Some(frame) = state.frames.known().get(&block) else {
                 return fail(libc::EIO);
             };
             let offset = frame.offset + at;
-            writes.add(
-                self.session.storage_of(inode.ino, block),
-                PoolOp::Write { offset, from },
-            );
+            let node = self.session.storage_of(inode.ino, block);
+            state.changed_at(node);
+            writes.add(node, PoolOp::Write { offset, from });
         }
-        state.unlocked(|| self.transfer.all(ctx, writes))
+        Ok(writes)
+    }
+
+    /// What to ask those storage nodes that may have something of a file which is not durable. Where its size is not known: all.
+    #[must_use]
+    pub fn flushes(&self, inode: &Inode, state: &State) -> Vec<(u16, ask::storage::Flush)> {
+        let freed = state.lasting.durable.as_deref().map_or(0, Durable::freed_before);
+        let blocks = state
+            .attr
+            .map_or(u64::MAX, |attr| attr.size.div_ceil(BLOCK).max(freed));
+        self.flushes_of(inode, state, 0, blocks)
+    }
+
+    /// As [`Stored::flushes`], of the storage nodes alone that had blocks which this mount has freed, and that the file does not reach
+    /// any more.
+    #[must_use]
+    pub fn flushes_of_freed(&self, inode: &Inode, state: &State) -> Vec<(u16, ask::storage::Flush)> {
+        let freed = state.lasting.durable.as_deref().map_or(0, Durable::freed_before);
+        let reach = state.attr.map_or(0, |attr| attr.size.div_ceil(BLOCK));
+        let reached = self.flushes_of(inode, &State::default(), 0, reach);
+        let mut flushes = self.flushes_of(inode, state, reach, freed);
+        flushes.retain(|(node, _)| reached.iter().all(|(other, _)| other != node));
+        flushes
+    }
+
+    /// Of the nodes that blocks from `first` on and before `end` are on.
+    fn flushes_of(
+        &self,
+        inode: &Inode,
+        state: &State,
+        first: u64,
+        end: u64,
+    ) -> Vec<(u16, ask::storage::Flush)> {
+        let durable = state.lasting.durable.as_deref();
+        let count = u64::from(self.session.net.storage.count());
+        let blocks = first..end.min(first.saturating_add(count));
+        let nodes = blocks.map(|block| self.session.storage_of(inode.ino, block));
+        let inos = vec![inode.ino];
+        nodes
+            .filter(|&node| durable.is_none_or(|d| !d.is_stored(node)))
+            .map(|node| (node, ask::storage::Flush { inos: inos.clone() }))
+            .collect()
     }
 
     /// Claims all of a file for a change, under the exclusive lease of `version`.

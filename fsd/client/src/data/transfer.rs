@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rdma_transport::{AsyncOp, Op, OpResult, TransportError, gather};
+use rdma_transport::{AsyncOp, Op, OpResult, TransportError, gather_then};
 use rt::time::Instant;
 
 use crate::session::Session;
@@ -75,7 +75,7 @@ impl Transfer {
     pub fn all(&self, ctx: &Ctx<'_>, mut transfers: Transfers<'_>) -> Res<()> {
         if !self.session.local_memory() && transfers.0.len() > 1 {
             ctx.may_wait()?;
-            self.at_once(&mut transfers);
+            self.at_once(&mut transfers, || ());
         }
         for (node, mut ops) in transfers.0 {
             self.one_by_one(ctx, node, &mut ops)?;
@@ -83,8 +83,31 @@ impl Transfer {
         Ok(())
     }
 
-    /// Runs the operations against each node that is connected at the same time, and takes out those that are done.
-    fn at_once(&self, transfers: &mut Transfers<'_>) {
+    /// As [`Transfer::all`]. `then` runs when all operations are on their way: a message that it sends to one of the nodes arrives when
+    /// those have taken effect there. None: some had to be repeated, so that may not be so.
+    ///
+    /// # Errors
+    /// As [`Transfer::all`].
+    pub fn all_then<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        mut transfers: Transfers<'_>,
+        then: impl FnOnce() -> T,
+    ) -> Res<Option<T>> {
+        if self.session.local_memory() {
+            self.all(ctx, transfers)?;
+            return Ok(Some(then()));
+        }
+        ctx.may_wait()?;
+        let sent = self.at_once(&mut transfers, then);
+        let in_order = transfers.0.is_empty();
+        self.all(ctx, transfers)?;
+        Ok(sent.filter(|_| in_order))
+    }
+
+    /// Runs the operations against each node that is connected at the same time, and takes out those that are done. `then` runs when
+    /// they are on their way.
+    fn at_once<T>(&self, transfers: &mut Transfers<'_>, then: impl FnOnce() -> T) -> Option<T> {
         let mut asked: Vec<(u16, usize)> = Vec::new();
         let mut batches = Vec::new();
         for (&node, ops) in &transfers.0 {
@@ -99,7 +122,9 @@ impl Transfer {
                 batches.push((Arc::clone(&session.conn), batch));
             }
         }
-        let outcomes = gather(batches, self.session.net.ways.patience.for_answer());
+        let (mut then, mut sent) = (Some(then), None);
+        let mut behind = || sent = then.take().map(|then| then());
+        let outcomes = gather_then(batches, &mut behind, self.session.net.ways.patience.for_answer());
         let mut failed: Vec<u16> = Vec::new();
         let mut begun: BTreeMap<u16, usize> = BTreeMap::new();
         for ((node, len), outcome) in asked.into_iter().zip(outcomes) {
@@ -114,6 +139,7 @@ impl Transfer {
         transfers
             .0
             .retain(|node, ops| failed.contains(node) || begun.get(node) != Some(&ops.len()));
+        sent
     }
 
     /// Operations as the fabric carries them out by itself, with memory of its own.

@@ -58,6 +58,18 @@ pub fn frames_wanted(state: &State) -> Vec<(u64, u32)> {
         .collect()
 }
 
+/// A page, by its number in the file.
+type Numbered = (u64, Arc<[u8]>);
+
+/// Pages by their block, and offset in it.
+fn parts_of(pages: &[Numbered]) -> impl Iterator<Item = (u64, u64, &[u8])> {
+    let place = |page: u64| (page * PAGE / BLOCK, page * PAGE % BLOCK);
+    pages.iter().map(move |(page, data)| {
+        let (block, at) = place(*page);
+        (block, at, &data[..])
+    })
+}
+
 /// Writes into the buffer cache, or past it, and from there to the storage nodes.
 pub struct Writing {
     pub(crate) session: Arc<Session>,
@@ -284,6 +296,21 @@ impl Writing {
         if state.pages.dirty() == 0 {
             return Ok(());
         }
+        self.find_frames(ctx, inode, state)?;
+        self.store_by(state, |state, pages| {
+            self.stored.write_frames(ctx, inode, state, parts_of(pages))
+        })
+        .map(drop)
+    }
+
+    /// Gets frames for all dirty pages of a file, all of which is claimed.
+    ///
+    /// # Errors
+    /// The storage has none, or cannot be reached.
+    pub fn find_frames(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<()> {
+        if state.pages.dirty() == 0 {
+            return Ok(());
+        }
         ctx.may_wait()?;
         let blocks = |state: &State| state.attr.map(|attr| state.shown(&attr).blocks);
         let before = blocks(state);
@@ -291,21 +318,52 @@ impl Writing {
         let (first, last) = (wants[0].0, wants[wants.len() - 1].0);
         self.stored.load_frames(ctx, inode, state, first, last)?;
         self.stored.allocate(inode, state, &wants)?;
-        let pages = state.pages.dirty_pages();
-        let pages: Vec<(u64, Arc<[u8]>)> = pages.map(|(page, p)| (page, Arc::clone(&p.data))).collect();
-        let parts = pages.iter();
-        let parts = parts.map(|(page, data)| (page * PAGE / BLOCK, page * PAGE % BLOCK, &data[..]));
-        self.stored.write_frames(ctx, inode, state, parts)?;
-        drop(pages);
-        state.pages.mark_clean();
+        for &(block, _) in &wants {
+            state.changed_at(self.session.storage_of(inode.ino, block));
+        }
         if blocks(state) != before {
             self.kernel.invalidate_attrs(inode);
         }
+        Ok(())
+    }
+
+    /// Brings all dirty pages of a file into their frames. `then` runs when they are on their way: what it sends to the same storage
+    /// nodes comes behind them. Returns what it has returned, unless something had to be repeated.
+    ///
+    /// # Errors
+    /// The storage cannot take them; they stay dirty.
+    pub fn store_pages<T>(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Inode,
+        state: &mut Locked<'_>,
+        then: impl FnOnce() -> T,
+    ) -> Res<Option<T>> {
+        if state.pages.dirty() == 0 {
+            return Ok(Some(then()));
+        }
+        self.store_by(state, |state, pages| {
+            self.stored
+                .write_frames_then(ctx, inode, state, parts_of(pages), then)
+        })
+    }
+
+    /// Dirty pages are clean when `write` has written them.
+    fn store_by<T>(
+        &self,
+        state: &mut Locked<'_>,
+        write: impl FnOnce(&mut Locked<'_>, &[Numbered]) -> Res<T>,
+    ) -> Res<T> {
+        let pages = state.pages.dirty_pages();
+        let pages: Vec<Numbered> = pages.map(|(page, p)| (page, Arc::clone(&p.data))).collect();
+        let sent = write(state, &pages)?;
+        drop(pages);
+        state.pages.mark_clean();
         if !self.session.cache_reads {
             // The storage node's memory is as near as our own: keeping a copy gains nothing.
             self.cache.drop_clean(state);
         }
-        Ok(())
+        Ok(sent)
     }
 
     /// Applies what is queued; under the exclusive lease, with all of the file claimed.

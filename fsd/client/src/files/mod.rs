@@ -79,7 +79,7 @@ impl FileOperations {
             discards: Arc::clone(&data.discards),
             open_files: Arc::clone(&opens.open_files),
             xattrs: Arc::clone(&namespace.xattrs),
-            push: Arc::clone(&storing.push),
+            syncing: Arc::clone(&storing.syncing),
             accesses: Arc::clone(&accesses),
         });
         let writes = Arc::new(Writes {

@@ -22,9 +22,8 @@ use crate::opens::handles::{Handle, OpenFiles};
 use crate::session::caller::Caller;
 use crate::session::ctx::{Ctx, Res, fail};
 use crate::session::{Session, Versions};
-use crate::storing::push::Push;
+use crate::storing::syncing::{Scope, Syncing};
 use fsd_node::config::CacheMode;
-use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::wire::Kind;
 
@@ -40,7 +39,7 @@ pub struct Files {
     pub(crate) discards: Arc<Discards>,
     pub(crate) open_files: Arc<OpenFiles>,
     pub(crate) xattrs: Arc<Xattrs>,
-    pub(crate) push: Arc<Push>,
+    pub(crate) syncing: Arc<Syncing>,
     pub(crate) accesses: Arc<Accesses>,
 }
 
@@ -49,22 +48,14 @@ impl Files {
     ///
     /// # Errors
     /// I/O errors, also delayed ones this handle has not been told yet.
-    pub fn fsync(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, seen: Option<&AtomicU64>) -> Res<()> {
-        ctx.may_wait()?;
-        if let Some(mapped) = inode.waiting.mapped.get() {
-            mapped.drain();
-        }
-        self.push.write_back(ctx, inode, true)?;
-        if inode.lock_raw().attr.is_none_or(|a| a.kind == Kind::File) {
-            let storage = &self.session.net.storage;
-            let flush = ask::storage::Flush {
-                inos: vec![inode.ino],
-            };
-            let flushes: Vec<_> = (0..storage.count()).map(|node| (node, flush.clone())).collect();
-            let flushed = storage.ask_each(&flushes);
-            flushed.into_iter().collect::<Result<Vec<()>, _>>()?;
-        }
-        self.session.net.meta.ask(ask::meta::Sync {})?;
+    pub fn fsync(
+        &self,
+        ctx: &Ctx<'_>,
+        inode: &Arc<Inode>,
+        seen: Option<&AtomicU64>,
+        scope: Scope,
+    ) -> Res<()> {
+        self.syncing.sync(ctx, inode, scope)?;
         if let Some(seen) = seen {
             inode.errors.check(seen)?;
         }

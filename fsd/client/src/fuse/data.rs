@@ -14,6 +14,7 @@ use crate::client::Client;
 use crate::fuse::buffers;
 use crate::opens::handles::Handle;
 use crate::session::ctx::{Ctx, Permits, Res, Stop};
+use crate::storing::syncing::Scope;
 use fsd_node::config::CacheMode;
 
 /// `fills`: the kernel puts what it gets into its page cache.
@@ -93,6 +94,7 @@ pub(super) fn write_sync(
     req: &Request,
     handle: Arc<Handle>,
     write: &Write<'_>,
+    scope: Scope,
     reply: ReplyWrite,
 ) {
     client.session.counters.requests.fetch_add(1, Ordering::Relaxed);
@@ -105,7 +107,9 @@ pub(super) fn write_sync(
             .hold(&ctx)
             .and_then(|()| me.files.writes.write(&ctx, &handle.inode, &queued.write()));
         let durable = done.and_then(|n| {
-            me.files.opened.fsync(&ctx, &handle.inode, Some(&handle.seen))?;
+            me.files
+                .opened
+                .fsync(&ctx, &handle.inode, Some(&handle.seen), scope)?;
             Ok(n)
         });
         written(&pending, durable);

@@ -12,6 +12,7 @@ use super::convert::kind_of;
 use super::serve::{done, serve, serve_kernel, unopened};
 use crate::client::Client;
 use crate::namespace::dirs::{COOKIE_DOT, COOKIE_DOTDOT};
+use crate::storing::syncing::Scope;
 use fsd_proto::wire::Kind;
 
 pub(super) fn opendir(client: &Arc<Client>, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -87,7 +88,9 @@ pub(super) fn releasedir(client: &Arc<Client>, fh: FileHandle, reply: ReplyEmpty
 
 pub(super) fn fsyncdir(client: &Arc<Client>, req: &Request, ino: INodeNo, reply: ReplyEmpty) {
     serve(client, req, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.files.opened.fsync(ctx, &c.cache.inode(ino.0), None)?;
+        c.files
+            .opened
+            .fsync(ctx, &c.cache.inode(ino.0), None, Scope::All)?;
         done(reply);
         Ok(())
     });

@@ -15,6 +15,7 @@ use crate::client::Client;
 use crate::namespace::dirs::ATTEMPTS;
 use crate::namespace::names::New;
 use crate::session::ctx::Stop;
+use crate::storing::syncing::Scope;
 use fsd_node::config::CacheMode;
 use fsd_proto::ino;
 use fsd_proto::rpc::Errno;
@@ -149,12 +150,21 @@ pub(super) fn release(
     });
 }
 
-pub(super) fn fsync(client: &Arc<Client>, req: &Request, ino: INodeNo, fh: FileHandle, reply: ReplyEmpty) {
+pub(super) fn fsync(
+    client: &Arc<Client>,
+    req: &Request,
+    (ino, fh): (INodeNo, FileHandle),
+    scope: Scope,
+    reply: ReplyEmpty,
+) {
     let handle = client.opens.open_files.handles.get(fh.0);
     serve(client, req, reply, ReplyEmpty::error, move |c, ctx, reply| {
-        c.files
-            .opened
-            .fsync(ctx, &c.cache.inode(ino.0), handle.as_ref().map(|h| &h.seen))?;
+        c.files.opened.fsync(
+            ctx,
+            &c.cache.inode(ino.0),
+            handle.as_ref().map(|h| &h.seen),
+            scope,
+        )?;
         done(reply);
         Ok(())
     });

@@ -30,6 +30,7 @@ use fuser::{
 use crate::client::Client;
 use crate::files::attrs::SetAttr;
 use crate::files::locks::kind_of;
+use crate::storing::syncing::Scope;
 use convert::{caller_of, from_library, time_of};
 use fsd_node::config::CacheMode;
 
@@ -233,17 +234,19 @@ impl Filesystem for FsdFs {
             append: flags.0 & libc::O_APPEND != 0 && !mapped,
             kill_suid: write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID),
             cached,
-            // The flags of this call: those of the file, and what RWF_DSYNC and RWF_SYNC add.
-            sync: !cached && flags.0 & libc::O_DSYNC != 0,
         };
+        // The flags of this call: those of the file, and what RWF_DSYNC and RWF_SYNC add. O_SYNC has the bit of O_DSYNC in it. Through
+        // the page cache the kernel sends an FSYNC of its own.
+        let sync = (!cached && flags.0 & libc::O_DSYNC != 0)
+            .then(|| Scope::of_datasync(flags.0 & libc::O_SYNC != libc::O_SYNC));
         let write = crate::cache::write::Write {
             offset,
             data,
             flags: kind,
         };
-        match handle {
-            Some(handle) if kind.sync => data::write_sync(&self.client, req, handle, &write, reply),
-            _ => data::write(&self.client, req, ino, &write, mapped, reply),
+        match handle.zip(sync) {
+            Some((handle, scope)) => data::write_sync(&self.client, req, handle, &write, scope, reply),
+            None => data::write(&self.client, req, ino, &write, mapped, reply),
         }
     }
 
@@ -264,8 +267,9 @@ impl Filesystem for FsdFs {
         files::release(&self.client, ino, fh, lock_owner, reply);
     }
 
-    fn fsync(&self, req: &Request, ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        files::fsync(&self.client, req, ino, fh, reply);
+    fn fsync(&self, req: &Request, ino: INodeNo, fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        let scope = Scope::of_datasync(datasync);
+        files::fsync(&self.client, req, (ino, fh), scope, reply);
     }
 
     fn opendir(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {

@@ -291,14 +291,14 @@ impl Directories {
     /// As [`Directories::readlink`], with the lease held and the state locked.
     fn target_held(&self, ctx: &Ctx<'_>, inode: &Inode, state: &mut Locked<'_>) -> Res<Vec<u8>> {
         if let Some(target) = &state.lasting.target {
-            return Ok(target.clone());
+            return Ok(target.to_vec());
         }
         if self.cache.load_attr(ctx, inode, state)?.kind != Kind::Symlink {
             return fail(libc::EINVAL);
         }
         ctx.may_wait()?;
         let target = state.unlocked(|| self.session.net.meta.ask(ask::meta::ReadLink { ino: inode.ino }))?;
-        state.lasting.target = Some(target.clone());
+        state.lasting.target = Some(target.as_slice().into());
         Ok(target)
     }
 }

@@ -189,7 +189,7 @@ impl Names {
                 state.dir.complete = true;
             }
             state.xattrs = Some(std::collections::BTreeMap::new());
-            state.lasting.target = (new.kind == Kind::Symlink).then(|| new.target.clone());
+            state.lasting.target = (new.kind == Kind::Symlink).then(|| new.target.clone().into());
             self.front
                 .delegate_ahead(&inode, Mode::Exclusive, own.version(), &attr, &state);
         }

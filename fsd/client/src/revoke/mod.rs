@@ -46,6 +46,7 @@ impl Revoke {
             kernel: Arc::clone(&kernel.caches),
             front: Arc::clone(&kernel.front),
             reservations: Arc::clone(&data.reservations),
+            stored: Arc::clone(&data.stored),
             writing: Arc::clone(&data.writing),
             pinning: Arc::clone(&opens.pinning),
             push: Arc::clone(&storing.push),

@@ -26,6 +26,7 @@ use crate::cache::inode::{Inode, Locked};
 use crate::cache::pages::PAGE;
 use crate::cache::state::State;
 use crate::data::reservations::Reservations;
+use crate::data::stored::Stored;
 use crate::data::writing::Writing;
 use crate::kernel::caches::KernelCaches;
 use crate::kernel::front::Front;
@@ -96,6 +97,7 @@ pub struct Revocations {
     pub(crate) kernel: Arc<KernelCaches>,
     pub(crate) front: Arc<Front>,
     pub(crate) reservations: Arc<Reservations>,
+    pub(crate) stored: Arc<Stored>,
     pub(crate) writing: Arc<Writing>,
     pub(crate) pinning: Arc<Pinning>,
     pub(crate) push: Arc<Push>,
@@ -335,7 +337,9 @@ impl Revocations {
             return None;
         }
         if job.from == Mode::Exclusive
-            && !(self.flush(inode, &mut state, may_wait) && self.commit_names(inode, may_wait))
+            && !(self.flush(inode, &mut state, may_wait)
+                && self.commit_freed(inode, &mut state, may_wait)
+                && self.commit_names(inode, may_wait))
         {
             return None;
         }
@@ -371,6 +375,32 @@ impl Revocations {
                 tracing::warn!("data of {:#x} cannot be stored, and is kept: {error}", inode.ino);
             }
             rt::thread::sleep(RETRY);
+        }
+        true
+    }
+
+    /// Has made durable that blocks beyond the end of a file are free: whoever gets the lease asks only the storage nodes that the file
+    /// reaches, and what comes back elsewhere after a power cut would be there again when the file grows. False: it would have to wait.
+    fn commit_freed(&self, inode: &Inode, state: &mut State, may_wait: bool) -> bool {
+        let freed = |state: &State| state.lasting.durable.as_ref().map_or(0, |d| d.freed_before());
+        if freed(state) == 0 {
+            return true;
+        }
+        let flushes = self.stored.flushes_of_freed(inode, state);
+        if !may_wait && !flushes.is_empty() {
+            return false;
+        }
+        for (node, flush) in flushes {
+            while let Err(error) = self.session.net.storage.ask(node, flush.clone()) {
+                tracing::warn!("what {:#x} has given up is not durable yet: {error}", inode.ino);
+                if self.session.fate.leaving.load(Ordering::SeqCst) || self.session.term.is_over() {
+                    break;
+                }
+                rt::thread::sleep(RETRY);
+            }
+        }
+        if let Some(durable) = state.lasting.durable.as_deref_mut() {
+            durable.stored(durable.changes(), []);
         }
         true
     }

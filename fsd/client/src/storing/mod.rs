@@ -1,12 +1,14 @@
 //! Bringing what is dirty to the servers.
 
 pub mod push;
+pub mod syncing;
 pub mod writeback;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use push::Push;
+use syncing::Syncing;
 use writeback::Writeback;
 
 use crate::cache::Base;
@@ -17,6 +19,8 @@ use crate::opens::Opens;
 pub struct Storing {
     /// Attributes on their way.
     pub push: Arc<Push>,
+    /// `fsync`.
+    pub syncing: Arc<Syncing>,
     /// Writing back by and by.
     pub writeback: Arc<Writeback>,
 }
@@ -31,12 +35,16 @@ impl Storing {
         writeback_after: Duration,
     ) -> Self {
         let push = Arc::new(Push {
-            attr_push: Default::default(),
             answers: Default::default(),
+            session: Arc::clone(session),
+            cache: Arc::clone(cache),
+        });
+        let syncing = Arc::new(Syncing {
             session: Arc::clone(session),
             cache: Arc::clone(cache),
             stored: Arc::clone(&data.stored),
             writing: Arc::clone(&data.writing),
+            push: Arc::clone(&push),
         });
         let writeback = Arc::new(Writeback {
             writeback_after,
@@ -48,6 +56,10 @@ impl Storing {
             pinning: Arc::clone(&opens.pinning),
             push: Arc::clone(&push),
         });
-        Self { push, writeback }
+        Self {
+            push,
+            syncing,
+            writeback,
+        }
     }
 }

@@ -4,16 +4,14 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use lockmgr::{Mode, RecordId};
+use lockmgr::RecordId;
 use rt::sync::{Condvar, Mutex};
 use rt::time::Instant;
 
 use crate::cache::Cache;
 use crate::cache::inode::Inode;
-use crate::data::stored::Stored;
-use crate::data::writing::Writing;
 use crate::session::Session;
-use crate::session::ctx::{Ctx, Res, fail};
+use crate::session::ctx::{Res, fail};
 use fsd_proto::ask;
 use fsd_proto::wire::AttrUpdate;
 
@@ -31,14 +29,10 @@ fn begin(inode: &Inode) -> Option<AttrUpdate> {
 
 /// Attributes on their way to the metadata server.
 pub struct Push {
-    /// Held from looking at attributes until the metadata server has them, so that later ones come later.
-    pub attr_push: Mutex<()>,
     /// Counts answers, for those who wait for one.
     pub(crate) answers: Answers,
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
-    pub(crate) stored: Arc<Stored>,
-    pub(crate) writing: Arc<Writing>,
 }
 
 /// Those who wait for an answer of the metadata server to what another thread has sent.
@@ -138,54 +132,12 @@ impl Push {
     /// # Errors
     /// The server cannot be reached, or refuses.
     pub fn push_attrs_now(self: &Arc<Self>, inode: &Arc<Inode>) -> Res<()> {
-        let _order = self.attr_push.lock();
+        let _order = inode.telling.lock();
         self.settle(inode)?;
         let Some(update) = begin(inode) else { return Ok(()) };
         let updates = vec![update];
         let result = self.session.net.meta.ask(ask::meta::Update { updates });
         self.answered(inode, update, result.is_err());
         Ok(result?)
-    }
-
-    /// Brings an inode's dirty data and attributes to the servers while the lease stays. With `wait`, gets
-    /// the lease back if it is being given up (then there is nothing left to do).
-    ///
-    /// # Errors
-    /// The servers cannot take it; it stays dirty.
-    pub fn write_back(self: &Arc<Self>, ctx: &Ctx<'_>, inode: &Arc<Inode>, wait: bool) -> Res<()> {
-        ctx.may_wait()?;
-        let record = inode.record();
-        if wait {
-            self.push_attrs_now(inode)?;
-        }
-        let unsure = || {
-            let state = inode.lock_raw();
-            state.is_dirty() || state.from_owner
-        };
-        let guard = match self.session.leases.try_enter(record, Mode::Exclusive) {
-            Some(guard) => guard,
-            None if wait && unsure() => self.cache.lease(ctx, inode, Mode::Exclusive)?,
-            None => return Ok(()),
-        };
-        let _order = self.attr_push.lock();
-        self.settle(inode)?;
-        let mut state = self.stored.claim_to_change(ctx, inode, guard.version())?;
-        if state.lasting.gone {
-            return Ok(());
-        }
-        self.writing.flush_pages(ctx, inode, &mut state)?;
-        if state.attr_dirty
-            && let Some(attr) = state.attr
-        {
-            // Under the version of before: the one after the tenure is for its end.
-            let updates = vec![AttrUpdate::midway(&attr, guard.version())];
-            state.unlocked(|| self.session.net.meta.ask(ask::meta::Update { updates }))?;
-            state.told(&attr);
-        }
-        state.from_owner = false;
-        if !state.is_dirty() {
-            self.cache.dirty.lock().remove(&inode.ino);
-        }
-        Ok(())
     }
 }

@@ -132,13 +132,16 @@ impl Writeback {
                 .and_then(|i| self.session.leases.try_enter(i.record(), Mode::Exclusive));
             held.extend(inode.zip(guard));
         }
+        // Whoever else has several of these locks takes them in the same order.
+        held.sort_unstable_by_key(|(inode, _)| inode.ino);
         if let Err(stop) = self.allocate_group(&held) {
             // Each file finds out for itself what it can have.
             tracing::debug!("allocation for {} files: {stop:?}", held.len());
         }
-        let _order = self.push.attr_push.lock();
+        let mut orders = Vec::with_capacity(held.len());
         let (mut updates, mut told) = (Vec::with_capacity(held.len()), Vec::with_capacity(held.len()));
         for (inode, guard) in &held {
+            orders.push(inode.telling.lock());
             if let Err(stop) = self.push.settle(inode) {
                 self.put_off(inode, stop.errno());
                 continue;

@@ -1,5 +1,6 @@
 //! The connection to the metadata server.
 
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
@@ -13,7 +14,7 @@ use super::log::Log;
 use super::ways::{RETRY, Ways};
 use fsd_proto::ask;
 use fsd_proto::clock::{Skew, Verdict};
-use fsd_proto::rpc::{Errno, RpcError};
+use fsd_proto::rpc::{Errno, Pending, RpcError};
 use fsd_proto::wire::{JoinReply, Logged, MetaReply, MetaRequest, Time};
 
 /// Most exchanges of a newcomer to find out about the clocks, where the first ones took too long to tell.
@@ -28,6 +29,36 @@ const ATTRS: usize = 256;
 pub trait AskMeta: ask::Request<Message = MetaRequest, Answer = MetaReply> {}
 
 impl<R: ask::Request<Message = MetaRequest, Answer = MetaReply>> AskMeta for R {}
+
+/// Requests to the metadata server that are on their way.
+pub struct InOrder<'a> {
+    link: &'a MetaLink,
+    /// None: it was not sent, or has to be sent again.
+    begun: VecDeque<(MetaRequest, Option<Pending<'a>>)>,
+}
+
+impl InOrder<'_> {
+    /// Waits for the answer to the next one; repeats it, and with it all that come after, where the connection broke.
+    ///
+    /// # Errors
+    /// As [`MetaLink::ask`]; `EPROTO`: there is none, or it is another one.
+    pub fn next<R: AskMeta>(&mut self) -> Result<R::Reply, RpcError> {
+        let Some((request, pending)) = self.begun.pop_front() else {
+            return Err(RpcError::Errno(Errno(libc::EPROTO)));
+        };
+        let patience = self.link.ways.patience.for_meta();
+        let reply = match pending.map(|pending| pending.wait(patience)) {
+            None | Some(Err(RpcError::Transport(_))) => {
+                for (_, pending) in &mut self.begun {
+                    *pending = None;
+                }
+                self.link.ask_message(&request)?
+            }
+            Some(reply) => self.link.taken(&request, reply?),
+        };
+        ask::answer_to::<R>(reply)
+    }
+}
 
 /// The way to the metadata server.
 pub struct MetaLink {
@@ -158,6 +189,22 @@ impl MetaLink {
     /// Its refusal; it is away for longer than programs wait.
     pub fn ask<R: AskMeta>(&self, request: R) -> Result<R::Reply, RpcError> {
         ask::answer_to::<R>(self.ask_message(&request.message())?)
+    }
+
+    /// Sends requests that the server is to carry out one after the other, without waiting for the answers.
+    pub fn begin_in_order(&self, requests: Vec<MetaRequest>) -> InOrder<'_> {
+        // All over one connection: it keeps their order.
+        let mut conn = self.conn.read().as_ref().filter(|c| c.is_alive()).cloned();
+        let mut begun = VecDeque::with_capacity(requests.len());
+        for request in requests {
+            let begin = |conn: &Arc<dyn Connection>| self.ways.calls.begin_queued(conn, &request).ok();
+            let pending = conn.as_ref().and_then(begin);
+            if pending.is_none() {
+                conn = None;
+            }
+            begun.push_back((request, pending));
+        }
+        InOrder { link: self, begun }
     }
 
     /// As [`MetaLink::ask`], with what goes over the wire.

@@ -11,7 +11,7 @@ use rt::time::Instant;
 
 use super::meta::MetaLink;
 use super::ways::Ways;
-use fsd_proto::rpc::{Errno, RpcError};
+use fsd_proto::rpc::{Errno, Pending, RpcError};
 use fsd_proto::stores::{older_store, other_store};
 use fsd_proto::wire::{Attached, StorageInfo, StorageReply, StorageRequest};
 use fsd_proto::{ask, ino};
@@ -87,6 +87,33 @@ impl StorageLink {
     /// Where the node is.
     pub(super) fn addr(&self) -> &str {
         &self.addr
+    }
+}
+
+/// Requests to storage nodes that are on their way.
+pub struct Begun<'a, R> {
+    links: &'a StorageLinks,
+    requests: &'a [(u16, R)],
+    /// None: there was no connection.
+    pending: Vec<Option<Pending<'a>>>,
+}
+
+impl<R> Begun<'_, R>
+where
+    R: ask::Request<Message = StorageRequest, Answer = StorageReply> + Clone,
+{
+    /// Waits for all answers, in the order of the requests.
+    pub fn answers(self) -> Vec<Result<R::Reply, RpcError>> {
+        let patience = self.links.ways.patience.for_answer();
+        let asked = self.requests.iter().zip(self.pending);
+        let answers = asked.map(|((id, request), pending)| {
+            match pending.map(|p| p.wait(patience)) {
+                // There was no connection, or it has broken.
+                None | Some(Err(RpcError::Transport(_))) => self.links.ask(*id, request.clone()),
+                Some(answer) => ask::answer_to::<R>(answer?),
+            }
+        });
+        answers.collect()
     }
 }
 
@@ -267,23 +294,24 @@ impl StorageLinks {
     where
         R: ask::Request<Message = StorageRequest, Answer = StorageReply> + Clone,
     {
-        let begun: Vec<_> = requests
-            .iter()
-            .map(|(id, request)| {
-                let session = self.session_now(*id)?;
-                let message = request.clone().message();
-                self.ways.calls.begin(&session.conn, &message).ok()
-            })
-            .collect();
-        let asked = requests.iter().zip(begun);
-        let answers = asked.map(|((id, request), pending)| {
-            match pending.map(|p| p.wait(self.ways.patience.for_answer())) {
-                // There was no connection, or it has broken.
-                None | Some(Err(RpcError::Transport(_))) => self.ask(*id, request.clone()),
-                Some(answer) => ask::answer_to::<R>(answer?),
-            }
-        });
-        answers.collect()
+        self.begin_each(requests).answers()
+    }
+
+    /// As [`StorageLinks::ask_each`], without waiting for the answers, or for room at the nodes.
+    pub fn begin_each<'a, R>(&'a self, requests: &'a [(u16, R)]) -> Begun<'a, R>
+    where
+        R: ask::Request<Message = StorageRequest, Answer = StorageReply> + Clone,
+    {
+        let begin = |(id, request): &(u16, R)| {
+            let session = self.session_now(*id)?;
+            let message = request.clone().message();
+            self.ways.calls.begin_queued(&session.conn, &message).ok()
+        };
+        Begun {
+            links: self,
+            requests,
+            pending: requests.iter().map(begin).collect(),
+        }
     }
 
     fn place(&self, session: &StorageSession, record: RecordId) -> Option<RemoteAddr> {
