@@ -91,6 +91,8 @@ pub struct LeaseHints {
     peer: AtomicU32,
     /// The exclusive lease was granted: attributes that wait to be pushed are this tenure's again.
     pub regained: AtomicBool,
+    /// Its record serves a later generation: it is gone, whatever was cached of it.
+    pub superseded: AtomicBool,
     /// When its lease was last waited for in vain, nanoseconds since the mount began; 0: it was had since.
     pub failed: AtomicU64,
 }
@@ -109,8 +111,6 @@ pub struct WaitingPages {
 pub struct Inode {
     /// Number.
     pub ino: u64,
-    /// Its record serves a later generation: it is gone, whatever was cached of it.
-    pub superseded: AtomicBool,
     /// What is cached of it.
     state: Mutex<State>,
     /// A claim on a range has ended.
@@ -141,7 +141,6 @@ impl Inode {
     pub fn new(ino: u64) -> Self {
         Self {
             ino,
-            superseded: AtomicBool::new(false),
             state: Mutex::default(),
             landed: Condvar::new(),
             transit: AttrTransit::default(),
@@ -258,7 +257,7 @@ impl Inode {
             state.forget();
             state.version = Some(version);
         }
-        state.lasting.gone |= self.superseded.load(Ordering::SeqCst);
+        state.lasting.gone |= self.hints.superseded.load(Ordering::SeqCst);
         self.reclaim_push(state);
         if let Some(granted) = self.transit.granted.lock().take()
             && granted.attr.version == version

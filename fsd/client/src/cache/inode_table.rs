@@ -67,11 +67,11 @@ impl InodeTable {
         let record = ino::record(number);
         let current = known.current.get(&record);
         if current.is_some_and(|i| ino::is_later(i.ino, number)) {
-            inode.superseded.store(true, Ordering::SeqCst);
+            inode.hints.superseded.store(true, Ordering::SeqCst);
             return inode;
         }
         if let Some(old) = known.current.insert(record, Arc::clone(&inode)) {
-            old.superseded.store(true, Ordering::SeqCst);
+            old.hints.superseded.store(true, Ordering::SeqCst);
             if old.kernel.lookups.load(Ordering::SeqCst) > 0 {
                 known.former.insert(old.ino, old);
             }
@@ -99,7 +99,7 @@ impl InodeTable {
 
     /// The kernel has forgotten an inode.
     pub fn forgotten(&self, inode: &Inode) {
-        if inode.superseded.load(Ordering::SeqCst) {
+        if inode.hints.superseded.load(Ordering::SeqCst) {
             self.known.write().former.remove(&inode.ino);
         }
     }
@@ -168,7 +168,9 @@ mod tests {
         let [old, new] = [ino::compose(0, 3, 7), ino::compose(0, 4, 7)];
         let current = table.get(new);
         let late = table.get(old);
-        assert!(late.superseded.load(Ordering::SeqCst) && !current.superseded.load(Ordering::SeqCst));
+        assert!(
+            late.hints.superseded.load(Ordering::SeqCst) && !current.hints.superseded.load(Ordering::SeqCst)
+        );
         assert!(Arc::ptr_eq(&table.get(new), &current));
         assert!(table.find_any(old).is_none());
     }
@@ -180,7 +182,7 @@ mod tests {
         let before = table.get(old);
         before.kernel.lookups.store(1, Ordering::SeqCst);
         let current = table.get(new);
-        assert!(before.superseded.load(Ordering::SeqCst));
+        assert!(before.hints.superseded.load(Ordering::SeqCst));
         assert!(Arc::ptr_eq(&table.get(old), &before));
         assert!(table.find(old).is_none() && table.find_any(old).is_some());
         assert!(Arc::ptr_eq(&table.by_record(before.record()).unwrap(), &current));

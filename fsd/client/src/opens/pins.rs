@@ -179,7 +179,7 @@ impl Pinning {
         }
         opens.pinned = None;
         // A record that serves a later inode says what this mount does with that one.
-        let serves_another = opens.in_doubt && inode.superseded.load(Ordering::SeqCst);
+        let serves_another = opens.in_doubt && inode.hints.superseded.load(Ordering::SeqCst);
         if opens.is_recorded() || serves_another {
             return;
         }
