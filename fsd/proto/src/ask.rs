@@ -84,8 +84,9 @@ pub mod meta {
     use crate::clock::Skew;
     use crate::errno::Errno;
     use crate::wire::{
-        Attr, AttrUpdate, Created, DirEntry, InoRange, JoinReply, LockOwner, LockSpec, Logged, MetaReply,
-        MetaRequest, MetaStatus, NamespaceOp, PeerState, StatFs as Figures, StorageInfo, Time, Touched,
+        Attr, AttrUpdate, Carried, Created, DirEntry, InoRange, JoinReply, LockOwner, LockSpec, Logged,
+        MetaReply, MetaRequest, MetaStatus, NamespaceOp, PeerState, StatFs as Figures, StorageInfo, Time,
+        Touched, Written,
     };
 
     requests! { MetaRequest, MetaReply;
@@ -104,6 +105,8 @@ pub mod meta {
         GetXattrs { ino: u64 } -> Vec<(Vec<u8>, Vec<u8>)>, MetaReply::Xattrs(pairs) => pairs;
         Namespace { seq: u64, acknowledged: u64, now: Time, touched: Vec<Touched>, op: NamespaceOp } -> Created,
             MetaReply::Changed(created) => created;
+        WriteBack { first: u64, changes: Vec<Carried> } -> (u64, Vec<Result<Written, Errno>>),
+            MetaReply::WrittenBack { durable, written } => (durable, written);
         Update { updates: Vec<AttrUpdate> } -> (), MetaReply::Done => ();
         Sync {} -> (), MetaReply::Done => ();
         Replay { entries: Vec<Logged>, last: bool } -> Vec<(u64, Errno)>, MetaReply::Replayed(failed) => failed;

@@ -165,7 +165,7 @@ impl Play {
         let victim = (once_in(2) && self.mounts.len() > 1).then(|| below(self.mounts.len() as u64) as usize);
         let bears = Bears {
             storage: trouble.loses_connections(),
-            forgets: victim.is_some() && trouble.loses_names(),
+            forgets: victim.is_some(),
             ..Bears::default()
         };
         let (shared, tasks) = self.meet(phase, (bears, Pace::Fast), victim);
@@ -177,7 +177,7 @@ impl Play {
             wait(longest);
             rt::sim::note(&format!("mount {victim} dies"));
             let mount = self.mounts.remove(victim);
-            if bears.forgets {
+            if trouble.loses_names() {
                 // Together with the only other one that knows what it has done.
                 self.world.crash_meta(one_of(&[Luck::None, Luck::Some]));
                 self.world.kill_mount(mount);
@@ -187,7 +187,7 @@ impl Play {
                 self.world.kill_mount(mount);
             }
         }
-        if !bears.forgets {
+        if victim.is_none() || !trouble.loses_names() {
             trouble.make(&self.world, longest);
         }
         links.join().expect("no panic");
@@ -243,7 +243,7 @@ impl Play {
             storage: strain.is_storage() || trouble.loses_connections(),
             away: 4 * TERM,
             late: strain.is_long(),
-            forgets: false,
+            forgets: victim.is_some(),
         };
         let (shared, tasks) = self.meet(phase, (bears, Pace::Slow), victim);
         let straining = self.strain(strain);

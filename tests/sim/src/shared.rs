@@ -54,8 +54,8 @@ pub struct Bears {
     pub away: Duration,
     /// That may be a server, for longer than a call waits for a lease.
     pub late: bool,
-    /// The metadata server's host may die together with the mount that dies: what that has changed of names, and nobody else has seen,
-    /// may come to nothing.
+    /// A mount dies: what that has changed of names, and nobody else has seen, may come to nothing. It may not have told the metadata server
+    /// yet; or the host of that dies with it.
     pub forgets: bool,
 }
 

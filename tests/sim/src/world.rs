@@ -54,8 +54,9 @@ struct Stopped {
 impl Life {
     /// The process is no more.
     fn end(&self, net: &SimNet) {
-        self.alive.store(false, Ordering::Relaxed);
+        // First of all nobody hears it any more: else it could tell that its disk is gone.
         net.crash(&self.addr);
+        self.alive.store(false, Ordering::Relaxed);
         rt::sim::kill(self.group);
     }
 }

@@ -152,6 +152,8 @@ pub(super) fn join(
     })?];
     let leases = Arc::clone(&client.session.leases);
     threads.push(thread("fsd-leases", move || leases.run_timers())?);
+    let meta = Arc::clone(&net.meta);
+    threads.push(thread("fsd-names", move || meta.tell_changes())?);
     threads.push(thread("fsd-peers", net.peers.attending())?);
     let heartbeat = Heartbeat {
         net,
@@ -241,6 +243,7 @@ pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn 
     let _ = client.cache.wake_writeback.try_send(());
     client.session.leases.stop_timers();
     client.session.net.peers.stop();
+    client.session.net.meta.end_changes();
     client.session.threads.stop_heartbeat();
     for thread in threads {
         let _ = thread.join();

@@ -13,7 +13,9 @@ use crate::cache::lazy::Lazy;
 use crate::client::Client;
 use crate::session::net::{Net, Owner};
 use fsd_proto::rpc::{Errno, Responder, Service};
-use fsd_proto::wire::{AttrUpdate, Hello, LockSpec, MetaRequest, MountRequest, Role, Visited};
+use fsd_proto::wire::{
+    AttrUpdate, Carried, Hello, LockSpec, MetaRequest, MountRequest, NamespaceOp, Role, Visited,
+};
 
 /// Connects the router to the client, which is made later.
 pub(super) struct Front {
@@ -115,6 +117,14 @@ impl Directory for Places {
     }
 }
 
+/// The inode that a change makes.
+fn made(change: &Carried) -> Option<u64> {
+    match change.op {
+        NamespaceOp::Create { ino, .. } => Some(ino),
+        _ => None,
+    }
+}
+
 impl Owner for Client {
     fn held_locks(&self) -> Vec<LockSpec> {
         self.files.locks.file_locks.all()
@@ -138,6 +148,13 @@ impl Owner for Client {
     fn transaction_lost(&self, request: &MetaRequest, error: Errno) {
         let inos: Vec<u64> = match request {
             MetaRequest::Namespace { touched, .. } => touched.iter().map(|t| t.ino).collect(),
+            MetaRequest::WriteBack { changes, .. } => {
+                let touched = changes.iter().flat_map(|c| &c.touched);
+                touched
+                    .map(|t| t.ino)
+                    .chain(changes.iter().filter_map(made))
+                    .collect()
+            }
             MetaRequest::Update { updates } => updates.iter().map(|u| u.ino).collect(),
             _ => Vec::new(),
         };
@@ -149,6 +166,19 @@ impl Owner for Client {
             inode.errors.set(Errno(libc::EIO));
             // What is known of its names came of that change, too.
             inode.lock_raw().dir = Lazy::default();
+        }
+    }
+    fn carried_out(&self, request: &MetaRequest, place: u64) {
+        let MetaRequest::WriteBack { changes, .. } = request else {
+            return;
+        };
+        let unlinked = changes.iter().filter_map(|change| match change.op {
+            NamespaceOp::Unlink { ino, .. } => Some(ino),
+            NamespaceOp::Rename { replaced, .. } => replaced,
+            _ => None,
+        });
+        for inode in unlinked.filter_map(|ino| self.cache.inodes.find(ino)) {
+            inode.transit.push.lock().linked = (place as u32).max(1);
         }
     }
     fn storage_back(&self, shard: u16) {

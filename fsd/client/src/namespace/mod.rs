@@ -1,6 +1,7 @@
 //! Names, and what else the metadata server changes in transactions.
 
 pub mod dirs;
+pub mod foresee;
 pub mod names;
 pub mod transactions;
 pub mod xattrs;
@@ -36,6 +37,7 @@ impl Namespace {
         let transactions = Arc::new(Transactions {
             seqs: Default::default(),
             session: Arc::clone(session),
+            cache: Arc::clone(cache),
             kernel: Arc::clone(&kernel.caches),
             front: Arc::clone(&kernel.front),
         });

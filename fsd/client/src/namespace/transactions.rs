@@ -5,14 +5,17 @@ use std::sync::Arc;
 
 use rt::sync::Mutex;
 
-use crate::cache::inode::Inode;
+use crate::cache::Cache;
+use crate::cache::inode::{Inode, Locked};
 use crate::cache::lazy::Lazy;
+use crate::cache::state::State;
 use crate::kernel::caches::KernelCaches;
 use crate::kernel::front::Front;
+use crate::namespace::foresee::{Known, foresee};
 use crate::session::ctx::{Ctx, Res};
 use crate::session::{Session, Versions};
 use fsd_proto::ask;
-use fsd_proto::wire::{Attr, Created, Kind, NamespaceOp, Touched};
+use fsd_proto::wire::{Attr, Carried, Created, Kind, NamespaceOp, Touched};
 
 /// Numbers of transactions, and which are still unanswered.
 #[derive(Debug, Default)]
@@ -37,6 +40,7 @@ pub struct Transactions {
     /// Numbers of transactions.
     pub seqs: Sequence,
     pub(crate) session: Arc<Session>,
+    pub(crate) cache: Arc<Cache>,
     pub(crate) kernel: Arc<KernelCaches>,
     pub(crate) front: Arc<Front>,
 }
@@ -60,6 +64,10 @@ impl Transactions {
                 version: guards.version_of(i.ino),
             })
             .collect();
+        let (op, touched) = match self.carry_out(ctx, held, guards, op, touched)? {
+            Ok(created) => return Ok(created),
+            Err(unforeseen) => unforeseen,
+        };
         let links = matches!(
             op,
             NamespaceOp::Link { .. } | NamespaceOp::Unlink { .. } | NamespaceOp::Rename { .. }
@@ -94,11 +102,76 @@ impl Transactions {
                 return Err(error.into());
             }
         };
-        let place = self.session.net.meta.last_place();
+        let place = links.then(|| self.session.net.meta.last_place());
+        self.take_over(ctx, held, guards, &created, place)?;
+        Ok(created)
+    }
+
+    /// Carries out a transaction by itself, if all is known that decides what comes of it: the server is told later. Else what was asked
+    /// for is given back.
+    ///
+    /// # Errors
+    /// The metadata server has been away for too long: there are too many of them already.
+    fn carry_out(
+        &self,
+        ctx: &Ctx<'_>,
+        held: &[&Inode],
+        guards: &dyn Versions,
+        op: NamespaceOp,
+        touched: Vec<Touched>,
+    ) -> Res<Result<Created, (NamespaceOp, Vec<Touched>)>> {
+        let meta = &self.session.net.meta;
+        meta.make_room()?;
+        let mut states: Vec<Locked<'_>> = Vec::with_capacity(held.len());
+        for inode in held {
+            let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
+            if self.cache.load_attr(ctx, inode, &mut state).is_err() {
+                return Ok(Err((op, touched)));
+            }
+            drop(state);
+        }
+        // Nobody waits with one of these locked.
+        let mut order: Vec<&&Inode> = held.iter().collect();
+        order.sort_unstable_by_key(|inode| inode.ino);
+        for inode in order {
+            states.push(inode.lock(ctx, guards.version_of(inode.ino))?);
+        }
+        let known: Option<Vec<Known<'_>>> = states.iter().map(|state| known_of(state)).collect();
+        let now = meta.now();
+        let Some(created) = known.and_then(|known| foresee(&op, now, &known)) else {
+            return Ok(Err((op, touched)));
+        };
+        let cookie = created.cookie;
+        let change = Carried {
+            now,
+            touched,
+            op,
+            cookie,
+        };
+        if let Err(change) = meta.carry(change) {
+            return Ok(Err((change.op, change.touched)));
+        }
+        drop(states);
+        self.take_over(ctx, held, guards, &created, None)?;
+        Ok(Ok(created))
+    }
+
+    /// Brings the caches up to date with what a transaction has changed. `links`: its place, where it has changed how many names files
+    /// have.
+    fn take_over(
+        &self,
+        ctx: &Ctx<'_>,
+        held: &[&Inode],
+        guards: &dyn Versions,
+        created: &Created,
+        links: Option<u64>,
+    ) -> Res<()> {
         for inode in held {
             self.kernel.invalidate_attrs(inode);
             let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
-            if links && state.attr.is_some_and(|attr| attr.kind != Kind::Directory) {
+            if let Some(place) = links
+                && state.attr.is_some_and(|attr| attr.kind != Kind::Directory)
+            {
                 inode.transit.push.lock().linked = (place as u32).max(1);
             }
             state.modified = true;
@@ -110,7 +183,7 @@ impl Transactions {
                         self.front.attributes_changed(inode, attr);
                     }
                 }
-                None if inode_kept(&created, inode.ino) => {}
+                None if inode_kept(created, inode.ino) => {}
                 None => {
                     if let Some(gone) = state.attr.take() {
                         state.lasting.last = Some(Box::new(gone));
@@ -119,8 +192,13 @@ impl Transactions {
                 }
             }
         }
-        Ok(created)
+        Ok(())
     }
+}
+
+fn known_of(state: &State) -> Option<Known<'_>> {
+    let dir = state.dir.get();
+    state.attr.map(|attr| Known { attr, dir })
 }
 
 fn inode_kept(created: &Created, number: u64) -> bool {
@@ -140,6 +218,7 @@ fn merge(attr: &mut Option<Attr>, new: &Attr) {
         Some(old) => {
             old.nlink = new.nlink;
             old.size = new.size;
+            old.layout = new.layout;
             // A change of the names sets both times; anything else leaves a time set here alone.
             if new.mtime == new.ctime {
                 old.mtime = new.mtime;

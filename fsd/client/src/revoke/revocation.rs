@@ -339,7 +339,7 @@ impl Revocations {
         if job.from == Mode::Exclusive
             && !(self.flush(inode, &mut state, may_wait)
                 && self.commit_freed(inode, &mut state, may_wait)
-                && self.commit_names(inode, may_wait))
+                && state.unlocked(|| self.tell_names(inode, may_wait) && self.commit_names(inode, may_wait)))
         {
             return None;
         }
@@ -401,6 +401,28 @@ impl Revocations {
         }
         if let Some(durable) = state.lasting.durable.as_deref_mut() {
             durable.stored(durable.changes(), []);
+        }
+        true
+    }
+
+    /// Has told the metadata server what this mount has changed of an inode, or of the names in it: others will ask that. False: it would
+    /// have to wait.
+    fn tell_names(&self, inode: &Inode, may_wait: bool) -> bool {
+        let meta = &self.session.net.meta;
+        while !meta.knows(inode.ino) {
+            if !may_wait {
+                return false;
+            }
+            if let Err(error) = meta.tell(inode.ino) {
+                tracing::warn!(
+                    "the metadata server does not know yet what became of {:#x}: {error}",
+                    inode.ino
+                );
+                if self.session.fate.leaving.load(Ordering::SeqCst) || self.session.term.is_over() {
+                    break;
+                }
+                rt::thread::sleep(RETRY);
+            }
         }
         true
     }

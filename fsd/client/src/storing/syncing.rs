@@ -126,7 +126,7 @@ impl Syncing {
         if !needless {
             requests.push(MetaRequest::Sync);
         }
-        let mut told = self.session.net.meta.begin_in_order(requests);
+        let mut told = state.unlocked(|| self.session.net.meta.begin_in_order(requests));
         let goal = Goal {
             version: state.version,
             size: state.attr.filter(|_| !needless).map(|attr| attr.size),

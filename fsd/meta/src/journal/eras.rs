@@ -36,7 +36,7 @@ impl Eras {
 
     /// The attributes of an inode, with a version of this era.
     pub fn attr(&self, inode: &Inode) -> Attr {
-        let mut attr = inode.attr;
+        let mut attr = inode.told();
         if inode.era != self.now() {
             attr.version = 0;
         }

@@ -14,6 +14,7 @@
 //! | `V` node ino | number reserved by a mount |
 //! | `C` node | mount |
 //! | `L` node seq | answer of a transaction, for exactly-once |
+//! | `J` node | number of the last change that a mount has carried out itself, likewise |
 //! | `T` | the storage nodes' stores |
 //! | `E` | place of the last transaction in the order of all |
 //! | `Y` | the epoch, and the dead whose leases are still to be taken back |
@@ -66,6 +67,17 @@ pub struct Inode {
     pub next_cookie: u64,
     /// Target, for symbolic links.
     pub target: Vec<u8>,
+}
+
+impl Inode {
+    /// Its attributes as mounts are told them: with the cookie that a directory's next entry gets.
+    pub fn told(&self) -> Attr {
+        let layout = match self.attr.kind {
+            Kind::Directory => self.next_cookie,
+            _ => self.attr.layout,
+        };
+        Attr { layout, ..self.attr }
+    }
 }
 
 /// A stored directory entry.
@@ -159,6 +171,10 @@ pub mod key {
     /// Answer of a transaction.
     pub fn answer(node: u16, seq: u64) -> Vec<u8> {
         tagged(b'L', u64::from(node), &seq.to_be_bytes())
+    }
+    /// Number of the last change that a mount has carried out itself.
+    pub fn carried(node: u16) -> Vec<u8> {
+        tagged(b'J', u64::from(node), &[])
     }
     /// Place of the last transaction.
     pub fn executed() -> Vec<u8> {

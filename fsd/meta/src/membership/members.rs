@@ -234,6 +234,7 @@ impl Members {
         for (k, _) in txn.scan_stored(&key::answer(node, 0)[..9], usize::MAX)? {
             txn.delete(k);
         }
+        txn.delete(key::carried(node));
         let member = Member {
             life: 0,
             ..session.member.clone()

@@ -68,7 +68,7 @@ impl<'a> Change<'a> {
         }
         self.txn.set_inode(inode);
         self.attrs.retain(|a| a.ino != inode.attr.ino);
-        self.attrs.push(inode.attr);
+        self.attrs.push(inode.told());
     }
 
     /// Stores a directory in which a name has changed.

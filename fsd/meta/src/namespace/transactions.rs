@@ -14,16 +14,64 @@ use crate::journal::Journal;
 use crate::journal::records::{Txn, decode, encode, key};
 use fsd_node::store::{Store, StoreError, prefix_end};
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{AttrUpdate, Created, MetaReply, MetaRequest, NamespaceOp, Time, Touched};
+use fsd_proto::wire::{
+    AttrUpdate, Carried, Created, MetaReply, MetaRequest, NamespaceOp, Time, Touched, Written,
+};
 
 /// What is known besides the store.
 struct State {
     /// What mounts were answered, by number, until they say that they know.
     answers: HashMap<u16, BTreeMap<u64, Vec<u8>>>,
+    /// What mounts had carried out themselves.
+    carried: HashMap<u16, Last>,
     /// Reaps that came before the unlink they belong to.
     early_reaps: Vec<u64>,
     inodes: u64,
     orphans: u64,
+}
+
+/// The last of the changes that a mount had carried out itself and that have been carried out here.
+#[derive(Debug, Clone, Default)]
+struct Last {
+    number: u64,
+    /// What came of those of its last request from this number on: it may be repeated, where the answer was lost.
+    first: u64,
+    written: Vec<Written>,
+}
+
+impl Last {
+    /// As a store says. What it has is durable, wherever it lies.
+    fn stored(number: u64) -> Self {
+        Self {
+            number,
+            ..Self::default()
+        }
+    }
+
+    /// What came of a change before, if it has been carried out; `executed` is the place of the last of all.
+    fn of(&self, number: u64, executed: u64) -> Option<Written> {
+        if number > self.number {
+            return None;
+        }
+        let at = number.checked_sub(self.first).map(|at| at as usize);
+        let known = at.and_then(|at| self.written.get(at)).copied();
+        Some(known.unwrap_or(Written {
+            place: executed,
+            cookie: 0,
+        }))
+    }
+
+    /// A change of the request that begins with `first` has been carried out.
+    fn note(&mut self, number: u64, first: u64, done: Written) {
+        if number <= self.number {
+            return;
+        }
+        if self.first != first || self.first + self.written.len() as u64 != number {
+            (self.first, self.written) = (number, Vec::new());
+        }
+        self.written.push(done);
+        self.number = number;
+    }
 }
 
 /// Changes of mounts.
@@ -57,12 +105,17 @@ impl Transactions {
             let of = answers.entry(key::number(&k) as u16).or_default();
             of.insert(key::second(&k), v);
         }
+        let mut carried: HashMap<u16, Last> = HashMap::new();
+        for (k, v) in store.scan(b"J", b"K", usize::MAX)? {
+            carried.insert(key::number(&k) as u16, Last::stored(decode(&v)?));
+        }
         Ok(Self {
             journal: journal.clone(),
             freeing: Arc::clone(freeing),
             sharing: Sharing::default(),
             state: Mutex::new(State {
                 answers,
+                carried,
                 early_reaps: Vec::new(),
                 inodes: count(store, b'I')?,
                 orphans: count(store, b'O')?,
@@ -101,6 +154,15 @@ impl Transactions {
                     self.namespace(node, (seq, acknowledged), now, &touched, &op, again)?;
                 Ok((MetaReply::Changed(created), place))
             }
+            MetaRequest::WriteBack { first, changes } => {
+                let node = node.ok_or(Errno(libc::ENOTCONN))?;
+                let written = self.write_back(node, first, &changes, again)?;
+                if let (Some(_), Some(Err(error))) = (again, written.first()) {
+                    return Err((*error).into());
+                }
+                let durable = self.journal.order.durable();
+                Ok((MetaReply::WrittenBack { durable, written }, 0))
+            }
             MetaRequest::Update { updates } => Ok((MetaReply::Done, self.update(&updates, again)?)),
             MetaRequest::Reap { ino } => Ok((MetaReply::Done, self.reap_one(ino, again)?)),
             _ => no(libc::EPROTO),
@@ -133,8 +195,8 @@ impl Transactions {
         if matches!(op, Create { .. } | Link { .. } | SetXattr { .. }) {
             self.journal.store.room()?;
         }
-        let op = &adjust(state, op);
-        let result = operations::run(self.change(node, now, touched), op);
+        let op = adjust(state, op);
+        let result = operations::run(self.change(node, now, touched), &op);
         let (mut txn, created, effects) = result?;
         // The place it is about to get: requests come one after the other.
         let bytes = encode(&(&created, again.unwrap_or(self.journal.order.executed() + 1)));
@@ -146,16 +208,73 @@ impl Transactions {
             txn.delete(key::answer(node, *s));
         }
         answers.insert(seq, bytes);
-        let place = match self.commit(txn, again) {
-            Ok(place) => place,
-            Err(error) => {
+        match self.conclude(state, node, &op, (txn, effects), again) {
+            Ok(place) => Ok((created, place)),
+            Err(refusal) => {
                 state.answers.entry(node).or_default().remove(&seq);
-                return Err(error.into());
+                Err(refusal)
             }
-        };
+        }
+    }
+
+    /// Applies a change of the namespace; the place it has.
+    fn conclude(
+        &self,
+        state: &mut State,
+        node: u16,
+        op: &NamespaceOp,
+        (txn, effects): (Txn<'_>, Effects),
+        again: Option<u64>,
+    ) -> Result<u64, Refusal> {
+        let place = self.commit(txn, again)?;
         self.sharing.note(node, op, place, self.journal.order.durable());
         self.settle(state, &effects);
-        Ok((created, place))
+        Ok(place)
+    }
+
+    /// Carries out what a mount has carried out itself, unless it has been; what came of each change. One that is refused, which is for
+    /// want of space alone or because one before it was lost, stops none of those behind it: what depends on it is refused, too.
+    pub fn write_back(
+        &self,
+        node: u16,
+        first: u64,
+        changes: &[Carried],
+        again: Option<u64>,
+    ) -> Result<Vec<Result<Written, Errno>>, Refusal> {
+        let state = &mut *self.state.lock();
+        let mut last = state.carried.get(&node).cloned().unwrap_or_default();
+        let mut written = Vec::with_capacity(changes.len());
+        for (number, change) in (first..).zip(changes) {
+            let done = match last.of(number, self.journal.order.executed()) {
+                Some(known) => Ok(known),
+                None => self
+                    .carry(state, node, number, change, again)
+                    .map_err(|r| r.errno()),
+            };
+            if let Ok(done) = done {
+                last.note(number, first, done);
+            }
+            written.push(done);
+        }
+        state.carried.insert(node, last);
+        Ok(written)
+    }
+
+    /// Carries out one of them.
+    fn carry(
+        &self,
+        state: &mut State,
+        node: u16,
+        number: u64,
+        Carried { now, touched, op, .. }: &Carried,
+        again: Option<u64>,
+    ) -> Result<Written, Refusal> {
+        let op = adjust(state, op);
+        let (mut txn, created, effects) = operations::run(self.change(node, *now, touched), &op)?;
+        txn.put(key::carried(node), encode(&number));
+        let place = self.conclude(state, node, &op, (txn, effects), again)?;
+        let cookie = created.cookie;
+        Ok(Written { place, cookie })
     }
 
     /// Takes attributes in; the place of that in the order.
@@ -205,7 +324,9 @@ impl Transactions {
 
     /// The answers of a mount that is no more are of no use.
     pub fn forget(&self, node: u16) {
-        self.state.lock().answers.remove(&node);
+        let state = &mut *self.state.lock();
+        state.answers.remove(&node);
+        state.carried.remove(&node);
     }
 
     fn change(&self, node: u16, now: Time, touched: &[Touched]) -> Change<'_> {

@@ -30,7 +30,7 @@ use fsd_proto::wire::{Hello, Logged, MetaReply, MetaRequest, Role, StatFs, Time}
 use status::Status;
 
 /// Most inode numbers handed out at once.
-const MAX_RESERVE: u32 = 1024;
+const MAX_RESERVE: u32 = 4096;
 
 /// Everything a metadata server consists of.
 pub struct Service {
@@ -159,6 +159,8 @@ impl Service {
 
     fn reserve(&self, conn: ConnId, count: u32) -> Result<MetaReply, Refusal> {
         let node = self.membership.members.of(conn)?;
+        // Whoever makes something of them does not ask again whether there is room.
+        self.journal.store.room()?;
         let numbers = self.namespace.numbers.reserve(node, count.min(MAX_RESERVE))?;
         Ok(MetaReply::Inodes(numbers))
     }
@@ -184,6 +186,10 @@ impl Service {
             MetaRequest::ReadDir { ino, after } => lookups.entries(ino, &after),
             MetaRequest::ReadLink { ino } => lookups.target(ino),
             MetaRequest::GetXattrs { ino } => lookups.xattrs(ino),
+            request @ MetaRequest::WriteBack { .. } => {
+                let transactions = &self.namespace.transactions;
+                Ok(transactions.carry_out(members.of(conn).ok(), request, None)?.0)
+            }
             request @ (MetaRequest::Namespace { .. }
             | MetaRequest::Update { .. }
             | MetaRequest::Reap { .. }) => {

@@ -73,7 +73,8 @@ pub struct Attr {
     pub btime: Time,
     /// The inode has extended attributes.
     pub has_xattr: bool,
-    /// Moves on when blocks get or lose frames: the map of frames stays valid while it is the same.
+    /// Moves on when blocks get or lose frames: the map of frames stays valid while it is the same. Of a directory: the cookie that
+    /// its next entry gets.
     pub layout: u64,
 }
 

@@ -8,111 +8,7 @@ use crate::errno::Errno;
 use super::attr::{Attr, AttrUpdate, Kind, Time};
 use super::locks::{LockOwner, LockSpec};
 use super::membership::Terms;
-
-/// An inode that the requester holds exclusively, and the version it will have when it lets go of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Touched {
-    /// Inode.
-    pub ino: u64,
-    /// Version after the requester's tenure.
-    pub version: u64,
-}
-
-/// A change of the namespace, one transaction each. The requester holds the exclusive leases of every inode
-/// in `touched` (parents, and the inodes named).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum NamespaceOp {
-    /// New file, directory, special file or symbolic link.
-    Create {
-        /// Directory.
-        parent: u64,
-        /// Name in it.
-        name: Vec<u8>,
-        /// Number of the new inode, from a reserved range of the requester.
-        ino: u64,
-        /// Version of the new inode's lease record.
-        version: u64,
-        /// Type.
-        kind: Kind,
-        /// Permission bits (umask applied; set-group-id inherited from the directory, whose mode the
-        /// requester knows better than the server).
-        mode: u16,
-        /// Owner.
-        uid: u32,
-        /// Group.
-        gid: u32,
-        /// Device number.
-        rdev: u32,
-        /// Target of a symbolic link.
-        target: Vec<u8>,
-    },
-    /// Another name for an inode.
-    Link {
-        /// Inode.
-        ino: u64,
-        /// Directory.
-        parent: u64,
-        /// New name.
-        name: Vec<u8>,
-    },
-    /// Removes a name that is not a directory.
-    Unlink {
-        /// Directory.
-        parent: u64,
-        /// Name.
-        name: Vec<u8>,
-        /// Inode the requester believes it names (and holds exclusively).
-        ino: u64,
-        /// The inode is open somewhere: keep it as an orphan when its last name goes.
-        keep: bool,
-    },
-    /// Removes an empty directory.
-    Rmdir {
-        /// Directory above.
-        parent: u64,
-        /// Name.
-        name: Vec<u8>,
-        /// Inode the requester believes it names.
-        ino: u64,
-    },
-    /// Renames, replaces or exchanges.
-    Rename {
-        /// Directory of the old name.
-        parent: u64,
-        /// Old name.
-        name: Vec<u8>,
-        /// Inode the requester believes the old name has.
-        ino: u64,
-        /// Directory of the new name.
-        new_parent: u64,
-        /// New name.
-        new_name: Vec<u8>,
-        /// Inode the requester believes the new name has.
-        replaced: Option<u64>,
-        /// The replaced inode is open somewhere.
-        keep: bool,
-        /// `RENAME_NOREPLACE` (1), `RENAME_EXCHANGE` (2).
-        flags: u32,
-    },
-    /// Sets an extended attribute.
-    SetXattr {
-        /// Inode.
-        ino: u64,
-        /// Name with its prefix.
-        name: Vec<u8>,
-        /// Value.
-        value: Vec<u8>,
-        /// `XATTR_CREATE` (1), `XATTR_REPLACE` (2).
-        flags: i32,
-    },
-    /// Removes an extended attribute.
-    RemoveXattr {
-        /// Inode.
-        ino: u64,
-        /// Name.
-        name: Vec<u8>,
-    },
-}
+use super::names::{Carried, Created, NamespaceOp, Touched, Written};
 
 /// A transaction that a mount keeps until a crash of the metadata server's host can no longer undo it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -208,6 +104,13 @@ pub enum MetaRequest {
         touched: Vec<Touched>,
         /// What to do.
         op: NamespaceOp,
+    },
+    /// Changes of the namespace that the mount has carried out itself, in order; each is carried out exactly once.
+    WriteBack {
+        /// Number of the first within the requester's life; the others follow.
+        first: u64,
+        /// The changes.
+        changes: Vec<Carried>,
     },
     /// Attribute changes from the holders of exclusive leases.
     Update {
@@ -334,17 +237,6 @@ pub struct DirEntry {
     pub cookie: u64,
 }
 
-/// Result of a namespace transaction: the new attributes of the inodes it changed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Created {
-    /// Attributes of every inode changed that still exists.
-    pub attrs: Vec<Attr>,
-    /// Cookie of the entry made, 0 if none.
-    pub cookie: u64,
-    /// Cookie of the second entry made (exchange), 0 if none.
-    pub second_cookie: u64,
-}
-
 /// `statfs` figures of the metadata server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatFs {
@@ -466,6 +358,13 @@ pub enum MetaReply {
     Xattrs(Vec<(Vec<u8>, Vec<u8>)>),
     /// To `Namespace`.
     Changed(Created),
+    /// To `WriteBack`.
+    WrittenBack {
+        /// Up to here a crash of the server's host undoes nothing.
+        durable: u64,
+        /// What came of each change.
+        written: Vec<Result<Written, Errno>>,
+    },
     /// To `GetLock`: the lock in the way, if any.
     Lock(Option<LockSpec>),
     /// To `StatFs`.

@@ -11,16 +11,18 @@ mod locks;
 mod membership;
 mod meta;
 mod mount;
+mod names;
 mod storage;
 
 pub use attr::{Attr, AttrUpdate, Kind, Time};
 pub use locks::{LockKind, LockOwner, LockRange, LockSpec};
 pub use membership::{DeadMount, Records, Terms, View};
 pub use meta::{
-    Created, DirEntry, InoRange, JoinReply, Logged, MetaReply, MetaRequest, MetaStatus, NamespaceOp,
-    NodeInfo, PeerState, StatFs, StorageInfo, Touched,
+    DirEntry, InoRange, JoinReply, Logged, MetaReply, MetaRequest, MetaStatus, NodeInfo, PeerState, StatFs,
+    StorageInfo,
 };
 pub use mount::{Act, MountRequest, MountStatus, Visited};
+pub use names::{Carried, Created, NamespaceOp, Touched, Written};
 pub use storage::{
     Attached, BlockFrame, BlockWant, Frame, PoolSpace, StorageReply, StorageRequest, StorageStatus,
 };

@@ -11,6 +11,7 @@ use rt::time::Instant;
 
 use super::clock::Clock;
 use super::log::Log;
+use super::outbox::{Outbox, concern};
 use super::ways::{RETRY, Ways};
 use fsd_proto::ask;
 use fsd_proto::clock::{Skew, Verdict};
@@ -63,11 +64,12 @@ impl InOrder<'_> {
 /// The way to the metadata server.
 pub struct MetaLink {
     me: Weak<Self>,
-    ways: Arc<Ways>,
+    pub(super) ways: Arc<Ways>,
     pub(super) addr: String,
     pub(super) conn: RwLock<Option<Arc<dyn Connection>>>,
     connecting: Mutex<()>,
     pub(super) log: Log,
+    pub(super) outbox: Outbox,
     pub(super) clock: Clock,
     pub(super) joined: OnceLock<JoinReply>,
 }
@@ -81,6 +83,7 @@ impl MetaLink {
             conn: RwLock::new(None),
             connecting: Mutex::new(()),
             log: Log::default(),
+            outbox: Outbox::default(),
             clock: Clock::default(),
             joined: OnceLock::new(),
         })
@@ -193,8 +196,17 @@ impl MetaLink {
 
     /// Sends requests that the server is to carry out one after the other, without waiting for the answers.
     pub fn begin_in_order(&self, requests: Vec<MetaRequest>) -> InOrder<'_> {
+        // What cannot be settled now is waited for when they are sent again.
+        let settled = requests
+            .iter()
+            .all(|request| self.settle(&concern(request)).is_ok());
         // All over one connection: it keeps their order.
-        let mut conn = self.conn.read().as_ref().filter(|c| c.is_alive()).cloned();
+        let mut conn = self
+            .conn
+            .read()
+            .as_ref()
+            .filter(|c| settled && c.is_alive())
+            .cloned();
         let mut begun = VecDeque::with_capacity(requests.len());
         for request in requests {
             let begin = |conn: &Arc<dyn Connection>| self.ways.calls.begin_queued(conn, &request).ok();
@@ -208,8 +220,9 @@ impl MetaLink {
     }
 
     /// As [`MetaLink::ask`], with what goes over the wire.
-    fn ask_message(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
+    pub(super) fn ask_message(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
         let began = Instant::now();
+        self.settle(&concern(request))?;
         loop {
             let conn = self.reached(began)?;
             match self
@@ -268,7 +281,14 @@ impl MetaLink {
     ) {
         let request = request.message();
         let done = move |result: Result<MetaReply, RpcError>| done(result.and_then(ask::answer_to::<R>));
-        let conn = self.conn.read().as_ref().filter(|c| c.is_alive()).cloned();
+        // One that has to wait for what is still to be told does so aside.
+        let settled = self.outbox.is_settled(&concern(&request));
+        let conn = self
+            .conn
+            .read()
+            .as_ref()
+            .filter(|c| settled && c.is_alive())
+            .cloned();
         let (me, workers) = (Weak::clone(&self.me), self.ways.workers.clone());
         let later = move |request: MetaRequest, done: Box<dyn FnOnce(Result<MetaReply, RpcError>) + Send>| {
             workers.run(move || {
@@ -326,14 +346,14 @@ impl MetaLink {
         request: R,
         done: impl FnOnce(Result<R::Reply, RpcError>) + Send + 'static,
     ) -> Result<(), RpcError> {
+        let request = request.message();
+        self.settle(&concern(&request))?;
         let conn = self.reached(Instant::now())?;
-        self.ways.calls.call_async(
-            &conn,
-            &request.message(),
-            move |result: Result<MetaReply, RpcError>| {
+        self.ways
+            .calls
+            .call_async(&conn, &request, move |result: Result<MetaReply, RpcError>| {
                 done(result.and_then(ask::answer_to::<R>));
-            },
-        );
+            });
         Ok(())
     }
 

@@ -4,9 +4,11 @@
 //! limit and are then repeated (the servers carry repeated transactions out only once).
 
 mod alarm;
+mod changes;
 mod clock;
 mod log;
 mod meta;
+mod outbox;
 mod patience;
 mod peer;
 mod peers;

@@ -29,6 +29,8 @@ pub trait Owner: Send + Sync {
     fn storage_lost(&self, shard: u16);
     /// A metadata server that has lost a transaction, which it had answered, cannot carry it out again.
     fn transaction_lost(&self, request: &MetaRequest, error: Errno);
+    /// The metadata server has carried out, at this place, what this mount had carried out itself.
+    fn carried_out(&self, request: &MetaRequest, place: u64);
     /// There is a new connection to a storage node.
     fn storage_back(&self, shard: u16);
     /// A storage node came back without its leases: ours on it are worth nothing.

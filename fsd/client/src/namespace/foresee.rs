@@ -1,0 +1,200 @@
+//! What the metadata server will make of a change of names. Pure.
+//!
+//! A mount that holds the exclusive leases of everything that a change concerns knows what comes of it: it does what the server
+//! is going to do (`fsd/meta/src/namespace`), answers its program, and tells the server later. Where it does not know enough, or the server
+//! might refuse for a reason that is not known here, nothing is foreseen, and the server is asked.
+
+use crate::cache::dir_cache::DirCache;
+use fsd_proto::layout::NAME_MAX;
+use fsd_proto::wire::{Attr, Created, Kind, NamespaceOp, Time};
+
+/// A directory with as many links takes no further one; the server's limit is not reached by what is foreseen.
+const LINKS: u32 = 1 << 20;
+
+/// What is known of an inode that a change concerns.
+#[derive(Debug, Clone, Copy)]
+pub struct Known<'a> {
+    /// Its attributes.
+    pub attr: Attr,
+    /// Its names, of a directory.
+    pub dir: Option<&'a DirCache>,
+}
+
+/// Looks an inode up among those that are known.
+fn find<'a>(known: &[Known<'a>], ino: u64) -> Option<Known<'a>> {
+    known.iter().find(|k| k.attr.ino == ino).copied()
+}
+
+/// May this be a name?
+fn is_name(name: &[u8]) -> bool {
+    !name.is_empty() && name.len() <= NAME_MAX && name != b"." && name != b".." && !name.contains(&b'/')
+}
+
+/// A directory in which a name has changed.
+fn touched(dir: Attr, now: Time) -> Attr {
+    Attr {
+        mtime: now,
+        ctime: now,
+        ..dir
+    }
+}
+
+/// A directory with one entry more, and the cookie of that.
+fn with_entry(dir: Attr) -> (Attr, u64) {
+    let cookie = dir.layout;
+    let layout = cookie + 1;
+    (Attr { layout, ..dir }, cookie)
+}
+
+/// What is left of an inode that loses a name: nothing, unless it has another one or is to be kept.
+fn without_name(attr: Attr, keep: bool, now: Time) -> Option<Attr> {
+    let nlink = attr.nlink.saturating_sub(1);
+    (nlink > 0 || keep).then_some(Attr {
+        nlink,
+        ctime: now,
+        ..attr
+    })
+}
+
+/// What comes of a change, of inodes that are all known: the attributes of those that are still there afterwards, and the cookie of the
+/// entry that is made.
+#[must_use]
+pub fn foresee(op: &NamespaceOp, now: Time, known: &[Known<'_>]) -> Option<Created> {
+    match op {
+        NamespaceOp::Create { .. } => create(op, now, known),
+        NamespaceOp::Unlink {
+            parent, ino, keep, ..
+        } => {
+            let (dir, victim) = (find(known, *parent)?.attr, find(known, *ino)?.attr);
+            if victim.kind == Kind::Directory {
+                return None;
+            }
+            let rest = without_name(victim, *keep, now);
+            Some(made(rest.into_iter().chain([touched(dir, now)]), 0))
+        }
+        NamespaceOp::Rmdir { parent, ino, .. } => {
+            let (dir, victim) = (find(known, *parent)?.attr, find(known, *ino)?);
+            if !is_empty(&victim) {
+                return None;
+            }
+            let nlink = dir.nlink.saturating_sub(1);
+            Some(made([touched(Attr { nlink, ..dir }, now)], 0))
+        }
+        NamespaceOp::Rename { .. } => rename(op, now, known),
+        // The server has to see whether it has room.
+        NamespaceOp::Link { .. } | NamespaceOp::SetXattr { .. } | NamespaceOp::RemoveXattr { .. } => None,
+    }
+}
+
+fn made(attrs: impl IntoIterator<Item = Attr>, cookie: u64) -> Created {
+    Created {
+        attrs: attrs.into_iter().collect(),
+        cookie,
+        second_cookie: 0,
+    }
+}
+
+/// Is it known that a directory has no names?
+fn is_empty(dir: &Known<'_>) -> bool {
+    dir.attr.kind == Kind::Directory && dir.dir.is_some_and(|d| d.complete && d.entries.is_empty())
+}
+
+fn create(op: &NamespaceOp, now: Time, known: &[Known<'_>]) -> Option<Created> {
+    let NamespaceOp::Create {
+        parent,
+        name,
+        ino,
+        version,
+        kind,
+        mode,
+        uid,
+        gid,
+        rdev,
+        target,
+    } = op
+    else {
+        return None;
+    };
+    let above = find(known, *parent)?;
+    let absent = above.dir.is_some_and(|dir| dir.lookup(name) == Some(None));
+    if !absent || !is_name(name) || above.attr.nlink == 0 || above.attr.nlink >= LINKS {
+        return None;
+    }
+    let directory = *kind == Kind::Directory;
+    let (mut dir, cookie) = with_entry(above.attr);
+    dir.nlink += u32::from(directory);
+    let (size, blocks, nlink) = match kind {
+        Kind::Directory => (4096, 8, 2),
+        Kind::Symlink => (target.len() as u64, 0, 1),
+        _ => (0, 0, 1),
+    };
+    let new = Attr {
+        ino: *ino,
+        version: *version,
+        kind: *kind,
+        mode: *mode & 0o7777,
+        nlink,
+        uid: *uid,
+        gid: *gid,
+        rdev: *rdev,
+        size,
+        blocks,
+        atime: now,
+        mtime: now,
+        ctime: now,
+        btime: now,
+        has_xattr: false,
+        layout: if directory { FIRST_COOKIE } else { 0 },
+    };
+    Some(made([touched(dir, now), new], cookie))
+}
+
+/// The cookie of a new directory's first entry: those of `.` and `..` come before.
+const FIRST_COOKIE: u64 = super::dirs::COOKIE_DOTDOT + 1;
+
+fn rename(op: &NamespaceOp, now: Time, known: &[Known<'_>]) -> Option<Created> {
+    let NamespaceOp::Rename {
+        parent,
+        ino,
+        new_parent,
+        new_name,
+        replaced,
+        keep,
+        flags,
+        ..
+    } = op
+    else {
+        return None;
+    };
+    let (moved, to) = (find(known, *ino)?.attr, find(known, *new_parent)?.attr);
+    let other = match replaced {
+        Some(other) => Some(find(known, *other)?),
+        None => None,
+    };
+    let directory = moved.kind == Kind::Directory;
+    // Whether a directory would come to lie below itself only the server can tell.
+    let elsewhere = parent != new_parent;
+    let simple = *flags == 0 || (*flags == libc::RENAME_NOREPLACE && other.is_none());
+    if !simple || !is_name(new_name) || to.nlink == 0 || (directory && elsewhere) || *replaced == Some(*ino) {
+        return None;
+    }
+    if let Some(other) = &other
+        && (directory != (other.attr.kind == Kind::Directory) || (directory && !is_empty(other)))
+    {
+        return None;
+    }
+    let mut attrs = Vec::with_capacity(4);
+    if elsewhere {
+        attrs.push(touched(find(known, *parent)?.attr, now));
+    }
+    let (mut to, cookie) = with_entry(to);
+    if directory && other.is_some() {
+        to.nlink = to.nlink.saturating_sub(1);
+    }
+    attrs.push(touched(to, now));
+    attrs.push(Attr { ctime: now, ..moved });
+    if let Some(other) = other.filter(|_| !directory) {
+        attrs.extend(without_name(other.attr, *keep, now));
+    }
+    Some(made(attrs, cookie))
+}

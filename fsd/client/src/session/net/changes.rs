@@ -1,0 +1,138 @@
+//! Telling the metadata server what this mount has carried out of the namespace itself.
+
+use std::sync::atomic::Ordering;
+
+use rt::time::Instant;
+
+use super::meta::MetaLink;
+use super::outbox::{Concern, InVain};
+use super::ways::RETRY;
+use fsd_proto::ask;
+use fsd_proto::rpc::{Errno, RpcError};
+use fsd_proto::wire::{Carried, MetaReply, MetaRequest, Written};
+
+impl MetaLink {
+    /// Takes a change in, which is thereby carried out: the server is told by and by. It comes back where nothing is told any more.
+    ///
+    /// # Errors
+    /// The change.
+    pub fn carry(&self, change: Carried) -> Result<(), Box<Carried>> {
+        self.outbox.push(change)
+    }
+
+    /// Waits until there is room for another change.
+    ///
+    /// # Errors
+    /// The server is away for longer than programs wait.
+    pub fn make_room(&self) -> Result<(), RpcError> {
+        let began = Instant::now();
+        let waited = self.outbox.make_room(|| self.waits_in_vain(began));
+        waited.map_err(|InVain| RpcError::Errno(Errno(libc::ETIMEDOUT)))
+    }
+
+    /// Does the server know all changes of an inode?
+    #[must_use]
+    pub fn knows(&self, ino: u64) -> bool {
+        self.outbox.is_settled(&Concern::Inodes(vec![ino]))
+    }
+
+    /// Waits until the server knows all changes of an inode.
+    ///
+    /// # Errors
+    /// It is away for longer than programs wait.
+    pub fn tell(&self, ino: u64) -> Result<(), RpcError> {
+        self.settle(&Concern::Inodes(vec![ino]))
+    }
+
+    /// Waits until the server knows what a request concerns.
+    pub(super) fn settle(&self, concern: &Concern) -> Result<(), RpcError> {
+        let began = Instant::now();
+        let settled = self.outbox.settle(concern, || self.waits_in_vain(began));
+        settled.map_err(|InVain| RpcError::Errno(Errno(libc::ETIMEDOUT)))
+    }
+
+    fn waits_in_vain(&self, began: Instant) -> bool {
+        self.ways.patience.is_over(began) || self.ways.stopping.load(Ordering::Acquire)
+    }
+
+    /// Tells the server of changes as they come, until [`MetaLink::end_changes`].
+    pub fn tell_changes(&self) {
+        while let Some((first, changes)) = self.outbox.next() {
+            let request = MetaRequest::WriteBack { first, changes };
+            let answer = self.ask_until_ended(&request);
+            let MetaRequest::WriteBack { changes, .. } = request else {
+                return;
+            };
+            let count = changes.len();
+            match answer.and_then(ask::answer_to::<ask::meta::WriteBack>) {
+                Ok((durable, written)) => {
+                    for ((number, change), written) in (first..).zip(changes).zip(written) {
+                        self.told(number, change, written, durable);
+                    }
+                }
+                Err(error) if error.is_transport() => break,
+                Err(error) => {
+                    for (number, change) in (first..).zip(changes) {
+                        self.told(number, change, Err(error.errno()), 0);
+                    }
+                    if error.errno() == Errno(libc::ESTALE) {
+                        // This life of the mount is over.
+                        self.outbox.end();
+                    }
+                }
+            }
+            self.outbox.done(count);
+        }
+        let lost = self.outbox.end();
+        if lost > 0 {
+            tracing::error!(
+                "{lost} changes of names that were acknowledged are lost: the metadata server was not told of them"
+            );
+        }
+    }
+
+    /// As `ask_hard`, as long as anything is told.
+    fn ask_until_ended(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
+        loop {
+            match self.ask_message(request) {
+                Err(error) if error.is_transport() && !self.outbox.is_ended() => {
+                    tracing::warn!("changes of names wait for the metadata server: {error}");
+                    rt::thread::sleep(RETRY);
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// The server has carried a change out, or has refused it.
+    fn told(&self, number: u64, change: Carried, written: Result<Written, Errno>, durable: u64) {
+        let owner = self.ways.owner();
+        let cookie = change.cookie;
+        let request = MetaRequest::WriteBack {
+            first: number,
+            changes: vec![change],
+        };
+        match written {
+            Ok(Written { place, cookie: found }) => {
+                self.log.note(place, durable, &request);
+                if let Some(owner) = owner {
+                    if found != 0 && found != cookie {
+                        tracing::error!("change {number} made an entry {found}, and {cookie} was foreseen");
+                        owner.transaction_lost(&request, Errno(libc::EIO));
+                    }
+                    owner.carried_out(&request, place);
+                }
+            }
+            Err(error) => {
+                if let Some(owner) = owner {
+                    owner.transaction_lost(&request, error);
+                }
+            }
+        }
+    }
+
+    /// No more is told: the mount has left, or ends.
+    pub fn end_changes(&self) {
+        self.outbox.end();
+    }
+}
