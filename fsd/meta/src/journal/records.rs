@@ -227,6 +227,8 @@ pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
 pub struct Txn<'a> {
     store: &'a dyn Store,
     changed: HashMap<Vec<u8>, Option<Vec<u8>>>,
+    /// The next entry's cookie is at least this.
+    least_cookie: u64,
 }
 
 impl<'a> Txn<'a> {
@@ -235,7 +237,14 @@ impl<'a> Txn<'a> {
         Self {
             store,
             changed: HashMap::new(),
+            least_cookie: 0,
         }
+    }
+
+    /// The entry that is made gets at least this cookie: the mount that has made it has foreseen it. It may know of entries, whose mount
+    /// died together with this server's host, that this store has forgotten.
+    pub fn foreseen(&mut self, cookie: u64) {
+        self.least_cookie = cookie;
     }
 
     /// The value of a key as this transaction sees it, its own changes included.
@@ -310,8 +319,8 @@ impl<'a> Txn<'a> {
 
     /// Stores a directory entry under the directory's next cookie, which it returns.
     pub fn add_dirent(&mut self, parent: &mut Inode, name: &[u8], ino: u64, kind: Kind) -> u64 {
-        let cookie = parent.next_cookie;
-        parent.next_cookie += 1;
+        let cookie = parent.next_cookie.max(self.least_cookie);
+        parent.next_cookie = cookie + 1;
         self.put(
             key::dirent(parent.attr.ino, name),
             encode(&Dirent { ino, kind, cookie }),
@@ -362,5 +371,26 @@ pub fn new_root(now: Time, uid: u32, gid: u32) -> Inode {
         parent: fsd_proto::ino::ROOT,
         next_cookie: FIRST_COOKIE,
         target: Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fsd_node::store::FjallStore;
+
+    #[test]
+    fn an_entry_gets_no_cookie_that_its_mount_knows_of_another_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FjallStore::open(dir.path()).unwrap();
+        let mut txn = Txn::new(&store);
+        let mut root = new_root(Time(0), 0, 0);
+        assert_eq!(txn.add_dirent(&mut root, b"a", 5, Kind::File), FIRST_COOKIE);
+        txn.foreseen(9);
+        assert_eq!(txn.add_dirent(&mut root, b"b", 6, Kind::File), 9);
+        // What it does not know of is greater: it is told.
+        txn.foreseen(4);
+        assert_eq!(txn.add_dirent(&mut root, b"c", 7, Kind::File), 10);
+        assert_eq!(root.told().layout, 11);
     }
 }

@@ -266,11 +266,13 @@ impl Transactions {
         state: &mut State,
         node: u16,
         number: u64,
-        Carried { now, touched, op, .. }: &Carried,
+        carried: &Carried,
         again: Option<u64>,
     ) -> Result<Written, Refusal> {
-        let op = adjust(state, op);
-        let (mut txn, created, effects) = operations::run(self.change(node, *now, touched), &op)?;
+        let op = adjust(state, &carried.op);
+        let mut change = self.change(node, carried.now, &carried.touched);
+        change.txn.foreseen(carried.cookie);
+        let (mut txn, created, effects) = operations::run(change, &op)?;
         txn.put(key::carried(node), encode(&number));
         let place = self.conclude(state, node, &op, (txn, effects), again)?;
         let cookie = created.cookie;
@@ -362,4 +364,33 @@ fn adjust(state: &mut State, op: &NamespaceOp) -> NamespaceOp {
         *keep = false;
     }
     op
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(place: u64) -> Written {
+        Written { place, cookie: 3 }
+    }
+
+    #[test]
+    fn a_request_that_is_repeated_is_answered_as_before() {
+        let mut last = Last::default();
+        assert_eq!(last.of(1, 0), None);
+        for number in 1..=3 {
+            last.note(number, 1, at(10 + number));
+        }
+        assert_eq!(
+            [1, 2, 3, 4].map(|n| last.of(n, 20)),
+            [Some(at(11)), Some(at(12)), Some(at(13)), None]
+        );
+        // The next one, of which the second was refused.
+        last.note(4, 4, at(24));
+        last.note(6, 4, at(25));
+        assert_eq!((last.of(6, 30), last.of(7, 30)), (Some(at(25)), None));
+        // What came before is certain to be carried out; it is not repeated while anybody cares for its place.
+        assert_eq!(last.of(2, 30), Some(Written { place: 30, cookie: 0 }));
+        assert_eq!(Last::stored(6).of(6, 30), Some(Written { place: 30, cookie: 0 }));
+    }
 }
