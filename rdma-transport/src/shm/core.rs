@@ -12,8 +12,11 @@ use rustix::net::SocketFlags;
 
 use super::conn::ShmConn;
 use super::control::Notice;
+use super::executor::Executor;
+use super::former::Former;
 use super::host::Host;
-use super::layout::{SLOTS, slot_of};
+use super::layout::slot_of;
+use super::seat::{SLOTS, Seat};
 use crate::base::{self, Base};
 use crate::common;
 use crate::error::TransportError;
@@ -49,6 +52,8 @@ pub(super) struct Core {
     /// None: shut down.
     pub(super) listener: Mutex<Option<OwnedFd>>,
     links: Mutex<Links>,
+    /// Until they are asked for.
+    former: Mutex<Vec<Arc<dyn Connection>>>,
 }
 
 impl Endpoint for Core {
@@ -68,13 +73,36 @@ impl Endpoint for Core {
 }
 
 impl Core {
-    pub(super) fn new(host: Host, listener: OwnedFd) -> Arc<Self> {
-        Arc::new(Self {
+    /// Before it lets anybody in, it shuts out whoever a former process has let in.
+    pub(super) fn new(host: Host, listener: OwnedFd) -> Result<Arc<Self>, TransportError> {
+        let former = Mutex::new(Former::all(&host.base)?);
+        Ok(Arc::new(Self {
+            former,
             host: Arc::new(host),
             threads: Threads::default(),
             listener: Mutex::new(Some(listener)),
             links: Mutex::default(),
-        })
+        }))
+    }
+
+    /// [`crate::Fabric::left_behind`].
+    pub(super) fn left_behind(&self) -> Vec<Arc<dyn Connection>> {
+        std::mem::take(&mut *self.former.lock())
+    }
+
+    /// The seat for a peer, if what it does here outlives this process.
+    pub(super) fn seat_for(
+        &self,
+        identity: &[u8],
+        executor: Option<&Executor>,
+    ) -> Result<Option<Seat>, TransportError> {
+        let Some(keep) = &self.host.base.config.keep else {
+            return Ok(None);
+        };
+        let mut name = keep.clone().into_os_string();
+        name.push(format!(".{}", u64::from_ne_bytes(common::random()?)));
+        let seat = Seat::make(name.into(), identity, executor);
+        seat.map(Some).inspect_err(|error| tracing::warn!("{error}"))
     }
 
     /// Makes a new connection known: it learns of all regions, and of all future ones. If the peer has connected to us,

@@ -180,7 +180,7 @@ pub fn wrong_version(world: &World) {
     let mut raw = Raw::connect(world, &target.fabric.local_addr());
     raw.send(&greeting(world, 99));
     let answer = raw.recv().unwrap();
-    assert_eq!(answer[..12], greeting(world, 1)[..12]);
+    assert_eq!(answer[..12], greeting(world, 2)[..12]);
     assert!(raw.recv().is_none());
     world.until("counted", || target.fabric.stats().failed_handshakes == 1);
     // We connect to a stranger.

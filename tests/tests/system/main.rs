@@ -21,6 +21,7 @@ mod extension_names;
 mod extension_space;
 mod extension_term;
 mod faults;
+mod former;
 mod generations;
 mod half_done;
 mod histories;

@@ -282,7 +282,7 @@ impl Detached {
             client: OnceLock::new(),
         });
         let (service, name) = (Arc::clone(&front) as Arc<dyn Service>, listen.clone());
-        let endpoint = Endpoint::open_in(network, config, Role::Client(None), listen, key, service)?;
+        let endpoint = Endpoint::open_in(network, config, Role::Client(None), listen.into(), key, service)?;
         let how = How {
             mode,
             cache_shared: false,

@@ -87,13 +87,18 @@ impl Hello {
         postcard::to_stdvec(self).unwrap_or_default()
     }
 
+    /// Decodes it, of whatever protocol and cluster. None: it is no greeting.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        postcard::from_bytes(bytes).ok()
+    }
+
     /// Decodes and checks protocol and cluster against ours.
     ///
     /// # Errors
     /// One sentence for the other side.
     pub fn check(bytes: &[u8], cluster: &str) -> Result<Self, String> {
-        let hello: Self =
-            postcard::from_bytes(bytes).map_err(|_| "the greeting cannot be read".to_owned())?;
+        let hello = Self::decode(bytes).ok_or("the greeting cannot be read")?;
         if hello.protocol != PROTOCOL {
             return Err(format!(
                 "message protocol version {} meets version {PROTOCOL}: run the same release on every node",
