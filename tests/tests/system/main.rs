@@ -8,6 +8,7 @@ mod anew;
 mod async_io;
 mod bad_input;
 mod both_die;
+mod closing;
 mod coherence;
 mod contended;
 mod copies;

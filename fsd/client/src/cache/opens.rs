@@ -59,6 +59,25 @@ impl Usage {
     }
 }
 
+/// Removals on this mount of what may be an inode's last name.
+#[derive(Debug, Default)]
+pub struct Unlinking {
+    /// How many have begun.
+    pub begun: u64,
+    /// How many of them have ended.
+    pub ended: u64,
+    /// The last user went meanwhile: who ends them looks after the inode.
+    pub left: bool,
+}
+
+impl Unlinking {
+    /// Is any under way?
+    #[must_use]
+    pub fn is_under_way(&self) -> bool {
+        self.begun != self.ended
+    }
+}
+
 /// Open files of an inode on this mount.
 #[derive(Debug, Default)]
 pub struct Opens {
@@ -78,6 +97,8 @@ pub struct Opens {
     pub looked_again: Option<Instant>,
     /// It is being removed: nobody may open it any more.
     pub removed: bool,
+    /// It may be losing its last name.
+    pub unlinking: Unlinking,
 }
 
 impl Opens {
