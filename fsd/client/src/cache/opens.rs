@@ -62,12 +62,10 @@ impl Usage {
 /// Removals on this mount of what may be an inode's last name.
 #[derive(Debug, Default)]
 pub struct Unlinking {
-    /// How many have begun.
-    pub begun: u64,
+    /// How many have begun; and again from 0, as there are never many at once.
+    pub begun: u16,
     /// How many of them have ended.
-    pub ended: u64,
-    /// The last user went meanwhile: who ends them looks after the inode.
-    pub left: bool,
+    pub ended: u16,
 }
 
 impl Unlinking {
@@ -99,6 +97,8 @@ pub struct Opens {
     pub removed: bool,
     /// It may be losing its last name.
     pub unlinking: Unlinking,
+    /// The last user went meanwhile: who ends that looks after the inode.
+    pub left: bool,
 }
 
 impl Opens {

@@ -210,7 +210,7 @@ impl Pinning {
     /// ever look again once the name has gone.
     pub(crate) fn left(self: &Arc<Self>, inode: &Arc<Inode>, mut opens: MutexGuard<'_, Opens>) {
         if opens.unlinking.is_under_way() {
-            opens.unlinking.left = true;
+            opens.left = true;
             return;
         }
         opens.removed = true;
@@ -220,7 +220,9 @@ impl Pinning {
 
     /// A removal of what may be the last name of an inode begins; it ends when that is dropped, with no lease held.
     pub fn unlinking(self: &Arc<Self>, inode: &Arc<Inode>) -> Removal {
-        inode.opens.lock().unlinking.begun += 1;
+        let mut opens = inode.opens.lock();
+        opens.unlinking.begun = opens.unlinking.begun.wrapping_add(1);
+        drop(opens);
         Removal {
             pinning: Arc::clone(self),
             inode: Arc::clone(inode),
@@ -230,8 +232,8 @@ impl Pinning {
     /// Such a removal has ended, whatever came of it.
     fn unlinked(self: &Arc<Self>, inode: &Arc<Inode>) {
         let mut opens = inode.opens.lock();
-        opens.unlinking.ended += 1;
-        if opens.unlinking.is_under_way() || !std::mem::take(&mut opens.unlinking.left) {
+        opens.unlinking.ended = opens.unlinking.ended.wrapping_add(1);
+        if opens.unlinking.is_under_way() || !std::mem::take(&mut opens.left) {
             return;
         }
         // It was removed with its name, or somebody uses it again, who will see the flag.
@@ -281,11 +283,11 @@ impl Pinning {
 
     /// As [`Pinning::clear_unlinked`], of an inode that was found to have a name when so many removals had `begun`. False: one has begun
     /// and ended since, and the name may be gone. One that is under way looks after the inode itself.
-    fn has_name(&self, inode: &Inode, begun: u64) -> Res<bool> {
+    fn has_name(&self, inode: &Inode, begun: u16) -> Res<bool> {
         let mut opens = inode.opens.lock();
         if opens.unlinking.is_under_way() {
             opens.removed = false;
-            opens.unlinking.left = true;
+            opens.left = true;
             return Ok(true);
         }
         if opens.unlinking.begun != begun {
