@@ -26,6 +26,16 @@ use crate::ops::{Access, RegionKey};
 use crate::stats::FabricStats;
 use crate::threads::{Endpoint, Threads};
 
+/// Longest time that a peer waits for its own operations by connections to former processes.
+const FENCE: Duration = Duration::from_secs(1);
+
+/// Connections to former processes by which something may still be executed.
+struct Left {
+    conns: Vec<Arc<Former>>,
+    /// They have been asked for.
+    told: bool,
+}
+
 struct Region {
     key: RegionKey,
     access: Access,
@@ -52,8 +62,7 @@ pub(super) struct Core {
     /// None: shut down.
     pub(super) listener: Mutex<Option<OwnedFd>>,
     links: Mutex<Links>,
-    /// Until they are asked for.
-    former: Mutex<Vec<Arc<dyn Connection>>>,
+    left: Mutex<Left>,
 }
 
 impl Endpoint for Core {
@@ -75,9 +84,12 @@ impl Endpoint for Core {
 impl Core {
     /// Before it lets anybody in, it shuts out whoever a former process has let in.
     pub(super) fn new(host: Host, listener: OwnedFd) -> Result<Arc<Self>, TransportError> {
-        let former = Mutex::new(Former::all(&host.base)?);
+        let left = Mutex::new(Left {
+            conns: Former::all(&host.base)?,
+            told: false,
+        });
         Ok(Arc::new(Self {
-            former,
+            left,
             host: Arc::new(host),
             threads: Threads::default(),
             listener: Mutex::new(Some(listener)),
@@ -87,7 +99,30 @@ impl Core {
 
     /// [`crate::Fabric::left_behind`].
     pub(super) fn left_behind(&self) -> Vec<Arc<dyn Connection>> {
-        std::mem::take(&mut *self.former.lock())
+        let mut left = self.left.lock();
+        if std::mem::replace(&mut left.told, true) {
+            return Vec::new();
+        }
+        let all = left.conns.iter();
+        all.map(|conn| Arc::clone(conn) as Arc<dyn Connection>).collect()
+    }
+
+    /// A peer is about to get a new connection: what it has begun by one to a former process is over before it does.
+    pub(super) fn await_former(&self, identity: &[u8]) {
+        let theirs: Vec<Arc<Former>> = {
+            let mut left = self.left.lock();
+            left.conns.retain(|conn| !conn.settled());
+            let theirs = left.conns.iter().filter(|conn| conn.is_of(identity));
+            theirs.cloned().collect()
+        };
+        for conn in theirs {
+            if !conn.wait_settled(FENCE) {
+                tracing::error!(
+                    "{}: an operation of the peer, by a connection to a former process, is stuck on our memory",
+                    conn.peer_addr()
+                );
+            }
+        }
     }
 
     /// The seat for a peer, if what it does here outlives this process.

@@ -25,11 +25,11 @@ pub(super) struct Former {
 
 impl Former {
     /// All of them, if there are any. From now on nothing more can be executed by them than what is being executed now.
-    pub(super) fn all(base: &Base) -> Result<Vec<Arc<dyn Connection>>, TransportError> {
+    pub(super) fn all(base: &Base) -> Result<Vec<Arc<Self>>, TransportError> {
         let Some(keep) = &base.config.keep else {
             return Ok(Vec::new());
         };
-        let mut all: Vec<Arc<dyn Connection>> = Vec::new();
+        let mut all = Vec::new();
         for seat in left_behind(keep)? {
             let former = Self {
                 id: base.next_id(),
@@ -43,11 +43,17 @@ impl Former {
         Ok(all)
     }
 
+    /// Is it of a peer that says it is this?
+    pub(super) fn is_of(&self, identity: &[u8]) -> bool {
+        !identity.is_empty() && self.identity == identity
+    }
+
     fn dead(&self) -> TransportError {
         disconnected(&self.peer_addr(), "it was made by a former process")
     }
 
-    fn wait_settled(&self, longest: Duration) -> bool {
+    /// Waits until nothing is being executed by it any more; as [`Connection::close`] does.
+    pub(super) fn wait_settled(&self, longest: Duration) -> bool {
         let deadline = Instant::now() + longest;
         while !self.settled() {
             if Instant::now() >= deadline {

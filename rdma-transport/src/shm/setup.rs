@@ -76,6 +76,7 @@ fn welcome(
         executor,
     };
     let conn = ShmConn::new(core.host.base.next_id(), &core.host, parts);
+    core.await_former(&conn.base.peer.identity);
     let superseded = core.link(&conn);
     for old in &superseded {
         // Returns when nothing of the old connection can land any more.

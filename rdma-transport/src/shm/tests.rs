@@ -125,6 +125,17 @@ fn a_peer_in_the_middle_of_an_operation_is_not_expelled() {
     until("end", || seen.ended.lock().len() == 1);
 }
 
+/// Ends an operation a little later.
+fn end_soon(conn: &Arc<ShmConn>, slot: usize) -> std::thread::JoinHandle<()> {
+    let conn = Arc::clone(conn);
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        conn.channel
+            .in_flight(conn.side, slot)
+            .fetch_sub(1, Ordering::SeqCst);
+    })
+}
+
 /// Nor may one that its operation was permitted by a process which has ended since.
 #[test]
 fn a_peer_of_a_former_process_is_shut_out_or_known() {
@@ -176,6 +187,13 @@ fn a_peer_of_a_former_process_is_shut_out_or_known() {
         assert!(conn.execute(&mut [Op::Faa { at, add: 1, old: 0 }]).is_err());
     }
     assert_eq!(mem.word(0).unwrap().load(Ordering::SeqCst), 2);
+    // What it has begun is over before it is let in again.
+    let slow = end_soon(&busy, 5);
+    let again = setup::connect(&others[1].core, &second.local_addr()).unwrap();
+    assert!(former.settled());
+    slow.join().unwrap();
+    drop(again);
+    in_flight.fetch_add(1, Ordering::SeqCst);
     // It is in this process, which is not ended.
     let refused = former.expel().unwrap_err();
     assert!(matches!(refused, TransportError::Os { .. }), "{refused:?}");

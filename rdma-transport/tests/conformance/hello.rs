@@ -216,7 +216,7 @@ pub fn wrong_version(world: &World) {
     };
     let stranger = std::thread::spawn(serve);
     match target.fabric.connect(&addr) {
-        Err(TransportError::VersionMismatch { ours, theirs, .. }) => assert_eq!((ours, theirs), (1, 99)),
+        Err(TransportError::VersionMismatch { ours, theirs, .. }) => assert_eq!((ours, theirs), (2, 99)),
         other => panic!("{:?}", other.err()),
     }
     stranger.join().unwrap();
