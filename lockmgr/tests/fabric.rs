@@ -170,6 +170,7 @@ fn run(seed: u64) -> u64 {
             identity: number.to_le_bytes().to_vec(),
             spin: Duration::ZERO,
             timeout: Duration::from_secs(1),
+            keep: None,
         };
         side.fabric
             .set(net.endpoint(config, Arc::clone(&side) as _).unwrap())

@@ -1,5 +1,6 @@
 //! The fabric contract: what every provider offers and every conformance test checks.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,6 +41,10 @@ pub struct FabricConfig {
     pub spin: Duration,
     /// Longest time for setting up a connection, and for a blocking operation.
     pub timeout: Duration,
+    /// How the names of files begin, in a memory file system, by which a later process of this endpoint learns who may still be
+    /// executing operations on memory that outlives this one: see [`Fabric::left_behind`]. Only where peers execute their
+    /// operations themselves (`shm`); others do not look at it.
+    pub keep: Option<PathBuf>,
 }
 
 /// The application's side of an endpoint. Called from progress threads: must not block on the fabric.
@@ -88,6 +93,12 @@ pub trait Fabric: Send + Sync {
     /// # Errors
     /// Unreachable, WrongKey, VersionMismatch, Refused, Protocol, Timeout.
     fn connect(&self, addr: &str) -> Result<Arc<dyn Connection>, TransportError>;
+    /// Connections to former processes of this endpoint by which a peer may still be executing operations on memory that has
+    /// outlived them ([`FabricConfig::keep`]). They are not alive; [`Connection::expel`] is what they are for. Each is returned
+    /// once. By all others of former processes nothing can take effect any more.
+    fn left_behind(&self) -> Vec<Arc<dyn Connection>> {
+        Vec::new()
+    }
     /// What the endpoint has done so far, all its connections (ended ones, too) included.
     fn stats(&self) -> FabricStats {
         FabricStats::default()

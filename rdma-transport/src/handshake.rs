@@ -16,7 +16,7 @@ use sha2::Sha256;
 use crate::TransportError;
 
 /// Version of the transport protocol; change it with any change of a wire format or shared layout.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 const MAGIC: &[u8; 8] = b"DISTFUSE";
 const MAC_LEN: usize = 32;
 /// Longest identity.

@@ -44,6 +44,7 @@ pub(crate) fn config(listen: &str, identity: &str) -> FabricConfig {
         identity: identity.as_bytes().to_vec(),
         spin: Duration::ZERO,
         timeout: Duration::from_secs(5),
+        keep: None,
     }
 }
 

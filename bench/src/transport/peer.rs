@@ -85,6 +85,7 @@ pub fn open(
         identity: name.as_bytes().to_vec(),
         spin,
         timeout: Duration::from_secs(10),
+        keep: None,
     };
     rdma_transport::open(kind, config, handler).context("cannot open the endpoint")
 }

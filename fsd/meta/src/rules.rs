@@ -27,6 +27,10 @@ pub enum Flaw {
     NotFenced,
     /// Mounts are told of what others have changed before it is durable.
     SharedEarly,
+    /// A mount leases in a new table while others still trust the one that it replaces.
+    TablesMixed,
+    /// What mounts left beyond the ends of files stays when their leases were lost.
+    EraNotCleared,
 }
 
 /// The rules that a server keeps: all of them, except in tests.

@@ -104,8 +104,14 @@ impl MetaServer {
         })?;
         let called = Arc::clone(&service) as Arc<dyn rpc::Service>;
         let listen = config.meta.listen.clone();
-        let Endpoint { fabric, calls, .. } =
-            Endpoint::open_in(base.network, config, Role::Meta, listen, cluster_key, called)?;
+        let Endpoint { fabric, calls, .. } = Endpoint::open_in(
+            base.network,
+            config,
+            Role::Meta,
+            listen.into(),
+            cluster_key,
+            called,
+        )?;
         mounts.attach(Arc::clone(&calls));
         if let Some(nodes) = nodes {
             nodes.attach(&fabric, calls);

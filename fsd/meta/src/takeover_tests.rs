@@ -1,6 +1,7 @@
 //! Deaths of mounts: what the server does, in which order, and what becomes of it where somebody is away or dies meanwhile.
 
 mod stage;
+mod table_tests;
 
 use std::sync::Arc;
 use std::time::Duration;

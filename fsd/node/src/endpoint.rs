@@ -1,5 +1,6 @@
 //! A role's endpoint on the fabric.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,6 +50,20 @@ impl Network for SimNet {
     }
 }
 
+/// Where an endpoint is.
+pub struct Place {
+    /// By which it is reached.
+    pub listen: String,
+    /// As in [`FabricConfig`]: for memory that outlives its process.
+    pub keep: Option<PathBuf>,
+}
+
+impl From<String> for Place {
+    fn from(listen: String) -> Self {
+        Self { listen, keep: None }
+    }
+}
+
 /// An endpoint, and the calls made from it.
 pub struct Endpoint {
     /// Connects, registers memory, shuts down.
@@ -71,7 +86,7 @@ impl Endpoint {
         key: Vec<u8>,
         service: Arc<dyn Service>,
     ) -> Result<Self, TransportError> {
-        Self::open_in(config, config, role, listen, key, service)
+        Self::open_in(config, config, role, listen.into(), key, service)
     }
 
     /// As [`Endpoint::open`], in a network of the caller's choice.
@@ -82,7 +97,7 @@ impl Endpoint {
         network: &dyn Network,
         config: &Config,
         role: Role,
-        listen: String,
+        Place { listen, keep }: Place,
         key: Vec<u8>,
         service: Arc<dyn Service>,
     ) -> Result<Self, TransportError> {
@@ -93,6 +108,7 @@ impl Endpoint {
             identity: Hello::new(&config.cluster, role, life).encode(),
             spin: Duration::from_micros(config.spin_us),
             timeout: Duration::from_millis(config.timeout_ms),
+            keep,
         };
         let router = Router::new(&config.cluster, Arc::clone(&calls), service);
         let fabric = network.open(fabric_config, router)?;

@@ -66,6 +66,27 @@ fn write(path: &Path, text: &str, durable: bool) -> Result<()> {
     std::fs::rename(&new, path)
 }
 
+/// Removes all files `PREFIX.N`, whatever an earlier removal that was interrupted has left of them.
+///
+/// # Errors
+/// The system's.
+pub fn remove_numbered(prefix: &Path) -> Result<()> {
+    let (Some(dir), Some(name)) = (prefix.parent(), prefix.file_name().and_then(|n| n.to_str())) else {
+        return Ok(());
+    };
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let file = entry.file_name();
+        let rest = file
+            .to_str()
+            .and_then(|f| f.strip_prefix(name)?.strip_prefix('.'));
+        if rest.is_some_and(|number| number.parse::<u64>().is_ok()) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes everything below a directory durable, names and contents.
 ///
 /// # Errors

@@ -11,6 +11,7 @@ use rt::time::Instant;
 
 use super::error::StorageError;
 use fsd_node::store::{Batch, Store};
+use fsd_proto::wire::{Hello, Role};
 
 /// Tag of the keys of the dead in the store.
 const DEAD: u8 = b'd';
@@ -42,17 +43,30 @@ fn key(life: u64) -> Vec<u8> {
 }
 
 impl Fence {
-    /// As a store says.
+    /// As a store says. Of the connections to former processes by which mounts may still be changing memory, each is one of a life
+    /// that may yet be declared dead.
     ///
     /// # Errors
-    /// The store's.
-    pub fn load(store: Arc<dyn Store>) -> Result<Self, StorageError> {
+    /// The store's; one that nobody can tell who it is cannot be shut out.
+    pub fn load(store: Arc<dyn Store>, former: Vec<Arc<dyn Connection>>) -> Result<Self, StorageError> {
         let stored = store.scan(&[DEAD], &[DEAD + 1], usize::MAX)?;
-        let lives = stored.iter().filter_map(|(k, _)| k.get(1..)?.try_into().ok());
+        let dead = stored.iter().filter_map(|(k, _)| k.get(1..)?.try_into().ok());
+        let mut lives = Lives::default();
+        for conn in former {
+            match Hello::decode(conn.peer_identity()) {
+                Some(hello) if matches!(hello.role, Role::Client(_)) => {
+                    lives.connected.insert(conn.id(), (hello.life, conn));
+                }
+                // A server, or a tool: nobody is going to be told that it is dead, nor takes over what it has.
+                Some(_) => {}
+                // Of another release, whose lives cannot be told apart.
+                None => conn.expel()?,
+            }
+        }
         Ok(Self {
-            dead: RwLock::new(lives.map(u64::from_be_bytes).collect()),
+            dead: RwLock::new(dead.map(u64::from_be_bytes).collect()),
             store,
-            lives: Mutex::default(),
+            lives: Mutex::new(lives),
             made: Condvar::new(),
         })
     }
@@ -175,7 +189,7 @@ mod tests {
     use fsd_node::fake_disk::FakeStore;
 
     fn fence(store: &Arc<FakeStore>) -> Fence {
-        Fence::load(Arc::clone(store) as Arc<dyn Store>).unwrap()
+        Fence::load(Arc::clone(store) as Arc<dyn Store>, Vec::new()).unwrap()
     }
 
     fn conns(ids: std::ops::Range<u64>) -> Vec<Arc<dyn Connection>> {

@@ -108,24 +108,6 @@ fn read_id(label: &Path) -> Option<u64> {
     (text == written(id)).then_some(id)
 }
 
-/// Removes every segment, whatever an earlier removal that was interrupted has left of them.
-fn remove_segments(prefix: &Path) -> std::io::Result<()> {
-    let (Some(dir), Some(name)) = (prefix.parent(), prefix.file_name().and_then(|n| n.to_str())) else {
-        return Ok(());
-    };
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        let file = entry.file_name();
-        let rest = file
-            .to_str()
-            .and_then(|f| f.strip_prefix(name)?.strip_prefix('.'));
-        if rest.is_some_and(|number| number.parse::<u32>().is_ok()) {
-            std::fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
-}
-
 impl LeaseTable {
     /// A table whose segments are files `PREFIX.N` (they outlive the process, as leases must).
     ///
@@ -138,7 +120,7 @@ impl LeaseTable {
             None => {
                 let id = rt::random();
                 // Segments without their number are nobody's; they go before there is a new one.
-                remove_segments(&prefix)
+                files::remove_numbered(&prefix)
                     .and_then(|()| files::replace(&label, &written(id)))
                     .map_err(|error| StorageError::Io {
                         what: "cannot make a new lease table at",
@@ -326,7 +308,7 @@ impl LeaseTable {
     pub fn remove_files(&self) {
         // A file that is gone already is as good.
         let _ = std::fs::remove_file(label_of(&self.prefix));
-        let _ = remove_segments(&self.prefix);
+        let _ = files::remove_numbered(&self.prefix);
     }
 }
 

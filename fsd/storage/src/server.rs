@@ -23,12 +23,15 @@ use super::storing::Storing;
 use super::words::Words;
 use super::work::{self, Worker};
 use fsd_node::config::{Config, FabricChoice, Size, StorageConfig};
-use fsd_node::endpoint::{Endpoint, Network};
+use fsd_node::endpoint::{Endpoint, Network, Place};
 use fsd_node::memory::{Claim, Note};
 use fsd_node::store::Store;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Service;
 use fsd_proto::wire::Role;
+
+/// The kind of memory files that say who may still be changing the others.
+const SEATS: &str = "seats";
 
 /// A running storage node.
 pub struct StorageNode {
@@ -39,6 +42,8 @@ pub struct StorageNode {
     threads: Vec<JoinHandle<()>>,
     /// One for each thread that sleeps.
     stop: [Sender<()>; 2],
+    /// How the names of the seats of connections begin.
+    seats: PathBuf,
     claim: Claim,
 }
 
@@ -76,9 +81,13 @@ impl StorageNode {
         let (label, claim, blocks) = open_blocks(base, config, section, accept_older)?;
         let front = Arc::new(Front::default());
         let service = Arc::clone(&front) as Arc<dyn Service>;
-        let listen = section.listen.clone();
+        let seats = memory_file(section, &note(section, &label), SEATS);
+        let place = Place {
+            listen: section.listen.clone(),
+            keep: Some(seats.clone()),
+        };
         let role = Role::Storage(id);
-        let fabric = Endpoint::open_in(network, config, role, listen, key, service)?.fabric;
+        let fabric = Endpoint::open_in(network, config, role, place, key, service)?.fabric;
         let table = LeaseTable::open(
             memory_file(section, &note(section, &label), "leases"),
             config.lease.record_bytes,
@@ -97,7 +106,7 @@ impl StorageNode {
         let words = Arc::new(Words {
             id,
             table,
-            fence: Fence::load(Arc::clone(&blocks.media.store))?,
+            fence: Fence::load(Arc::clone(&blocks.media.store), fabric.left_behind())?,
             fabric: Mutex::new(Some(Arc::clone(&fabric))),
             own: Mutex::new(None),
         });
@@ -148,6 +157,7 @@ impl StorageNode {
             fabric,
             threads,
             stop: [stop_flush, stop_scrub],
+            seats,
             claim,
         })
     }
@@ -179,6 +189,10 @@ impl StorageNode {
         if forget && result.is_ok() {
             self.blocks.media.pool.remove_memory();
             self.words.table.remove_files();
+            // Who is still executing something does so on memory that is nobody's by now.
+            if let Err(error) = fsd_node::files::remove_numbered(&self.seats) {
+                tracing::warn!("cannot remove {}.*: {error}", self.seats.display());
+            }
             self.claim.remove();
         }
         result

@@ -198,6 +198,7 @@ mod tests {
                 identity: Vec::new(),
                 spin: Duration::ZERO,
                 timeout: Duration::from_secs(5),
+                keep: None,
             };
             let fabric = rdma_transport::open(FabricKind::Shm, config, Arc::new(Nobody)).unwrap();
             let store = Arc::new(FakeStore::default());

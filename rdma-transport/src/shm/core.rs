@@ -12,8 +12,11 @@ use rustix::net::SocketFlags;
 
 use super::conn::ShmConn;
 use super::control::Notice;
+use super::executor::Executor;
+use super::former::Former;
 use super::host::Host;
-use super::layout::{SLOTS, slot_of};
+use super::layout::slot_of;
+use super::seat::{SLOTS, Seat};
 use crate::base::{self, Base};
 use crate::common;
 use crate::error::TransportError;
@@ -22,6 +25,16 @@ use crate::mem::SharedMem;
 use crate::ops::{Access, RegionKey};
 use crate::stats::FabricStats;
 use crate::threads::{Endpoint, Threads};
+
+/// Longest time that a peer waits for its own operations by connections to former processes.
+const FENCE: Duration = Duration::from_secs(1);
+
+/// Connections to former processes by which something may still be executed.
+struct Left {
+    conns: Vec<Arc<Former>>,
+    /// They have been asked for.
+    told: bool,
+}
 
 struct Region {
     key: RegionKey,
@@ -49,6 +62,7 @@ pub(super) struct Core {
     /// None: shut down.
     pub(super) listener: Mutex<Option<OwnedFd>>,
     links: Mutex<Links>,
+    left: Mutex<Left>,
 }
 
 impl Endpoint for Core {
@@ -68,13 +82,62 @@ impl Endpoint for Core {
 }
 
 impl Core {
-    pub(super) fn new(host: Host, listener: OwnedFd) -> Arc<Self> {
-        Arc::new(Self {
+    /// Before it lets anybody in, it shuts out whoever a former process has let in.
+    pub(super) fn new(host: Host, listener: OwnedFd) -> Result<Arc<Self>, TransportError> {
+        let left = Mutex::new(Left {
+            conns: Former::all(&host.base)?,
+            told: false,
+        });
+        Ok(Arc::new(Self {
+            left,
             host: Arc::new(host),
             threads: Threads::default(),
             listener: Mutex::new(Some(listener)),
             links: Mutex::default(),
-        })
+        }))
+    }
+
+    /// [`crate::Fabric::left_behind`].
+    pub(super) fn left_behind(&self) -> Vec<Arc<dyn Connection>> {
+        let mut left = self.left.lock();
+        if std::mem::replace(&mut left.told, true) {
+            return Vec::new();
+        }
+        let all = left.conns.iter();
+        all.map(|conn| Arc::clone(conn) as Arc<dyn Connection>).collect()
+    }
+
+    /// A peer is about to get a new connection: what it has begun by one to a former process is over before it does.
+    pub(super) fn await_former(&self, identity: &[u8]) {
+        let theirs: Vec<Arc<Former>> = {
+            let mut left = self.left.lock();
+            left.conns.retain(|conn| !conn.settled());
+            let theirs = left.conns.iter().filter(|conn| conn.is_of(identity));
+            theirs.cloned().collect()
+        };
+        for conn in theirs {
+            if !conn.wait_settled(FENCE) {
+                tracing::error!(
+                    "{}: an operation of the peer, by a connection to a former process, is stuck on our memory",
+                    conn.peer_addr()
+                );
+            }
+        }
+    }
+
+    /// The seat for a peer, if what it does here outlives this process.
+    pub(super) fn seat_for(
+        &self,
+        identity: &[u8],
+        executor: Option<&Executor>,
+    ) -> Result<Option<Seat>, TransportError> {
+        let Some(keep) = &self.host.base.config.keep else {
+            return Ok(None);
+        };
+        let mut name = keep.clone().into_os_string();
+        name.push(format!(".{}", u64::from_ne_bytes(common::random()?)));
+        let seat = Seat::make(name.into(), identity, executor);
+        seat.map(Some).inspect_err(|error| tracing::warn!("{error}"))
     }
 
     /// Makes a new connection known: it learns of all regions, and of all future ones. If the peer has connected to us,

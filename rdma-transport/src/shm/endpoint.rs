@@ -47,7 +47,7 @@ pub(super) fn start(config: FabricConfig, handler: Arc<dyn Handler>) -> Result<S
         directory: Directory::create()?,
         bell,
     };
-    let core = Core::new(host, listener);
+    let core = Core::new(host, listener)?;
     progress::start(&core)?;
     Ok(ShmFabric {
         core,
@@ -89,6 +89,10 @@ impl Fabric for ShmFabric {
         self.core.host.base.check_open()?;
         let conn = setup::connect(&self.core, addr)?;
         Ok(conn)
+    }
+
+    fn left_behind(&self) -> Vec<Arc<dyn Connection>> {
+        self.core.left_behind()
     }
 
     fn stats(&self) -> FabricStats {

@@ -34,7 +34,7 @@ proptest! {
         tail in prop_oneof![0u64..2 * RING as u64, any::<u64>()],
         head in prop_oneof![0u64..2 * RING as u64, any::<u64>()],
     ) {
-        let channel = Channel::create().unwrap();
+        let channel = Channel::create(None).unwrap();
         let side = Side::Connecting;
         for (at, word) in &words {
             channel.ring_word(side, at * 8).store(*word, Ordering::SeqCst);

@@ -5,11 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::SealFlags;
 
+use super::seat::{SLOTS, Seat};
 use crate::TransportError;
 use crate::mem::SharedMem;
 
-/// Most regions of an endpoint; the slot is in the low bits of the region key.
-pub(super) const SLOTS: usize = 4096;
 /// Cache line; words written by different sides are this far apart.
 const LINE: usize = 64;
 const PAGE: usize = 4096;
@@ -89,34 +88,45 @@ impl Side {
 
 /// What the two sides of one connection share.
 #[derive(Debug)]
-pub(super) struct Channel(SharedMem);
+pub(super) struct Channel {
+    mem: SharedMem,
+    /// Has the listening side's permission, and what the connecting one executes with it, if they are to outlive a process.
+    seat: Option<Seat>,
+}
 
 impl Channel {
     /// A channel both sides of which are open.
-    pub(super) fn create() -> Result<Self, TransportError> {
-        let channel = Self(SharedMem::anonymous(2 * SIDE_LEN)?);
+    pub(super) fn create(seat: Option<Seat>) -> Result<Self, TransportError> {
+        let mem = SharedMem::anonymous(2 * SIDE_LEN)?;
+        // A seat may have been closed again by now.
+        mem.own_word(Side::Listening as usize * SIDE_LEN + OPEN)
+            .store(1, Ordering::SeqCst);
+        let channel = Self { mem, seat };
         channel.open(Side::Connecting).store(1, Ordering::SeqCst);
-        channel.open(Side::Listening).store(1, Ordering::SeqCst);
         Ok(channel)
     }
 
-    pub(super) fn of_peer(fd: OwnedFd) -> Result<Self, TransportError> {
-        sealed(fd, 2 * SIDE_LEN, "channel of a connection").map(Self)
+    pub(super) fn of_peer(fd: OwnedFd, seat: Option<Seat>) -> Result<Self, TransportError> {
+        let mem = sealed(fd, 2 * SIDE_LEN, "channel of a connection")?;
+        Ok(Self { mem, seat })
     }
 
     pub(super) fn mem(&self) -> &SharedMem {
-        &self.0
+        &self.mem
     }
 
     #[inline]
     fn word(&self, side: Side, off: usize) -> &AtomicU64 {
-        self.0.own_word(side as usize * SIDE_LEN + off)
+        self.mem.own_word(side as usize * SIDE_LEN + off)
     }
 
     /// 1 while `side` lets the other one operate on its regions.
     #[inline]
     pub(super) fn open(&self, side: Side) -> &AtomicU64 {
-        self.word(side, OPEN)
+        match &self.seat {
+            Some(seat) if side == Side::Listening => seat.open(),
+            _ => self.word(side, OPEN),
+        }
     }
 
     /// Bytes `side` has ever put into its sending ring.
@@ -140,7 +150,10 @@ impl Channel {
     /// Operations `side` is executing on the other side's region in `slot`.
     #[inline]
     pub(super) fn in_flight(&self, side: Side, slot: usize) -> &AtomicU64 {
-        self.word(side, IN_FLIGHT + slot * 8)
+        match &self.seat {
+            Some(seat) if side == Side::Connecting => seat.in_flight(slot),
+            _ => self.word(side, IN_FLIGHT + slot * 8),
+        }
     }
 
     /// Whether `side` is executing any operation.
@@ -158,11 +171,11 @@ impl Channel {
     pub(super) fn ring_write(&self, side: Side, pos: u64, bytes: &[u8]) -> Result<(), TransportError> {
         let base = side as usize * SIDE_LEN + RING_AT;
         let (first, rest) = bytes.split_at(bytes.len().min(RING - index(pos)));
-        self.0.write_at(base + index(pos), first)?;
+        self.mem.write_at(base + index(pos), first)?;
         if rest.is_empty() {
             Ok(())
         } else {
-            self.0.write_at(base, rest)
+            self.mem.write_at(base, rest)
         }
     }
 
@@ -170,11 +183,11 @@ impl Channel {
     pub(super) fn ring_read(&self, side: Side, pos: u64, into: &mut [u8]) -> Result<(), TransportError> {
         let base = side as usize * SIDE_LEN + RING_AT;
         let (first, rest) = into.split_at_mut(into.len().min(RING - index(pos)));
-        self.0.read_at(base + index(pos), first)?;
+        self.mem.read_at(base + index(pos), first)?;
         if rest.is_empty() {
             Ok(())
         } else {
-            self.0.read_at(base, rest)
+            self.mem.read_at(base, rest)
         }
     }
 }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
-use super::layout::{SLOTS, slot_of};
+use super::layout::slot_of;
+use super::seat::SLOTS;
 use crate::mem::SharedMem;
 use crate::ops::Access;
 

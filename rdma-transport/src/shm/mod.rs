@@ -7,6 +7,9 @@
 //! * one **channel** per connection ([`layout::Channel`]): a message ring each way, the permission each side
 //!   gives the other, and for each side a count of its operations in flight per region.
 //!
+//! Of an endpoint whose memory outlives its process, the permission and the counts of a connection are in a file that does so,
+//! too (`seat.rs`); the next process finds there who may still be executing something (`former.rs`).
+//!
 //! The last two make ends of access exact: an operation first counts itself in flight, then checks permission
 //! and key, so whoever withdraws either and then sees the count at zero knows that nothing can land any more.
 
@@ -15,12 +18,14 @@ mod control;
 mod core;
 mod endpoint;
 mod executor;
+mod former;
 mod host;
 mod layout;
 mod listen;
 mod maps;
 mod progress;
 mod ring;
+mod seat;
 mod send;
 mod setup;
 

@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn fifo_over_many_wraps() {
-        let channel = Channel::create().unwrap();
+        let channel = Channel::create(None).unwrap();
         let (mut p, mut c) = (Producer::default(), Consumer::default());
         let mut into = vec![0; LIMITS.max_message];
         let (mut sent, mut got) = (0u64, 0u64);
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn nonsense_is_an_error() {
-        let channel = Channel::create().unwrap();
+        let channel = Channel::create(None).unwrap();
         let mut into = vec![0; LIMITS.max_message];
         let side = Side::Connecting;
         for (tail, header) in [

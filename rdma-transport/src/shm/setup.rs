@@ -11,6 +11,7 @@ use super::control::{self, HandshakePipe, Notice};
 use super::core::Core;
 use super::executor::Executor;
 use super::layout::{Channel, Directory, Side};
+use super::seat::Seat;
 use crate::error::TransportError;
 use crate::fabric::Connection;
 use crate::handshake::{self, Provider};
@@ -49,10 +50,10 @@ fn welcome(
     let verified = handshake::server(&mut pipe, &core.host.base.local(Provider::Shm), &|identity| {
         core.host.base.handler.admit(identity)
     })?;
-    pipe.send_with(
-        &verified.welcome,
-        &[core.host.directory.mem().fd(), core.host.bell.as_fd()],
-    )?;
+    let seat = core.seat_for(&verified.peer.identity, executor.as_ref())?;
+    let mut ours = vec![core.host.directory.mem().fd(), core.host.bell.as_fd()];
+    ours.extend(seat.iter().map(|seat| seat.mem().fd()));
+    pipe.send_with(&verified.welcome, &ours)?;
     let malformed = || TransportError::Protocol {
         addr: pipe.addr.clone(),
         detail: "connection set-up without its shared memory".to_owned(),
@@ -65,7 +66,7 @@ fn welcome(
         return Err(malformed());
     }
     let parts = Parts {
-        channel: Channel::of_peer(channel)?,
+        channel: Channel::of_peer(channel, seat)?,
         peer_dir: Directory::of_peer(dir)?,
         peer_bell: bell,
         side: Side::Listening,
@@ -75,6 +76,7 @@ fn welcome(
         executor,
     };
     let conn = ShmConn::new(core.host.base.next_id(), &core.host, parts);
+    core.await_former(&conn.base.peer.identity);
     let superseded = core.link(&conn);
     for old in &superseded {
         // Returns when nothing of the old connection can land any more.
@@ -130,10 +132,11 @@ pub(super) fn connect(core: &Arc<Core>, path: &str) -> Result<Arc<ShmConn>, Tran
         addr: path.to_owned(),
         detail: detail.to_owned(),
     };
-    let Ok([dir, bell]) = <[OwnedFd; 2]>::try_from(fds) else {
+    let mut fds = fds.into_iter();
+    let (Some(dir), Some(bell), seat, None) = (fds.next(), fds.next(), fds.next(), fds.next()) else {
         return Err(malformed("welcome without its shared memory"));
     };
-    let channel = Channel::create()?;
+    let channel = Channel::create(seat.map(Seat::of_peer).transpose()?)?;
     let ours = [
         core.host.directory.mem().fd(),
         core.host.bell.as_fd(),

@@ -11,7 +11,7 @@ use super::endpoint::{ShmFabric, start};
 use super::setup;
 use crate::mem::SharedMem;
 use crate::test_util::{Counting, Junk, config, until};
-use crate::{Access, Connection, Fabric, Op, RegionKey, RemoteAddr, TransportError};
+use crate::{Access, Connection, Fabric, FabricConfig, Op, RegionKey, RemoteAddr, TransportError};
 
 fn victim(dir: &tempfile::TempDir) -> (ShmFabric, Arc<Counting>) {
     let seen = Arc::new(Counting::default());
@@ -123,6 +123,84 @@ fn a_peer_in_the_middle_of_an_operation_is_not_expelled() {
     conn.expel().unwrap();
     assert!(conn.settled());
     until("end", || seen.ended.lock().len() == 1);
+}
+
+/// Ends an operation a little later.
+fn end_soon(conn: &Arc<ShmConn>, slot: usize) -> std::thread::JoinHandle<()> {
+    let conn = Arc::clone(conn);
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        conn.channel
+            .in_flight(conn.side, slot)
+            .fetch_sub(1, Ordering::SeqCst);
+    })
+}
+
+/// Nor may one that its operation was permitted by a process which has ended since.
+#[test]
+fn a_peer_of_a_former_process_is_shut_out_or_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let keep = dir.path().join("seats");
+    let kept = || {
+        let config = FabricConfig {
+            keep: Some(keep.clone()),
+            ..config(&path("kept"), "kept")
+        };
+        start(config, Arc::new(Counting::default())).unwrap()
+    };
+    let seats = || {
+        let names = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name());
+        names
+            .filter(|n| n.to_string_lossy().starts_with("seats."))
+            .count()
+    };
+    let first = kept();
+    assert!(first.left_behind().is_empty());
+    let mem = Arc::new(SharedMem::anonymous(4096).unwrap());
+    let at = RemoteAddr {
+        key: first.register(&mem, Access::ALL).unwrap(),
+        offset: 0,
+    };
+    let others =
+        ["idle", "busy"].map(|name| start(config(&path(name), name), Arc::new(Counting::default())).unwrap());
+    let [idle, busy] = others.each_ref().map(|other| {
+        let conn = setup::connect(&other.core, &first.local_addr()).unwrap();
+        conn.execute(&mut [Op::Faa { at, add: 1, old: 0 }]).unwrap();
+        conn
+    });
+    let in_flight = busy.channel.in_flight(busy.side, 5);
+    in_flight.fetch_add(1, Ordering::SeqCst);
+    assert_eq!(seats(), 2);
+    drop(first);
+    let second = kept();
+    let former = second.left_behind();
+    assert!(second.left_behind().is_empty());
+    let [former] = &former[..] else {
+        panic!("{} of them are still executing something", former.len())
+    };
+    assert_eq!(former.peer_identity(), b"busy");
+    assert!(!former.is_alive() && !former.settled());
+    for conn in [&idle, &busy] {
+        assert!(conn.execute(&mut [Op::Faa { at, add: 1, old: 0 }]).is_err());
+    }
+    assert_eq!(mem.word(0).unwrap().load(Ordering::SeqCst), 2);
+    // What it has begun is over before it is let in again.
+    let slow = end_soon(&busy, 5);
+    let again = setup::connect(&others[1].core, &second.local_addr()).unwrap();
+    assert!(former.settled());
+    slow.join().unwrap();
+    drop(again);
+    in_flight.fetch_add(1, Ordering::SeqCst);
+    // It is in this process, which is not ended.
+    let refused = former.expel().unwrap_err();
+    assert!(matches!(refused, TransportError::Os { .. }), "{refused:?}");
+    in_flight.fetch_sub(1, Ordering::SeqCst);
+    former.expel().unwrap();
+    assert!(former.settled());
+    drop(second.left_behind());
 }
 
 #[test]

@@ -180,7 +180,7 @@ pub fn wrong_version(world: &World) {
     let mut raw = Raw::connect(world, &target.fabric.local_addr());
     raw.send(&greeting(world, 99));
     let answer = raw.recv().unwrap();
-    assert_eq!(answer[..12], greeting(world, 1)[..12]);
+    assert_eq!(answer[..12], greeting(world, 2)[..12]);
     assert!(raw.recv().is_none());
     world.until("counted", || target.fabric.stats().failed_handshakes == 1);
     // We connect to a stranger.
@@ -216,7 +216,7 @@ pub fn wrong_version(world: &World) {
     };
     let stranger = std::thread::spawn(serve);
     match target.fabric.connect(&addr) {
-        Err(TransportError::VersionMismatch { ours, theirs, .. }) => assert_eq!((ours, theirs), (1, 99)),
+        Err(TransportError::VersionMismatch { ours, theirs, .. }) => assert_eq!((ours, theirs), (2, 99)),
         other => panic!("{:?}", other.err()),
     }
     stranger.join().unwrap();

@@ -143,6 +143,7 @@ impl World {
             identity: name.as_bytes().to_vec(),
             spin: Duration::from_micros(20),
             timeout: Duration::from_secs(10),
+            keep: None,
         }
     }
 

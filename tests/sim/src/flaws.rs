@@ -49,6 +49,8 @@ const META: &[MetaFlaw] = &[
     MetaFlaw::DeclaredEarly,
     MetaFlaw::NotFenced,
     MetaFlaw::SharedEarly,
+    MetaFlaw::TablesMixed,
+    MetaFlaw::EraNotCleared,
 ];
 
 const STORAGE: &[StorageFlaw] = &[

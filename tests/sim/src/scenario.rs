@@ -13,7 +13,7 @@ use crate::flaws::Flaws;
 use crate::owned::{Owner, Pace};
 use crate::shared::{Bears, Part, Shared};
 use crate::strain::{Strain, TERM};
-use crate::task::Task;
+use crate::task::{Mounted, Task};
 use crate::world::{Mount, Node, World};
 
 /// How large a simulation is.
@@ -449,8 +449,10 @@ impl Play {
     }
 
     /// Mounts whose leases are lost find that out by themselves; each then ends, and another one mounts.
+    /// Nobody who has mounted anew may meet one who still answers from what it cached before.
     fn begin_anew(&self, mut mounts: Vec<Mount>) -> Vec<Mount> {
         let (mut joining, began) = (Vec::new(), rt::sim::elapsed());
+        let former: Arc<Vec<Mounted>> = Arc::new(mounts.iter().map(|mount| mount.mounted.clone()).collect());
         while !mounts.is_empty() {
             rt::thread::sleep(Duration::from_millis(100));
             let (over, left): (Vec<_>, Vec<_>) = mounts.into_iter().partition(Mount::is_over);
@@ -459,7 +461,17 @@ impl Play {
                 self.world.kill_mount(mount);
                 let (world, name) = (Arc::clone(&self.world), format!("anew{}", joining.len()));
                 let thread = rt::thread::Builder::new().name(name.clone());
-                joining.push(thread.spawn(move || world.mount(&name)).expect("a thread"));
+                let former = Arc::clone(&former);
+                let mount = move || {
+                    let mount = world.mount(&name);
+                    if former.iter().any(Mounted::answers) {
+                        rt::sim::fail(
+                            "a mount trusts leases that are lost when another one leases anew".into(),
+                        );
+                    }
+                    mount
+                };
+                joining.push(thread.spawn(mount).expect("a thread"));
             }
             if rt::sim::elapsed() - began > Duration::from_secs(60) {
                 rt::sim::fail("a mount does not find out that its leases are lost".into());
@@ -472,11 +484,30 @@ impl Play {
     fn end(&mut self, end: End) {
         let mounts = std::mem::take(&mut self.mounts);
         if let End::StorageLost(luck) = end {
+            // One may hear nothing of it for a while, and has nobody to ask.
+            let away = (once_in(2) && mounts.len() > 1).then(|| mounts[0].addr());
+            let links: Vec<[String; 2]> = (0..self.world.nodes())
+                .filter_map(|n| {
+                    let node = self.world.whereabouts(Node::Storage(n), &[])?.0;
+                    Some([node, away.clone()?])
+                })
+                .collect();
+            for [node, mount] in &links {
+                self.world.separate([node, mount]);
+            }
             for n in 0..self.world.nodes() {
                 self.world.crash_node(n, luck);
                 self.world.start_node(n);
             }
-            return self.begin_anew(mounts).into_iter().for_each(Mount::stop);
+            let joining = self.beside("links", move |world, _| {
+                wait(Duration::from_secs(30));
+                for [node, mount] in &links {
+                    world.join([node, mount]);
+                }
+            });
+            self.begin_anew(mounts).into_iter().for_each(Mount::stop);
+            joining.join().expect("no panic");
+            return;
         }
         if end == End::OneMount {
             // The others have seen what there is, and see that it stays.

@@ -66,6 +66,12 @@ impl Mounted {
     pub fn is_over(&self) -> bool {
         self.client.session.term.is_over() || self.client.session.fate.doomed.load(Ordering::SeqCst)
     }
+
+    /// May it answer what it has cached?
+    #[must_use]
+    pub fn answers(&self) -> bool {
+        !self.is_over() && self.client.session.term.is_valid()
+    }
 }
 
 /// An open file.

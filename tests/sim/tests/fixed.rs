@@ -73,6 +73,7 @@ fn what_is_left_out_is_found() {
         "DeclaredEarly",
         "NotFenced",
         "SharedEarly",
+        "TablesMixed",
         "AnsweredLate",
         "ClocksApart",
     ] {

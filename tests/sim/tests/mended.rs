@@ -1,12 +1,13 @@
 //! What the simulation has found, each in its shortest form.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use fsd_node::config::Config;
 use fsd_node::fake_disk::Luck;
 use fsd_sim::flaws::Flaws;
 use fsd_sim::task::Task;
-use fsd_sim::world::World;
+use fsd_sim::world::{Mount, Node, World};
 
 fn simulate(body: impl FnOnce(&std::sync::Arc<World>) + Send + 'static) {
     simulate_with(|_| {}, body);
@@ -137,4 +138,107 @@ fn who_asks_a_mount_that_has_left_looks_elsewhere() {
         });
         assert!(took < Duration::from_secs(5), "it waited for {took:?}");
     });
+}
+
+/// As a mount does that has lost its leases: it ends.
+fn end_when_over(world: &Arc<World>, mount: Mount) -> rt::thread::JoinHandle<()> {
+    let world = Arc::clone(world);
+    rt::thread::spawn(move || {
+        while !mount.is_over() {
+            rt::thread::sleep(Duration::from_millis(10));
+        }
+        world.kill_mount(mount);
+    })
+}
+
+/// A storage node's host was restarted, and one mount has not found out: nobody else uses the new lease table before it has.
+#[test]
+fn a_new_lease_table_is_used_when_nobody_trusts_the_old_one() {
+    for silent in [false, true] {
+        simulate(move |world| {
+            let (a, b) = (world.mount("a"), world.mount("b"));
+            let (one, two) = (Task::new(&a.mounted, 1), Task::new(&b.mounted, 2));
+            let file = one.create("one").unwrap();
+            one.write(&file, 0, &[1; 100], false).unwrap();
+            one.fsync(&file).unwrap();
+            let theirs = two.open("one", libc::O_RDONLY).unwrap();
+            assert_eq!(two.read(&theirs, 0, 100), Ok(vec![1; 100]));
+            assert_eq!(one.read(&file, 0, 100), Ok(vec![1; 100]));
+            let node = world.whereabouts(Node::Storage(0), &[]).unwrap().0;
+            let away = a.addr();
+            if silent {
+                world.silence([&node, &away]);
+                world.silence([&away, &node]);
+            }
+            world.crash_node(0, Luck::None);
+            world.start_node(0);
+            while !b.is_over() {
+                rt::thread::sleep(Duration::from_millis(10));
+            }
+            world.kill_mount(b);
+            let old = a.mounted.clone();
+            let ending = end_when_over(world, a);
+            let began = rt::sim::elapsed();
+            let c = world.mount("c");
+            assert!(
+                rt::sim::elapsed() - began < Duration::from_secs(5),
+                "nobody tells it"
+            );
+            let three = Task::new(&c.mounted, 3);
+            let ours = three.open("one", libc::O_RDWR).unwrap();
+            three.write(&ours, 0, &[2; 100], false).unwrap();
+            if old.answers() {
+                assert_eq!(one.read(&file, 0, 100), Ok(vec![2; 100]));
+            }
+            assert_eq!(three.read(&ours, 0, 100), Ok(vec![2; 100]));
+            three.close(ours).unwrap();
+            ending.join().unwrap();
+            c.stop();
+        });
+    }
+}
+
+/// A mount dies together with the storage node's host, which has no record any more of what the mount had; another one lives.
+fn written_beyond_the_end(flaws: Flaws) -> Result<(), String> {
+    let report = rt::sim::run(rt::sim::Settings::new(1), move || {
+        let world = World::with(1, 1, flaws, |_| {});
+        world.start();
+        let (a, b) = (world.mount("a"), world.mount("b"));
+        let task = Task::new(&a.mounted, 1);
+        let file = task.create("one").unwrap();
+        task.fsync(&file).unwrap();
+        task.fsync_dir().unwrap();
+        task.write(&file, 0, &[7; 200_000], false).unwrap();
+        // The storage node has it durably, and the metadata server does not know how long the file is.
+        world.stop_node(Node::Mount(0), &[(a.addr(), a.group())], false);
+        rt::thread::sleep(Duration::from_secs(6));
+        let node = world.whereabouts(Node::Storage(0), &[]).unwrap().0;
+        world.separate([&node, &b.addr()]);
+        world.crash_node(0, Luck::None);
+        world.kill_mount(a);
+        world.start_node(0);
+        let ending = end_when_over(&world, b);
+        let c = world.mount("c");
+        let task = Task::new(&c.mounted, 3);
+        let file = task.open("one", libc::O_RDWR).unwrap();
+        assert_eq!(task.fstat(&file).unwrap().0, 0);
+        task.truncate(&file, 200_000).unwrap();
+        let read = task.read(&file, 0, 200_000).unwrap();
+        assert!(
+            read.iter().all(|byte| *byte == 0),
+            "old bytes where zeros are right"
+        );
+        task.close(file).unwrap();
+        ending.join().unwrap();
+        c.stop();
+    });
+    report.failure.map_or(Ok(()), |failure| Err(failure.to_string()))
+}
+
+#[test]
+fn what_a_lost_lease_covered_is_cut() {
+    written_beyond_the_end(Flaws::default()).unwrap();
+    let flaws: Flaws = "EraNotCleared".parse().unwrap();
+    let found = written_beyond_the_end(flaws).unwrap_err();
+    assert!(found.contains("old bytes"), "{found}");
 }

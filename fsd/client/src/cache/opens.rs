@@ -59,6 +59,23 @@ impl Usage {
     }
 }
 
+/// Removals on this mount of what may be an inode's last name.
+#[derive(Debug, Default)]
+pub struct Unlinking {
+    /// How many have begun; and again from 0, as there are never many at once.
+    pub begun: u16,
+    /// How many of them have ended.
+    pub ended: u16,
+}
+
+impl Unlinking {
+    /// Is any under way?
+    #[must_use]
+    pub fn is_under_way(&self) -> bool {
+        self.begun != self.ended
+    }
+}
+
 /// Open files of an inode on this mount.
 #[derive(Debug, Default)]
 pub struct Opens {
@@ -78,6 +95,10 @@ pub struct Opens {
     pub looked_again: Option<Instant>,
     /// It is being removed: nobody may open it any more.
     pub removed: bool,
+    /// It may be losing its last name.
+    pub unlinking: Unlinking,
+    /// The last user went meanwhile: who ends that looks after the inode.
+    pub left: bool,
 }
 
 impl Opens {

@@ -59,6 +59,15 @@ pub(super) struct How {
     pub(super) flaws: u32,
 }
 
+/// Why a mount cannot join.
+fn refused(error: RpcError) -> MountError {
+    match error {
+        RpcError::Errno(Errno(libc::EUSERS)) => MountError::Full,
+        RpcError::Errno(Errno(libc::ESTALE)) => MountError::Stores,
+        other => MountError::Join(other),
+    }
+}
+
 /// Joins the cluster: everything of a mount but the kernel. `name` is shown to who asks for the mounts there are.
 pub(super) fn join(
     config: &Config,
@@ -80,9 +89,7 @@ pub(super) fn join(
     let net = Net::new(net_config, endpoint, workers.clone());
     let Joined { reply: joined, alive } = net.join().map_err(|error| match error {
         JoinError::Clocks(skew) => MountError::Clocks(skew),
-        JoinError::Rpc(RpcError::Errno(Errno(libc::EUSERS))) => MountError::Full,
-        JoinError::Rpc(RpcError::Errno(Errno(libc::ESTALE))) => MountError::Stores,
-        JoinError::Rpc(other) => MountError::Join(other),
+        JoinError::Rpc(error) => refused(error),
     })?;
     let node = NodeId(joined.node);
     let layout = lockmgr::RecordLayout::new(joined.record_bytes)?;
@@ -144,7 +151,6 @@ pub(super) fn join(
     let _ = front.client.set(Arc::downgrade(&client));
     let owner: Arc<dyn Owner> = Arc::clone(&client) as Arc<dyn Owner>;
     net.ways.set_owner(Arc::downgrade(&owner));
-    net.ways.patience.serve();
 
     let writer = Arc::clone(&client);
     let mut threads = vec![thread("fsd-writeback", move || {
@@ -156,7 +162,7 @@ pub(super) fn join(
     threads.push(thread("fsd-names", move || meta.tell_changes())?);
     threads.push(thread("fsd-peers", net.peers.attending())?);
     let heartbeat = Heartbeat {
-        net,
+        net: Arc::clone(&net),
         term: Arc::clone(&client.session.term),
         every: Duration::from_millis(joined.terms.heartbeat_ms.max(1)),
     };
@@ -170,6 +176,12 @@ pub(super) fn join(
             }
         });
     })?);
+    if let Err(error) = net.tell_tables() {
+        // It has nothing yet.
+        leave(&client, threads, endpoint.fabric.as_ref());
+        return Err(refused(error));
+    }
+    net.ways.patience.serve();
     Ok((client, threads))
 }
 
@@ -285,7 +297,7 @@ impl Detached {
             client: OnceLock::new(),
         });
         let (service, name) = (Arc::clone(&front) as Arc<dyn Service>, listen.clone());
-        let endpoint = Endpoint::open_in(network, config, Role::Client(None), listen, key, service)?;
+        let endpoint = Endpoint::open_in(network, config, Role::Client(None), listen.into(), key, service)?;
         let how = How {
             mode,
             cache_shared: false,

@@ -46,6 +46,12 @@ impl Service for Front {
                 }
             }
             (Ok(MountRequest::View(view)), Role::Meta) => client.membership.take(view, responder),
+            (Ok(MountRequest::Tables(tables)), Role::Meta) => {
+                if let Some(shard) = client.session.net.storage.trusts_another(&tables) {
+                    client.leases_lost(shard);
+                }
+                responder.reply::<()>(&Ok(()));
+            }
             (Ok(MountRequest::Relay { from, life, frame }), Role::Meta) => {
                 let taken = client.session.net.peers.take_relayed(NodeId(from), life, &frame);
                 if let Ok(Some(message)) = taken {

@@ -280,6 +280,8 @@ impl Names {
                 _ => {}
             }
             let victim = self.cache.inode(number);
+            // Ends after `guards` have been given back.
+            let _removal = (!directory).then(|| self.pinning.unlinking(&victim));
             let guards = self
                 .cache
                 .lease_all(ctx, &[(dir, Mode::Exclusive), (&victim, Mode::Exclusive)])?;
@@ -405,6 +407,7 @@ impl Names {
             let target = self.directories.entry(ctx, to, to_name)?;
             let moved = self.cache.inode(number);
             let other = target.map(|(n, _)| self.cache.inode(n));
+            let _removal = other.as_ref().map(|other| self.pinning.unlinking(other));
             let mut wanted = vec![
                 (dir, Mode::Exclusive),
                 (to, Mode::Exclusive),

@@ -266,11 +266,7 @@ impl OpenFiles {
             return Ok(());
         }
         match self.records.record(inode, &mut opens) {
-            Ok(seen) if seen.is_orphan() => {
-                opens.removed = true;
-                drop(opens);
-                self.pinning.reap(inode);
-            }
+            Ok(seen) if seen.is_orphan() => self.pinning.left(inode, opens),
             Ok(_) => {}
             Err(stop) => {
                 self.pinning.record_later(inode, &opens);

@@ -13,13 +13,13 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use lockmgr::Mode;
-use rt::sync::Mutex;
+use rt::sync::{Mutex, MutexGuard};
 use rt::time::Instant;
 
 use crate::cache::Cache;
 use crate::cache::claims::{Purpose, Span};
 use crate::cache::inode::Inode;
-use crate::cache::opens::Opens;
+use crate::cache::opens::{Opens, Usage};
 use crate::data::reservations::Reservations;
 use crate::opens::record::OpenRecords;
 use crate::session::Session;
@@ -52,6 +52,18 @@ impl Pins {
             all.iter().take_while(|(end, _)| *end <= now).count()
         });
         all.drain(..due).map(|(_, inode)| inode).collect()
+    }
+}
+
+/// A removal of what may be an inode's last name, while it is under way.
+pub struct Removal {
+    pinning: Arc<Pinning>,
+    inode: Arc<Inode>,
+}
+
+impl Drop for Removal {
+    fn drop(&mut self) {
+        self.pinning.unlinked(&self.inode);
     }
 }
 
@@ -184,11 +196,7 @@ impl Pinning {
             return;
         }
         match self.records.record(inode, &mut opens) {
-            Ok(seen) if seen.is_orphan() => {
-                opens.removed = true;
-                drop(opens);
-                self.reap(inode);
-            }
+            Ok(seen) if seen.is_orphan() => self.left(inode, opens),
             Ok(_) => {}
             Err(stop) => {
                 tracing::debug!("the pin of inode {:#x} stays for now: {stop:?}", inode.ino);
@@ -197,9 +205,46 @@ impl Pinning {
         }
     }
 
+    /// An inode whose unlinked flag is set has lost its last user. While a removal of its last name is under way here, the name may still be
+    /// there, and stay: then nobody may look yet whether it is, for one that found it there would take the flag back, and nobody would
+    /// ever look again once the name has gone.
+    pub(crate) fn left(self: &Arc<Self>, inode: &Arc<Inode>, mut opens: MutexGuard<'_, Opens>) {
+        if opens.unlinking.is_under_way() {
+            opens.left = true;
+            return;
+        }
+        opens.removed = true;
+        drop(opens);
+        self.reap(inode);
+    }
+
+    /// A removal of what may be the last name of an inode begins; it ends when that is dropped, with no lease held.
+    pub fn unlinking(self: &Arc<Self>, inode: &Arc<Inode>) -> Removal {
+        let mut opens = inode.opens.lock();
+        opens.unlinking.begun = opens.unlinking.begun.wrapping_add(1);
+        drop(opens);
+        Removal {
+            pinning: Arc::clone(self),
+            inode: Arc::clone(inode),
+        }
+    }
+
+    /// Such a removal has ended, whatever came of it.
+    fn unlinked(self: &Arc<Self>, inode: &Arc<Inode>) {
+        let mut opens = inode.opens.lock();
+        opens.unlinking.ended = opens.unlinking.ended.wrapping_add(1);
+        if opens.unlinking.is_under_way() || !std::mem::take(&mut opens.left) {
+            return;
+        }
+        // It was removed with its name, or somebody uses it again, who will see the flag.
+        if !opens.removed && opens.usage() == Usage::Unused {
+            self.left(inode, opens);
+        }
+    }
+
     /// Sets the unlinked flag of an inode about to lose its last name to a request of `thread`, and tells whether it is in use: open
     /// anywhere, or looked up a moment ago. The flag comes first: a last closer either sees it or is seen. If it is not in use,
-    /// nobody can open it any more.
+    /// nobody can open it any more. To be called between the begin and the end of a [`Removal`].
     ///
     /// # Errors
     /// The storage node cannot be reached.
@@ -234,6 +279,24 @@ impl Pinning {
     pub fn clear_unlinked(&self, inode: &Inode) -> Res<()> {
         inode.opens.lock().removed = false;
         self.records.set_unlinked(inode, false)
+    }
+
+    /// As [`Pinning::clear_unlinked`], of an inode that was found to have a name when so many removals had `begun`. False: one has begun
+    /// and ended since, and the name may be gone. One that is under way looks after the inode itself.
+    fn has_name(&self, inode: &Inode, begun: u16) -> Res<bool> {
+        let mut opens = inode.opens.lock();
+        if opens.unlinking.is_under_way() {
+            opens.removed = false;
+            opens.left = true;
+            return Ok(true);
+        }
+        if opens.unlinking.begun != begun {
+            return Ok(false);
+        }
+        opens.removed = false;
+        // With `opens` locked: a removal that begins now sets the flag after this.
+        self.records.set_unlinked(inode, false)?;
+        Ok(true)
     }
 
     /// The last close of a file without a name. Aside, for it waits for other mounts; but for one that leaves, whose workers end.
@@ -276,8 +339,14 @@ impl Pinning {
             let meta = &self.session.net.meta;
             // This mount itself may be storing what it has of it.
             let mut state = inode.claim(&ctx, guard.version(), Span::ALL, Purpose::Change)?;
-            if self.cache.load_attr(&ctx, inode, &mut state)?.nlink > 0 {
-                return state.unlocked(|| self.clear_unlinked(inode));
+            loop {
+                let begun = state.unlocked(|| inode.opens.lock().unlinking.begun);
+                if self.cache.load_attr(&ctx, inode, &mut state)?.nlink == 0 {
+                    break;
+                }
+                if state.unlocked(|| self.has_name(inode, begun))? {
+                    return Ok(());
+                }
             }
             if state.unlocked(|| self.is_used_after_all(inode))? {
                 return Ok(());

@@ -174,6 +174,10 @@ impl Mounts for FakeMounts {
         done(Ok(()));
     }
 
+    fn tables(&self, _: &Arc<dyn Connection>, _: Vec<u64>, done: Done) {
+        done(Ok(()));
+    }
+
     fn relay(&self, _: &Arc<dyn Connection>, _: (u16, u64), _: Vec<u8>, done: Done) {
         done(Ok(()));
     }

@@ -10,11 +10,31 @@ use crate::error::Refusal;
 use fsd_node::store::Store;
 use fsd_proto::wire::Attr;
 
+/// The lease tables of an era.
+#[derive(Default)]
+struct Tables {
+    /// By storage node; none before the first mount.
+    known: Vec<u64>,
+    /// They are no more: nobody may begin to lease in them.
+    over: bool,
+}
+
+/// What a mount may do that has found lease tables.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Found {
+    /// They are those of the era.
+    Known,
+    /// There are none yet.
+    First,
+    /// They are others; or they are those of the era, and that is over.
+    Others,
+}
+
 /// The era, and the lease tables that it belongs to.
 pub struct Eras {
     store: Arc<dyn Store>,
     superblock: Superblock,
-    tables: Mutex<Vec<u64>>,
+    tables: Mutex<Tables>,
     now: AtomicU32,
 }
 
@@ -23,7 +43,10 @@ impl Eras {
     pub fn new(store: Arc<dyn Store>, superblock: Superblock) -> Self {
         Self {
             store,
-            tables: Mutex::new(superblock.tables.clone()),
+            tables: Mutex::new(Tables {
+                known: superblock.tables.clone(),
+                over: false,
+            }),
             now: AtomicU32::new(superblock.era),
             superblock,
         }
@@ -43,13 +66,44 @@ impl Eras {
         attr
     }
 
-    /// A mount tells which lease tables it has found. New ones begin with version zero: a new era, or the
-    /// attributes pushed under the new versions would be taken for old.
-    pub fn check(&self, found: &[u64]) -> Result<(), Refusal> {
-        let mut tables = self.tables.lock();
-        if *tables == found {
-            return Ok(());
+    /// A mount has found these tables. With `begin`, of those of the era: it begins to lease in them, before they can be given up.
+    pub fn found(
+        &self,
+        found: &[u64],
+        begin: impl FnOnce() -> Result<(), Refusal>,
+    ) -> Result<Found, Refusal> {
+        let tables = self.tables.lock();
+        if tables.known.is_empty() {
+            return Ok(Found::First);
         }
+        if tables.over || tables.known != found {
+            return Ok(Found::Others);
+        }
+        begin()?;
+        Ok(Found::Known)
+    }
+
+    /// Are these the tables of the era, or are there none yet? Else that is over.
+    pub fn check(&self, found: &[u64]) -> bool {
+        let mut tables = self.tables.lock();
+        let known = tables.known.is_empty() || tables.known == found;
+        tables.over |= !known;
+        known
+    }
+
+    /// Has any mount ever leased?
+    pub fn has_tables(&self) -> bool {
+        !self.tables.lock().known.is_empty()
+    }
+
+    /// Is this the table of a storage node in this era?
+    pub fn is_known(&self, node: u16, table: u64) -> bool {
+        self.tables.lock().known.get(usize::from(node)) == Some(&table)
+    }
+
+    /// New tables begin with version zero: a new era, or the attributes pushed under the new versions would be taken for old.
+    pub fn begin(&self, found: &[u64]) -> Result<(), Refusal> {
+        let mut tables = self.tables.lock();
         let era = self.now() + 1;
         let superblock = Superblock {
             era,
@@ -61,7 +115,10 @@ impl Eras {
         txn.commit()?;
         self.store.sync()?;
         tracing::info!("lease tables are new: era {era}");
-        *tables = found.to_vec();
+        *tables = Tables {
+            known: found.to_vec(),
+            over: false,
+        };
         self.now.store(era, Ordering::Release);
         Ok(())
     }

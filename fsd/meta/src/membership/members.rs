@@ -146,7 +146,10 @@ impl Members {
             if again.is_some() { "is back" } else { "has joined" }
         );
         sessions.incarnations.insert(node, incarnation);
-        let session = Session::new(member, Some(Arc::clone(joining.conn)));
+        let before = sessions.nodes.get(&node).filter(|s| s.member.life == member.life);
+        let leases = before.is_some_and(|s| s.leases);
+        let mut session = Session::new(member, Some(Arc::clone(joining.conn)));
+        session.leases = leases;
         sessions.nodes.insert(node, session);
         let (awaited, epoch) = (self.recovery.awaits(node), sessions.view.epoch);
         drop(sessions);
@@ -202,6 +205,23 @@ impl Members {
         if let Some(session) = node.and_then(|node| sessions.nodes.get_mut(&node)) {
             session.greeted = true;
         }
+    }
+
+    /// The mount whose connection this is leases in the tables of the era from now on, or does not yet.
+    pub fn note_leases(&self, conn: ConnId, leases: bool) -> Result<(), Refusal> {
+        let mut sessions = self.sessions.lock();
+        let node = sessions.by_conn(conn);
+        let session = node.and_then(|node| sessions.nodes.get_mut(&node));
+        session.ok_or(Errno(libc::ENOTCONN))?.leases = leases;
+        Ok(())
+    }
+
+    /// The mounts that lease in the tables of the era: how many there are, and the connections to those that are connected.
+    pub fn leasing(&self) -> (usize, Vec<Arc<dyn Connection>>) {
+        let sessions = self.sessions.lock();
+        let all = || sessions.nodes.values().filter(|s| s.leases);
+        let conns = all().filter(|s| s.greeted).filter_map(|s| s.conn.clone());
+        (all().count(), conns.collect())
     }
 
     /// A mount says that it lives.

@@ -27,6 +27,8 @@ pub struct Session {
     pub gone: bool,
     /// It has been declared dead.
     pub dead: bool,
+    /// It leases in the tables of the era.
+    pub leases: bool,
 }
 
 impl Session {
@@ -39,6 +41,7 @@ impl Session {
             heard: Instant::now(),
             gone: false,
             dead: false,
+            leases: false,
         }
     }
 
@@ -86,6 +89,8 @@ impl Sessions {
                 sessions.incarnations.insert(node, member.incarnation);
             } else {
                 let mut lost = Session::new(member, None);
+                // Whether it has begun to is not stored.
+                lost.leases = true;
                 lost.dead = sessions.view.dead.iter().any(|d| d.life == lost.member.life);
                 sessions.nodes.insert(node, lost);
             }

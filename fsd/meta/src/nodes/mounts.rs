@@ -15,6 +15,8 @@ pub type Done = Box<dyn FnOnce(Result<(), RpcError>) + Send>;
 pub trait Mounts: Send + Sync {
     /// Tells one who takes part.
     fn tell(&self, conn: &Arc<dyn Connection>, view: View, done: Done);
+    /// Tells one which lease tables there are.
+    fn tables(&self, conn: &Arc<dyn Connection>, tables: Vec<u64>, done: Done);
     /// Passes a frame of lease messages on, of the mount and the life that it is `from`.
     fn relay(&self, conn: &Arc<dyn Connection>, from: (u16, u64), frame: Vec<u8>, done: Done);
 }
@@ -40,6 +42,10 @@ impl FabricMounts {
 impl Mounts for FabricMounts {
     fn tell(&self, conn: &Arc<dyn Connection>, view: View, done: Done) {
         self.ask(conn, &ask::mount::View { view }.message(), done);
+    }
+
+    fn tables(&self, conn: &Arc<dyn Connection>, tables: Vec<u64>, done: Done) {
+        self.ask(conn, &MountRequest::Tables(tables), done);
     }
 
     fn relay(&self, conn: &Arc<dyn Connection>, (from, life): (u16, u64), frame: Vec<u8>, done: Done) {

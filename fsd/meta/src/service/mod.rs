@@ -177,7 +177,7 @@ impl Service {
                     self.membership.copies.check_place(&who, place)?;
                 }
                 self.nodes.stores.check(&stores)?;
-                self.journal.eras.check(&ids)?;
+                self.membership.takeover.found_tables(conn, &ids)?;
                 Ok(MetaReply::Done)
             }
             MetaRequest::Peer { node } => members.peer(node),

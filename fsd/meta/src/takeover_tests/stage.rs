@@ -8,7 +8,7 @@ use std::time::Duration;
 use rdma_transport::{ConnId, Connection, TransportError};
 use rt::sync::Mutex;
 
-use crate::crash_tests::world::{config, join};
+use crate::crash_tests::world::{NODES, config, join};
 use crate::journal::format::{make, read_superblock};
 use crate::journal::records::encode;
 use crate::nodes::Reach;
@@ -22,8 +22,8 @@ use fsd_node::store::Store;
 use fsd_proto::ino;
 use fsd_proto::rpc::{Errno, Responder, RpcError, Service as _};
 use fsd_proto::wire::{
-    DeadMount, Hello, LockKind, LockOwner, LockRange, LockSpec, MetaReply, MetaRequest, PeerState, Records,
-    Role, StorageReply, StorageRequest, View,
+    Attached, DeadMount, Hello, LockKind, LockOwner, LockRange, LockSpec, MetaReply, MetaRequest, PeerState,
+    Records, Role, StorageReply, StorageRequest, View,
 };
 
 /// The lease record at storage node 0 that the second mount owns, and a number that has it.
@@ -37,6 +37,8 @@ pub struct Storage {
     pub fuel: Mutex<Option<usize>>,
     pub asked: Mutex<Vec<(u16, StorageRequest)>>,
     pub freed: Mutex<BTreeSet<u16>>,
+    /// The lease tables.
+    pub tables: Mutex<[u64; NODES]>,
 }
 
 impl Storage {
@@ -65,6 +67,15 @@ impl StorageNodes for Storage {
         }
         self.asked.lock().push((id, request.clone()));
         Ok(match request {
+            StorageRequest::Attach => StorageReply::Attached(Attached {
+                pool_key: 0,
+                dirty_key: 0,
+                segment_records: 1,
+                table: self.tables.lock()[usize::from(id)],
+                store: String::new(),
+                generation: 0,
+                place: 0,
+            }),
             StorageRequest::Owned { .. } => {
                 let owned = id == 0 && !self.freed.lock().contains(&id);
                 StorageReply::Records(Records {
@@ -97,6 +108,7 @@ impl StorageNodes for Storage {
 pub struct Asked {
     pub told: Mutex<Vec<(ConnId, View, Option<Done>)>>,
     pub relayed: Mutex<Vec<(ConnId, u16, Vec<u8>)>>,
+    pub tables: Mutex<Vec<(ConnId, Vec<u64>)>>,
 }
 
 impl Asked {
@@ -124,6 +136,11 @@ impl Asked {
 impl Mounts for Asked {
     fn tell(&self, conn: &Arc<dyn Connection>, view: View, done: Done) {
         self.told.lock().push((conn.id(), view, Some(done)));
+    }
+
+    fn tables(&self, conn: &Arc<dyn Connection>, tables: Vec<u64>, done: Done) {
+        self.tables.lock().push((conn.id(), tables));
+        done(Ok(()));
     }
 
     fn relay(&self, conn: &Arc<dyn Connection>, (from, _): (u16, u64), frame: Vec<u8>, done: Done) {

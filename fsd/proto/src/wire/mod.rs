@@ -30,7 +30,7 @@ pub use storage::{
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages; nodes of different versions refuse each other.
-pub const PROTOCOL: u32 = 10;
+pub const PROTOCOL: u32 = 11;
 
 /// What a node says it is when it connects (authenticated by the transport's handshake).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,13 +89,18 @@ impl Hello {
         postcard::to_stdvec(self).unwrap_or_default()
     }
 
+    /// Decodes it, of whatever protocol and cluster. None: it is no greeting.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        postcard::from_bytes(bytes).ok()
+    }
+
     /// Decodes and checks protocol and cluster against ours.
     ///
     /// # Errors
     /// One sentence for the other side.
     pub fn check(bytes: &[u8], cluster: &str) -> Result<Self, String> {
-        let hello: Self =
-            postcard::from_bytes(bytes).map_err(|_| "the greeting cannot be read".to_owned())?;
+        let hello = Self::decode(bytes).ok_or("the greeting cannot be read")?;
         if hello.protocol != PROTOCOL {
             return Err(format!(
                 "message protocol version {} meets version {PROTOCOL}: run the same release on every node",

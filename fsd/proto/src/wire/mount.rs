@@ -21,6 +21,8 @@ pub enum MountRequest {
     },
     /// From the metadata server: who takes part. Answered when the mount has got there.
     View(View),
+    /// From the metadata server: the lease tables that there are, by storage node. Who trusts another one has lost its leases.
+    Tables(Vec<u64>),
     /// From the metadata server: a frame of lease messages of a mount that cannot reach this one.
     Relay {
         /// The other mount.

@@ -158,18 +158,37 @@ impl Net {
         // Connecting to the storage nodes may take longer than a term.
         let alive = Arc::new(AtomicU64::new(sent.as_nanos() as u64));
         let _beating = Beating::start(&self.meta, &alive, reply.terms.heartbeat_ms)?;
-        let (mut ids, mut stores, mut places) = (Vec::new(), Vec::new(), Vec::new());
-        for storage in &reply.storage {
-            let session = self.storage.session(storage.id)?;
-            ids.push(session.attached.table);
-            stores.push(session.attached.store.clone());
-            places.push(session.attached.place);
-        }
-        self.meta.ask(ask::meta::Tables { ids, stores, places })?;
+        self.storage.found()?;
         Ok(Joined {
             reply,
             alive: Duration::from_nanos(alive.load(Ordering::Acquire)),
         })
+    }
+
+    /// Tells which lease tables there are, until this life may lease in them: others may have to find out first that theirs are lost, and
+    /// to be declared dead. Meanwhile this mount is to answer what it is told of that, as any other.
+    ///
+    /// # Errors
+    /// It may not for longer than an answer of the metadata server is waited for; a server's refusal.
+    pub fn tell_tables(&self) -> Result<(), RpcError> {
+        let patience = Instant::now() + self.ways.patience.for_meta();
+        loop {
+            let found = self.storage.found()?;
+            let ids: Vec<u64> = found.iter().map(|attached| attached.table).collect();
+            let tables = ask::meta::Tables {
+                ids: ids.clone(),
+                stores: found.iter().map(|attached| attached.store.clone()).collect(),
+                places: found.iter().map(|attached| attached.place).collect(),
+            };
+            match self.meta.ask(tables) {
+                Ok(()) if self.storage.lease_in(&ids)? => return Ok(()),
+                Ok(()) => {}
+                Err(RpcError::Errno(Errno(libc::EAGAIN))) if Instant::now() < patience => {
+                    rt::thread::sleep(RETRY);
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// A connection has ended: make it again where it is one that is always needed.

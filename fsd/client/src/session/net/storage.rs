@@ -1,7 +1,7 @@
 //! The connections to the storage nodes, and where their regions are.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use lockmgr::{LeaseError, RecordId};
@@ -123,6 +123,8 @@ pub struct StorageLinks {
     meta: Arc<MetaLink>,
     pub(super) links: OnceLock<Vec<StorageLink>>,
     pub(super) record_bytes: AtomicU64,
+    /// This life leases in the tables that were found: there will be no others for it.
+    leases: AtomicBool,
 }
 
 impl StorageLinks {
@@ -132,6 +134,7 @@ impl StorageLinks {
             meta: Arc::clone(meta),
             links: OnceLock::new(),
             record_bytes: AtomicU64::new(64),
+            leases: AtomicBool::new(false),
         }
     }
 
@@ -140,6 +143,39 @@ impl StorageLinks {
             .get()
             .and_then(|links| links.iter().find(|l| l.id == id))
             .ok_or(RpcError::Errno(Errno(libc::ENOTCONN)))
+    }
+
+    /// What has been found at each of the storage nodes, by number.
+    ///
+    /// # Errors
+    /// One is away for longer than is waited for, or refuses.
+    pub(super) fn found(&self) -> Result<Vec<Attached>, RpcError> {
+        let links = self.links.get().into_iter().flatten();
+        links
+            .map(|link| Ok(self.session(link.id)?.attached.clone()))
+            .collect()
+    }
+
+    /// This life leases in these tables, or it does not begin to: false, there are others by now.
+    pub(super) fn lease_in(&self, tables: &[u64]) -> Result<bool, RpcError> {
+        self.leases.store(true, Ordering::SeqCst);
+        let now = self.found()?;
+        let same = now
+            .iter()
+            .map(|attached| attached.table)
+            .eq(tables.iter().copied());
+        self.leases.store(same, Ordering::SeqCst);
+        Ok(same)
+    }
+
+    /// These are the lease tables that there are: the storage node whose table this life trusts though there is another one, if any.
+    #[must_use]
+    pub fn trusts_another(&self, tables: &[u64]) -> Option<u16> {
+        let links = self.links.get().into_iter().flatten();
+        let mut trusted =
+            links.filter_map(|link| Some((link.id, link.session.read().as_ref()?.attached.table)));
+        let other = |&(id, table): &(u16, u64)| tables.get(usize::from(id)).is_some_and(|now| *now != table);
+        trusted.find(other).map(|(id, _)| id)
     }
 
     /// Number of storage nodes.
@@ -189,7 +225,9 @@ impl StorageLinks {
         }
         let session = Arc::new(self.attach(link)?);
         let before = link.session.read().clone();
-        if before.is_some_and(|before| before.attached.table != session.attached.table) {
+        if self.leases.load(Ordering::SeqCst)
+            && before.is_some_and(|before| before.attached.table != session.attached.table)
+        {
             // Not one operation of this life may reach the new table: it would change words there that it knows nothing of.
             session.conn.close();
             if let Some(owner) = self.ways.owner() {

@@ -3,6 +3,7 @@
 
 pub mod plan;
 pub mod remains;
+pub mod tables;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -50,6 +51,8 @@ struct State {
     waits: Vec<String>,
     /// When orphans are looked at once more.
     sweep: Option<Instant>,
+    /// There may be new lease tables.
+    new_tables: bool,
 }
 
 /// Takes over what the dead had.
@@ -115,7 +118,15 @@ impl Takeover {
             let (view, alive) = self.members.view();
             if view.dead.is_empty() {
                 self.tell(&view);
-                return self.rest();
+                let pause = self.rest();
+                return match self.begin_era() {
+                    Ok(true) => pause,
+                    Ok(false) => RETRY,
+                    Err(error) => {
+                        tracing::warn!("lease tables are new, or may be: {error}");
+                        RETRY
+                    }
+                };
             }
             // Mounts that are told of a death lease nothing new before everything has been taken back. That needs every storage node:
             // while one of them is away, only what the dead had is blocked.
@@ -197,7 +208,7 @@ impl Takeover {
                     Ok(())
                 }));
             }
-            Need::Reap => self.remains.reap_unused()?,
+            Need::Reap => self.reap_unused()?,
             Need::Forget => {
                 let names = self.names(view);
                 if self.members.bury(view)? {
@@ -311,13 +322,19 @@ impl Takeover {
         pause
     }
 
+    fn reap_unused(&self) -> Result<(), MetaError> {
+        let known = self.remains.reap_unused()?;
+        self.state.lock().new_tables |= !known;
+        Ok(())
+    }
+
     /// Looks at orphans once more, a while after a recovery: a removal that was under way may have made one for a dead mount's sake.
     fn sweep(&self) {
         let due = self.state.lock().sweep.is_some_and(|at| at <= Instant::now());
         if !due || self.members.recovery.is_open() {
             return;
         }
-        match self.remains.reap_unused() {
+        match self.reap_unused() {
             // One that somebody owns is left to him, and may come free later.
             Ok(()) => {
                 let term = Duration::from_millis(self.members.terms.term_ms);

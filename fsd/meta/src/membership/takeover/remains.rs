@@ -30,6 +30,11 @@ impl Remains {
         for node in self.nodes.ids() {
             self.nodes.ask(node, ask::storage::ResetLeases {})?;
         }
+        self.clear()
+    }
+
+    /// Nobody alive has leased anything: cut all files, reap all orphans.
+    pub fn clear(&self) -> Result<(), MetaError> {
         self.cut(|_| true)?;
         Ok(self.transactions.reap(|_| true)?)
     }
@@ -102,8 +107,10 @@ impl Remains {
         Ok(())
     }
 
-    /// Removes the files without a name that nobody has open or keeps, as the lease records say.
-    pub fn reap_unused(&self) -> Result<(), MetaError> {
+    /// Removes the files without a name that nobody has open or keeps, as the lease records say. Not those whose records are lost: others
+    /// may have them open, and write to their frames, who have not found that out. False: there are such.
+    pub fn reap_unused(&self) -> Result<bool, MetaError> {
+        let mut known = true;
         let mut orphans: BTreeMap<u16, HashMap<u64, u64>> = BTreeMap::new();
         for number in self.transactions.orphan_numbers()? {
             let of_shard = orphans.entry(ino::shard(number)).or_default();
@@ -112,11 +119,19 @@ impl Remains {
         let mut unused: HashSet<u64> = HashSet::new();
         for (shard, by_index) in orphans {
             let indices: Vec<u64> = by_index.keys().copied().collect();
+            let mut found_here: HashSet<u64> = HashSet::new();
             for records in indices.chunks(RECORDS) {
                 let records = records.to_vec();
                 let found = self.nodes.ask(shard, ask::storage::Unused { records })?.found;
-                unused.extend(found.iter().filter_map(|index| by_index.get(index)));
+                found_here.extend(found.iter().filter_map(|index| by_index.get(index)));
             }
+            // Asked last: it was the same table all the while, if it still is.
+            let table = || Ok::<_, MetaError>(self.nodes.ask(shard, ask::storage::Attach {})?.table);
+            if self.journal.eras.has_tables() && !self.journal.eras.is_known(shard, table()?) {
+                known = false;
+                continue;
+            }
+            unused.extend(found_here);
         }
         if !unused.is_empty() {
             tracing::info!(
@@ -125,6 +140,6 @@ impl Remains {
             );
             self.transactions.reap(|number| unused.contains(&number))?;
         }
-        Ok(())
+        Ok(known)
     }
 }
