@@ -13,15 +13,34 @@ const LINKS: u32 = 1 << 20;
 
 /// What is known of an inode that a change concerns.
 #[derive(Debug, Clone, Copy)]
-pub struct Known<'a> {
+pub struct Known {
     /// Its attributes.
     pub attr: Attr,
-    /// Its names, of a directory.
-    pub dir: Option<&'a DirCache>,
+    /// A directory that has not got the name that is to be made.
+    absent: bool,
+    /// A directory without names.
+    empty: bool,
+}
+
+impl Known {
+    /// Of attributes, and names if there are any.
+    #[must_use]
+    pub fn of(attr: Attr, names: Option<&DirCache>, op: &NamespaceOp) -> Self {
+        let absent = match op {
+            NamespaceOp::Create { name, .. } => names.is_some_and(|dir| dir.lookup(name) == Some(None)),
+            _ => false,
+        };
+        let empty = names.is_some_and(|dir| dir.complete && dir.entries.is_empty());
+        Self {
+            attr,
+            absent,
+            empty: empty && attr.kind == Kind::Directory,
+        }
+    }
 }
 
 /// Looks an inode up among those that are known.
-fn find<'a>(known: &[Known<'a>], ino: u64) -> Option<Known<'a>> {
+fn find(known: &[Known], ino: u64) -> Option<Known> {
     known.iter().find(|k| k.attr.ino == ino).copied()
 }
 
@@ -59,7 +78,7 @@ fn without_name(attr: Attr, keep: bool, now: Time) -> Option<Attr> {
 /// What comes of a change, of inodes that are all known: the attributes of those that are still there afterwards, and the cookie of the
 /// entry that is made.
 #[must_use]
-pub fn foresee(op: &NamespaceOp, now: Time, known: &[Known<'_>]) -> Option<Created> {
+pub fn foresee(op: &NamespaceOp, now: Time, known: &[Known]) -> Option<Created> {
     match op {
         NamespaceOp::Create { .. } => create(op, now, known),
         NamespaceOp::Unlink {
@@ -74,7 +93,7 @@ pub fn foresee(op: &NamespaceOp, now: Time, known: &[Known<'_>]) -> Option<Creat
         }
         NamespaceOp::Rmdir { parent, ino, .. } => {
             let (dir, victim) = (find(known, *parent)?.attr, find(known, *ino)?);
-            if !is_empty(&victim) {
+            if !victim.empty {
                 return None;
             }
             let nlink = dir.nlink.saturating_sub(1);
@@ -94,12 +113,7 @@ fn made(attrs: impl IntoIterator<Item = Attr>, cookie: u64) -> Created {
     }
 }
 
-/// Is it known that a directory has no names?
-fn is_empty(dir: &Known<'_>) -> bool {
-    dir.attr.kind == Kind::Directory && dir.dir.is_some_and(|d| d.complete && d.entries.is_empty())
-}
-
-fn create(op: &NamespaceOp, now: Time, known: &[Known<'_>]) -> Option<Created> {
+fn create(op: &NamespaceOp, now: Time, known: &[Known]) -> Option<Created> {
     let NamespaceOp::Create {
         parent,
         name,
@@ -116,8 +130,7 @@ fn create(op: &NamespaceOp, now: Time, known: &[Known<'_>]) -> Option<Created> {
         return None;
     };
     let above = find(known, *parent)?;
-    let absent = above.dir.is_some_and(|dir| dir.lookup(name) == Some(None));
-    if !absent || !is_name(name) || above.attr.nlink == 0 || above.attr.nlink >= LINKS {
+    if !above.absent || !is_name(name) || above.attr.nlink == 0 || above.attr.nlink >= LINKS {
         return None;
     }
     let directory = *kind == Kind::Directory;
@@ -152,7 +165,7 @@ fn create(op: &NamespaceOp, now: Time, known: &[Known<'_>]) -> Option<Created> {
 /// The cookie of a new directory's first entry: those of `.` and `..` come before.
 const FIRST_COOKIE: u64 = super::dirs::COOKIE_DOTDOT + 1;
 
-fn rename(op: &NamespaceOp, now: Time, known: &[Known<'_>]) -> Option<Created> {
+fn rename(op: &NamespaceOp, now: Time, known: &[Known]) -> Option<Created> {
     let NamespaceOp::Rename {
         parent,
         ino,
@@ -179,7 +192,7 @@ fn rename(op: &NamespaceOp, now: Time, known: &[Known<'_>]) -> Option<Created> {
         return None;
     }
     if let Some(other) = &other
-        && (directory != (other.attr.kind == Kind::Directory) || (directory && !is_empty(other)))
+        && (directory != (other.attr.kind == Kind::Directory) || (directory && !other.empty))
     {
         return None;
     }
@@ -197,4 +210,118 @@ fn rename(op: &NamespaceOp, now: Time, known: &[Known<'_>]) -> Option<Created> {
         attrs.extend(without_name(other.attr, *keep, now));
     }
     Some(made(attrs, cookie))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fsd_proto::ino::ROOT;
+
+    const NOW: Time = Time(1000);
+
+    fn directory(ino: u64, layout: u64) -> Attr {
+        Attr {
+            kind: Kind::Directory,
+            nlink: 2,
+            layout,
+            ..Attr::of_file(ino, 1, 4096)
+        }
+    }
+
+    fn file(ino: u64) -> Attr {
+        Attr {
+            nlink: 1,
+            ..Attr::of_file(ino, 1, 10)
+        }
+    }
+
+    fn known(attr: Attr, names: &DirCache, op: &NamespaceOp) -> Known {
+        Known::of(attr, Some(names), op)
+    }
+
+    fn rename(ino: u64, to: u64, replaced: Option<u64>) -> NamespaceOp {
+        NamespaceOp::Rename {
+            parent: ROOT,
+            name: b"a".to_vec(),
+            ino,
+            new_parent: to,
+            new_name: b"b".to_vec(),
+            replaced,
+            keep: false,
+            flags: 0,
+        }
+    }
+
+    #[test]
+    fn a_name_is_made_where_it_is_known_not_to_be() {
+        let op = NamespaceOp::Create {
+            parent: ROOT,
+            name: b"d".to_vec(),
+            ino: 9,
+            version: 4,
+            kind: Kind::Directory,
+            mode: 0o755,
+            uid: 1,
+            gid: 2,
+            rdev: 0,
+            target: Vec::new(),
+        };
+        let mut names = DirCache::default();
+        let root = directory(ROOT, 7);
+        assert_eq!(foresee(&op, NOW, &[known(root, &names, &op)]), None);
+        names.remove(b"d");
+        let created = foresee(&op, NOW, &[known(root, &names, &op)]).unwrap();
+        let (above, new) = (created.attrs[0], created.attrs[1]);
+        assert_eq!(
+            (created.cookie, above.layout, above.nlink, above.mtime),
+            (7, 8, 3, NOW)
+        );
+        assert_eq!(
+            (new.ino, new.version, new.nlink, new.layout),
+            (9, 4, 2, FIRST_COOKIE)
+        );
+        names.add(b"d", 9, Kind::Directory, 7);
+        assert_eq!(foresee(&op, NOW, &[known(root, &names, &op)]), None);
+    }
+
+    #[test]
+    fn only_a_directory_known_to_be_empty_is_removed() {
+        let op = NamespaceOp::Rmdir {
+            parent: ROOT,
+            name: b"d".to_vec(),
+            ino: 9,
+        };
+        let (root, mut names) = (directory(ROOT, 7), DirCache::default());
+        let of = |names: &DirCache| {
+            let known = [Known::of(root, None, &op), known(directory(9, 3), names, &op)];
+            foresee(&op, NOW, &known).map(|c| c.attrs.len())
+        };
+        assert_eq!(of(&names), None);
+        names.complete = true;
+        assert_eq!(of(&names), Some(1));
+        names.add(b"x", 5, Kind::File, 3);
+        assert_eq!(of(&names), None);
+    }
+
+    #[test]
+    fn what_only_the_server_can_tell_is_not_foreseen() {
+        let all = [
+            directory(ROOT, 7),
+            directory(20, 3),
+            directory(9, 3),
+            file(5),
+            file(6),
+        ]
+        .map(|attr| Known::of(attr, None, &rename(5, ROOT, None)));
+        let of = |op: &NamespaceOp| foresee(op, NOW, &all);
+        // A file goes anywhere, a directory to where it was.
+        assert_eq!(of(&rename(5, 20, None)).unwrap().attrs.len(), 3);
+        assert_eq!(of(&rename(9, ROOT, None)).unwrap().cookie, 7);
+        assert_eq!(of(&rename(9, 20, None)), None);
+        // What is replaced is gone.
+        let replaced = of(&rename(5, ROOT, Some(6))).unwrap();
+        assert!(replaced.attrs.iter().all(|attr| attr.ino != 6));
+        assert_eq!(of(&rename(5, ROOT, Some(9))), None);
+        assert_eq!(of(&rename(5, 77, None)), None);
+    }
 }

@@ -6,9 +6,8 @@ use std::sync::Arc;
 use rt::sync::Mutex;
 
 use crate::cache::Cache;
-use crate::cache::inode::{Inode, Locked};
+use crate::cache::inode::Inode;
 use crate::cache::lazy::Lazy;
-use crate::cache::state::State;
 use crate::kernel::caches::KernelCaches;
 use crate::kernel::front::Front;
 use crate::namespace::foresee::{Known, foresee};
@@ -122,23 +121,17 @@ impl Transactions {
     ) -> Res<Result<Created, (NamespaceOp, Vec<Touched>)>> {
         let meta = &self.session.net.meta;
         meta.make_room()?;
-        let mut states: Vec<Locked<'_>> = Vec::with_capacity(held.len());
+        // One after the other: the kernel makes one change in a directory at a time, and of a file's names.
+        let mut known = Vec::with_capacity(held.len());
         for inode in held {
             let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
             if self.cache.load_attr(ctx, inode, &mut state).is_err() {
                 return Ok(Err((op, touched)));
             }
-            drop(state);
+            known.extend(state.attr.map(|attr| Known::of(attr, state.dir.get(), &op)));
         }
-        // Nobody waits with one of these locked.
-        let mut order: Vec<&&Inode> = held.iter().collect();
-        order.sort_unstable_by_key(|inode| inode.ino);
-        for inode in order {
-            states.push(inode.lock(ctx, guards.version_of(inode.ino))?);
-        }
-        let known: Option<Vec<Known<'_>>> = states.iter().map(|state| known_of(state)).collect();
         let now = meta.now();
-        let Some(created) = known.and_then(|known| foresee(&op, now, &known)) else {
+        let Some(created) = foresee(&op, now, &known) else {
             return Ok(Err((op, touched)));
         };
         let cookie = created.cookie;
@@ -151,7 +144,6 @@ impl Transactions {
         if let Err(change) = meta.carry(change) {
             return Ok(Err((change.op, change.touched)));
         }
-        drop(states);
         self.take_over(ctx, held, guards, &created, None)?;
         Ok(Ok(created))
     }
@@ -194,11 +186,6 @@ impl Transactions {
         }
         Ok(())
     }
-}
-
-fn known_of(state: &State) -> Option<Known<'_>> {
-    let dir = state.dir.get();
-    state.attr.map(|attr| Known { attr, dir })
 }
 
 fn inode_kept(created: &Created, number: u64) -> bool {

@@ -381,7 +381,7 @@ impl Revocations {
 
     /// Has made durable that blocks beyond the end of a file are free: whoever gets the lease asks only the storage nodes that the file
     /// reaches, and what comes back elsewhere after a power cut would be there again when the file grows. False: it would have to wait.
-    fn commit_freed(&self, inode: &Inode, state: &mut State, may_wait: bool) -> bool {
+    fn commit_freed(&self, inode: &Inode, state: &mut Locked<'_>, may_wait: bool) -> bool {
         let freed = |state: &State| state.lasting.durable.as_ref().map_or(0, |d| d.freed_before());
         if freed(state) == 0 {
             return true;
@@ -390,15 +390,17 @@ impl Revocations {
         if !may_wait && !flushes.is_empty() {
             return false;
         }
-        for (node, flush) in flushes {
-            while let Err(error) = self.session.net.storage.ask(node, flush.clone()) {
-                tracing::warn!("what {:#x} has given up is not durable yet: {error}", inode.ino);
-                if self.session.fate.leaving.load(Ordering::SeqCst) || self.session.term.is_over() {
-                    break;
+        state.unlocked(|| {
+            for (node, flush) in flushes {
+                while let Err(error) = self.session.net.storage.ask(node, flush.clone()) {
+                    tracing::warn!("what {:#x} has given up is not durable yet: {error}", inode.ino);
+                    if self.session.fate.leaving.load(Ordering::SeqCst) || self.session.term.is_over() {
+                        break;
+                    }
+                    rt::thread::sleep(RETRY);
                 }
-                rt::thread::sleep(RETRY);
             }
-        }
+        });
         if let Some(durable) = state.lasting.durable.as_deref_mut() {
             durable.stored(durable.changes(), []);
         }
