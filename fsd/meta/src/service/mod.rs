@@ -199,6 +199,13 @@ impl Service {
                 locks.release(ino, owner);
                 Ok(MetaReply::Done)
             }
+            MetaRequest::GiveLocks { to } => {
+                let from = members.of(conn)?;
+                // Who is dead, or has never been, would keep them for good.
+                members.conn(to)?;
+                locks.give(from, to);
+                Ok(MetaReply::Done)
+            }
             MetaRequest::StatFs => {
                 let inodes = self.namespace.transactions.inodes();
                 Ok(MetaReply::StatFs(StatFs {

@@ -255,6 +255,11 @@ pub enum MetaRequest {
         /// Owner.
         owner: LockOwner,
     },
+    /// What the sender holds of file locks is another mount's from now on, which has taken over from it.
+    GiveLocks {
+        /// Its node number.
+        to: u16,
+    },
     /// Capacity and inode counts.
     StatFs,
     /// A mount lives. `ESTALE`: it has been declared dead.

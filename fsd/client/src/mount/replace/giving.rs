@@ -1,0 +1,305 @@
+//! A mount passes its kernel to a successor, while programs go on.
+//!
+//! What takes long is done before, while this mount serves: the successor joins, and opens what is open. Then the event loops are held, for at
+//! most [`HOLD`]: whatever this thread is waiting for then, they go on by themselves, for a revocation may wait for a page that is locked
+//! in the kernel by a read that nobody answers. What is under way ends, everything is told, and the successor goes on. Until it is told to, nothing has passed, and
+//! all of it can be tried again.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use lockmgr::Mode;
+use rt::time::Instant;
+
+use super::messages::{Begin, Message, Pass, PassedInode};
+use super::standing::Standing;
+use super::talk::Talk;
+use crate::cache::inode::Inode;
+use crate::fuse::loops::{Held, duplicates};
+use fsd_node::config::CacheMode;
+use fsd_proto::ask;
+
+/// Longest time for which nobody serves the kernel.
+const HOLD: Duration = Duration::from_secs(1);
+/// Longest time until all event loops are held.
+const COME: Duration = Duration::from_millis(200);
+/// How often it is tried with one successor …
+const TRIES: u32 = 5;
+/// … and the pause before it is tried again, times the number of the try.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Longest wait for a successor to join.
+const JOINS: Duration = Duration::from_secs(30);
+/// Longest wait for it to open what is open, while this mount serves.
+const OPENS: Duration = Duration::from_secs(30);
+/// Longest wait for it to begin to serve.
+const BEGINS: Duration = Duration::from_secs(5);
+/// How often is looked whether something is over.
+const LOOK: Duration = Duration::from_micros(200);
+/// How often requests for locks are taken back that had not come to the metadata server.
+const WITHDRAW: Duration = Duration::from_millis(20);
+
+/// Why a kernel has not passed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NotGiven {
+    /// It cannot.
+    #[error("{0}")]
+    Never(String),
+    /// It may with the same successor.
+    #[error("{0}")]
+    Yet(String),
+    /// It may with another successor.
+    #[error("{0}")]
+    ToThis(String),
+}
+
+/// The successor's side of it has failed.
+fn lost(what: &str) -> impl Fn(std::io::Error) -> NotGiven + '_ {
+    move |error| NotGiven::ToThis(format!("{what}: {error}"))
+}
+
+/// Looks until something holds.
+fn until(end: Instant, what: &str, mut holds: impl FnMut() -> bool) -> Result<(), NotGiven> {
+    while !holds() {
+        if Instant::now() > end {
+            return Err(NotGiven::Yet(what.into()));
+        }
+        rt::thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+/// One who passes its kernel on.
+pub(super) struct Giving<'a> {
+    pub(super) place: &'a Standing,
+    pub(super) talk: &'a mut Talk,
+    /// Ends the successor's process.
+    pub(super) kill: &'a mut dyn FnMut(),
+}
+
+impl Giving<'_> {
+    /// Passes the kernel to the successor; `listener` is where the next replacement is asked for. After an error [`take_back`] is due,
+    /// when the successor's process has ended.
+    ///
+    /// # Errors
+    /// [`NotGiven`]: this mount serves its kernel.
+    pub(super) fn give(&mut self, listener: BorrowedFd<'_>) -> Result<(), NotGiven> {
+        let client = Arc::clone(&self.place.client);
+        self.begin(listener).map_err(|e| NotGiven::Never(e.to_string()))?;
+        let node = match self.talk.hear(JOINS) {
+            Ok(Message::Ready(node)) => node,
+            Ok(_) => return Err(NotGiven::Never("the new process does not say who it is".into())),
+            Err(error) => return Err(NotGiven::Never(format!("the new process: {error}"))),
+        };
+        client.opens.records.twin.set(Some(node));
+        client.kernel.caches.passing.begun.store(true, Ordering::SeqCst);
+        let mut tries = 0;
+        loop {
+            self.prepare()?;
+            tries += 1;
+            match self.attempt(node) {
+                Err(NotGiven::Yet(why)) if tries < TRIES => {
+                    tracing::info!("the kernel does not pass yet: {why}; tried again");
+                    // What was taken back is waited for again meanwhile.
+                    client.files.locks.ask_again();
+                    rt::thread::sleep(PAUSE * tries);
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn begin(&mut self, listener: BorrowedFd<'_>) -> Result<(), NotGiven> {
+        let place = self.place;
+        let (client, mounted) = (&place.client, &place.mounted);
+        let (Some(handshake), Some(mounted)) = (place.loops.handshake.get(), mounted) else {
+            return Err(NotGiven::ToThis("what is mounted is not known".into()));
+        };
+        let devices = duplicates(&place.ours()).map_err(lost("/proc"))?;
+        let inherited = place.inherited.iter().map(|device| device.as_fd());
+        let all = devices.iter().map(|device| device.as_fd()).chain(inherited);
+        let all: Vec<BorrowedFd<'_>> = [listener].into_iter().chain(all).collect();
+        self.talk
+            .send_descriptors(&all)
+            .map_err(lost("the new process"))?;
+        let begin = Begin {
+            node: client.session.node.0,
+            mounted: mounted.to_text(),
+            direct: client.kernel.caches.mode == CacheMode::Direct,
+            cache_shared: client.opens.open_files.cache_shared,
+            handshake: *handshake,
+        };
+        self.say(&Message::Begin(begin), BEGINS)
+    }
+
+    fn say(&mut self, message: &Message, limit: Duration) -> Result<(), NotGiven> {
+        self.talk.send(message, limit).map_err(lost("the new process"))
+    }
+
+    /// Does what takes long, while programs are served: what the kernel has cached of files that are not open is dropped, for the successor has no
+    /// leases on them; what is dirty is stored; and what is open is opened there.
+    fn prepare(&mut self) -> Result<(), NotGiven> {
+        let client = &self.place.client;
+        for inode in client.cache.inodes.all() {
+            client.kernel.caches.invalidate_attrs(&inode);
+            let unused = inode.opens.try_lock().is_some_and(|opens| opens.count == 0);
+            if unused && inode.kernel.pages.load(Ordering::SeqCst) {
+                client.revoke.revocations.empty_kernel(&inode);
+            }
+        }
+        client.storing.writeback.write_dirty();
+        // Or the successor waits for that when it looks at what was made here.
+        if let Err(error) = client.session.net.meta.ask(ask::meta::Sync {}) {
+            return Err(NotGiven::Yet(format!("the metadata server: {error}")));
+        }
+        let (handles, _) = client.opens.open_files.passed();
+        let files = handles.iter().filter(|h| h.is_file);
+        let mut open: Vec<(u64, bool)> = files.map(|h| (h.ino, h.writer)).collect();
+        open.sort_unstable();
+        open.dedup();
+        self.say(&Message::Ahead(open), OPENS)?;
+        self.talk.done(OPENS).map_err(lost("the new process"))
+    }
+
+    /// Holds the event loops, and passes everything.
+    fn attempt(&mut self, node: u16) -> Result<(), NotGiven> {
+        let place = self.place;
+        let held = Held::hold(&place.loops, place.count, &place.ours(), COME);
+        let held = held.map_err(|error| NotGiven::Yet(format!("requests cannot be held: {error}")))?;
+        let (began, late) = (Instant::now(), Arc::clone(&held));
+        let watching = rt::thread::Builder::new().name("fsd-hold".into()).spawn(move || {
+            rt::thread::sleep(HOLD);
+            late.let_go();
+        });
+        let passed = match watching {
+            Ok(_) => self.pass(&held, began + HOLD, node),
+            Err(error) => Err(NotGiven::Yet(format!("a thread: {error}"))),
+        };
+        held.let_go();
+        match &passed {
+            Ok(()) => tracing::info!("the kernel has passed in {:?}", began.elapsed()),
+            Err(_) => place.client.kernel.caches.passing.set_over(false),
+        }
+        passed
+    }
+
+    fn pass(&mut self, held: &Held, end: Instant, node: u16) -> Result<(), NotGiven> {
+        let client = Arc::clone(&self.place.client);
+        until(end, "requests are under way that do not end", || {
+            client.session.threads.busy.is_over() && !is_mapped_waiting(&client.cache.inodes.all())
+        })?;
+        let locks = &client.files.locks;
+        let mut asked: Option<Instant> = None;
+        until(end, "requests for locks cannot be taken back", || {
+            if asked.is_none_or(|at| at.elapsed() > WITHDRAW) {
+                locks.withdraw();
+                asked = Some(Instant::now());
+            }
+            locks.are_withdrawn()
+        })?;
+        until(end, "there are data that cannot be stored", || {
+            client.storing.writeback.write_dirty();
+            client.cache.dirty.lock().is_empty()
+        })?;
+        let all = self.everything();
+        let has_locks = !all.locks.is_empty();
+        let left = || end.saturating_duration_since(Instant::now());
+        self.say(&Message::Pass(all), left())?;
+        self.talk.done(left()).map_err(lost("the new process"))?;
+        // From here on what the kernel has is the successor's to drop. What is being dropped here ends before.
+        let passing = &client.kernel.caches.passing;
+        passing.set_over(true);
+        until(end, "the kernel is still dropping pages", || passing.is_quiet()).map_err(to_this)?;
+        if has_locks {
+            locks
+                .give(node)
+                .map_err(|stop| NotGiven::ToThis(format!("file locks: {}", stop.errno())))?;
+        }
+        let Some(kept) = held.keep() else {
+            return Err(NotGiven::ToThis(format!("it took longer than {HOLD:?}")));
+        };
+        let begun = self
+            .say(&Message::Go, BEGINS)
+            .and_then(|()| self.talk.done(BEGINS).map_err(lost("the new process")));
+        if let Err(error) = begun {
+            // It must not read requests beside this process.
+            (self.kill)();
+            passing.set_over(false);
+            kept.let_go();
+            return Err(error);
+        }
+        locks.have_passed();
+        Ok(())
+    }
+
+    fn everything(&self) -> Pass {
+        let client = &self.place.client;
+        let (handles, last_handle) = client.opens.open_files.passed();
+        let (locks, waiting) = client.files.locks.passed();
+        let mut inodes: Vec<PassedInode> = client.cache.inodes.known().iter().map(|i| inode(i)).collect();
+        inodes.retain(|i| i.lookups > 0 || i.cached || i.errors.1.is_some());
+        // Of those that share a record the later one takes the place of the earlier.
+        inodes.sort_unstable_by_key(|i| i.ino);
+        Pass {
+            inodes,
+            handles,
+            last_handle,
+            locks,
+            waiting,
+        }
+    }
+}
+
+/// It does not pass, and the successor knows of everything.
+fn to_this(error: NotGiven) -> NotGiven {
+    NotGiven::ToThis(error.to_string())
+}
+
+fn is_mapped_waiting(inodes: &[Arc<Inode>]) -> bool {
+    let mut mapped = inodes.iter().filter_map(|inode| inode.waiting.mapped.get());
+    mapped.any(|mapped| !mapped.is_empty())
+}
+
+fn inode(inode: &Inode) -> PassedInode {
+    let kernel = &inode.kernel;
+    let place = inode.try_lock_raw().and_then(|state| state.lasting.place.clone());
+    let (count, last) = inode.errors.all();
+    PassedInode {
+        ino: inode.ino,
+        lookups: kernel.lookups.load(Ordering::SeqCst),
+        cached: kernel.pages.load(Ordering::SeqCst)
+            || kernel.attrs.load(Ordering::SeqCst)
+            || kernel.cached.load(Ordering::SeqCst) > 0
+            || kernel.drops.load(Ordering::SeqCst) > 0,
+        refilled: kernel.refills.get().is_some(),
+        errors: (count, last.map(|e| e.0)),
+        place: place.map(|p| *p),
+    }
+}
+
+/// Nothing has passed, and the successor's process has ended: this mount goes on as before.
+pub(super) fn take_back(place: &Standing) {
+    let client = &place.client;
+    let caches = &client.kernel.caches;
+    caches.passing.set_over(false);
+    caches.passing.begun.store(false, Ordering::SeqCst);
+    client.opens.records.twin.set(None);
+    // What was not dropped because it was taken for the successor's.
+    for inode in caches
+        .passing
+        .owed()
+        .into_iter()
+        .filter_map(|ino| client.cache.inodes.find(ino))
+    {
+        caches.notify(&inode, 0, 0);
+    }
+    client.files.locks.take_again();
+    client.files.locks.ask_again();
+    let shared = client.session.leases.snapshot();
+    let shared = shared
+        .iter()
+        .filter(|lease| lease.mode == Some(Mode::Shared))
+        .count();
+    tracing::debug!("this mount goes on, with {shared} shared leases");
+}

@@ -1,0 +1,346 @@
+//! A mount takes over the kernel of another one, whose successor it is.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use lockmgr::Mode;
+use rdma_transport::Fabric;
+use rt::thread::JoinHandle;
+
+use super::messages::{Begin, Message, Pass, PassedInode};
+use super::talk::Talk;
+use crate::client::Client;
+use crate::files::locks::PassedWaiter;
+use crate::fuse::FsdFs;
+use crate::fuse::inherited::{answer, take_over};
+use crate::fuse::loops::Loops;
+use crate::kernel::notifier::Notifier;
+use crate::mount::error::MountError;
+use crate::mount::join::{How, SPARE_LOOPS, join, leave, thread};
+use crate::mount::kernel_mount::{Mounted, flags_of};
+use crate::mount::listen::open_endpoint;
+use crate::mount::service::Front;
+use crate::opens::handles::Handle;
+use crate::session::ctx::{Ctx, Res, Stop};
+use fsd_node::config::{CacheMode, Config};
+use fsd_proto::rpc::{Errno, Service};
+
+/// Longest wait for the predecessor's first message.
+const FIRST: Duration = Duration::from_secs(10);
+/// Longest wait for the others: it tries for a while, and says so by closing the socket when it gives up.
+const NEXT: Duration = Duration::from_secs(60);
+/// Longest wait for it to take in what it is told.
+const SAID: Duration = Duration::from_secs(5);
+
+/// Everything of a mount that has taken over.
+pub(in crate::mount) struct Taken {
+    pub(in crate::mount) client: Arc<Client>,
+    pub(in crate::mount) threads: Vec<JoinHandle<()>>,
+    pub(in crate::mount) fabric: Arc<dyn Fabric>,
+    pub(in crate::mount) session: fuser::BackgroundSession,
+    pub(in crate::mount) loops: Arc<Loops>,
+    pub(in crate::mount) count: usize,
+    pub(in crate::mount) mounted: Mounted,
+    pub(in crate::mount) listener: UnixListener,
+    pub(in crate::mount) inherited: Arc<Vec<OwnedFd>>,
+}
+
+fn failed(why: impl std::fmt::Display) -> MountError {
+    MountError::Successor(why.to_string())
+}
+
+/// What was handed over with the first message.
+struct Handed {
+    begin: Begin,
+    mounted: Mounted,
+    listener: UnixListener,
+    devices: Vec<OwnedFd>,
+}
+
+fn hear_first(talk: &mut Talk) -> io::Result<Handed> {
+    let odd = || io::Error::other("the mount that is to be replaced says something else");
+    let mut descriptors = talk.hear_descriptors(FIRST)?.into_iter();
+    let Message::Begin(begin) = talk.hear(FIRST)? else {
+        return Err(odd());
+    };
+    let (listener, devices) = (
+        descriptors.next().ok_or_else(odd)?,
+        descriptors.collect::<Vec<_>>(),
+    );
+    let mounted = Mounted::from_text(&begin.mounted).ok_or_else(odd)?;
+    if devices.is_empty() {
+        return Err(odd());
+    }
+    Ok(Handed {
+        begin,
+        mounted,
+        listener: listener.into(),
+        devices,
+    })
+}
+
+/// Joins the cluster and takes over what the process at the other end of `stream` has mounted; `options` as mount(8) has them.
+///
+/// # Errors
+/// [`MountError`]; the other process goes on, and is told why.
+pub(in crate::mount) fn take(
+    config: &Config,
+    key: &[u8],
+    options: &[String],
+    stream: UnixStream,
+) -> Result<Taken, MountError> {
+    let mut talk = Talk::new(stream);
+    let handed = hear_first(&mut talk).map_err(failed)?;
+    let taken = take_from(config, key, options, &mut talk, handed);
+    match taken {
+        Ok(taken) => {
+            // Until the predecessor has left its open files are this mount's.
+            let records = Arc::downgrade(&taken.client.opens.records);
+            thread("fsd-former", move || {
+                talk.end();
+                if let Some(records) = records.upgrade() {
+                    records.twin.set(None);
+                }
+            })?;
+            Ok(taken)
+        }
+        Err(error) => {
+            talk.refuse(&error.to_string());
+            Err(error)
+        }
+    }
+}
+
+fn take_from(
+    config: &Config,
+    key: &[u8],
+    options: &[String],
+    talk: &mut Talk,
+    handed: Handed,
+) -> Result<Taken, MountError> {
+    let flags = flags_of(options).map_err(|detail| MountError::Options { detail })?;
+    let front = Arc::new(Front {
+        client: OnceLock::new(),
+    });
+    let service = Arc::clone(&front) as Arc<dyn Service>;
+    // Where the predecessor was told to listen it still does.
+    let endpoint = open_endpoint(config, None, key, &service)?;
+    let how = How {
+        mode: if handed.begin.direct {
+            CacheMode::Direct
+        } else {
+            CacheMode::Writethrough
+        },
+        cache_shared: handed.begin.cache_shared,
+        flags,
+        #[cfg(feature = "flaws")]
+        flaws: 0,
+    };
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let name = format!("{host}:{}", handed.mounted.point().display());
+    let joined = join(config, name, &how, &endpoint, &front);
+    let (client, threads) = joined.inspect_err(|_| endpoint.fabric.shutdown())?;
+    let count = config.mount.loops.max(SPARE_LOOPS + 1);
+    let loops = Arc::new(Loops::default());
+    match serve(&client, &loops, count, talk, &handed) {
+        Ok(session) => Ok(Taken {
+            client,
+            threads,
+            fabric: endpoint.fabric,
+            session,
+            loops,
+            count,
+            mounted: handed.mounted,
+            listener: handed.listener,
+            inherited: Arc::new(handed.devices),
+        }),
+        Err(error) => {
+            talk.refuse(&error.to_string());
+            leave(&client, threads, endpoint.fabric.as_ref());
+            Err(failed(error))
+        }
+    }
+}
+
+/// Takes everything in, and begins to serve the kernel.
+fn serve(
+    client: &Arc<Client>,
+    loops: &Arc<Loops>,
+    count: usize,
+    talk: &mut Talk,
+    handed: &Handed,
+) -> io::Result<fuser::BackgroundSession> {
+    let begin = &handed.begin;
+    let device = handed.devices.first().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut fuse = fuser::Config::default();
+    fuse.n_threads = Some(count);
+    fuse.clone_fd = true;
+    fuse.acl = fuser::SessionACL::All;
+    let files = FsdFs::new(Arc::clone(client), Arc::clone(loops));
+    let session = take_over(files, loops, device, begin.handshake, fuse)?;
+    let _ = client
+        .kernel
+        .caches
+        .notifier
+        .set(Notifier::new(device.try_clone()?));
+    client.opens.records.twin.set(Some(begin.node));
+    talk.send(&Message::Ready(client.session.node.0), SAID)?;
+    let mut ahead = Ahead::new(client);
+    let pass = loop {
+        match talk.hear(NEXT)? {
+            Message::Ahead(files) => {
+                ahead
+                    .open(&files)
+                    .map_err(|stop| because("opening files", stop))?;
+                talk.send(&Message::Done, SAID)?;
+            }
+            Message::Pass(pass) => break pass,
+            _ => {
+                return Err(io::Error::other(
+                    "the mount that is to be replaced says something else",
+                ));
+            }
+        }
+    };
+    adopt(client, &pass).map_err(|stop| because("what the kernel knows", stop))?;
+    let begun = begun(client, talk, session);
+    if begun.is_err() {
+        // They may be this mount's already, and would go with it.
+        let _ = client.files.locks.give(begin.node);
+    }
+    let session = begun?;
+    let devices: Arc<Vec<OwnedFd>> = Arc::new(
+        handed
+            .devices
+            .iter()
+            .map(OwnedFd::try_clone)
+            .collect::<io::Result<_>>()?,
+    );
+    for waiter in &pass.waiting {
+        let (unique, devices) = (waiter.unique, Arc::clone(&devices));
+        let asked = PassedWaiter {
+            lock: client.files.locks.mine(waiter.lock),
+            ..*waiter
+        };
+        client
+            .files
+            .locks
+            .setlk_wait(asked, move |result| answer(&devices, unique, result));
+    }
+    Ok(session)
+}
+
+fn because(what: &str, stop: Stop) -> io::Error {
+    io::Error::other(format!("{what}: {}", stop.errno()))
+}
+
+/// Says that everything is taken in, and begins when it is told to.
+fn begun(
+    client: &Client,
+    talk: &mut Talk,
+    session: fuser::Session<FsdFs>,
+) -> io::Result<fuser::BackgroundSession> {
+    if client.session.fate.doomed.load(Ordering::SeqCst) {
+        return Err(io::Error::other("this mount was declared dead"));
+    }
+    talk.send(&Message::Done, SAID)?;
+    match talk.hear(NEXT)? {
+        Message::Go => {}
+        _ => {
+            return Err(io::Error::other(
+                "the mount that is to be replaced says something else",
+            ));
+        }
+    }
+    let session = session.spawn()?;
+    // Whether it hears that or has died just now: requests are read here from now on.
+    let _ = talk.send(&Message::Done, SAID);
+    Ok(session)
+}
+
+/// Files that the predecessor has open, opened before anything has passed.
+struct Ahead {
+    client: Arc<Client>,
+    open: HashMap<(u64, bool), Handle>,
+}
+
+impl Ahead {
+    fn new(client: &Arc<Client>) -> Self {
+        Self {
+            client: Arc::clone(client),
+            open: HashMap::new(),
+        }
+    }
+
+    /// Opens those that are not open yet.
+    fn open(&mut self, files: &[(u64, bool)]) -> Res<()> {
+        let ctx = Ctx::on_worker();
+        for &(ino, writer) in files {
+            if self.open.contains_key(&(ino, writer)) {
+                continue;
+            }
+            let inode = self.client.cache.inode(ino);
+            match self.client.opens.open_files.open_ahead(&ctx, &inode, writer) {
+                Ok(handle) => _ = self.open.insert((ino, writer), handle),
+                // Closed and removed since.
+                Err(Stop::Errno(Errno(libc::ESTALE))) => {}
+                Err(stop) => return Err(stop),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        for ((ino, _), handle) in &self.open {
+            if let Err(stop) = self.client.opens.open_files.close_ahead(handle) {
+                tracing::warn!("{ino:#x} cannot be closed: {}", stop.errno());
+            }
+        }
+    }
+}
+
+/// Takes in what the kernel knows, and what it has cached: from now on that is this mount's to drop.
+fn adopt(client: &Arc<Client>, pass: &Pass) -> Res<()> {
+    let ctx = Ctx::on_worker();
+    for passed in &pass.inodes {
+        let inode = client.cache.inode(passed.ino);
+        inode.kernel.lookups.store(passed.lookups, Ordering::SeqCst);
+        let (count, last) = passed.errors;
+        inode.errors.go_on_from((count, last.map(Errno)));
+        inode.lock_raw().lasting.place = passed.place.clone().map(Box::new);
+    }
+    for passed in pass.inodes.iter().filter(|p| p.cached) {
+        adopt_cached(client, &ctx, passed)?;
+    }
+    for handle in &pass.handles {
+        let inode = client.cache.inode(handle.ino);
+        client.opens.open_files.adopt(&ctx, &inode, handle)?;
+    }
+    client.opens.open_files.handles.go_on_from(pass.last_handle);
+    client.files.locks.adopt(&pass.locks);
+    Ok(())
+}
+
+/// What the kernel has cached of an inode is right as long as the predecessor has its lease; here it gets another one beside that, which
+/// protects it from now on.
+fn adopt_cached(client: &Client, ctx: &Ctx<'_>, passed: &PassedInode) -> Res<()> {
+    let inode = client.cache.inode(passed.ino);
+    let guard = client.cache.lease(ctx, &inode, Mode::Shared)?;
+    let kernel = &inode.kernel;
+    kernel.pages.store(true, Ordering::SeqCst);
+    kernel.attrs.store(true, Ordering::SeqCst);
+    kernel.answered.store(client.session.now(), Ordering::SeqCst);
+    if passed.refilled {
+        kernel.refills.emptying(client.session.now());
+        kernel.refills.filled(0, u64::MAX);
+    }
+    drop(guard);
+    Ok(())
+}

@@ -1,0 +1,209 @@
+//! A mount's daemon is replaced by another process, while programs go on.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role, nodes};
+use system_tests::process::fsd_binary;
+use system_tests::{guard, sys};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn options(fabric: Fabric, cache: Cache) -> Options {
+    Options {
+        fabric,
+        cache,
+        ..Options::default()
+    }
+}
+
+/// Has a process ended? One that nobody has waited for yet has as well.
+fn has_ended(process: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", process.as_raw_nonzero()));
+    stat.map_or(true, |stat| {
+        stat.rsplit_once(')')
+            .is_some_and(|(_, rest)| rest.trim_start().starts_with('Z'))
+    })
+}
+
+fn until(what: &str, mut holds: impl FnMut() -> bool) -> anyhow::Result<Duration> {
+    guard::until(what, PATIENCE, || Ok(holds()))
+}
+
+/// A mount that is replaced; what serves it in the end is ended with this.
+pub struct Served<'a> {
+    cluster: &'a Cluster,
+    mount: usize,
+    /// The process that serves it now, where that is not the one the cluster has started.
+    now: Option<Pid>,
+}
+
+impl<'a> Served<'a> {
+    pub fn new(cluster: &'a Cluster, mount: usize) -> Self {
+        Self {
+            cluster,
+            mount,
+            now: None,
+        }
+    }
+
+    /// The process that serves the mount.
+    pub fn process(&self) -> anyhow::Result<Pid> {
+        let first = self.cluster.pid(Role::Mount(self.mount));
+        let first = first.and_then(|pid| Pid::from_raw(pid as i32));
+        self.now.or(first).context("it does not run")
+    }
+
+    fn command(&self, program: Option<&Path>) -> anyhow::Result<std::process::Output> {
+        let mut command = Command::new("timeout");
+        command.arg("60").arg(fsd_binary()?).arg("replace");
+        if let Some(program) = program {
+            command.arg("--program").arg(program);
+        }
+        Ok(command.arg(self.cluster.mount(self.mount)).output()?)
+    }
+
+    /// Has it replaced; the process that served it before.
+    pub fn replace(&mut self) -> anyhow::Result<Pid> {
+        let before = self.process()?;
+        let out = self.command(None)?;
+        let (said, why) = (
+            String::from_utf8_lossy(&out.stdout),
+            String::from_utf8_lossy(&out.stderr),
+        );
+        ensure!(out.status.success(), "fsd replace: {why}");
+        let number = said
+            .split("process ")
+            .nth(1)
+            .and_then(|rest| rest.split(' ').next());
+        let number = number.with_context(|| format!("fsd replace says {said}"))?;
+        self.now = Pid::from_raw(number.parse()?);
+        ensure!(self.process()? != before, "the same process");
+        Ok(before)
+    }
+
+    /// Has it replaced by a program with which that does not work; what is said of that.
+    pub fn replace_in_vain(&self, program: Option<&Path>) -> anyhow::Result<String> {
+        let out = self.command(program)?;
+        ensure!(!out.status.success(), "it was replaced");
+        Ok(String::from_utf8_lossy(&out.stderr).into_owned())
+    }
+
+    /// Ends it in order.
+    pub fn end(&mut self) -> anyhow::Result<()> {
+        if let Some(now) = self.now {
+            kill_process(now, Signal::TERM)?;
+            until("the end of the mount", || has_ended(now))?;
+            self.now = None;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Served<'_> {
+    fn drop(&mut self) {
+        if let Some(now) = self.now {
+            // What waits there must not wait for ever.
+            let _ = Command::new("umount")
+                .arg("-l")
+                .arg(self.cluster.mount(self.mount))
+                .status();
+            let _ = kill_process(now, Signal::KILL);
+        }
+    }
+}
+
+fn idle(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
+    guard::with_cluster(options(fabric, cache), |cluster| {
+        let (point, other) = (cluster.mount(0), cluster.mount(1));
+        let mut served = Served::new(cluster, 0);
+        let file = sys::open(&point.join("f"), libc::O_RDWR | libc::O_CREAT)?;
+        file.write_all_at(b"before", 0)?;
+        let gone = sys::open(&point.join("gone"), libc::O_RDWR | libc::O_CREAT)?;
+        gone.write_all_at(b"nameless", 0)?;
+        fs::remove_file(point.join("gone"))?;
+        for round in 0..3u8 {
+            let before = served.replace()?;
+            ensure!(sys::read_at(&file, 0, 6)? == b"before", "what is open");
+            ensure!(
+                sys::read_at(&gone, 0, 8)? == b"nameless",
+                "what is open and has no name"
+            );
+            file.write_all_at(&[round; 100], 6)?;
+            file.sync_all()?;
+            ensure!(fs::read(other.join("f"))?[6..] == [round; 100], "the other mount");
+            fs::write(point.join(format!("new{round}")), "new")?;
+            ensure!(fs::read_to_string(other.join(format!("new{round}")))? == "new");
+            until("the end of the process before", || has_ended(before))?;
+            ensure!(
+                sys::read_at(&gone, 0, 8)? == b"nameless",
+                "kept by who serves it now"
+            );
+            ensure!(nodes(&cluster.status()?)?.len() == 2, "mounts");
+        }
+        drop((file, gone));
+        served.end()
+    })
+}
+
+#[test]
+fn what_is_open_goes_on_shm() -> anyhow::Result<()> {
+    idle(Fabric::Shm, Cache::Writethrough)
+}
+
+#[test]
+fn what_is_open_goes_on_tcp() -> anyhow::Result<()> {
+    idle(Fabric::Tcp, Cache::Direct)
+}
+
+/// A program that cannot serve the mount.
+fn script(dir: &Path, text: &str) -> anyhow::Result<PathBuf> {
+    let path = dir.join("program");
+    fs::write(&path, format!("#!/bin/sh\n{text}\n"))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+#[test]
+fn what_cannot_replace_it_leaves_it_as_it_is() -> anyhow::Result<()> {
+    guard::with_cluster(options(Fabric::Tcp, Cache::Writethrough), |cluster| {
+        let point = cluster.mount(0);
+        let served = Served::new(cluster, 0);
+        let file = sys::open(&point.join("f"), libc::O_RDWR | libc::O_CREAT)?;
+        file.write_all_at(b"before", 0)?;
+        let said = served.replace_in_vain(Some(Path::new("/bin/true")))?;
+        println!("{said}");
+        let settings = fs::read_to_string(cluster.config())?;
+        fs::write(cluster.config(), "nonsense = 1")?;
+        let said = served.replace_in_vain(None)?;
+        println!("{said}");
+        fs::write(cluster.config(), settings)?;
+        let fsd = fsd_binary()?;
+        for delay in ["0.01", "0.05", "0.1", "0.15", "0.2", "0.3"] {
+            let text = format!(
+                "(sleep {delay}; kill -9 $$) >/dev/null 2>&1 </dev/null &\nexec {} \"$@\"",
+                fsd.display()
+            );
+            let program = script(&cluster.path("mnt1").join(".."), &text)?;
+            let out = served.command(Some(&program))?;
+            println!(
+                "killed after {delay} s: {}{}",
+                String::from_utf8_lossy(&out.stdout),
+                String::from_utf8_lossy(&out.stderr)
+            );
+            if out.status.success() {
+                anyhow::bail!("too late")
+            }
+            ensure!(sys::read_at(&file, 0, 6)? == b"before");
+            file.write_all_at(b"before", 0)?;
+            file.sync_all()?;
+        }
+        ensure!(File::open(point.join("f")).is_ok());
+        Ok(())
+    })
+}
