@@ -4,13 +4,13 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role, nodes};
 use system_tests::process::fsd_binary;
-use system_tests::{guard, sys};
+use system_tests::{guard, replaced, sys};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -159,6 +159,64 @@ fn what_is_open_goes_on_shm() -> anyhow::Result<()> {
 #[test]
 fn what_is_open_goes_on_tcp() -> anyhow::Result<()> {
     idle(Fabric::Tcp, Cache::Direct)
+}
+
+/// How often a daemon is replaced while programs are at work: `FSD_REPLACEMENTS`.
+fn times() -> u32 {
+    let times = std::env::var("FSD_REPLACEMENTS").ok();
+    times.and_then(|times| times.parse().ok()).unwrap_or(5)
+}
+
+fn under_load(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
+    let times = times();
+    let limit = guard::TEST_LIMIT + Duration::from_secs(6) * times;
+    guard::with_cluster_within(limit, options(fabric, cache), move |cluster| {
+        let mut served = Served::new(cluster, 0);
+        let done = replaced::work(&cluster.mount(0), &cluster.mount(1), || {
+            for _ in 0..times {
+                std::thread::sleep(Duration::from_millis(500));
+                let begun = Instant::now();
+                let before = served.replace()?;
+                println!("{fabric:?} {cache:?}: replaced in {:?}", begun.elapsed());
+                until("the end of the process before", || has_ended(before))?;
+            }
+            std::thread::sleep(Duration::from_millis(500));
+            Ok(())
+        })?;
+        for (task, done) in &done {
+            println!(
+                "{fabric:?} {cache:?}: {task}: {} rounds, the longest {:?}",
+                done.rounds, done.longest
+            );
+            ensure!(done.rounds > 0, "{task} has done nothing");
+        }
+        for line in fs::read_to_string(cluster.log(Role::Mount(0)))?.lines() {
+            if line.contains("passed in") || line.contains(" pass yet") || line.contains("not replaced") {
+                println!("{line}");
+            }
+        }
+        served.end()
+    })
+}
+
+#[test]
+fn programs_go_on_tcp_writethrough() -> anyhow::Result<()> {
+    under_load(Fabric::Tcp, Cache::Writethrough)
+}
+
+#[test]
+fn programs_go_on_tcp_direct() -> anyhow::Result<()> {
+    under_load(Fabric::Tcp, Cache::Direct)
+}
+
+#[test]
+fn programs_go_on_shm_writethrough() -> anyhow::Result<()> {
+    under_load(Fabric::Shm, Cache::Writethrough)
+}
+
+#[test]
+fn programs_go_on_shm_direct() -> anyhow::Result<()> {
+    under_load(Fabric::Shm, Cache::Direct)
 }
 
 /// A program that cannot serve the mount.

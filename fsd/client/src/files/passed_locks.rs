@@ -89,11 +89,17 @@ impl Locks {
     /// # Errors
     /// That mount is no more; the metadata server cannot be reached.
     pub fn give(&self, to: u16) -> Res<()> {
-        Ok(self.session.net.meta.ask(ask::meta::GiveLocks { to })?)
+        let from = self.session.node.0;
+        Ok(self.session.net.meta.ask(ask::meta::GiveLocks { from, to })?)
     }
 
-    /// What is held here is taken once more, for it may have been another mount's for a moment, which is gone.
-    pub fn take_again(&self) {
+    /// What was given to a mount is held here again. If that mount is gone its locks went with it, and are asked for one by one.
+    pub fn reclaim(&self, from: u16) {
+        let to = self.session.node.0;
+        let Err(error) = self.session.net.meta.ask(ask::meta::GiveLocks { from, to }) else {
+            return;
+        };
+        tracing::warn!("file locks are asked for once more: {error}");
         for lock in self.file_locks.all() {
             let request = ask::meta::SetLock { lock, wait: false };
             if let Err(error) = self.session.net.meta.ask(request) {

@@ -179,3 +179,15 @@ impl Kept {
 pub fn duplicates(ours: &[RawFd]) -> io::Result<Vec<OwnedFd>> {
     devices(ours)?.into_iter().map(duplicate).collect()
 }
+
+/// Waits until all event loops of this process run; false: they do not in time, or `ended` says that they never will.
+pub fn all_run(count: usize, limit: Duration, ended: impl Fn() -> bool) -> bool {
+    let end = Instant::now() + limit;
+    while !ended() && Instant::now() < end {
+        if loops().is_ok_and(|threads| threads.len() == count) {
+            return true;
+        }
+        rt::thread::sleep(LOOK);
+    }
+    false
+}

@@ -199,8 +199,11 @@ impl Service {
                 locks.release(ino, owner);
                 Ok(MetaReply::Done)
             }
-            MetaRequest::GiveLocks { to } => {
-                let from = members.of(conn)?;
+            MetaRequest::GiveLocks { from, to } => {
+                let sender = members.of(conn)?;
+                if ![from, to].contains(&sender) {
+                    return no(libc::EPERM);
+                }
                 // Who is dead, or has never been, would keep them for good.
                 members.conn(to)?;
                 locks.give(from, to);

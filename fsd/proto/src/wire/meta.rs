@@ -255,9 +255,11 @@ pub enum MetaRequest {
         /// Owner.
         owner: LockOwner,
     },
-    /// What the sender holds of file locks is another mount's from now on, which has taken over from it.
+    /// What a mount holds of file locks is another one's from now on, which takes over from it; the sender is one of the two.
     GiveLocks {
-        /// Its node number.
+        /// Who holds them.
+        from: u16,
+        /// Who is to.
         to: u16,
     },
     /// Capacity and inode counts.

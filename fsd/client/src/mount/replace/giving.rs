@@ -18,6 +18,7 @@ use super::standing::Standing;
 use super::talk::Talk;
 use crate::cache::inode::Inode;
 use crate::fuse::loops::{Held, duplicates};
+use crate::session::ctx::Stop;
 use fsd_node::config::CacheMode;
 use fsd_proto::ask;
 
@@ -211,11 +212,20 @@ impl Giving<'_> {
         let passing = &client.kernel.caches.passing;
         passing.set_over(true);
         until(end, "the kernel is still dropping pages", || passing.is_quiet()).map_err(to_this)?;
-        if has_locks {
-            locks
-                .give(node)
-                .map_err(|stop| NotGiven::ToThis(format!("file locks: {}", stop.errno())))?;
+        let given = if has_locks { locks.give(node) } else { Ok(()) };
+        let refused = |stop: Stop| NotGiven::ToThis(format!("file locks: {}", stop.errno()));
+        let done = given.map_err(refused).and_then(|()| self.go(held));
+        if done.is_err() && has_locks {
+            locks.reclaim(node);
         }
+        if done.is_ok() {
+            locks.have_passed();
+        }
+        done
+    }
+
+    /// Has the successor begin: the last step.
+    fn go(&mut self, held: &Held) -> Result<(), NotGiven> {
         let Some(kept) = held.keep() else {
             return Err(NotGiven::ToThis(format!("it took longer than {HOLD:?}")));
         };
@@ -225,11 +235,10 @@ impl Giving<'_> {
         if let Err(error) = begun {
             // It must not read requests beside this process.
             (self.kill)();
-            passing.set_over(false);
+            self.place.client.kernel.caches.passing.set_over(false);
             kept.let_go();
             return Err(error);
         }
-        locks.have_passed();
         Ok(())
     }
 
@@ -294,7 +303,6 @@ pub(super) fn take_back(place: &Standing) {
     {
         caches.notify(&inode, 0, 0);
     }
-    client.files.locks.take_again();
     client.files.locks.ask_again();
     let shared = client.session.leases.snapshot();
     let shared = shared

@@ -18,7 +18,7 @@ use crate::client::Client;
 use crate::files::locks::PassedWaiter;
 use crate::fuse::FsdFs;
 use crate::fuse::inherited::{answer, take_over};
-use crate::fuse::loops::Loops;
+use crate::fuse::loops::{Loops, all_run};
 use crate::kernel::notifier::Notifier;
 use crate::mount::error::MountError;
 use crate::mount::join::{How, SPARE_LOOPS, join, leave, thread};
@@ -59,7 +59,7 @@ struct Handed {
     begin: Begin,
     mounted: Mounted,
     listener: UnixListener,
-    devices: Vec<OwnedFd>,
+    devices: Arc<Vec<OwnedFd>>,
 }
 
 fn hear_first(talk: &mut Talk) -> io::Result<Handed> {
@@ -80,7 +80,7 @@ fn hear_first(talk: &mut Talk) -> io::Result<Handed> {
         begin,
         mounted,
         listener: listener.into(),
-        devices,
+        devices: Arc::new(devices),
     })
 }
 
@@ -157,7 +157,7 @@ fn take_from(
             count,
             mounted: handed.mounted,
             listener: handed.listener,
-            inherited: Arc::new(handed.devices),
+            inherited: handed.devices,
         }),
         Err(error) => {
             talk.refuse(&error.to_string());
@@ -208,21 +208,9 @@ fn serve(
         }
     };
     adopt(client, &pass).map_err(|stop| because("what the kernel knows", stop))?;
-    let begun = begun(client, talk, session);
-    if begun.is_err() {
-        // They may be this mount's already, and would go with it.
-        let _ = client.files.locks.give(begin.node);
-    }
-    let session = begun?;
-    let devices: Arc<Vec<OwnedFd>> = Arc::new(
-        handed
-            .devices
-            .iter()
-            .map(OwnedFd::try_clone)
-            .collect::<io::Result<_>>()?,
-    );
+    let session = begun(client, talk, (session, count))?;
     for waiter in &pass.waiting {
-        let (unique, devices) = (waiter.unique, Arc::clone(&devices));
+        let (unique, devices) = (waiter.unique, Arc::clone(&handed.devices));
         let asked = PassedWaiter {
             lock: client.files.locks.mine(waiter.lock),
             ..*waiter
@@ -243,7 +231,7 @@ fn because(what: &str, stop: Stop) -> io::Error {
 fn begun(
     client: &Client,
     talk: &mut Talk,
-    session: fuser::Session<FsdFs>,
+    (session, count): (fuser::Session<FsdFs>, usize),
 ) -> io::Result<fuser::BackgroundSession> {
     if client.session.fate.doomed.load(Ordering::SeqCst) {
         return Err(io::Error::other("this mount was declared dead"));
@@ -258,6 +246,10 @@ fn begun(
         }
     }
     let session = session.spawn()?;
+    // They are started aside, and need descriptors. None of them has read anything if that has failed.
+    if !all_run(count, SAID, || session.guard.is_finished()) {
+        return Err(io::Error::other("the threads that read requests do not start"));
+    }
     // Whether it hears that or has died just now: requests are read here from now on.
     let _ = talk.send(&Message::Done, SAID);
     Ok(session)
