@@ -1,6 +1,7 @@
 //! What a role and who has started it tell each other.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -12,6 +13,8 @@ use fsd_client::Mounted;
 pub const PARENT_ENV: &str = "FSD_PARENT";
 /// Set for the next life of a mount: what the one before has left mounted.
 pub const FORMER_ENV: &str = "FSD_FORMER";
+/// Set for a process that is to replace a mount's daemon: its standard input is a socket to that.
+pub const SUCCESSOR_ENV: &str = "FSD_SUCCESSOR";
 
 /// A process whose end is this one's: it was started by a predecessor, not by that, so no signal tells.
 #[derive(Debug, Default)]
@@ -39,7 +42,7 @@ pub fn follow_parent(signal: rustix::process::Signal) -> anyhow::Result<Followed
     let Some(parent) = parent.and_then(Pid::from_raw) else {
         return Ok(Followed::default());
     };
-    if super::replace::predecessor().is_none() {
+    if predecessor().is_none() {
         rustix::process::set_parent_process_death_signal(Some(signal)).context("prctl")?;
     }
     if rustix::process::getppid() == Some(parent) {
@@ -61,4 +64,12 @@ pub fn ready(what: &str) {
 #[must_use]
 pub fn former() -> Option<Mounted> {
     Mounted::from_text(&std::env::var(FORMER_ENV).ok()?)
+}
+
+/// The socket to the daemon that this process is to replace, if so.
+#[must_use]
+pub fn predecessor() -> Option<UnixStream> {
+    std::env::var_os(SUCCESSOR_ENV)?;
+    let stream = std::io::stdin().as_fd().try_clone_to_owned().ok()?;
+    Some(stream.into())
 }

@@ -4,18 +4,16 @@
 //! manager. The command only asks it to.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
 
 use anyhow::{Context, anyhow};
 
-use super::life::FORMER_ENV;
+use super::life::{FORMER_ENV, SUCCESSOR_ENV, predecessor};
 use fsd_client::mount::replace;
 
-/// Set for a process that is to replace a mount's daemon: its standard input is a socket to that.
-const SUCCESSOR_ENV: &str = "FSD_SUCCESSOR";
 /// Set for processes whose end is taken for the end of their role by who has started them.
 pub const ATTENDED_ENV: &str = "FSD_ATTENDED";
 
@@ -62,19 +60,6 @@ pub fn start(program: &Path, stream: UnixStream) -> io::Result<Child> {
         .env_remove(FORMER_ENV)
         .stdin(OwnedFd::from(stream))
         .spawn()
-}
-
-/// A command for another life of this process, which is nobody's successor.
-pub fn forget(command: &mut Command) -> &mut Command {
-    command.env_remove(SUCCESSOR_ENV)
-}
-
-/// The socket to the daemon that this process is to replace, if so.
-#[must_use]
-pub fn predecessor() -> Option<UnixStream> {
-    std::env::var_os(SUCCESSOR_ENV)?;
-    let stream = io::stdin().as_fd().try_clone_to_owned().ok()?;
-    Some(stream.into())
 }
 
 /// Tells the daemon that was to be replaced why it is not, if so.

@@ -10,7 +10,7 @@ use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-use super::life::{FORMER_ENV, follow_parent, ready};
+use super::life::{FORMER_ENV, SUCCESSOR_ENV, follow_parent, predecessor, ready};
 use super::{keeper, replace};
 use fsd_client::{Mount, MountError, MountOptions, Mounted};
 use fsd_meta::MetaServer;
@@ -85,8 +85,9 @@ fn begin_anew(former: &Mounted) -> anyhow::Result<ExitCode> {
     let mut command = std::process::Command::new("/proc/self/exe");
     command
         .args(std::env::args_os().skip(1))
-        .env(FORMER_ENV, former.to_text());
-    let error = replace::forget(&mut command).exec();
+        .env(FORMER_ENV, former.to_text())
+        .env_remove(SUCCESSOR_ENV);
+    let error = command.exec();
     Err(error).context("this program cannot be started again")
 }
 
@@ -127,7 +128,7 @@ fn succeeded_by(successor: Pid) {
 pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Result<ExitCode> {
     let mut signals = signals()?;
     let parent = follow_parent(Signal::TERM)?;
-    let mut mount = match replace::predecessor() {
+    let mut mount = match predecessor() {
         Some(stream) => Mount::succeed(config, key, options, stream)?,
         None => start(config, key, options, &mut signals)?,
     };

@@ -1,6 +1,6 @@
 //! A mount's daemon is replaced by another process, while programs go on.
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -33,6 +33,13 @@ fn has_ended(process: Pid) -> bool {
 
 fn until(what: &str, mut holds: impl FnMut() -> bool) -> anyhow::Result<Duration> {
     guard::until(what, PATIENCE, || Ok(holds()))
+}
+
+/// The process that serves a mount, as `fsd replace` says.
+fn number_in(said: &str) -> anyhow::Result<Pid> {
+    let mut words = said.split_whitespace().skip_while(|word| *word != "process");
+    let number = words.nth(1).and_then(|word| Pid::from_raw(word.parse().ok()?));
+    number.with_context(|| format!("fsd replace says {said}"))
 }
 
 /// A mount that is replaced; what serves it in the end is ended with this.
@@ -220,8 +227,8 @@ fn programs_go_on_shm_direct() -> anyhow::Result<()> {
 }
 
 /// A program that cannot serve the mount.
-fn script(dir: &Path, text: &str) -> anyhow::Result<PathBuf> {
-    let path = dir.join("program");
+fn script(cluster: &Cluster, text: &str) -> anyhow::Result<PathBuf> {
+    let path = cluster.path("program");
     fs::write(&path, format!("#!/bin/sh\n{text}\n"))?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
     Ok(path)
@@ -233,35 +240,102 @@ fn what_cannot_replace_it_leaves_it_as_it_is() -> anyhow::Result<()> {
         let point = cluster.mount(0);
         let served = Served::new(cluster, 0);
         let file = sys::open(&point.join("f"), libc::O_RDWR | libc::O_CREAT)?;
-        file.write_all_at(b"before", 0)?;
+        let serves = |what: &str| -> anyhow::Result<()> {
+            file.write_all_at(what.as_bytes(), 0)?;
+            file.sync_all()?;
+            ensure!(
+                fs::read(cluster.mount(1).join("f"))?.starts_with(what.as_bytes()),
+                "{what}"
+            );
+            ensure!(!has_ended(served.process()?), "{what}: it has ended");
+            Ok(())
+        };
         let said = served.replace_in_vain(Some(Path::new("/bin/true")))?;
-        println!("{said}");
+        ensure!(said.contains("the daemon of before goes on"), "{said}");
+        serves("another program")?;
+        let program = script(cluster, "exec /nonexistent/fsd")?;
+        served.replace_in_vain(Some(&program))?;
+        serves("no program")?;
         let settings = fs::read_to_string(cluster.config())?;
         fs::write(cluster.config(), "nonsense = 1")?;
         let said = served.replace_in_vain(None)?;
-        println!("{said}");
+        ensure!(said.contains("nonsense"), "it does not say why: {said}");
+        fs::write(
+            cluster.config(),
+            settings.replace("cluster = \"", "cluster = \"another-"),
+        )?;
+        let said = served.replace_in_vain(None)?;
+        println!("another cluster: {said}");
         fs::write(cluster.config(), settings)?;
+        serves("wrong settings")?;
+        // One that has too few descriptors fails, at another place each time.
         let fsd = fsd_binary()?;
-        for delay in ["0.01", "0.05", "0.1", "0.15", "0.2", "0.3"] {
+        let mut failed = 0;
+        for most in 12..40 {
+            let program = script(
+                cluster,
+                &format!("ulimit -n {most}; exec {} \"$@\"", fsd.display()),
+            )?;
+            let out = served.command(Some(&program))?;
+            if out.status.success() {
+                // It serves, and somebody else's test is whether it can go on.
+                println!("{most} descriptors are enough");
+                return end_of(cluster, &out.stdout);
+            }
+            failed += 1;
+            println!("{most}: {}", String::from_utf8_lossy(&out.stderr).trim_end());
+            serves(&format!("{most} descriptors"))?;
+        }
+        println!("{failed} have failed");
+        Ok(())
+    })
+}
+
+/// Ends what serves a mount, as `fsd replace` has said.
+fn end_of(cluster: &Cluster, said: &[u8]) -> anyhow::Result<()> {
+    let mut served = Served::new(cluster, 0);
+    served.now = Some(number_in(&String::from_utf8_lossy(said))?);
+    served.end()
+}
+
+#[test]
+fn one_that_is_killed_meanwhile_leaves_it_as_it_is() -> anyhow::Result<()> {
+    guard::with_cluster(options(Fabric::Shm, Cache::Writethrough), |cluster| {
+        let point = cluster.mount(0);
+        let fsd = fsd_binary()?;
+        let mut killed = 0;
+        for n in 0..40u64 {
+            let delay = format!("0.{:03}", 2 + n % 20);
+            let file = sys::open(&point.join("f"), libc::O_RDWR | libc::O_CREAT)?;
+            sys::lock(&file, libc::F_WRLCK, 0, 0, false)?;
+            file.write_all_at(&n.to_le_bytes(), 0)?;
             let text = format!(
                 "(sleep {delay}; kill -9 $$) >/dev/null 2>&1 </dev/null &\nexec {} \"$@\"",
                 fsd.display()
             );
-            let program = script(&cluster.path("mnt1").join(".."), &text)?;
-            let out = served.command(Some(&program))?;
-            println!(
-                "killed after {delay} s: {}{}",
-                String::from_utf8_lossy(&out.stdout),
-                String::from_utf8_lossy(&out.stderr)
-            );
+            let program = script(cluster, &text)?;
+            let out = Served::new(cluster, 0).command(Some(&program))?;
             if out.status.success() {
-                anyhow::bail!("too late")
+                // It was killed when it served the mount, as any daemon may be.
+                let successor = number_in(&String::from_utf8_lossy(&out.stdout))?;
+                until("its end", || has_ended(successor))?;
+                drop(file);
+                cluster.kill_and_restart(Role::Mount(0))?;
+                continue;
             }
-            ensure!(sys::read_at(&file, 0, 6)? == b"before");
-            file.write_all_at(b"before", 0)?;
+            killed += 1;
+            ensure!(sys::read_at(&file, 0, 8)? == n.to_le_bytes(), "what is open");
+            file.write_all_at(&(n + 1).to_le_bytes(), 0)?;
             file.sync_all()?;
+            let other = sys::open(&cluster.mount(1).join("f"), libc::O_RDWR)?;
+            ensure!(
+                sys::read_at(&other, 0, 8)? == (n + 1).to_le_bytes(),
+                "the other mount"
+            );
+            let taken = sys::lock(&other, libc::F_WRLCK, 0, 0, false);
+            ensure!(sys::errno(&taken) == libc::EAGAIN, "the lock is lost");
         }
-        ensure!(File::open(point.join("f")).is_ok());
+        println!("{killed} of 40 were killed before they served");
         Ok(())
     })
 }

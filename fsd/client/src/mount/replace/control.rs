@@ -75,7 +75,7 @@ fn is_trusted(stream: &UnixStream) -> bool {
 ///
 /// # Errors
 /// Somebody else has it.
-pub(in crate::mount) fn listen(mounted: &Mounted) -> io::Result<UnixListener> {
+pub(crate) fn listen(mounted: &Mounted) -> io::Result<UnixListener> {
     UnixListener::bind_addr(&address(mounted)?)
 }
 
@@ -83,7 +83,7 @@ pub(in crate::mount) fn listen(mounted: &Mounted) -> io::Result<UnixListener> {
 ///
 /// # Errors
 /// No thread can be started.
-pub(in crate::mount) fn answer(
+pub(crate) fn answer(
     standing: Arc<Standing>,
     listener: UnixListener,
     start: Start,

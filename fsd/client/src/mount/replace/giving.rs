@@ -27,9 +27,11 @@ const HOLD: Duration = Duration::from_secs(1);
 /// Longest time until all event loops are held.
 const COME: Duration = Duration::from_millis(200);
 /// How often it is tried with one successor …
-const TRIES: u32 = 5;
+const TRIES: u32 = 8;
 /// … and the pause before it is tried again, times the number of the try.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Longest wait for requests that are under way, times the number of the try: one may be waiting for what only a loop that is held can do.
+const END: Duration = Duration::from_millis(100);
 /// Longest wait for a successor to join.
 const JOINS: Duration = Duration::from_secs(30);
 /// Longest wait for it to open what is open, while this mount serves.
@@ -99,7 +101,7 @@ impl Giving<'_> {
         loop {
             self.prepare()?;
             tries += 1;
-            match self.attempt(node) {
+            match self.attempt(node, END * tries) {
                 Err(NotGiven::Yet(why)) if tries < TRIES => {
                     tracing::info!("the kernel does not pass yet: {why}; tried again");
                     // What was taken back is waited for again meanwhile.
@@ -164,7 +166,7 @@ impl Giving<'_> {
     }
 
     /// Holds the event loops, and passes everything.
-    fn attempt(&mut self, node: u16) -> Result<(), NotGiven> {
+    fn attempt(&mut self, node: u16, patience: Duration) -> Result<(), NotGiven> {
         let place = self.place;
         let held = Held::hold(&place.loops, place.count, &place.ours(), COME);
         let held = held.map_err(|error| NotGiven::Yet(format!("requests cannot be held: {error}")))?;
@@ -174,7 +176,7 @@ impl Giving<'_> {
             late.let_go();
         });
         let passed = match watching {
-            Ok(_) => self.pass(&held, began + HOLD, node),
+            Ok(_) => self.pass(&held, (began + patience, began + HOLD), node),
             Err(error) => Err(NotGiven::Yet(format!("a thread: {error}"))),
         };
         held.let_go();
@@ -185,9 +187,9 @@ impl Giving<'_> {
         passed
     }
 
-    fn pass(&mut self, held: &Held, end: Instant, node: u16) -> Result<(), NotGiven> {
+    fn pass(&mut self, held: &Held, (soon, end): (Instant, Instant), node: u16) -> Result<(), NotGiven> {
         let client = Arc::clone(&self.place.client);
-        until(end, "requests are under way that do not end", || {
+        until(soon, "requests are under way that do not end", || {
             client.session.threads.busy.is_over() && !is_mapped_waiting(&client.cache.inodes.all())
         })?;
         let locks = &client.files.locks;

@@ -22,7 +22,7 @@ use crate::opens::passed::PassedHandle;
 
 /// The first message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in crate::mount) struct Begin {
+pub(crate) struct Begin {
     /// Number of the mount.
     pub(super) node: u16,
     /// What is mounted ([`crate::mount::Mounted::to_text`]).

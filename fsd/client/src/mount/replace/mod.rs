@@ -6,8 +6,8 @@
 pub mod control;
 mod giving;
 mod messages;
-pub(in crate::mount) mod standing;
-pub(in crate::mount) mod taking;
+pub(crate) mod standing;
+pub(crate) mod taking;
 mod talk;
 
 use std::os::unix::net::UnixStream;

@@ -13,7 +13,7 @@ use crate::mount::kernel_mount::Mounted;
 
 /// Where a mount stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::mount) enum Stage {
+pub(crate) enum Stage {
     /// It serves its kernel.
     Serving,
     /// A process with this number does.
@@ -23,20 +23,20 @@ pub(in crate::mount) enum Stage {
 }
 
 /// A mount that serves its kernel.
-pub(in crate::mount) struct Standing {
-    pub(in crate::mount) client: Arc<Client>,
-    pub(in crate::mount) loops: Arc<Loops>,
+pub(crate) struct Standing {
+    pub(crate) client: Arc<Client>,
+    pub(crate) loops: Arc<Loops>,
     /// How many event loops there are.
-    pub(in crate::mount) count: usize,
-    pub(in crate::mount) mounted: Option<Mounted>,
+    pub(crate) count: usize,
+    pub(crate) mounted: Option<Mounted>,
     /// Why it cannot be replaced, if so.
-    pub(in crate::mount) never: Option<&'static str>,
+    pub(crate) never: Option<&'static str>,
     /// Descriptors of predecessors, which requests for locks were read from that still wait.
-    pub(in crate::mount) inherited: Arc<Vec<OwnedFd>>,
+    pub(crate) inherited: Arc<Vec<OwnedFd>>,
     /// Locked while it is being replaced.
-    pub(in crate::mount) stage: Mutex<Stage>,
+    pub(crate) stage: Mutex<Stage>,
     /// The successor, which is told when this mount leaves.
-    pub(in crate::mount) successor: Mutex<Option<Talk>>,
+    pub(crate) successor: Mutex<Option<Talk>>,
 }
 
 impl Standing {

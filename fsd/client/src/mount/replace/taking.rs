@@ -38,16 +38,16 @@ const NEXT: Duration = Duration::from_secs(60);
 const SAID: Duration = Duration::from_secs(5);
 
 /// Everything of a mount that has taken over.
-pub(in crate::mount) struct Taken {
-    pub(in crate::mount) client: Arc<Client>,
-    pub(in crate::mount) threads: Vec<JoinHandle<()>>,
-    pub(in crate::mount) fabric: Arc<dyn Fabric>,
-    pub(in crate::mount) session: fuser::BackgroundSession,
-    pub(in crate::mount) loops: Arc<Loops>,
-    pub(in crate::mount) count: usize,
-    pub(in crate::mount) mounted: Mounted,
-    pub(in crate::mount) listener: UnixListener,
-    pub(in crate::mount) inherited: Arc<Vec<OwnedFd>>,
+pub(crate) struct Taken {
+    pub(crate) client: Arc<Client>,
+    pub(crate) threads: Vec<JoinHandle<()>>,
+    pub(crate) fabric: Arc<dyn Fabric>,
+    pub(crate) session: fuser::BackgroundSession,
+    pub(crate) loops: Arc<Loops>,
+    pub(crate) count: usize,
+    pub(crate) mounted: Mounted,
+    pub(crate) listener: UnixListener,
+    pub(crate) inherited: Arc<Vec<OwnedFd>>,
 }
 
 fn failed(why: impl std::fmt::Display) -> MountError {
@@ -88,7 +88,7 @@ fn hear_first(talk: &mut Talk) -> io::Result<Handed> {
 ///
 /// # Errors
 /// [`MountError`]; the other process goes on, and is told why.
-pub(in crate::mount) fn take(
+pub(crate) fn take(
     config: &Config,
     key: &[u8],
     options: &[String],

@@ -23,7 +23,7 @@ const DESCRIPTORS: usize = 253;
 
 /// One side of it.
 #[derive(Debug)]
-pub(in crate::mount) struct Talk(UnixStream);
+pub(crate) struct Talk(UnixStream);
 
 fn odd(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
@@ -35,7 +35,7 @@ fn limit_of(limit: Duration) -> Option<Duration> {
 }
 
 impl Talk {
-    pub(in crate::mount) fn new(stream: UnixStream) -> Self {
+    pub(crate) fn new(stream: UnixStream) -> Self {
         Self(stream)
     }
 
