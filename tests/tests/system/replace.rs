@@ -339,3 +339,78 @@ fn one_that_is_killed_meanwhile_leaves_it_as_it_is() -> anyhow::Result<()> {
         Ok(())
     })
 }
+
+/// The daemons that a keeper has.
+fn children(keeper: Pid) -> Vec<Pid> {
+    let pid = keeper.as_raw_nonzero();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    let numbers = children.split_whitespace().filter_map(|n| n.parse().ok());
+    numbers.filter_map(Pid::from_raw).collect()
+}
+
+#[test]
+fn a_mount_that_is_kept_stays_so() -> anyhow::Result<()> {
+    let options = Options {
+        keep: true,
+        ..options(Fabric::Shm, Cache::Writethrough)
+    };
+    guard::with_cluster(options, |cluster| {
+        let point = cluster.mount(0);
+        let mut served = Served::new(cluster, 0);
+        let keeper = served.process()?;
+        let first = children(keeper);
+        let file = sys::open(&point.join("f"), libc::O_RDWR | libc::O_CREAT)?;
+        file.write_all_at(b"before", 0)?;
+        for _ in 0..2 {
+            served.replace()?;
+            let now = served.process()?;
+            until("the successor to be kept", || children(keeper) == [now])?;
+            ensure!(sys::read_at(&file, 0, 6)? == b"before", "what is open");
+            file.sync_all()?;
+        }
+        let now = served.now.take().context("nobody")?;
+        ensure!(!has_ended(keeper) && first != [now], "the keeper");
+        kill_process(now, Signal::KILL)?;
+        until("another life", || {
+            children(keeper).first().is_some_and(|pid| *pid != now)
+                && fs::read(point.join("f")).is_ok_and(|found| found == b"before")
+        })?;
+        ensure!(sys::errno(&file.sync_all()) == libc::ENOTCONN, "of a former life");
+        // That one can be replaced as well, and the signal to the keeper ends who serves the mount then.
+        served.replace()?;
+        let now = served.now.take().context("nobody")?;
+        cluster.end(Role::Mount(0))?;
+        until("the end of the successor", || has_ended(now))?;
+        let mounts = fs::read_to_string("/proc/self/mounts")?;
+        ensure!(!mounts.contains(&*point.to_string_lossy()), "it is still mounted");
+        Ok(())
+    })
+}
+
+/// What is stored to a shared mapping, and what others read of it.
+#[test]
+fn mappings_go_on() -> anyhow::Result<()> {
+    guard::with_cluster(options(Fabric::Tcp, Cache::Writethrough), |cluster| {
+        const LEN: usize = 16 << 12;
+        let (point, other) = (cluster.mount(0), cluster.mount(1));
+        let mut served = Served::new(cluster, 0);
+        let file = sys::open(&point.join("f"), libc::O_RDWR | libc::O_CREAT)?;
+        file.set_len(LEN as u64)?;
+        let map = sys::Map::writable(&file, LEN)?;
+        for round in 1..=5u8 {
+            map.write(0, &[round; LEN / 2]);
+            served.replace()?;
+            ensure!(map.read(0, LEN / 2) == [round; LEN / 2], "before it was replaced");
+            map.write(LEN / 2, &[round; LEN / 2]);
+            ensure!(map.read(0, LEN) == [round; LEN], "after it was replaced");
+            map.sync(libc::MS_SYNC)?;
+            ensure!(fs::read(other.join("f"))? == [round; LEN], "elsewhere");
+            // A new file can be mapped at once, though the one before has not left yet.
+            let new = sys::open(&point.join(format!("new{round}")), libc::O_RDWR | libc::O_CREAT)?;
+            new.set_len(4096)?;
+            sys::Map::writable(&new, 4096).context("a new file")?;
+        }
+        drop((map, file));
+        served.end()
+    })
+}
