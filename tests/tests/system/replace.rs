@@ -12,6 +12,7 @@ use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role, nodes};
 use system_tests::process::fsd_binary;
 use system_tests::{guard, replaced, sys};
 
+const MAKE: i32 = libc::O_RDWR | libc::O_CREAT;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn options(fabric: Fabric, cache: Cache) -> Options {
@@ -129,9 +130,9 @@ fn idle(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
     guard::with_cluster(options(fabric, cache), |cluster| {
         let (point, other) = (cluster.mount(0), cluster.mount(1));
         let mut served = Served::new(cluster, 0);
-        let file = sys::open(&point.join("f"), libc::O_RDWR | libc::O_CREAT)?;
+        let file = sys::open(&point.join("f"), MAKE)?;
         file.write_all_at(b"before", 0)?;
-        let gone = sys::open(&point.join("gone"), libc::O_RDWR | libc::O_CREAT)?;
+        let gone = sys::open(&point.join("gone"), MAKE)?;
         gone.write_all_at(b"nameless", 0)?;
         fs::remove_file(point.join("gone"))?;
         for round in 0..3u8 {
@@ -174,6 +175,15 @@ fn times() -> u32 {
     times.and_then(|times| times.parse().ok()).unwrap_or(5)
 }
 
+/// Prints how long nobody served the kernel, and why it had to be tried again.
+fn tell_passes(cluster: &Cluster) -> anyhow::Result<()> {
+    for line in fs::read_to_string(cluster.log(Role::Mount(0)))?.lines() {
+        let said = line.split("replace::giving: ").nth(1);
+        said.into_iter().for_each(|said| println!("{said}"));
+    }
+    Ok(())
+}
+
 fn under_load(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
     let times = times();
     let limit = guard::TEST_LIMIT + Duration::from_secs(6) * times;
@@ -197,11 +207,7 @@ fn under_load(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
             );
             ensure!(done.rounds > 0, "{task} has done nothing");
         }
-        for line in fs::read_to_string(cluster.log(Role::Mount(0)))?.lines() {
-            if line.contains("passed in") || line.contains(" pass yet") || line.contains("not replaced") {
-                println!("{line}");
-            }
-        }
+        tell_passes(cluster)?;
         served.end()
     })
 }
@@ -239,7 +245,7 @@ fn what_cannot_replace_it_leaves_it_as_it_is() -> anyhow::Result<()> {
     guard::with_cluster(options(Fabric::Tcp, Cache::Writethrough), |cluster| {
         let point = cluster.mount(0);
         let served = Served::new(cluster, 0);
-        let file = sys::open(&point.join("f"), libc::O_RDWR | libc::O_CREAT)?;
+        let file = sys::open(&point.join("f"), MAKE)?;
         let serves = |what: &str| -> anyhow::Result<()> {
             file.write_all_at(what.as_bytes(), 0)?;
             file.sync_all()?;
@@ -306,7 +312,7 @@ fn one_that_is_killed_meanwhile_leaves_it_as_it_is() -> anyhow::Result<()> {
         let mut killed = 0;
         for n in 0..40u64 {
             let delay = format!("0.{:03}", 2 + n % 20);
-            let file = sys::open(&point.join("f"), libc::O_RDWR | libc::O_CREAT)?;
+            let file = sys::open(&point.join("f"), MAKE)?;
             sys::lock(&file, libc::F_WRLCK, 0, 0, false)?;
             file.write_all_at(&n.to_le_bytes(), 0)?;
             let text = format!(
@@ -359,7 +365,7 @@ fn a_mount_that_is_kept_stays_so() -> anyhow::Result<()> {
         let mut served = Served::new(cluster, 0);
         let keeper = served.process()?;
         let first = children(keeper);
-        let file = sys::open(&point.join("f"), libc::O_RDWR | libc::O_CREAT)?;
+        let file = sys::open(&point.join("f"), MAKE)?;
         file.write_all_at(b"before", 0)?;
         for _ in 0..2 {
             served.replace()?;
@@ -394,7 +400,7 @@ fn mappings_go_on() -> anyhow::Result<()> {
         const LEN: usize = 16 << 12;
         let (point, other) = (cluster.mount(0), cluster.mount(1));
         let mut served = Served::new(cluster, 0);
-        let file = sys::open(&point.join("f"), libc::O_RDWR | libc::O_CREAT)?;
+        let file = sys::open(&point.join("f"), MAKE)?;
         file.set_len(LEN as u64)?;
         let map = sys::Map::writable(&file, LEN)?;
         for round in 1..=5u8 {
@@ -406,11 +412,42 @@ fn mappings_go_on() -> anyhow::Result<()> {
             map.sync(libc::MS_SYNC)?;
             ensure!(fs::read(other.join("f"))? == [round; LEN], "elsewhere");
             // A new file can be mapped at once, though the one before has not left yet.
-            let new = sys::open(&point.join(format!("new{round}")), libc::O_RDWR | libc::O_CREAT)?;
+            let new = sys::open(&point.join(format!("new{round}")), MAKE)?;
             new.set_len(4096)?;
             sys::Map::writable(&new, 4096).context("a new file")?;
         }
         drop((map, file));
+        served.end()
+    })
+}
+
+/// How long nobody serves the kernel where that knows many inodes, and has many files open; printed.
+#[test]
+fn a_mount_that_knows_many_inodes() -> anyhow::Result<()> {
+    const FILES: usize = 20_000;
+    const OPEN: usize = 500;
+    guard::with_cluster(options(Fabric::Tcp, Cache::Writethrough), |cluster| {
+        let point = cluster.mount(0);
+        let mut served = Served::new(cluster, 0);
+        fs::create_dir(point.join("d"))?;
+        let name = |n: usize| point.join("d").join(format!("f{n}"));
+        let mut open = Vec::new();
+        for n in 0..FILES {
+            let file = sys::open(&name(n), MAKE)?;
+            if n % (FILES / OPEN) == 0 {
+                file.write_all_at(format!("{n:09}").as_bytes(), 0)?;
+                open.push((n, file));
+            }
+        }
+        for _ in 0..3 {
+            served.replace()?;
+            for (n, file) in &open {
+                ensure!(sys::read_at(file, 0, 9)? == format!("{n:09}").as_bytes(), "{n}");
+            }
+            ensure!(fs::read_dir(point.join("d"))?.count() == FILES);
+        }
+        drop(open);
+        tell_passes(cluster)?;
         served.end()
     })
 }

@@ -205,6 +205,11 @@ impl Giving<'_> {
             client.storing.writeback.write_dirty();
             client.cache.dirty.lock().is_empty()
         })?;
+        // Who syncs what is open must find that the metadata server knows its size.
+        for (_, handle) in client.opens.open_files.handles.all().0 {
+            let pushed = client.storing.push.push_attrs_now(&handle.inode);
+            pushed.map_err(|stop| NotGiven::Yet(format!("attributes: {}", stop.errno())))?;
+        }
         let all = self.everything();
         let has_locks = !all.locks.is_empty();
         let left = || end.saturating_duration_since(Instant::now());
@@ -228,6 +233,13 @@ impl Giving<'_> {
 
     /// Has the successor begin: the last step.
     fn go(&mut self, held: &Held) -> Result<(), NotGiven> {
+        let session = &self.place.client.session;
+        if session.fate.doomed.load(Ordering::SeqCst) || !session.term.is_valid() {
+            // Others may have what it has leased.
+            return Err(NotGiven::Never(
+                "the metadata server has not heard of this mount for too long".into(),
+            ));
+        }
         let Some(kept) = held.keep() else {
             return Err(NotGiven::ToThis(format!("it took longer than {HOLD:?}")));
         };
