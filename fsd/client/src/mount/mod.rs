@@ -269,7 +269,7 @@ impl Mount {
         options: &MountOptions,
         stream: UnixStream,
     ) -> Result<Self, MountError> {
-        let taken = take(config, key, &options.options, stream)?;
+        let taken = take(config, key, (&options.options, options.listen.as_deref()), stream)?;
         let standing = Arc::new(Standing {
             client: Arc::clone(&taken.client),
             loops: taken.loops,

@@ -84,19 +84,20 @@ fn hear_first(talk: &mut Talk) -> io::Result<Handed> {
     })
 }
 
-/// Joins the cluster and takes over what the process at the other end of `stream` has mounted; `options` as mount(8) has them.
+/// Joins the cluster and takes over what the process at the other end of `stream` has mounted; `options` as mount(8) has them, `listen` where
+/// that was told to be reached.
 ///
 /// # Errors
 /// [`MountError`]; the other process goes on, and is told why.
 pub(crate) fn take(
     config: &Config,
     key: &[u8],
-    options: &[String],
+    (options, listen): (&[String], Option<&str>),
     stream: UnixStream,
 ) -> Result<Taken, MountError> {
     let mut talk = Talk::new(stream);
     let handed = hear_first(&mut talk).map_err(failed)?;
-    let taken = take_from(config, key, options, &mut talk, handed);
+    let taken = take_from(config, key, (options, listen), &mut talk, handed);
     match taken {
         Ok(taken) => {
             // Until the predecessor has left its open files are this mount's.
@@ -119,7 +120,7 @@ pub(crate) fn take(
 fn take_from(
     config: &Config,
     key: &[u8],
-    options: &[String],
+    (options, listen): (&[String], Option<&str>),
     talk: &mut Talk,
     handed: Handed,
 ) -> Result<Taken, MountError> {
@@ -128,8 +129,9 @@ fn take_from(
         client: OnceLock::new(),
     });
     let service = Arc::clone(&front) as Arc<dyn Service>;
-    // Where the predecessor was told to listen it still does.
-    let endpoint = open_endpoint(config, None, key, &service)?;
+    // At a port that it was told the predecessor still listens.
+    let listen = listen.filter(|address| address.ends_with(":0"));
+    let endpoint = open_endpoint(config, listen, key, &service)?;
     let how = How {
         mode: if handed.begin.direct {
             CacheMode::Direct
