@@ -132,6 +132,10 @@ fn asked(
     if standing.client.session.fate.doomed.load(Ordering::SeqCst) {
         return Err("this mount begins anew".into());
     }
+    if !is_connected(standing) {
+        // It would be waited for, and nobody could end this mount meanwhile.
+        return Err("a server of the cluster is away: see fsd status".into());
+    }
     let mut last = String::new();
     for _ in 0..SUCCESSORS {
         match replace_once(standing, listener, start, &program) {
@@ -149,6 +153,13 @@ fn asked(
         }
     }
     Err(format!("not replaced, the daemon of before goes on: {last}"))
+}
+
+/// Are all servers connected?
+fn is_connected(standing: &Standing) -> bool {
+    let net = &standing.client.session.net;
+    let storage = &net.storage;
+    net.meta.is_up() && (0..storage.count()).all(|node| storage.session_now(node).is_some())
 }
 
 struct Failure {

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use lockmgr::Mode;
 use rt::time::Instant;
 
 use super::messages::{Begin, Message, Pass, PassedInode};
@@ -104,8 +103,6 @@ impl Giving<'_> {
             match self.attempt(node, END * tries) {
                 Err(NotGiven::Yet(why)) if tries < TRIES => {
                     tracing::info!("the kernel does not pass yet: {why}; tried again");
-                    // What was taken back is waited for again meanwhile.
-                    client.files.locks.ask_again();
                     rt::thread::sleep(PAUSE * tries);
                 }
                 result => return result,
@@ -120,7 +117,10 @@ impl Giving<'_> {
             return Err(NotGiven::ToThis("what is mounted is not known".into()));
         };
         let devices = duplicates(&place.ours()).map_err(lost("/proc"))?;
-        let inherited = place.inherited.iter().map(|device| device.as_fd());
+        // Whoever is to be answered there holds them as well; no more can come.
+        let needed = Arc::strong_count(&place.inherited) > 1;
+        let inherited = place.inherited.iter().filter(|_| needed);
+        let inherited = inherited.map(|device| device.as_fd());
         let all = devices.iter().map(|device| device.as_fd()).chain(inherited);
         let all: Vec<BorrowedFd<'_>> = [listener].into_iter().chain(all).collect();
         self.talk
@@ -182,7 +182,10 @@ impl Giving<'_> {
         held.let_go();
         match &passed {
             Ok(()) => tracing::info!("the kernel has passed in {:?}", began.elapsed()),
-            Err(_) => place.client.kernel.caches.passing.set_over(false),
+            Err(_) => {
+                place.client.kernel.caches.passing.set_over(false);
+                place.client.files.locks.ask_again();
+            }
         }
         passed
     }
@@ -317,11 +320,4 @@ pub(super) fn take_back(place: &Standing) {
     {
         caches.notify(&inode, 0, 0);
     }
-    client.files.locks.ask_again();
-    let shared = client.session.leases.snapshot();
-    let shared = shared
-        .iter()
-        .filter(|lease| lease.mode == Some(Mode::Shared))
-        .count();
-    tracing::debug!("this mount goes on, with {shared} shared leases");
 }
