@@ -34,6 +34,8 @@ use fsd_proto::rpc::{Errno, Service};
 const FIRST: Duration = Duration::from_secs(10);
 /// Longest wait for the others: it tries for a while, and says so by closing the socket when it gives up.
 const NEXT: Duration = Duration::from_secs(60);
+/// Descriptors that there must be room for, beside one for each event loop.
+const SPARE: usize = 16;
 /// Longest wait for it to take in what it is told.
 const SAID: Duration = Duration::from_secs(5);
 
@@ -190,6 +192,10 @@ fn serve(
         .caches
         .notifier
         .set(Notifier::new(device.try_clone()?));
+    // Where descriptors are few that is found out now, and not when the kernel has passed.
+    let room: Vec<OwnedFd> = (0..count + SPARE)
+        .map(|_| device.try_clone())
+        .collect::<io::Result<_>>()?;
     client.opens.records.twin.set(Some(begin.node));
     talk.send(&Message::Ready(client.session.node.0), SAID)?;
     let mut ahead = Ahead::new(client);
@@ -210,7 +216,7 @@ fn serve(
         }
     };
     adopt(client, &pass).map_err(|stop| because("what the kernel knows", stop))?;
-    let session = begun(client, talk, (session, count))?;
+    let session = begun(client, talk, (session, count), room)?;
     for waiter in &pass.waiting {
         let (unique, devices) = (waiter.unique, Arc::clone(&handed.devices));
         let asked = PassedWaiter {
@@ -234,6 +240,7 @@ fn begun(
     client: &Client,
     talk: &mut Talk,
     (session, count): (fuser::Session<FsdFs>, usize),
+    room: Vec<OwnedFd>,
 ) -> io::Result<fuser::BackgroundSession> {
     if client.session.fate.doomed.load(Ordering::SeqCst) {
         return Err(io::Error::other("this mount was declared dead"));
@@ -247,8 +254,9 @@ fn begun(
             ));
         }
     }
+    drop(room);
     let session = session.spawn()?;
-    // They are started aside, and need descriptors. None of them has read anything if that has failed.
+    // They are started aside. None of them has read anything if that has failed.
     if !all_run(count, SAID, || session.guard.is_finished()) {
         return Err(io::Error::other("the threads that read requests do not start"));
     }
