@@ -33,8 +33,8 @@ pub struct Done {
 #[derive(Debug, Default)]
 struct Board {
     over: AtomicBool,
-    /// The last number that was acknowledged, by page.
-    pages: [AtomicU64; PAGES as usize],
+    /// The last number that was acknowledged, by page: of the file that is written here, and of the one that is written there.
+    pages: [[AtomicU64; PAGES as usize]; 2],
     /// How many records each has appended.
     appended: [AtomicU64; 2],
     /// How often the counter was increased.
@@ -62,13 +62,13 @@ fn open(path: &Path, flags: i32) -> anyhow::Result<File> {
 const MAKE: i32 = libc::O_RDWR | libc::O_CREAT;
 
 /// Overwrites pages through one open file, and reads them back.
-fn overwrite(board: &Board, dir: &Path) -> anyhow::Result<Done> {
-    let file = open(&dir.join("pages"), libc::O_RDWR)?;
+fn overwrite(board: &Board, dir: &Path, who: usize) -> anyhow::Result<Done> {
+    let file = open(&dir.join(format!("pages{who}")), libc::O_RDWR)?;
     board.repeat(|round| {
         let page = rand::rng().random_range(0..PAGES);
         let number = round + 1;
         file.write_all_at(&number.to_le_bytes().repeat(512), page * PAGE)?;
-        board.pages[page as usize].store(number, SeqCst);
+        board.pages[who][page as usize].store(number, SeqCst);
         let back = sys::read_at(&file, page * PAGE, 8)?;
         ensure!(back == number.to_le_bytes(), "{number} is read as {back:?}");
         Ok(())
@@ -76,11 +76,11 @@ fn overwrite(board: &Board, dir: &Path) -> anyhow::Result<Done> {
 }
 
 /// Reads those pages, elsewhere or here: never older than what was acknowledged.
-fn look(board: &Board, dir: &Path) -> anyhow::Result<Done> {
-    let file = open(&dir.join("pages"), libc::O_RDONLY)?;
+fn look(board: &Board, dir: &Path, who: usize) -> anyhow::Result<Done> {
+    let file = open(&dir.join(format!("pages{who}")), libc::O_RDONLY)?;
     board.repeat(|_| {
         let page = rand::rng().random_range(0..PAGES);
-        let due = board.pages[page as usize].load(SeqCst);
+        let due = board.pages[who][page as usize].load(SeqCst);
         let bytes = sys::read_at(&file, page * PAGE, 8)?;
         let seen = u64::from_le_bytes(bytes.try_into().ok().context("a short read")?);
         ensure!(seen >= due, "page {page}: {due} was acknowledged, {seen} is read");
@@ -207,7 +207,9 @@ pub fn work(
     there: &Path,
     meanwhile: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<(&'static str, Done)>> {
-    fs::write(here.join("pages"), vec![0; (PAGES * PAGE) as usize])?;
+    for who in 0..2 {
+        fs::write(here.join(format!("pages{who}")), vec![0; (PAGES * PAGE) as usize])?;
+    }
     fs::write(here.join("counter"), 0u64.to_le_bytes())?;
     fs::write(here.join("large"), vec![7; LARGE])?;
     fs::create_dir(here.join("names"))?;
@@ -230,9 +232,11 @@ pub fn work(
     let results = std::thread::scope(|scope| {
         type Task<'a> = Box<dyn FnOnce() -> anyhow::Result<Done> + Send + 'a>;
         let tasks: Vec<(&'static str, Task<'_>)> = vec![
-            ("overwrite", Box::new(|| overwrite(board, here))),
-            ("look there", Box::new(|| look(board, there))),
-            ("look here", Box::new(|| look(board, here))),
+            ("overwrite", Box::new(|| overwrite(board, here, 0))),
+            ("overwrite there", Box::new(|| overwrite(board, there, 1))),
+            ("look there", Box::new(|| look(board, there, 0))),
+            ("look here", Box::new(|| look(board, here, 0))),
+            ("look here at theirs", Box::new(|| look(board, here, 1))),
             ("append", Box::new(|| append(board, here, 0))),
             ("append there", Box::new(|| append(board, there, 1))),
             ("rename", Box::new(|| rename(board, here, 0))),
@@ -295,13 +299,15 @@ pub fn work(
 
 /// All that was acknowledged is there.
 fn check(board: &Board, dir: &Path) -> anyhow::Result<()> {
-    let pages = fs::read(dir.join("pages"))?;
-    for (page, due) in (0..).zip(&board.pages) {
-        let bytes = &pages[page * PAGE as usize..][..PAGE as usize];
-        ensure!(
-            *bytes == due.load(SeqCst).to_le_bytes().repeat(512),
-            "page {page}"
-        );
+    for (who, all) in board.pages.iter().enumerate() {
+        let pages = fs::read(dir.join(format!("pages{who}")))?;
+        for (page, due) in (0..).zip(all) {
+            let bytes = &pages[page * PAGE as usize..][..PAGE as usize];
+            ensure!(
+                *bytes == due.load(SeqCst).to_le_bytes().repeat(512),
+                "page {page} of {who}"
+            );
+        }
     }
     let counter = fs::read(dir.join("counter"))?;
     ensure!(
