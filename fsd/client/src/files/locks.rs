@@ -44,6 +44,8 @@ struct Waiter {
     handle: u64,
     /// Its number on the descriptor that it was read from.
     unique: u64,
+    /// Its process has got a signal: that is what ends it. A kernel that is told so without one shows the program a number that is no error.
+    signalled: bool,
     /// None: its process was killed, and has been answered.
     done: Option<Done>,
     _waits: Waits,
@@ -255,6 +257,7 @@ impl Locks {
                 lock,
                 handle,
                 unique,
+                signalled: false,
                 done: Some(Box::new(done)),
                 _waits: waits,
             };
@@ -296,7 +299,7 @@ impl Locks {
         }
     }
 
-    fn end_waiting(&self, id: u64, result: Result<(), Errno>) {
+    fn end_waiting(self: &Arc<Self>, id: u64, result: Result<(), Errno>) {
         let Some(waiter) = self.file_locks.waiting.lock().remove(&id) else {
             return;
         };
@@ -306,10 +309,14 @@ impl Locks {
             handle: waiter.handle,
         };
         match waiter.done {
-            Some(done) if result == Err(Errno(libc::EINTR)) => {
-                let unsent = self.file_locks.withdraw(Withdrawn { asked, done });
-                if let Some(Withdrawn { done, .. }) = unsent {
-                    done(result);
+            // Taken back to pass to a successor; or it was to, and is asked for again meanwhile.
+            Some(done) if result == Err(Errno(libc::EINTR)) && !waiter.signalled => {
+                if let Some(Withdrawn { asked, done }) = self.file_locks.withdraw(Withdrawn { asked, done }) {
+                    let me = Arc::clone(self);
+                    self.session
+                        .threads
+                        .workers
+                        .run(move || me.setlk_wait(asked, done));
                 }
             }
             Some(done) => {
@@ -334,6 +341,7 @@ impl Locks {
                 pid: waiter.lock.pid,
                 uid: 0,
             };
+            waiter.signalled = true;
             let killed = process.is_killed() || process.is_ending();
             (waiter.lock, killed.then(|| waiter.done.take()).flatten())
         };

@@ -74,6 +74,11 @@ impl Locks {
         }
     }
 
+    /// It is the predecessor's after all.
+    pub fn disown(&self) {
+        self.file_locks.clear();
+    }
+
     /// What a predecessor asked for, in this mount's name.
     #[must_use]
     pub fn mine(&self, lock: LockSpec) -> LockSpec {

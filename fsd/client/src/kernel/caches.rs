@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rt::channel::bounded;
-use rt::sync::Mutex;
+use rt::sync::{Condvar, Mutex};
 
 use crate::cache::edges::{EDGE_WAIT, around, edge_of};
 use crate::cache::inode::Inode;
@@ -19,15 +19,27 @@ use fsd_proto::wire::Kind;
 /// Time to live of attributes that a lease protects: until told otherwise.
 pub const LEASED_TTL: Duration = Duration::from_secs(24 * 3600);
 
-/// The kernel passes from this mount to its successor.
+/// Whose a kernel is: who has it drop what it caches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Whose {
+    /// This mount's.
+    #[default]
+    Ours,
+    /// Another mount's, this one's successor or predecessor: nothing is dropped from here. A page that is locked there may be waiting for a
+    /// lease of the other, which waits for this mount.
+    Theirs,
+    /// It is just being decided: who wants something dropped waits.
+    Undecided,
+}
+
+/// The kernel passes from one mount to another.
 #[derive(Debug, Default)]
 pub struct Passing {
-    /// It is about to: it gets no attributes to keep any more, for the successor would have to hold the leases that protect them.
+    /// It is about to, to a successor: it gets no attributes to keep any more, for the successor would have to hold the leases that protect them.
     pub begun: AtomicBool,
-    /// It has: what it caches is the successor's to drop, and is not waited for here. A page that is locked there may wait for a lease of
-    /// the successor, which waits for this mount.
-    over: AtomicBool,
-    /// Inodes of which something was not dropped since then.
+    whose: Mutex<Whose>,
+    decided: Condvar,
+    /// Inodes of which something was not dropped while it was another's.
     owed: Mutex<Vec<u64>>,
     /// Invalidations under way.
     under_way: AtomicUsize,
@@ -45,24 +57,34 @@ impl Drop for UnderWay<'_> {
 impl Passing {
     /// The right to tell the kernel something; none where it is another mount's.
     fn enter(&self, inode: u64) -> Option<UnderWay<'_>> {
-        self.under_way.fetch_add(1, Ordering::SeqCst);
-        let entered = UnderWay(&self.under_way);
-        if self.over.load(Ordering::SeqCst) {
+        let mut whose = self.whose.lock();
+        while *whose == Whose::Undecided {
+            self.decided.wait(&mut whose);
+        }
+        if *whose == Whose::Theirs {
             self.owed.lock().push(inode);
             return None;
         }
-        Some(entered)
+        self.under_way.fetch_add(1, Ordering::SeqCst);
+        Some(UnderWay(&self.under_way))
     }
 
-    /// What was not dropped because the kernel was taken for the successor's.
+    /// What was not dropped because the kernel was another mount's.
     #[must_use]
     pub fn owed(&self) -> Vec<u64> {
         std::mem::take(&mut *self.owed.lock())
     }
 
-    /// The kernel is the successor's, or is this mount's again.
-    pub fn set_over(&self, over: bool) {
-        self.over.store(over, Ordering::SeqCst);
+    /// Whose it is from now on.
+    pub fn set(&self, whose: Whose) {
+        *self.whose.lock() = whose;
+        self.decided.notify_all();
+    }
+
+    /// Does who wants something dropped wait?
+    #[must_use]
+    pub fn is_undecided(&self) -> bool {
+        *self.whose.lock() == Whose::Undecided
     }
 
     /// Does no thread have the kernel drop anything?

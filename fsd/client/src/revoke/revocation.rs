@@ -214,6 +214,9 @@ impl Revocations {
 
     /// Drops what the kernel has cached.
     fn drop_caches(&self, job: &Revocation, inode: &Arc<Inode>, may_wait: bool) -> bool {
+        if !may_wait && self.kernel.passing.is_undecided() {
+            return false;
+        }
         if !inode.kernel.pages.load(Ordering::SeqCst) {
             // Takes no lock in the kernel.
             self.kernel.invalidate_attrs(inode);

@@ -12,11 +12,13 @@ use std::time::Duration;
 
 use rt::time::Instant;
 
-use super::messages::{Begin, Message, Pass, PassedInode};
+use super::messages::{Begin, Message, OpenFile, Pass, PassedInode};
 use super::standing::Standing;
 use super::talk::Talk;
 use crate::cache::inode::Inode;
+use crate::client::Client;
 use crate::fuse::loops::{Held, duplicates};
+use crate::kernel::caches::Whose;
 use crate::session::ctx::Stop;
 use fsd_node::config::CacheMode;
 use fsd_proto::ask;
@@ -26,7 +28,7 @@ const HOLD: Duration = Duration::from_secs(1);
 /// Longest time until all event loops are held.
 const COME: Duration = Duration::from_millis(200);
 /// How often it is tried with one successor …
-const TRIES: u32 = 8;
+const TRIES: u32 = 12;
 /// … and the pause before it is tried again, times the number of the try.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Longest wait for requests that are under way, times the number of the try: one may be waiting for what only a loop that is held can do.
@@ -35,6 +37,8 @@ const END: Duration = Duration::from_millis(100);
 const JOINS: Duration = Duration::from_secs(30);
 /// Longest wait for it to open what is open, while this mount serves.
 const OPENS: Duration = Duration::from_secs(30);
+/// Longest wait for it to take everything in: longer than the loops are held, for it says so if it cannot.
+const TAKES: Duration = Duration::from_secs(10);
 /// Longest wait for it to begin to serve.
 const BEGINS: Duration = Duration::from_secs(5);
 /// How often is looked whether something is over.
@@ -158,7 +162,13 @@ impl Giving<'_> {
         }
         let (handles, _) = client.opens.open_files.passed();
         let files = handles.iter().filter(|h| h.is_file);
-        let mut open: Vec<(u64, bool)> = files.map(|h| (h.ino, h.writer)).collect();
+        let mut open: Vec<OpenFile> = files
+            .map(|h| OpenFile {
+                ino: h.ino,
+                writer: h.writer,
+                cached: client.cache.inodes.find(h.ino).is_some_and(|i| is_cached(&i)),
+            })
+            .collect();
         open.sort_unstable();
         open.dedup();
         self.say(&Message::Ahead(open), OPENS)?;
@@ -183,7 +193,7 @@ impl Giving<'_> {
         match &passed {
             Ok(()) => tracing::info!("the kernel has passed in {:?}", began.elapsed()),
             Err(_) => {
-                place.client.kernel.caches.passing.set_over(false);
+                place.client.kernel.caches.passing.set(Whose::Ours);
                 place.client.files.locks.ask_again();
             }
         }
@@ -213,23 +223,47 @@ impl Giving<'_> {
             let pushed = client.storing.push.push_attrs_now(&handle.inode);
             pushed.map_err(|stop| NotGiven::Yet(format!("attributes: {}", stop.errno())))?;
         }
+        // Or the successor might wait for a lease that cannot be given up while nobody reads requests.
+        until(soon, "the kernel is dropping pages that are being read", || {
+            client.kernel.caches.passing.is_quiet()
+        })?;
         let all = self.everything();
         let has_locks = !all.locks.is_empty();
-        let left = || end.saturating_duration_since(Instant::now());
-        self.say(&Message::Pass(all), left())?;
-        self.talk.done(left()).map_err(lost("the new process"))?;
+        self.say(&Message::Pass(all), BEGINS)?;
+        match self.talk.hear(TAKES).map_err(lost("the new process"))? {
+            Message::Done => {}
+            Message::NotYet(why) => return Err(NotGiven::Yet(why)),
+            _ => return Err(NotGiven::ToThis("the new process says something else".into())),
+        }
+        let done = self.finish(held, end, has_locks.then_some(node));
+        if let Err(NotGiven::Yet(_)) = done {
+            held.let_go();
+            client.kernel.caches.passing.set(Whose::Ours);
+            // Before the successor gives up what it has leased.
+            drop_owed(&client);
+            self.say(&Message::Undo, BEGINS)?;
+            self.talk.done(TAKES).map_err(lost("the new process"))?;
+        }
+        done
+    }
+
+    /// The successor has taken everything in: locks are its own, if any are to be, and it begins.
+    fn finish(&mut self, held: &Held, end: Instant, locks_to: Option<u16>) -> Result<(), NotGiven> {
+        let client = Arc::clone(&self.place.client);
         // From here on what the kernel has is the successor's to drop. What is being dropped here ends before.
         let passing = &client.kernel.caches.passing;
-        passing.set_over(true);
-        until(end, "the kernel is still dropping pages", || passing.is_quiet()).map_err(to_this)?;
-        let given = if has_locks { locks.give(node) } else { Ok(()) };
-        let refused = |stop: Stop| NotGiven::ToThis(format!("file locks: {}", stop.errno()));
+        passing.set(Whose::Theirs);
+        until(end, "the kernel is dropping pages that are being read", || {
+            passing.is_quiet()
+        })?;
+        let locks = &client.files.locks;
+        let given = locks_to.map_or(Ok(()), |node| locks.give(node));
+        let refused = |stop: Stop| NotGiven::Yet(format!("file locks: {}", stop.errno()));
         let done = given.map_err(refused).and_then(|()| self.go(held));
-        if done.is_err() && has_locks {
-            locks.reclaim(node);
-        }
-        if done.is_ok() {
-            locks.have_passed();
+        match (&done, locks_to) {
+            (Ok(()), _) => locks.have_passed(),
+            (Err(_), Some(node)) => locks.reclaim(node),
+            _ => {}
         }
         done
     }
@@ -244,7 +278,7 @@ impl Giving<'_> {
             ));
         }
         let Some(kept) = held.keep() else {
-            return Err(NotGiven::ToThis(format!("it took longer than {HOLD:?}")));
+            return Err(NotGiven::Yet(format!("it took longer than {HOLD:?}")));
         };
         let begun = self
             .say(&Message::Go, BEGINS)
@@ -252,7 +286,7 @@ impl Giving<'_> {
         if let Err(error) = begun {
             // It must not read requests beside this process.
             (self.kill)();
-            self.place.client.kernel.caches.passing.set_over(false);
+            self.place.client.kernel.caches.passing.set(Whose::Ours);
             kept.let_go();
             return Err(error);
         }
@@ -277,14 +311,17 @@ impl Giving<'_> {
     }
 }
 
-/// It does not pass, and the successor knows of everything.
-fn to_this(error: NotGiven) -> NotGiven {
-    NotGiven::ToThis(error.to_string())
-}
-
 fn is_mapped_waiting(inodes: &[Arc<Inode>]) -> bool {
     let mut mapped = inodes.iter().filter_map(|inode| inode.waiting.mapped.get());
     mapped.any(|mapped| !mapped.is_empty())
+}
+
+/// May the kernel have pages or attributes of it?
+fn is_cached(inode: &Inode) -> bool {
+    let kernel = &inode.kernel;
+    kernel.pages.load(Ordering::SeqCst)
+        || kernel.attrs.load(Ordering::SeqCst)
+        || kernel.drops.load(Ordering::SeqCst) > 0
 }
 
 fn inode(inode: &Inode) -> PassedInode {
@@ -294,13 +331,19 @@ fn inode(inode: &Inode) -> PassedInode {
     PassedInode {
         ino: inode.ino,
         lookups: kernel.lookups.load(Ordering::SeqCst),
-        cached: kernel.pages.load(Ordering::SeqCst)
-            || kernel.attrs.load(Ordering::SeqCst)
-            || kernel.cached.load(Ordering::SeqCst) > 0
-            || kernel.drops.load(Ordering::SeqCst) > 0,
+        cached: is_cached(inode),
         refilled: kernel.refills.get().is_some(),
         errors: (count, last.map(|e| e.0)),
         place: place.map(|p| *p),
+    }
+}
+
+/// Has the kernel drop what was not dropped because it was taken for the successor's.
+fn drop_owed(client: &Client) {
+    let caches = &client.kernel.caches;
+    let owed = caches.passing.owed().into_iter();
+    for inode in owed.filter_map(|ino| client.cache.inodes.find(ino)) {
+        client.revoke.revocations.empty_kernel(&inode);
     }
 }
 
@@ -308,16 +351,8 @@ fn inode(inode: &Inode) -> PassedInode {
 pub(super) fn take_back(place: &Standing) {
     let client = &place.client;
     let caches = &client.kernel.caches;
-    caches.passing.set_over(false);
+    caches.passing.set(Whose::Ours);
     caches.passing.begun.store(false, Ordering::SeqCst);
     client.opens.records.twin.set(None);
-    // What was not dropped because it was taken for the successor's.
-    for inode in caches
-        .passing
-        .owed()
-        .into_iter()
-        .filter_map(|ino| client.cache.inodes.find(ino))
-    {
-        caches.notify(&inode, 0, 0);
-    }
+    drop_owed(client);
 }

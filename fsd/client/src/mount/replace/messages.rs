@@ -7,11 +7,12 @@
 //! | mount | [`Message::Ahead`] | the successor opens what is open |
 //! | successor | [`Message::Done`] | the event loops are held |
 //! | mount | [`Message::Pass`] | the successor takes everything in |
-//! | successor | [`Message::Done`] | locks change hands |
+//! | successor | [`Message::Done`], or [`Message::NotYet`] | locks change hands |
 //! | mount | [`Message::Go`] | the successor serves the kernel |
 //! | successor | [`Message::Done`] | the mount leaves, and closes the socket before |
 //!
-//! The socket closed at any other time: nothing has passed.
+//! From the second [`Message::Ahead`] on it may begin again, after [`Message::NotYet`] or [`Message::Undo`]. The socket closed at any other
+//! time: nothing has passed.
 
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +34,17 @@ pub(crate) struct Begin {
     pub(super) cache_shared: bool,
     /// What the kernel was answered first.
     pub(super) handshake: Handshake,
+}
+
+/// A file that is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub(super) struct OpenFile {
+    /// Number.
+    pub(super) ino: u64,
+    /// It is open for writing.
+    pub(super) writer: bool,
+    /// The kernel may have pages or attributes of it.
+    pub(super) cached: bool,
 }
 
 /// An inode that the kernel knows.
@@ -74,10 +86,14 @@ pub(super) enum Message {
     Begin(Begin),
     /// The successor has joined, with this number.
     Ready(u16),
-    /// Files that are open, and whether for writing.
-    Ahead(Vec<(u64, bool)>),
+    /// Files that are open.
+    Ahead(Vec<OpenFile>),
     /// Everything.
     Pass(Pass),
+    /// It could not be taken in now, and was not.
+    NotYet(String),
+    /// What was taken in is not the successor's.
+    Undo,
     /// The kernel is the successor's.
     Go,
     /// What was asked for is done.

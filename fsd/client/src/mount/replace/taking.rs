@@ -8,17 +8,19 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use lockmgr::Mode;
+use lockmgr::{Guard, Mode};
 use rdma_transport::Fabric;
 use rt::thread::JoinHandle;
+use rt::time::Instant;
 
-use super::messages::{Begin, Message, Pass, PassedInode};
+use super::messages::{Begin, Message, OpenFile, Pass};
 use super::talk::Talk;
 use crate::client::Client;
 use crate::files::locks::PassedWaiter;
 use crate::fuse::FsdFs;
 use crate::fuse::inherited::{answer, take_over};
 use crate::fuse::loops::{Loops, all_run};
+use crate::kernel::caches::Whose;
 use crate::kernel::notifier::Notifier;
 use crate::mount::error::MountError;
 use crate::mount::join::{How, SPARE_LOOPS, join, leave, thread};
@@ -28,6 +30,7 @@ use crate::mount::service::Front;
 use crate::opens::handles::Handle;
 use crate::session::ctx::{Ctx, Res, Stop};
 use fsd_node::config::{CacheMode, Config};
+use fsd_proto::ino;
 use fsd_proto::rpc::{Errno, Service};
 
 /// Longest wait for the predecessor's first message.
@@ -36,6 +39,10 @@ const FIRST: Duration = Duration::from_secs(10);
 const NEXT: Duration = Duration::from_secs(60);
 /// Descriptors that there must be room for, beside one for each event loop.
 const SPARE: usize = 16;
+/// Longest wait for leases that the predecessor has as well: whoever wants one exclusively may wait until the event loops go on.
+const LEASES: Duration = Duration::from_millis(200);
+/// As [`LEASES`], while they run.
+const AHEAD: Duration = Duration::from_secs(5);
 /// Longest wait for it to take in what it is told.
 const SAID: Duration = Duration::from_secs(5);
 
@@ -164,6 +171,7 @@ fn take_from(
             inherited: handed.devices,
         }),
         Err(error) => {
+            client.kernel.caches.passing.set(Whose::Theirs);
             talk.refuse(&error.to_string());
             leave(&client, threads, endpoint.fabric.as_ref());
             Err(failed(error))
@@ -196,27 +204,59 @@ fn serve(
     let room: Vec<OwnedFd> = (0..count + SPARE)
         .map(|_| device.try_clone())
         .collect::<io::Result<_>>()?;
+    let passing = &client.kernel.caches.passing;
+    passing.set(Whose::Theirs);
     client.opens.records.twin.set(Some(begin.node));
     talk.send(&Message::Ready(client.session.node.0), SAID)?;
     let mut ahead = Ahead::new(client);
+    let mut taken: Option<Pass> = None;
     let pass = loop {
-        match talk.hear(NEXT)? {
-            Message::Ahead(files) => {
+        let answer = match (talk.hear(NEXT)?, taken.take()) {
+            (Message::Ahead(files), None) => {
                 ahead
                     .open(&files)
                     .map_err(|stop| because("opening files", stop))?;
-                talk.send(&Message::Done, SAID)?;
+                Message::Done
             }
-            Message::Pass(pass) => break pass,
+            // From here on nothing that is taken in may be given up before it is decided whose it is.
+            (Message::Pass(pass), None) => match {
+                passing.set(Whose::Undecided);
+                adopt(client, &pass)
+            } {
+                Ok(()) => {
+                    taken = Some(pass);
+                    Message::Done
+                }
+                Err(why) => {
+                    disown(client, &pass);
+                    Message::NotYet(why.to_string())
+                }
+            },
+            (Message::Undo, Some(pass)) => {
+                disown(client, &pass);
+                Message::Done
+            }
+            (Message::Go, Some(pass)) => break pass,
             _ => {
-                return Err(io::Error::other(
-                    "the mount that is to be replaced says something else",
-                ));
+                let odd = "the mount that is to be replaced says something else";
+                return Err(io::Error::other(odd));
             }
+        };
+        if client.session.fate.doomed.load(Ordering::SeqCst) {
+            return Err(io::Error::other("this mount was declared dead"));
         }
+        talk.send(&answer, SAID)?;
     };
-    adopt(client, &pass).map_err(|stop| because("what the kernel knows", stop))?;
-    let session = begun(client, talk, (session, count), room)?;
+    drop(room);
+    let _ = passing.owed();
+    passing.set(Whose::Ours);
+    let session = session.spawn()?;
+    // They are started aside. None of them has read anything if that has failed.
+    if !all_run(count, SAID, || session.guard.is_finished()) {
+        return Err(io::Error::other("the threads that read requests do not start"));
+    }
+    // Whether it hears that or has died just now: requests are read here from now on.
+    let _ = talk.send(&Message::Done, SAID);
     for waiter in &pass.waiting {
         let (unique, devices) = (waiter.unique, Arc::clone(&handed.devices));
         let asked = PassedWaiter {
@@ -235,36 +275,6 @@ fn because(what: &str, stop: Stop) -> io::Error {
     io::Error::other(format!("{what}: {}", stop.errno()))
 }
 
-/// Says that everything is taken in, and begins when it is told to.
-fn begun(
-    client: &Client,
-    talk: &mut Talk,
-    (session, count): (fuser::Session<FsdFs>, usize),
-    room: Vec<OwnedFd>,
-) -> io::Result<fuser::BackgroundSession> {
-    if client.session.fate.doomed.load(Ordering::SeqCst) {
-        return Err(io::Error::other("this mount was declared dead"));
-    }
-    talk.send(&Message::Done, SAID)?;
-    match talk.hear(NEXT)? {
-        Message::Go => {}
-        _ => {
-            return Err(io::Error::other(
-                "the mount that is to be replaced says something else",
-            ));
-        }
-    }
-    drop(room);
-    let session = session.spawn()?;
-    // They are started aside. None of them has read anything if that has failed.
-    if !all_run(count, SAID, || session.guard.is_finished()) {
-        return Err(io::Error::other("the threads that read requests do not start"));
-    }
-    // Whether it hears that or has died just now: requests are read here from now on.
-    let _ = talk.send(&Message::Done, SAID);
-    Ok(session)
-}
-
 /// Files that the predecessor has open, opened before anything has passed.
 struct Ahead {
     client: Arc<Client>,
@@ -280,9 +290,13 @@ impl Ahead {
     }
 
     /// Opens those that are not open yet.
-    fn open(&mut self, files: &[(u64, bool)]) -> Res<()> {
+    fn open(&mut self, files: &[OpenFile]) -> Res<()> {
         let ctx = Ctx::on_worker();
-        for &(ino, writer) in files {
+        let began = Instant::now();
+        for &OpenFile { ino, writer, cached } in files {
+            if cached && let Err(why) = lease(&self.client, ino, began + AHEAD) {
+                tracing::debug!("{ino:#x} is not leased yet: {why}");
+            }
             if self.open.contains_key(&(ino, writer)) {
                 continue;
             }
@@ -309,40 +323,74 @@ impl Drop for Ahead {
 }
 
 /// Takes in what the kernel knows, and what it has cached: from now on that is this mount's to drop.
-fn adopt(client: &Arc<Client>, pass: &Pass) -> Res<()> {
+fn adopt(client: &Arc<Client>, pass: &Pass) -> io::Result<()> {
     let ctx = Ctx::on_worker();
     for passed in &pass.inodes {
         let inode = client.cache.inode(passed.ino);
         inode.kernel.lookups.store(passed.lookups, Ordering::SeqCst);
         let (count, last) = passed.errors;
         inode.errors.go_on_from((count, last.map(Errno)));
+        if passed.refilled {
+            // A write may have come before its pages were dropped, and wait to be read.
+            inode.kernel.refills.emptying(client.session.now());
+        }
         inode.lock_raw().lasting.place = passed.place.clone().map(Box::new);
-    }
-    for passed in pass.inodes.iter().filter(|p| p.cached) {
-        adopt_cached(client, &ctx, passed)?;
     }
     for handle in &pass.handles {
         let inode = client.cache.inode(handle.ino);
-        client.opens.open_files.adopt(&ctx, &inode, handle)?;
+        let adopted = client.opens.open_files.adopt(&ctx, &inode, handle);
+        adopted.map_err(|stop| because("an open file", stop))?;
+    }
+    // Behind the open files: an open for writing has attributes dropped, if there are any, and nothing is dropped before it is decided.
+    let end = Instant::now() + LEASES;
+    for passed in pass.inodes.iter().filter(|p| p.cached) {
+        adopt_cached(client, passed.ino, end)?;
     }
     client.opens.open_files.handles.go_on_from(pass.last_handle);
     client.files.locks.adopt(&pass.locks);
     Ok(())
 }
 
+/// A shared lease beside the predecessor's.
+fn lease(client: &Client, ino: u64, end: Instant) -> io::Result<Guard> {
+    let (record, session) = (ino::record(ino), &client.session);
+    let reached = session.net.storage.find_record(record);
+    reached.map_err(|error| io::Error::other(error.to_string()))?;
+    let left = end.saturating_duration_since(Instant::now());
+    let guard = session.leases.enter(record, Mode::Shared, left);
+    guard.map_err(|error| io::Error::other(error.to_string()))
+}
+
 /// What the kernel has cached of an inode is right as long as the predecessor has its lease; here it gets another one beside that, which
 /// protects it from now on.
-fn adopt_cached(client: &Client, ctx: &Ctx<'_>, passed: &PassedInode) -> Res<()> {
-    let inode = client.cache.inode(passed.ino);
-    let guard = client.cache.lease(ctx, &inode, Mode::Shared)?;
+fn adopt_cached(client: &Client, ino: u64, end: Instant) -> io::Result<()> {
+    let guard = lease(client, ino, end)?;
+    let inode = client.cache.inode(ino);
     let kernel = &inode.kernel;
     kernel.pages.store(true, Ordering::SeqCst);
     kernel.attrs.store(true, Ordering::SeqCst);
     kernel.answered.store(client.session.now(), Ordering::SeqCst);
-    if passed.refilled {
-        kernel.refills.emptying(client.session.now());
-        kernel.refills.filled(0, u64::MAX);
+    if let Some(refills) = kernel.refills.get() {
+        refills.filled(0, u64::MAX);
     }
     drop(guard);
     Ok(())
+}
+
+/// What was taken in, or some of it, is the predecessor's after all.
+fn disown(client: &Arc<Client>, pass: &Pass) {
+    for handle in &pass.handles {
+        if let Err(stop) = client.opens.open_files.release(&Ctx::on_worker(), handle.number) {
+            tracing::warn!("{:#x} cannot be closed: {}", handle.ino, stop.errno());
+        }
+    }
+    for passed in &pass.inodes {
+        client
+            .cache
+            .inode(passed.ino)
+            .kernel
+            .lookups
+            .store(0, Ordering::SeqCst);
+    }
+    client.files.locks.disown();
 }
