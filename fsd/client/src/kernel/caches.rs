@@ -38,6 +38,8 @@ pub struct Passing {
     /// It is about to, to a successor: it gets no attributes to keep any more, for the successor would have to hold the leases that protect them.
     pub begun: AtomicBool,
     whose: Mutex<Whose>,
+    /// It is [`Whose::Undecided`].
+    undecided: AtomicBool,
     decided: Condvar,
     /// Inodes of which something was not dropped while it was another's.
     owed: Mutex<Vec<u64>>,
@@ -77,6 +79,7 @@ impl Passing {
 
     /// Whose it is from now on.
     pub fn set(&self, whose: Whose) {
+        self.undecided.store(whose == Whose::Undecided, Ordering::SeqCst);
         *self.whose.lock() = whose;
         self.decided.notify_all();
     }
@@ -84,7 +87,7 @@ impl Passing {
     /// Does who wants something dropped wait?
     #[must_use]
     pub fn is_undecided(&self) -> bool {
-        *self.whose.lock() == Whose::Undecided
+        self.undecided.load(Ordering::SeqCst)
     }
 
     /// Does no thread have the kernel drop anything?
@@ -147,7 +150,10 @@ impl KernelCaches {
     /// Tells the kernel to drop attributes and, for `offset >= 0`, pages. An inode that the kernel is just
     /// about to learn of from an answer already sent is waited for.
     pub fn notify(&self, inode: &Inode, offset: i64, len: i64) {
-        let (Some(notifier), Some(_entered)) = (self.notifier.get(), self.passing.enter(inode.ino)) else {
+        let Some(notifier) = self.notifier.get() else {
+            return;
+        };
+        let Some(_entered) = self.passing.enter(inode.ino) else {
             return;
         };
         loop {
@@ -169,7 +175,9 @@ impl KernelCaches {
     }
 
     pub(crate) fn invalidate_range(&self, inode: &Inode, offset: u64, len: u64) {
-        if let (Some(notifier), Some(_entered)) = (self.notifier.get(), self.passing.enter(inode.ino)) {
+        if let Some(notifier) = self.notifier.get()
+            && let Some(_entered) = self.passing.enter(inode.ino)
+        {
             // An inode the kernel does not know (any more) has no pages.
             let _ = notifier.inval_inode(inode.ino, offset as i64, len as i64);
         }
@@ -196,7 +204,9 @@ impl KernelCaches {
         let (tx, rx) = bounded(1);
         let (ino, me) = (inode.ino, Arc::clone(self));
         self.session.threads.invalidators.run(move || {
-            if let (Some(notifier), Some(_entered)) = (me.notifier.get(), me.passing.enter(ino)) {
+            if let Some(notifier) = me.notifier.get()
+                && let Some(_entered) = me.passing.enter(ino)
+            {
                 // An inode the kernel does not know (any more) has no pages.
                 let _ = notifier.inval_inode(ino, first as i64, (last - first) as i64);
             }

@@ -76,6 +76,11 @@ fn until(end: Instant, what: &str, mut holds: impl FnMut() -> bool) -> Result<()
     Ok(())
 }
 
+/// For what comes soon, or not before the loops go on.
+fn in_a_moment(end: Instant) -> Instant {
+    (Instant::now() + END).min(end)
+}
+
 /// One who passes its kernel on.
 pub(super) struct Giving<'a> {
     pub(super) place: &'a Standing,
@@ -207,13 +212,17 @@ impl Giving<'_> {
         })?;
         let locks = &client.files.locks;
         let mut asked: Option<Instant> = None;
-        until(end, "requests for locks cannot be taken back", || {
-            if asked.is_none_or(|at| at.elapsed() > WITHDRAW) {
-                locks.withdraw();
-                asked = Some(Instant::now());
-            }
-            locks.are_withdrawn()
-        })?;
+        until(
+            in_a_moment(end),
+            "requests for locks cannot be taken back",
+            || {
+                if asked.is_none_or(|at| at.elapsed() > WITHDRAW) {
+                    locks.withdraw();
+                    asked = Some(Instant::now());
+                }
+                locks.are_withdrawn()
+            },
+        )?;
         until(end, "there are data that cannot be stored", || {
             client.storing.writeback.write_dirty();
             client.cache.dirty.lock().is_empty()
@@ -224,9 +233,11 @@ impl Giving<'_> {
             pushed.map_err(|stop| NotGiven::Yet(format!("attributes: {}", stop.errno())))?;
         }
         // Or the successor might wait for a lease that cannot be given up while nobody reads requests.
-        until(soon, "the kernel is dropping pages that are being read", || {
-            client.kernel.caches.passing.is_quiet()
-        })?;
+        until(
+            in_a_moment(end),
+            "the kernel is dropping pages that are being read",
+            || client.kernel.caches.passing.is_quiet(),
+        )?;
         let all = self.everything();
         let has_locks = !all.locks.is_empty();
         self.say(&Message::Pass(all), BEGINS)?;
@@ -253,9 +264,11 @@ impl Giving<'_> {
         // From here on what the kernel has is the successor's to drop. What is being dropped here ends before.
         let passing = &client.kernel.caches.passing;
         passing.set(Whose::Theirs);
-        until(end, "the kernel is dropping pages that are being read", || {
-            passing.is_quiet()
-        })?;
+        until(
+            in_a_moment(end),
+            "the kernel is dropping pages that are being read",
+            || passing.is_quiet(),
+        )?;
         let locks = &client.files.locks;
         let given = locks_to.map_or(Ok(()), |node| locks.give(node));
         let refused = |stop: Stop| NotGiven::Yet(format!("file locks: {}", stop.errno()));
