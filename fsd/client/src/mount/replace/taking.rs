@@ -218,20 +218,20 @@ fn serve(
                     .map_err(|stop| because("opening files", stop))?;
                 Message::Done
             }
-            // From here on nothing that is taken in may be given up before it is decided whose it is.
-            (Message::Pass(pass), None) => match {
+            (Message::Pass(pass), None) => {
+                // From here on nothing that is taken in may be given up before it is decided whose it is.
                 passing.set(Whose::Undecided);
-                adopt(client, &pass)
-            } {
-                Ok(()) => {
-                    taken = Some(pass);
-                    Message::Done
+                match adopt(client, &pass) {
+                    Ok(()) => {
+                        taken = Some(pass);
+                        Message::Done
+                    }
+                    Err(why) => {
+                        disown(client, &pass);
+                        Message::NotYet(why.to_string())
+                    }
                 }
-                Err(why) => {
-                    disown(client, &pass);
-                    Message::NotYet(why.to_string())
-                }
-            },
+            }
             (Message::Undo, Some(pass)) => {
                 disown(client, &pass);
                 Message::Done
