@@ -180,6 +180,12 @@ pub fn duplicates(ours: &[RawFd]) -> io::Result<Vec<OwnedFd>> {
     devices(ours)?.into_iter().map(duplicate).collect()
 }
 
+/// Do all event loops of this process wait for requests?
+#[must_use]
+pub fn are_idle() -> bool {
+    loops().is_ok_and(|threads| threads.iter().all(|thread| reads(*thread)))
+}
+
 /// Waits until all event loops of this process run; false: they do not in time, or `ended` says that they never will.
 pub fn all_run(count: usize, limit: Duration, ended: impl Fn() -> bool) -> bool {
     let end = Instant::now() + limit;

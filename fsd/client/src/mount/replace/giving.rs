@@ -17,7 +17,7 @@ use super::standing::Standing;
 use super::talk::Talk;
 use crate::cache::inode::Inode;
 use crate::client::Client;
-use crate::fuse::loops::{Held, duplicates};
+use crate::fuse::loops::{Held, are_idle, duplicates};
 use crate::kernel::caches::Whose;
 use crate::session::ctx::Stop;
 use fsd_node::config::CacheMode;
@@ -25,6 +25,8 @@ use fsd_proto::ask;
 
 /// Longest time for which nobody serves the kernel.
 const HOLD: Duration = Duration::from_secs(1);
+/// Longest wait for a moment in which nothing is under way, while this mount serves.
+const CALM: Duration = Duration::from_millis(300);
 /// Longest time until all event loops are held.
 const COME: Duration = Duration::from_millis(200);
 /// How often it is tried with one successor …
@@ -183,6 +185,11 @@ impl Giving<'_> {
     /// Holds the event loops, and passes everything.
     fn attempt(&mut self, node: u16, patience: Duration) -> Result<(), NotGiven> {
         let place = self.place;
+        // A moment in which nothing is under way is the best one, if it comes soon.
+        let threads = &place.client.session.threads;
+        let passing = &place.client.kernel.caches.passing;
+        let calm = || threads.busy.is_over() && passing.is_quiet() && are_idle();
+        let _ = until(Instant::now() + CALM, "a calm moment", calm);
         let held = Held::hold(&place.loops, place.count, &place.ours(), COME);
         let held = held.map_err(|error| NotGiven::Yet(format!("requests cannot be held: {error}")))?;
         let (began, late) = (Instant::now(), Arc::clone(&held));
