@@ -5,7 +5,7 @@
 //! chance that can be had again ([`chance`]), cross-mount checks ([`coherence`]), a
 //! linearizability checker ([`linear`]) with recorded histories ([`history`]), random operations against a
 //! local directory ([`model`]), random input and output on one file through several paths ([`fsx`]),
-//! reads and writes in batches ([`async_io`]), machines that are short of memory ([`pressure`]), and faults at random under a workload
+//! programs on a mount whose daemon is replaced ([`replaced`]), reads and writes in batches ([`async_io`]), machines that are short of memory ([`pressure`]), and faults at random under a workload
 //! that knows what it may see ([`storm`]).
 
 pub mod async_io;
@@ -22,6 +22,7 @@ pub mod model;
 pub mod pressure;
 pub mod process;
 pub mod proxy;
+pub mod replaced;
 pub mod side_by_side;
 pub mod stale;
 pub mod storm;

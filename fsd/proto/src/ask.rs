@@ -116,6 +116,7 @@ pub mod meta {
         SetLock { lock: LockSpec, wait: bool } -> (), MetaReply::Done => ();
         CancelLock { lock: LockSpec } -> (), MetaReply::Done => ();
         ReleaseLocks { ino: u64, owner: LockOwner } -> (), MetaReply::Done => ();
+        GiveLocks { from: u16, to: u16 } -> (), MetaReply::Done => ();
         StatFs {} -> Figures, MetaReply::StatFs(figures) => figures;
         Heartbeat {} -> (), MetaReply::Done => ();
         Evict { node: u16 } -> (), MetaReply::Done => ();

@@ -302,6 +302,16 @@ impl LockTable {
             .collect()
     }
 
+    /// What a mount holds is another one's from now on: the same owners, as that one names them. Nobody else can have got any of it in
+    /// between.
+    pub fn give(&mut self, from: u16, to: u16) {
+        for held in self.files.values_mut().flat_map(|f| &mut f.held) {
+            if held.owner.node == from {
+                held.owner.node = to;
+            }
+        }
+    }
+
     /// Locks held by a mount.
     #[must_use]
     pub fn count(&self, node: u16) -> u64 {
@@ -374,6 +384,23 @@ mod tests {
             t.test(&lock(2, 60, 60, R)).map(|l| l.range),
             Some(LockRange { start: 60, end: 99 })
         );
+    }
+
+    #[test]
+    fn what_is_given_is_held_all_the_time() {
+        let mut t = LockTable::default();
+        t.set(&lock(1, 0, 9, W), None);
+        t.set(&lock(2, 20, 29, R), None);
+        assert_eq!(t.set(&lock(3, 0, 9, W), Some(30)).0, Outcome::Waiting);
+        t.give(1, 5);
+        assert_eq!((t.count(1), t.count(2), t.count(5)), (0, 1, 1));
+        let given = LockOwner {
+            node: 5,
+            ..lock(1, 0, 9, None).owner
+        };
+        assert_eq!(t.test(&lock(3, 0, 9, W)).map(|l| l.owner), Some(given));
+        assert_eq!(t.release_node(1), Vec::<Ticket>::new());
+        assert_eq!(t.release(7, given), vec![30]);
     }
 
     #[test]

@@ -92,6 +92,7 @@ impl Children {
             .args(point)
             .env("NOTIFY_SOCKET", &path)
             .env(super::life::PARENT_ENV, std::process::id().to_string())
+            .env(super::replace::ATTENDED_ENV, "1")
             .stdin(self.temporary.held()?)
             // Ctrl-C is for this process; it takes the others down in order.
             .process_group(0)

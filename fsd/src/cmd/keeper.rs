@@ -4,18 +4,22 @@
 //! the keeper never looks into it, it only gives it to the next life, which mounts in its place. What the keeper does is decided by
 //! [`next`] alone.
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, ExitStatus};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::FdFlags;
 use rustix::pipe::PipeFlags;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, set_child_subreaper,
+};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
 use super::children::code_of;
@@ -32,6 +36,8 @@ const SHORTEST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(30);
 /// Ends what a daemon tells; no path has it.
 const END: u8 = 0;
+/// How a daemon tells of its successor; what tells of a mount begins with a number.
+const SUCCESSOR: &str = "successor ";
 
 /// Is this process one that is kept?
 #[must_use]
@@ -41,6 +47,16 @@ pub fn is_kept() -> bool {
 
 /// Tells the keeper, if there is one, what is mounted now.
 pub fn tell(mounted: &Mounted) {
+    say(mounted.to_text());
+}
+
+/// Tells the keeper, if there is one, that another process serves the mount now: a child of this one, which is the keeper's when this one has
+/// ended.
+pub fn tell_successor(successor: Pid) {
+    say(format!("{SUCCESSOR}{}", successor.as_raw_nonzero()));
+}
+
+fn say(text: String) {
     let Ok(number) = std::env::var(KEEPER_ENV) else {
         return;
     };
@@ -49,12 +65,12 @@ pub fn tell(mounted: &Mounted) {
         .write(true)
         .open(format!("/proc/self/fd/{number}"))
         .and_then(|mut pipe| {
-            let mut text = mounted.to_text().into_bytes();
+            let mut text = text.into_bytes();
             text.push(END);
             pipe.write_all(&text)
         });
     if let Err(error) = told {
-        tracing::warn!("the keeper was not told what is mounted: {error}");
+        tracing::warn!("the keeper was not told what has changed: {error}");
     }
 }
 
@@ -81,6 +97,24 @@ fn next(status: ExitStatus, served: bool, told: bool, lived: Duration, pause: Du
     })
 }
 
+/// What a daemon tells.
+#[derive(Debug, PartialEq, Eq)]
+enum Message {
+    /// What is mounted.
+    Mounted(Mounted),
+    /// Who serves that now.
+    Successor(Pid),
+}
+
+impl Message {
+    fn from_text(text: &str) -> Option<Self> {
+        match text.strip_prefix(SUCCESSOR) {
+            Some(number) => Some(Self::Successor(Pid::from_raw(number.parse().ok()?)?)),
+            None => Mounted::from_text(text).map(Self::Mounted),
+        }
+    }
+}
+
 /// What the daemons have told, in order; bytes come in any portions.
 #[derive(Default)]
 struct Told {
@@ -88,16 +122,19 @@ struct Told {
 }
 
 impl Told {
-    /// The last whole message of all that has been said.
-    fn take(&mut self, bytes: &[u8]) -> Option<Mounted> {
+    /// The messages that are whole by now.
+    fn take(&mut self, bytes: &[u8]) -> Vec<Message> {
         self.bytes.extend_from_slice(bytes);
-        let mut last = None;
+        let mut all = Vec::new();
         while let Some(end) = self.bytes.iter().position(|byte| *byte == END) {
             let message: Vec<u8> = self.bytes.drain(..=end).collect();
-            let text = std::str::from_utf8(&message[..end]).ok();
-            last = text.and_then(Mounted::from_text).or(last);
+            all.extend(
+                std::str::from_utf8(&message[..end])
+                    .ok()
+                    .and_then(Message::from_text),
+            );
         }
-        last
+        all
     }
 }
 
@@ -149,6 +186,12 @@ struct Keeper {
     told: Told,
     /// What the last life that was ready has mounted.
     mounted: Option<Mounted>,
+    /// Who serves that instead of the daemon that is attended.
+    successor: Option<Pid>,
+    /// The program that daemons are of.
+    program: PathBuf,
+    /// Children that have ended.
+    ended: HashMap<Pid, ExitStatus>,
     /// It was told to end.
     ends: bool,
 }
@@ -164,13 +207,16 @@ impl Keeper {
             says,
             told: Told::default(),
             mounted: None,
+            successor: None,
+            program: "/proc/self/exe".into(),
+            ended: HashMap::new(),
             ends: false,
         })
     }
 
     /// Starts a life. From this thread, which lasts as long as the process: the daemon is told to end when it does.
-    fn start(&self) -> anyhow::Result<Child> {
-        let mut command = Command::new("/proc/self/exe");
+    fn start(&self) -> anyhow::Result<Pid> {
+        let mut command = Command::new(&self.program);
         command
             .args(std::env::args_os().skip(1))
             .env(KEEPER_ENV, self.says.as_raw_fd().to_string())
@@ -181,31 +227,63 @@ impl Keeper {
             Some(former) => command.env(FORMER_ENV, former.to_text()),
             None => command.env_remove(FORMER_ENV),
         };
-        command.spawn().context("the daemon cannot be started")
+        let daemon = command.spawn().context("the daemon cannot be started")?;
+        Ok(Pid::from_child(&daemon))
     }
 
     /// Takes in what daemons have told.
     fn hear(&mut self) {
         let mut bytes = [0; 4096];
         while let Ok(count @ 1..) = self.heard.read(&mut bytes) {
-            let Some(mounted) = self.told.take(&bytes[..count]) else {
-                continue;
-            };
-            let first = self.mounted.is_none();
-            let point = mounted.point().display().to_string();
-            self.mounted = Some(mounted);
-            if first {
-                ready(&format!("the mount on {point} is kept"));
+            for message in self.told.take(&bytes[..count]) {
+                match message {
+                    Message::Mounted(mounted) => {
+                        let point = mounted.point().display().to_string();
+                        if self.mounted.replace(mounted).is_none() {
+                            ready(&format!("the mount on {point} is kept"));
+                        }
+                    }
+                    Message::Successor(process) => self.successor = Some(process),
+                }
             }
         }
     }
 
-    /// Passes signals on until the daemon has ended.
-    fn attend(&mut self, mut child: Child) -> anyhow::Result<ExitStatus> {
-        let pid = Pid::from_child(&child);
-        let ended = pidfd_open(pid, PidfdFlags::empty()).context("pidfd_open")?;
+    /// How a child has ended, if it has. Processes that daemons have left behind are this one's children, too.
+    fn status_of(&mut self, child: Pid) -> anyhow::Result<Option<ExitStatus>> {
         loop {
-            if let Some(status) = child.try_wait()? {
+            match rustix::process::wait(WaitOptions::NOHANG) {
+                Ok(Some((process, status))) => {
+                    let status = ExitStatus::from_raw(status.as_raw());
+                    self.ended.insert(process, status);
+                }
+                Ok(None) | Err(rustix::io::Errno::CHILD) => return Ok(self.ended.remove(&child)),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error).context("wait"),
+            }
+        }
+    }
+
+    /// The daemon that has ended was replaced by another process, which is a child of this one since then.
+    fn adopt(&mut self) -> Option<Pid> {
+        let successor = self.successor.take()?;
+        let program = std::fs::read_link(format!("/proc/{}/exe", successor.as_raw_nonzero()));
+        // Another life is of the same program, if that is still there.
+        if let Some(program) = program.ok().filter(|program| program.exists()) {
+            self.program = program;
+        }
+        tracing::info!("process {} is kept now", successor.as_raw_nonzero());
+        Some(successor)
+    }
+
+    /// Passes signals on until the daemon has ended.
+    fn attend(&mut self, daemon: Pid) -> anyhow::Result<ExitStatus> {
+        if let Some(status) = self.ended.remove(&daemon) {
+            return Ok(status);
+        }
+        let ended = pidfd_open(daemon, PidfdFlags::empty()).context("pidfd_open")?;
+        loop {
+            if let Some(status) = self.status_of(daemon)? {
                 self.hear();
                 return Ok(status);
             }
@@ -237,10 +315,14 @@ impl Keeper {
 
     fn run(&mut self) -> anyhow::Result<u8> {
         let mut pause = Duration::ZERO;
+        let mut daemon = self.start()?;
         loop {
             let begun = Instant::now();
-            let child = self.start()?;
-            let status = self.attend(child)?;
+            let status = self.attend(daemon)?;
+            if let Some(successor) = self.adopt() {
+                daemon = successor;
+                continue;
+            }
             let served = self.mounted.is_some();
             match next(status, served, self.ends, begun.elapsed(), pause) {
                 Next::End(code) => return Ok(code),
@@ -254,6 +336,9 @@ impl Keeper {
             if !self.pause(pause)? {
                 return Ok(code_of(ExitStatus::default()));
             }
+            // What others have left behind is of no interest.
+            self.ended.clear();
+            daemon = self.start()?;
         }
     }
 }
@@ -265,6 +350,8 @@ impl Keeper {
 pub fn run() -> anyhow::Result<ExitCode> {
     let mut keeper = Keeper::new()?;
     follow_parent(Signal::TERM)?;
+    // The successor of a daemon is a child of that, and this process's when it has ended.
+    set_child_subreaper(Some(rustix::process::getpid())).context("prctl")?;
     let result = keeper.run();
     // Nobody is left who could serve it, if it is still there.
     keeper.mounted.iter().for_each(Mounted::abandon);
@@ -314,11 +401,15 @@ mod tests {
     #[test]
     fn what_is_told_may_come_in_pieces() {
         let mut told = Told::default();
-        assert_eq!(told.take(b"24 0:4"), None);
-        let first = told.take(b"0 /a\nb\0").unwrap();
-        assert_eq!(first.to_text(), "24 0:40 /a\nb");
-        let second = told.take(b"25 0:41 /c\x0026 0:42 /d\x0027").unwrap();
-        assert_eq!(second.to_text(), "26 0:42 /d");
-        assert_eq!(told.take(b" 0:43 /e\0").unwrap().to_text(), "27 0:43 /e");
+        let mounted = |text: &str| Message::Mounted(Mounted::from_text(text).unwrap());
+        assert_eq!(told.take(b"24 0:4"), []);
+        assert_eq!(told.take(b"0 /a\nb\0"), [mounted("24 0:40 /a\nb")]);
+        assert_eq!(
+            told.take(b"25 0:41 /c\x0026 0:42 /d\x0027"),
+            [mounted("25 0:41 /c"), mounted("26 0:42 /d")]
+        );
+        assert_eq!(told.take(b" 0:43 /e\0succ"), [mounted("27 0:43 /e")]);
+        let successor = Message::Successor(Pid::from_raw(88).unwrap());
+        assert_eq!(told.take(b"essor 88\0successor x\0"), [successor]);
     }
 }

@@ -13,6 +13,7 @@ pub mod launch;
 pub mod leftovers;
 pub mod life;
 pub mod logging;
+pub mod replace;
 pub mod role;
 pub mod status;
 pub mod temporary;
@@ -93,6 +94,8 @@ pub enum Command {
         /// Where to mount.
         point: PathBuf,
     },
+    /// Have another process, of this program or another one, serve what is mounted, without unmounting: open files go on.
+    Replace(replace::ReplaceArgs),
     /// Make the stores: of all roles where all are on this host, else of one (--role).
     Format(format::FormatArgs),
     /// Examine the stores of storage nodes that are stopped: every block against its checksum.
@@ -172,6 +175,7 @@ pub fn run(cli: Cli) -> ExitCode {
             };
             role::mount(&c, &key, &options)
         }),
+        Command::Replace(args) => replace::run(&args),
         Command::Format(args) => format::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Clean(args) => clean::run(&args),
@@ -184,6 +188,7 @@ pub fn run(cli: Cli) -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
+            replace::refuse(&error);
             eprintln!("fsd: {error:#}");
             ExitCode::FAILURE
         }

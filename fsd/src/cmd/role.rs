@@ -5,10 +5,13 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use rustix::process::{Pid, Signal};
+use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-use super::life::{FORMER_ENV, follow_parent, ready};
+use super::life::{FORMER_ENV, SUCCESSOR_ENV, follow_parent, predecessor, ready};
+use super::{keeper, replace};
 use fsd_client::{Mount, MountError, MountOptions, Mounted};
 use fsd_meta::MetaServer;
 use fsd_node::config::Config;
@@ -46,7 +49,7 @@ fn signals() -> anyhow::Result<Signals> {
 /// It cannot start, or its store fails at the end.
 pub fn meta(config: &Config, key: Vec<u8>, accept_older: bool) -> anyhow::Result<ExitCode> {
     let mut signals = signals()?;
-    follow_parent(rustix::process::Signal::USR1)?;
+    follow_parent(Signal::USR1)?;
     let server = MetaServer::start(config, key, accept_older)?;
     ready(&format!("metadata server on {}", server.addr()));
     wait(&mut signals, || server.is_older().is_some());
@@ -68,7 +71,7 @@ pub fn storage(
     accept_older: bool,
 ) -> anyhow::Result<ExitCode> {
     let mut signals = signals()?;
-    follow_parent(rustix::process::Signal::USR1)?;
+    follow_parent(Signal::USR1)?;
     let node = StorageNode::start(config, id, key, accept_older)?;
     ready(&format!("storage node {id} on {}", node.addr()));
     wait(&mut signals, || false);
@@ -79,10 +82,12 @@ pub fn storage(
 /// Begins anew in the same process: another life of the mount, at the same mount point, with the same arguments.
 fn begin_anew(former: &Mounted) -> anyhow::Result<ExitCode> {
     tracing::warn!("the mount on {} begins anew", former.point().display());
-    let error = std::process::Command::new("/proc/self/exe")
+    let mut command = std::process::Command::new("/proc/self/exe");
+    command
         .args(std::env::args_os().skip(1))
         .env(FORMER_ENV, former.to_text())
-        .exec();
+        .env_remove(SUCCESSOR_ENV);
+    let error = command.exec();
     Err(error).context("this program cannot be started again")
 }
 
@@ -107,24 +112,46 @@ fn start(
     }
 }
 
+/// Another process serves the mount: who looks after this one is to look after that.
+fn succeeded_by(successor: Pid) {
+    keeper::tell_successor(successor);
+    let process = NotifyState::MainPid(successor.as_raw_nonzero().get().unsigned_abs());
+    if let Err(error) = sd_notify::notify(false, &[process]) {
+        tracing::debug!("the system's manager was not told of the successor: {error}");
+    }
+}
+
 /// Runs a mount.
 ///
 /// # Errors
 /// It cannot join or mount.
 pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Result<ExitCode> {
     let mut signals = signals()?;
-    follow_parent(rustix::process::Signal::TERM)?;
-    let mount = start(config, key, options, &mut signals)?;
-    mount.mounted().into_iter().for_each(super::keeper::tell);
+    let parent = follow_parent(Signal::TERM)?;
+    let mut mount = match predecessor() {
+        Some(stream) => Mount::succeed(config, key, options, stream)?,
+        None => start(config, key, options, &mut signals)?,
+    };
+    mount.may_be_replaced(Box::new(replace::start))?;
+    mount.mounted().into_iter().for_each(keeper::tell);
     ready(&format!(
         "mounted on {} ({:?})",
         mount.point().display(),
         mount.mode()
     ));
-    let told = wait(&mut signals, || mount.is_gone());
+    let told = wait(&mut signals, || {
+        mount.is_gone() || mount.replaced_by().is_some() || parent.has_ended()
+    });
+    mount.replaced_by().into_iter().for_each(succeeded_by);
     let former = mount.mounted().filter(|_| mount.is_doomed()).cloned();
     let doomed = mount.is_doomed();
-    mount.stop();
+    if let Some(successor) = mount.stop() {
+        // Who was told to end meanwhile was meant as the one who serves the mount.
+        if told || signals.pending().any(|signal| signal != SIGUSR1) {
+            rustix::process::kill_process(successor, Signal::TERM).context("the successor")?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     match former {
         // Who was told to end does, before or after it was declared dead.
         Some(former) if told || signals.pending().any(|signal| signal != SIGUSR1) => {

@@ -43,6 +43,7 @@ mod partitions;
 mod posix;
 mod pressure;
 mod privileges;
+mod replace;
 mod servers_away;
 mod side_by_side;
 mod status;

@@ -25,6 +25,17 @@ impl ErrorSequence {
         self.0.lock().0
     }
 
+    /// What there is to be told: how many errors there were, and the last one.
+    #[must_use]
+    pub fn all(&self) -> (u64, Option<Errno>) {
+        *self.0.lock()
+    }
+
+    /// Goes on from what another sequence of the same file has said.
+    pub fn go_on_from(&self, (count, last): (u64, Option<Errno>)) {
+        *self.0.lock() = (count, last);
+    }
+
     /// An error this file has not been told yet.
     ///
     /// # Errors

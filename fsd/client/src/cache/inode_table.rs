@@ -127,7 +127,15 @@ impl InodeTable {
         self.known.read().current.values().cloned().collect()
     }
 
-    /// How many of those.
+    /// All, superseded ones that the kernel has not forgotten as well.
+    #[must_use]
+    pub fn known(&self) -> Vec<Arc<Inode>> {
+        let known = self.known.read();
+        let all = known.current.values().chain(known.former.values());
+        all.cloned().collect()
+    }
+
+    /// How many there are that are not superseded.
     #[must_use]
     pub fn len(&self) -> usize {
         self.known.read().current.len()

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use rt::sync::Mutex;
+use serde::{Deserialize, Serialize};
 
 use crate::session::Session;
 use crate::session::caller::Caller;
@@ -19,11 +20,32 @@ use fsd_proto::wire::{LockKind, LockOwner, LockRange, LockSpec};
 /// The answer to a waiting request.
 type Done = Box<dyn FnOnce(Result<(), Errno>) + Send>;
 
+/// A request that waited for a lock.
+pub(super) struct Withdrawn {
+    pub(super) asked: PassedWaiter,
+    pub(super) done: Done,
+}
+
+/// A request that waits for a lock, as it passes to a successor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PassedWaiter {
+    /// Its number on the descriptor that it was read from.
+    pub unique: u64,
+    /// The lock.
+    pub lock: LockSpec,
+    /// The open file it came through.
+    pub handle: u64,
+}
+
 /// A request that waits for a lock at the metadata server. No thread waits with it.
 struct Waiter {
     lock: LockSpec,
     /// The open file it came through.
     handle: u64,
+    /// Its number on the descriptor that it was read from.
+    unique: u64,
+    /// Its process has got a signal: that is what ends it. A kernel that is told so without one shows the program a number that is no error.
+    signalled: bool,
     /// None: its process was killed, and has been answered.
     done: Option<Done>,
     _waits: Waits,
@@ -41,11 +63,13 @@ struct Held {
 pub struct LocalLocks {
     held: Mutex<Held>,
     waiting: Mutex<HashMap<u64, Waiter>>,
+    /// While all that wait are to pass to a successor: those that wait at the metadata server no longer, and are not answered.
+    withdrawn: Mutex<Option<Vec<Withdrawn>>>,
     next: AtomicU64,
 }
 
 impl LocalLocks {
-    fn note(&self, lock: &LockSpec, handle: u64) {
+    pub(super) fn note(&self, lock: &LockSpec, handle: u64) {
         let mut held = self.held.lock();
         held.table.record(lock);
         let key = (lock.ino, lock.owner);
@@ -76,6 +100,42 @@ impl LocalLocks {
             .filter(|((i, _), h)| *i == ino && **h == handle)
             .map(|((_, owner), _)| *owner)
             .collect()
+    }
+
+    /// The requests that wait.
+    pub(super) fn waiting(&self) -> Vec<LockSpec> {
+        self.waiting.lock().values().map(|w| w.lock).collect()
+    }
+
+    /// What is withdrawn while requests are to pass to a successor.
+    pub(super) fn withdrawn(&self) -> &Mutex<Option<Vec<Withdrawn>>> {
+        &self.withdrawn
+    }
+
+    /// A request that is not answered, if requests are to pass; else it is given back.
+    fn withdraw(&self, waiter: Withdrawn) -> Option<Withdrawn> {
+        match self.withdrawn.lock().as_mut() {
+            Some(all) => {
+                all.push(waiter);
+                None
+            }
+            None => Some(waiter),
+        }
+    }
+
+    /// All that is held, and the open file that its owner took a lock through last.
+    pub(super) fn held_through(&self) -> Vec<(LockSpec, u64)> {
+        let held = self.held.lock();
+        let through = |lock: &LockSpec| held.through.get(&(lock.ino, lock.owner)).copied();
+        let all = held.table.held();
+        all.into_iter()
+            .map(|lock| (lock, through(&lock).unwrap_or(0)))
+            .collect()
+    }
+
+    /// Nothing is held any more.
+    pub(super) fn clear(&self) {
+        *self.held.lock() = Held::default();
     }
 
     /// All that is held.
@@ -170,8 +230,7 @@ impl Locks {
     /// `F_SETLKW`, and `flock` that waits: `done` gets the result, on some thread. None waits for it.
     pub fn setlk_wait(
         self: &Arc<Self>,
-        lock: LockSpec,
-        handle: u64,
+        PassedWaiter { unique, lock, handle }: PassedWaiter,
         done: impl FnOnce(Result<(), Errno>) + Send + 'static,
     ) {
         let id = self.file_locks.next.fetch_add(1, Ordering::Relaxed);
@@ -197,6 +256,8 @@ impl Locks {
             let waiter = Waiter {
                 lock,
                 handle,
+                unique,
+                signalled: false,
                 done: Some(Box::new(done)),
                 _waits: waits,
             };
@@ -238,11 +299,26 @@ impl Locks {
         }
     }
 
-    fn end_waiting(&self, id: u64, result: Result<(), Errno>) {
+    fn end_waiting(self: &Arc<Self>, id: u64, result: Result<(), Errno>) {
         let Some(waiter) = self.file_locks.waiting.lock().remove(&id) else {
             return;
         };
+        let asked = PassedWaiter {
+            unique: waiter.unique,
+            lock: waiter.lock,
+            handle: waiter.handle,
+        };
         match waiter.done {
+            // Taken back to pass to a successor; or it was to, and is asked for again meanwhile.
+            Some(done) if result == Err(Errno(libc::EINTR)) && !waiter.signalled => {
+                if let Some(Withdrawn { asked, done }) = self.file_locks.withdraw(Withdrawn { asked, done }) {
+                    let me = Arc::clone(self);
+                    self.session
+                        .threads
+                        .workers
+                        .run(move || me.setlk_wait(asked, done));
+                }
+            }
             Some(done) => {
                 if result.is_ok() {
                     self.file_locks.note(&waiter.lock, waiter.handle);
@@ -265,20 +341,25 @@ impl Locks {
                 pid: waiter.lock.pid,
                 uid: 0,
             };
+            waiter.signalled = true;
             let killed = process.is_killed() || process.is_ending();
             (waiter.lock, killed.then(|| waiter.done.take()).flatten())
         };
-        // The answer to the waiting request then comes as EINTR, or it had been granted.
+        self.take_back(lock);
+        // Who was killed does not wait for a server that may be away.
+        if let Some(done) = done {
+            done(Err(Errno(libc::EINTR)));
+        }
+    }
+
+    /// The answer to a waiting request comes as EINTR soon, or it had been granted.
+    pub(super) fn take_back(&self, lock: LockSpec) {
         let request = ask::meta::CancelLock { lock };
         self.session.net.meta.ask_async(request, |result| {
             if let Err(error) = result {
                 tracing::debug!("a request for a file lock cannot be taken back: {error}");
             }
         });
-        // Who was killed does not wait for a server that may be away.
-        if let Some(done) = done {
-            done(Err(Errno(libc::EINTR)));
-        }
     }
 
     /// A lock was granted to a process that had been killed.

@@ -5,6 +5,7 @@ pub mod atime;
 pub mod attrs;
 pub mod locks;
 pub mod opened;
+pub mod passed_locks;
 pub mod writes;
 
 use std::sync::Arc;

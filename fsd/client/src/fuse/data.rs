@@ -120,6 +120,7 @@ pub(super) fn write_sync(
 /// waits for anything.
 fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, reply: ReplyWrite) {
     let len = write.data.len() as u32;
+    let under_way = client.session.threads.busy.begin();
     let (number, at_once) = inode.waiting.mapped.begin(Box::new(move |result| match result {
         Ok(()) => reply.written(len),
         Err(error) => reply.error(error_of(error)),
@@ -150,11 +151,10 @@ fn write_mapped(client: &Arc<Client>, inode: Arc<Inode>, write: &Write<'_>, repl
     }
     inode.waiting.mapped.enqueue(number, Queued::from(write));
     let me = Arc::clone(client);
-    client
-        .session
-        .threads
-        .workers
-        .run(move || me.files.writes.bring_mapped(&Ctx::on_worker(), &inode, number));
+    client.session.threads.workers.run(move || {
+        let _under_way = under_way;
+        me.files.writes.bring_mapped(&Ctx::on_worker(), &inode, number);
+    });
 }
 
 pub(super) fn copy_file_range(

@@ -7,7 +7,7 @@ use fuser::{FileHandle, LockOwner, ReplyEmpty, ReplyLock, Request};
 use super::convert::error_of;
 use super::serve::{done, serve};
 use crate::client::Client;
-use crate::files::locks::type_of;
+use crate::files::locks::{PassedWaiter, type_of};
 use fsd_proto::wire::LockSpec;
 
 /// In `fuse_lk_in`: the lock is one of flock(2) (`linux/fuse.h`).
@@ -100,13 +100,12 @@ pub(super) fn setlk(
     reply: ReplyEmpty,
 ) {
     if sleep && lock.kind.is_some() {
-        return client
-            .files
-            .locks
-            .setlk_wait(lock, handle, move |result| match result {
-                Ok(()) => reply.ok(),
-                Err(e) => reply.error(error_of(e)),
-            });
+        let unique = req.unique().0;
+        let asked = PassedWaiter { unique, lock, handle };
+        return client.files.locks.setlk_wait(asked, move |result| match result {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(error_of(e)),
+        });
     }
     serve(client, req, reply, ReplyEmpty::error, move |c, ctx, reply| {
         c.files.locks.setlk(ctx, lock, handle)?;

@@ -7,10 +7,15 @@ mod attrs;
 mod buffers;
 mod convert;
 mod data;
+mod descriptors;
 mod dirs;
 pub mod events;
 mod files;
+pub mod handshake;
+pub mod inherited;
 mod locks;
+pub mod loops;
+mod made_up;
 mod names;
 mod serve;
 mod xattrs;
@@ -33,6 +38,8 @@ use crate::files::locks::kind_of;
 use crate::storing::syncing::Scope;
 use convert::{caller_of, from_library, time_of};
 use fsd_node::config::CacheMode;
+use handshake::Handshake;
+use loops::Loops;
 
 /// Longest request of the kernel, bytes.
 const MAX_REQUEST: u32 = 1 << 20;
@@ -40,13 +47,14 @@ const MAX_REQUEST: u32 = 1 << 20;
 /// The file system as the FUSE library sees it.
 pub struct FsdFs {
     client: Arc<Client>,
+    loops: Arc<Loops>,
 }
 
 impl FsdFs {
     /// For a client that has joined.
     #[must_use]
-    pub fn new(client: Arc<Client>) -> Self {
-        Self { client }
+    pub fn new(client: Arc<Client>, loops: Arc<Loops>) -> Self {
+        Self { client, loops }
     }
 }
 
@@ -74,7 +82,9 @@ impl Filesystem for FsdFs {
             // Without it the kernel refuses to map what was opened past the page cache, which is what other mounts have open.
             wanted |= InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         }
-        let _ = config.add_capabilities(wanted & config.capabilities());
+        let asked = wanted & config.capabilities();
+        let _ = self.loops.handshake.set(Handshake::new(config, asked.bits()));
+        let _ = config.add_capabilities(asked);
         let _ = config.set_max_write(MAX_REQUEST);
         let _ = config.set_max_background(64);
         Ok(())
@@ -85,7 +95,9 @@ impl Filesystem for FsdFs {
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
-        self.client.revoke.forgetting.forget(ino.0, nlookup);
+        if !self.loops.is_made_up(ino.0, nlookup) {
+            self.client.revoke.forgetting.forget(ino.0, nlookup);
+        }
     }
 
     fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {

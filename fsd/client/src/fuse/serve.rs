@@ -10,6 +10,7 @@ use rt::sync::Mutex;
 use super::convert::{caller_of, error_of};
 use crate::client::Client;
 use crate::session::Session;
+use crate::session::busy::UnderWay;
 use crate::session::caller::Caller;
 use crate::session::ctx::{Ctx, Res, Stop};
 use crate::session::waiting::{Until, Waits};
@@ -23,6 +24,7 @@ struct Slot<T> {
     reply: Mutex<Option<T>>,
     refuse: fn(T, fuser::Errno),
     waits: OnceLock<Waits>,
+    _under_way: UnderWay,
 }
 
 impl<T> Slot<T> {
@@ -56,6 +58,7 @@ impl<T: Send + 'static> Pending<T> {
                 reply: Mutex::new(Some(reply)),
                 refuse,
                 waits: OnceLock::new(),
+                _under_way: session.threads.busy.begin(),
             }),
             session: Arc::clone(session),
             caller: caller.filter(|caller| caller.pid != 0),
@@ -164,7 +167,9 @@ fn run<T: Send + 'static>(
 /// The kernel was not told of this open file: its process was killed while it waited for that.
 pub(super) fn unopened(client: &Arc<Client>, handle: u64) {
     let me = Arc::clone(client);
+    let under_way = client.session.threads.busy.begin();
     client.session.threads.workers.run(move || {
+        let _under_way = under_way;
         if let Err(stop) = me.opens.open_files.release(&Ctx::on_worker(), handle) {
             tracing::warn!(
                 "a file that was opened for nobody cannot be closed: {}",
@@ -177,12 +182,12 @@ pub(super) fn unopened(client: &Arc<Client>, handle: u64) {
 /// The kernel was not told of this inode, which was counted to be known to it.
 pub(super) fn unnamed(client: &Arc<Client>, ino: u64) {
     let me = Arc::clone(client);
+    let under_way = client.session.threads.busy.begin();
     // The inode is locked here.
-    client
-        .session
-        .threads
-        .workers
-        .run(move || me.revoke.forgetting.forget(ino, 1));
+    client.session.threads.workers.run(move || {
+        let _under_way = under_way;
+        me.revoke.forgetting.forget(ino, 1);
+    });
 }
 
 pub(super) fn done(reply: &Pending<ReplyEmpty>) {

@@ -1,18 +1,17 @@
 //! What the kernel caches, and is told to drop.
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use fuser::INodeNo;
 use rt::channel::bounded;
+use rt::sync::{Condvar, Mutex};
 
 use crate::cache::edges::{EDGE_WAIT, around, edge_of};
 use crate::cache::inode::Inode;
 use crate::cache::pages::PAGE;
 use crate::cache::state::State;
+use crate::kernel::notifier::Notifier;
 use crate::session::Session;
 use fsd_node::config::CacheMode;
 use fsd_proto::wire::Kind;
@@ -20,12 +19,92 @@ use fsd_proto::wire::Kind;
 /// Time to live of attributes that a lease protects: until told otherwise.
 pub const LEASED_TTL: Duration = Duration::from_secs(24 * 3600);
 
+/// Whose a kernel is: who has it drop what it caches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Whose {
+    /// This mount's.
+    #[default]
+    Ours,
+    /// Another mount's, this one's successor or predecessor: nothing is dropped from here. A page that is locked there may be waiting for a
+    /// lease of the other, which waits for this mount.
+    Theirs,
+    /// It is just being decided: who wants something dropped waits.
+    Undecided,
+}
+
+/// The kernel passes from one mount to another.
+#[derive(Debug, Default)]
+pub struct Passing {
+    /// It is about to, to a successor: it gets no attributes to keep any more, for the successor would have to hold the leases that protect them.
+    pub begun: AtomicBool,
+    whose: Mutex<Whose>,
+    /// It is [`Whose::Undecided`].
+    undecided: AtomicBool,
+    decided: Condvar,
+    /// Inodes of which something was not dropped while it was another's.
+    owed: Mutex<Vec<u64>>,
+    /// Invalidations under way.
+    under_way: AtomicUsize,
+}
+
+/// An invalidation is under way; until this is dropped.
+struct UnderWay<'a>(&'a AtomicUsize);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Passing {
+    /// The right to tell the kernel something; none where it is another mount's.
+    fn enter(&self, inode: u64) -> Option<UnderWay<'_>> {
+        let mut whose = self.whose.lock();
+        while *whose == Whose::Undecided {
+            self.decided.wait(&mut whose);
+        }
+        if *whose == Whose::Theirs {
+            self.owed.lock().push(inode);
+            return None;
+        }
+        self.under_way.fetch_add(1, Ordering::SeqCst);
+        Some(UnderWay(&self.under_way))
+    }
+
+    /// What was not dropped because the kernel was another mount's.
+    #[must_use]
+    pub fn owed(&self) -> Vec<u64> {
+        std::mem::take(&mut *self.owed.lock())
+    }
+
+    /// Whose it is from now on.
+    pub fn set(&self, whose: Whose) {
+        self.undecided.store(whose == Whose::Undecided, Ordering::SeqCst);
+        *self.whose.lock() = whose;
+        self.decided.notify_all();
+    }
+
+    /// Does who wants something dropped wait?
+    #[must_use]
+    pub fn is_undecided(&self) -> bool {
+        self.undecided.load(Ordering::SeqCst)
+    }
+
+    /// Does no thread have the kernel drop anything?
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        self.under_way.load(Ordering::SeqCst) == 0
+    }
+}
+
 /// What the kernel caches, and is told to drop.
 pub struct KernelCaches {
     /// How the kernel caches ([`CacheMode::Auto`] has been decided).
     pub mode: CacheMode,
     /// Tells the kernel to drop what it has cached.
-    pub notifier: OnceLock<fuser::Notifier>,
+    pub notifier: OnceLock<Notifier>,
+    /// Whether the kernel is about to be, or is, another mount's.
+    pub passing: Passing,
     pub(crate) session: Arc<Session>,
 }
 
@@ -40,7 +119,10 @@ impl KernelCaches {
         // The kernel takes in late how far a write has made the file grow, and for a moment shows that beside attributes
         // that are newer: so it keeps none while this mount has the file open for writing.
         let written = kind == Kind::File && inode.opens.try_lock().is_none_or(|o| o.writers > 0);
-        if written || inode.kernel.revoking.load(Ordering::SeqCst) {
+        if written
+            || inode.kernel.revoking.load(Ordering::SeqCst)
+            || self.passing.begun.load(Ordering::SeqCst)
+        {
             return Duration::ZERO;
         }
         inode.kernel.attrs.store(true, Ordering::SeqCst);
@@ -71,8 +153,11 @@ impl KernelCaches {
         let Some(notifier) = self.notifier.get() else {
             return;
         };
+        let Some(_entered) = self.passing.enter(inode.ino) else {
+            return;
+        };
         loop {
-            match notifier.inval_inode(fuser::INodeNo(inode.ino), offset, len) {
+            match notifier.inval_inode(inode.ino, offset, len) {
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
                     if inode.kernel.lookups.load(Ordering::SeqCst) == 0 {
                         return;
@@ -90,9 +175,11 @@ impl KernelCaches {
     }
 
     pub(crate) fn invalidate_range(&self, inode: &Inode, offset: u64, len: u64) {
-        if let Some(notifier) = self.notifier.get() {
+        if let Some(notifier) = self.notifier.get()
+            && let Some(_entered) = self.passing.enter(inode.ino)
+        {
             // An inode the kernel does not know (any more) has no pages.
-            let _ = notifier.inval_inode(fuser::INodeNo(inode.ino), offset as i64, len as i64);
+            let _ = notifier.inval_inode(inode.ino, offset as i64, len as i64);
         }
     }
 
@@ -111,14 +198,18 @@ impl KernelCaches {
         if end > last {
             self.invalidate_range(inode, last, end - last);
         }
-        let Some(notifier) = self.notifier.get().cloned() else {
+        if self.notifier.get().is_none() {
             return true;
-        };
+        }
         let (tx, rx) = bounded(1);
-        let ino = INodeNo(inode.ino);
+        let (ino, me) = (inode.ino, Arc::clone(self));
         self.session.threads.invalidators.run(move || {
-            // An inode the kernel does not know (any more) has no pages.
-            let _ = notifier.inval_inode(ino, first as i64, (last - first) as i64);
+            if let Some(notifier) = me.notifier.get()
+                && let Some(_entered) = me.passing.enter(ino)
+            {
+                // An inode the kernel does not know (any more) has no pages.
+                let _ = notifier.inval_inode(ino, first as i64, (last - first) as i64);
+            }
             let _ = tx.send(());
         });
         rx.recv_timeout(EDGE_WAIT).is_ok()
@@ -134,7 +225,7 @@ impl KernelCaches {
         let gone = dir.ino;
         self.session.threads.revokers.run(move || {
             // It is refused where the name is another directory's by now, or none: then the kernel knows.
-            let _ = notifier.delete(INodeNo(above), INodeNo(gone), OsStr::from_bytes(&name));
+            let _ = notifier.delete(above, gone, &name);
         });
     }
 

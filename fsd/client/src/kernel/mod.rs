@@ -5,6 +5,7 @@ pub mod delegations;
 pub mod extended;
 pub mod extension;
 pub mod front;
+pub mod notifier;
 pub mod recalls;
 
 use std::sync::{Arc, OnceLock};
@@ -14,7 +15,7 @@ use extension::Extension;
 use front::Front;
 
 use crate::cache::Base;
-use caches::KernelCaches;
+use caches::{KernelCaches, Passing};
 use delegations::Delegations;
 use fsd_node::config::CacheMode;
 use recalls::Recalls;
@@ -34,6 +35,7 @@ impl Kernel {
         let caches = Arc::new(KernelCaches {
             mode,
             notifier: OnceLock::new(),
+            passing: Passing::default(),
             session: Arc::clone(session),
         });
         let front = Arc::default();

@@ -68,6 +68,12 @@ pub enum MountError {
     /// The kernel extension cannot be used.
     #[error("{0}; or mount with --cache writethrough")]
     Extension(#[from] distfuse_abi::Error),
+    /// Another mount is not replaced by this one.
+    #[error("the mount cannot be taken over: {0}")]
+    Successor(String),
+    /// The device cannot be used.
+    #[error("the descriptor of /dev/fuse: {0}")]
+    Device(std::io::Error),
     /// A thread could not be started.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),

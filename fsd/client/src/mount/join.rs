@@ -123,6 +123,7 @@ pub(super) fn join(
             invalidators: Workers::new("fsd-inval", 256),
             permits: Permits::new(loops, SPARE_LOOPS),
             waiting: Arc::default(),
+            busy: Default::default(),
             heartbeat: OnceLock::new(),
         },
         term: Arc::new(Term::new(

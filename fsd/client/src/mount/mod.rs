@@ -5,11 +5,14 @@ mod join;
 pub mod kernel_mount;
 pub mod listen;
 pub mod mountpoint;
+pub mod replace;
 mod service;
 
 pub use error::MountError;
 pub use join::Detached;
 
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
@@ -18,10 +21,13 @@ use std::time::Duration;
 use rdma_transport::Fabric;
 use rt::thread::JoinHandle;
 use rustix::mount::MountFlags;
+use rustix::process::Pid;
 
 use crate::client::Client;
+use crate::fuse::loops::Loops;
 use crate::fuse::{FsdFs, events};
 use crate::kernel::extension::Extension;
+use crate::kernel::notifier::Notifier;
 use crate::mount::listen::open_endpoint;
 use fsd_node::config::{CacheMode, Config};
 use fsd_node::endpoint::Endpoint;
@@ -29,8 +35,13 @@ use fsd_proto::rpc::Service;
 use join::{How, SPARE_LOOPS, join, leave, thread};
 pub use kernel_mount::Mounted;
 use mountpoint::{check_point, set_read_ahead};
+use replace::control::{self, Start};
+use replace::standing::{Stage, Standing};
+use replace::taking::take;
 use service::Front;
 
+/// How long one that has been replaced stays: who has looked something up may be about to open it, and others have late questions.
+const STAY: Duration = Duration::from_secs(2);
 /// Longest wait for open files to be closed when leaving.
 const OPEN_WAIT: Duration = Duration::from_secs(5);
 
@@ -63,6 +74,9 @@ pub struct Mount {
     threads: Vec<JoinHandle<()>>,
     point: PathBuf,
     mounted: Option<Mounted>,
+    standing: Arc<Standing>,
+    /// Where it can be asked to be replaced.
+    listener: Option<UnixListener>,
 }
 
 /// The kernel extension if it is there, else what a stock kernel can do.
@@ -86,7 +100,7 @@ fn best_mode() -> CacheMode {
 fn open_session(
     config: &Config,
     options: &MountOptions,
-    loops: usize,
+    (loops, known): (usize, &Arc<Loops>),
     client: &Arc<Client>,
     (point, flags): (&Path, MountFlags),
 ) -> Result<(fuser::Session<FsdFs>, Option<Mounted>), MountError> {
@@ -103,7 +117,7 @@ fn open_session(
     } else {
         fuser::SessionACL::Owner
     };
-    let files = FsdFs::new(Arc::clone(client));
+    let files = FsdFs::new(Arc::clone(client), Arc::clone(known));
     let session = if root && !options.auto_unmount {
         let former = options.former.as_ref();
         let device = kernel_mount::mount(point, &config.cluster, flags, former).map_err(refused)?;
@@ -199,12 +213,14 @@ impl Mount {
         let (client, threads) = join(config, name, &how, endpoint, front)?;
         let (node, loops) = (client.session.node, config.mount.loops.max(SPARE_LOOPS + 1));
 
-        let (session, mounted) = open_session(config, options, loops, &client, (&point, flags))?;
+        let known = Arc::new(Loops::default());
+        let (session, mounted) = open_session(config, options, (loops, &known), &client, (&point, flags))?;
         if let Some(mounted) = &mounted {
             // The kernel has answered the handshake, which would undo it.
             set_read_ahead(mounted, config.mount.read_ahead.0);
         }
-        let _ = client.kernel.caches.notifier.set(session.notifier());
+        let device = session.as_fd().try_clone_to_owned().map_err(MountError::Device)?;
+        let _ = client.kernel.caches.notifier.set(Notifier::new(device));
         if mode == CacheMode::Writeback {
             // Before the kernel is answered for the first time, so nobody has a file open.
             let ext = Extension::attach(
@@ -220,6 +236,16 @@ impl Mount {
         }
         let session = session.spawn().map_err(MountError::Thread)?;
         tracing::info!("mount {} on {} ({mode:?})", node.0, point.display());
+        let standing = Arc::new(Standing {
+            client: Arc::clone(&client),
+            loops: known,
+            count: loops,
+            mounted: mounted.clone(),
+            never: never_replaced(options, mode),
+            inherited: Arc::default(),
+            stage: rt::sync::Mutex::new(Stage::Serving),
+            successor: Default::default(),
+        });
         Ok(Self {
             client,
             fabric: Arc::clone(&endpoint.fabric),
@@ -227,7 +253,74 @@ impl Mount {
             threads,
             point,
             mounted,
+            standing,
+            listener: None,
         })
+    }
+
+    /// Joins the cluster, and takes over what the process at the other end of `stream` has mounted, which has started this one for
+    /// that. `options` are those of the mount.
+    ///
+    /// # Errors
+    /// [`MountError`]: the other process goes on.
+    pub fn succeed(
+        config: &Config,
+        key: &[u8],
+        options: &MountOptions,
+        stream: UnixStream,
+    ) -> Result<Self, MountError> {
+        let taken = take(config, key, (&options.options, options.listen.as_deref()), stream)?;
+        let standing = Arc::new(Standing {
+            client: Arc::clone(&taken.client),
+            loops: taken.loops,
+            count: taken.count,
+            mounted: Some(taken.mounted.clone()),
+            never: None,
+            inherited: taken.inherited,
+            stage: rt::sync::Mutex::new(Stage::Serving),
+            successor: Default::default(),
+        });
+        Ok(Self {
+            client: taken.client,
+            fabric: taken.fabric,
+            session: Some(taken.session),
+            threads: taken.threads,
+            point: taken.mounted.point().to_owned(),
+            mounted: Some(taken.mounted),
+            standing,
+            listener: Some(taken.listener),
+        })
+    }
+
+    /// Can be replaced from now on, by processes that `start` starts.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub fn may_be_replaced(&mut self, start: Start) -> Result<(), MountError> {
+        let listener = self.listener.take().map_or_else(
+            || match &self.mounted {
+                Some(mounted) => control::listen(mounted),
+                None => Err(std::io::ErrorKind::NotFound.into()),
+            },
+            Ok,
+        );
+        match listener {
+            Ok(listener) => control::answer(Arc::clone(&self.standing), listener, start),
+            Err(error) => {
+                tracing::warn!("this mount cannot be asked to be replaced: {error}");
+                Ok(())
+            }
+        }
+    }
+
+    /// The process that has replaced this one.
+    #[must_use]
+    pub fn replaced_by(&self) -> Option<Pid> {
+        // Locked: it may just be so.
+        match *self.standing.stage.try_lock()? {
+            Stage::Replaced(process) => Some(process),
+            _ => None,
+        }
     }
 
     /// The mount point.
@@ -263,7 +356,15 @@ impl Mount {
     /// Unmounts, writes everything back, gives up all leases and leaves. One that has lost its leases stays where it is and
     /// answers nothing any more, until its next life, or somebody else, unmounts it: programs would go on in the directory below, and
     /// not know.
-    pub fn stop(mut self) {
+    ///
+    /// One that was replaced leaves the cluster only: with the process that serves the mount now.
+    pub fn stop(mut self) -> Option<Pid> {
+        // Not while it is being replaced.
+        let stage = std::mem::replace(&mut *self.standing.stage.lock(), Stage::Ending);
+        if let Stage::Replaced(process) = stage {
+            self.retire();
+            return Some(process);
+        }
         if self.is_doomed() {
             // Nothing that is cached can be trusted, nor written without a lease. Nobody must wait for an answer any more: a thread that
             // invalidates a page waits for the read that has it locked, and outlives even the end of the process until that is answered.
@@ -272,7 +373,8 @@ impl Mount {
             }
             self.mounted.iter().for_each(Mounted::disconnect);
             self.client.session.net.ways.stop();
-            return self.fabric.shutdown();
+            self.fabric.shutdown();
+            return None;
         }
         if let Some(session) = self.session.take() {
             if !session.guard.is_finished() {
@@ -293,5 +395,31 @@ impl Mount {
             }
         }
         leave(&self.client, self.threads, self.fabric.as_ref());
+        None
     }
+
+    /// Leaves the cluster, and the kernel to the successor.
+    fn retire(mut self) {
+        // Its threads wait for requests that never come, and end with the process.
+        std::mem::forget(self.session.take());
+        self.client.opens.open_files.close_all();
+        rt::thread::sleep(STAY);
+        // The successor learns that this number may soon be another mount's.
+        drop(self.standing.successor.lock().take());
+        leave(&self.client, self.threads, self.fabric.as_ref());
+    }
+}
+
+/// Why a mount can never be replaced, if so.
+fn never_replaced(options: &MountOptions, mode: CacheMode) -> Option<&'static str> {
+    if mode == CacheMode::Writeback {
+        return Some("a mount with the kernel extension cannot be replaced: unmount it, and mount it anew");
+    }
+    if options.auto_unmount {
+        return Some(
+            "a mount with --auto-unmount cannot be replaced, for it is unmounted when its daemon ends",
+        );
+    }
+    (!rustix::process::geteuid().is_root())
+        .then_some("only a mount of root can be replaced: unmount it, and mount it anew")
 }

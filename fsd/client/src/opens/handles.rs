@@ -30,12 +30,12 @@ pub struct Handle {
     /// It is open for writing.
     pub writer: bool,
     /// It counts among [`crate::cache::opens::Opens::page_writers`].
-    page_writer: bool,
+    pub(super) page_writer: bool,
     /// Delayed errors it has been told of.
     pub seen: AtomicU64,
     /// Listing of a directory, taken when reading began.
     pub listing: Mutex<Option<crate::cache::dir_cache::Listing>>,
-    is_file: bool,
+    pub(super) is_file: bool,
 }
 
 /// All open files of a mount.
@@ -56,6 +56,24 @@ impl Handles {
     #[must_use]
     pub fn get(&self, number: u64) -> Option<Arc<Handle>> {
         self.open.lock().get(&number).cloned()
+    }
+
+    /// All open files by number, and the number that was given last.
+    #[must_use]
+    pub fn all(&self) -> (Vec<(u64, Arc<Handle>)>, u64) {
+        let open = self.open.lock();
+        let all = open.iter().map(|(number, h)| (*number, Arc::clone(h)));
+        (all.collect(), self.next.load(Ordering::Relaxed))
+    }
+
+    /// An open file that has its number already.
+    pub(super) fn put(&self, number: u64, handle: Handle) {
+        self.open.lock().insert(number, Arc::new(handle));
+    }
+
+    /// Numbers up to this have been given.
+    pub fn go_on_from(&self, last: u64) {
+        self.next.fetch_max(last, Ordering::Relaxed);
     }
 
     fn remove(&self, number: u64) -> Option<Arc<Handle>> {
@@ -106,7 +124,7 @@ pub struct OpenFiles {
 impl OpenFiles {
     /// Books an open of an inode whose lease is held. Returns whether other mounts have it open, and
     /// whether for writing.
-    fn count_open(&self, inode: &Arc<Inode>, writer: bool) -> Res<(bool, bool)> {
+    pub(super) fn count_open(&self, inode: &Arc<Inode>, writer: bool) -> Res<(bool, bool)> {
         let mut opens = inode.opens.lock();
         if opens.removed {
             return fail(libc::ESTALE);
@@ -253,7 +271,7 @@ impl OpenFiles {
         }
     }
 
-    fn count_close(self: &Arc<Self>, handle: &Handle) -> Res<()> {
+    pub(super) fn count_close(self: &Arc<Self>, handle: &Handle) -> Res<()> {
         let inode = &handle.inode;
         let mut opens = inode.opens.lock();
         opens.count = opens.count.saturating_sub(1);

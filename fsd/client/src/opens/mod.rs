@@ -1,6 +1,7 @@
 //! Open files, and what the record of a lease says of who has a file open.
 
 pub mod handles;
+pub mod passed;
 pub mod pins;
 pub mod record;
 
@@ -8,7 +9,7 @@ use std::sync::Arc;
 
 use handles::OpenFiles;
 use pins::Pinning;
-use record::OpenRecords;
+use record::{OpenRecords, Twin};
 
 use crate::cache::Base;
 use crate::data::Data;
@@ -35,6 +36,7 @@ impl Opens {
         shared_mappings: bool,
     ) -> Self {
         let records = Arc::new(OpenRecords {
+            twin: Twin::default(),
             session: Arc::clone(session),
         });
         let pinning = Arc::new(Pinning {

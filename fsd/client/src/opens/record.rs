@@ -1,7 +1,7 @@
 //! The words of a lease record that say who has the file open.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use lockmgr::{NodeId, NodeSet, RecordLayout};
@@ -24,6 +24,8 @@ const TRIES: u32 = 3;
 pub struct RecordUse {
     /// This mount.
     node: NodeId,
+    /// The mount that has the same open files ([`Twin`]).
+    twin: Option<NodeId>,
     /// The inode has no name left, or is about to lose its last.
     pub unlinked: bool,
     /// Mounts that have it open.
@@ -36,13 +38,18 @@ impl RecordUse {
     /// Does another mount have the file open?
     #[must_use]
     pub fn opened_by_others(&self) -> bool {
-        self.opens.iter().any(|n| n != self.node)
+        self.opens.iter().any(|n| self.is_other(n))
     }
 
     /// Does another mount have the file open for writing?
     #[must_use]
     pub fn written_by_others(&self) -> bool {
-        self.opens.iter().any(|n| n != self.node && self.uses.contains(n))
+        let mut opens = self.opens.iter();
+        opens.any(|n| self.is_other(n) && self.uses.contains(n))
+    }
+
+    fn is_other(&self, node: NodeId) -> bool {
+        node != self.node && Some(node) != self.twin
     }
 
     /// Does any mount, this one included, have the file open or pin it?
@@ -69,6 +76,7 @@ struct Place {
     record: RemoteAddr,
     layout: RecordLayout,
     node: NodeId,
+    twin: Option<NodeId>,
 }
 
 impl Place {
@@ -104,6 +112,7 @@ impl Place {
         })?;
         Ok(RecordUse {
             node: self.node,
+            twin: self.twin,
             unlinked: u64::from_ne_bytes(flags) & RecordLayout::UNLINKED != 0,
             opens: self.set(&opens),
             uses: self.set(&uses),
@@ -146,8 +155,28 @@ impl Place {
     }
 }
 
+/// Another mount that has the open files of this one: its successor, or that whose successor it is. Both serve one kernel, one after the
+/// other, so neither counts as somebody else who has a file open.
+#[derive(Debug, Default)]
+pub struct Twin(AtomicU32);
+
+impl Twin {
+    /// There is one, or there is none any more.
+    pub fn set(&self, node: Option<u16>) {
+        self.0
+            .store(node.map_or(0, |n| u32::from(n) + 1), Ordering::SeqCst);
+    }
+
+    fn get(&self) -> Option<NodeId> {
+        let number = self.0.load(Ordering::SeqCst).checked_sub(1)?;
+        u16::try_from(number).ok().map(NodeId)
+    }
+}
+
 /// The words of a lease record that say who has the file open.
 pub struct OpenRecords {
+    /// The mount that has the same open files.
+    pub twin: Twin,
     pub(crate) session: Arc<Session>,
 }
 
@@ -206,6 +235,7 @@ impl OpenRecords {
             record,
             layout: self.session.layout,
             node: self.session.node,
+            twin: self.twin.get(),
         })
     }
 

@@ -116,6 +116,7 @@ impl Cluster {
             },
             layout: self.layout,
             node: NodeId(NODES[mount]),
+            twin: None,
         }
     }
 

@@ -216,6 +216,9 @@ impl Revocations {
 
     /// Drops what the kernel has cached.
     fn drop_caches(&self, job: &Revocation, inode: &Arc<Inode>, may_wait: bool) -> bool {
+        if !may_wait && self.kernel.passing.is_undecided() {
+            return false;
+        }
         if !inode.kernel.pages.load(Ordering::SeqCst) {
             // Takes no lock in the kernel.
             self.kernel.invalidate_attrs(inode);
@@ -224,6 +227,16 @@ impl Revocations {
         if !may_wait && !self.pages_are_free(inode, job.from) {
             return false;
         }
+        self.drop_pages(inode, may_wait);
+        true
+    }
+
+    /// Drops the pages and attributes that the kernel has cached, under a lease that is held; waits for reads that are under way.
+    pub fn empty_kernel(&self, inode: &Arc<Inode>) {
+        self.drop_pages(inode, true);
+    }
+
+    fn drop_pages(&self, inode: &Arc<Inode>, may_wait: bool) {
         let through = self.kernel.mode == CacheMode::Writethrough;
         let before = through.then(|| inode.kernel.refills.emptying(self.session.now()));
         inode.kernel.drops.fetch_add(1, Ordering::SeqCst);
@@ -240,7 +253,6 @@ impl Revocations {
         if let (Some(number), true) = (before, all) {
             inode.kernel.refills.dropped(number, 0, u64::MAX);
         }
-        true
     }
 
     /// How long the kernel is still to be left alone. An invalidation that overtakes an answer makes it

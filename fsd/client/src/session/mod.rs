@@ -1,5 +1,6 @@
 //! What a mount is to the cluster: its number, its connections and leases, and who may wait for them.
 
+pub mod busy;
 pub mod caller;
 pub mod ctx;
 pub mod heartbeat;
@@ -16,6 +17,7 @@ use lockmgr::{Guard, LeaseError, LeaseManager, NodeId};
 use rt::channel::Sender;
 use rt::time::Instant;
 
+use crate::session::busy::Busy;
 use crate::session::ctx::Permits;
 use crate::session::net::Net;
 use crate::session::term::Term;
@@ -62,6 +64,8 @@ pub struct Threads {
     pub permits: Permits,
     /// Processes that requests wait for.
     pub waiting: Arc<Waiting>,
+    /// Requests of the kernel that are under way.
+    pub busy: Busy,
     /// Ends the one that tells the metadata server that this mount lives.
     pub heartbeat: OnceLock<Sender<()>>,
 }

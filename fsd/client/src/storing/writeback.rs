@@ -255,6 +255,11 @@ impl Writeback {
     /// Writes everything back; for leaving.
     pub fn write_all(&self) {
         self.pinning.drop_pins(true);
+        self.write_dirty();
+    }
+
+    /// Writes back what is dirty now.
+    pub fn write_dirty(&self) {
         let all: Vec<u64> = self.cache.dirty.lock().keys().copied().collect();
         for part in all.chunks(GROUP) {
             self.write_group(part);

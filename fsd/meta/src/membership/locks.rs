@@ -125,6 +125,11 @@ impl FileLocks {
         self.unpark();
     }
 
+    /// What a mount holds is another one's from now on.
+    pub fn give(&self, from: u16, to: u16) {
+        self.0.lock().table.give(from, to);
+    }
+
     /// Serves what has waited until all locks are known, if they are.
     fn unpark(&self) {
         let mut state = self.0.lock();

@@ -205,6 +205,16 @@ impl Service {
                 locks.release(ino, owner);
                 Ok(MetaReply::Done)
             }
+            MetaRequest::GiveLocks { from, to } => {
+                let sender = members.of(conn)?;
+                if ![from, to].contains(&sender) {
+                    return no(libc::EPERM);
+                }
+                // Who is dead, or has never been, would keep them for good.
+                members.conn(to)?;
+                locks.give(from, to);
+                Ok(MetaReply::Done)
+            }
             MetaRequest::StatFs => {
                 let inodes = self.namespace.transactions.inodes();
                 Ok(MetaReply::StatFs(StatFs {

@@ -158,6 +158,13 @@ pub enum MetaRequest {
         /// Owner.
         owner: LockOwner,
     },
+    /// What a mount holds of file locks is another one's from now on, which takes over from it; the sender is one of the two.
+    GiveLocks {
+        /// Who holds them.
+        from: u16,
+        /// Who is to.
+        to: u16,
+    },
     /// Capacity and inode counts.
     StatFs,
     /// A mount lives. `ESTALE`: it has been declared dead.

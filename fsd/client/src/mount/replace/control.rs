@@ -1,0 +1,225 @@
+//! Where a mount is asked to be replaced: a socket without a file, named after the device of what is mounted.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rt::time::Instant;
+use rustix::process::Pid;
+
+use super::giving::{Giving, NotGiven, take_back};
+use super::standing::{Stage, Standing};
+use super::talk::Talk;
+use crate::mount::error::MountError;
+use crate::mount::join::thread;
+use crate::mount::kernel_mount::Mounted;
+
+/// Starts a successor, as this program was started: from a file, with one end of a socket as its standard input.
+pub type Start = Box<dyn Fn(&Path, UnixStream) -> io::Result<Child> + Send>;
+
+/// How many successors are tried.
+const SUCCESSORS: u32 = 3;
+/// Longest wait for a request, and for a successor that gives up to leave the cluster.
+const SOON: Duration = Duration::from_secs(10);
+/// How often is looked whether it has.
+const LOOK: Duration = Duration::from_millis(10);
+/// How an answer begins that a process with this number serves the mount now.
+const REPLACED: &str = "replaced ";
+
+fn address(mounted: &Mounted) -> io::Result<SocketAddr> {
+    SocketAddr::from_abstract_name(format!("distfuse-mount-{}", mounted.device))
+}
+
+/// Asks what is mounted at `point` to be replaced by a process of `program`; the number of that process.
+///
+/// # Errors
+/// In a sentence: nothing is mounted there that could be, or it goes on as before.
+pub fn replace(point: &Path, program: &Path) -> Result<u32, String> {
+    let shown = point.display();
+    let mounted = Mounted::at(point).ok_or_else(|| format!("nothing is mounted at {shown}"))?;
+    let stream = address(&mounted).and_then(|address| UnixStream::connect_addr(&address));
+    let stream = stream.map_err(|error| {
+        format!("no daemon is to be found of what is mounted at {shown} ({error}): is it a mount of DistFUSE, of this network name space?")
+    })?;
+    if !is_trusted(&stream) {
+        return Err(format!("the daemon of {shown} is another user's"));
+    }
+    let asked = || -> io::Result<String> {
+        let mut stream = stream;
+        writeln!(stream, "{}", program.display())?;
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer)?;
+        Ok(answer)
+    };
+    let answer = asked().map_err(|error| format!("the daemon of {shown}: {error}"))?;
+    match answer.trim_end().strip_prefix(REPLACED).map(str::parse) {
+        Some(Ok(process)) => Ok(process),
+        _ if answer.is_empty() => Err(format!("the daemon of {shown} has ended")),
+        _ => Err(answer.trim_end().to_owned()),
+    }
+}
+
+/// Is the other side root's, or this process's user's?
+fn is_trusted(stream: &UnixStream) -> bool {
+    rustix::net::sockopt::socket_peercred(stream)
+        .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid())
+}
+
+/// The socket of a mount.
+///
+/// # Errors
+/// Somebody else has it.
+pub(crate) fn listen(mounted: &Mounted) -> io::Result<UnixListener> {
+    UnixListener::bind_addr(&address(mounted)?)
+}
+
+/// Answers there, until the mount has been replaced.
+///
+/// # Errors
+/// No thread can be started.
+pub(crate) fn answer(
+    standing: Arc<Standing>,
+    listener: UnixListener,
+    start: Start,
+) -> Result<(), MountError> {
+    thread("fsd-control", move || {
+        for stream in listener.incoming() {
+            let Ok(stream) = stream else { continue };
+            let done = asked(&standing, &listener, &start, &stream);
+            let text = match &done {
+                Ok(process) => format!("{REPLACED}{}", process.as_raw_nonzero()),
+                Err(why) => why.replace('\n', " "),
+            };
+            let mut stream = stream;
+            let _ = writeln!(stream, "{text}");
+            if done.is_ok() {
+                return;
+            }
+        }
+    })
+    .map(drop)
+}
+
+fn asked(
+    standing: &Standing,
+    listener: &UnixListener,
+    start: &Start,
+    stream: &UnixStream,
+) -> Result<Pid, String> {
+    if !is_trusted(stream) {
+        return Err("only root, and the user of the daemon, may replace it".into());
+    }
+    let mut program = String::new();
+    let read = stream
+        .set_read_timeout(Some(SOON))
+        .and_then(|()| BufReader::new(stream).read_line(&mut program));
+    read.map_err(|error| error.to_string())?;
+    let program = PathBuf::from(program.trim_end());
+    // Whoever ends the mount waits.
+    let mut stage = standing.stage.lock();
+    if *stage != Stage::Serving {
+        return Err("this mount is ending".into());
+    }
+    if let Some(why) = standing.never {
+        return Err(why.into());
+    }
+    if standing.client.session.fate.doomed.load(Ordering::SeqCst) {
+        return Err("this mount begins anew".into());
+    }
+    if !is_connected(standing) {
+        // It would be waited for, and nobody could end this mount meanwhile.
+        return Err("a server of the cluster is away: see fsd status".into());
+    }
+    let mut last = String::new();
+    for _ in 0..SUCCESSORS {
+        match replace_once(standing, listener, start, &program) {
+            Ok(process) => {
+                *stage = Stage::Replaced(process);
+                return Ok(process);
+            }
+            Err(Failure { why, again }) => {
+                tracing::warn!("this mount was not replaced, and goes on: {why}");
+                last = why;
+                if !again {
+                    break;
+                }
+            }
+        }
+    }
+    Err(format!("not replaced, the daemon of before goes on: {last}"))
+}
+
+/// Are all servers connected?
+fn is_connected(standing: &Standing) -> bool {
+    let net = &standing.client.session.net;
+    let storage = &net.storage;
+    net.meta.is_up() && (0..storage.count()).all(|node| storage.session_now(node).is_some())
+}
+
+struct Failure {
+    why: String,
+    /// Another successor may do better.
+    again: bool,
+}
+
+fn replace_once(
+    standing: &Standing,
+    listener: &UnixListener,
+    start: &Start,
+    program: &Path,
+) -> Result<Pid, Failure> {
+    let began = || -> io::Result<(Child, Talk)> {
+        let (near, far) = UnixStream::pair()?;
+        Ok((start(program, far)?, Talk::new(near)))
+    };
+    let (mut child, mut talk) = began().map_err(|error| Failure {
+        why: format!("{} cannot be started: {error}", program.display()),
+        again: false,
+    })?;
+    let process = Pid::from_child(&child);
+    let given = Giving {
+        place: standing,
+        talk: &mut talk,
+        kill: &mut || {
+            let _ = child.kill();
+            let _ = child.wait();
+        },
+    }
+    .give(listener.as_fd());
+    let error = match given {
+        Ok(()) => {
+            *standing.successor.lock() = Some(talk);
+            return Ok(process);
+        }
+        Err(error) => error,
+    };
+    // It leaves the cluster when it sees that.
+    drop(talk);
+    if let Err(error) = end(&mut child) {
+        tracing::warn!("the new process: {error}");
+    }
+    take_back(standing);
+    Err(Failure {
+        why: error.to_string(),
+        again: matches!(error, NotGiven::ToThis(_)),
+    })
+}
+
+/// Waits for a successor that has given up, or ends it.
+fn end(child: &mut Child) -> io::Result<std::process::ExitStatus> {
+    let begun = Instant::now();
+    while begun.elapsed() < SOON {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        rt::thread::sleep(LOOK);
+    }
+    child.kill()?;
+    child.wait()
+}
