@@ -61,7 +61,8 @@ pub(super) fn concern(request: &MetaRequest) -> Concern {
         | R::Relay { .. }
         | R::Status
         | R::Cluster => Concern::Nothing,
-        R::Leave | R::Sync | R::Settle => Concern::Everything,
+        // Whoever gets the locks goes on with everything else, too.
+        R::Leave | R::Sync | R::Settle | R::GiveLocks { .. } => Concern::Everything,
         R::Lookup { parent, .. } => Concern::Inodes(vec![*parent]),
         R::GetAttr { ino }
         | R::ReadDir { ino, .. }
