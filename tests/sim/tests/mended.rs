@@ -91,10 +91,17 @@ fn a_removal_that_failed_costs_nothing() {
         task.write(&file, 0, b"hello", false).unwrap();
         task.fsync(&file).unwrap();
         task.write(&file, 5, b" world", false).unwrap();
-        // It waits for the metadata server until its patience ends.
+        // It waits for the metadata server until its patience ends: no more changes are taken in than are to be told to that.
+        drop(task.create("two").unwrap());
         world.crash_meta(Luck::All);
         let other = Task::new(&mount.mounted, 2);
-        let removal = rt::thread::spawn(move || other.unlink("one"));
+        let removal = rt::thread::spawn(move || {
+            let (mut from, mut to) = ("two", "three");
+            while other.rename(from, to).is_ok() {
+                std::mem::swap(&mut from, &mut to);
+            }
+            other.unlink("one")
+        });
         rt::thread::sleep(Duration::from_secs(5));
         world.crash_node(0, Luck::All);
         assert!(removal.join().unwrap().is_err());

@@ -9,10 +9,10 @@ use system_tests::cluster::{Cache, Cluster, Fabric, Options};
 use system_tests::guard;
 
 const THREADS: usize = 8;
-const LIMIT: Duration = Duration::from_secs(90);
+const LIMIT: Duration = Duration::from_secs(150);
 const LENGTH: Duration = Duration::from_secs(6);
 /// What is kept for who looked it up goes after two seconds, what storage nodes are to free a little later.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// One task closes files that another removes just then, in a folder of its own so that nobody waits for the folder.
 fn close_and_remove(dir: &Path, end: Instant) -> anyhow::Result<u64> {

@@ -392,13 +392,16 @@ impl Peers {
         let mut pause = RETRY;
         loop {
             let before = self.peers.lock().entry(to).or_default().life();
+            let deaths = self.dead.lock().len();
             let reached = self.connect_peer(to);
             let mut peers = self.peers.lock();
             let peer = peers.entry(to).or_default();
             match reached {
                 _ if peer.live().is_some() => {}
-                // Another life of it has come meanwhile: what has ended is the one before.
-                Err(Unreached::Ever(_)) if peer.life() != before => continue,
+                // Another life of it has come meanwhile, or may have: what has ended is the one before.
+                Err(Unreached::Ever(_)) if peer.life() != before || self.dead.lock().len() != deaths => {
+                    continue;
+                }
                 Ok((life, conn)) if self.is_dead(life) => conn.close(),
                 Ok((life, conn)) => {
                     peer.adopt(life, &conn, true);
