@@ -165,7 +165,7 @@ impl Play {
         let victim = (once_in(2) && self.mounts.len() > 1).then(|| below(self.mounts.len() as u64) as usize);
         let bears = Bears {
             storage: trouble.loses_connections(),
-            forgets: victim.is_some(),
+            forgets: victim.is_some() && (trouble.loses_names() || once_in(2)),
             ..Bears::default()
         };
         let (shared, tasks) = self.meet(phase, (bears, Pace::Fast), victim);
@@ -243,7 +243,7 @@ impl Play {
             storage: strain.is_storage() || trouble.loses_connections(),
             away: 4 * TERM,
             late: strain.is_long(),
-            forgets: victim.is_some(),
+            forgets: victim.is_some() && once_in(2),
         };
         let (shared, tasks) = self.meet(phase, (bears, Pace::Slow), victim);
         let straining = self.strain(strain);

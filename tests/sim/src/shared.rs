@@ -303,11 +303,16 @@ impl<'a> Player<'a> {
         self.shared.bears.storage && self.shared.bears.late
     }
 
+    /// Does it leave names alone, because they might go with its mount? All that it sees is checked then.
+    fn keeps_names(&self) -> bool {
+        self.doomed && !self.shared.bears.forgets
+    }
+
     fn call(&mut self) {
         let name = below(NAMES.len() as u64) as usize;
         if self.open.is_empty() || (self.open.len() < 3 && once_in(4)) {
             return match below(3) {
-                0 => self.create(name),
+                0 if !self.keeps_names() => self.create(name),
                 _ => self.open(name, once_in(6) && !self.doomed && !self.fails()),
             };
         }
@@ -325,6 +330,7 @@ impl<'a> Player<'a> {
             12 => self.truncate(slot),
             13 => self.fstat(slot),
             14 => self.stat(name),
+            15 | 16 if self.keeps_names() => drop(self.list()),
             15 => self.unlink(name),
             16 => self.rename(name, below(NAMES.len() as u64) as usize),
             // What is durable nobody forgets.
