@@ -271,11 +271,11 @@ impl<'a> Field<'a> {
     /// The link between a mount and a storage node: what needs it waits, and is not lost, and nothing else does.
     fn without_storage(&mut self, mount: usize, shard: usize, ways: Ways) -> anyhow::Result<()> {
         let (other, third) = ((mount + 1) % MOUNTS, (mount + 2) % MOUNTS);
-        // Acknowledged, and not stored yet.
-        let text = self.text();
-        fs::write(self.path(mount, mount, shard), &text)?;
         // Of which the mount has no lease: what it has leased there waits with it.
         let fresh = [self.fresh(other, shard)?, self.fresh(third, shard)?];
+        // Acknowledged, and not stored yet: it would be after two seconds.
+        let text = self.text();
+        fs::write(self.path(mount, mount, shard), &text)?;
         let cut = Cut::new(self.cluster, (Role::Mount(mount), Role::Storage(shard)), ways)?;
         let mut own = Asking::shell("cat \"$0\"", &self.path(mount, other, shard))?;
         let mut others = Asking::shell("cat \"$0\"", &self.path(other, mount, shard))?;
