@@ -125,7 +125,7 @@ tests sim env RUST_LOG=off timeout 900 cargo test "${sim[@]}" --no-fail-fast
 if step build cargo build --release --workspace; then
     tests crates timeout 1500 cargo test --release --workspace --exclude system-tests --no-fail-fast
     # One at a time: each has a cluster of its own, and two cores must do.
-    tests system timeout 1800 cargo test --release -p system-tests --no-fail-fast -- --test-threads=1
+    tests system timeout 2400 cargo test --release -p system-tests --no-fail-fast -- --test-threads=1
     lab 6.12 devices faults kmod extension contended strain mount-rdma conformance counts coherence histories holder-killed
     lab 6.1 devices kmod extension contended mount-rdma
     if step "fsx build" fsx_tool; then
