@@ -105,8 +105,8 @@ pub mod meta {
         GetXattrs { ino: u64 } -> Vec<(Vec<u8>, Vec<u8>)>, MetaReply::Xattrs(pairs) => pairs;
         Namespace { seq: u64, acknowledged: u64, now: Time, touched: Vec<Touched>, op: NamespaceOp } -> Created,
             MetaReply::Changed(created) => created;
-        WriteBack { first: u64, changes: Vec<Carried> } -> (u64, Vec<Result<Written, Errno>>),
-            MetaReply::WrittenBack { durable, written } => (durable, written);
+        WriteBack { first: u64, changes: Vec<Carried> } -> (u64, Vec<Result<Written, Errno>>, Option<Errno>),
+            MetaReply::WrittenBack { durable, written, stopped } => (durable, written, stopped);
         Update { updates: Vec<AttrUpdate> } -> (), MetaReply::Done => ();
         Sync {} -> (), MetaReply::Done => ();
         Replay { entries: Vec<Logged>, last: bool } -> Vec<(u64, Errno)>, MetaReply::Replayed(failed) => failed;

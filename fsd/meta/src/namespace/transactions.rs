@@ -156,12 +156,18 @@ impl Transactions {
             }
             MetaRequest::WriteBack { first, changes } => {
                 let node = node.ok_or(Errno(libc::ENOTCONN))?;
-                let written = self.write_back(node, first, &changes, again)?;
-                if let (Some(_), Some(Err(error))) = (again, written.first()) {
-                    return Err((*error).into());
+                let (written, stopped) = self.write_back(node, first, &changes, again);
+                let failed = written.iter().find_map(|done| done.err()).or(stopped);
+                if let Some(error) = failed.filter(|_| again.is_some()) {
+                    return Err(error.into());
                 }
                 let durable = self.journal.order.durable();
-                Ok((MetaReply::WrittenBack { durable, written }, 0))
+                let reply = MetaReply::WrittenBack {
+                    durable,
+                    written,
+                    stopped,
+                };
+                Ok((reply, 0))
             }
             MetaRequest::Update { updates } => Ok((MetaReply::Done, self.update(&updates, again)?)),
             MetaRequest::Reap { ino } => Ok((MetaReply::Done, self.reap_one(ino, again)?)),
@@ -232,24 +238,29 @@ impl Transactions {
         Ok(place)
     }
 
-    /// Carries out what a mount has carried out itself, unless it has been; what came of each change. One that is refused, which is for
-    /// want of space alone or because one before it was lost, stops none of those behind it: what depends on it is refused, too.
+    /// Carries out what a mount has carried out itself, unless it has been; what came of each change. One that is refused, which
+    /// is because one before it was lost, stops none of those behind it: what depends on it is refused, too. A store that takes nothing stops all.
     pub fn write_back(
         &self,
         node: u16,
         first: u64,
         changes: &[Carried],
         again: Option<u64>,
-    ) -> Result<Vec<Result<Written, Errno>>, Refusal> {
+    ) -> (Vec<Result<Written, Errno>>, Option<Errno>) {
         let state = &mut *self.state.lock();
         let mut last = state.carried.get(&node).cloned().unwrap_or_default();
         let mut written = Vec::with_capacity(changes.len());
         for (number, change) in (first..).zip(changes) {
             let done = match last.of(number, self.journal.order.executed()) {
                 Some(known) => Ok(known),
-                None => self
-                    .carry(state, node, number, change, again)
-                    .map_err(|r| r.errno()),
+                None => match self.carry(state, node, number, change, again) {
+                    // It was acknowledged: its mount keeps it until there is room.
+                    Err(refusal @ Refusal::Store(_)) => {
+                        state.carried.insert(node, last);
+                        return (written, Some(refusal.errno()));
+                    }
+                    done => done.map_err(|refusal| refusal.errno()),
+                },
             };
             if let Ok(done) = done {
                 last.note(number, first, done);
@@ -257,7 +268,7 @@ impl Transactions {
             written.push(done);
         }
         state.carried.insert(node, last);
-        Ok(written)
+        (written, None)
     }
 
     /// Carries out one of them.

@@ -369,8 +369,10 @@ pub enum MetaReply {
     WrittenBack {
         /// Up to here a crash of the server's host undoes nothing.
         durable: u64,
-        /// What came of each change.
+        /// What came of each change, of the first ones at least.
         written: Vec<Result<Written, Errno>>,
+        /// Why the others were not tried: the store takes nothing just now. They are to be told again.
+        stopped: Option<Errno>,
     },
     /// To `GetLock`: the lock in the way, if any.
     Lock(Option<LockSpec>),

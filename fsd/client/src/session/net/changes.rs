@@ -1,6 +1,7 @@
 //! Telling the metadata server what this mount has carried out of the namespace itself.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use rt::time::Instant;
 
@@ -10,6 +11,9 @@ use super::ways::RETRY;
 use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, RpcError};
 use fsd_proto::wire::{Carried, MetaReply, MetaRequest, Written};
+
+/// Pause before changes are told again that the server could not store.
+const FULL: Duration = Duration::from_millis(200);
 
 impl MetaLink {
     /// Takes a change in, which is thereby carried out: the server is told by and by. It comes back where nothing is told any more.
@@ -27,7 +31,7 @@ impl MetaLink {
     pub fn make_room(&self) -> Result<(), RpcError> {
         let began = Instant::now();
         let waited = self.outbox.make_room(|| self.waits_in_vain(began));
-        waited.map_err(|InVain| RpcError::Errno(Errno(libc::ETIMEDOUT)))
+        waited.map_err(|InVain(error)| RpcError::Errno(error))
     }
 
     /// Does the server know all changes of an inode?
@@ -48,7 +52,7 @@ impl MetaLink {
     pub(super) fn settle(&self, concern: &Concern) -> Result<(), RpcError> {
         let began = Instant::now();
         let settled = self.outbox.settle(concern, || self.waits_in_vain(began));
-        settled.map_err(|InVain| RpcError::Errno(Errno(libc::ETIMEDOUT)))
+        settled.map_err(|InVain(error)| RpcError::Errno(error))
     }
 
     fn waits_in_vain(&self, began: Instant) -> bool {
@@ -63,9 +67,11 @@ impl MetaLink {
             let MetaRequest::WriteBack { changes, .. } = request else {
                 return;
             };
-            let count = changes.len();
+            let (mut count, mut why) = (changes.len(), None);
             match answer.and_then(ask::answer_to::<ask::meta::WriteBack>) {
-                Ok((durable, written)) => {
+                Ok((durable, written, stopped)) => {
+                    count = written.len().min(count);
+                    why = stopped;
                     for ((number, change), written) in (first..).zip(changes).zip(written) {
                         self.told(number, change, written, durable);
                     }
@@ -82,12 +88,22 @@ impl MetaLink {
                 }
             }
             self.outbox.done(count);
+            self.stopped(why);
         }
         let lost = self.outbox.end();
         if lost > 0 {
             tracing::error!(
                 "{lost} changes of names that were acknowledged are lost: the metadata server was not told of them"
             );
+        }
+    }
+
+    /// The server takes no more just now, for this reason; or does.
+    fn stopped(&self, why: Option<Errno>) {
+        self.outbox.trouble(why);
+        if let Some(error) = why {
+            tracing::warn!("changes of names are kept, which the metadata server cannot store: {error}");
+            rt::thread::sleep(FULL);
         }
     }
 

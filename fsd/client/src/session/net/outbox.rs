@@ -11,6 +11,7 @@ use std::time::Duration;
 use rt::sync::{Condvar, Mutex};
 use rt::time::Instant;
 
+use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{Carried, MetaRequest, NamespaceOp};
 
 /// How long a change waits for others to go with it, unless somebody waits for it.
@@ -21,6 +22,8 @@ const MOST: usize = 128;
 const BYTES: usize = 32 << 10;
 /// Most changes that wait: who makes another one waits until there are fewer.
 const WAITING: usize = 2048;
+/// It took too long.
+const LATE: InVain = InVain(Errno(libc::ETIMEDOUT));
 /// How often those who wait look whether it is of any use.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -91,6 +94,8 @@ struct Queue {
     wanted: u64,
     /// No more are sent.
     ended: bool,
+    /// Why the server takes none just now.
+    trouble: Option<Errno>,
 }
 
 impl Queue {
@@ -152,7 +157,7 @@ fn len_of(op: &NamespaceOp) -> usize {
 
 /// Why somebody waits in vain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct InVain;
+pub(super) struct InVain(pub(super) Errno);
 
 /// Changes that are still to be told.
 #[derive(Debug)]
@@ -207,9 +212,12 @@ impl Outbox {
             return Ok(());
         }
         let mut queue = self.queue.lock();
+        if let Some(error) = queue.trouble.filter(|_| !queue.waiting.is_empty()) {
+            return Err(InVain(error));
+        }
         while queue.waiting.len() >= WAITING && !queue.ended {
             if give_up() {
-                return Err(InVain);
+                return Err(LATE);
             }
             self.answered.wait_for(&mut queue, LOOK);
         }
@@ -236,7 +244,10 @@ impl Outbox {
         }
         while queue.first <= number {
             if queue.ended || give_up() {
-                return Err(InVain);
+                return Err(LATE);
+            }
+            if let Some(error) = queue.trouble {
+                return Err(InVain(error));
             }
             self.answered.wait_for(&mut queue, LOOK);
         }
@@ -268,6 +279,12 @@ impl Outbox {
         queue.answered(count);
         self.empty.store(queue.waiting.is_empty(), Ordering::SeqCst);
         drop(queue);
+        self.answered.notify_all();
+    }
+
+    /// The server takes none just now, or does again.
+    pub(super) fn trouble(&self, why: Option<Errno>) {
+        self.queue.lock().trouble = why;
         self.answered.notify_all();
     }
 
@@ -324,7 +341,17 @@ mod tests {
         outbox.done(2);
         assert!(settled(&outbox, 11) && settled(&outbox, 12) && settled(&outbox, 99));
         assert!(!settled(&outbox, 13) && !settled(&outbox, 1) && !outbox.is_settled(&Concern::Everything));
-        assert_eq!(outbox.settle(&Concern::Inodes(vec![1]), || true), Err(InVain));
+        assert_eq!(outbox.settle(&Concern::Inodes(vec![1]), || true), Err(LATE));
+        outbox.trouble(Some(Errno(libc::ENOSPC)));
+        let full = Err(InVain(Errno(libc::ENOSPC)));
+        assert_eq!(
+            (
+                outbox.make_room(|| false),
+                outbox.settle(&Concern::Everything, || false)
+            ),
+            (full, full)
+        );
+        outbox.trouble(None);
         assert_eq!(outbox.next().unwrap().0, 3);
         outbox.done(1);
         assert!(settled(&outbox, 1) && outbox.is_settled(&Concern::Everything));
@@ -341,7 +368,7 @@ mod tests {
         }
         let part = outbox.next().unwrap().1;
         assert!(part.len() <= MOST && part.iter().map(|c| len_of(&c.op)).sum::<usize>() <= BYTES);
-        assert_eq!(outbox.make_room(|| true), Err(InVain));
+        assert_eq!(outbox.make_room(|| true), Err(LATE));
         outbox.done(part.len());
         assert_eq!(outbox.make_room(|| true), Ok(()));
     }
