@@ -123,14 +123,6 @@ impl Directory for Places {
     }
 }
 
-/// The inode that a change makes.
-fn made(change: &Carried) -> Option<u64> {
-    match change.op {
-        NamespaceOp::Create { ino, .. } => Some(ino),
-        _ => None,
-    }
-}
-
 impl Owner for Client {
     fn held_locks(&self) -> Vec<LockSpec> {
         self.files.locks.file_locks.all()
@@ -154,13 +146,7 @@ impl Owner for Client {
     fn transaction_lost(&self, request: &MetaRequest, error: Errno) {
         let inos: Vec<u64> = match request {
             MetaRequest::Namespace { touched, .. } => touched.iter().map(|t| t.ino).collect(),
-            MetaRequest::WriteBack { changes, .. } => {
-                let touched = changes.iter().flat_map(|c| &c.touched);
-                touched
-                    .map(|t| t.ino)
-                    .chain(changes.iter().filter_map(made))
-                    .collect()
-            }
+            MetaRequest::WriteBack { changes, .. } => changes.iter().flat_map(Carried::inodes).collect(),
             MetaRequest::Update { updates } => updates.iter().map(|u| u.ino).collect(),
             _ => Vec::new(),
         };
@@ -174,16 +160,13 @@ impl Owner for Client {
             inode.lock_raw().dir = Lazy::default();
         }
     }
-    fn carried_out(&self, request: &MetaRequest, place: u64) {
-        let MetaRequest::WriteBack { changes, .. } = request else {
-            return;
-        };
-        let unlinked = changes.iter().filter_map(|change| match change.op {
+    fn carried_out(&self, change: &Carried, place: u64) {
+        let unlinked = match change.op {
             NamespaceOp::Unlink { ino, .. } => Some(ino),
             NamespaceOp::Rename { replaced, .. } => replaced,
             _ => None,
-        });
-        for inode in unlinked.filter_map(|ino| self.cache.inodes.find(ino)) {
+        };
+        if let Some(inode) = unlinked.and_then(|ino| self.cache.inodes.find(ino)) {
             inode.transit.push.lock().linked = (place as u32).max(1);
         }
     }

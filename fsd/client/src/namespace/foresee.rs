@@ -5,7 +5,7 @@
 //! might refuse for a reason that is not known here, nothing is foreseen, and the server is asked.
 
 use crate::cache::dir_cache::DirCache;
-use fsd_proto::layout::NAME_MAX;
+use fsd_proto::layout::is_name;
 use fsd_proto::wire::{Attr, Created, Kind, NamespaceOp, Time};
 
 /// A directory with as many links takes no further one; the server's limit is not reached by what is foreseen.
@@ -42,11 +42,6 @@ impl Known {
 /// Looks an inode up among those that are known.
 fn find(known: &[Known], ino: u64) -> Option<Known> {
     known.iter().find(|k| k.attr.ino == ino).copied()
-}
-
-/// May this be a name?
-fn is_name(name: &[u8]) -> bool {
-    !name.is_empty() && name.len() <= NAME_MAX && name != b"." && name != b".." && !name.contains(&b'/')
 }
 
 /// A directory in which a name has changed.
@@ -115,16 +110,7 @@ fn made(attrs: impl IntoIterator<Item = Attr>, cookie: u64) -> Created {
 
 fn create(op: &NamespaceOp, now: Time, known: &[Known]) -> Option<Created> {
     let NamespaceOp::Create {
-        parent,
-        name,
-        ino,
-        version,
-        kind,
-        mode,
-        uid,
-        gid,
-        rdev,
-        target,
+        parent, name, kind, ..
     } = op
     else {
         return None;
@@ -133,37 +119,11 @@ fn create(op: &NamespaceOp, now: Time, known: &[Known]) -> Option<Created> {
     if !above.absent || !is_name(name) || above.attr.nlink == 0 || above.attr.nlink >= LINKS {
         return None;
     }
-    let directory = *kind == Kind::Directory;
     let (mut dir, cookie) = with_entry(above.attr);
-    dir.nlink += u32::from(directory);
-    let (size, blocks, nlink) = match kind {
-        Kind::Directory => (4096, 8, 2),
-        Kind::Symlink => (target.len() as u64, 0, 1),
-        _ => (0, 0, 1),
-    };
-    let new = Attr {
-        ino: *ino,
-        version: *version,
-        kind: *kind,
-        mode: *mode & 0o7777,
-        nlink,
-        uid: *uid,
-        gid: *gid,
-        rdev: *rdev,
-        size,
-        blocks,
-        atime: now,
-        mtime: now,
-        ctime: now,
-        btime: now,
-        has_xattr: false,
-        layout: if directory { FIRST_COOKIE } else { 0 },
-    };
+    dir.nlink += u32::from(*kind == Kind::Directory);
+    let new = op.new_inode(now)?;
     Some(made([touched(dir, now), new], cookie))
 }
-
-/// The cookie of a new directory's first entry: those of `.` and `..` come before.
-const FIRST_COOKIE: u64 = super::dirs::COOKIE_DOTDOT + 1;
 
 fn rename(op: &NamespaceOp, now: Time, known: &[Known]) -> Option<Created> {
     let NamespaceOp::Rename {
@@ -216,6 +176,7 @@ fn rename(op: &NamespaceOp, now: Time, known: &[Known]) -> Option<Created> {
 mod tests {
     use super::*;
     use fsd_proto::ino::ROOT;
+    use fsd_proto::layout::FIRST_COOKIE;
 
     const NOW: Time = Time(1000);
 

@@ -37,6 +37,7 @@ use crate::storing::push::Push;
 use fsd_node::config::CacheMode;
 use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
+use fsd_proto::rpc::RpcError;
 
 /// How long the kernel gets to take in the attributes of an answer before it is told to drop them; only
 /// for files that are open through the page cache.
@@ -391,6 +392,17 @@ impl Revocations {
         true
     }
 
+    /// Does what has to be done before a lease goes, again and again until it succeeds, or is of no use any more.
+    fn insist(&self, why: &str, inode: &Inode, mut act: impl FnMut() -> Result<(), RpcError>) {
+        while let Err(error) = act() {
+            tracing::warn!("inode {:#x}: {why}: {error}", inode.ino);
+            if self.session.fate.leaving.load(Ordering::SeqCst) || self.session.term.is_over() {
+                return;
+            }
+            rt::thread::sleep(RETRY);
+        }
+    }
+
     /// Has made durable that blocks beyond the end of a file are free: whoever gets the lease asks only the storage nodes that the file
     /// reaches, and what comes back elsewhere after a power cut would be there again when the file grows. False: it would have to wait.
     fn commit_freed(&self, inode: &Inode, state: &mut Locked<'_>, may_wait: bool) -> bool {
@@ -404,13 +416,8 @@ impl Revocations {
         }
         state.unlocked(|| {
             for (node, flush) in flushes {
-                while let Err(error) = self.session.net.storage.ask(node, flush.clone()) {
-                    tracing::warn!("what {:#x} has given up is not durable yet: {error}", inode.ino);
-                    if self.session.fate.leaving.load(Ordering::SeqCst) || self.session.term.is_over() {
-                        break;
-                    }
-                    rt::thread::sleep(RETRY);
-                }
+                let ask = || self.session.net.storage.ask(node, flush.clone());
+                self.insist("what was freed is not durable yet", inode, ask);
             }
         });
         if let Some(durable) = state.lasting.durable.as_deref_mut() {
@@ -423,20 +430,16 @@ impl Revocations {
     /// have to wait.
     fn tell_names(&self, inode: &Inode, may_wait: bool) -> bool {
         let meta = &self.session.net.meta;
-        while !meta.knows(inode.ino) {
+        if !meta.knows(inode.ino) {
             if !may_wait {
                 return false;
             }
-            if let Err(error) = meta.tell(inode.ino) {
-                tracing::warn!(
-                    "the metadata server does not know yet what became of {:#x}: {error}",
-                    inode.ino
-                );
-                if self.session.fate.leaving.load(Ordering::SeqCst) || self.session.term.is_over() {
-                    break;
-                }
-                rt::thread::sleep(RETRY);
-            }
+            let tell = || meta.tell(inode.ino);
+            self.insist(
+                "the metadata server does not know yet what became of it",
+                inode,
+                tell,
+            );
         }
         true
     }
@@ -445,17 +448,12 @@ impl Revocations {
     /// would have to wait.
     fn commit_names(&self, inode: &Inode, may_wait: bool) -> bool {
         let low = inode.transit.push.lock().linked;
-        while low != 0 && !self.session.net.meta.is_durable_low(low) {
+        if low != 0 && !self.session.net.meta.is_durable_low(low) {
             if !may_wait {
                 return false;
             }
-            if let Err(error) = self.session.net.meta.ask(ask::meta::Sync {}) {
-                tracing::warn!("names of {:#x} are not durable yet: {error}", inode.ino);
-                if self.session.fate.leaving.load(Ordering::SeqCst) || self.session.term.is_over() {
-                    break;
-                }
-                rt::thread::sleep(RETRY);
-            }
+            let sync = || self.session.net.meta.ask(ask::meta::Sync {});
+            self.insist("names are not durable yet", inode, sync);
         }
         inode.transit.push.lock().linked = 0;
         true

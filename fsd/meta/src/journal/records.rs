@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Refusal, no};
 use fsd_node::store::{Batch, Store, StoreError};
 use fsd_proto::ino;
+use fsd_proto::layout::FIRST_COOKIE;
 use fsd_proto::wire::{Attr, Kind, Time};
 
 /// What format fixed.
@@ -103,9 +104,6 @@ pub struct Member {
     /// Address.
     pub listen: String,
 }
-
-/// First cookie of a directory's entries (`.` and `..` come before).
-pub const FIRST_COOKIE: u64 = 3;
 
 /// Composes keys.
 pub mod key {

@@ -2,9 +2,9 @@
 
 use super::change::Change;
 use crate::error::{Refusal, no};
-use crate::journal::records::{FIRST_COOKIE, Inode, key};
-use fsd_proto::layout::NAME_MAX;
-use fsd_proto::wire::{Attr, Kind, NamespaceOp};
+use crate::journal::records::{Inode, key};
+use fsd_proto::layout::{FIRST_COOKIE, NAME_MAX, is_name};
+use fsd_proto::wire::{Kind, NamespaceOp};
 
 /// Most hard links.
 pub const LINK_MAX: u32 = 1 << 30;
@@ -14,7 +14,7 @@ pub fn check_name(name: &[u8]) -> Result<(), Refusal> {
     if name.len() > NAME_MAX {
         return no(libc::ENAMETOOLONG);
     }
-    if name.is_empty() || name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0) {
+    if !is_name(name) {
         return no(libc::EINVAL);
     }
     Ok(())
@@ -25,13 +25,9 @@ pub fn create(change: &mut Change<'_>, op: &NamespaceOp) -> Result<u64, Refusal>
         parent,
         name,
         ino,
-        version,
         kind,
-        mode,
-        uid,
-        gid,
-        rdev,
         target,
+        ..
     } = op
     else {
         return no(libc::EINVAL);
@@ -56,30 +52,11 @@ pub fn create(change: &mut Change<'_>, op: &NamespaceOp) -> Result<u64, Refusal>
         }
         dir.attr.nlink += 1;
     }
-    let size = match kind {
-        Kind::Directory => 4096,
-        Kind::Symlink => target.len() as u64,
-        _ => 0,
+    let Some(attr) = op.new_inode(change.now) else {
+        return no(libc::EINVAL);
     };
     let mut inode = Inode {
-        attr: Attr {
-            ino: *ino,
-            version: *version,
-            kind: *kind,
-            mode: *mode & 0o7777,
-            nlink: if directory { 2 } else { 1 },
-            uid: *uid,
-            gid: *gid,
-            rdev: *rdev,
-            size,
-            blocks: if directory { 8 } else { 0 },
-            atime: change.now,
-            mtime: change.now,
-            ctime: change.now,
-            btime: change.now,
-            has_xattr: false,
-            layout: 0,
-        },
+        attr,
         era: change.era,
         midway: false,
         parent: *parent,

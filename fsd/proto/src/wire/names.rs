@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::attr::{Attr, Kind, Time};
+use crate::layout::FIRST_COOKIE;
 
 /// An inode that the requester holds exclusively, and the version it will have when it lets go of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,4 +141,65 @@ pub struct Created {
     pub cookie: u64,
     /// Cookie of the second entry made (exchange), 0 if none.
     pub second_cookie: u64,
+}
+
+impl NamespaceOp {
+    /// The inodes that it concerns where these are held for it: those, and the one that it makes.
+    pub fn inodes<'a>(&self, touched: &'a [Touched]) -> impl Iterator<Item = u64> + use<'a> {
+        let made = match self {
+            Self::Create { ino, .. } => Some(*ino),
+            _ => None,
+        };
+        touched.iter().map(|t| t.ino).chain(made)
+    }
+
+    /// The attributes of the inode that it makes; none where it makes none. The server and the mount that foresees what it does agree on
+    /// them.
+    #[must_use]
+    pub fn new_inode(&self, now: Time) -> Option<Attr> {
+        let Self::Create {
+            ino,
+            version,
+            kind,
+            mode,
+            uid,
+            gid,
+            rdev,
+            target,
+            ..
+        } = self
+        else {
+            return None;
+        };
+        let (nlink, size, blocks, layout) = match kind {
+            Kind::Directory => (2, 4096, 8, FIRST_COOKIE),
+            Kind::Symlink => (1, target.len() as u64, 0, 0),
+            _ => (1, 0, 0, 0),
+        };
+        Some(Attr {
+            ino: *ino,
+            version: *version,
+            kind: *kind,
+            mode: *mode & 0o7777,
+            nlink,
+            uid: *uid,
+            gid: *gid,
+            rdev: *rdev,
+            size,
+            blocks,
+            atime: now,
+            mtime: now,
+            ctime: now,
+            btime: now,
+            has_xattr: false,
+            layout,
+        })
+    }
+}
+
+impl Carried {
+    /// The inodes that it concerns.
+    pub fn inodes(&self) -> impl Iterator<Item = u64> + use<'_> {
+        self.op.inodes(&self.touched)
+    }
 }

@@ -7,10 +7,9 @@ use rt::time::Instant;
 
 use super::meta::MetaLink;
 use super::outbox::{Concern, InVain};
-use super::ways::RETRY;
 use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::wire::{Carried, MetaReply, MetaRequest, Written};
+use fsd_proto::wire::{Carried, MetaRequest, Written};
 
 /// Pause before changes are told again that the server could not store.
 const FULL: Duration = Duration::from_millis(200);
@@ -37,7 +36,7 @@ impl MetaLink {
     /// Does the server know all changes of an inode?
     #[must_use]
     pub fn knows(&self, ino: u64) -> bool {
-        self.outbox.is_settled(&Concern::Inodes(vec![ino]))
+        self.outbox.is_settled(|| Concern::Inodes(vec![ino]))
     }
 
     /// Waits until the server knows all changes of an inode.
@@ -45,11 +44,11 @@ impl MetaLink {
     /// # Errors
     /// It is away for longer than programs wait.
     pub fn tell(&self, ino: u64) -> Result<(), RpcError> {
-        self.settle(&Concern::Inodes(vec![ino]))
+        self.settle(|| Concern::Inodes(vec![ino]))
     }
 
     /// Waits until the server knows what a request concerns.
-    pub(super) fn settle(&self, concern: &Concern) -> Result<(), RpcError> {
+    pub(super) fn settle(&self, concern: impl FnOnce() -> Concern) -> Result<(), RpcError> {
         let began = Instant::now();
         let settled = self.outbox.settle(concern, || self.waits_in_vain(began));
         settled.map_err(|InVain(error)| RpcError::Errno(error))
@@ -63,7 +62,7 @@ impl MetaLink {
     pub fn tell_changes(&self) {
         while let Some((first, changes)) = self.outbox.next() {
             let request = MetaRequest::WriteBack { first, changes };
-            let answer = self.ask_until_ended(&request);
+            let answer = self.ask_while(&request, || !self.outbox.is_ended());
             let MetaRequest::WriteBack { changes, .. } = request else {
                 return;
             };
@@ -107,43 +106,30 @@ impl MetaLink {
         }
     }
 
-    /// As `ask_hard`, as long as anything is told.
-    fn ask_until_ended(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
-        loop {
-            match self.ask_message(request) {
-                Err(error) if error.is_transport() && !self.outbox.is_ended() => {
-                    tracing::warn!("changes of names wait for the metadata server: {error}");
-                    rt::thread::sleep(RETRY);
-                }
-                other => return other,
-            }
-        }
-    }
-
     /// The server has carried a change out, or has refused it.
     fn told(&self, number: u64, change: Carried, written: Result<Written, Errno>, durable: u64) {
         let owner = self.ways.owner();
-        let cookie = change.cookie;
+        if let (Ok(written), Some(owner)) = (&written, &owner) {
+            owner.carried_out(&change, written.place);
+        }
+        let foreseen = change.cookie;
         let request = MetaRequest::WriteBack {
             first: number,
             changes: vec![change],
         };
-        match written {
-            Ok(Written { place, cookie: found }) => {
+        let error = match written {
+            Ok(Written { place, cookie }) => {
                 self.log.note(place, durable, &request);
-                if let Some(owner) = owner {
-                    if found != 0 && found != cookie {
-                        tracing::error!("change {number} made an entry {found}, and {cookie} was foreseen");
-                        owner.transaction_lost(&request, Errno(libc::EIO));
-                    }
-                    owner.carried_out(&request, place);
+                if cookie == 0 || cookie == foreseen {
+                    return;
                 }
+                tracing::error!("change {number} made an entry {cookie}, and {foreseen} was foreseen");
+                Errno(libc::EIO)
             }
-            Err(error) => {
-                if let Some(owner) = owner {
-                    owner.transaction_lost(&request, error);
-                }
-            }
+            Err(error) => error,
+        };
+        if let Some(owner) = owner {
+            owner.transaction_lost(&request, error);
         }
     }
 

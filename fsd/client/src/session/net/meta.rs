@@ -147,14 +147,19 @@ impl MetaLink {
         ask::ask_on(&self.ways.calls, conn, request, self.ways.patience.for_answer())
     }
 
+    /// The connection, where there is one that works.
+    fn alive(&self) -> Option<Arc<dyn Connection>> {
+        self.conn.read().as_ref().filter(|c| c.is_alive()).cloned()
+    }
+
     /// The connection; makes another one where it has broken, at the first attempt or not at all.
     pub(super) fn connection(&self) -> Result<Arc<dyn Connection>, RpcError> {
-        if let Some(conn) = self.conn.read().as_ref().filter(|c| c.is_alive()) {
-            return Ok(Arc::clone(conn));
+        if let Some(conn) = self.alive() {
+            return Ok(conn);
         }
         let _one = self.connecting.lock();
-        if let Some(conn) = self.conn.read().as_ref().filter(|c| c.is_alive()) {
-            return Ok(Arc::clone(conn));
+        if let Some(conn) = self.alive() {
+            return Ok(conn);
         }
         let joined = self.joined.get().ok_or(RpcError::Errno(Errno(libc::ENOTCONN)))?;
         let conn = self.ways.fabric.connect(&self.addr)?;
@@ -199,14 +204,9 @@ impl MetaLink {
         // What cannot be settled now is waited for when they are sent again.
         let settled = requests
             .iter()
-            .all(|request| self.settle(&concern(request)).is_ok());
+            .all(|request| self.settle(|| concern(request)).is_ok());
         // All over one connection: it keeps their order.
-        let mut conn = self
-            .conn
-            .read()
-            .as_ref()
-            .filter(|c| settled && c.is_alive())
-            .cloned();
+        let mut conn = self.alive().filter(|_| settled);
         let mut begun = VecDeque::with_capacity(requests.len());
         for request in requests {
             let begin = |conn: &Arc<dyn Connection>| self.ways.calls.begin_queued(conn, &request).ok();
@@ -220,9 +220,9 @@ impl MetaLink {
     }
 
     /// As [`MetaLink::ask`], with what goes over the wire.
-    pub(super) fn ask_message(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
+    fn ask_message(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
         let began = Instant::now();
-        self.settle(&concern(request))?;
+        self.settle(|| concern(request))?;
         loop {
             let conn = self.reached(began)?;
             match self
@@ -241,9 +241,18 @@ impl MetaLink {
     /// # Errors
     /// Its refusal; the mount stops.
     fn ask_hard(&self, request: &MetaRequest) -> Result<MetaReply, RpcError> {
+        self.ask_while(request, || !self.ways.stopping.load(Ordering::Acquire))
+    }
+
+    /// Asks the metadata server again and again while it cannot be reached, as long as that is of any use.
+    pub(super) fn ask_while(
+        &self,
+        request: &MetaRequest,
+        useful: impl Fn() -> bool,
+    ) -> Result<MetaReply, RpcError> {
         loop {
             match self.ask_message(request) {
-                Err(error) if error.is_transport() && !self.ways.stopping.load(Ordering::Acquire) => {
+                Err(error) if error.is_transport() && useful() => {
                     tracing::warn!("the metadata server cannot be reached, and is asked again: {error}");
                     rt::thread::sleep(RETRY);
                 }
@@ -282,13 +291,8 @@ impl MetaLink {
         let request = request.message();
         let done = move |result: Result<MetaReply, RpcError>| done(result.and_then(ask::answer_to::<R>));
         // One that has to wait for what is still to be told does so aside.
-        let settled = self.outbox.is_settled(&concern(&request));
-        let conn = self
-            .conn
-            .read()
-            .as_ref()
-            .filter(|c| settled && c.is_alive())
-            .cloned();
+        let settled = self.outbox.is_settled(|| concern(&request));
+        let conn = self.alive().filter(|_| settled);
         let (me, workers) = (Weak::clone(&self.me), self.ways.workers.clone());
         let later = move |request: MetaRequest, done: Box<dyn FnOnce(Result<MetaReply, RpcError>) + Send>| {
             workers.run(move || {
@@ -321,7 +325,7 @@ impl MetaLink {
         request: R,
         done: impl FnOnce(Result<R::Reply, RpcError>) + Send + 'static,
     ) {
-        let conn = self.conn.read().as_ref().filter(|c| c.is_alive()).cloned();
+        let conn = self.alive();
         if let Some(conn) = conn {
             self.ways.calls.call_async(
                 &conn,
@@ -334,7 +338,7 @@ impl MetaLink {
     /// Is there a connection to the metadata server, as far as is known?
     #[must_use]
     pub fn is_up(&self) -> bool {
-        self.conn.read().as_ref().is_some_and(|c| c.is_alive())
+        self.alive().is_some()
     }
 
     /// A request whose answer may take for ever (waiting for a file lock).
@@ -347,7 +351,7 @@ impl MetaLink {
         done: impl FnOnce(Result<R::Reply, RpcError>) + Send + 'static,
     ) -> Result<(), RpcError> {
         let request = request.message();
-        self.settle(&concern(&request))?;
+        self.settle(|| concern(&request))?;
         let conn = self.reached(Instant::now())?;
         self.ways
             .calls

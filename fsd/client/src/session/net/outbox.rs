@@ -38,15 +38,6 @@ pub(super) enum Concern {
     Everything,
 }
 
-/// The inodes that a change concerns.
-fn inodes_of(touched: &[fsd_proto::wire::Touched], op: &NamespaceOp) -> Vec<u64> {
-    let made = match op {
-        NamespaceOp::Create { ino, .. } => Some(*ino),
-        _ => None,
-    };
-    touched.iter().map(|t| t.ino).chain(made).collect()
-}
-
 /// What a request concerns: what has been done to that the server must know before it is asked.
 pub(super) fn concern(request: &MetaRequest) -> Concern {
     use MetaRequest as R;
@@ -76,7 +67,7 @@ pub(super) fn concern(request: &MetaRequest) -> Concern {
         R::GetLock { lock } | R::SetLock { lock, .. } | R::CancelLock { lock } => {
             Concern::Inodes(vec![lock.ino])
         }
-        R::Namespace { touched, op, .. } => Concern::Inodes(inodes_of(touched, op)),
+        R::Namespace { touched, op, .. } => Concern::Inodes(op.inodes(touched).collect()),
         R::Update { updates } => Concern::Inodes(updates.iter().map(|u| u.ino).collect()),
     }
 }
@@ -130,7 +121,7 @@ impl Queue {
     /// The first `count` have been answered.
     fn answered(&mut self, count: usize) {
         for change in self.waiting.drain(..count) {
-            for ino in inodes_of(&change.touched, &change.op) {
+            for ino in change.inodes() {
                 if self.last.get(&ino) == Some(&self.first) {
                     self.last.remove(&ino);
                 }
@@ -194,7 +185,7 @@ impl Outbox {
             return Err(Box::new(change));
         }
         let number = queue.next();
-        for ino in inodes_of(&change.touched, &change.op) {
+        for ino in change.inodes() {
             queue.last.insert(ino, number);
         }
         let idle = queue.waiting.is_empty();
@@ -225,17 +216,25 @@ impl Outbox {
     }
 
     /// Has everything that concerns a request been answered?
-    pub(super) fn is_settled(&self, concern: &Concern) -> bool {
-        self.empty.load(Ordering::SeqCst) || self.queue.lock().needed(concern).is_none()
+    pub(super) fn is_settled(&self, concern: impl FnOnce() -> Concern) -> bool {
+        self.empty.load(Ordering::SeqCst) || self.queue.lock().needed(&concern()).is_none()
     }
 
     /// Waits until everything that concerns a request has been answered. `give_up` says whether that is of no use any more.
-    pub(super) fn settle(&self, concern: &Concern, give_up: impl Fn() -> bool) -> Result<(), InVain> {
-        if *concern == Concern::Nothing || self.empty.load(Ordering::SeqCst) {
+    pub(super) fn settle(
+        &self,
+        concern: impl FnOnce() -> Concern,
+        give_up: impl Fn() -> bool,
+    ) -> Result<(), InVain> {
+        if self.empty.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let concern = concern();
+        if concern == Concern::Nothing {
             return Ok(());
         }
         let mut queue = self.queue.lock();
-        let Some(number) = queue.needed(concern) else {
+        let Some(number) = queue.needed(&concern) else {
             return Ok(());
         };
         if queue.wanted < number {
@@ -326,13 +325,13 @@ mod tests {
     }
 
     fn settled(outbox: &Outbox, ino: u64) -> bool {
-        outbox.is_settled(&Concern::Inodes(vec![ino]))
+        outbox.is_settled(|| Concern::Inodes(vec![ino]))
     }
 
     #[test]
     fn what_has_been_answered_is_not_waited_for() {
         let outbox = Outbox::default();
-        assert!(outbox.is_settled(&Concern::Everything));
+        assert!(outbox.is_settled(|| Concern::Everything));
         for ino in [11, 12, 13] {
             outbox.push(unlink(1, ino)).unwrap();
         }
@@ -340,22 +339,22 @@ mod tests {
         assert_eq!((first, part.len()), (1, 3));
         outbox.done(2);
         assert!(settled(&outbox, 11) && settled(&outbox, 12) && settled(&outbox, 99));
-        assert!(!settled(&outbox, 13) && !settled(&outbox, 1) && !outbox.is_settled(&Concern::Everything));
-        assert_eq!(outbox.settle(&Concern::Inodes(vec![1]), || true), Err(LATE));
+        assert!(!settled(&outbox, 13) && !settled(&outbox, 1) && !outbox.is_settled(|| Concern::Everything));
+        assert_eq!(outbox.settle(|| Concern::Inodes(vec![1]), || true), Err(LATE));
         outbox.trouble(Some(Errno(libc::ENOSPC)));
         let full = Err(InVain(Errno(libc::ENOSPC)));
         assert_eq!(
             (
                 outbox.make_room(|| false),
-                outbox.settle(&Concern::Everything, || false)
+                outbox.settle(|| Concern::Everything, || false)
             ),
             (full, full)
         );
         outbox.trouble(None);
         assert_eq!(outbox.next().unwrap().0, 3);
         outbox.done(1);
-        assert!(settled(&outbox, 1) && outbox.is_settled(&Concern::Everything));
-        assert_eq!(outbox.settle(&Concern::Everything, || true), Ok(()));
+        assert!(settled(&outbox, 1) && outbox.is_settled(|| Concern::Everything));
+        assert_eq!(outbox.settle(|| Concern::Everything, || true), Ok(()));
         assert_eq!(outbox.end(), 0);
         assert!(outbox.next().is_none() && outbox.push(unlink(1, 14)).is_err());
     }

@@ -13,7 +13,7 @@ use super::patience::Patience;
 use crate::session::workers::Workers;
 use fsd_node::endpoint::Endpoint;
 use fsd_proto::rpc::{Calls, Errno, RpcError};
-use fsd_proto::wire::{AttrUpdate, Hello, LockSpec, MetaRequest, Role};
+use fsd_proto::wire::{AttrUpdate, Carried, Hello, LockSpec, MetaRequest, Role};
 
 /// Pause between attempts to reach a server again.
 pub(super) const RETRY: Duration = Duration::from_millis(50);
@@ -30,7 +30,7 @@ pub trait Owner: Send + Sync {
     /// A metadata server that has lost a transaction, which it had answered, cannot carry it out again.
     fn transaction_lost(&self, request: &MetaRequest, error: Errno);
     /// The metadata server has carried out, at this place, what this mount had carried out itself.
-    fn carried_out(&self, request: &MetaRequest, place: u64);
+    fn carried_out(&self, change: &Carried, place: u64);
     /// There is a new connection to a storage node.
     fn storage_back(&self, shard: u16);
     /// A storage node came back without its leases: ours on it are worth nothing.
