@@ -144,10 +144,8 @@ pub struct RecordLayout {
 impl RecordLayout {
     /// Offset of the owner word.
     pub const OWNER: u64 = 0;
-    /// Offset of the flags.
+    /// Offset of the flags, which are for the user of the leases.
     pub const FLAGS: u64 = 8;
-    /// In the flags: the inode has no name left, or is about to lose its last.
-    pub const UNLINKED: u64 = 1;
     /// Offset of the bitmap of holders from node [`NEAR_NODES`] on.
     pub const HOLDERS: u64 = 16;
 

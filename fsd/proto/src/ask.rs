@@ -146,7 +146,7 @@ pub mod storage {
         Fence { dead: DeadMount } -> (), StorageReply::Done => ();
         Owned { dead: Vec<DeadMount>, from: u64 } -> Records, StorageReply::Records(records) => records;
         Recover { dead: Vec<DeadMount> } -> (), StorageReply::Done => ();
-        Unused { records: Vec<u64> } -> Records, StorageReply::Records(records) => records;
+        Unused { inos: Vec<u64> } -> Vec<u64>, StorageReply::Inodes(inos) => inos;
         Compare { place: u64, accept: bool } -> (u64, u64), StorageReply::Compared { generation, place } => (generation, place);
         Space {} -> PoolSpace, StorageReply::Space(space) => space;
         Status {} -> StorageStatus, StorageReply::Status(status) => status;

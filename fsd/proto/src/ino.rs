@@ -59,6 +59,13 @@ pub fn generation(ino: u64) -> u32 {
     wrapped((ino >> (INDEX_BITS + SHARD_BITS)) as u32)
 }
 
+/// The flags word of the inode's lease record when it has no name left, or is about to lose its last. It names the generation, so that
+/// what the word says of an inode that is gone is not taken for the next one's.
+#[must_use]
+pub fn unlinked_flag(ino: u64) -> u64 {
+    u64::from(generation(ino)) << 1 | 1
+}
+
 /// The lease record of an inode.
 #[must_use]
 pub fn record(ino: u64) -> RecordId {

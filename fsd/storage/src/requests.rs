@@ -62,8 +62,8 @@ impl Requests {
             StorageRequest::Recover { dead } if hello.role == Role::Meta => {
                 self.bury(Funeral::Recover(dead, responder));
             }
-            StorageRequest::Unused { records } if hello.role == Role::Meta => {
-                self.bury(Funeral::Unused(records, responder));
+            StorageRequest::Unused { inos } if hello.role == Role::Meta => {
+                self.bury(Funeral::Unused(inos, responder));
             }
             StorageRequest::ResetLeases
             | StorageRequest::Cut { .. }

@@ -4,6 +4,7 @@ use rdma_transport::{Connection, Op, RemoteAddr};
 
 use super::error::StorageError;
 use super::leases::LeaseTable;
+use fsd_proto::ino;
 use fsd_proto::wire::{DeadMount, Records};
 use lockmgr::{NodeId, OwnerWord, RecordLayout};
 
@@ -88,12 +89,12 @@ impl Record<'_> {
         Ok(some)
     }
 
-    /// Has the inode no name, and does nobody have it open or keep it? Nor own it: an owner may still have data of it to store, which must
-    /// not come into frames that have been freed.
-    fn is_unused(&self) -> bool {
+    /// Has this inode of the record no name, and does nobody have it open or keep it? Nor own it: an owner may still have data of it to
+    /// store, which must not come into frames that have been freed.
+    fn is_unused(&self, ino: u64) -> bool {
         let maps = self.layout.opens() as usize / 8;
         OwnerWord::decode(self.words[0]).writer.is_none()
-            && self.words[1] & RecordLayout::UNLINKED != 0
+            && self.words[RecordLayout::FLAGS as usize / 8] == ino::unlinked_flag(ino)
             && self.words[maps..].iter().all(|&w| w == 0)
     }
 }
@@ -141,20 +142,20 @@ pub fn take_back(table: &LeaseTable, conn: &dyn Connection, dead: &[DeadMount]) 
     Ok(records)
 }
 
-/// Which of these records are unused.
-pub fn unused(table: &LeaseTable, conn: &dyn Connection, asked: &[u64]) -> Result<Records, StorageError> {
+/// Which of these inodes are unused.
+pub fn unused(table: &LeaseTable, conn: &dyn Connection, asked: &[u64]) -> Result<Vec<u64>, StorageError> {
     let layout = layout(table)?;
-    let mut records = Records::default();
-    for &index in asked {
-        let Some((at, words)) = table.read(conn, index)? else {
+    let mut found = Vec::new();
+    for &ino in asked {
+        let Some((at, words)) = table.read(conn, ino::index(ino))? else {
             continue;
         };
         let words = &words;
-        if (Record { layout, at, words }).is_unused() {
-            records.found.push(index);
+        if (Record { layout, at, words }).is_unused(ino) {
+            found.push(ino);
         }
     }
-    Ok(records)
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -320,18 +321,21 @@ mod tests {
         let bench = Bench::new(64);
         let layout = bench.layout;
         let (opens, uses) = (|n| layout.open_bit(NodeId(n)), |n| layout.use_bit(NodeId(n)));
-        let flag = (RecordLayout::FLAGS, RecordLayout::UNLINKED);
+        let number = |index| ino::compose(0, 3, index);
+        let flag = (RecordLayout::FLAGS, ino::unlinked_flag(number(1)));
+        let earlier = (RecordLayout::FLAGS, ino::unlinked_flag(ino::compose(0, 2, 6)));
         bench.set(1, &[flag, opens(2), uses(2), uses(FAR)]);
         bench.set(2, &[flag, opens(2), opens(4)]);
         bench.set(3, &[flag, uses(4)]);
         bench.set(4, &[opens(2)]);
+        bench.set(6, &[earlier]);
         let unused = || {
-            let asked = [1, 2, 3, 4, 5, u64::MAX];
-            unused(&bench.table, bench.conn.as_ref(), &asked).unwrap().found
+            let asked = [1, 2, 3, 4, 5, 6, ino::MAX_INDEX].map(number);
+            unused(&bench.table, bench.conn.as_ref(), &asked).unwrap()
         };
         assert!(unused().is_empty());
         assert_eq!(bench.take_back(&[dead(2), dead(FAR)]), 3);
-        assert_eq!(unused(), [1]);
+        assert_eq!(unused(), [number(1)]);
         assert_eq!(bench.map(2, layout.opens()), [4]);
         assert_eq!(bench.map(3, layout.uses()), [4]);
         assert!(bench.map(4, layout.opens()).is_empty());

@@ -76,9 +76,9 @@ impl Words {
         Ok(())
     }
 
-    /// Which of these records nobody uses, and have no name.
-    pub fn unused(&self, records: &[u64]) -> Result<Records, StorageError> {
-        takeback::unused(&self.table, self.reach()?.as_ref(), records)
+    /// Which of these inodes nobody uses, and have no name.
+    pub fn unused(&self, inos: &[u64]) -> Result<Vec<u64>, StorageError> {
+        takeback::unused(&self.table, self.reach()?.as_ref(), inos)
     }
 
     /// Every mount is dead: none of those that are connected is served any more, and nothing is held.

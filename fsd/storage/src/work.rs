@@ -46,7 +46,7 @@ pub fn bury(words: &Words, told: &Receiver<Funeral>, stopping: &AtomicBool) {
             Ok(Funeral::Fence(dead, r)) => (words.fence(dead).map(|()| StorageReply::Done), r),
             Ok(Funeral::Owned(dead, from, r)) => (words.owned(&dead, from).map(StorageReply::Records), r),
             Ok(Funeral::Recover(dead, r)) => (words.take_back(&dead).map(|()| StorageReply::Done), r),
-            Ok(Funeral::Unused(records, r)) => (words.unused(&records).map(StorageReply::Records), r),
+            Ok(Funeral::Unused(inos, r)) => (words.unused(&inos).map(StorageReply::Inodes), r),
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return,
         };

@@ -91,6 +91,9 @@ pub struct Opens {
     pub recorded: Usage,
     /// A change of the record failed in the middle: it may say something else than `recorded`.
     pub in_doubt: bool,
+    /// Nobody else has the file open or pins it, and nobody can before this mount gives up or lowers the exclusive lease that it holds. So
+    /// nobody asks the record, and it need not say what this mount does until then.
+    pub private: bool,
     /// When others were seen to have it open for good.
     pub looked_again: Option<Instant>,
     /// It is being removed: nobody may open it any more.
@@ -116,6 +119,12 @@ impl Opens {
     /// Does the lease record say what it should?
     #[must_use]
     pub fn is_recorded(&self) -> bool {
+        self.private || self.is_published()
+    }
+
+    /// Does the lease record say what this mount does?
+    #[must_use]
+    pub fn is_published(&self) -> bool {
         !self.in_doubt && self.recorded == self.usage()
     }
 }

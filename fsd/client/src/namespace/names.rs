@@ -22,7 +22,7 @@ use crate::session::ctx::{Ctx, Res, Stop, fail};
 use crate::session::{Guards, Session, Versions};
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{Attr, Created, Kind, NamespaceOp};
-use fsd_proto::{ask, ino};
+use fsd_proto::ask;
 
 /// Inode numbers fetched at once, and the number left at which more are fetched. The server makes durable that it has given
 /// them out, which takes as long as its disk does; so that is not waited for.
@@ -156,9 +156,7 @@ impl Names {
         } else {
             0
         };
-        if ino::generation(number) > 0 {
-            self.pinning.clear_unlinked(&inode)?;
-        }
+        self.pinning.made(&inode);
         let op = NamespaceOp::Create {
             parent: dir.ino,
             name: name.to_vec(),

@@ -131,7 +131,7 @@ impl OpenFiles {
         }
         opens.count += 1;
         opens.writers += u64::from(writer);
-        let seen = self.records.record(inode, &mut opens);
+        let seen = self.records.record_held(inode, &mut opens);
         if seen.is_err() {
             opens.count -= 1;
             opens.writers -= u64::from(writer);
@@ -158,7 +158,7 @@ impl OpenFiles {
         for _ in 0..LOOKS {
             rt::thread::sleep(PAUSE);
             // While its storage node is away nobody closes it either.
-            let Ok(now) = self.records.look(inode) else {
+            let Ok(now) = self.records.look(inode, &opens) else {
                 break;
             };
             seen = (now.opened_by_others(), now.written_by_others());
@@ -242,10 +242,14 @@ impl OpenFiles {
             return Ok(());
         }
         let inode = &handle.inode;
-        if !self.session.local_memory() && inode.opens.lock().count == 1 {
-            ctx.may_wait()?;
-        }
-        if inode.opens.lock().count == 1 {
+        let recorded = {
+            let opens = inode.opens.lock();
+            opens.count == 1 && !opens.private
+        };
+        if recorded {
+            if !self.session.local_memory() {
+                ctx.may_wait()?;
+            }
             self.records.reach_record(ctx, inode)?;
         }
         let Some(handle) = self.handles.remove(number) else {

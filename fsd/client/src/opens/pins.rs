@@ -122,6 +122,35 @@ impl Pinning {
         self.cache.wake_writer();
     }
 
+    /// A file has just been made under this number, whose lease is held exclusively: nobody else has it open.
+    pub fn made(&self, inode: &Inode) {
+        inode.opens.lock().private = true;
+    }
+
+    /// The exclusive lease is about to be given up or lowered: a file that was private is so no more.
+    ///
+    /// # Errors
+    /// The storage node cannot be reached.
+    pub fn publish(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<()> {
+        if !inode.opens.lock().private {
+            return Ok(());
+        }
+        self.records.patiently(ctx, inode, || {
+            self.records.publish(inode, &mut inode.opens.lock())
+        })
+    }
+
+    /// As [`Pinning::publish`], on a thread that must not wait for the fabric, nor for who does. False: another one has to.
+    pub fn publish_at_once(&self, inode: &Inode) -> bool {
+        let Some(mut opens) = inode.opens.try_lock() else {
+            return false;
+        };
+        if !opens.private || (!opens.is_published() && !self.session.local_memory()) {
+            return !opens.private;
+        }
+        self.records.publish(inode, &mut opens).is_ok()
+    }
+
     /// The record could not be changed: that is tried again after a while, if need be. A bit left behind would keep the inode for good after
     /// its last name, and be set twice when this mount, having forgotten the inode, opens it again.
     pub(crate) fn record_later(&self, inode: &Arc<Inode>, opens: &Opens) {
@@ -249,7 +278,12 @@ impl Pinning {
     /// # Errors
     /// The storage node cannot be reached.
     pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
+        if self.is_unused_here(inode, thread) {
+            return Ok(false);
+        }
         ctx.may_wait()?;
+        // Others look at the record once the inode has no name.
+        self.publish(ctx, inode)?;
         self.records.patiently(ctx, inode, || {
             self.records.set_unlinked(inode, true)?;
             let used = self.is_used(inode, thread);
@@ -261,18 +295,28 @@ impl Pinning {
         })
     }
 
+    /// Is a file private and not in use? Then nobody can open it any more, and its record need not say so: it is what it is while no file
+    /// is in use.
+    fn is_unused_here(&self, inode: &Inode, thread: u32) -> bool {
+        let mut opens = inode.opens.lock();
+        let used = opens.usage() != Usage::Unused || inode.looked_up.is_fresh(Some(thread));
+        let unused = opens.private && opens.is_published() && !used;
+        opens.removed |= unused;
+        unused
+    }
+
     fn is_used(&self, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
         let mut opens = inode.opens.lock();
         if inode.looked_up.is_fresh(Some(thread)) {
             self.pin_held(inode, &mut opens)?;
             return Ok(true);
         }
-        let used = opens.count > 0 || self.records.look(inode)?.in_use();
+        let used = opens.count > 0 || self.records.look(inode, &opens)?.in_use();
         opens.removed = !used;
         Ok(used)
     }
 
-    /// Takes the unlinked flag back (the unlink failed, or the record serves a new inode).
+    /// Takes the unlinked flag back: the unlink failed.
     ///
     /// # Errors
     /// The storage node cannot be reached.
@@ -312,7 +356,7 @@ impl Pinning {
     /// that; whoever uses the inode reaps it later.
     fn is_used_after_all(&self, inode: &Inode) -> Res<bool> {
         let mut opens = inode.opens.lock();
-        let used = self.records.look(inode)?.in_use();
+        let used = self.records.look(inode, &opens)?.in_use();
         opens.removed &= !used;
         Ok(used)
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use lockmgr::{NodeId, NodeSet, RecordLayout};
+use lockmgr::{Mode, NodeId, NodeSet, RecordLayout};
 use rdma_transport::{Connection, Op, RemoteAddr};
 use rt::time::Instant;
 
@@ -12,6 +12,7 @@ use crate::cache::inode::Inode;
 use crate::cache::opens::{Opens, Usage, UsageBit};
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res, Stop};
+use fsd_proto::ino;
 use fsd_proto::rpc::Errno;
 
 /// Pause before something is done to a record again.
@@ -52,6 +53,12 @@ impl RecordUse {
         node != self.node && Some(node) != self.twin
     }
 
+    /// Does only this mount use the file, not even a mount with the same open files, and is no name of it being removed?
+    fn is_private(&self) -> bool {
+        let mut users = self.opens.iter().chain(self.uses.iter());
+        !self.unlinked && users.all(|node| node == self.node)
+    }
+
     /// Does any mount, this one included, have the file open or pin it?
     #[must_use]
     pub fn in_use(&self) -> bool {
@@ -75,6 +82,8 @@ struct Place {
     conn: Arc<dyn Connection>,
     record: RemoteAddr,
     layout: RecordLayout,
+    /// What the flags are when the inode is unlinked.
+    unlinked: u64,
     node: NodeId,
     twin: Option<NodeId>,
 }
@@ -113,7 +122,7 @@ impl Place {
         Ok(RecordUse {
             node: self.node,
             twin: self.twin,
-            unlinked: u64::from_ne_bytes(flags) & RecordLayout::UNLINKED != 0,
+            unlinked: u64::from_ne_bytes(flags) == self.unlinked,
             opens: self.set(&opens),
             uses: self.set(&uses),
         })
@@ -234,34 +243,85 @@ impl OpenRecords {
             conn,
             record,
             layout: self.session.layout,
+            unlinked: ino::unlinked_flag(inode.ino),
             node: self.session.node,
             twin: self.twin.get(),
         })
     }
 
-    /// Has the lease record say what this mount does with the file ([`Opens::usage`]), and returns what it then says of all.
+    /// What the lease record would say of a file that is private ([`Opens::private`]).
+    fn private(&self, opens: &Opens) -> RecordUse {
+        let has = |bit| {
+            let mut set = NodeSet::new();
+            if opens.usage().has(bit) {
+                set.insert(self.session.node);
+            }
+            set
+        };
+        RecordUse {
+            node: self.session.node,
+            twin: self.twin.get(),
+            unlinked: false,
+            opens: has(UsageBit::Open),
+            uses: has(UsageBit::Use),
+        }
+    }
+
+    /// Has the lease record say what this mount does with the file ([`Opens::usage`]), and returns what it then says of all. Nothing is
+    /// asked or changed while the file is private.
     ///
     /// # Errors
     /// The storage node cannot be reached. What the record says is in doubt then, until the next call that succeeds.
     pub fn record(&self, inode: &Inode, opens: &mut Opens) -> Res<RecordUse> {
+        if opens.private {
+            return Ok(self.private(opens));
+        }
         self.place(inode)?.record(opens)
     }
 
-    /// What the lease record says of who uses the file.
+    /// As [`OpenRecords::record`], of a file whose lease is held: if that is the exclusive one, and nobody else uses the file, it is private
+    /// from then on.
+    ///
+    /// # Errors
+    /// As [`OpenRecords::record`].
+    pub(super) fn record_held(&self, inode: &Inode, opens: &mut Opens) -> Res<RecordUse> {
+        let seen = self.record(inode, opens)?;
+        if !opens.private && seen.is_private() {
+            let held = self.session.leases.held(inode.record());
+            opens.private = held.is_some_and(|(mode, _)| mode == Mode::Exclusive);
+        }
+        Ok(seen)
+    }
+
+    /// The file is private no more: has the lease record say what this mount does with it.
+    ///
+    /// # Errors
+    /// As [`OpenRecords::record`].
+    pub(super) fn publish(&self, inode: &Inode, opens: &mut Opens) -> Res<()> {
+        opens.private = false;
+        if !opens.is_published() {
+            self.record(inode, opens)?;
+        }
+        Ok(())
+    }
+
+    /// Who uses the file.
     ///
     /// # Errors
     /// The storage node cannot be reached.
-    pub fn look(&self, inode: &Inode) -> Res<RecordUse> {
+    pub fn look(&self, inode: &Inode, opens: &Opens) -> Res<RecordUse> {
+        if opens.private {
+            return Ok(self.private(opens));
+        }
         self.place(inode)?.change(std::iter::empty())
     }
 
-    /// Sets or clears the unlinked flag.
+    /// Sets or clears the unlinked flag. That of an earlier inode of the record says nothing of this one.
     pub(crate) fn set_unlinked(&self, inode: &Inode, on: bool) -> Res<()> {
         let place = self.place(inode)?;
-        let flag = RecordLayout::UNLINKED;
-        let mut expect = if on { 0 } else { flag };
+        let flag = place.unlinked;
+        let (mut expect, new) = if on { (0, flag) } else { (flag, 0) };
         loop {
-            let new = if on { expect | flag } else { expect & !flag };
             let mut swap = [Op::Cas {
                 at: place.record.plus(RecordLayout::FLAGS),
                 expect,
@@ -276,7 +336,7 @@ impl OpenRecords {
                 [Op::Cas { old, .. }] if old != expect => expect = old,
                 _ => return Ok(()),
             }
-            if (expect & flag != 0) == on {
+            if (expect == flag) == on {
                 return Ok(());
             }
         }

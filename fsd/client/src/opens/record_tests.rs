@@ -10,6 +10,7 @@ use rt::time::Instant;
 
 use super::Place;
 use crate::cache::opens::{Opens, Usage, UsageBit};
+use fsd_proto::ino;
 
 /// A record in memory. Batches stop after some operations if that is set.
 struct Memory {
@@ -79,6 +80,9 @@ impl Connection for Memory {
     fn close(&self) {}
 }
 
+/// The inode that the record serves, of a later generation than the first.
+const INO: u64 = 5 << 44 | 9;
+
 /// Neighbours in one word, its last bit among them, and one in another word.
 const NODES: [u16; 4] = [61, 62, 63, 64];
 
@@ -115,6 +119,7 @@ impl Cluster {
                 offset: 0,
             },
             layout: self.layout,
+            unlinked: ino::unlinked_flag(INO),
             node: NodeId(NODES[mount]),
             twin: None,
         }
@@ -249,7 +254,8 @@ fn who_uses_it_last_sees_an_orphan() {
     let mut cluster = Cluster::new();
     cluster.act(0, Action::Open { writer: true });
     cluster.act(1, Action::Pin);
-    cluster.memory.words.lock()[RecordLayout::FLAGS as usize / 8] = RecordLayout::UNLINKED;
+    let flag = |ino| cluster.memory.words.lock()[RecordLayout::FLAGS as usize / 8] = ino::unlinked_flag(ino);
+    flag(INO);
     for (mount, last) in [(0, false), (1, true)] {
         let place = cluster.place(mount);
         let opens = &mut cluster.mounts[mount].opens;

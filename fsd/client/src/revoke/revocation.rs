@@ -350,7 +350,8 @@ impl Revocations {
             return None;
         }
         if job.from == Mode::Exclusive
-            && !(self.flush(inode, &mut state, may_wait)
+            && !(state.unlocked(|| self.publish(inode, may_wait))
+                && self.flush(inode, &mut state, may_wait)
                 && self.commit_freed(inode, &mut state, may_wait)
                 && state.unlocked(|| self.tell_names(inode, may_wait) && self.commit_names(inode, may_wait)))
         {
@@ -401,6 +402,19 @@ impl Revocations {
             }
             rt::thread::sleep(RETRY);
         }
+    }
+
+    /// Has the lease record say who uses the file here: whoever gets the lease asks it. False: it would have to wait.
+    fn publish(&self, inode: &Inode, may_wait: bool) -> bool {
+        if !may_wait {
+            return self.pinning.publish_at_once(inode);
+        }
+        let publish = || {
+            let published = self.pinning.publish(&Ctx::on_worker(), inode);
+            published.map_err(|stop| RpcError::Errno(stop.errno()))
+        };
+        self.insist("its lease record does not say yet who has it open", inode, publish);
+        true
     }
 
     /// Has made durable that blocks beyond the end of a file are free: whoever gets the lease asks only the storage nodes that the file

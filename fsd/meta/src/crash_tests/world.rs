@@ -156,9 +156,8 @@ impl StorageNodes for FakeNodes {
                 self.0[node].sync().unwrap();
                 StorageReply::Freed(0)
             }
-            StorageRequest::Owned { .. } | StorageRequest::Unused { .. } => {
-                StorageReply::Records(Records::default())
-            }
+            StorageRequest::Owned { .. } => StorageReply::Records(Records::default()),
+            StorageRequest::Unused { .. } => StorageReply::Inodes(Vec::new()),
             _ => StorageReply::Done,
         })
     }

@@ -87,10 +87,7 @@ impl StorageNodes for Storage {
                 self.freed.lock().insert(id);
                 StorageReply::Done
             }
-            StorageRequest::Unused { records } => StorageReply::Records(Records {
-                found: records.clone(),
-                next: None,
-            }),
+            StorageRequest::Unused { inos } => StorageReply::Inodes(inos.clone()),
             StorageRequest::Inodes { after } => {
                 let all = [ino::compose(0, 0, OWNED), ino::compose(0, 0, OWNED + 1)];
                 StorageReply::Inodes(all.into_iter().filter(|i| i > after).collect())

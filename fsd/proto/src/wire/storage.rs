@@ -109,11 +109,11 @@ pub enum StorageRequest {
         /// Who.
         dead: Vec<DeadMount>,
     },
-    /// Which of these lease records say that their inode has no name, and that nobody has it open or keeps it. From the
-    /// metadata server only.
+    /// Of which of these inodes the lease records say that they have no name, and that nobody owns them, has them open or keeps them. From
+    /// the metadata server only.
     Unused {
-        /// Indices in the node's table.
-        records: Vec<u64>,
+        /// Their numbers.
+        inos: Vec<u64>,
     },
     /// From the metadata server: how far its order is durable; what is known of that, and the store's generation, is answered.
     Compare {
@@ -234,8 +234,8 @@ pub enum StorageReply {
     Space(PoolSpace),
     /// To `Status`.
     Status(StorageStatus),
-    /// To `Owned` and `Unused`.
+    /// To `Owned`.
     Records(Records),
-    /// To `Inodes`: empty when there are no more.
+    /// To `Inodes`, empty when there are no more, and to `Unused`.
     Inodes(Vec<u64>),
 }

@@ -1,6 +1,6 @@
 //! What the dead leave at the storage nodes: lease records, bytes beyond the ends of files, files without a name.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use crate::error::{MetaError, Refusal};
@@ -111,19 +111,16 @@ impl Remains {
     /// may have them open, and write to their frames, who have not found that out. False: there are such.
     pub fn reap_unused(&self) -> Result<bool, MetaError> {
         let mut known = true;
-        let mut orphans: BTreeMap<u16, HashMap<u64, u64>> = BTreeMap::new();
+        let mut orphans: BTreeMap<u16, Vec<u64>> = BTreeMap::new();
         for number in self.transactions.orphan_numbers()? {
-            let of_shard = orphans.entry(ino::shard(number)).or_default();
-            of_shard.insert(ino::index(number), number);
+            orphans.entry(ino::shard(number)).or_default().push(number);
         }
         let mut unused: HashSet<u64> = HashSet::new();
-        for (shard, by_index) in orphans {
-            let indices: Vec<u64> = by_index.keys().copied().collect();
-            let mut found_here: HashSet<u64> = HashSet::new();
-            for records in indices.chunks(RECORDS) {
-                let records = records.to_vec();
-                let found = self.nodes.ask(shard, ask::storage::Unused { records })?.found;
-                found_here.extend(found.iter().filter_map(|index| by_index.get(index)));
+        for (shard, inos) in orphans {
+            let mut found_here: Vec<u64> = Vec::new();
+            for inos in inos.chunks(RECORDS) {
+                let inos = inos.to_vec();
+                found_here.extend(self.nodes.ask(shard, ask::storage::Unused { inos })?);
             }
             // Asked last: it was the same table all the while, if it still is.
             let table = || Ok::<_, MetaError>(self.nodes.ask(shard, ask::storage::Attach {})?.table);
