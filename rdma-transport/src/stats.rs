@@ -11,6 +11,8 @@ pub struct FabricStats {
     pub ops: u64,
     /// Bytes those moved.
     pub op_bytes: u64,
+    /// Batches they were started in, each with one doorbell.
+    pub batches: u64,
     /// Messages sent.
     pub messages_sent: u64,
     /// Bytes in them.
@@ -38,6 +40,7 @@ impl FabricStats {
         Self {
             ops: self.ops + other.ops,
             op_bytes: self.op_bytes + other.op_bytes,
+            batches: self.batches + other.batches,
             messages_sent: self.messages_sent + other.messages_sent,
             message_bytes_sent: self.message_bytes_sent + other.message_bytes_sent,
             messages_received: self.messages_received + other.messages_received,
@@ -56,6 +59,7 @@ impl FabricStats {
 pub(crate) struct Counters {
     pub(crate) ops: AtomicU64,
     pub(crate) op_bytes: AtomicU64,
+    pub(crate) batches: AtomicU64,
     pub(crate) messages_sent: AtomicU64,
     pub(crate) message_bytes_sent: AtomicU64,
     pub(crate) messages_received: AtomicU64,
@@ -74,9 +78,11 @@ pub(crate) fn count(counter: &AtomicU64, by: u64) {
 
 impl Counters {
     #[inline]
+    /// A batch of so many operations.
     pub(crate) fn did_ops(&self, ops: usize, bytes: u64) {
         count(&self.ops, ops as u64);
         count(&self.op_bytes, bytes);
+        count(&self.batches, 1);
     }
 
     #[inline]
@@ -96,6 +102,7 @@ impl Counters {
         FabricStats {
             ops: get(&self.ops),
             op_bytes: get(&self.op_bytes),
+            batches: get(&self.batches),
             messages_sent: get(&self.messages_sent),
             message_bytes_sent: get(&self.message_bytes_sent),
             messages_received: get(&self.messages_received),
@@ -112,6 +119,7 @@ impl Counters {
     pub(crate) fn fold(&self, ended: &FabricStats) {
         count(&self.ops, ended.ops);
         count(&self.op_bytes, ended.op_bytes);
+        count(&self.batches, ended.batches);
         count(&self.messages_sent, ended.messages_sent);
         count(&self.message_bytes_sent, ended.message_bytes_sent);
         count(&self.messages_received, ended.messages_received);

@@ -293,7 +293,7 @@ fn extra(table: &mut Table, name: String, unit: &str, system: System, value: Str
     table.row(row);
 }
 
-/// How many requests of the kernel, and messages and one-sided operations on the fabric, cached reads and
+/// How many requests of the kernel, and messages and batches of operations on the fabric, cached reads and
 /// stats cause. The kernel asks for every name in a path (see docs/architecture.md), but no server is asked.
 fn cached_requests(systems: &Systems, scale: &Scale, table: &mut Table) -> anyhow::Result<()> {
     let dirs = systems.dirs(System::FsdWt);

@@ -35,7 +35,7 @@ pub struct Watched {
 struct Counts {
     /// Answered by the storage node.
     requests: u64,
-    /// Messages and one-sided operations of all mounts.
+    /// Messages and batches of one-sided operations of all mounts.
     fabric: u64,
     /// Lease records that somebody has.
     held: u64,
@@ -158,7 +158,7 @@ pub fn run(watched: &Watched, dirs: &[PathBuf], mib: u64) -> anyhow::Result<(Tab
         "operation",
         "operations",
         "seconds",
-        "messages and one-sided operations of the mounts",
+        "messages and batches of one-sided operations of the mounts",
         "leases taken",
         "requests to the storage node",
         "requests per operation",

@@ -4,28 +4,27 @@ use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
-use rdma_transport::Outcome;
 use rt::sync::Mutex;
 use rt::time::Instant;
 
 use super::epochs::Epochs;
 use super::interface::{Directory, LeaseUser, ManagerConfig};
 use super::leave::Leave;
+use super::posting::Posting;
 use super::stats::Counters;
 use super::storage::Storage;
 use crate::LeaseError;
-use crate::fsm::{Action, Config, Event, Violation, WordOps};
+use crate::fsm::{Action, Config, Event, Violation};
 use crate::hint::Hint;
 use crate::ids::{Mode, NodeId, NodeSet, RecordId};
 use crate::lease::{LeaseHandle, Parked, Record, Wish, rank};
 use crate::msg::{Body, LeaseMsg};
 use crate::table::Table;
 use crate::timers::{Alarms, Timer};
-use crate::wire;
 
 /// Everything a manager knows, and what becomes of events.
 pub(super) struct Driver {
-    me: Weak<Self>,
+    pub(super) me: Weak<Self>,
     pub(super) cfg: ManagerConfig,
     pub(super) epochs: Epochs,
     pub(super) dir: Arc<dyn Directory>,
@@ -68,7 +67,7 @@ impl Driver {
         let mut event = Some(event);
         loop {
             let lease = self.table.get_or_insert(id);
-            match self.try_drive(&lease, &mut event) {
+            match self.try_drive(&lease, &mut event, &mut Posting::AtOnce) {
                 Some(result) => {
                     return result.map_err(|violation| LeaseError::Violation {
                         record: id,
@@ -85,7 +84,12 @@ impl Driver {
     pub(super) fn drive(&self, lease: &Arc<LeaseHandle>, event: Option<Event>) {
         let mut event = event;
         // Violations have been logged.
-        let _ = self.try_drive(lease, &mut event);
+        let _ = self.try_drive(lease, &mut event, &mut Posting::AtOnce);
+    }
+
+    /// A look at what the record needs; the caller says when that is posted.
+    pub(super) fn drive_posting(&self, lease: &Arc<LeaseHandle>, posting: &mut Posting<'_>) {
+        let _ = self.try_drive(lease, &mut None, posting);
     }
 
     /// Queues the event and, unless another thread is at it, applies all that is queued. `None`: the record
@@ -95,6 +99,7 @@ impl Driver {
         &self,
         lease: &Arc<LeaseHandle>,
         event: &mut Option<Event>,
+        posting: &mut Posting<'_>,
     ) -> Option<Result<(), Violation>> {
         let mut record = lease.record.lock();
         if record.evicted {
@@ -143,7 +148,7 @@ impl Driver {
                 );
             }
             for action in actions.drain(..) {
-                self.execute(lease, action, config.epoch);
+                self.execute(lease, action, config.epoch, posting);
             }
             record = lease.record.lock();
         }
@@ -184,7 +189,8 @@ impl Driver {
         self.epochs.wait_for(all.iter().map(|lease| lease.id()), reached);
         for lease in &all {
             // One that has left the table has nothing under way.
-            let gone = self.try_drive(lease, &mut Some(Event::Epoch)).is_none();
+            let event = &mut Some(Event::Epoch);
+            let gone = self.try_drive(lease, event, &mut Posting::AtOnce).is_none();
             if gone && let Some(reached) = self.epochs.settled(lease.id()) {
                 return reached();
             }
@@ -263,9 +269,9 @@ impl Driver {
     }
 
     /// `epoch`: the one in which the action was decided upon.
-    fn execute(&self, lease: &Arc<LeaseHandle>, action: Action, epoch: u64) {
+    fn execute(&self, lease: &Arc<LeaseHandle>, action: Action, epoch: u64, posting: &mut Posting<'_>) {
         match action {
-            Action::Post(ops) => self.post(lease, ops),
+            Action::Post(ops) => self.post(lease, ops, posting),
             Action::Send { to, body } => self.send(lease, to, body, epoch),
             Action::Confirm { version } => self.user.confirm(lease.id(), version),
             Action::Flush { to } => self.revoke(lease, Mode::Exclusive, to),
@@ -352,49 +358,6 @@ impl Driver {
             if on_a_guess {
                 lease.record.lock().inbox.push_back(Event::Gone(to));
             }
-        }
-    }
-
-    fn post(&self, lease: &Arc<LeaseHandle>, ops: WordOps) {
-        self.counters.batches.fetch_add(1, Ordering::Relaxed);
-        let id = lease.id();
-        let connection = self.storage.connection(id.shard());
-        let (conn, at) = match self.dir.record(id) {
-            Ok(found) => found,
-            Err(error) => return self.batch_lost(lease, connection, error),
-        };
-        let (layout, node) = (self.cfg.layout, self.cfg.node);
-        let (me, lease) = (self.me.clone(), Arc::clone(lease));
-        conn.submit(
-            wire::operations(&ops, at, layout, node),
-            Box::new(move |results: Outcome| {
-                // Without a manager there is nobody left to tell.
-                let Some(me) = me.upgrade() else { return };
-                match results {
-                    Ok(results) => {
-                        // Results that do not fit fail in the state machine as an outcome that lacks them.
-                        let outcome = wire::outcome(&ops, &results, layout, node).unwrap_or_default();
-                        me.drive(&lease, Some(Event::BatchDone(outcome)));
-                    }
-                    Err(error) => {
-                        let error = LeaseError::StorageLost {
-                            shard: id.shard(),
-                            why: error.to_string(),
-                        };
-                        me.batch_lost(&lease, connection, error);
-                    }
-                }
-            }),
-        );
-    }
-
-    fn batch_lost(&self, lease: &Arc<LeaseHandle>, connection: u64, error: LeaseError) {
-        tracing::warn!(record = %lease.id(), %error, "outcome of a lease operation unknown");
-        lease.record.lock().trouble = Some(error);
-        self.drive(lease, Some(Event::BatchLost));
-        // If the connection was replaced in the meantime nobody else will say so.
-        if self.storage.connection(lease.id().shard()) != connection {
-            self.drive(lease, Some(Event::Reconnected));
         }
     }
 

@@ -8,28 +8,29 @@
 //! recursion, and messages about a record leave in the order in which its state machine sent them.
 
 mod driver;
+mod enter;
 mod epochs;
 mod interface;
 mod leave;
+mod posting;
 mod stats;
 mod storage;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
-use rt::sync::{Condvar, Mutex};
 use rt::time::Instant;
 
 use crate::LeaseError;
 use crate::fsm::{Event, Phase};
 use crate::ids::{Mode, NodeId, NodeSet, RecordId};
-use crate::lease::{EnterFn, Guard, LeaseHandle, Parked, Wish, rank};
+use crate::lease::{LeaseHandle, Parked, Wish, rank};
 use crate::msg::{Body, LeaseMsg, MAX_PAYLOAD};
 use crate::timers::Timer;
 
 use driver::Driver;
 pub use interface::{Directory, LeaseUser, ManagerConfig, Relinquish};
+use posting::Posting;
 pub use stats::{LeaseInfo, Stats};
 
 /// See the module.
@@ -53,122 +54,6 @@ impl LeaseManager {
             });
         }
         Ok(Arc::new(Self(Driver::new(cfg, dir, user))))
-    }
-
-    /// Enters if the lease is held in this mode (or exclusively) and its gate is open: no message, no
-    /// system call.
-    #[must_use]
-    pub fn try_enter(&self, id: RecordId, mode: Mode) -> Option<Guard> {
-        self.0.table.with(id, |lease| lease.try_enter(mode))
-    }
-
-    /// Enters, getting the lease if need be. Blocks: not for threads that the lease may depend on.
-    ///
-    /// # Errors
-    /// As [`Self::enter_async`].
-    pub fn enter(&self, id: RecordId, mode: Mode, timeout: Duration) -> Result<Guard, LeaseError> {
-        if let Some(guard) = self.try_enter(id, mode) {
-            return Ok(guard);
-        }
-        let cell = Arc::new((Mutex::new(None), Condvar::new()));
-        let theirs = Arc::clone(&cell);
-        let now = Instant::now();
-        let deadline = now
-            .checked_add(timeout)
-            .unwrap_or(now + Duration::from_secs(1 << 30));
-        let f = Box::new(move |result| {
-            *theirs.0.lock() = Some(result);
-            theirs.1.notify_one();
-        });
-        let mut f: Option<EnterFn> = Some(f);
-        let mut ask = || {
-            if let Some(f) = f.take() {
-                self.enter_async(id, mode, deadline, f);
-            }
-        };
-        match self.0.dir.record(id) {
-            Ok((storage, _)) => storage.attend(&mut ask, &|| cell.0.lock().is_some()),
-            // It says why.
-            Err(_) => ask(),
-        }
-        let mut result = cell.0.lock();
-        loop {
-            if let Some(result) = result.take() {
-                return result;
-            }
-            if cell.1.wait_until(&mut result, deadline).timed_out() && result.is_none() {
-                // Either this finds the operation parked, or another thread is about to let it in.
-                drop(result);
-                self.expire(deadline);
-                result = cell.0.lock();
-                if result.is_none() {
-                    cell.1.wait(&mut result);
-                }
-            }
-        }
-    }
-
-    /// Enters, getting the lease if need be. `f` runs at once if the lease is held; else when it has been
-    /// granted, from whatever thread brought the grant, or from [`Self::expire`] after the deadline.
-    ///
-    /// `f` gets one of these errors: [`LeaseError::Leaving`], [`LeaseError::NoSuchRecord`],
-    /// [`LeaseError::Violation`], and at the deadline [`LeaseError::Timeout`], [`LeaseError::Unreachable`]
-    /// or [`LeaseError::StorageLost`].
-    pub fn enter_async(&self, id: RecordId, mode: Mode, deadline: Instant, f: EnterFn) {
-        if self.0.leave.begun() {
-            return f(Err(LeaseError::Leaving));
-        }
-        if let Some(guard) = self.try_enter(id, mode) {
-            return f(Ok(guard));
-        }
-        if let Err(error @ LeaseError::NoSuchRecord { .. }) = self.0.dir.record(id) {
-            return f(Err(error));
-        }
-        let ticket = self.0.alarms.ticket();
-        let parked = Parked {
-            mode,
-            since: Instant::now(),
-            deadline,
-            ticket,
-            f,
-        };
-        loop {
-            let lease = self.0.table.get_or_insert(id);
-            let mut record = lease.record.lock();
-            if record.evicted {
-                let hint = record.hint();
-                drop(record);
-                let is_dead = |node| self.0.epochs.is_dead(node);
-                self.0.table.remove(&lease, hint, is_dead);
-                continue;
-            }
-            let refused = match record.broken {
-                _ if self.0.leave.begun() => Some(LeaseError::Leaving),
-                Some(violation) => Some(LeaseError::Violation {
-                    record: id,
-                    violation,
-                }),
-                None => None,
-            };
-            if let Some(error) = refused {
-                drop(record);
-                (parked.f)(Err(error));
-            } else if let Some(guard) = lease.enter_quietly(mode) {
-                // Granted since we looked; whoever grants looks for parked operations afterwards.
-                drop(record);
-                (parked.f)(Ok(guard));
-            } else {
-                self.0
-                    .alarms
-                    .deadlines
-                    .insert(deadline, ticket, Arc::clone(&lease), Timer::Deadline);
-                record.parked.push_back(parked);
-                drop(record);
-            }
-            // Even if nothing was parked: the record may have been made for this call only.
-            self.0.drive(&lease, None);
-            return;
-        }
     }
 
     /// The handle of a record that is in the table.
@@ -375,18 +260,27 @@ impl LeaseManager {
     /// Gives the lease up without being asked, if it is held and nothing else is going on. Goes through
     /// [`LeaseUser::revoke`].
     pub fn release(&self, id: RecordId) {
-        self.wish(id, Wish::Release);
+        self.wish(id, Wish::Release, &mut Posting::AtOnce);
+    }
+
+    /// As [`Self::release`], of several leases: what is posted to one storage node for many of them goes there together.
+    pub fn release_together(&self, ids: impl Iterator<Item = RecordId>) {
+        let mut batches = Vec::new();
+        for id in ids {
+            self.wish(id, Wish::Release, &mut Posting::Together(&mut batches));
+        }
+        self.0.post_together(batches);
     }
 
     /// Turns an exclusive lease into a shared one, as [`Self::release`].
     pub fn downgrade(&self, id: RecordId) {
-        self.wish(id, Wish::Downgrade);
+        self.wish(id, Wish::Downgrade, &mut Posting::AtOnce);
     }
 
-    fn wish(&self, id: RecordId, wish: Wish) {
+    fn wish(&self, id: RecordId, wish: Wish, posting: &mut Posting<'_>) {
         if let Some(lease) = self.0.table.get(id) {
             lease.record.lock().wish = Some(wish);
-            self.0.drive(&lease, None);
+            self.0.drive_posting(&lease, posting);
         }
     }
 

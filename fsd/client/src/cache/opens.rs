@@ -80,11 +80,11 @@ impl Unlinking {
 #[derive(Debug, Default)]
 pub struct Opens {
     /// Open handles, of all kinds.
-    pub count: u64,
+    pub count: u32,
     /// Of those, for writing in a way that may leave dirty pages, or locked ones, in the kernel: through its page cache, or mapped.
-    pub page_writers: u64,
+    pub page_writers: u32,
     /// For writing, of any kind.
-    pub writers: u64,
+    pub writers: u32,
     /// This mount pins it, at least until then.
     pub pinned: Option<Instant>,
     /// What the lease record says of this mount.

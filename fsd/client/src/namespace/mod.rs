@@ -3,6 +3,7 @@
 pub mod dirs;
 pub mod foresee;
 pub mod names;
+pub mod numbers;
 pub mod transactions;
 pub mod xattrs;
 
@@ -10,6 +11,7 @@ use std::sync::Arc;
 
 use dirs::Directories;
 use names::Names;
+use numbers::Numbers;
 use transactions::Transactions;
 use xattrs::Xattrs;
 
@@ -49,7 +51,7 @@ impl Namespace {
             pinning: Arc::clone(&opens.pinning),
         });
         let names = Arc::new(Names {
-            new_inos: Default::default(),
+            numbers: Arc::new(Numbers::new(session)),
             session: Arc::clone(session),
             cache: Arc::clone(cache),
             kernel: Arc::clone(&kernel.caches),

@@ -1,12 +1,8 @@
 //! Changing the namespace: create, link, unlink, rmdir, rename.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
-
-use lockmgr::Mode;
-use rt::sync::Mutex;
 
 use crate::cache::Cache;
 use crate::cache::claims::{Purpose, Span};
@@ -16,26 +12,14 @@ use crate::data::reservations::Reservations;
 use crate::kernel::caches::KernelCaches;
 use crate::kernel::front::Front;
 use crate::namespace::dirs::{ATTEMPTS, Directories};
+use crate::namespace::numbers::Numbers;
 use crate::namespace::transactions::Transactions;
 use crate::opens::pins::Pinning;
 use crate::session::ctx::{Ctx, Res, Stop, fail};
 use crate::session::{Guards, Session, Versions};
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{Attr, Created, Kind, NamespaceOp};
-use fsd_proto::ask;
-
-/// Inode numbers fetched at once, and the number left at which more are fetched. The server makes durable that it has given
-/// them out, which takes as long as its disk does; so that is not waited for.
-const NUMBERS: u32 = 512;
-const LOW: usize = 256;
-
-/// Inode numbers for new files.
-#[derive(Debug, Default)]
-pub struct Numbers {
-    free: Mutex<VecDeque<u64>>,
-    /// More are on their way.
-    fetching: AtomicBool,
-}
+use lockmgr::Mode;
 
 /// A new inode.
 #[derive(Debug, Clone)]
@@ -56,8 +40,8 @@ pub struct New {
 
 /// Changing names.
 pub struct Names {
-    /// Numbers for new inodes, whose leases this mount holds exclusively already.
-    pub new_inos: Arc<Numbers>,
+    /// Numbers for new inodes.
+    pub numbers: Arc<Numbers>,
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
     pub(crate) kernel: Arc<KernelCaches>,
@@ -69,36 +53,6 @@ pub struct Names {
 }
 
 impl Names {
-    /// A number for a new inode.
-    fn new_number(&self, ctx: &Ctx<'_>) -> Res<u64> {
-        use ask::meta::ReserveInodes;
-        loop {
-            let (number, left) = {
-                let mut free = self.new_inos.free.lock();
-                (free.pop_front(), free.len())
-            };
-            if left < LOW && number.is_some() && !self.new_inos.fetching.swap(true, Ordering::AcqRel) {
-                let numbers = Arc::clone(&self.new_inos);
-                self.session
-                    .net
-                    .meta
-                    .ask_async(ReserveInodes { count: NUMBERS }, move |answer| {
-                        // Who comes to the end of those that are left asks himself, and is told what is wrong.
-                        if let Ok(range) = answer {
-                            numbers.free.lock().extend(range.inos);
-                        }
-                        numbers.fetching.store(false, Ordering::Release);
-                    });
-            }
-            if let Some(number) = number {
-                return Ok(number);
-            }
-            ctx.may_wait()?;
-            let range = self.session.net.meta.ask(ReserveInodes { count: NUMBERS })?;
-            self.new_inos.free.lock().extend(range.inos);
-        }
-    }
-
     /// Makes a new inode under a name; `answer` runs while its lease is held.
     ///
     /// # Errors
@@ -113,7 +67,7 @@ impl Names {
     ) -> Res<T> {
         // Everything below waits for the metadata server: stop here, before a number is taken.
         ctx.may_wait()?;
-        let number = self.new_number(ctx)?;
+        let number = self.numbers.take(ctx)?;
         let made = self.create_as(ctx, dir, name, new, number, answer);
         if matches!(
             &made,
@@ -122,7 +76,7 @@ impl Names {
             )))
         ) {
             // Refused before anything was made of it.
-            self.new_inos.free.lock().push_back(number);
+            self.numbers.give_back(number);
         }
         made
     }

@@ -130,11 +130,11 @@ impl OpenFiles {
             return fail(libc::ESTALE);
         }
         opens.count += 1;
-        opens.writers += u64::from(writer);
+        opens.writers += u32::from(writer);
         let seen = self.records.record_held(inode, &mut opens);
         if seen.is_err() {
             opens.count -= 1;
-            opens.writers -= u64::from(writer);
+            opens.writers -= u32::from(writer);
             self.pinning.record_later(inode, &opens);
         } else if writer {
             // See `attr_ttl`.
@@ -201,7 +201,7 @@ impl OpenFiles {
                 inode.kernel.cached.fetch_add(1, Ordering::SeqCst);
             }
             page_writer = writer && (cached || (access == libc::O_RDWR && self.shared_mappings));
-            inode.opens.lock().page_writers += u64::from(page_writer);
+            inode.opens.lock().page_writers += u32::from(page_writer);
             if cached
                 && writer
                 && self.kernel.mode == CacheMode::Writethrough
@@ -279,11 +279,11 @@ impl OpenFiles {
         let inode = &handle.inode;
         let mut opens = inode.opens.lock();
         opens.count = opens.count.saturating_sub(1);
-        opens.writers -= u64::from(handle.writer);
+        opens.writers -= u32::from(handle.writer);
         if handle.cached {
             inode.kernel.cached.fetch_sub(1, Ordering::SeqCst);
         }
-        opens.page_writers -= u64::from(handle.page_writer);
+        opens.page_writers -= u32::from(handle.page_writer);
         if opens.is_recorded() {
             return Ok(());
         }

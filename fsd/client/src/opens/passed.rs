@@ -88,7 +88,7 @@ impl OpenFiles {
             if passed.cached {
                 inode.kernel.cached.fetch_add(1, Ordering::SeqCst);
             }
-            inode.opens.lock().page_writers += u64::from(passed.page_writer);
+            inode.opens.lock().page_writers += u32::from(passed.page_writer);
         }
         let handle = Handle {
             inode: Arc::clone(inode),

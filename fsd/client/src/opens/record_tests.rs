@@ -142,7 +142,7 @@ impl Cluster {
         match action {
             Action::Open { writer } => {
                 opens.count += 1;
-                opens.writers += u64::from(writer);
+                opens.writers += u32::from(writer);
                 handles.push(writer);
             }
             Action::Close { oldest } => {
@@ -151,7 +151,7 @@ impl Cluster {
                 };
                 let writer = handles.remove(if oldest { 0 } else { last });
                 opens.count -= 1;
-                opens.writers -= u64::from(writer);
+                opens.writers -= u32::from(writer);
             }
             Action::Pin => opens.pinned = Some(Instant::now()),
             Action::EndPin => opens.pinned = None,

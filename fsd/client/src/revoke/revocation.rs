@@ -413,7 +413,11 @@ impl Revocations {
             let published = self.pinning.publish(&Ctx::on_worker(), inode);
             published.map_err(|stop| RpcError::Errno(stop.errno()))
         };
-        self.insist("its lease record does not say yet who has it open", inode, publish);
+        self.insist(
+            "its lease record does not say yet who has it open",
+            inode,
+            publish,
+        );
         true
     }
 

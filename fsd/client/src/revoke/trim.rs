@@ -98,9 +98,8 @@ impl Forgetting {
 
     fn forget_gone(&self) {
         let gone = std::mem::take(&mut *self.trim.gone.lock());
-        for &number in &gone {
-            self.session.leases.release(ino::record(number));
-        }
+        let records = gone.iter().map(|&number| ino::record(number));
+        self.session.leases.release_together(records);
         let mut later: Vec<u64> = gone.into_iter().filter(|&n| !self.forget_one(n)).collect();
         self.trim.gone.lock().append(&mut later);
     }
@@ -109,9 +108,8 @@ impl Forgetting {
         let keep = self.trim.limit - self.trim.limit / 8;
         let excess = self.cache.inodes.len().saturating_sub(keep);
         let idle: Vec<Arc<Inode>> = self.cache.inodes.idle(excess);
-        for inode in &idle {
-            self.session.leases.release(inode.record());
-        }
+        let records = idle.iter().map(|inode| inode.record());
+        self.session.leases.release_together(records);
         for inode in idle {
             let number = inode.ino;
             drop(inode);

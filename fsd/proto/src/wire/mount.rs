@@ -88,7 +88,7 @@ pub struct MountStatus {
     pub requests: u64,
     /// Of those, handed to another thread because they had to wait.
     pub parked: u64,
-    /// Messages sent to servers and other mounts, and one-sided operations.
+    /// Messages sent to servers and other mounts, and batches of one-sided operations.
     pub messages: u64,
     /// Leases given up on request.
     pub revocations: u64,

@@ -109,11 +109,11 @@ impl Ways {
         }
     }
 
-    /// Messages and one-sided operations so far.
+    /// Messages and batches of one-sided operations so far.
     #[must_use]
     pub fn messages(&self) -> u64 {
         let stats = self.fabric.stats();
-        stats.messages_sent + stats.ops
+        stats.messages_sent + stats.batches
     }
 
     pub(super) fn hello(&self, node: Option<u16>) -> Hello {
