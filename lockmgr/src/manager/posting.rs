@@ -27,8 +27,10 @@ pub(super) enum Posting<'a> {
 }
 
 /// What is posted together: operations on records of one storage node.
-#[derive(Default)]
 struct Group {
+    conn: Arc<dyn Connection>,
+    /// As [`super::storage::Storage::connection`] has counted it.
+    connection: u64,
     ops: Vec<AsyncOp>,
     batches: Vec<RecordBatch>,
 }
@@ -60,7 +62,7 @@ impl Driver {
 
     /// Posts batches of several records, those at one storage node in as few batches of the fabric as may be.
     pub(super) fn post_together(&self, batches: Vec<RecordBatch>) {
-        let mut groups: BTreeMap<u32, (Option<Arc<dyn Connection>>, u64, Group)> = BTreeMap::new();
+        let mut groups: BTreeMap<u32, Group> = BTreeMap::new();
         for (lease, ops) in batches {
             let shard = lease.id().shard();
             let connection = self.storage.connection(shard);
@@ -71,46 +73,48 @@ impl Driver {
                     continue;
                 }
             };
-            let (former, number, group) = groups.entry(shard).or_default();
-            let replaced = former.as_ref().is_some_and(|former| former.id() != conn.id());
-            if let Some(former) = former
-                .as_ref()
-                .filter(|_| replaced || group.ops.len() + 2 > TOGETHER)
-            {
-                self.submit(former.as_ref(), *number, std::mem::take(group));
-            }
-            group
-                .ops
-                .extend(wire::operations(&ops, at, self.cfg.layout, self.cfg.node));
+            let posted = wire::operations(&ops, at, self.cfg.layout, self.cfg.node);
+            let group = match groups.remove(&shard) {
+                Some(group) if group.ops.len() + posted.len() > TOGETHER || group.conn.id() != conn.id() => {
+                    self.submit(group);
+                    None
+                }
+                other => other,
+            };
+            let mut group = group.unwrap_or(Group {
+                conn,
+                connection,
+                ops: Vec::new(),
+                batches: Vec::new(),
+            });
+            group.ops.extend(posted);
             group.batches.push((lease, ops));
-            (*former, *number) = (Some(conn), connection);
+            groups.insert(shard, group);
         }
-        for (conn, number, group) in groups.into_values() {
-            if let Some(conn) = conn {
-                self.submit(conn.as_ref(), number, group);
-            }
-        }
+        groups.into_values().for_each(|group| self.submit(group));
     }
 
-    /// `connection`: as [`super::storage::Storage::connection`] has counted it.
-    fn submit(&self, conn: &dyn Connection, connection: u64, group: Group) {
+    fn submit(&self, group: Group) {
         self.counters.batches.fetch_add(1, Ordering::Relaxed);
-        let (me, batches) = (self.me.clone(), group.batches);
-        conn.submit(
+        let (me, batches, connection) = (self.me.clone(), group.batches, group.connection);
+        group.conn.submit(
             group.ops,
             Box::new(move |results: Outcome| {
                 let Some(me) = me.upgrade() else { return };
-                let mut results = match results {
-                    Ok(results) => results,
+                match results {
+                    Ok(results) => {
+                        let mut results = results.into_iter();
+                        for (lease, ops) in &batches {
+                            let own: Vec<OpResult> = results.by_ref().take(ops.iter().count()).collect();
+                            me.batch_done(lease, *ops, &own);
+                        }
+                    }
                     Err(error) => {
                         let why = error.to_string();
-                        let lost = |(lease, _): &RecordBatch| me.batch_failed(lease, connection, &why);
-                        return batches.iter().for_each(lost);
+                        for (lease, _) in &batches {
+                            me.batch_failed(lease, connection, &why);
+                        }
                     }
-                };
-                for (lease, ops) in &batches {
-                    let own: Vec<OpResult> = results.drain(..ops.iter().count().min(results.len())).collect();
-                    me.batch_done(lease, *ops, &own);
                 }
             }),
         );
