@@ -8,11 +8,11 @@ mod pair;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{Memory, layout};
 use lockmgr::{LeaseError, LeaseManager, ManagerConfig, Mode, NodeId, OwnerWord, RecordId, Relinquish};
-use pair::{ID, SOON, bump, pair, pair_of, payload};
+use pair::{ID, SOON, bump, pair, pair_of, pair_with, payload};
 use rdma_transport::AsyncOp;
 
 #[test]
@@ -382,4 +382,47 @@ fn a_corrupt_record_is_left_alone() {
     assert!(matches!(error, LeaseError::Violation { .. }), "{error}");
     assert_eq!(p.managers[0].stats().violations, 1);
     assert_eq!(p.managers[0].snapshot()[0].state, "broken");
+}
+
+#[test]
+fn leases_got_ahead_are_asked_for_together() {
+    let p = pair(Duration::ZERO);
+    let ids = || (0..4).map(RecordId);
+    let held = |i: usize| ids().filter(|id| p.managers[i].held(*id).is_some()).count();
+    drop(p.managers[1].enter(ID, Mode::Exclusive, SOON).unwrap());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    p.managers[0].acquire_ahead(ids(), Mode::Exclusive, deadline);
+    assert_eq!((p.managers[0].stats().batches, held(0)), (1, 3));
+    // The one that another has comes as any other.
+    p.deliver();
+    p.bring_down(1, Relinquish::default());
+    p.deliver();
+    assert_eq!((held(0), held(1)), (4, 0));
+    let entered = |id| p.managers[0].try_enter(id, Mode::Exclusive).is_some();
+    assert!(ids().all(entered));
+}
+
+#[test]
+fn leases_got_ahead_survive_a_lost_connection() {
+    let p = pair(Duration::ZERO);
+    let ids = || (0..4).map(RecordId);
+    *p.down.lock() = true;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    p.managers[0].acquire_ahead(ids(), Mode::Exclusive, deadline);
+    assert!(ids().all(|id| p.managers[0].held(id).is_none()));
+    *p.down.lock() = false;
+    p.managers[0].storage_lost(0);
+    p.managers[0].storage_reconnected(0);
+    assert!(ids().all(|id| p.managers[0].held(id).is_some()));
+}
+
+#[test]
+fn more_leases_than_a_batch_holds_come_in_several() {
+    let p = pair_with(100, |_| ());
+    let ids = || (0..100).map(RecordId);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    p.managers[0].acquire_ahead(ids(), Mode::Exclusive, deadline);
+    assert!(ids().all(|id| p.managers[0].held(id).is_some()));
+    let batches = p.managers[0].stats().batches;
+    assert!((2..10).contains(&batches), "{batches}");
 }

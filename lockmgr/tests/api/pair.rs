@@ -89,9 +89,13 @@ pub fn pair(min_hold: Duration) -> Pair {
 }
 
 pub fn pair_of(change: impl Fn(&mut ManagerConfig)) -> Pair {
+    pair_with(4, change)
+}
+
+pub fn pair_with(records: u64, change: impl Fn(&mut ManagerConfig)) -> Pair {
     let (wire, memory, down) = (
         Arc::default(),
-        Arc::new(Memory::new(4)),
+        Arc::new(Memory::new(records)),
         Arc::new(Mutex::new(false)),
     );
     let sides = [0, 1].map(|node| {

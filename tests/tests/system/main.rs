@@ -38,6 +38,7 @@ mod memory;
 mod models;
 mod mounting;
 mod names_held;
+mod opened_alone;
 mod parked;
 mod partitions;
 mod posix;

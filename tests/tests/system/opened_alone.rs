@@ -1,0 +1,134 @@
+//! Files that one mount alone has open: nothing of that is said to anybody until another mount could ask, and then it is known.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role};
+use system_tests::guard;
+
+const LIMIT: Duration = Duration::from_secs(120);
+const TERM: Duration = Duration::from_secs(2);
+
+fn options(fabric: Fabric, mounts: usize) -> Options {
+    Options {
+        fabric,
+        cache: Cache::Direct,
+        mounts,
+        term: TERM,
+        ..Options::default()
+    }
+}
+
+fn orphans(cluster: &Cluster) -> anyhow::Result<u64> {
+    let status = cluster.status()?;
+    status["meta"]["Ok"]["orphans"].as_u64().context("no such number")
+}
+
+/// A new file that mount 0 has open, and nobody else has had.
+fn open_new(cluster: &Cluster, name: &str) -> anyhow::Result<File> {
+    let mut options = OpenOptions::new();
+    let file = options
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(cluster.mount(0).join(name))?;
+    file.write_all_at(name.as_bytes(), 0)?;
+    Ok(file)
+}
+
+/// It has no name, and is what it was and can be changed; and is gone with its last close.
+fn lives_until_closed(cluster: &Cluster, file: File, name: &str) -> anyhow::Result<()> {
+    ensure!(file.metadata()?.nlink() == 0, "{name} has a name");
+    let mut content = vec![0; name.len()];
+    file.read_exact_at(&mut content, 0)?;
+    ensure!(content == name.as_bytes(), "{name} contains {content:?}");
+    file.write_all_at(b"later", 100_000)?;
+    ensure!(file.metadata()?.len() == 100_005, "{name} does not grow");
+    drop(file);
+    guard::until("the file to be removed", LIMIT / 4, || Ok(orphans(cluster)? == 0)).map(drop)
+}
+
+fn removed_elsewhere(fabric: Fabric) -> anyhow::Result<()> {
+    guard::with_cluster_within(LIMIT, options(fabric, 2), |cluster| {
+        let far = |name: &str| cluster.mount(1).join(name);
+        let removed = open_new(cluster, "removed")?;
+        fs::remove_file(far("removed"))?;
+        lives_until_closed(cluster, removed, "removed")?;
+
+        let replaced = open_new(cluster, "replaced")?;
+        fs::write(far("other"), b"another")?;
+        fs::rename(far("other"), far("replaced"))?;
+        lives_until_closed(cluster, replaced, "replaced")?;
+        ensure!(fs::read(cluster.mount(0).join("replaced"))? == b"another");
+
+        // Closed and opened again under the same lease.
+        drop(open_new(cluster, "again")?);
+        for _ in 0..3 {
+            drop(File::open(cluster.mount(0).join("again"))?);
+        }
+        let again = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(cluster.mount(0).join("again"))?;
+        fs::remove_file(far("again"))?;
+        lives_until_closed(cluster, again, "again")
+    })
+}
+
+#[test]
+fn a_file_that_another_mount_removes_lives_while_open() -> anyhow::Result<()> {
+    removed_elsewhere(Fabric::Shm)?;
+    removed_elsewhere(Fabric::Tcp)
+}
+
+#[test]
+fn what_its_mount_removes_lives_while_open_though_another_mount_dies() -> anyhow::Result<()> {
+    guard::with_cluster_within(LIMIT, options(Fabric::Tcp, 2), |cluster| {
+        let file = open_new(cluster, "file")?;
+        fs::write(cluster.mount(1).join("theirs"), b"something")?;
+        fs::remove_file(cluster.mount(0).join("file"))?;
+        cluster.kill(Role::Mount(1));
+        guard::until("the dead mount's file", LIMIT / 4, || {
+            Ok(OpenOptions::new()
+                .write(true)
+                .open(cluster.mount(0).join("theirs"))
+                .is_ok())
+        })?;
+        // Orphans are looked at once more a term after a recovery.
+        std::thread::sleep(TERM * 2);
+        ensure!(orphans(cluster)? == 1, "{} orphans", orphans(cluster)?);
+        lives_until_closed(cluster, file, "file")
+    })
+}
+
+#[test]
+fn making_and_opening_files_asks_nobody() -> anyhow::Result<()> {
+    const FILES: u64 = 600;
+    guard::with_cluster_within(LIMIT, options(Fabric::Tcp, 1), |cluster| {
+        let dir = cluster.mount(0).join("dir");
+        fs::create_dir(&dir)?;
+        let messages = |what: &str, most: f64, act: &dyn Fn(u64) -> io::Result<()>| {
+            let before = cluster.total("messages")?;
+            (0..FILES).try_for_each(act)?;
+            let each = (cluster.total("messages")? - before) as f64 / FILES as f64;
+            println!("{what}: {each:.3} messages and batches of operations each");
+            ensure!(
+                each < most,
+                "{what}: {each} messages and batches of operations each"
+            );
+            Ok(())
+        };
+        // Leases of new inodes are asked for many together, and what changed is told many together.
+        messages("created", 0.5, &|n| {
+            File::create(dir.join(n.to_string())).map(drop)
+        })?;
+        messages("opened", 0.1, &|n| File::open(dir.join(n.to_string())).map(drop))?;
+        messages("renamed", 0.3, &|n| {
+            fs::rename(dir.join(n.to_string()), dir.join(format!("{n}a")))
+        })?;
+        messages("removed", 0.5, &|n| fs::remove_file(dir.join(format!("{n}a"))))
+    })
+}
