@@ -24,13 +24,14 @@ pub use meta::{
 pub use mount::{Act, MountRequest, MountStatus, Visited};
 pub use names::{Carried, Created, NamespaceOp, Touched, Written};
 pub use storage::{
-    Attached, BlockFrame, BlockWant, Frame, PoolSpace, StorageReply, StorageRequest, StorageStatus,
+    Attached, BlockFrame, BlockRange, BlockWant, Frame, MOST_RANGES, PoolSpace, StorageReply, StorageRequest,
+    StorageStatus,
 };
 
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages; nodes of different versions refuse each other.
-pub const PROTOCOL: u32 = 11;
+pub const PROTOCOL: u32 = 12;
 
 /// What a node says it is when it connects (authenticated by the transport's handshake).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
