@@ -24,7 +24,7 @@ report() { # step, passed, failed, seconds
 # its cluster said was wrong.
 failures() { # log
     awk '
-        /(^|: )test .* FAILED$/ { more = 1 }
+        /(^|: )test .* FAILED( +[0-9.]+ s)?$/ { more = 1 }
         # The line that is between an error and its cause says nothing.
         /^( *node [0-9]+:)? *$/ { next }
         /---- .* stdout ----$/ || /panicked at / { more = 6 }
@@ -49,19 +49,84 @@ step() {
     fi
 }
 
-# A step whose tests are counted.
-tests() {
-    local name=$1 start=$SECONDS log status=0 ok bad
-    shift
-    log="$logs/${name// /-}.log"
-    echo "== $name: $*"
-    "$@" 2>&1 | tee "$log" || status=1
+# Adds to the line of each test how many seconds have gone by since the one before, which is what it took where a program runs one
+# test at a time. What a test's processes say may come between its name and its result.
+timed() {
+    local line name='' now last=${EPOCHREALTIME/[.,]/}
+    while IFS= read -r line || [ -n "$line" ]; do
+        case $line in
+            "test "*" ... "*) name=${line%% ... *} ;;
+        esac
+        case $line in
+            "test "*" ... ok" | "test "*" ... FAILED" | ok | FAILED)
+                now=${EPOCHREALTIME/[.,]/}
+                [ "$line" != ok ] && [ "$line" != FAILED ] || line="$name ... $line"
+                printf '%s %d.%d s\n' "$line" $(((now - last) / 1000000)) $(((now - last) / 100000 % 10))
+                last=$now
+                ;;
+            *)
+                # A program begins.
+                case $line in "running "*" test"*) last=${EPOCHREALTIME/[.,]/} ;; esac
+                printf '%s\n' "$line"
+                ;;
+        esac
+    done
+}
+
+# Tests that are counted, by name and log.
+count() { # name, status, seconds
+    local name=$1 log="$logs/${1// /-}.log" ok bad
     ok=$(awk '/^test result:/ { n += $4 } END { print n + 0 }' "$log")
     bad=$(awk '/^test result:/ { n += $6 } END { print n + 0 }' "$log")
     # It did not build, or a test program was killed.
-    if [ "$status" != 0 ] && [ "$bad" = 0 ]; then bad=1; fi
-    report "$name" "$ok" "$bad" $((SECONDS - start))
+    if [ "$2" != 0 ] && [ "$bad" = 0 ]; then bad=1; fi
+    report "$name" "$ok" "$bad" "$3"
     [ "$bad" = 0 ] || failures "$log"
+}
+
+# A step whose tests are counted.
+tests() {
+    local name=$1 start=$SECONDS status=0
+    shift
+    echo "== $name: $*"
+    "$@" 2>&1 | timed | tee "$logs/${name// /-}.log" || status=1
+    count "$name" "$status" $((SECONDS - start))
+}
+
+# Starts a step whose tests are counted; `beside_ended` waits for it, and shows what it said.
+beside() {
+    beside_name=$1
+    beside_start=$SECONDS
+    shift
+    echo "== $beside_name, in the background: $*"
+    local said="$logs/said"
+    rm -f "$said"
+    mkfifo "$said"
+    (
+        "$@" >"$said" 2>&1 &
+        child=$!
+        # What it runs ends with it, for it is `timeout`.
+        trap 'kill "$child"; exit 1' TERM
+        timed <"$said"
+        wait "$child"
+    ) >"$logs/${beside_name// /-}.log" &
+    beside_job=$!
+}
+
+beside_ended() {
+    local status=0
+    wait "$beside_job" || status=1
+    beside_job=
+    rm -f "$logs/said"
+    cat "$logs/${beside_name// /-}.log"
+    count "$beside_name" "$status" $((SECONDS - beside_start))
+}
+
+# The tests on real mounts that took longest.
+slowest() {
+    cat "$logs"/system*.log 2>/dev/null | sed -nE 's/^test (.*) \.\.\. [a-zA-Z]+ +([0-9.]+) s$/\2 \1/p' | sort -rn | awk '
+        NR == 1 { print "the longest tests on real mounts:" }
+        NR <= 10 { printf "%10.1f s  %s\n", $1, $2 }'
 }
 
 # Scenarios in guests with RDMA devices; the last line says how many. If the lab cannot run at all, that is a failure:
@@ -100,19 +165,23 @@ fsx_on() { # cache mode
         "tests/fsx/$1.toml"
 }
 
+beside_job=
 finish() {
     # Also where a step could not be run at all.
+    [ -z "$beside_job" ] || kill "$beside_job" 2>/dev/null || true
     echo
     echo "== summary (logs: $logs)"
     cat "$logs/summary"
+    slowest
     echo "$passed passed, $failed failed" | tee "$logs/total"
 }
 trap finish EXIT
 
 step fmt cargo fmt --all --check || true
 step clippy cargo clippy --release --workspace --all-targets -- -D warnings || true
-# A workspace of its own, for the sake of its features.
-sim=(--release --manifest-path tests/sim/Cargo.toml --target-dir "$target/sim")
+# A workspace of its own, for the sake of its features. What it shares with the other one, the crates of others, is built once: its
+# Cargo.lock has the same versions.
+sim=(--release --manifest-path tests/sim/Cargo.toml --target-dir "$target")
 step "sim fmt" cargo fmt --manifest-path tests/sim/Cargo.toml --check || true
 step "sim clippy" cargo clippy "${sim[@]}" --all-targets -- -D warnings || true
 if step "deny build" deny_tool; then
@@ -121,11 +190,28 @@ if step "deny build" deny_tool; then
 fi
 tests "rt simulated" timeout 300 cargo test --release -p rt --features sim
 tests sim env RUST_LOG=off timeout 900 cargo test "${sim[@]}" --no-fail-fast
-# Without the programs there is nothing to test as a whole.
-if step build cargo build --release --workspace; then
+# Tests on real mounts that mostly wait (for terms, for the dead to be declared so, for servers that are away) run beside the others,
+# one of them at a time. Those whose own times decide have the machine for themselves: terms of two seconds among links that are cut.
+waiting=(anew:: both_die:: copies:: deaths:: faults:: former:: half_done:: keeper:: launch:: leftovers:: links:: locks_many:: lost_end::
+    mappings:: mounting:: names_held:: servers_away:: status:: stopping:: storage::)
+alone=(partitions:: storm::)
+not() { printf -- '--skip %s ' "$@"; }
+# shellcheck disable=SC2046
+on_mounts() {
+    local one=(cargo test --release -p system-tests --test system -- --test-threads=1)
+    beside "system waiting" timeout 2400 "${one[@]}" "${waiting[@]}"
+    tests system timeout 2400 "${one[@]}" $(not "${waiting[@]}" "${alone[@]}")
+    beside_ended
+    tests "system alone" timeout 1200 "${one[@]}" "${alone[@]}"
+}
+
+# Without the programs there is nothing to test as a whole. All targets at once, so that the features of the tests do not have the same
+# crates built a second time.
+if step build cargo build --release --workspace --exclude system-tests --all-targets; then
     tests crates timeout 1500 cargo test --release --workspace --exclude system-tests --no-fail-fast
-    # One at a time: each has a cluster of its own, and two cores must do.
-    tests system timeout 2400 cargo test --release -p system-tests --no-fail-fast -- --test-threads=1
+    # Builds the programs that guests run, too.
+    tests "system units" timeout 1200 cargo test --release -p system-tests --lib --bins --test arrows --no-fail-fast
+    if step "system build" cargo test --release -p system-tests --test system --no-run; then on_mounts; fi
     lab 6.12 devices faults kmod extension contended strain mount-rdma conformance counts coherence histories holder-killed
     lab 6.1 devices kmod extension contended mount-rdma
     if step "fsx build" fsx_tool; then

@@ -143,7 +143,6 @@ impl MetaServer {
     /// # Errors
     /// The store failed.
     pub fn stop(mut self) -> Result<(), MetaError> {
-        self.service.journal.commits.stop();
         for stop in &self.stop {
             let _ = stop.send(());
         }
@@ -173,10 +172,10 @@ fn start(service: &Arc<Service>, news: News, fabric: &Arc<dyn Fabric>) -> Result
                 error,
             })
     };
-    let (stops, mut stopped): (Vec<_>, Vec<_>) = (0..5).map(|_| unbounded::<()>()).unzip();
+    let (stops, mut stopped): (Vec<_>, Vec<_>) = (0..6).map(|_| unbounded::<()>()).unzip();
     let mut stopped = || stopped.pop().unwrap_or_else(|| unbounded().1);
     let membership = &service.membership;
-    let commits = Arc::clone(&service.journal.commits);
+    let (commits, commits_stop) = (Arc::clone(&service.journal.commits), stopped());
     let (house, house_stop) = (House::new(service), stopped());
     let (copies, copies_stop) = (Arc::clone(&membership.copies), stopped());
     let (takeover, takeover_stop) = (Arc::clone(&membership.takeover), stopped());
@@ -186,7 +185,10 @@ fn start(service: &Arc<Service>, news: News, fabric: &Arc<dyn Fabric>) -> Result
     let woken = news.membership;
     let lost = woken.lost;
     let threads = vec![
-        thread("meta-sync", Box::new(move || commits.run(&news.commits)))?,
+        thread(
+            "meta-sync",
+            Box::new(move || commits.run(&news.commits, &commits_stop)),
+        )?,
         thread(
             "meta-house",
             Box::new(move || house.run(&news.house, &house_stop)),

@@ -1,6 +1,6 @@
 //! Deaths of mounts: what the server does, in which order, and what becomes of it where somebody is away or dies meanwhile.
 
-mod stage;
+pub mod stage;
 mod table_tests;
 
 use std::sync::Arc;

@@ -18,7 +18,7 @@ use super::scrub::Scrub;
 use fsd_node::fake_disk::{Change, FakeStore, Image, Luck, Table};
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{BlockWant, Frame};
+use fsd_proto::wire::{BlockRange, BlockWant, Frame};
 
 const POOL: u64 = 6 * BLOCK;
 pub(super) const CONN: ConnId = ConnId(1);
@@ -139,7 +139,10 @@ impl World {
         let place = self.place();
         let at = self.journal.len();
         let new = if self.random(4) == 0 {
-            self.blocks.frames.free(place.0, place.1, place.1).unwrap();
+            self.blocks
+                .frames
+                .free(&[BlockRange::one(place.0, place.1)])
+                .unwrap();
             // The cleaner comes some time.
             self.blocks.cleaner.clean_waiting();
             None
@@ -324,9 +327,11 @@ fn a_process_that_dies_loses_nothing_at_all() {
             for n in 0..20u8 {
                 let place = (rng.random_range(0..4), rng.random_range(0..4));
                 if rng.random_range(0..3) == 0 {
-                    // Freed, but not cleaned when the process dies.
-                    blocks.frames.free(place.0, place.1, place.1).unwrap();
-                    expected.remove(&place);
+                    // Freed, of two inodes at once, but not cleaned when the process dies.
+                    let gone = [place, (place.0 + 1, rng.random_range(0..4))];
+                    let ranges = gone.map(|(ino, block)| BlockRange::one(ino, block));
+                    blocks.frames.free(&ranges).unwrap();
+                    expected.retain(|place, _| !gone.contains(place));
                 } else {
                     let bytes = vec![round * 20 + n + 1; [100, 5000, 17000][rng.random_range(0..3)]];
                     put(&blocks, place, &bytes).unwrap();
@@ -342,7 +347,7 @@ fn a_process_that_dies_loses_nothing_at_all() {
         // What is free is zero.
         let blocks = open(dir.path(), disk, store, None);
         for (place, _) in expected {
-            blocks.frames.free(place.0, place.1, place.1).unwrap();
+            blocks.frames.free(&[BlockRange::one(place.0, place.1)]).unwrap();
         }
         blocks.cleaner.clean_waiting();
         let all = Frame {
@@ -431,7 +436,7 @@ fn unreadable(flaw: Option<Flaw>, damage: impl Fn(&FakeDisk, u64)) -> usize {
         let blocks = open(dir.path(), Arc::clone(&disk), Arc::clone(&store), flaw);
         assert!(blocks.media.pool.inherited && blocks.frames.lookup(ino, 0, 9)[0].lost);
         // It heals when it is freed.
-        blocks.frames.free(ino, 0, 0).unwrap();
+        blocks.frames.free(&[BlockRange::one(ino, 0)]).unwrap();
         put(&blocks, (ino, 0), &[ino as u8 + 1; 3000]).unwrap();
         assert_eq!(intact(&blocks), 20);
         drop(blocks);
@@ -525,7 +530,7 @@ fn what_was_freed_is_there_for_the_next() {
         }
         assert_eq!(blocks.frames.figures().free, 0);
         assert_eq!(put(&blocks, (99, 0), &[1]), Err(Errno(libc::ENOSPC)));
-        blocks.frames.free(round, 0, u64::MAX).unwrap();
+        blocks.frames.free(&[BlockRange::all(round)]).unwrap();
         assert_eq!(blocks.frames.figures().free, POOL);
         let granted = blocks.frames.reserve(CONN, BLOCK, BLOCK);
         assert_eq!(granted, BLOCK);
@@ -558,7 +563,7 @@ fn what_is_not_used_is_given_back() {
     }
     assert!(used() >= 300);
     blocks.flusher.flush_all().unwrap();
-    blocks.frames.free(1, 0, u64::MAX).unwrap();
+    blocks.frames.free(&[BlockRange::all(1)]).unwrap();
     blocks.cleaner.clean_waiting();
     blocks.flusher.flush_all().unwrap();
     blocks.cleaner.give_surplus_back();

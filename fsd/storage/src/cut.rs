@@ -4,6 +4,7 @@ use super::blocks::Blocks;
 use super::error::StorageError;
 use super::index::Entry;
 use fsd_proto::layout::BLOCK;
+use fsd_proto::wire::BlockRange;
 
 /// An inode and its size in bytes; none: it is no more.
 pub type End = (u64, Option<u64>);
@@ -28,7 +29,7 @@ pub fn cut(blocks: &Blocks, ends: &[End]) -> Result<u64, StorageError> {
         for (block, entry) in entries {
             let inside = size.saturating_sub(block * BLOCK);
             if inside == 0 && (gone || entry.lost || !is_zero(blocks, &entry, 0)?) {
-                freed += blocks.frames.free(ino, block, block)?;
+                freed += blocks.frames.free(&[BlockRange::one(ino, block)])?;
             } else if !entry.lost && !is_zero(blocks, &entry, inside)? {
                 let (at, len) = (entry.frame.offset + inside, u64::from(entry.frame.size) - inside);
                 blocks.media.pool.mem.zero(at as usize, len as usize)?;

@@ -11,7 +11,7 @@ use super::media::{Flaw, Media};
 use super::space::Space;
 use fsd_proto::layout::{BLOCK, CLASSES, class_for};
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{BlockFrame, BlockWant, Frame, PoolSpace};
+use fsd_proto::wire::{BlockFrame, BlockRange, BlockWant, Frame, PoolSpace};
 
 /// The frames of blocks.
 pub struct Frames {
@@ -200,10 +200,13 @@ impl Frames {
         }
     }
 
-    /// Frees the blocks `first ..= last` of an inode; returns their bytes.
-    pub fn free(&self, ino: u64, first: u64, last: u64) -> Result<u64, StorageError> {
+    /// Frees blocks, all or none; returns their bytes.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn free(&self, ranges: &[BlockRange]) -> Result<u64, StorageError> {
         let mut space = self.media.space.lock();
-        let gone = space.index.remove(ino, first, last)?;
+        let gone = space.index.remove(ranges)?;
         for extent in gone.iter().filter_map(|e| e.stored.map(|s| s.extent)) {
             self.media.retire(&mut space, extent);
         }

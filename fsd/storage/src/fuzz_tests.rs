@@ -14,7 +14,7 @@ use super::label::Label;
 use super::load::Parts;
 use fsd_node::fake_disk::{FakeStore, Table};
 use fsd_proto::layout::BLOCK;
-use fsd_proto::wire::BlockWant;
+use fsd_proto::wire::{BlockRange, BlockWant};
 
 const POOL: u64 = 6 * BLOCK;
 
@@ -111,7 +111,7 @@ proptest! {
         }
         let want = BlockWant { ino: 9, block: 0, size: 4096 };
         let _full = blocks.frames.allocate(CONN, &[want], 0);
-        let _ = blocks.frames.free(1, 0, u64::MAX);
+        let _ = blocks.frames.free(&[BlockRange::all(1)]);
         blocks.flusher.flush_all().unwrap();
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::error::StorageError;
 use fsd_node::store::{Batch, Store, StoreError};
-use fsd_proto::wire::{BlockFrame, Frame};
+use fsd_proto::wire::{BlockFrame, BlockRange, Frame};
 
 /// Where the backing file has a block's contents, and what they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -248,17 +248,16 @@ impl Index {
         Ok(())
     }
 
-    /// Removes the blocks `first ..= last` of an inode and returns what was known of them.
+    /// Removes blocks, atomically in the store, and returns what was known of them.
     ///
     /// # Errors
     /// [`StoreError`]; nothing has then changed.
-    pub fn remove(&mut self, ino: u64, first: u64, last: u64) -> Result<Vec<Entry>, StoreError> {
-        if first > last {
-            return Ok(Vec::new());
+    pub fn remove(&mut self, ranges: &[BlockRange]) -> Result<Vec<Entry>, StoreError> {
+        let mut places: Vec<Place> = Vec::new();
+        for &BlockRange { ino, first, last } in ranges.iter().filter(|r| r.first <= r.last) {
+            let blocks = self.files.get(&ino).map(|blocks| blocks.range(first..=last));
+            places.extend(blocks.into_iter().flatten().map(|(&block, _)| (ino, block)));
         }
-        let places: Vec<Place> = self.files.get(&ino).map_or_else(Vec::new, |blocks| {
-            blocks.range(first..=last).map(|(&b, _)| (ino, b)).collect()
-        });
         self.drop_all(&places)
     }
 
@@ -316,10 +315,15 @@ mod tests {
                     ((5, 0), Entry::fresh(frame(0))),
                     ((5, 9), stored),
                     ((6, 1), Entry::fresh(frame(8192))),
+                    ((7, 0), Entry::fresh(frame(12288))),
+                    ((7, 1), Entry::fresh(frame(16384))),
                 ])
                 .unwrap();
-            let gone = index.remove(6, 0, u64::MAX).unwrap();
-            assert_eq!(gone, vec![Entry::fresh(frame(8192))]);
+            // One of them twice, and one that is not there.
+            let ranges = [(6, 0, u64::MAX), (7, 0, 0), (7, 0, 1), (8, 0, 9), (5, 9, 0)];
+            let ranges = ranges.map(|(ino, first, last)| BlockRange { ino, first, last });
+            let gone = index.remove(&ranges).unwrap();
+            assert_eq!(gone, [8192, 12288, 16384].map(|at| Entry::fresh(frame(at))));
         }
         let store = Arc::new(FjallStore::open(dir.path()).unwrap());
         let index = Index::load(Arc::clone(&store) as Arc<dyn Store>).unwrap();

@@ -13,7 +13,7 @@ use super::status::Counts;
 use super::words::Words;
 use super::work::{Funeral, Work};
 use fsd_proto::rpc::{Errno, Responder, Service};
-use fsd_proto::wire::{Attached, Hello, Role, StorageReply, StorageRequest};
+use fsd_proto::wire::{Attached, Hello, MOST_RANGES, Role, StorageReply, StorageRequest};
 
 /// Most inodes in one answer.
 const INODES: usize = 2048;
@@ -131,8 +131,9 @@ impl Requests {
             StorageRequest::Lookup { ino, first, count } => {
                 Ok(StorageReply::Blocks(self.blocks.frames.lookup(ino, first, count)))
             }
-            StorageRequest::Free { ino, first, last } => {
-                let freed = self.blocks.frames.free(ino, first, last);
+            StorageRequest::Free { ranges } if ranges.len() > MOST_RANGES => Err(Errno(libc::EINVAL)),
+            StorageRequest::Free { ranges } => {
+                let freed = self.blocks.frames.free(&ranges);
                 freed.map(StorageReply::Freed).map_err(|e| errno(&e))
             }
             StorageRequest::Space => Ok(StorageReply::Space(self.blocks.frames.figures())),

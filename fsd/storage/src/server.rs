@@ -41,7 +41,7 @@ pub struct StorageNode {
     fabric: Arc<dyn Fabric>,
     threads: Vec<JoinHandle<()>>,
     /// One for each thread that sleeps.
-    stop: [Sender<()>; 2],
+    stop: [Sender<()>; 4],
     /// How the names of the seats of connections begin.
     seats: PathBuf,
     claim: Claim,
@@ -100,8 +100,10 @@ impl StorageNode {
         ];
         let (work, work_in) = unbounded();
         let (funerals, funerals_in) = unbounded();
-        let (stop_flush, flush_in) = unbounded();
-        let (stop_scrub, scrub_in) = unbounded();
+        let (stop_work, work_end) = unbounded();
+        let (stop_dead, dead_end) = unbounded();
+        let (stop_flush, flush_end) = unbounded();
+        let (stop_scrub, scrub_end) = unbounded();
         let (blocks, stopping) = (Arc::new(blocks), Arc::new(AtomicBool::new(false)));
         let words = Arc::new(Words {
             id,
@@ -136,18 +138,17 @@ impl StorageNode {
             status,
         };
         let (cleaner, scrubber) = (Arc::clone(&blocks.cleaner), Arc::clone(&blocks));
-        let (working, cleaning) = (Arc::clone(&stopping), Arc::clone(&stopping));
-        let (burying, buried) = (Arc::clone(&stopping), Arc::clone(&words));
+        let (cleaning, buried) = (Arc::clone(&stopping), Arc::clone(&words));
         let (rate, pause) = (section.scrub.0, Duration::from_secs(section.scrub_pause_s));
         let threads = vec![
-            spawn("storage-work", move || worker.run(&work_in, &working))?,
+            spawn("storage-work", move || worker.run(&work_in, &work_end))?,
             spawn("storage-dead", move || {
-                work::bury(&buried, &funerals_in, &burying)
+                work::bury(&buried, &funerals_in, &dead_end)
             })?,
             spawn("storage-clean", move || cleaner.run(&cleaning))?,
-            spawn("storage-flush", move || storing.run(&flush_in))?,
+            spawn("storage-flush", move || storing.run(&flush_end))?,
             spawn("storage-scrub", move || {
-                scrubber.scrubber.run(rate, pause, &scrub_in);
+                scrubber.scrubber.run(rate, pause, &scrub_end);
             })?,
         ];
         Ok(Self {
@@ -156,7 +157,7 @@ impl StorageNode {
             stopping,
             fabric,
             threads,
-            stop: [stop_flush, stop_scrub],
+            stop: [stop_work, stop_dead, stop_flush, stop_scrub],
             seats,
             claim,
         })

@@ -1,10 +1,9 @@
 //! What waits for the disk or goes through the whole table: not on the progress thread.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rt::channel::{Receiver, RecvTimeoutError};
+use rt::channel::{Either, Receiver, recv_either};
 
 use super::cut::{End, cut};
 use super::error::errno;
@@ -13,6 +12,9 @@ use super::storing::Storing;
 use super::words::Words;
 use fsd_proto::rpc::Responder;
 use fsd_proto::wire::{DeadMount, StorageReply};
+
+/// How long is waited at a time for something to do; what stops a thread is heard at once.
+const WAIT: Duration = Duration::from_secs(60);
 
 /// A request that is handed to the worker.
 pub enum Work {
@@ -40,15 +42,18 @@ impl Funeral {
 }
 
 /// Does what is to be done for the dead, until the node stops.
-pub fn bury(words: &Words, told: &Receiver<Funeral>, stopping: &AtomicBool) {
-    while !stopping.load(Ordering::Acquire) {
-        let (done, responder) = match told.recv_timeout(Duration::from_secs(1)) {
-            Ok(Funeral::Fence(dead, r)) => (words.fence(dead).map(|()| StorageReply::Done), r),
-            Ok(Funeral::Owned(dead, from, r)) => (words.owned(&dead, from).map(StorageReply::Records), r),
-            Ok(Funeral::Recover(dead, r)) => (words.take_back(&dead).map(|()| StorageReply::Done), r),
-            Ok(Funeral::Unused(inos, r)) => (words.unused(&inos).map(StorageReply::Inodes), r),
-            Err(RecvTimeoutError::Timeout) => continue,
-            Err(RecvTimeoutError::Disconnected) => return,
+pub fn bury(words: &Words, told: &Receiver<Funeral>, stop: &Receiver<()>) {
+    loop {
+        let funeral = match recv_either(stop, told, WAIT) {
+            Either::Second(Ok(funeral)) => funeral,
+            Either::Neither => continue,
+            Either::First(_) | Either::Second(Err(_)) => return,
+        };
+        let (done, responder) = match funeral {
+            Funeral::Fence(dead, r) => (words.fence(dead).map(|()| StorageReply::Done), r),
+            Funeral::Owned(dead, from, r) => (words.owned(&dead, from).map(StorageReply::Records), r),
+            Funeral::Recover(dead, r) => (words.take_back(&dead).map(|()| StorageReply::Done), r),
+            Funeral::Unused(inos, r) => (words.unused(&inos).map(StorageReply::Inodes), r),
         };
         responder.reply(&done.map_err(|e| errno(&e)));
     }
@@ -63,12 +68,12 @@ pub struct Worker {
 
 impl Worker {
     /// Does what comes, until the node stops.
-    pub fn run(&self, work: &Receiver<Work>, stopping: &AtomicBool) {
-        while !stopping.load(Ordering::Acquire) {
-            let first = match work.recv_timeout(Duration::from_secs(1)) {
-                Ok(first) => first,
-                Err(RecvTimeoutError::Timeout) => continue,
-                Err(RecvTimeoutError::Disconnected) => return,
+    pub fn run(&self, work: &Receiver<Work>, stop: &Receiver<()>) {
+        loop {
+            let first = match recv_either(stop, work, WAIT) {
+                Either::Second(Ok(first)) => first,
+                Either::Neither => continue,
+                Either::First(_) | Either::Second(Err(_)) => return,
             };
             // One pass and one sync for all flushes that have come meanwhile (group commit).
             let (mut inos, mut flushes) = (Vec::new(), Vec::new());

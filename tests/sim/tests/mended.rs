@@ -249,3 +249,18 @@ fn what_a_lost_lease_covered_is_cut() {
     let found = written_beyond_the_end(flaws).unwrap_err();
     assert!(found.contains("old bytes"), "{found}");
 }
+
+/// Servers that have nothing to do end when they are told to, and not up to a second later.
+#[test]
+fn idle_servers_end_at_once() {
+    simulate(|world| {
+        for _ in 0..5 {
+            rt::thread::sleep(Duration::from_millis(730));
+            let begun = rt::sim::elapsed();
+            world.stop();
+            let took = rt::sim::elapsed() - begun;
+            assert!(took < Duration::from_millis(300), "{took:?}");
+            world.start();
+        }
+    });
+}

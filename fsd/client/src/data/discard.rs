@@ -14,6 +14,7 @@ use crate::session::Session;
 use crate::session::ctx::{Ctx, Res};
 use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
+use fsd_proto::wire::BlockRange;
 
 /// Data that is taken away.
 pub struct Discards {
@@ -119,8 +120,10 @@ impl Discards {
             state.changed_at(node);
         }
         let ino = inode.ino;
-        let free = |&node| (node, ask::storage::Free { ino, first, last });
-        let frees: Vec<_> = by_node.keys().map(free).collect();
+        let free = || ask::storage::Free {
+            ranges: vec![BlockRange { ino, first, last }],
+        };
+        let frees: Vec<_> = by_node.keys().map(|&node| (node, free())).collect();
         let answers = state.unlocked(|| self.session.net.storage.ask_each(&frees));
         let mut result = Ok(());
         for ((node, blocks), answer) in by_node.into_iter().zip(answers) {

@@ -16,7 +16,7 @@ use fsd_node::store::Store;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{
-    AttrUpdate, Kind, MetaReply, MetaRequest, NamespaceOp, StorageReply, StorageRequest, Time,
+    AttrUpdate, BlockRange, Kind, MetaReply, MetaRequest, NamespaceOp, StorageReply, StorageRequest, Time,
 };
 
 /// A mount, and what it knows. Points of time are numbers of events.
@@ -302,7 +302,8 @@ impl World {
                 let size = self.random(2) as u64 * BLOCK;
                 for node in 0..NODES {
                     let (ino, first, last) = (entry.ino, size / BLOCK, u64::MAX);
-                    let request = StorageRequest::Free { ino, first, last };
+                    let ranges = vec![BlockRange { ino, first, last }];
+                    let request = StorageRequest::Free { ranges };
                     let reply = self.server.service.nodes.asks.ask(node as u16, &request).unwrap();
                     assert_eq!(reply, StorageReply::Freed(0));
                 }

@@ -26,7 +26,9 @@ use fsd_node::store::{Batch, Store};
 use fsd_proto::clock::Skew;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::{Errno, Responder, RpcError, Service as _};
-use fsd_proto::wire::{Hello, MetaReply, MetaRequest, Records, Role, StorageReply, StorageRequest, View};
+use fsd_proto::wire::{
+    BlockRange, Hello, MetaReply, MetaRequest, Records, Role, StorageReply, StorageRequest, View,
+};
 
 /// Storage nodes; the stores are the metadata server's and theirs.
 pub const NODES: usize = 2;
@@ -118,11 +120,12 @@ impl FakeNodes {
         self.0[node_of(ino, block)].apply(batch).unwrap();
     }
 
-    fn free(&self, node: usize, ino: u64, first: u64, last: u64) {
+    fn free(&self, node: usize, ranges: &[BlockRange]) {
         let mut batch = Batch::default();
         for (key, _) in self.0[node].table() {
-            let (i, block) = block_of(&key);
-            if i == ino && (first..=last).contains(&block) {
+            let (ino, block) = block_of(&key);
+            let has = |r: &BlockRange| r.ino == ino && (r.first..=r.last).contains(&block);
+            if ranges.iter().any(has) {
                 batch.delete(key);
             }
         }
@@ -136,8 +139,8 @@ impl StorageNodes for FakeNodes {
     fn ask(&self, id: u16, request: &StorageRequest) -> Result<StorageReply, RpcError> {
         let node = usize::from(id);
         Ok(match request {
-            StorageRequest::Free { ino, first, last } => {
-                self.free(node, *ino, *first, *last);
+            StorageRequest::Free { ranges } => {
+                self.free(node, ranges);
                 StorageReply::Freed(0)
             }
             StorageRequest::Flush { .. } => {
@@ -150,8 +153,9 @@ impl StorageNodes for FakeNodes {
                 StorageReply::Inodes(inos.into_iter().filter(|i| i > after).take(2).collect())
             }
             StorageRequest::Cut { ends } => {
-                for (ino, size) in ends {
-                    self.free(node, *ino, size.unwrap_or(0).div_ceil(BLOCK), u64::MAX);
+                for &(ino, size) in ends {
+                    let (first, last) = (size.unwrap_or(0).div_ceil(BLOCK), u64::MAX);
+                    self.free(node, &[BlockRange { ino, first, last }]);
                 }
                 self.0[node].sync().unwrap();
                 StorageReply::Freed(0)

@@ -1,10 +1,9 @@
 //! Group commit: one sync answers everybody who asked before it began.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rt::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use rt::channel::{Either, Receiver, Sender, recv_either, unbounded};
 use rt::time::Instant;
 
 use super::order::Order;
@@ -27,7 +26,6 @@ pub struct Commits {
     store: Arc<dyn Store>,
     order: Arc<Order>,
     waiting: Sender<OnceDurable>,
-    stopping: AtomicBool,
 }
 
 impl Commits {
@@ -38,7 +36,6 @@ impl Commits {
             store,
             order,
             waiting,
-            stopping: AtomicBool::new(false),
         };
         (commits, told)
     }
@@ -52,12 +49,12 @@ impl Commits {
     }
 
     /// Answers them, and syncs every now and then while anything happens, so that what the mounts have to keep is bounded.
-    pub fn run(&self, told: &Receiver<OnceDurable>) {
+    pub fn run(&self, told: &Receiver<OnceDurable>, stop: &Receiver<()>) {
         let mut pending: Option<Instant> = None;
-        while !self.stopping.load(Ordering::Acquire) {
-            let first = match told.recv_timeout(TICK) {
-                Ok(first) => first,
-                Err(RecvTimeoutError::Timeout) => {
+        loop {
+            let first = match recv_either(stop, told, TICK) {
+                Either::Second(Ok(first)) => first,
+                Either::Neither => {
                     if self.order.executed() == self.order.durable() {
                         pending = None;
                         self.store.tidy();
@@ -69,15 +66,10 @@ impl Commits {
                     }
                     continue;
                 }
-                Err(RecvTimeoutError::Disconnected) => return,
+                Either::First(_) | Either::Second(Err(_)) => return,
             };
             self.answer(std::iter::once(first).chain(told.try_iter()).collect());
         }
-    }
-
-    /// Ends [`Commits::run`].
-    pub fn stop(&self) {
-        self.stopping.store(true, Ordering::Release);
     }
 
     /// Makes everything so far durable, and answers who waits for that.

@@ -11,6 +11,7 @@ use crate::nodes::Nodes;
 use crate::rules::{Flaw, Rules};
 use fsd_proto::ask;
 use fsd_proto::rpc::Responder;
+use fsd_proto::wire::{BlockRange, MOST_RANGES};
 
 /// So many inodes are freed between two syncs of the storage nodes.
 const FREED_TOGETHER: usize = 4096;
@@ -76,9 +77,9 @@ impl Freeing {
         while !inos.is_empty() {
             let some = &inos[inos.len().saturating_sub(FREED_TOGETHER)..];
             for node in self.nodes.ids() {
-                for &ino in some {
-                    let (first, last) = (0, u64::MAX);
-                    self.nodes.ask(node, ask::storage::Free { ino, first, last })?;
+                for some in some.chunks(MOST_RANGES) {
+                    let ranges = some.iter().map(|&ino| BlockRange::all(ino)).collect();
+                    self.nodes.ask(node, ask::storage::Free { ranges })?;
                 }
                 // A crash of the storage node that undid this would leave it blocks that nobody frees any more: the record
                 // of what is to be freed stays until it cannot.
@@ -96,5 +97,79 @@ impl Freeing {
             inos.truncate(inos.len() - some.len());
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::crash_tests::world::NODES;
+    use crate::takeover_tests::stage::Cluster;
+    use fsd_node::store::Store;
+    use fsd_proto::ino;
+    use fsd_proto::wire::StorageRequest;
+
+    /// Removed inodes, as their removal leaves them.
+    fn removed(cluster: &Cluster, count: usize) -> Vec<u64> {
+        let inos: Vec<u64> = (2..).map(|index| ino::compose(0, 0, index)).take(count).collect();
+        let mut txn = cluster.service.journal.txn();
+        inos.iter().for_each(|&ino| txn.put(key::freed(ino), Vec::new()));
+        txn.commit().unwrap();
+        inos.iter()
+            .for_each(|&ino| cluster.service.namespace.freeing.later(ino));
+        inos
+    }
+
+    /// Each storage node is asked for few things, of bounded size, and for all; then to make that durable.
+    #[test]
+    fn the_blocks_of_many_files_are_freed_by_few_requests() {
+        let cluster = Cluster::new(1);
+        let inos = removed(&cluster, 2 * MOST_RANGES + 1);
+        let freeing = &cluster.service.namespace.freeing;
+        assert_eq!(freeing.inodes(), inos.len() as u64);
+        cluster.storage.asked.lock().clear();
+        freeing.free(&mut inos.clone()).unwrap();
+        let asked = cluster.storage.asked.lock().clone();
+        for node in 0..NODES as u16 {
+            let mut theirs: Vec<StorageRequest> = asked
+                .iter()
+                .filter(|(n, _)| *n == node)
+                .map(|(_, r)| r.clone())
+                .collect();
+            assert_eq!(theirs.pop(), Some(StorageRequest::Flush { inos: Vec::new() }));
+            assert_eq!(theirs.len(), 3);
+            let mut freed = Vec::new();
+            for request in theirs {
+                let StorageRequest::Free { ranges } = request else {
+                    panic!("{request:?}")
+                };
+                assert!(ranges.len() <= MOST_RANGES);
+                freed.extend(ranges);
+            }
+            let all: Vec<BlockRange> = inos.iter().map(|&ino| BlockRange::all(ino)).collect();
+            assert_eq!(freed, all);
+        }
+        assert_eq!(freeing.inodes(), 0);
+        let left = cluster.store.scan(b"F", b"G", usize::MAX).unwrap();
+        assert!(left.is_empty(), "{left:?}");
+    }
+
+    /// A storage node that is away has all asked of it once more, and no number is used again before.
+    #[test]
+    fn what_a_storage_node_has_not_freed_is_asked_again() {
+        let cluster = Cluster::new(1);
+        let mut inos = removed(&cluster, MOST_RANGES + 1);
+        let freeing = &cluster.service.namespace.freeing;
+        cluster.storage.away.lock().insert(1);
+        assert!(freeing.free(&mut inos).is_err());
+        let left = cluster.store.scan(b"F", b"G", usize::MAX).unwrap();
+        assert_eq!((inos.len(), left.len()), (MOST_RANGES + 1, MOST_RANGES + 1));
+        cluster.storage.away.lock().clear();
+        freeing.free(&mut inos).unwrap();
+        assert!(inos.is_empty() && freeing.inodes() == 0);
+        let frees = cluster
+            .storage
+            .asked(|r| matches!(r, StorageRequest::Free { .. }));
+        assert_eq!(frees, [0, 0, 0, 0, 1, 1]);
     }
 }

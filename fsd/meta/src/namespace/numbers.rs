@@ -39,12 +39,14 @@ impl Numbers {
         })
     }
 
-    /// Reserves numbers for a mount; used ones first.
+    /// Reserves numbers for a mount; used ones first. Those of all storage nodes come in turn, for a mount gives them to its
+    /// new files in this order: the lease records and the first blocks of files made one after the other are then on all nodes.
     pub fn reserve(&self, node: u16, count: u32) -> Result<InoRange, Refusal> {
         let mut fresh = self.fresh.lock();
         let mut txn = self.journal.txn();
         let per_shard = (count as usize).div_ceil(usize::from(self.shards));
-        let mut inos = Vec::with_capacity(count as usize);
+        let mut of_shards: Vec<Vec<u64>> = Vec::with_capacity(usize::from(self.shards));
+        let mut left_to_give = count as usize;
         for step in 0..self.shards {
             let shard = (fresh.shard + step) % self.shards;
             let mut used = txn.scan_stored(&key::reusable(shard, 0)[..9], per_shard)?;
@@ -53,18 +55,23 @@ impl Numbers {
             if used.len() + left < per_shard {
                 used.extend(txn.scan_stored(&key::worn(shard, 0)[..9], per_shard - used.len() - left)?);
             }
-            for (k, v) in used.iter().take(count as usize - inos.len()) {
+            let most = per_shard.min(left_to_give);
+            let mut inos = Vec::with_capacity(most);
+            for (k, v) in used.iter().take(most) {
                 inos.push(ino::compose(shard, decode(v)?, key::second(k)));
                 txn.delete(k.clone());
             }
-            for _ in used.len()..per_shard {
-                if inos.len() < count as usize && *next <= ino::MAX_INDEX {
-                    inos.push(ino::compose(shard, 0, *next));
-                    *next += 1;
-                }
+            while inos.len() < most && *next <= ino::MAX_INDEX {
+                inos.push(ino::compose(shard, 0, *next));
+                *next += 1;
             }
             txn.put(key::next_index(shard), encode(next));
+            left_to_give -= inos.len();
+            of_shards.push(inos);
         }
+        let inos: Vec<u64> = (0..per_shard)
+            .flat_map(|nth| of_shards.iter().filter_map(move |inos| inos.get(nth).copied()))
+            .collect();
         fresh.shard = (fresh.shard + 1) % self.shards;
         if inos.is_empty() {
             return no(libc::ENOSPC);
@@ -93,4 +100,40 @@ pub fn give_back(txn: &mut Txn<'_>, node: u16, left: bool) -> Result<usize, Refu
         txn.delete(k);
     }
     Ok(unused)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::takeover_tests::stage::Cluster;
+
+    /// Files that are made one after the other are on all storage nodes, those whose records have been used before, too.
+    #[test]
+    fn numbers_of_all_storage_nodes_come_in_turn() {
+        let cluster = Cluster::new(1);
+        let numbers = &cluster.service.namespace.numbers;
+        let reserve = |count| match numbers.reserve(0, count) {
+            Ok(range) => range.inos,
+            Err(refusal) => panic!("{refusal:?}"),
+        };
+        let shards = |inos: &[u64]| -> Vec<u16> { inos.iter().map(|&ino| ino::shard(ino)).collect() };
+        let mut all = Vec::new();
+        for (count, first) in [(6, 0), (5, 1), (1, 0), (4, 1)] {
+            let inos = reserve(count);
+            let turns: Vec<u16> = (first..).map(|n: u16| n % 2).take(count as usize).collect();
+            assert_eq!(shards(&inos), turns);
+            all.extend(inos);
+        }
+        let mut txn = cluster.service.journal.txn();
+        all[..4].iter().for_each(|&ino| txn.recycle(ino));
+        assert!(txn.commit().is_ok());
+        let again = reserve(8);
+        assert_eq!(shards(&again), [0, 1, 0, 1, 0, 1, 0, 1]);
+        let used = again.iter().filter(|&&ino| ino::generation(ino) == 1);
+        assert_eq!(used.count(), 4);
+        all.extend(again);
+        assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
+    }
 }

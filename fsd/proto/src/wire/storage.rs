@@ -35,6 +35,36 @@ pub struct BlockFrame {
     pub lost: bool,
 }
 
+/// Most ranges of blocks in one request to free them: the thread that answers also serves one-sided operations of others.
+pub const MOST_RANGES: usize = 256;
+
+/// Blocks of an inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockRange {
+    /// Inode.
+    pub ino: u64,
+    /// First block.
+    pub first: u64,
+    /// Last block.
+    pub last: u64,
+}
+
+impl BlockRange {
+    /// All blocks of an inode.
+    #[must_use]
+    pub fn all(ino: u64) -> Self {
+        let (first, last) = (0, u64::MAX);
+        Self { ino, first, last }
+    }
+
+    /// A single block.
+    #[must_use]
+    pub fn one(ino: u64, block: u64) -> Self {
+        let (first, last) = (block, block);
+        Self { ino, first, last }
+    }
+}
+
 /// Everything a storage node is asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StorageRequest {
@@ -73,14 +103,11 @@ pub enum StorageRequest {
         /// Most blocks to answer.
         count: u32,
     },
-    /// Frees the blocks `first ..= last`.
+    /// Frees blocks, of many inodes at once: all, or none where it is refused. Blocks that are not there are passed over, so it may
+    /// be asked again.
     Free {
-        /// Inode.
-        ino: u64,
-        /// First block.
-        first: u64,
-        /// Last block.
-        last: u64,
+        /// Which, at most [`MOST_RANGES`].
+        ranges: Vec<BlockRange>,
     },
     /// Makes what has been written to an inode's blocks durable.
     Flush {
