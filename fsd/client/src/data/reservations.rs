@@ -265,6 +265,5 @@ impl Reservations {
         inode.transit.push.lock().waiting = None;
         drop(claimed);
         self.cache.dirty.lock().remove(&inode.ino);
-        self.session.leases.release(inode.record());
     }
 }

@@ -346,7 +346,9 @@ impl Revocations {
             let state = inode.try_claim_raw();
             state.filter(|s| self.flushes_at_once(inode, s, job.from))?
         };
-        if !may_wait && job.to.is_none() && !self.pinning.pin_at_once(inode) {
+        // What is gone answers ENOENT or ESTALE, and is not kept for anybody.
+        let pins = job.to.is_none() && !state.lasting.gone;
+        if !may_wait && pins && !self.pinning.pin_at_once(inode) {
             return None;
         }
         if job.from == Mode::Exclusive
@@ -359,7 +361,7 @@ impl Revocations {
         }
         let how = self.relinquish_flushed(inode, &mut state, job.from);
         drop(state);
-        if may_wait && job.to.is_none() {
+        if may_wait && pins {
             self.pinning.pin_looked_up(inode);
         }
         Some(how)

@@ -98,9 +98,14 @@ impl Forgetting {
 
     fn forget_gone(&self) {
         let gone = std::mem::take(&mut *self.trim.gone.lock());
-        let records = gone.iter().map(|&number| ino::record(number));
+        // The lease of one that is superseded is its successor's.
+        let known = gone.into_iter().filter_map(|n| self.cache.inodes.find(n));
+        let (settled, open): (Vec<Arc<Inode>>, Vec<Arc<Inode>>) = known.partition(|i| self.is_settled(i));
+        let records = settled.iter().map(|inode| inode.record());
         self.session.leases.release_together(records);
-        let mut later: Vec<u64> = gone.into_iter().filter(|&n| !self.forget_one(n)).collect();
+        let settled: Vec<u64> = settled.into_iter().map(|inode| inode.ino).collect();
+        let mut later: Vec<u64> = settled.into_iter().filter(|&n| !self.forget_one(n)).collect();
+        later.extend(open.into_iter().map(|inode| inode.ino));
         self.trim.gone.lock().append(&mut later);
     }
 
@@ -115,6 +120,12 @@ impl Forgetting {
             drop(inode);
             self.forget_one(number);
         }
+    }
+
+    /// Does the metadata server know what became of an inode, and will it not forget that? Before, its lease would wait to be given up.
+    fn is_settled(&self, inode: &Inode) -> bool {
+        let (meta, linked) = (&self.session.net.meta, inode.transit.push.lock().linked);
+        meta.knows(inode.ino) && (linked == 0 || meta.is_durable_low(linked))
     }
 
     /// False: it is known still. Where the lease takes longer to give up, it is for the next time.
