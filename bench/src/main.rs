@@ -9,6 +9,7 @@ mod fs;
 mod lease;
 mod members;
 mod mounts;
+mod names;
 mod nullfs;
 mod others;
 mod paper;
@@ -57,6 +58,8 @@ enum Command {
     Paper(paper::Args),
     /// A null FUSE server's calls without the kernel extension, with it, and with another mount attached to it.
     Others(others::Args),
+    /// Names as mdtest has them, by several mounts, beside a null FUSE server, tmpfs and this machine's disk.
+    Names(names::Args),
     /// File systems that are mounted already, beside each other and beside their network.
     Mounts(mounts::Args),
     /// How long others wait for what a mount had that is killed, stopped or evicted.
@@ -98,6 +101,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Fs(args) => fs::run(args, cli.pin, &cli.out),
         Command::Paper(args) => paper::run(args, &cli.out),
         Command::Others(args) => others::run(args, &cli.out),
+        Command::Names(args) => names::run(args, &cli.out),
         Command::Mounts(args) => mounts::run(args, &cli.out),
         Command::Deaths(args) => deaths::run(args, &cli.out),
         Command::Members(args) => members::run(args, &cli.out),

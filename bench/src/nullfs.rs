@@ -30,15 +30,51 @@ pub enum NullMode {
 const TTL: Duration = Duration::from_secs(3600);
 
 struct File {
+    kind: FileType,
     data: RwLock<Vec<u8>>,
+    /// Of a directory: how many names are in it.
+    names: AtomicU64,
+}
+
+impl File {
+    fn new(kind: FileType) -> std::sync::Arc<Self> {
+        std::sync::Arc::new(Self {
+            kind,
+            data: RwLock::new(Vec::new()),
+            names: AtomicU64::new(0),
+        })
+    }
 }
 
 struct Tree {
-    names: HashMap<OsString, u64>,
+    /// By directory and name.
+    names: HashMap<(u64, OsString), u64>,
     files: HashMap<u64, std::sync::Arc<File>>,
 }
 
-/// A flat directory of files held in memory.
+impl Tree {
+    /// There is one name more in a directory, or one less.
+    fn count(&self, dir: u64, more: bool) {
+        if let Some(dir) = self.files.get(&dir) {
+            let one = if more { 1 } else { u64::MAX };
+            dir.names.fetch_add(one, Ordering::Relaxed);
+        }
+    }
+
+    fn add(&mut self, dir: u64, name: OsString, ino: u64) {
+        if self.names.insert((dir, name), ino).is_none() {
+            self.count(dir, true);
+        }
+    }
+
+    fn take(&mut self, dir: u64, name: &OsStr) -> Option<u64> {
+        let ino = self.names.remove(&(dir, name.to_owned()))?;
+        self.count(dir, false);
+        Some(ino)
+    }
+}
+
+/// Directories and files held in memory, without listings and links.
 pub struct NullFs {
     mode: NullMode,
     tree: RwLock<Tree>,
@@ -53,7 +89,7 @@ impl NullFs {
             mode,
             tree: RwLock::new(Tree {
                 names: HashMap::new(),
-                files: HashMap::new(),
+                files: HashMap::from([(1, File::new(FileType::Directory))]),
             }),
             next: AtomicU64::new(2),
         }
@@ -102,12 +138,18 @@ impl NullFs {
     }
 
     fn attr_of(&self, ino: u64) -> Option<FileAttr> {
-        if ino == 1 {
-            return Some(Self::attr(1, 0, FileType::Directory));
-        }
         let file = self.file(ino)?;
         let size = file.data.read().len() as u64;
-        Some(Self::attr(ino, size, FileType::RegularFile))
+        Some(Self::attr(ino, size, file.kind))
+    }
+
+    /// A new file or directory; its number.
+    fn make(&self, parent: INodeNo, name: &OsStr, kind: FileType) -> u64 {
+        let ino = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut tree = self.tree.write();
+        tree.files.insert(ino, File::new(kind));
+        tree.add(parent.0, name.to_owned(), ino);
+        ino
     }
 
     fn open_flags(&self) -> FopenFlags {
@@ -133,8 +175,8 @@ impl Filesystem for NullFs {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let ino = self.tree.read().names.get(name).copied();
-        match ino.filter(|_| parent.0 == 1).and_then(|ino| self.attr_of(ino)) {
+        let ino = self.tree.read().names.get(&(parent.0, name.to_owned())).copied();
+        match ino.and_then(|ino| self.attr_of(ino)) {
             Some(attr) => reply.entry(&TTL, &attr, Generation(0)),
             None => reply.error(Errno::ENOENT),
         }
@@ -174,36 +216,76 @@ impl Filesystem for NullFs {
     fn create(
         &self,
         _req: &Request,
-        _parent: INodeNo,
+        parent: INodeNo,
         name: &OsStr,
         _mode: u32,
         _umask: u32,
         _flags: i32,
         reply: ReplyCreate,
     ) {
-        let ino = self.next.fetch_add(1, Ordering::Relaxed);
-        let mut tree = self.tree.write();
-        tree.names.insert(name.to_owned(), ino);
-        tree.files.insert(
-            ino,
-            std::sync::Arc::new(File {
-                data: RwLock::new(Vec::new()),
-            }),
-        );
-        drop(tree);
+        let ino = self.make(parent, name, FileType::RegularFile);
         let attr = Self::attr(ino, 0, FileType::RegularFile);
         reply.created(&TTL, &attr, Generation(0), FileHandle(ino), self.open_flags());
     }
 
-    fn unlink(&self, _req: &Request, _parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let mut tree = self.tree.write();
-        match tree.names.remove(name) {
+        match tree.take(parent.0, name) {
             Some(ino) => {
                 tree.files.remove(&ino);
                 reply.ok();
             }
             None => reply.error(Errno::ENOENT),
         }
+    }
+
+    fn mkdir(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let ino = self.make(parent, name, FileType::Directory);
+        let attr = Self::attr(ino, 0, FileType::Directory);
+        reply.entry(&TTL, &attr, Generation(0));
+    }
+
+    fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let mut tree = self.tree.write();
+        let ino = tree.names.get(&(parent.0, name.to_owned())).copied();
+        let Some((ino, dir)) = ino.and_then(|ino| Some((ino, tree.files.get(&ino)?))) else {
+            return reply.error(Errno::ENOENT);
+        };
+        if dir.names.load(Ordering::Relaxed) > 0 {
+            return reply.error(Errno::ENOTEMPTY);
+        }
+        tree.take(parent.0, name);
+        tree.files.remove(&ino);
+        reply.ok();
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        _flags: fuser::RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let mut tree = self.tree.write();
+        let Some(ino) = tree.take(parent.0, name) else {
+            return reply.error(Errno::ENOENT);
+        };
+        if let Some(replaced) = tree.take(new_parent.0, new_name) {
+            tree.files.remove(&replaced);
+        }
+        tree.add(new_parent.0, new_name.to_owned(), ino);
+        reply.ok();
     }
 
     fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {

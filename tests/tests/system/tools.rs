@@ -3,10 +3,12 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, ensure};
 use system_tests::cluster::{Cache, Cluster, Options};
 use system_tests::guard;
+use system_tests::process::fsd_binary;
 
 fn check(job: fn(&Cluster, &Path, &Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
     for cache in [Cache::Writethrough, Cache::Direct] {
@@ -111,6 +113,39 @@ fn ordinary_programs_run_without_a_word() -> anyhow::Result<()> {
             "{told}"
         );
         ensure!(!told.contains('\u{1b}'), "colours: {told}");
+    }
+    Ok(())
+}
+
+/// The benchmark of names at its smallest: it looks at sizes and contents itself, of what other mounts have made, too.
+#[test]
+fn names_are_measured() -> anyhow::Result<()> {
+    let fsd = fsd_binary()?;
+    let bench = fsd.with_file_name("bench");
+    ensure!(
+        bench.is_file(),
+        "no {}: cargo build --release --workspace",
+        bench.display()
+    );
+    let dir = tempfile::Builder::new().prefix("dfst-").tempdir_in("/tmp")?;
+    let out = Command::new("timeout")
+        .arg("80")
+        .arg(&bench)
+        .arg("--out")
+        .arg(dir.path())
+        .args([
+            "names", "--files", "5", "--rounds", "1", "--mounts", "1,2", "--disk",
+        ])
+        .arg(dir.path())
+        .env("FSD_BIN", &fsd)
+        .output()?;
+    let said = String::from_utf8_lossy(&out.stderr);
+    ensure!(out.status.success(), "bench names: {} {said}", out.status);
+    for (mounts, rows) in [(1, 14), (2, 18)] {
+        let stem = dir.path().join(format!("names-shm-{mounts}"));
+        let table = fs::read_to_string(stem.with_extension("csv"))?;
+        ensure!(table.lines().count() == 1 + rows, "{table}");
+        ensure!(stem.with_extension("svg").is_file(), "no plot of {mounts} mounts");
     }
     Ok(())
 }
