@@ -34,6 +34,9 @@ fn wait_for(cluster: &Cluster, words: &[&str]) -> anyhow::Result<()> {
     }
 }
 
+/// How long an answer is waited for where some do not come.
+const ANSWER: Duration = Duration::from_secs(3);
+
 fn stopped(cluster: &Cluster, role: Role, signal: Signal) -> anyhow::Result<()> {
     let pid = cluster.pid(role).and_then(|pid| Pid::from_raw(pid as i32));
     Ok(pid.map_or(Ok(()), |pid| kill_process(pid, signal))?)
@@ -77,6 +80,7 @@ fn who_cannot_be_reached_is_told() -> anyhow::Result<()> {
             storage: 2,
             mounts: 1,
             pool_mib: 16,
+            timeout: ANSWER,
             ..Options::default()
         };
         guard::with_cluster(options, |cluster| {
@@ -113,6 +117,7 @@ fn a_recovery_that_waits_is_told() -> anyhow::Result<()> {
     let options = Options {
         storage: 2,
         pool_mib: 16,
+        timeout: ANSWER,
         ..Options::default()
     };
     guard::with_cluster(options, |cluster| {
@@ -140,6 +145,7 @@ fn a_recovery_that_waits_is_told() -> anyhow::Result<()> {
 fn a_file_that_is_waited_for_is_told() -> anyhow::Result<()> {
     let options = Options {
         term: Duration::from_secs(60),
+        timeout: ANSWER,
         ..Options::default()
     };
     guard::with_cluster(options, |cluster| {
