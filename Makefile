@@ -21,8 +21,8 @@ test:
 # The whole system below FUSE in deterministic simulation (docs/simulation.md); make sim SEEDS=1..10000 FLAGS="--mounts 3".
 SEEDS ?= 1..1000
 sim:
-	cargo build --release --manifest-path tests/sim/Cargo.toml --target-dir target/sim
-	RUST_LOG=off target/sim/release/fsd-sim --seeds $(SEEDS) $(FLAGS)
+	cargo build --release --manifest-path tests/sim/Cargo.toml --target-dir target
+	RUST_LOG=off target/release/fsd-sim --seeds $(SEEDS) $(FLAGS)
 
 # Guests under QEMU with SoftRoCE; tests/lab/README.md has what else the lab can do.
 lab: lab-programs
