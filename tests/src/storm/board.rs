@@ -191,17 +191,23 @@ impl Board {
         self.word(5).fetch_add(1, SeqCst) + 1
     }
 
-    /// Nothing is in kernels' caches: so a mount that was stopped shows nothing old either.
+    /// Nothing is in kernels' caches.
     #[must_use]
     pub fn uncached(&self) -> &AtomicU64 {
         self.word(6)
     }
 
-    /// What a mount shows is not old, whatever is being done to it: it was stopped at most, and its kernel has nothing by itself.
+    /// A mount that was stopped shows nothing old: its kernel has nothing by itself, or looks at the mount's term.
+    #[must_use]
+    pub fn mindful(&self) -> &AtomicU64 {
+        self.word(7)
+    }
+
+    /// What a mount shows is not old, whatever is being done to it: it was stopped at most.
     #[must_use]
     pub fn honest(&self, mount: usize) -> bool {
         let evicted = self.deadly(mount).load(SeqCst) > self.settled(mount).load(SeqCst);
-        self.uncached().load(SeqCst) == 1 && !evicted
+        self.mindful().load(SeqCst) == 1 && !evicted
     }
 
     /// Faults that were begun at a mount.

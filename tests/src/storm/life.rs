@@ -14,6 +14,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 
 use super::board::{Board, Count};
 use super::{MOUNTS, TASKS_EACH, now};
+use crate::guard::patience;
 
 /// How long after a storage node is there again calls may still fail that had to do with it.
 const OUTAGE_MS: u64 = 3000;
@@ -138,7 +139,7 @@ impl Task<'_> {
 
     fn outage(&self) -> bool {
         let ended = self.board.outage_ended().load(SeqCst);
-        let lately = ended != 0 && now() < ended + OUTAGE_MS * 1_000_000;
+        let lately = ended != 0 && now() < ended + OUTAGE_MS * u64::from(patience()) * 1_000_000;
         self.board.outages().load(SeqCst) > 0 || lately
     }
 

@@ -8,12 +8,14 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use system_tests::chance;
 use system_tests::cluster::{Cache, Fabric, Options};
-use system_tests::guard;
+use system_tests::guard::{self, patience};
 use system_tests::storm::MOUNTS;
 use system_tests::storm::board::Count;
 use system_tests::storm::faults::Storm;
 
 const TERM: Duration = Duration::from_secs(2);
+/// In guests of the lab, whose processors are emulated.
+const LAB_TERM: Duration = Duration::from_secs(6);
 
 /// How long faults are done: `FSD_STORM_SECONDS`.
 fn length() -> anyhow::Result<Duration> {
@@ -32,15 +34,29 @@ fn cache(usual: Cache) -> anyhow::Result<Cache> {
 }
 
 fn storm(fabric: Fabric, usual: Cache, apart: bool) -> anyhow::Result<()> {
-    let cache = cache(usual)?;
-    let options = Options {
+    storm_on(Options {
         fabric,
-        cache,
+        cache: cache(usual)?,
         mounts: MOUNTS,
         term: TERM,
         apart,
         ..Options::default()
-    };
+    })
+}
+
+/// With the kernel extension, in a guest.
+fn storm_with_the_extension(fabric: Fabric) -> anyhow::Result<()> {
+    storm_on(Options {
+        fabric,
+        cache: Cache::Writeback,
+        mounts: MOUNTS,
+        term: LAB_TERM,
+        ..Options::default()
+    })
+}
+
+fn storm_on(options: Options) -> anyhow::Result<()> {
+    let (fabric, cache, term) = (options.fabric, options.cache, options.term);
     let length = length()?;
     let seed = chance::seeds(1)?[0];
     println!("{fabric:?} {cache:?}, seed {seed:#x}, {length:?}");
@@ -48,9 +64,9 @@ fn storm(fabric: Fabric, usual: Cache, apart: bool) -> anyhow::Result<()> {
         let mut storm = Storm::start(cluster, StdRng::seed_from_u64(seed), seed)?;
         storm.run(length)?;
         // A storm that is none, or in which nothing was looked at, says nothing.
-        let least = length.as_secs();
+        let least = length.as_secs() / u64::from(patience());
         ensure!(
-            storm.faults() as u64 >= least / 6,
+            storm.faults() as u64 >= least * TERM.as_secs() / term.as_secs() / 6,
             "only {} faults",
             storm.faults()
         );
@@ -65,6 +81,11 @@ fn storm(fabric: Fabric, usual: Cache, apart: bool) -> anyhow::Result<()> {
         ] {
             let n = storm.board().count(what).load(SeqCst);
             ensure!(n >= least * a_second, "only {n} of {what:?}");
+        }
+        if cache == Cache::Writeback {
+            let visits = cluster.total("visits")?;
+            println!("{:>9} operations forwarded to mounts that live", visits);
+            ensure!(visits > 0, "nothing was forwarded");
         }
         Ok(())
     })
@@ -84,4 +105,22 @@ fn storm_over_shared_memory() -> anyhow::Result<()> {
 #[test]
 fn storm_between_hosts() -> anyhow::Result<()> {
     storm(Fabric::Tcp, Cache::Direct, true)
+}
+
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn extension_storm_over_tcp() -> anyhow::Result<()> {
+    storm_with_the_extension(Fabric::Tcp)
+}
+
+#[test]
+#[ignore = "needs the kernel extension: make lab"]
+fn extension_storm_over_shared_memory() -> anyhow::Result<()> {
+    storm_with_the_extension(Fabric::Shm)
+}
+
+#[test]
+#[ignore = "needs the kernel extension and RDMA: make lab"]
+fn extension_storm_over_verbs() -> anyhow::Result<()> {
+    storm_with_the_extension(Fabric::Verbs)
 }
