@@ -9,7 +9,7 @@ use super::{CELLS, FILES, LOGS, MOUNTS, NAMES_EACH, RECORDS, TASKS};
 use crate::sys;
 
 /// What is counted, with the names it is printed by.
-pub const COUNTS: [&str; 14] = [
+pub const COUNTS: [&str; 15] = [
     "writes",
     "fsyncs",
     "appends",
@@ -23,6 +23,7 @@ pub const COUNTS: [&str; 14] = [
     "records looked at",
     "errors of the dying",
     "errors beside a storage node's fault",
+    "errors of writes forwarded to the dying",
     "lives",
 ];
 
@@ -56,6 +57,8 @@ pub enum Count {
     Dying,
     /// Calls that failed while, or shortly after, a fault was done to a storage node.
     Outage,
+    /// Writes that failed because the mount died which they were forwarded to.
+    Forwarded,
     /// Lives of mounts that tasks have worked in.
     Lives,
 }
@@ -201,6 +204,12 @@ impl Board {
     #[must_use]
     pub fn mindful(&self) -> &AtomicU64 {
         self.word(7)
+    }
+
+    /// Mounts have the kernel extension: one may do what is called on another.
+    #[must_use]
+    pub fn forwards(&self) -> bool {
+        self.mindful().load(SeqCst) == 1 && self.uncached().load(SeqCst) == 0
     }
 
     /// What a mount shows is not old, whatever is being done to it: it was stopped at most.
