@@ -7,13 +7,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use system_tests::asking::Asking;
 use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role, nodes};
 use system_tests::guard;
 use system_tests::quiet::Stopwatch;
@@ -72,54 +71,6 @@ impl Drop for Cut<'_> {
             // The test has failed already.
             let _ = self.0.mend_way(*from, *to);
         }
-    }
-}
-
-/// A program that asks a mount for something, and may have to wait; it is ended with this.
-struct Asking(Child);
-
-impl Asking {
-    fn shell(script: &str, file: &Path) -> anyhow::Result<Self> {
-        let child = Command::new("sh")
-            .args(["-c", script])
-            .arg(file)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()?;
-        Ok(Self(child))
-    }
-
-    fn waits(&mut self) -> anyhow::Result<bool> {
-        Ok(self.0.try_wait()?.is_none())
-    }
-
-    /// The next line that it says; it may not have said one yet.
-    fn says(&mut self) -> anyhow::Result<String> {
-        let out = self.0.stdout.as_mut().context("no output")?;
-        let mut line = String::new();
-        BufReader::new(out).read_line(&mut line)?;
-        Ok(line.trim_end().to_owned())
-    }
-
-    /// What it says, once it has ended.
-    fn answer(self, limit: Duration) -> anyhow::Result<Option<String>> {
-        self.answer_by(&Stopwatch::start(), limit)
-    }
-
-    /// As [`Asking::answer`], within a time that runs already.
-    fn answer_by(mut self, watch: &Stopwatch, limit: Duration) -> anyhow::Result<Option<String>> {
-        watch.until("an answer", limit, || Ok(!self.waits()?))?;
-        let text = self.says()?;
-        Ok(self.0.wait()?.success().then_some(text))
-    }
-}
-
-impl Drop for Asking {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 
@@ -347,9 +298,7 @@ impl<'a> Field<'a> {
             cut.mend()?;
         }
         let healed = Stopwatch::start();
-        let mut input = holder.0.stdin.take().context("no input")?;
-        input.write_all(b"go\n")?;
-        drop(input);
+        holder.tell("go")?;
         let end = holder.answer(BACK)?;
         ensure!(
             end.as_deref() != Some("written"),

@@ -51,6 +51,8 @@ fn storm_with_the_extension(fabric: Fabric) -> anyhow::Result<()> {
         cache: Cache::Writeback,
         mounts: MOUNTS,
         term: LAB_TERM,
+        // A mount that is started waits no longer for a server, which may be stopped for three terms.
+        timeout: LAB_TERM * 4,
         ..Options::default()
     })
 }
