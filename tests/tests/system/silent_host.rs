@@ -12,8 +12,8 @@ use system_tests::quiet::LONGEST;
 
 /// The server waits for its mounts a fifth longer.
 const TERM: Duration = Duration::from_secs(5);
-/// Just after TCP has sent once more what was not acknowledged: the next time is as long after that.
-const AWAY: Duration = Duration::from_millis(13_500);
+/// Just after TCP has sent once more what was not acknowledged, a heartbeat at most after the cut: the next time is as long after that.
+const AWAY: Duration = Duration::from_millis(14_500);
 
 #[test]
 fn mounts_come_back_to_a_host_that_was_without_power() -> anyhow::Result<()> {
