@@ -1,7 +1,7 @@
 //! What the providers share: validation, counters, thread marks, random numbers.
 
 use std::cell::Cell;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -48,6 +48,22 @@ pub(crate) fn wait(fd: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -> Re
         match rustix::event::poll(&mut [PollFd::new(&fd, what)], Some(&timeout)) {
             Ok(0) | Err(Errno::INTR) => {}
             Ok(_) => return Ok(true),
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// As [`wait`], for any of several; which one.
+pub(crate) fn wait_any(fds: &[OwnedFd], what: PollFlags, deadline: Instant) -> Result<Option<usize>, Errno> {
+    let mut polled: Vec<PollFd<'_>> = fds.iter().map(|fd| PollFd::new(fd, what)).collect();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(None);
+        }
+        match rustix::event::poll(&mut polled, Some(&timespec(left))) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(polled.iter().position(|fd| !fd.revents().is_empty())),
             Err(e) => return Err(e),
         }
     }

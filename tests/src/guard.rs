@@ -14,6 +14,16 @@ pub const TEST_LIMIT: Duration = Duration::from_secs(90);
 /// Lines of each log that a failed test prints.
 const LOG_LINES: usize = 25;
 
+/// How many times as long as elsewhere things may take here: guests of the lab are slow.
+#[must_use]
+pub fn patience() -> u32 {
+    if std::env::var_os("LAB_NODE").is_some() {
+        4
+    } else {
+        1
+    }
+}
+
 /// Runs `body` on a thread of its own for at most `limit`; `stuck` is called when it takes longer.
 ///
 /// # Errors
@@ -100,14 +110,8 @@ fn run(
 ) -> anyhow::Result<()> {
     let cluster = Arc::new(cluster);
     let shared = Arc::clone(&cluster);
-    // Guests of the lab are slow.
-    let patience = if std::env::var_os("LAB_NODE").is_some() {
-        4
-    } else {
-        1
-    };
     let result = within(
-        limit * patience,
+        limit * patience(),
         move || body(&shared),
         || {
             print_stacks(&cluster);

@@ -18,6 +18,9 @@ struct Shared {
     asked: AtomicU64,
     held: Mutex<bool>,
     changed: Condvar,
+    /// Connections that were made, and how many of the first of them carry nothing any more.
+    made: AtomicU64,
+    silent: AtomicU64,
     stopping: AtomicBool,
     streams: Mutex<Vec<TcpStream>>,
 }
@@ -30,8 +33,12 @@ impl Shared {
         }
     }
 
+    fn is_silent(&self, number: u64) -> bool {
+        number < self.silent.load(Ordering::SeqCst)
+    }
+
     /// Carries bytes one way, each for the delay, until either side ends.
-    fn carry(self: &Arc<Self>, mut from: TcpStream, mut to: TcpStream, answers: bool) {
+    fn carry(self: &Arc<Self>, number: u64, mut from: TcpStream, mut to: TcpStream, answers: bool) {
         let (tx, rx) = channel::<(Instant, Vec<u8>)>();
         let me = Arc::clone(self);
         std::thread::spawn(move || {
@@ -41,12 +48,17 @@ impl Shared {
                 if answers {
                     me.wait_until_let_go();
                 }
+                if me.is_silent(number) {
+                    continue;
+                }
                 if to.write_all(&bytes).is_err() {
                     break;
                 }
             }
             // The other side may have ended already.
-            let _ = to.shutdown(Shutdown::Both);
+            if !me.is_silent(number) {
+                let _ = to.shutdown(Shutdown::Both);
+            }
         });
         let mut buffer = vec![0; 256 << 10];
         while let Ok(n @ 1..) = from.read(&mut buffer) {
@@ -95,9 +107,10 @@ impl Proxy {
                         (client.try_clone()?, server.try_clone()?, false),
                         (server, client, true),
                     ];
+                    let number = me.made.fetch_add(1, Ordering::SeqCst);
                     for (from, to, answers) in ways {
                         let me = Arc::clone(&me);
-                        std::thread::spawn(move || me.carry(from, to, answers));
+                        std::thread::spawn(move || me.carry(number, from, to, answers));
                     }
                     Ok(())
                 });
@@ -126,6 +139,12 @@ impl Proxy {
     pub fn hold(&self, yes: bool) {
         *self.shared.held.lock().unwrap_or_else(PoisonError::into_inner) = yes;
         self.shared.changed.notify_all();
+    }
+
+    /// Connections that there are carry nothing any more, and nobody is told, as where a host has lost its power and is back; new ones work.
+    pub fn silence(&self) {
+        let made = self.shared.made.load(Ordering::SeqCst);
+        self.shared.silent.store(made, Ordering::SeqCst);
     }
 
     /// Bytes that clients have sent.

@@ -13,6 +13,11 @@ use crate::common;
 use crate::error::TransportError;
 use crate::handshake::{MAX_MESSAGE, Pipe};
 
+/// After so long another attempt to connect is begun.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Attempts at a time: what takes longer than they wait for an answer is too far away.
+const ATTEMPTS: usize = 6;
+
 /// Listens on `host:port`, without blocking; also the address with the real port.
 pub(crate) fn listen(on: &str) -> Result<(TcpListener, SocketAddr), TransportError> {
     let os = |e: std::io::Error| match e.kind() {
@@ -38,15 +43,8 @@ pub(crate) fn dial(
     };
     let mut last = "the name has no address".to_owned();
     for candidate in addr.to_socket_addrs().map_err(|e| unreachable(e.to_string()))? {
-        let left = deadline
-            .saturating_duration_since(Instant::now())
-            .max(Duration::from_millis(1));
         let from = from.filter(|f| f.is_ipv4() == candidate.is_ipv4() && !candidate.ip().is_loopback());
-        let connected = match from {
-            Some(from) => connect_from(from, &candidate, deadline),
-            None => TcpStream::connect_timeout(&candidate, left),
-        };
-        match connected {
+        match connect(from, &candidate, deadline) {
             Ok(stream) => {
                 prepare(&stream, timeout).map_err(|e| TransportError::os("set up a socket", &e))?;
                 return Ok(stream);
@@ -57,7 +55,8 @@ pub(crate) fn dial(
     Err(unreachable(last))
 }
 
-fn connect_from(from: IpAddr, to: &SocketAddr, deadline: Instant) -> std::io::Result<TcpStream> {
+/// Begins to connect, from an address where that is said.
+fn begin(from: Option<IpAddr>, to: &SocketAddr) -> std::io::Result<OwnedFd> {
     let family = if to.is_ipv4() {
         AddressFamily::INET
     } else {
@@ -65,18 +64,35 @@ fn connect_from(from: IpAddr, to: &SocketAddr, deadline: Instant) -> std::io::Re
     };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let sock = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
-    rustix::net::bind(&sock, &SocketAddr::new(from, 0))?;
-    match rustix::net::connect(&sock, to) {
-        Ok(()) => {}
-        Err(Errno::INPROGRESS) => {
-            if !common::wait(sock.as_fd(), PollFlags::OUT, deadline)? {
-                return Err(Errno::TIMEDOUT.into());
-            }
-            rustix::net::sockopt::socket_error(&sock)??;
-        }
-        Err(e) => return Err(e.into()),
+    if let Some(from) = from {
+        rustix::net::bind(&sock, &SocketAddr::new(from, 0))?;
     }
-    Ok(sock.into())
+    match rustix::net::connect(&sock, to) {
+        Ok(()) | Err(Errno::INPROGRESS) => Ok(sock),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Connects. A host that was away, and is back, must be reached soon: but the kernel, whose first packets were lost, waits twice as long
+/// before each of the next ones. So other attempts are begun meanwhile, beside those that may still get an answer.
+fn connect(from: Option<IpAddr>, to: &SocketAddr, deadline: Instant) -> std::io::Result<TcpStream> {
+    let mut attempts: Vec<OwnedFd> = Vec::new();
+    loop {
+        if attempts.len() == ATTEMPTS {
+            attempts.remove(0);
+        }
+        attempts.push(begin(from, to)?);
+        let now = Instant::now();
+        let until = deadline.min(now + AGAIN);
+        if let Some(i) = common::wait_any(&attempts, PollFlags::OUT, until)? {
+            let sock = attempts.swap_remove(i);
+            rustix::net::sockopt::socket_error(&sock)??;
+            return Ok(sock.into());
+        }
+        if until == deadline {
+            return Err(Errno::TIMEDOUT.into());
+        }
+    }
 }
 
 /// Small frames at once; a peer that vanished is noticed.
@@ -207,6 +223,57 @@ mod tests {
                 assert!(matches!(error, TransportError::Disconnected { .. }), "{error}");
             }
         }
+    }
+
+    /// A listener whose kernel drops what asks it to connect, and those that fill its queue.
+    fn deaf() -> (OwnedFd, SocketAddr, Vec<OwnedFd>) {
+        let sock = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&sock, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        rustix::net::listen(&sock, 0).unwrap();
+        let to = SocketAddr::try_from(rustix::net::getsockname(&sock).unwrap()).unwrap();
+        let mut queued = Vec::new();
+        loop {
+            let one = begin(None, &to).unwrap();
+            let soon = Instant::now() + Duration::from_millis(300);
+            let is_queued = common::wait(one.as_fd(), PollFlags::OUT, soon).unwrap();
+            queued.push(one);
+            if !is_queued {
+                return (sock, to, queued);
+            }
+        }
+    }
+
+    /// Sockets of this host that wait for an answer of a port.
+    fn asking(port: u16) -> usize {
+        const SYN_SENT: &str = "02";
+        let to = format!(":{port:04X}");
+        let text = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        let asks = |line: &&str| {
+            let mut fields = line.split_whitespace().skip(2);
+            fields.next().is_some_and(|remote| remote.ends_with(&to)) && fields.next() == Some(SYN_SENT)
+        };
+        text.lines().filter(asks).count()
+    }
+
+    #[test]
+    fn a_host_that_comes_back_is_not_asked_ever_more_seldom() {
+        let (listener, to, queued) = deaf();
+        let before = asking(to.port());
+        let end = Instant::now() + Duration::from_secs(60);
+        let dialled = std::thread::spawn(move || connect(None, &to, end));
+        while asking(to.port()) < before + 3 {
+            assert!(Instant::now() < end, "{} attempts", asking(to.port()) - before);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        // It listens again.
+        let accepted = std::thread::spawn(move || {
+            (0..=queued.len()).for_each(|_| {
+                let _ = rustix::net::accept(&listener);
+            });
+            drop(queued);
+        });
+        dialled.join().unwrap().unwrap();
+        accepted.join().unwrap();
     }
 
     proptest! {

@@ -9,7 +9,7 @@ use super::{CELLS, FILES, LOGS, MOUNTS, NAMES_EACH, RECORDS, TASKS};
 use crate::sys;
 
 /// What is counted, with the names it is printed by.
-pub const COUNTS: [&str; 14] = [
+pub const COUNTS: [&str; 15] = [
     "writes",
     "fsyncs",
     "appends",
@@ -23,6 +23,7 @@ pub const COUNTS: [&str; 14] = [
     "records looked at",
     "errors of the dying",
     "errors beside a storage node's fault",
+    "errors of writes forwarded to the dying",
     "lives",
 ];
 
@@ -56,6 +57,8 @@ pub enum Count {
     Dying,
     /// Calls that failed while, or shortly after, a fault was done to a storage node.
     Outage,
+    /// Writes that failed because the mount died which they were forwarded to.
+    Forwarded,
     /// Lives of mounts that tasks have worked in.
     Lives,
 }
@@ -191,17 +194,29 @@ impl Board {
         self.word(5).fetch_add(1, SeqCst) + 1
     }
 
-    /// Nothing is in kernels' caches: so a mount that was stopped shows nothing old either.
+    /// Nothing is in kernels' caches.
     #[must_use]
     pub fn uncached(&self) -> &AtomicU64 {
         self.word(6)
     }
 
-    /// What a mount shows is not old, whatever is being done to it: it was stopped at most, and its kernel has nothing by itself.
+    /// A mount that was stopped shows nothing old: its kernel has nothing by itself, or looks at the mount's term.
+    #[must_use]
+    pub fn mindful(&self) -> &AtomicU64 {
+        self.word(7)
+    }
+
+    /// Mounts have the kernel extension: one may do what is called on another.
+    #[must_use]
+    pub fn forwards(&self) -> bool {
+        self.mindful().load(SeqCst) == 1 && self.uncached().load(SeqCst) == 0
+    }
+
+    /// What a mount shows is not old, whatever is being done to it: it was stopped at most.
     #[must_use]
     pub fn honest(&self, mount: usize) -> bool {
         let evicted = self.deadly(mount).load(SeqCst) > self.settled(mount).load(SeqCst);
-        self.uncached().load(SeqCst) == 1 && !evicted
+        self.mindful().load(SeqCst) == 1 && !evicted
     }
 
     /// Faults that were begun at a mount.

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use rand::Rng;
 
 use super::board::{Board, Count};
-use super::life::{Step, Task};
+use super::life::{Step, Task, WRITE};
 use super::oracle::Known;
 use super::{CELLS, FILES_EACH, SHARED, SHARED_CELLS, TASKS_EACH, now};
 use crate::sys;
@@ -201,8 +201,11 @@ pub fn look(task: &Task<'_>, file: &File, which: usize, cells: Range<usize>) -> 
             Content::Garbage => Some("garbage"),
             // Only a death stores pages of a cell apart; and a kernel that sends a write through its page cache page by page.
             Content::Torn(_) if trusted && task.board.uncached().load(SeqCst) == 1 => Some("torn"),
-            // A mount that is shut out in the middle of storing a page leaves it in part; nothing else does.
-            Content::Pieces(_) if trusted => Some("in pieces"),
+            // A mount that is shut out in the middle of storing a page leaves it in part, also what it stores for another; nothing else
+            // does, but for the page cache of a kernel while the write is under way.
+            Content::Pieces(all) if trusted && !(task.board.forwards() && known.is_unfinished(all, safe)) => {
+                Some("in pieces")
+            }
             Content::Torn(all) | Content::Pieces(all) => {
                 all.iter().find_map(|n| known.wrong(*n, issued, safe, owner))
             }
@@ -242,7 +245,7 @@ pub fn write(
     });
     let flags = if durable { libc::RWF_DSYNC } else { 0 };
     let start = now();
-    task.must("write of cells", || {
+    task.must(WRITE, || {
         sys::write_with(file, offset(which, cells.start), &data, flags)
     })?;
     task.trace(|| format!("file {which} cells {cells:?} number {number} durable {durable} since {start}"));

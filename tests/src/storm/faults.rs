@@ -12,9 +12,11 @@ use rand::seq::IndexedRandom;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::board::{Board, Phase};
+use super::draw::{Chances, Fault, Kind, Ways, draw};
 use super::leaks::Watch;
 use super::{MOUNTS, TASKS, now};
 use crate::cluster::{Cache, Cluster, Role, nodes};
+use crate::guard::patience;
 use crate::process::tail;
 
 /// Longest time of a call beside the term and the margin: restarts, and a machine that is busy.
@@ -25,94 +27,6 @@ const WARM: Duration = Duration::from_secs(5);
 const IDLE: Duration = Duration::from_secs(25);
 /// Pause while something is awaited.
 const PAUSE: Duration = Duration::from_millis(10);
-
-/// What is done to a process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// SIGKILL; it is started again after that time.
-    Kill(Duration),
-    /// SIGSTOP for that time.
-    Stop(Duration),
-    /// `fsd evict`; nothing is done about it for that time.
-    Evict(Duration),
-    /// The link to another process is cut for that time.
-    Cut(Role, Ways, Duration),
-}
-
-/// In which directions a link is cut.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ways {
-    /// Both.
-    Both,
-    /// What the first sends does not arrive.
-    There,
-    /// What the other sends does not arrive.
-    Back,
-}
-
-/// What may be drawn.
-#[derive(Debug, Clone, Copy)]
-pub struct Chances<'a> {
-    /// Processes.
-    pub roles: &'a [Role],
-    /// Those that are never killed.
-    pub spared: &'a [Role],
-    /// The term.
-    pub term: Duration,
-    /// Every other fault is a link that is cut.
-    pub links: bool,
-}
-
-/// A fault.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fault {
-    /// Whose.
-    pub role: Role,
-    /// Which.
-    pub kind: Kind,
-}
-
-/// A link that is cut; which one, any pair of processes as likely as another.
-fn draw_cut(rng: &mut StdRng, chances: Chances<'_>) -> Option<Fault> {
-    let pair: Vec<Role> = chances.roles.choose_multiple(rng, 2).copied().collect();
-    // A mount, if there is one, is the one that it is done to.
-    let (&role, &other) = match &pair[..] {
-        [a, b] if matches!(b, Role::Mount(_)) => (b, a),
-        [a, b] => (a, b),
-        _ => return None,
-    };
-    let ways = [Ways::Both, Ways::Both, Ways::There, Ways::Back]
-        .choose(rng)
-        .copied()?;
-    let time = chances.term.mul_f64(rng.random_range(0.0..3.0));
-    let kind = Kind::Cut(other, ways, time);
-    Some(Fault { role, kind })
-}
-
-/// One fault, or two at once.
-pub fn draw(rng: &mut StdRng, chances: Chances<'_>) -> Vec<Fault> {
-    let mut faults: Vec<Fault> = Vec::new();
-    let count = if rng.random_range(0..3) == 0 { 2 } else { 1 };
-    while faults.len() < count {
-        let Some(role) = chances.roles.choose(rng).copied() else {
-            break;
-        };
-        let short = Duration::from_millis(rng.random_range(0..1500));
-        let stop = Kind::Stop(chances.term.mul_f64(rng.random_range(0.0..3.0)));
-        let kind = match (role, rng.random_range(0..6)) {
-            (_, 0..2) => stop,
-            (Role::Mount(_), 2..4) => Kind::Evict(short),
-            _ if chances.spared.contains(&role) => stop,
-            _ => Kind::Kill(short),
-        };
-        let mut fault = Some(Fault { role, kind });
-        if chances.links && rng.random_range(0..2) == 0 {
-            fault = draw_cut(rng, chances);
-        }
-        faults.extend(fault.filter(|new| faults.iter().all(|f| f.role != new.role)));
-    }
-    faults
-}
 
 /// The programs that work; killed when dropped.
 struct Workers(Vec<Child>);
@@ -146,8 +60,11 @@ impl<'a> Storm<'a> {
     pub fn start(cluster: &'a Cluster, rng: StdRng, seed: u64) -> anyhow::Result<Self> {
         let at = cluster.path("board");
         let board = Board::open(&at)?;
-        let uncached = cluster.options().cache == Cache::Direct;
-        board.uncached().store(uncached.into(), SeqCst);
+        let cache = cluster.options().cache;
+        board.uncached().store((cache == Cache::Direct).into(), SeqCst);
+        board
+            .mindful()
+            .store((cache != Cache::Writethrough).into(), SeqCst);
         let mut workers = Workers(Vec::new());
         for mount in 0..MOUNTS {
             // Until it has begun its first life.
@@ -350,7 +267,7 @@ impl<'a> Storm<'a> {
     fn evict(&self, number: Option<u64>) -> anyhow::Result<()> {
         let number = number.context("the status does not know the mount")?.to_string();
         let config = self.cluster.config().display().to_string();
-        let end = Instant::now() + LONGEST;
+        let end = Instant::now() + LONGEST * patience();
         loop {
             match self.cluster.tool(&["evict", &number, "--config", &config]) {
                 Ok(_) => return Ok(()),
@@ -390,7 +307,7 @@ impl<'a> Storm<'a> {
             Ok(problems.is_empty())
         })?;
         // Threads that have nothing to do end after a while.
-        let end = Instant::now() + IDLE;
+        let end = Instant::now() + IDLE * patience();
         let told = loop {
             match self.watch.compare(self.cluster, 2) {
                 Err(_) if Instant::now() < end => std::thread::sleep(PAUSE),
@@ -421,7 +338,7 @@ impl<'a> Storm<'a> {
             self.check()?;
             let options = self.cluster.options();
             ensure!(
-                start.elapsed() < (options.term * 6) / 5 + LONGEST,
+                start.elapsed() < (options.term * 6) / 5 + LONGEST * patience(),
                 "HUNG: waited in vain for {what}: {:?}",
                 (0..MOUNTS)
                     .map(|m| (self.board.begun(m), self.board.done(m), self.board.settled(m)))
@@ -445,7 +362,7 @@ impl<'a> Storm<'a> {
                 bail!("worker {mount} has ended with {status}");
             }
         }
-        let longest = (self.cluster.options().term * 6) / 5 + LONGEST;
+        let longest = (self.cluster.options().term * 6) / 5 + LONGEST * patience();
         for task in 0..TASKS {
             let (since, name) = self.board.call(task);
             let (since, name) = (since.load(SeqCst), name.load(SeqCst).to_le_bytes());

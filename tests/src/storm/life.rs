@@ -14,9 +14,12 @@ use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 
 use super::board::{Board, Count};
 use super::{MOUNTS, TASKS_EACH, now};
+use crate::guard::patience;
 
 /// How long after a storage node is there again calls may still fail that had to do with it.
 const OUTAGE_MS: u64 = 3000;
+/// The call that may be done by another mount.
+pub const WRITE: &str = "write of cells";
 /// Pause after a call that failed.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -138,8 +141,15 @@ impl Task<'_> {
 
     fn outage(&self) -> bool {
         let ended = self.board.outage_ended().load(SeqCst);
-        let lately = ended != 0 && now() < ended + OUTAGE_MS * 1_000_000;
+        let lately = ended != 0 && now() < ended + OUTAGE_MS * u64::from(patience()) * 1_000_000;
         self.board.outages().load(SeqCst) > 0 || lately
+    }
+
+    /// Whether another mount may have been doing what this one was asked to do, and have died: then nobody knows whether it was done.
+    fn may_have_been_forwarded(&self, before: [Option<u64>; MOUNTS]) -> bool {
+        let after = self.board.safe();
+        let dying = |m: usize| before[m].is_none() || before[m] != after[m];
+        self.board.forwards() && (0..MOUNTS).any(|m| m != self.mount() && dying(m))
     }
 
     /// Makes a call, with what is told of it where it fails or hangs. `expected` are errors that the caller looks at.
@@ -154,7 +164,8 @@ impl Task<'_> {
     ) -> Step<Result<T, i32>> {
         let (since, name) = self.board.call(self.number);
         let start = now();
-        let (safe, outage) = (self.board.safe()[self.mount()], self.outage());
+        let (all_safe, outage) = (self.board.safe(), self.outage());
+        let safe = all_safe[self.mount()];
         let mut letters = [0; 8];
         letters
             .iter_mut()
@@ -192,6 +203,13 @@ impl Task<'_> {
                 self.number
             );
             self.board.add(Count::Outage, 1);
+        } else if number == libc::EIO && what == WRITE && self.may_have_been_forwarded(all_safe) {
+            eprintln!(
+                "{} task {}: {what}: {error} after {took:?}, beside another mount's fault",
+                now(),
+                self.number
+            );
+            self.board.add(Count::Forwarded, 1);
         } else {
             self.wrong(&format!("{what} has failed: {error}, after {took:?}"));
         }

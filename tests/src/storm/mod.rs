@@ -6,10 +6,11 @@
 //! whether they have outlived it). Each reader compares what it has read with the board ([`oracle`]).
 //!
 //! What is tried: [`cells`] of files that one task has to itself, and of one that all write under file locks; [`names`] that are made, moved
-//! and removed; [`logs`] that all append to. [`faults`] draws faults from a seed; [`leaks`] compares what processes hold before and after.
+//! and removed; [`logs`] that all append to. [`draw`] draws faults from a seed, [`faults`] does them; [`leaks`] compares what processes hold before and after.
 
 pub mod board;
 pub mod cells;
+pub mod draw;
 pub mod faults;
 pub mod leaks;
 pub mod life;

@@ -21,6 +21,12 @@ impl Known {
         acked.map(|(n, _)| *n).fold(self.synced, u64::max)
     }
 
+    /// One of these numbers is of a write that had not been acknowledged when it was begun to be read.
+    #[must_use]
+    pub fn is_unfinished(&self, numbers: &[u64], safe: [bool; MOUNTS]) -> bool {
+        numbers.iter().any(|n| *n > self.floor(safe))
+    }
+
     /// What is wrong with seeing `number`, when `issued` was the last one begun after the read, and nothing if it is right. `owner` is
     /// the only mount that writes the cell, if there is one.
     #[must_use]

@@ -47,6 +47,7 @@ mod privileges;
 mod replace;
 mod servers_away;
 mod side_by_side;
+mod silent_host;
 mod status;
 mod stopping;
 mod storage;

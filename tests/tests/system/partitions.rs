@@ -1,19 +1,21 @@
 //! Links between any two processes of a cluster are cut, also in one direction only: what can go on does, what cannot waits, and after
 //! that all is as before. Cases 6, 7, 12 and 27 of `docs/failures.md`.
 //!
+//! Limits are for the time in which this machine is not busy with something else ([`system_tests::quiet`]).
+//!
 //! The test itself has no file of a mount open while it starts other programs: closing it in the child waits for a mount that is cut off.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use system_tests::asking::Asking;
 use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role, nodes};
 use system_tests::guard;
+use system_tests::quiet::Stopwatch;
 
 const MOUNTS: usize = 3;
 const SHARDS: usize = 2;
@@ -72,67 +74,11 @@ impl Drop for Cut<'_> {
     }
 }
 
-/// A program that asks a mount for something, and may have to wait; it is ended with this.
-struct Asking(Child);
-
-impl Asking {
-    fn shell(script: &str, file: &Path) -> anyhow::Result<Self> {
-        let child = Command::new("sh")
-            .args(["-c", script])
-            .arg(file)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()?;
-        Ok(Self(child))
-    }
-
-    fn waits(&mut self) -> anyhow::Result<bool> {
-        Ok(self.0.try_wait()?.is_none())
-    }
-
-    /// The next line that it says; it may not have said one yet.
-    fn says(&mut self) -> anyhow::Result<String> {
-        let out = self.0.stdout.as_mut().context("no output")?;
-        let mut line = String::new();
-        BufReader::new(out).read_line(&mut line)?;
-        Ok(line.trim_end().to_owned())
-    }
-
-    /// What it says, once it has ended.
-    fn answer(mut self, limit: Duration) -> anyhow::Result<Option<String>> {
-        until("an answer", limit, || Ok(!self.waits()?))?;
-        let text = self.says()?;
-        Ok(self.0.wait()?.success().then_some(text))
-    }
-}
-
-impl Drop for Asking {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn until(
-    what: &str,
-    limit: Duration,
-    mut holds: impl FnMut() -> anyhow::Result<bool>,
-) -> anyhow::Result<Duration> {
-    let start = Instant::now();
-    while !holds()? {
-        ensure!(start.elapsed() < limit, "waited in vain for {what} for {limit:?}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(start.elapsed())
-}
-
 /// A call that must not take longer than this.
 fn within<T>(limit: Duration, what: &str, call: impl FnOnce() -> std::io::Result<T>) -> anyhow::Result<T> {
-    let start = Instant::now();
+    let watch = Stopwatch::start();
     let result = call().with_context(|| what.to_owned())?;
-    ensure!(start.elapsed() < limit, "{what} took {:?}", start.elapsed());
+    watch.within(limit, what)?;
     Ok(result)
 }
 
@@ -238,20 +184,18 @@ impl<'a> Field<'a> {
 
     /// All mounts see what each writes, and the cluster is healthy.
     fn all_well(&mut self) -> anyhow::Result<()> {
-        let start = Instant::now();
+        let watch = Stopwatch::start();
         for (from, shard) in (0..MOUNTS).flat_map(|m| (0..SHARDS).map(move |s| (m, s))) {
             let to: Vec<usize> = (0..MOUNTS).filter(|to| *to != from).collect();
             self.exchange(from, &to, shard, BACK)?;
         }
         let mut problems = serde_json::Value::Null;
-        let healthy = until("a healthy cluster", BACK, || {
+        let healthy = watch.until("a healthy cluster", BACK, || {
             problems = self.cluster.status()?["problems"].clone();
             Ok(problems.as_array().is_some_and(Vec::is_empty))
         });
         healthy.with_context(|| problems.to_string())?;
-        let took = start.elapsed();
-        ensure!(took < BACK, "all is well after {took:?} only");
-        println!("  as before after {took:?}");
+        println!("  as before after {:?}", watch.all());
         Ok(())
     }
 
@@ -279,8 +223,8 @@ impl<'a> Field<'a> {
         let cut = Cut::new(self.cluster, (Role::Mount(mount), Role::Storage(shard)), ways)?;
         let mut own = Asking::shell("cat \"$0\"", &self.path(mount, other, shard))?;
         let mut others = Asking::shell("cat \"$0\"", &self.path(other, mount, shard))?;
-        let start = Instant::now();
-        while start.elapsed() < TERM * 2 {
+        let watch = Stopwatch::start();
+        while watch.all() < TERM * 2 {
             self.exchange_by(other, &[third], &fresh[0], SOON)?;
             self.exchange_by(third, &[other], &fresh[1], SOON)?;
             self.exchange(mount, &[other, third], 1 - shard, SOON)?;
@@ -316,7 +260,7 @@ impl<'a> Field<'a> {
         ensure!(holder.says()? == "locked", "the file cannot be locked");
         let number = number(self.cluster, mount)?;
         let cut = Cut::new(self.cluster, (Role::Mount(mount), Role::Meta), ways)?;
-        let start = Instant::now();
+        let watch = Stopwatch::start();
         let locking = "exec 9<>\"$0\" && flock 9 && echo locked";
         let lock = Asking::shell(locking, &self.path(other, mount, 1))?;
         let change = Asking::shell("echo theirs >\"$0\" && cat \"$0\"", &self.path(other, mount, 0))?;
@@ -336,14 +280,13 @@ impl<'a> Field<'a> {
         } else {
             self.exchange(other, &[third], 0, DEAD)?;
             self.exchange(third, &[other], 1, SOON)?;
-            let left = || DEAD.saturating_sub(start.elapsed());
-            let locked = lock.answer(left()).context("the lock of the dead")?;
-            let changed = change.answer(left()).context("the file of the dead")?;
+            let locked = lock.answer_by(&watch, DEAD).context("the lock of the dead")?;
+            let changed = change.answer_by(&watch, DEAD).context("the file of the dead")?;
             ensure!(
                 locked.as_deref() == Some("locked") && changed.as_deref() == Some("theirs"),
                 "another got {locked:?} and {changed:?}"
             );
-            println!("  what it had is free after {:?}", start.elapsed());
+            println!("  what it had is free after {:?}", watch.all());
             // Nothing of it shows, and nothing of it lands, while it is cut off.
             let mut stale = Asking::shell("cat \"$0\"", &mine)?;
             std::thread::sleep(TERM / 2);
@@ -354,23 +297,21 @@ impl<'a> Field<'a> {
             drop(stale);
             cut.mend()?;
         }
-        let healed = Instant::now();
-        let mut input = holder.0.stdin.take().context("no input")?;
-        input.write_all(b"go\n")?;
-        drop(input);
+        let healed = Stopwatch::start();
+        holder.tell("go")?;
         let end = holder.answer(BACK)?;
         ensure!(
             end.as_deref() != Some("written"),
             "a write under a lock that was lost has been acknowledged"
         );
         // In its next life it sees what others have done.
-        until("the mount to come back", BACK, || {
+        healed.until("the mount to come back", BACK, || {
             let seen = Asking::shell("cat \"$0\"", &mine)?.answer(BACK)?;
             let seen = seen.unwrap_or_default();
             ensure!(seen != text, "it shows what was there before its death");
             Ok(seen == "theirs")
         })?;
-        println!("  it is back after {:?}", healed.elapsed());
+        println!("  it is back after {:?}", healed.all());
         Ok(())
     }
 }

@@ -37,8 +37,19 @@ impl Heartbeat {
                 self.term.freeze();
                 late();
             }
+            if little {
+                self.dial(enough);
+            }
             told = little;
         }
+    }
+
+    /// Another connection may be answered, where this one is not.
+    fn dial(&self, enough: Duration) {
+        let term = Arc::clone(&self.term);
+        self.net
+            .meta
+            .replace_silent(move || term.left() < enough && !term.is_over());
     }
 
     /// Once. Without a connection there is nobody to tell: whoever makes the next one tells with that.

@@ -19,6 +19,7 @@ const LAUNCH: &str = include_str!("../../scenarios/launch.toml");
 const HISTORIES: &str = include_str!("../../scenarios/histories.toml");
 const EXTENSION: &str = include_str!("../../scenarios/extension.toml");
 const CONTENDED: &str = include_str!("../../scenarios/contended.toml");
+const STORM: &str = include_str!("../../scenarios/storm.toml");
 const STRAIN: &str = include_str!("../../scenarios/strain.toml");
 const COUNTS: &str = include_str!("../../scenarios/counts.toml");
 const CLOCKS: &str = include_str!("../../scenarios/clocks.toml");
@@ -160,6 +161,14 @@ pub const ALL: &[Scenario] = &[
         nodes: 4,
         soak: Some(120),
         run: |cluster| script(CONTENDED, cluster),
+    },
+    Scenario {
+        name: "storm",
+        about: "random kills and stops with the extension, each read compared with what was acknowledged (scenarios/storm.toml)",
+        tiers: &[Tier::Single],
+        nodes: 4,
+        soak: Some(400),
+        run: |cluster| script(STORM, cluster),
     },
     Scenario {
         name: "strain",

@@ -1,7 +1,7 @@
 //! The connection to the metadata server.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
@@ -68,6 +68,8 @@ pub struct MetaLink {
     pub(super) addr: String,
     pub(super) conn: RwLock<Option<Arc<dyn Connection>>>,
     connecting: Mutex<()>,
+    /// Another connection is being made although there is one.
+    dialling: AtomicBool,
     pub(super) log: Log,
     pub(super) outbox: Outbox,
     pub(super) clock: Clock,
@@ -82,6 +84,7 @@ impl MetaLink {
             addr,
             conn: RwLock::new(None),
             connecting: Mutex::new(()),
+            dialling: AtomicBool::new(false),
             log: Log::default(),
             outbox: Outbox::default(),
             clock: Clock::default(),
@@ -161,12 +164,53 @@ impl MetaLink {
         if let Some(conn) = self.alive() {
             return Ok(conn);
         }
-        let joined = self.joined.get().ok_or(RpcError::Errno(Errno(libc::ENOTCONN)))?;
         let conn = self.ways.fabric.connect(&self.addr)?;
+        self.rejoin(&conn)?;
+        Ok(conn)
+    }
+
+    /// Nobody answers on the connection that there is. Where the server answers on another one, that takes its place: its host has lost its
+    /// power and is back, of which no packet tells this one, or what was lost is sent again ever more seldom. A server that has
+    /// been restarted waits for its mounts no longer than a term. To be called again and again while `is_silent`.
+    pub(in crate::session) fn replace_silent(&self, is_silent: impl Fn() -> bool + Send + 'static) {
+        if !self.dialling.swap(true, Ordering::AcqRel) {
+            let me = Weak::clone(&self.me);
+            self.ways.workers.run(move || {
+                if let Some(me) = me.upgrade() {
+                    me.dial(is_silent);
+                    me.dialling.store(false, Ordering::Release);
+                }
+            });
+        }
+    }
+
+    fn dial(&self, is_silent: impl Fn() -> bool) {
+        let Some(old) = self.alive() else { return };
+        let Ok(conn) = self.ways.fabric.connect(&self.addr) else {
+            return;
+        };
+        let _one = self.connecting.lock();
+        let is_old = self.alive().is_some_and(|now| now.id() == old.id());
+        if !is_old || !is_silent() {
+            return conn.close();
+        }
+        tracing::warn!(
+            "the metadata server is silent on the connection that there is, and answers on another one"
+        );
+        // First: a mount that it hears on another connection is unknown to it on this one.
+        old.close();
+        if let Err(error) = self.rejoin(&conn) {
+            tracing::debug!("another connection to the metadata server: {error}");
+        }
+    }
+
+    /// Comes back over a new connection. With `connecting` locked.
+    fn rejoin(&self, conn: &Arc<dyn Connection>) -> Result<(), RpcError> {
+        let joined = self.joined.get().ok_or(RpcError::Errno(Errno(libc::ENOTCONN)))?;
         // It is let in whatever that says, and had better not be late for that.
-        let skew = self.compare_clocks(&conn, 1)?;
+        let skew = self.compare_clocks(conn, 1)?;
         let sent = rt::time::since_boot();
-        let back = self.join_on(&conn, Some((joined.node, joined.incarnation)), skew);
+        let back = self.join_on(conn, Some((joined.node, joined.incarnation)), skew);
         if let Err(RpcError::Errno(Errno(libc::ESTALE))) = back {
             self.ways.declared_dead();
         }
@@ -174,11 +218,11 @@ impl MetaLink {
         if let Some(owner) = self.ways.owner() {
             owner.alive(sent);
         }
-        self.tell_again(&conn, &back)?;
+        self.tell_again(conn, &back)?;
         tracing::info!("connected to the metadata server again");
         self.ways.note_outage();
-        *self.conn.write() = Some(Arc::clone(&conn));
-        Ok(conn)
+        *self.conn.write() = Some(Arc::clone(conn));
+        Ok(())
     }
 
     /// As [`MetaLink::connection`], for a server that is needed since `began`, and may come back.
