@@ -11,6 +11,8 @@ use system_tests::guard;
 
 const LIMIT: Duration = Duration::from_secs(120);
 const TERM: Duration = Duration::from_secs(2);
+/// So long, and longer, an inode is kept that was looked up a moment ago, whether anybody has it open or not.
+const KEPT: Duration = Duration::from_secs(3);
 
 fn options(fabric: Fabric, mounts: usize) -> Options {
     Options {
@@ -41,6 +43,7 @@ fn open_new(cluster: &Cluster, name: &str) -> anyhow::Result<File> {
 
 /// It has no name, and is what it was and can be changed; and is gone with its last close.
 fn lives_until_closed(cluster: &Cluster, file: File, name: &str) -> anyhow::Result<()> {
+    std::thread::sleep(KEPT);
     ensure!(file.metadata()?.nlink() == 0, "{name} has a name");
     let mut content = vec![0; name.len()];
     file.read_exact_at(&mut content, 0)?;
