@@ -172,7 +172,7 @@ impl MetaLink {
     /// Nobody answers on the connection that there is. Where the server answers on another one, that takes its place: its host has lost its
     /// power and is back, of which no packet tells this one, or what was lost is sent again ever more seldom. A server that has
     /// been restarted waits for its mounts no longer than a term. To be called again and again while `is_silent`.
-    pub(in crate::session) fn replace_silent(&self, is_silent: impl Fn() -> bool + Send + 'static) {
+    pub fn replace_silent(&self, is_silent: impl Fn() -> bool + Send + 'static) {
         if !self.dialling.swap(true, Ordering::AcqRel) {
             let me = Weak::clone(&self.me);
             self.ways.workers.run(move || {
