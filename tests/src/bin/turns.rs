@@ -93,7 +93,8 @@ impl Turns {
             };
             let kept = own == last || own == unsure;
             let lost = own < last && own >= self.said("synced", self.who);
-            if !kept && !(lost && self.is_told("anew")) {
+            let explained = kept || (lost && self.is_told("anew"));
+            if !explained {
                 self.wrong(&format!("own: {own}, and {last} was written, {unsure} perhaps"))?;
             }
             // Else the other may have died after it had said so.
