@@ -10,7 +10,7 @@ use rt::time::Instant;
 use super::epochs::Epochs;
 use super::interface::{Directory, LeaseUser, ManagerConfig};
 use super::leave::Leave;
-use super::posting::Posting;
+use super::outgoing::Posting;
 use super::stats::Counters;
 use super::storage::Storage;
 use crate::LeaseError;

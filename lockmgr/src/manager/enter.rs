@@ -7,7 +7,7 @@ use rt::sync::{Condvar, Mutex};
 use rt::time::Instant;
 
 use super::LeaseManager;
-use super::posting::Posting;
+use super::outgoing::Posting;
 use crate::LeaseError;
 use crate::ids::{Mode, RecordId};
 use crate::lease::{EnterFn, Guard, Parked};

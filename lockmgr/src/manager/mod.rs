@@ -12,6 +12,7 @@ mod enter;
 mod epochs;
 mod interface;
 mod leave;
+mod outgoing;
 mod posting;
 mod stats;
 mod storage;
@@ -30,7 +31,7 @@ use crate::timers::Timer;
 
 use driver::Driver;
 pub use interface::{Directory, LeaseUser, ManagerConfig, Relinquish};
-use posting::Posting;
+use outgoing::Posting;
 pub use stats::{LeaseInfo, Stats};
 
 /// See the module.

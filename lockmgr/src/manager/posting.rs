@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use rdma_transport::{AsyncOp, Connection, OpResult, Outcome};
 
 use super::driver::Driver;
+use super::outgoing::{Posting, RecordBatch};
 use crate::LeaseError;
 use crate::fsm::{Event, WordOps};
 use crate::lease::LeaseHandle;
@@ -14,17 +15,6 @@ use crate::wire;
 
 /// Most operations that are posted together; less than a batch of the fabric may have, whichever it is.
 const TOGETHER: usize = 32;
-
-/// The batch of a record.
-type RecordBatch = (Arc<LeaseHandle>, WordOps);
-
-/// When batches are posted.
-pub(super) enum Posting<'a> {
-    /// At once.
-    AtOnce,
-    /// By [`Driver::post_together`].
-    Together(&'a mut Vec<RecordBatch>),
-}
 
 /// What is posted together: operations on records of one storage node.
 struct Group {
