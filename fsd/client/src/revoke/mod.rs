@@ -1,5 +1,6 @@
 //! Giving leases up, and forgetting inodes.
 
+mod duties;
 pub mod revocation;
 pub mod revoker;
 pub mod trim;

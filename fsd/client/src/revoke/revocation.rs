@@ -35,15 +35,13 @@ use crate::session::Session;
 use crate::session::ctx::Ctx;
 use crate::storing::push::Push;
 use fsd_node::config::CacheMode;
-use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
-use fsd_proto::rpc::RpcError;
 
 /// How long the kernel gets to take in the attributes of an answer before it is told to drop them; only
 /// for files that are open through the page cache.
 const SETTLE: Duration = Duration::from_micros(500);
 /// Pause between attempts to write back (each waits for lost connections itself).
-const RETRY: Duration = Duration::from_millis(50);
+pub(super) const RETRY: Duration = Duration::from_millis(50);
 /// How often to say that data cannot be stored.
 const COMPLAIN: Duration = Duration::from_secs(30);
 /// Attempts of a mount that ends before data is given up.
@@ -107,51 +105,77 @@ pub struct Revocations {
 impl Revocations {
     /// Carries a revocation on, to its end or, unless `may_wait`, until it would have to wait. True: that was the end.
     pub(super) fn carry_on(&self, job: &mut Revocation, may_wait: bool) -> bool {
-        self.look_again(job);
-        let Some(inode) = job.inode.clone() else {
-            if !self.close_gate(job.id, may_wait) {
+        loop {
+            self.look_again(job);
+            let inode = job.inode.clone();
+            let closed = match &inode {
+                Some(inode) => self.shut(job, inode, may_wait),
+                None => self.close_gate(job.id, may_wait),
+            };
+            if !closed {
                 return false;
             }
-            self.relinquish(job.id, Relinquish::default());
-            return true;
-        };
+            if self.is_same(job) {
+                return self.give_up(job, inode.as_ref(), may_wait);
+            }
+            // A file was made of the record before the gate was closed: its caches are what is to be given up.
+            self.session.leases.open_gate(job.id);
+            if !may_wait {
+                return false;
+            }
+        }
+    }
+
+    /// Takes back what the kernel has, and closes the gate; false: that would have to wait.
+    fn shut(&self, job: &mut Revocation, inode: &Arc<Inode>, may_wait: bool) -> bool {
         if !job.recalled {
             if may_wait {
-                self.front.recall(&inode, job.to);
-            } else if !self.front.recall_at_once(&inode, job.to) {
+                self.front.recall(inode, job.to);
+            } else if !self.front.recall_at_once(inode, job.to) {
                 return false;
             }
             job.recalled = true;
         }
-        if job.to.is_none() && !self.begin(job, &inode, may_wait) {
+        if job.to.is_none() && !self.begin(job, inode, may_wait) {
             return false;
         }
-        if !self.empty(job, &inode, may_wait) {
-            return false;
-        }
-        let Some(how) = self.store(job, &inode, may_wait) else {
+        self.empty(job, inode, may_wait)
+    }
+
+    /// Stores what the lease protected, and gives it up. The gate is closed.
+    fn give_up(&self, job: &Revocation, inode: Option<&Arc<Inode>>, may_wait: bool) -> bool {
+        let Some(inode) = inode else {
+            self.relinquish(job.id, Relinquish::default());
+            return true;
+        };
+        let Some(how) = self.store(job, inode, may_wait) else {
             self.session.leases.open_gate(job.id);
             return false;
         };
         self.session.counters.revocations.fetch_add(1, Ordering::Relaxed);
-        job.cached_again(&inode);
+        job.cached_again(inode);
         self.relinquish(job.id, how);
         if job.to.is_none() {
             // Another mount may take the record over; else the metadata server is told of attributes when the record becomes free, for
             // they may change again before that. Only now: a confirmation counts for what has been relinquished before it.
-            self.push.push_attrs(&inode);
+            self.push.push_attrs(inode);
         }
-        self.front.resume(&inode);
+        self.front.resume(inode);
         true
+    }
+
+    /// Does the record serve the inode that it served when the revocation began, or none as it did then?
+    fn is_same(&self, job: &Revocation) -> bool {
+        let now = self.cache.inodes.by_record(job.id);
+        now.as_ref().map(Arc::as_ptr) == job.inode.as_ref().map(Arc::as_ptr)
     }
 
     /// The record may serve a later inode by now: then the revocation is that one's, and begins anew.
     fn look_again(&self, job: &mut Revocation) {
-        let now = self.cache.inodes.by_record(job.id);
-        let same = now.as_ref().map(Arc::as_ptr) == job.inode.as_ref().map(Arc::as_ptr);
-        if same {
+        if self.is_same(job) {
             return;
         }
+        let now = self.cache.inodes.by_record(job.id);
         if let Some(former) = std::mem::replace(&mut job.inode, now) {
             self.let_go(job, &former);
         }
@@ -392,90 +416,6 @@ impl Revocations {
             }
             rt::thread::sleep(RETRY);
         }
-        true
-    }
-
-    /// Does what has to be done before a lease goes, again and again until it succeeds, or is of no use any more.
-    fn insist(&self, why: &str, inode: &Inode, mut act: impl FnMut() -> Result<(), RpcError>) {
-        while let Err(error) = act() {
-            tracing::warn!("inode {:#x}: {why}: {error}", inode.ino);
-            if self.session.fate.leaving.load(Ordering::SeqCst) || self.session.term.is_over() {
-                return;
-            }
-            rt::thread::sleep(RETRY);
-        }
-    }
-
-    /// Has the lease record say who uses the file here: whoever gets the lease asks it. False: it would have to wait.
-    fn publish(&self, inode: &Inode, may_wait: bool) -> bool {
-        if !may_wait {
-            return self.pinning.publish_at_once(inode);
-        }
-        let publish = || {
-            let published = self.pinning.publish(&Ctx::on_worker(), inode);
-            published.map_err(|stop| RpcError::Errno(stop.errno()))
-        };
-        self.insist(
-            "its lease record does not say yet who has it open",
-            inode,
-            publish,
-        );
-        true
-    }
-
-    /// Has made durable that blocks beyond the end of a file are free: whoever gets the lease asks only the storage nodes that the file
-    /// reaches, and what comes back elsewhere after a power cut would be there again when the file grows. False: it would have to wait.
-    fn commit_freed(&self, inode: &Inode, state: &mut Locked<'_>, may_wait: bool) -> bool {
-        let freed = |state: &State| state.lasting.durable.as_ref().map_or(0, |d| d.freed_before());
-        if freed(state) == 0 {
-            return true;
-        }
-        let flushes = self.stored.flushes_of_freed(inode, state);
-        if !may_wait && !flushes.is_empty() {
-            return false;
-        }
-        state.unlocked(|| {
-            for (node, flush) in flushes {
-                let ask = || self.session.net.storage.ask(node, flush.clone());
-                self.insist("what was freed is not durable yet", inode, ask);
-            }
-        });
-        if let Some(durable) = state.lasting.durable.as_deref_mut() {
-            durable.stored(durable.changes(), []);
-        }
-        true
-    }
-
-    /// Has told the metadata server what this mount has changed of an inode, or of the names in it: others will ask that. False: it would
-    /// have to wait.
-    fn tell_names(&self, inode: &Inode, may_wait: bool) -> bool {
-        let meta = &self.session.net.meta;
-        if !meta.knows(inode.ino) {
-            if !may_wait {
-                return false;
-            }
-            let tell = || meta.tell(inode.ino);
-            self.insist(
-                "the metadata server does not know yet what became of it",
-                inode,
-                tell,
-            );
-        }
-        true
-    }
-
-    /// Has made durable what this mount has changed of the names of a file, for whoever gets its attributes next is shown that; false: it
-    /// would have to wait.
-    fn commit_names(&self, inode: &Inode, may_wait: bool) -> bool {
-        let low = inode.transit.push.lock().linked;
-        if low != 0 && !self.session.net.meta.is_durable_low(low) {
-            if !may_wait {
-                return false;
-            }
-            let sync = || self.session.net.meta.ask(ask::meta::Sync {});
-            self.insist("names are not durable yet", inode, sync);
-        }
-        inode.transit.push.lock().linked = 0;
         true
     }
 
