@@ -297,20 +297,7 @@ impl Mount {
     /// # Errors
     /// No thread can be started.
     pub fn may_be_replaced(&mut self, start: Start) -> Result<(), MountError> {
-        let listener = self.listener.take().map_or_else(
-            || match &self.mounted {
-                Some(mounted) => control::listen(mounted),
-                None => Err(std::io::ErrorKind::NotFound.into()),
-            },
-            Ok,
-        );
-        match listener {
-            Ok(listener) => control::answer(Arc::clone(&self.standing), listener, start),
-            Err(error) => {
-                tracing::warn!("this mount cannot be asked to be replaced: {error}");
-                Ok(())
-            }
-        }
+        control::answer(Arc::clone(&self.standing), self.listener.take(), start)
     }
 
     /// The process that has replaced this one.

@@ -29,6 +29,12 @@ const SUCCESSORS: u32 = 3;
 const SOON: Duration = Duration::from_secs(10);
 /// How often is looked whether it has.
 const LOOK: Duration = Duration::from_millis(10);
+/// How long whoever asks waits for a daemon that is there in the mount's name before it is, or for one that is only just ending.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Longest pause between two attempts to have the mount's socket.
+const PAUSE: Duration = Duration::from_secs(1);
+/// What a daemon answers that has nothing more to do with what is mounted.
+const ENDING: &str = "this mount is ending";
 /// How an answer begins that a process with this number serves the mount now.
 const REPLACED: &str = "replaced ";
 
@@ -41,14 +47,44 @@ fn address(mounted: &Mounted) -> io::Result<SocketAddr> {
 /// # Errors
 /// In a sentence: nothing is mounted there that could be, or it goes on as before.
 pub fn replace(point: &Path, program: &Path) -> Result<u32, String> {
+    let began = Instant::now();
+    loop {
+        let refused = match ask(point, program) {
+            Ok(process) => return Ok(process),
+            Err(Refused::ForGood(why)) => return Err(why),
+            Err(Refused::ForNow(why)) => why,
+        };
+        if began.elapsed() > PATIENCE {
+            return Err(refused);
+        }
+        rt::thread::sleep(LOOK);
+    }
+}
+
+/// Why what is mounted is not replaced.
+enum Refused {
+    /// Nobody answers, or a daemon of something else: the kernel uses the numbers of devices again, before who had one has ended.
+    ForNow(String),
+    ForGood(String),
+}
+
+impl From<String> for Refused {
+    fn from(why: String) -> Self {
+        Self::ForGood(why)
+    }
+}
+
+fn ask(point: &Path, program: &Path) -> Result<u32, Refused> {
     let shown = point.display();
     let mounted = Mounted::at(point).ok_or_else(|| format!("nothing is mounted at {shown}"))?;
     let stream = address(&mounted).and_then(|address| UnixStream::connect_addr(&address));
     let stream = stream.map_err(|error| {
-        format!("no daemon is to be found of what is mounted at {shown} ({error}): is it a mount of DistFUSE, of this network name space?")
+        Refused::ForNow(format!(
+            "no daemon is to be found of what is mounted at {shown} ({error}): is it a mount of DistFUSE, of this network name space?"
+        ))
     })?;
     if !is_trusted(&stream) {
-        return Err(format!("the daemon of {shown} is another user's"));
+        return Err(format!("the daemon of {shown} is another user's").into());
     }
     let asked = || -> io::Result<String> {
         let mut stream = stream;
@@ -60,8 +96,9 @@ pub fn replace(point: &Path, program: &Path) -> Result<u32, String> {
     let answer = asked().map_err(|error| format!("the daemon of {shown}: {error}"))?;
     match answer.trim_end().strip_prefix(REPLACED).map(str::parse) {
         Some(Ok(process)) => Ok(process),
-        _ if answer.is_empty() => Err(format!("the daemon of {shown} has ended")),
-        _ => Err(answer.trim_end().to_owned()),
+        _ if answer.is_empty() => Err(Refused::ForNow(format!("the daemon of {shown} has ended"))),
+        _ if answer.trim_end() == ENDING => Err(Refused::ForNow(ENDING.into())),
+        _ => Err(answer.trim_end().to_owned().into()),
     }
 }
 
@@ -71,24 +108,42 @@ fn is_trusted(stream: &UnixStream) -> bool {
         .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid())
 }
 
-/// The socket of a mount.
+/// The socket of a mount. A daemon that is ending may still have it: what was mounted before had the same device number. That one is
+/// waited for, until this mount ends as well.
 ///
 /// # Errors
-/// Somebody else has it.
-pub(crate) fn listen(mounted: &Mounted) -> io::Result<UnixListener> {
-    UnixListener::bind_addr(&address(mounted)?)
+/// There cannot be one.
+fn listen(standing: &Standing) -> io::Result<UnixListener> {
+    let mounted = standing.mounted.as_ref().ok_or(io::ErrorKind::NotFound)?;
+    let mut pause = LOOK;
+    loop {
+        match UnixListener::bind_addr(&address(mounted)?) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                if *standing.stage.lock() != Stage::Serving {
+                    return Err(error);
+                }
+            }
+            result => return result,
+        }
+        rt::thread::sleep(pause);
+        pause = PAUSE.min(pause * 2);
+    }
 }
 
-/// Answers there, until the mount has been replaced.
+/// Answers at the mount's socket, a predecessor's if there is one, until the mount has been replaced.
 ///
 /// # Errors
 /// No thread can be started.
 pub(crate) fn answer(
     standing: Arc<Standing>,
-    listener: UnixListener,
+    predecessors: Option<UnixListener>,
     start: Start,
 ) -> Result<(), MountError> {
     thread("fsd-control", move || {
+        let listener = match predecessors.map_or_else(|| listen(&standing), Ok) {
+            Ok(listener) => listener,
+            Err(error) => return tracing::warn!("this mount cannot be asked to be replaced: {error}"),
+        };
         for stream in listener.incoming() {
             let Ok(stream) = stream else { continue };
             let done = asked(&standing, &listener, &start, &stream);
@@ -124,7 +179,7 @@ fn asked(
     // Whoever ends the mount waits.
     let mut stage = standing.stage.lock();
     if *stage != Stage::Serving {
-        return Err("this mount is ending".into());
+        return Err(ENDING.into());
     }
     if let Some(why) = standing.never {
         return Err(why.into());
