@@ -39,7 +39,7 @@ const LEAVE_WAIT: Duration = Duration::from_secs(20);
 const ALONE_WAIT: Duration = Duration::from_secs(1);
 /// Longest wait for other mounts to hear the last message when leaving.
 const HEARD_WAIT: Duration = Duration::from_secs(5);
-/// How long late questions of other mounts are still answered after leaving.
+/// How long late questions of other mounts are still answered when everything has been given up.
 const LINGER: Duration = Duration::from_millis(100);
 
 pub(super) fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, MountError> {
@@ -245,12 +245,13 @@ pub(super) fn leave(client: &Client, threads: Vec<JoinHandle<()>>, fabric: &dyn 
         // Once more: a revocation that began before this mount was leaving may have pinned something.
         client.opens.pinning.drop_pins(true);
         client.session.fate.left.store(true, Ordering::SeqCst);
+        // Others may have read our name in a lease record just before it was freed, and ask us. They must still be told where we are: of one
+        // that has left they get no answer, and wait for it until they give up.
+        rt::thread::sleep(LINGER);
         await_heard(client);
         if let Err(error) = client.session.net.meta.ask(ask::meta::Leave {}) {
             tracing::warn!("leaving: {error}");
         }
-        // Others may have read our name in a lease record just before it was freed, and ask us.
-        rt::thread::sleep(LINGER);
     }
     client.session.fate.stopping.store(true, Ordering::Release);
     let _ = client.cache.wake_writeback.try_send(());
