@@ -67,6 +67,10 @@ impl Tree {
         }
     }
 
+    fn get(&self, dir: u64, name: &OsStr) -> Option<u64> {
+        self.names.get(&(dir, name.to_owned())).copied()
+    }
+
     fn take(&mut self, dir: u64, name: &OsStr) -> Option<u64> {
         let ino = self.names.remove(&(dir, name.to_owned()))?;
         self.count(dir, false);
@@ -175,7 +179,7 @@ impl Filesystem for NullFs {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let ino = self.tree.read().names.get(&(parent.0, name.to_owned())).copied();
+        let ino = self.tree.read().get(parent.0, name);
         match ino.and_then(|ino| self.attr_of(ino)) {
             Some(attr) => reply.entry(&TTL, &attr, Generation(0)),
             None => reply.error(Errno::ENOENT),
@@ -255,7 +259,7 @@ impl Filesystem for NullFs {
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let mut tree = self.tree.write();
-        let ino = tree.names.get(&(parent.0, name.to_owned())).copied();
+        let ino = tree.get(parent.0, name);
         let Some((ino, dir)) = ino.and_then(|ino| Some((ino, tree.files.get(&ino)?))) else {
             return reply.error(Errno::ENOENT);
         };

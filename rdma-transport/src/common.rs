@@ -39,31 +39,27 @@ pub(crate) fn on_progress_thread() -> bool {
 
 /// Waits until `fd` is ready for `what`; false at the deadline.
 pub(crate) fn wait(fd: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -> Result<bool, Errno> {
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Ok(false);
-        }
-        let timeout = timespec(left);
-        match rustix::event::poll(&mut [PollFd::new(&fd, what)], Some(&timeout)) {
-            Ok(0) | Err(Errno::INTR) => {}
-            Ok(_) => return Ok(true),
-            Err(e) => return Err(e),
-        }
-    }
+    poll_until(&mut [PollFd::new(&fd, what)], deadline)
 }
 
 /// As [`wait`], for any of several; which one.
 pub(crate) fn wait_any(fds: &[OwnedFd], what: PollFlags, deadline: Instant) -> Result<Option<usize>, Errno> {
     let mut polled: Vec<PollFd<'_>> = fds.iter().map(|fd| PollFd::new(fd, what)).collect();
+    let ready = poll_until(&mut polled, deadline)?;
+    let first = || polled.iter().position(|fd| !fd.revents().is_empty());
+    Ok(ready.then(first).flatten())
+}
+
+/// Waits until one of them is ready; false at the deadline.
+fn poll_until(polled: &mut [PollFd<'_>], deadline: Instant) -> Result<bool, Errno> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Ok(None);
+            return Ok(false);
         }
-        match rustix::event::poll(&mut polled, Some(&timespec(left))) {
+        match rustix::event::poll(polled, Some(&timespec(left))) {
             Ok(0) | Err(Errno::INTR) => {}
-            Ok(_) => return Ok(polled.iter().position(|fd| !fd.revents().is_empty())),
+            Ok(_) => return Ok(true),
             Err(e) => return Err(e),
         }
     }

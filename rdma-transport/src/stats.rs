@@ -77,8 +77,8 @@ pub(crate) fn count(counter: &AtomicU64, by: u64) {
 }
 
 impl Counters {
-    #[inline]
     /// A batch of so many operations.
+    #[inline]
     pub(crate) fn did_ops(&self, ops: usize, bytes: u64) {
         count(&self.ops, ops as u64);
         count(&self.op_bytes, bytes);
