@@ -26,7 +26,7 @@ sim:
 
 # Guests under QEMU with SoftRoCE; tests/lab/README.md has what else the lab can do.
 lab: lab-programs
-	cargo run --release -q -p lab -- test --limit 900
+	cargo run --release -q -p lab -- test --limit 1800
 
 # The checks among those scenarios round after round; make soak MINUTES=60.
 MINUTES ?= 60

@@ -34,6 +34,13 @@ pub struct Target {
     pub bytes: u32,
 }
 
+/// Has the index been made durable since a flush began, with all that it has changed itself?
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Index {
+    Unsynced,
+    Synced,
+}
+
 /// What has been written of a block.
 struct Copied {
     target: Target,
@@ -88,9 +95,7 @@ impl Flusher {
             let space = self.media.space.lock();
             self.targets(inos.into_iter().flat_map(|ino| space.index.entries(ino)))
         };
-        self.store_all(targets)?;
-        // Also where no block was dirty: the index may have changes that are not durable yet.
-        self.media.sync_index()
+        self.store_durably(targets)
     }
 
     /// Everything that is not stored.
@@ -102,9 +107,7 @@ impl Flusher {
     /// Stores everything.
     pub fn flush_all(&self) -> Result<(), StorageError> {
         self.restore.store(false, Ordering::Release);
-        let result = self
-            .store_all(self.unstored())
-            .and_then(|()| self.media.sync_index());
+        let result = self.store_durably(self.unstored());
         if result.is_err() {
             self.restore.store(true, Ordering::Release);
         }
@@ -116,7 +119,17 @@ impl Flusher {
         self.restore.load(Ordering::Acquire) || !self.media.space.lock().retired.is_empty()
     }
 
-    fn store_all(&self, mut targets: Vec<Target>) -> Result<(), StorageError> {
+    /// Stores blocks, and makes all durable that the index was before.
+    fn store_durably(&self, targets: Vec<Target>) -> Result<(), StorageError> {
+        if self.store_all(targets)? == Index::Synced {
+            return Ok(());
+        }
+        // No block was dirty, but the index may have changes that are not durable yet.
+        self.media.sync_index()
+    }
+
+    fn store_all(&self, mut targets: Vec<Target>) -> Result<Index, StorageError> {
+        let mut index = Index::Unsynced;
         for _ in 0..MOVES {
             let mut moved = Vec::new();
             let mut rest = targets.as_slice();
@@ -128,11 +141,11 @@ impl Flusher {
                 };
                 let count = rest.iter().take_while(fits).count().max(1);
                 let (chunk, tail) = rest.split_at(count);
-                self.store_chunk(chunk, &mut moved)?;
+                index = index.max(self.store_chunk(chunk, &mut moved)?);
                 rest = tail;
             }
             if moved.is_empty() {
-                return Ok(());
+                return Ok(index);
             }
             targets = moved;
         }
@@ -141,8 +154,9 @@ impl Flusher {
     }
 
     /// Stores some blocks; adds to `moved` those that got another frame meanwhile.
-    fn store_chunk(&self, mut chunk: &[Target], moved: &mut Vec<Target>) -> Result<(), StorageError> {
+    fn store_chunk(&self, mut chunk: &[Target], moved: &mut Vec<Target>) -> Result<Index, StorageError> {
         let _one = self.flushing.lock();
+        let mut index = Index::Unsynced;
         let mut emptied = false;
         while !chunk.is_empty() {
             let mut copied = Vec::new();
@@ -153,6 +167,7 @@ impl Flusher {
             if any {
                 // Now rather than at the end: what the copies replace can take the next ones.
                 self.media.sync_index()?;
+                index = Index::Synced;
             }
             chunk = &chunk[handled..];
             if let Err((_, error)) = written {
@@ -162,9 +177,10 @@ impl Flusher {
                 }
                 emptied = handled == 0;
                 self.media.sync_index()?;
+                index = Index::Synced;
             }
         }
-        Ok(())
+        Ok(index)
     }
 
     /// Writes blocks to free extents. On failure: how many blocks were dealt with before.
@@ -287,4 +303,30 @@ impl Flusher {
 /// Bytes of blocks.
 pub fn bytes_of(targets: &[Target]) -> u64 {
     targets.iter().map(|t| u64::from(t.bytes)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::crash_disk::{FakeDisk, Journal, recording_store};
+    use super::super::crash_tests::{open, put, scratch};
+
+    #[test]
+    fn a_flush_makes_the_index_durable_once() {
+        let (journal, dir) = (Arc::new(Journal::default()), scratch());
+        let disk = Arc::new(FakeDisk::recording(&journal));
+        let blocks = open(dir.path(), disk, Arc::new(recording_store(&journal)), None);
+        let syncs = |what: &dyn Fn()| {
+            let before = blocks.media.generation.durable();
+            what();
+            blocks.media.generation.durable() - before
+        };
+        put(&blocks, (10, 0), b"some").unwrap();
+        assert_eq!(syncs(&|| blocks.flusher.flush(&[10]).unwrap()), 1, "with a block");
+        assert_eq!(syncs(&|| blocks.flusher.flush(&[10]).unwrap()), 1, "with none");
+        put(&blocks, (10, 0), b"more").unwrap();
+        put(&blocks, (11, 0), b"of another").unwrap();
+        assert_eq!(syncs(&|| blocks.flusher.flush_all().unwrap()), 1, "with all");
+    }
 }
