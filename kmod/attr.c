@@ -92,6 +92,24 @@ static void df_show_entry(struct distfuse_entry *entry, const struct inode *inod
 }
 
 /*
+ * Without entering, which would have all that look at a file write its word: nothing here sleeps,
+ * and if the lease was held before and still is, then so it was all the while.
+ */
+static bool df_stat_local(struct df_sb *ds, struct df_inode *di, df_idmap *idmap, u32 mask,
+			  unsigned int flags, struct kstat *stat)
+{
+	struct df_glance glance;
+
+	if ((flags & AT_STATX_FORCE_SYNC) || !df_wants(ds, DISTFUSE_ATTACH_STAT) ||
+	    !df_glance(di, DISTFUSE_SHARED, &glance) ||
+	    !df_stat_from(glance.entry, idmap, mask, di->inode, stat) ||
+	    !df_glance_holds(di, &glance))
+		return false;
+	df_count_sb(ds, DISTFUSE_STAT_LOCAL);
+	return true;
+}
+
+/*
  * Of a regular file only under a lease, for FUSE in write-back mode believes its own size and
  * times, whatever the server says.
  */
@@ -110,18 +128,20 @@ static int df_file_getattr(df_idmap *idmap, const struct path *path, struct ksta
 	if (flags & AT_STATX_DONT_SYNC)
 		return ds->stock_riop->getattr(idmap, path, stat, mask, flags);
 	do {
-		ret = 0;
+		if (likely(df_stat_local(ds, di, idmap, mask, flags, stat)))
+			return 0;
 		entry = df_enter(di, DISTFUSE_SHARED, 0);
 		if (IS_ERR(entry))
 			return PTR_ERR(entry);
-		if (!(flags & AT_STATX_FORCE_SYNC) && df_wants(ds, DISTFUSE_ATTACH_STAT) &&
-		    df_stat_from(entry, idmap, mask, inode, stat)) {
-			df_count_sb(ds, DISTFUSE_STAT_LOCAL);
-		} else {
+		ret = 0;
+		if ((flags & AT_STATX_FORCE_SYNC) || !df_wants(ds, DISTFUSE_ATTACH_STAT) ||
+		    !df_stat_from(entry, idmap, mask, inode, stat)) {
 			df_count_sb(ds, DISTFUSE_STAT_REMOTE);
 			ret = ds->stock_riop->getattr(idmap, path, stat, mask, flags);
 			if (!ret)
 				df_show_entry(entry, inode, stat);
+		} else {
+			df_count_sb(ds, DISTFUSE_STAT_LOCAL);
 		}
 		in_term = df_in_term(ds);
 		df_leave(di, entry);
@@ -135,25 +155,11 @@ static int df_dir_getattr(df_idmap *idmap, const struct path *path, struct kstat
 {
 	struct inode *inode = d_inode(path->dentry);
 	struct df_sb *ds = df_of_diop(inode);
-	struct df_inode *di;
-	struct distfuse_entry *entry;
-	bool done;
+	struct df_inode *di = df_inode_get(ds, inode);
 
-	if (df_wants(ds, DISTFUSE_ATTACH_STAT) && !(flags & AT_STATX_FORCE_SYNC)) {
-		di = df_inode_get(ds, inode);
-		if (di && df_held(di, DISTFUSE_SHARED, true)) {
-			entry = df_enter_fast(di, DISTFUSE_SHARED, 0);
-			if (entry) {
-				done = df_stat_from(entry, idmap, mask, inode, stat) &&
-				       df_in_term(ds);
-				df_leave(di, entry);
-				if (done) {
-					df_count_sb(ds, DISTFUSE_STAT_LOCAL);
-					return 0;
-				}
-			}
-		}
-	}
+	if (di && df_held(di, DISTFUSE_SHARED, true) &&
+	    df_stat_local(ds, di, idmap, mask, flags, stat))
+		return 0;
 	df_count_sb(ds, DISTFUSE_STAT_REMOTE);
 	return ds->stock_diop->getattr(idmap, path, stat, mask, flags);
 }

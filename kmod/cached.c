@@ -94,14 +94,10 @@ bool df_read_cached(struct kiocb *iocb, struct iov_iter *to, ssize_t *ret)
 	return false;
 }
 
-/*
- * Whether a write is one that only has to be put where it belongs: it is in one page, and brings
- * nothing else about.
- */
-static bool df_is_plain(const struct kiocb *iocb, const struct inode *inode, size_t count)
+/* Whether a write is one that only has to be put where it belongs, and brings nothing else about. */
+static bool df_is_plain(const struct kiocb *iocb, const struct inode *inode)
 {
-	return count && offset_in_page(iocb->ki_pos) + count <= PAGE_SIZE &&
-	       !(iocb->ki_flags & IOCB_APPEND) && !iocb_is_dsync(iocb) &&
+	return !(iocb->ki_flags & IOCB_APPEND) && !iocb_is_dsync(iocb) &&
 	       /* A mount that writes through leaves times to its server. */
 	       !(inode->i_flags & (S_NOCMTIME | S_SWAPFILE)) &&
 	       /* No privileges that a write takes away, and none to be asked for. */
@@ -110,49 +106,102 @@ static bool df_is_plain(const struct kiocb *iocb, const struct inode *inode, siz
 }
 
 /*
- * With the exclusive lease entered: writes into a page that is dirty already. Nothing is to be
- * accounted for then, for space, dirty pages or a file that grows, and no writing back to be
- * waited for. So the inode need not be locked, only the page, as by a store to a mapping: a
- * truncation sets the size before it asks for the page's lock, and longer writes come before or
- * after in each page. Nothing here sleeps, so it is within the term in which it was entered.
- * False: nothing is done.
+ * Writes the next bytes, which lie in one page, if it is dirty already. Nothing is to be accounted
+ * for then, for space, dirty pages or a file that grows, and no writing back to be waited for. So
+ * the inode need not be locked, only the page, as by a store to a mapping: a truncation sets the
+ * size before it asks for the page's lock. Nothing here sleeps, so it is within the term in which
+ * it was begun. False: nothing is done.
  */
-bool df_write_page(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret)
+static bool df_write_dirty(struct kiocb *iocb, struct iov_iter *from, size_t len)
 {
-	struct file *file = iocb->ki_filp;
-	struct address_space *mapping = file->f_mapping;
-	struct inode *inode = mapping->host;
-	size_t count = iov_iter_count(from), copied = 0;
+	struct address_space *mapping = iocb->ki_filp->f_mapping;
 	pgoff_t index = iocb->ki_pos >> PAGE_SHIFT;
-	struct folio *folio;
+	struct folio *folio = df_cached_folio(mapping, index);
+	size_t copied = 0;
 	struct page *page;
 
-	if (unlikely(!df_is_plain(iocb, inode, count)))
-		return false;
-	folio = df_cached_folio(mapping, index);
 	if (!folio)
 		return false;
-	if (!folio_test_dirty(folio) || file_update_time(file) || !folio_trylock(folio))
+	if (!folio_test_dirty(folio) || !folio_trylock(folio))
 		goto put;
 	if (likely(folio->mapping == mapping && folio_test_uptodate(folio) &&
 		   folio_test_dirty(folio) && !folio_test_writeback(folio) &&
-		   iocb->ki_pos + count <= i_size_read(inode))) {
+		   iocb->ki_pos + len <= i_size_read(mapping->host))) {
 		page = folio_file_page(folio, index);
 		if (unlikely(mapping_writably_mapped(mapping)))
 			flush_dcache_page(page);
 		/* Takes no faults, whatever the buffer is. */
-		copied = copy_page_from_iter_atomic(page, offset_in_page(iocb->ki_pos), count,
-						    from);
+		copied = copy_page_from_iter_atomic(page, offset_in_page(iocb->ki_pos), len, from);
 		flush_dcache_page(page);
 	}
 	folio_unlock(folio);
 put:
 	folio_put(folio);
-	if (unlikely(copied != count)) {
+	if (unlikely(copied != len)) {
 		iov_iter_revert(from, copied);
 		return false;
 	}
-	iocb->ki_pos += count;
+	iocb->ki_pos += len;
+	return true;
+}
+
+/*
+ * With the exclusive lease entered: a write within one page, if that is dirty already. Longer
+ * writes come before or after in each page. False: nothing is done.
+ */
+bool df_write_page(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret)
+{
+	struct file *file = iocb->ki_filp;
+	size_t count = iov_iter_count(from);
+
+	if (unlikely(!count || offset_in_page(iocb->ki_pos) + count > PAGE_SIZE) ||
+	    unlikely(!df_is_plain(iocb, file_inode(file))) || file_update_time(file) ||
+	    !df_write_dirty(iocb, from, count))
+		return false;
 	*ret = count;
+	return true;
+}
+
+/*
+ * With the exclusive lease entered, and page faults disabled: a longer write within the file. Its
+ * pages are written as above as far as they are dirty; from the first one on that is not, the page
+ * cache's own way goes on. The inode is locked all the while, as it is there, so that two such
+ * writes do not get mixed up. What FUSE does besides, asking for size and mode, the lease has
+ * answered. False: nothing is done.
+ */
+bool df_write_pages(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret)
+{
+	struct file *file = iocb->ki_filp;
+	struct inode *inode = file_inode(file);
+	size_t count = iov_iter_count(from);
+	struct df_sb *ds = df_i(inode)->sb;
+	bool in_term = true;
+	ssize_t rest = 0;
+	size_t len;
+
+	if (!df_is_plain(iocb, inode))
+		return false;
+	inode_lock(inode);
+	if (iocb->ki_pos + count > i_size_read(inode) || !df_is_plain(iocb, inode) ||
+	    file_update_time(file)) {
+		inode_unlock(inode);
+		return false;
+	}
+	while (iov_iter_count(from)) {
+		len = min_t(size_t, PAGE_SIZE - offset_in_page(iocb->ki_pos),
+			    iov_iter_count(from));
+		/* It may have slept since the page before. */
+		in_term = df_in_term(ds);
+		if (unlikely(!in_term || fatal_signal_pending(current)) ||
+		    !df_write_dirty(iocb, from, len))
+			break;
+		cond_resched();
+	}
+	if (unlikely(!in_term))
+		rest = DF_NO_SPACE;
+	else if (iov_iter_count(from))
+		rest = df_perform_write(iocb, from);
+	inode_unlock(inode);
+	*ret = count == iov_iter_count(from) ? rest : count - iov_iter_count(from);
 	return true;
 }

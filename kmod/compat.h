@@ -98,6 +98,19 @@ static inline struct folio *df_cached_folio(struct address_space *mapping, pgoff
 	return IS_ERR(folio) ? NULL : folio;
 }
 
+/*
+ * The page cache's own way to write, with the inode locked and checked. 6.5: it moves the position
+ * itself.
+ */
+static inline ssize_t df_perform_write(struct kiocb *iocb, struct iov_iter *from)
+{
+	ssize_t ret = generic_perform_write(iocb, from);
+
+	if (!DF_KERNEL(6, 5) && ret > 0)
+		iocb->ki_pos += ret;
+	return ret;
+}
+
 /* 6.12: what is written to is a folio. */
 #if DF_KERNEL(6, 12)
 #define df_written	struct folio

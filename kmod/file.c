@@ -284,7 +284,8 @@ static ssize_t df_write_iter(struct kiocb *iocb, struct iov_iter *from)
 		df_whole_begin(df_i(file_inode(file)), &whole, in_parts ? NULL : from);
 		if (user)
 			pagefault_disable();
-		ret = ds->stock_fop->write_iter(iocb, from);
+		if (!df_write_pages(iocb, from, &ret))
+			ret = ds->stock_fop->write_iter(iocb, from);
 		if (user)
 			pagefault_enable();
 		df_whole_end(df_i(file_inode(file)), &whole);

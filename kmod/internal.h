@@ -272,6 +272,7 @@ void df_map_forget(struct df_inode *di);
 /* cached.c */
 bool df_read_cached(struct kiocb *iocb, struct iov_iter *to, ssize_t *ret);
 bool df_write_page(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret);
+bool df_write_pages(struct kiocb *iocb, struct iov_iter *from, ssize_t *ret);
 
 /* space.c */
 /*

@@ -76,26 +76,35 @@ impl Mapping {
         unsafe { self.base.cast::<u8>().add(at).cast() }
     }
 
-    /// write(2) out of the mapping.
-    pub fn write_to(&self, file: &File, at: usize, len: usize, offset: i64) -> Result<()> {
+    /// write(2) out of the mapping; how much it came to.
+    pub fn write_some_to(&self, file: &File, at: usize, len: usize, offset: i64) -> Result<usize> {
         // SAFETY: the range is inside the mapping.
         let done = unsafe { libc::pwrite(file.as_raw_fd(), self.range(at, len), len, offset) };
-        check("pwrite", done, len)
+        come_to("pwrite", done)
+    }
+
+    /// write(2) of all of a range of the mapping.
+    pub fn write_to(&self, file: &File, at: usize, len: usize, offset: i64) -> Result<()> {
+        all_of("pwrite", self.write_some_to(file, at, len, offset)?, len)
     }
 
     /// read(2) into the mapping.
     pub fn read_from(&self, file: &File, at: usize, len: usize, offset: i64) -> Result<()> {
         // SAFETY: the range is inside the mapping, whose contents are used by atomics only.
         let done = unsafe { libc::pread(file.as_raw_fd(), self.range(at, len), len, offset) };
-        check("pread", done, len)
+        all_of("pread", come_to("pread", done)?, len)
     }
 }
 
-fn check(what: &str, done: isize, len: usize) -> Result<()> {
-    if done < 0 {
-        bail!("{what}: {}", std::io::Error::last_os_error());
+fn come_to(what: &str, done: isize) -> Result<usize> {
+    match usize::try_from(done) {
+        Ok(done) => Ok(done),
+        Err(_) => bail!("{what}: {}", std::io::Error::last_os_error()),
     }
-    if done.unsigned_abs() != len {
+}
+
+fn all_of(what: &str, done: usize, len: usize) -> Result<()> {
+    if done != len {
         bail!("{what}: {done} of {len} bytes");
     }
     Ok(())

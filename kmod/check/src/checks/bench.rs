@@ -1,5 +1,6 @@
 //! What a cached call costs under a lease, beside a stock mount in the same run. For people: gates nothing.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
@@ -29,7 +30,7 @@ fn best(files: &[&File], calls: u32, call: impl Fn(&File) -> Result<()>) -> Resu
 
 /// Prints a table.
 pub fn run(calls: Option<&str>) -> Result<()> {
-    let calls = calls.unwrap_or("5000").parse().context("a number of calls")?;
+    let calls: u32 = calls.unwrap_or("5000").parse().context("a number of calls")?;
     let leased = Fixture::one()?;
     let stock = Fixture::new(1, None)?;
     let (one, two) = (leased.open(0, "f0")?, stock.open(0, "f0")?);
@@ -38,15 +39,21 @@ pub fn run(calls: Option<&str>) -> Result<()> {
         "{:<16} {:>10} {:>10} {:>7}",
         "ns a call", "leased", "stock", "ratio"
     );
-    for size in [64usize, 4096] {
+    let mut all = vec![7u8; 1 << 20];
+    for file in files {
+        file.write_all_at(&all, 0)?;
+    }
+    for size in [64usize, 4096, 64 << 10, 1 << 20] {
+        // What is long needs fewer calls to be timed.
+        let calls = calls / (size as u32 >> 12).max(1) + 1;
         for write in [false, true] {
+            let data = RefCell::new(all.get_mut(..size).context("size")?);
             let call = |file: &File| {
-                let mut data = [7u8; 4096];
-                let data = data.get_mut(..size).context("size")?;
+                let mut data = data.borrow_mut();
                 if write {
-                    file.write_all_at(data, 0)?;
+                    file.write_all_at(&data, 0)?;
                 } else {
-                    file.read_exact_at(data, 0)?;
+                    file.read_exact_at(&mut data, 0)?;
                 }
                 Ok(())
             };

@@ -1,10 +1,13 @@
 //! Writes into pages that are dirty already, which go a shorter way than FUSE's: what they do is the same.
 
 use std::fs::File;
+use std::num::NonZero;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Barrier;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use distfuse_abi::Mode;
+use rustix::fs::{Advice, MemfdFlags, fadvise, memfd_create};
 use rustix::mount::{MountFlags, mount_remount};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -62,6 +65,13 @@ impl Twin<'_> {
         ensure!(read_at(self.0, 0, 1 << 20)? == self.1, "contents {what}");
         Ok(())
     }
+}
+
+/// Writes to the beginning of a file from a buffer of which only the first `there` of `len` bytes are there; how much it came to.
+fn write_from_edge(file: &File, byte: u8, there: usize, len: usize) -> Result<usize> {
+    let memory = File::from(memfd_create("edge", MemfdFlags::CLOEXEC)?);
+    memory.write_all_at(&vec![byte; there], 0)?;
+    Mapping::new(&memory, len)?.write_some_to(file, 0, len, 0)
 }
 
 fn remount(fixture: &Fixture, flags: MountFlags) -> Result<()> {
@@ -140,12 +150,84 @@ fn all(fixture: &Fixture) -> Result<()> {
     Ok(())
 }
 
+/// Longer writes, over pages of which some are dirty, some clean, and some not there.
+fn long(fixture: &Fixture) -> Result<()> {
+    const PAGES: usize = 40;
+    let file = fixture.open(0, "f0")?;
+    let mut twin = Twin(&file, read_at(&file, 0, 1 << 20)?);
+    twin.write(b'A', 0, PAGES * PAGE)?;
+    twin.write(b'B', 0, PAGES * PAGE)?;
+    twin.compare("dirty pages")?;
+    twin.write(b'C', 3 * PAGE + 7, 9 * PAGE + 100)?;
+    twin.compare("parts of pages")?;
+    twin.write(b'D', (PAGES - 2) * PAGE, 4 * PAGE)?;
+    twin.compare("beyond the end")?;
+    file.sync_all()?;
+    twin.write(b'E', 5 * PAGE, 10)?;
+    twin.write(b'F', 4 * PAGE, 4 * PAGE)?;
+    twin.compare("clean pages and one that is dirty")?;
+    twin.write(b'G', 5 * PAGE, 3 * PAGE)?;
+    twin.write(b'H', 5 * PAGE + 1, 30 * PAGE)?;
+    twin.compare("dirty pages and then clean ones")?;
+    file.sync_all()?;
+    fadvise(&file, 0, NonZero::new(10 * PAGE as u64), Advice::DontNeed)?;
+    twin.write(b'I', 2 * PAGE, 10)?;
+    twin.write(b'J', PAGE / 2, 20 * PAGE)?;
+    twin.compare("pages that are not there")?;
+
+    // A buffer that ends where nothing is.
+    twin.write(b'K', 0, 8 * PAGE)?;
+    let written = write_from_edge(&file, b'L', 3 * PAGE, 4 * PAGE)?;
+    ensure!(written <= 3 * PAGE, "{written} bytes of 3 pages");
+    twin.1.iter_mut().take(written).for_each(|byte| *byte = b'L');
+    ensure!(
+        read_at(&file, 3 * PAGE as u64, 5 * PAGE)? == twin.1[3 * PAGE..8 * PAGE],
+        "what a buffer that ends early did not bring"
+    );
+    ensure!(read_at(&file, 0, written)? == twin.1[..written], "what it did");
+    twin.write(b'M', 0, 3 * PAGE)?;
+    twin.compare("after that")
+}
+
+/// Long writes of two tasks to the same place: each is whole, whichever was first.
+fn unmixed(fixture: &Fixture) -> Result<()> {
+    const LEN: usize = 64 * PAGE;
+    let file = fixture.open(0, "f0")?;
+    file.write_all_at(&vec![b'.'; LEN], 0)?;
+    for round in 0..50 {
+        let start = Barrier::new(2);
+        std::thread::scope(|scope| {
+            let tasks = [b'a', b'b'].map(|byte| {
+                let (file, start) = (&file, &start);
+                scope.spawn(move || {
+                    start.wait();
+                    file.write_all_at(&vec![byte; LEN], 0)
+                })
+            });
+            tasks.into_iter().try_for_each(|task| match task.join() {
+                Ok(written) => written.context("write"),
+                Err(_) => bail!("a task panicked"),
+            })
+        })?;
+        let found = read_at(&file, 0, LEN)?;
+        ensure!(
+            found.iter().all(|byte| Some(byte) == found.first()),
+            "mixed in round {round}"
+        );
+    }
+    Ok(())
+}
+
 pub fn same() -> Result<()> {
     let stock = Fixture::new(1, None)?;
     all(&stock)?;
+    long(&stock)?;
+    unmixed(&stock)?;
     stock.end()?;
     let fixture = Fixture::one()?;
     all(&fixture)?;
+    long(&fixture)?;
+    unmixed(&fixture)?;
     let file = fixture.open(0, "f0")?;
     let mut twin = Twin(&file, read_at(&file, 0, 1 << 20)?);
     twin.write(b'y', 0, 10)?;
