@@ -135,3 +135,27 @@ fn making_and_opening_files_asks_nobody() -> anyhow::Result<()> {
         messages("removed", 0.5, &|n| fs::remove_file(dir.join(format!("{n}a"))))
     })
 }
+
+#[test]
+fn small_files_are_stored_together() -> anyhow::Result<()> {
+    const FILES: u64 = 600;
+    for fabric in [Fabric::Shm, Fabric::Tcp] {
+        guard::with_cluster_within(LIMIT, options(fabric, 2), move |cluster| {
+            let path = |mount: usize, n: u64| cluster.mount(mount).join(n.to_string());
+            let content = |n: u64| n.to_le_bytes().repeat(512 + n as usize % 300);
+            let before = cluster.total("messages")?;
+            (0..FILES).try_for_each(|n| fs::write(path(0, n), content(n)))?;
+            guard::until("all to be stored", LIMIT / 4, || {
+                Ok(cluster.total("dirty_files")? == 0)
+            })?;
+            let each = (cluster.total("messages")? - before) as f64 / FILES as f64;
+            println!("{each:.3} messages and batches of operations each");
+            ensure!(each < 0.5, "{each} messages and batches of operations each");
+            for n in 0..FILES {
+                ensure!(fs::read(path(1, n))? == content(n), "file {n}");
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}

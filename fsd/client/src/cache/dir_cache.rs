@@ -5,6 +5,10 @@ use std::sync::Arc;
 
 use fsd_proto::wire::Kind;
 
+/// After so many names that the server was asked for one by one, so many pages of the directory's names are read: if that is all of
+/// them, nothing has to be asked any more, and if not, what was read in vain has cost no more than what was asked.
+const WORTH: [(u32, usize); 3] = [(8, 1), (64, 4), (512, 32)];
+
 /// A listing by cookie: name, inode, type.
 pub type Listing = Arc<BTreeMap<u64, (Vec<u8>, u64, Kind)>>;
 
@@ -19,6 +23,8 @@ pub struct DirCache {
     pub complete: bool,
     /// The complete listing by cookie, built on demand.
     pub listing: Option<Listing>,
+    /// How many names the server was asked for one by one.
+    asked: u32,
 }
 
 impl DirCache {
@@ -30,6 +36,17 @@ impl DirCache {
             None if self.complete || self.absent.contains(name) => Some(None),
             None => None,
         }
+    }
+
+    /// Another name is to be asked for: how many pages of names had better be read before.
+    pub fn worth_reading(&mut self) -> Option<usize> {
+        self.asked = self.asked.saturating_add(1);
+        WORTH.iter().find(|(asked, _)| *asked == self.asked).map(|w| w.1)
+    }
+
+    /// What was read cannot be taken in, for names have changed meanwhile: it is worth another try soon.
+    pub fn read_in_vain(&mut self) {
+        self.asked = 0;
     }
 
     /// A name now exists.
@@ -56,6 +73,15 @@ impl DirCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_directory_is_read_when_many_of_its_names_were_asked_for() {
+        let mut dir = DirCache::default();
+        let read: Vec<usize> = (0..2000).filter_map(|_| dir.worth_reading()).collect();
+        assert_eq!(read, [1, 4, 32]);
+        dir.read_in_vain();
+        assert_eq!((0..8).filter_map(|_| dir.worth_reading()).count(), 1);
+    }
 
     #[test]
     fn a_complete_directory_knows_what_is_absent() {

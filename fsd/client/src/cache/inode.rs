@@ -290,6 +290,15 @@ impl<'a> Locked<'a> {
         MutexGuard::unlocked(&mut self.state, act)
     }
 
+    /// Lets the mutex go; what is claimed stays claimed.
+    #[must_use]
+    pub fn away(mut self) -> Claimed<'a> {
+        Claimed {
+            inode: self.inode,
+            claim: self.claim.take(),
+        }
+    }
+
     /// Claims a range until the guard is dropped. The mutex may have been unlocked meanwhile.
     ///
     /// # Errors
@@ -342,6 +351,38 @@ impl Drop for Locked<'_> {
         } else {
             // Few of a hundred thousand inodes are at work.
             self.state.claims = None;
+        }
+    }
+}
+
+/// A claim, with the mutex unlocked: several inodes can be claimed at a time, where no two may be locked.
+pub struct Claimed<'a> {
+    inode: &'a Inode,
+    claim: Option<u64>,
+}
+
+impl<'a> Claimed<'a> {
+    /// Whose it is.
+    #[must_use]
+    pub fn inode(&self) -> &'a Inode {
+        self.inode
+    }
+
+    /// Does something that waits for nothing, with the state locked.
+    pub fn with<T>(&mut self, act: impl FnOnce(&mut Locked<'_>) -> T) -> T {
+        let mut locked = self.inode.locked(self.inode.state.lock());
+        locked.claim = self.claim.take();
+        let result = act(&mut locked);
+        self.claim = locked.claim.take();
+        result
+    }
+}
+
+impl Drop for Claimed<'_> {
+    fn drop(&mut self) {
+        if self.claim.is_some() {
+            let mut locked = self.inode.locked(self.inode.state.lock());
+            locked.claim = self.claim.take();
         }
     }
 }

@@ -6,6 +6,7 @@ pub mod reading;
 pub mod reservations;
 pub mod space;
 pub mod stored;
+pub mod together;
 pub mod transfer;
 pub mod writing;
 

@@ -238,7 +238,8 @@ impl Stored {
         state: &mut Locked<'_>,
         parts: impl Iterator<Item = (u64, u64, &'a [u8])>,
     ) -> Res<()> {
-        let writes = self.writes_into(inode, state, parts)?;
+        let mut writes = Transfers::default();
+        self.add_writes(inode, state, parts, &mut writes)?;
         state.unlocked(|| self.transfer.all(ctx, writes))
     }
 
@@ -252,17 +253,19 @@ impl Stored {
         parts: impl Iterator<Item = (u64, u64, &'a [u8])>,
         then: impl FnOnce() -> T,
     ) -> Res<Option<T>> {
-        let writes = self.writes_into(inode, state, parts)?;
+        let mut writes = Transfers::default();
+        self.add_writes(inode, state, parts, &mut writes)?;
         state.unlocked(|| self.transfer.all_then(ctx, writes, then))
     }
 
-    fn writes_into<'a>(
+    /// Adds what is to be written into frames of claimed blocks, which are there.
+    pub(crate) fn add_writes<'a>(
         &self,
         inode: &Inode,
         state: &mut Locked<'_>,
         parts: impl Iterator<Item = (u64, u64, &'a [u8])>,
-    ) -> Res<Transfers<'a>> {
-        let mut writes = Transfers::default();
+        writes: &mut Transfers<'a>,
+    ) -> Res<()> {
         for (block, at, from) in parts {
             let Some(frame) = state.frames.known().get(&block) else {
                 return fail(libc::EIO);
@@ -272,7 +275,7 @@ impl Stored {
             state.changed_at(node);
             writes.add(node, PoolOp::Write { offset, from });
         }
-        Ok(writes)
+        Ok(())
     }
 
     /// What to ask those storage nodes that may have something of a file which is not durable. Where its size is not known: all.

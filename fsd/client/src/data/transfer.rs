@@ -83,6 +83,22 @@ impl Transfer {
         Ok(())
     }
 
+    /// Runs operations once, at the storage nodes that are connected. Returns the nodes at which not all is done: nobody is waited for
+    /// there, and what was to be done is to be done again.
+    #[must_use]
+    pub fn once(&self, mut transfers: Transfers<'_>) -> Vec<u16> {
+        if self.session.local_memory() {
+            transfers.0.retain(|&node, ops| {
+                let session = self.session.net.storage.session_now(node);
+                let mut parts = ops.chunks_mut(BATCH);
+                !session.is_some_and(|session| parts.all(|part| execute(&session, part).is_ok()))
+            });
+        } else {
+            self.at_once(&mut transfers, || ());
+        }
+        transfers.0.into_keys().collect()
+    }
+
     /// As [`Transfer::all`]. `then` runs when all operations are on their way: a message that it sends to one of the nodes arrives when
     /// those have taken effect there. None: some had to be repeated, so that may not be so.
     ///

@@ -59,10 +59,16 @@ pub fn frames_wanted(state: &State) -> Vec<(u64, u32)> {
 }
 
 /// A page, by its number in the file.
-type Numbered = (u64, Arc<[u8]>);
+pub(super) type Numbered = (u64, Arc<[u8]>);
+
+/// The dirty pages of a file.
+pub(super) fn dirty_pages(state: &State) -> Vec<Numbered> {
+    let pages = state.pages.dirty_pages();
+    pages.map(|(page, p)| (page, Arc::clone(&p.data))).collect()
+}
 
 /// Pages by their block, and offset in it.
-fn parts_of(pages: &[Numbered]) -> impl Iterator<Item = (u64, u64, &[u8])> {
+pub(super) fn parts_of(pages: &[Numbered]) -> impl Iterator<Item = (u64, u64, &[u8])> {
     let place = |page: u64| (page * PAGE / BLOCK, page * PAGE % BLOCK);
     pages.iter().map(move |(page, data)| {
         let (block, at) = place(*page);
@@ -354,16 +360,20 @@ impl Writing {
         state: &mut Locked<'_>,
         write: impl FnOnce(&mut Locked<'_>, &[Numbered]) -> Res<T>,
     ) -> Res<T> {
-        let pages = state.pages.dirty_pages();
-        let pages: Vec<Numbered> = pages.map(|(page, p)| (page, Arc::clone(&p.data))).collect();
+        let pages = dirty_pages(state);
         let sent = write(state, &pages)?;
         drop(pages);
+        self.are_stored(state);
+        Ok(sent)
+    }
+
+    /// All dirty pages of a file, all of which is claimed, have come to the storage nodes.
+    pub(super) fn are_stored(&self, state: &mut State) {
         state.pages.mark_clean();
         if !self.session.cache_reads {
             // The storage node's memory is as near as our own: keeping a copy gains nothing.
             self.cache.drop_clean(state);
         }
-        Ok(sent)
     }
 
     /// Applies what is queued; under the exclusive lease, with all of the file claimed.

@@ -32,6 +32,16 @@ pub const COOKIE_DOT: u64 = 1;
 /// Cookie of `..`.
 pub const COOKIE_DOTDOT: u64 = 2;
 
+/// What has come of reading a directory.
+enum Read {
+    /// All names are known.
+    All,
+    /// Some are.
+    Some,
+    /// Names have changed meanwhile: these were so at some time since.
+    Overtaken(Vec<DirEntry>),
+}
+
 /// Looking names up, and listing them.
 pub struct Directories {
     pub(crate) session: Arc<Session>,
@@ -64,6 +74,12 @@ impl Directories {
             return Ok(known.map(|(ino, kind, _)| (ino, kind)));
         }
         ctx.may_wait()?;
+        if let Some(pages) = state.dir.worth_reading()
+            && let Ok(Read::All) = self.read_in(dir, state, pages)
+            && let Some(known) = state.dir.lookup(name)
+        {
+            return Ok(known.map(|(ino, kind, _)| (ino, kind)));
+        }
         let request = ask::meta::Lookup {
             parent: dir.ino,
             name: name.to_vec(),
@@ -235,20 +251,13 @@ impl Directories {
         }
         if !state.dir.complete {
             ctx.may_wait()?;
-            let asked = state.changes();
-            let entries = state.unlocked(|| self.read_names(dir.ino))?;
-            if state.changes() != asked {
+            if let Read::Overtaken(entries) = self.read_in(dir, &mut state, usize::MAX)? {
                 // Names that come and go while a directory is read may be listed or not.
                 let listed = entries.into_iter();
                 return Ok(Arc::new(
                     listed.map(|e| (e.cookie, (e.name, e.ino, e.kind))).collect(),
                 ));
             }
-            for entry in entries {
-                state.dir.add(&entry.name, entry.ino, entry.kind, entry.cookie);
-            }
-            state.dir.complete = true;
-            state.dir.absent.clear();
         }
         let listing: BTreeMap<_, _> = state
             .dir
@@ -261,11 +270,30 @@ impl Directories {
         Ok(listing)
     }
 
-    /// All names of a directory, from the metadata server.
-    fn read_names(&self, ino: u64) -> Res<Vec<DirEntry>> {
+    /// Takes in the names of a directory, up to so many pages of them, if nobody changes any while they are read.
+    fn read_in(&self, dir: &Inode, state: &mut Locked<'_>, pages: usize) -> Res<Read> {
+        let asked = state.changes();
+        let (entries, all) = state.unlocked(|| self.read_names(dir.ino, pages))?;
+        if state.changes() != asked {
+            state.dir.read_in_vain();
+            return Ok(Read::Overtaken(entries));
+        }
+        for entry in entries {
+            state.dir.add(&entry.name, entry.ino, entry.kind, entry.cookie);
+        }
+        if !all {
+            return Ok(Read::Some);
+        }
+        state.dir.complete = true;
+        state.dir.absent.clear();
+        Ok(Read::All)
+    }
+
+    /// Names of a directory, from the metadata server, up to so many pages; and whether that is all.
+    fn read_names(&self, ino: u64, pages: usize) -> Res<(Vec<DirEntry>, bool)> {
         let mut names = Vec::new();
         let mut after = Vec::new();
-        loop {
+        for _ in 0..pages {
             let (entries, all) = self.session.net.meta.ask(ask::meta::ReadDir { ino, after })?;
             after = entries.last().map(|(e, _)| e.name.clone()).unwrap_or_default();
             for (entry, attr) in entries {
@@ -273,9 +301,10 @@ impl Directories {
                 self.cache.offer(attr);
             }
             if all {
-                return Ok(names);
+                return Ok((names, true));
             }
         }
+        Ok((names, false))
     }
 
     /// Target of a symbolic link.

@@ -10,7 +10,7 @@ use rt::channel::{Receiver, RecvTimeoutError};
 use rt::time::Instant;
 
 use crate::cache::Cache;
-use crate::cache::inode::{Inode, Locked};
+use crate::cache::inode::{Claimed, Inode};
 use crate::data::space::Space;
 use crate::data::stored::Stored;
 use crate::data::writing::Writing;
@@ -34,14 +34,6 @@ struct Wanted {
     want: BlockWant,
     /// What is set aside for it.
     reserved: u32,
-}
-
-/// Does something that waits with all these inodes unlocked; what is claimed of them stays claimed.
-fn unlocked_all<T>(mut states: Vec<&mut Locked<'_>>, act: impl FnOnce() -> T) -> T {
-    match states.pop() {
-        Some(state) => state.unlocked(|| unlocked_all(states, act)),
-        None => act(),
-    }
 }
 
 /// Writing back.
@@ -117,8 +109,8 @@ impl Writeback {
         }
     }
 
-    /// Writes several files back: one request for space to each storage node and one for the attributes
-    /// serve them all.
+    /// Writes several files back: one request for space to each storage node, few batches of one-sided operations, and one request for
+    /// the attributes serve them all.
     fn write_group(&self, inos: &[u64]) {
         let ctx = Ctx::on_worker();
         let mut held: Vec<(Arc<Inode>, Guard)> = Vec::with_capacity(inos.len());
@@ -139,14 +131,18 @@ impl Writeback {
             tracing::debug!("allocation for {} files: {stop:?}", held.len());
         }
         let mut orders = Vec::with_capacity(held.len());
-        let (mut updates, mut told) = (Vec::with_capacity(held.len()), Vec::with_capacity(held.len()));
+        let mut settled: Vec<(&Inode, u64)> = Vec::with_capacity(held.len());
         for (inode, guard) in &held {
             orders.push(inode.telling.lock());
-            if let Err(stop) = self.push.settle(inode) {
-                self.put_off(inode, stop.errno());
-                continue;
+            match self.push.settle(inode) {
+                Ok(()) => settled.push((inode, guard.version())),
+                Err(stop) => self.put_off(inode, stop.errno()),
             }
-            let Ok(mut state) = self.stored.claim_to_change(&ctx, inode, guard.version()) else {
+        }
+        self.writing.store_together(&settled);
+        let (mut updates, mut told) = (Vec::with_capacity(held.len()), Vec::with_capacity(held.len()));
+        for (inode, version) in settled {
+            let Ok(mut state) = self.stored.claim_to_change(&ctx, inode, version) else {
                 continue;
             };
             if state.lasting.gone {
@@ -160,7 +156,7 @@ impl Writeback {
                 }
             }
             if let Some(attr) = state.attr.filter(|_| state.attr_dirty) {
-                updates.push(AttrUpdate::midway(&attr, guard.version()));
+                updates.push(AttrUpdate::midway(&attr, version));
                 told.push((inode, attr));
             }
         }
@@ -188,7 +184,7 @@ impl Writeback {
     /// here, and whoever read or wrote that one meanwhile would read zeros, or another file's data, or lose what it wrote. A
     /// file that is not free at once asks for itself later, so nobody waits here with other files claimed.
     fn allocate_group(&self, held: &[(Arc<Inode>, Guard)]) -> Res<()> {
-        let mut states: HashMap<usize, Locked<'_>> = HashMap::new();
+        let mut claimed: HashMap<usize, Claimed<'_>> = HashMap::new();
         let mut by_node: HashMap<u16, Vec<Wanted>> = HashMap::new();
         for (i, (inode, guard)) in held.iter().enumerate() {
             let Some(mut state) = inode.try_claim_raw() else {
@@ -217,7 +213,7 @@ impl Writeback {
                     });
                 }
             }
-            states.insert(i, state);
+            claimed.insert(i, state.away());
         }
         let requests = by_node.iter().map(|(&node, wants)| {
             let reserved = wants.iter().map(|w| u64::from(w.reserved)).sum();
@@ -225,24 +221,22 @@ impl Writeback {
             (node, ask::storage::Allocate { wants, reserved })
         });
         let requests: Vec<_> = requests.collect();
-        let answers = unlocked_all(states.values_mut().collect(), || {
-            self.session.net.storage.ask_each(&requests)
-        });
+        let answers = self.session.net.storage.ask_each(&requests);
         let mut result = Ok(());
         for ((node, request), answer) in requests.iter().zip(answers) {
             match answer {
                 Ok(frames) => {
                     self.space.accounts.used(*node, request.reserved);
                     for (wanted, frame) in by_node[node].iter().zip(frames) {
-                        if let Some(state) = states.get_mut(&wanted.file) {
-                            state.take_frame(wanted.want.block, frame);
+                        if let Some(claimed) = claimed.get_mut(&wanted.file) {
+                            claimed.with(|state| state.take_frame(wanted.want.block, frame));
                         }
                     }
                 }
                 Err(error) => {
                     for wanted in by_node[node].iter().filter(|_| !error.is_refusal()) {
-                        if let Some(state) = states.get_mut(&wanted.file) {
-                            state.doubt_frames(*node, [wanted.want.block]);
+                        if let Some(claimed) = claimed.get_mut(&wanted.file) {
+                            claimed.with(|state| state.doubt_frames(*node, [wanted.want.block]));
                         }
                     }
                     result = Err(error.into());
