@@ -13,6 +13,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 const TERM: Duration = Duration::from_secs(2);
 /// So long, and longer, an inode is kept that was looked up a moment ago, whether anybody has it open or not.
 const KEPT: Duration = Duration::from_secs(3);
+/// So long after they were written, and a little longer, data are in their mount's memory alone.
+const STORED: Duration = Duration::from_secs(4);
 
 fn options(fabric: Fabric, mounts: usize) -> Options {
     Options {
@@ -145,6 +147,8 @@ fn small_files_are_stored_together() -> anyhow::Result<()> {
             let content = |n: u64| n.to_le_bytes().repeat(512 + n as usize % 300);
             let before = cluster.total("messages")?;
             (0..FILES).try_for_each(|n| fs::write(path(0, n), content(n)))?;
+            // Asking for the status costs messages, too.
+            std::thread::sleep(STORED);
             guard::until("all to be stored", LIMIT / 4, || {
                 Ok(cluster.total("dirty_files")? == 0)
             })?;
