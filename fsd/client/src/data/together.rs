@@ -1,6 +1,6 @@
-//! Bringing small files to the storage nodes together: many of them with one batch of operations to each node.
+//! Bringing small files to the storage nodes together: many of them with one batch of operations.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use crate::cache::inode::{Claimed, Inode};
 use crate::cache::state::State;
@@ -14,58 +14,70 @@ const SMALL: usize = 16;
 struct File<'a> {
     claimed: Claimed<'a>,
     pages: Vec<Numbered>,
-    /// The storage nodes of its dirty pages.
-    nodes: BTreeSet<u16>,
+    /// All of them are among what is written.
+    goes: bool,
 }
 
 impl Writing {
-    /// The storage nodes of a file's dirty pages, if they can go with those of others: there are few, and each has its frame.
-    fn nodes_of_small(&self, inode: &Inode, state: &mut State) -> Option<BTreeSet<u16>> {
-        if state.lasting.gone || !(1..=SMALL).contains(&state.pages.dirty()) {
-            return None;
-        }
-        state.check_layout();
-        let frames = &state.frames;
-        let node_of = |(block, size): (u64, u32)| {
-            let node = self.session.storage_of(inode.ino, block);
-            let has = frames.known().get(&block).is_some_and(|frame| frame.size >= size);
-            (has && frames.loaded.contains(&node) && !frames.any_lost(block, block)).then_some(node)
-        };
-        frames_wanted(state).into_iter().map(node_of).collect()
-    }
-
     /// Brings the dirty pages of several files into their frames, under the exclusive leases of these versions. Files stay dirty that
     /// somebody is busy with, that are large, that lack frames, or whose storage node does not answer: each is then stored by itself.
     pub fn store_together(&self, files: &[(&Inode, u64)]) {
+        // One storage node after the other: who is silent keeps no files claimed that are others'.
+        let mut by_node: BTreeMap<u16, Vec<(&Inode, u64)>> = BTreeMap::new();
+        for &(inode, version) in files {
+            let node = self.session.storage_of(inode.ino, 0);
+            by_node.entry(node).or_default().push((inode, version));
+        }
+        for (node, files) in by_node {
+            self.store_at(node, &files);
+        }
+    }
+
+    /// Can the dirty pages of a file go with those of others? There are few, all on one storage node, and each has its frame.
+    fn is_small_at(&self, node: u16, inode: &Inode, state: &mut State) -> bool {
+        if state.lasting.gone || !(1..=SMALL).contains(&state.pages.dirty()) {
+            return false;
+        }
+        state.check_layout();
+        let frames = &state.frames;
+        let has_frame = |(block, size): (u64, u32)| {
+            self.session.storage_of(inode.ino, block) == node
+                && frames.known().get(&block).is_some_and(|frame| frame.size >= size)
+                && !frames.any_lost(block, block)
+        };
+        frames.loaded.contains(&node) && frames_wanted(state).into_iter().all(has_frame)
+    }
+
+    fn store_at(&self, node: u16, files: &[(&Inode, u64)]) {
         let mut together: Vec<File<'_>> = Vec::with_capacity(files.len());
         for (inode, version) in files {
             let Some(mut state) = inode.try_claim_raw() else {
                 continue;
             };
             inode.sync(&mut state, *version);
-            if let Some(nodes) = self.nodes_of_small(inode, &mut state) {
-                let pages = dirty_pages(&state);
-                let claimed = state.away();
+            if self.is_small_at(node, inode, &mut state) {
                 together.push(File {
-                    claimed,
-                    pages,
-                    nodes,
+                    pages: dirty_pages(&state),
+                    claimed: state.away(),
+                    goes: false,
                 });
             }
         }
         let mut writes = Transfers::default();
-        for File { claimed, pages, .. } in &mut together {
-            let inode = claimed.inode();
-            let added =
-                claimed.with(|state| self.stored.add_writes(inode, state, parts_of(pages), &mut writes));
-            debug_assert!(added.is_ok(), "a claimed file has lost a frame");
+        for file in &mut together {
+            let inode = file.claimed.inode();
+            let parts = parts_of(&file.pages);
+            let added = file
+                .claimed
+                .with(|state| self.stored.add_writes(inode, state, parts, &mut writes));
+            file.goes = added.is_ok();
         }
-        let failed = self.stored.transfer.once(writes);
-        for mut file in together {
-            if file.nodes.iter().all(|node| !failed.contains(node)) {
-                drop(file.pages);
-                file.claimed.with(|state| self.are_stored(state));
-            }
+        if !self.stored.transfer.once(writes) {
+            return;
+        }
+        for mut file in together.into_iter().filter(|file| file.goes) {
+            drop(file.pages);
+            file.claimed.with(|state| self.are_stored(state));
         }
     }
 }

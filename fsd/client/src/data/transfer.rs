@@ -83,20 +83,18 @@ impl Transfer {
         Ok(())
     }
 
-    /// Runs operations once, at the storage nodes that are connected. Returns the nodes at which not all is done: nobody is waited for
-    /// there, and what was to be done is to be done again.
+    /// Runs operations once, at storage nodes that are connected. False: not all is done, nobody is waited for, and it is to be done again.
     #[must_use]
-    pub fn once(&self, mut transfers: Transfers<'_>) -> Vec<u16> {
-        if self.session.local_memory() {
-            transfers.0.retain(|&node, ops| {
-                let session = self.session.net.storage.session_now(node);
-                let mut parts = ops.chunks_mut(BATCH);
-                !session.is_some_and(|session| parts.all(|part| execute(&session, part).is_ok()))
-            });
-        } else {
+    pub fn once(&self, mut transfers: Transfers<'_>) -> bool {
+        if !self.session.local_memory() {
             self.at_once(&mut transfers, || ());
+            return transfers.0.is_empty();
         }
-        transfers.0.into_keys().collect()
+        transfers.0.iter_mut().all(|(&node, ops)| {
+            let session = self.session.net.storage.session_now(node);
+            let mut parts = ops.chunks_mut(BATCH);
+            session.is_some_and(|session| parts.all(|part| execute(&session, part).is_ok()))
+        })
     }
 
     /// As [`Transfer::all`]. `then` runs when all operations are on their way: a message that it sends to one of the nodes arrives when

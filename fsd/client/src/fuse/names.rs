@@ -55,7 +55,7 @@ fn make(client: &Arc<Client>, req: &Request, parent: INodeNo, name: &OsStr, mut 
         c.namespace
             .names
             .create(ctx, &c.cache.inode(parent), &name, &new, |inode, attr| {
-                send_entry(c, reply, attr, c.kernel.caches.attr_ttl(inode, attr.kind));
+                send_entry(c, reply, attr, c.kernel.caches.late_attr_ttl(inode, attr.kind));
                 Ok(())
             })
     });

@@ -129,9 +129,9 @@ impl KernelCaches {
         LEASED_TTL
     }
 
-    /// As [`KernelCaches::attr_ttl`], for answers that the kernel takes in whatever it was told meanwhile (SETATTR, LINK; with
-    /// those to GETATTR and LOOKUP it looks whether an invalidation has overtaken them): not at all, for the lease may
-    /// be gone by then.
+    /// As [`KernelCaches::attr_ttl`], for answers that the kernel takes in whatever it was told meanwhile (SETATTR, LINK, MKDIR, MKNOD,
+    /// SYMLINK, CREATE; with those to GETATTR and LOOKUP it looks whether an invalidation has overtaken them): not at all, for the lease may
+    /// be gone by then. Who walks to what was made asks once more, for names are not kept.
     pub fn late_attr_ttl(&self, inode: &Inode, kind: Kind) -> Duration {
         if self.mode == CacheMode::Writeback && kind == Kind::File {
             return self.attr_ttl(inode, kind);
