@@ -28,6 +28,13 @@ pub struct Script {
     /// Kernel modules to have at hand for modprobe, besides the usual ones.
     #[serde(default)]
     pub modules: Vec<String>,
+    /// Programs of the host for the guests, besides the usual ones.
+    #[serde(default)]
+    pub programs: Vec<String>,
+    /// Memory of a guest in MiB, unless the command line says otherwise.
+    pub memory: Option<u32>,
+    /// A disk that all guests share, in MiB.
+    pub disk: Option<u32>,
     /// Whether guests load the kernel extension first.
     #[serde(default)]
     pub kmod: bool,
