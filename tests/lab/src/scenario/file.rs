@@ -333,6 +333,8 @@ mod tests {
                 .nodes,
             Some(3)
         );
+        let peers = Script::parse(include_str!("../../scenarios/peers.toml")).unwrap();
+        assert_eq!((peers.disk, peers.memory), (Some(1024), None));
         assert!(matches!(&script.steps[0], Action::Run(command) if command.on.is_empty()));
         assert!(script.steps.contains(&Action::Cut(2)));
     }
