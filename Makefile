@@ -39,13 +39,14 @@ lab-programs:
 	cargo test --release -p rdma-transport --test conformance --no-run
 	cargo test --release -p system-tests --no-run
 
-# Figures, in the same guests: file systems side by side, the RDMA provider beside perftest, the paper's figures.
+# Figures, in the same guests: file systems side by side, the RDMA provider beside perftest, the paper's figures; OCFS2 beside the extension.
 lab-bench:
 	@tests/setup.sh lab
 	cargo build --release --workspace
 	cargo run --release -q -p lab -- run --limit 2400 --scenario tests/lab/scenarios/bench-fs.toml
 	cargo run --release -q -p lab -- run --limit 900 --scenario tests/lab/scenarios/bench-rdma.toml
 	cargo run --release -q -p lab -- run --limit 2700 --scenario tests/lab/scenarios/paper.toml
+	cargo run --release -q -p lab -- run --limit 1800 --scenario tests/lab/scenarios/peers.toml
 
 # The kernel's style, by its own script: make checkpatch CHECKPATCH=/path/to/linux/scripts/checkpatch.pl
 checkpatch:

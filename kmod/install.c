@@ -114,9 +114,16 @@ int df_install(struct df_inode *di, struct distfuse_entry *entry, u32 generation
 		df_install_data(inode, &e);
 	if (e.valid & DISTFUSE_ATTR_ALL)
 		df_install_all(di, inode, &e);
-	/* That it has no capabilities may have been found out before another mount gave it some. */
+	/*
+	 * That it has no capabilities may have been found out before another mount gave it some. Of
+	 * a file without extended attributes nobody has to find that out, by asking at the first
+	 * write.
+	 */
 	if (e.valid & DISTFUSE_ATTR_XATTRS)
 		inode_set_flags(inode, 0, S_NOSEC);
+	else if ((e.valid & DISTFUSE_ATTR_ALL) && S_ISREG(inode->i_mode) &&
+		 (inode->i_sb->s_flags & SB_NOSEC) && !is_sxid(inode->i_mode))
+		inode_set_flags(inode, S_NOSEC, S_NOSEC);
 	di->version = e.version;
 	/* Opens the fast path: pairs with the acquire in df_enter_fast(). */
 	smp_store_release(&di->generation, generation);

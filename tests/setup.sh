@@ -37,6 +37,8 @@ need_lab() {
     have ib_read_lat || missing+=(perftest)
     have rping || missing+=(rdmacm-utils)
     have dropbear && have dbclient || missing+=(dropbear-bin)
+    # A peer that is measured beside DistFUSE.
+    have mkfs.ocfs2 || missing+=(ocfs2-tools)
     # The kernel extension: the compiler that the kernels were built with, and what their build programs link to.
     have gcc-12 || missing+=(gcc-12)
     have strip || missing+=(binutils)

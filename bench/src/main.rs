@@ -12,6 +12,7 @@ mod mounts;
 mod names;
 mod nullfs;
 mod others;
+mod pair;
 mod paper;
 mod plot;
 mod procs;
@@ -62,6 +63,8 @@ enum Command {
     Names(names::Args),
     /// File systems that are mounted already, beside each other and beside their network.
     Mounts(mounts::Args),
+    /// The same file systems on two hosts: what goes to and fro between them.
+    Pair(pair::Args),
     /// How long others wait for what a mount had that is killed, stopped or evicted.
     Deaths(deaths::Args),
     /// What a thousand mounts that only say that they live cost the metadata server.
@@ -103,6 +106,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Others(args) => others::run(args, &cli.out),
         Command::Names(args) => names::run(args, &cli.out),
         Command::Mounts(args) => mounts::run(args, &cli.out),
+        Command::Pair(args) => pair::run(args, &cli.out),
         Command::Deaths(args) => deaths::run(args, &cli.out),
         Command::Members(args) => members::run(args, &cli.out),
         Command::Demo(args) => demo::run(args),

@@ -227,27 +227,7 @@ impl Cluster {
 
     /// All counters of `fsd status --json`, those of the kernel extension too, summed over the mounts.
     pub fn counters(&self) -> Option<BTreeMap<String, u64>> {
-        let report = status(&self.fsd, &self.dir.path().join("state/cluster.toml"))?;
-        let mut sums = BTreeMap::new();
-        // Of the whole machine: other work counts, too.
-        let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
-        let switches = stat
-            .lines()
-            .find_map(|l| l.strip_prefix("ctxt ")?.parse::<u64>().ok());
-        sums.insert("context switches".to_owned(), switches.unwrap_or(0));
-        for mount in report.get("mounts")?.as_array()? {
-            let own = mount.get(1)?.get("Ok")?.as_object()?;
-            let plain = own
-                .iter()
-                .filter_map(|(name, n)| Some((name.clone(), n.as_u64()?)));
-            let kernel = own.get("kernel").and_then(|k| k.as_array()).into_iter().flatten();
-            let kernel =
-                kernel.filter_map(|k| Some((format!("kernel {}", k.get(0)?.as_str()?), k.get(1)?.as_u64()?)));
-            for (name, n) in plain.chain(kernel) {
-                *sums.entry(name).or_default() += n;
-            }
-        }
-        Some(sums)
+        counters(&self.fsd, &self.dir.path().join("state/cluster.toml"))
     }
 }
 
@@ -344,4 +324,29 @@ pub fn serve_null(mode: NullMode, dir: &Path) -> anyhow::Result<()> {
     let mut rest = Vec::new();
     let _ = std::io::stdin().read_to_end(&mut rest);
     session.umount_and_join().context("unmounting")
+}
+
+/// All counters of `fsd status --json`, those of the kernel extension too, summed over the mounts.
+pub fn counters(fsd: &Path, config: &Path) -> Option<BTreeMap<String, u64>> {
+    let report = status(fsd, config)?;
+    let mut sums = BTreeMap::new();
+    // Of the whole machine: other work counts, too.
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let switches = stat
+        .lines()
+        .find_map(|l| l.strip_prefix("ctxt ")?.parse::<u64>().ok());
+    sums.insert("context switches".to_owned(), switches.unwrap_or(0));
+    for mount in report.get("mounts")?.as_array()? {
+        let own = mount.get(1)?.get("Ok")?.as_object()?;
+        let plain = own
+            .iter()
+            .filter_map(|(name, n)| Some((name.clone(), n.as_u64()?)));
+        let kernel = own.get("kernel").and_then(|k| k.as_array()).into_iter().flatten();
+        let kernel =
+            kernel.filter_map(|k| Some((format!("kernel {}", k.get(0)?.as_str()?), k.get(1)?.as_u64()?)));
+        for (name, n) in plain.chain(kernel) {
+            *sums.entry(name).or_default() += n;
+        }
+    }
+    Some(sums)
 }

@@ -1,7 +1,7 @@
 //! Names as mdtest has them: made, looked at, renamed, removed; in directories of their own and in one that is shared, by several
 //! mounts; beside a FUSE server that does nothing, memory, and this machine's disk.
 
-mod phases;
+pub mod phases;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

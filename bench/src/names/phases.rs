@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
 
+use serde::{Deserialize, Serialize};
+
 use crate::progress::check;
 
 /// What is written to a file, and read from it.
@@ -36,7 +38,7 @@ impl Place {
 }
 
 /// One thing that all tasks do to all of their files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
     /// Makes a file, writes 4 KiB to it, closes it.
     Create,
@@ -88,7 +90,8 @@ impl Phase {
         }
     }
 
-    fn is_of_others(self) -> bool {
+    /// Whether it is done to the files of the next one.
+    pub fn is_of_others(self) -> bool {
         Self::OTHERS.contains(&self)
     }
 }
@@ -213,7 +216,11 @@ fn contents(whose: usize, n: usize) -> [u8; LEN] {
     page
 }
 
-fn call(phase: Phase, dir: &Path, whose: usize, n: usize) -> anyhow::Result<()> {
+/// Does something to one file of somebody's in a directory.
+///
+/// # Errors
+/// It fails, or finds what must not be.
+pub fn call(phase: Phase, dir: &Path, whose: usize, n: usize) -> anyhow::Result<()> {
     let path = |kind: &str| dir.join(format!("{kind}{whose}-{n}"));
     match phase {
         Phase::Create => Ok(File::create_new(path("f"))?.write_all(&contents(whose, n))?),

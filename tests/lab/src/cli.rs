@@ -233,6 +233,7 @@ impl Machine {
             mtu: self.mtu.or(mtu).unwrap_or(9000),
             cpus: self.cpus,
             memory: self.memory,
+            disk: None,
             boot: self.boot,
             boot_limit: Duration::from_secs(self.boot_limit),
             limit: Duration::from_secs(self.limit.unwrap_or(300)),

@@ -14,7 +14,7 @@ use crate::link::{Finished, Running};
 use crate::options::{Options, Tier};
 use crate::process::{self, lock};
 use crate::proto::{Program, Size};
-use crate::qemu::Places;
+use crate::qemu::{Disk, Places};
 use crate::switch::Switch;
 use crate::{snapshot, tools};
 
@@ -66,17 +66,21 @@ impl Cluster {
         let job = journal.job();
         let image = options.image()?;
         let machine = options.machine();
-        let places = |name: &str| Places {
+        let disk = options.disk.map(Disk::new).transpose()?;
+        let places = |name: &str, disk: Option<Disk>| Places {
             console: logs.join(format!("{name}.console")),
             log: logs.join(format!("{name}.qemu")),
             job: job.clone(),
             target: options.target.clone(),
+            disk,
         };
         let mut file = None;
         if options.from_snapshot() {
             let path = snapshot::path(&options.cache, &image, machine)?;
             if !snapshot::there(&path) {
-                snapshot::save(&path, &image, machine, &places("snapshot"), options.boot_limit)?;
+                // Of the same size, and nobody else's.
+                let places = places("snapshot", options.disk.map(Disk::new).transpose()?);
+                snapshot::save(&path, &image, machine, &places, options.boot_limit)?;
             }
             file = Some(path);
         }
@@ -92,7 +96,7 @@ impl Cluster {
                     number,
                     image: image.clone(),
                     machine,
-                    places: places(&format!("guest{number}")),
+                    places: places(&format!("guest{number}"), disk.clone()),
                     snapshot: file.clone(),
                     boot_limit: options.boot_limit,
                 };
@@ -158,7 +162,9 @@ impl Cluster {
             Tier::Multi => (format!("/lab/node {number} {mtu}"), vec![number]),
         };
         let list = own.iter().map(|node| format!(" {node}")).collect::<String>();
-        let script = format!("/lab/shares && {set_up} && /lab/settle{list}");
+        // The driver finds the disk also where the guest was saved before it was loaded.
+        let disk = self.options.disk.map_or("", |_| "modprobe virtio_blk && ");
+        let script = format!("/lab/shares && {disk}{set_up} && /lab/settle{list}");
         let program = Program {
             argv: vec!["dash".into(), "-c".into(), script],
             ..Program::default()

@@ -75,6 +75,8 @@ pub struct Options {
     pub cpus: Option<u32>,
     /// Memory of a guest in MiB.
     pub memory: Option<u32>,
+    /// A disk that all guests share, in MiB.
+    pub disk: Option<u32>,
     /// How guests come up.
     pub boot: Boot,
     /// Longest time for one boot.
@@ -127,6 +129,7 @@ impl Options {
         Machine {
             cpus: self.cpus.unwrap_or(cpus),
             memory: self.memory.unwrap_or(memory),
+            disk: self.disk,
         }
     }
 
@@ -147,7 +150,7 @@ impl Options {
             )));
         }
         let guests = if self.tier == Tier::Single { 1 } else { self.nodes };
-        let need = u64::from(self.machine().memory) * guests as u64;
+        let need = u64::from(self.machine().memory) * guests as u64 + u64::from(self.disk.unwrap_or(0));
         let text = fs::read_to_string("/proc/meminfo").at(|| "read /proc/meminfo".into())?;
         let free = text.lines().find_map(|line| {
             line.strip_prefix("MemAvailable:")?

@@ -3,10 +3,13 @@
 //! All sockets are pairs made here and inherited: no names in the file system, nothing to remove afterwards.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use crate::error::{At, Result};
 use crate::image::Image;
@@ -27,6 +30,28 @@ pub struct Machine {
     pub cpus: u32,
     /// Memory in MiB.
     pub memory: u32,
+    /// The disk that all guests share, in MiB, where there is one.
+    pub disk: Option<u32>,
+}
+
+/// What the shared disk is called, by the emulator and in guests.
+const DISK: &str = "shared";
+
+/// A disk that several guests have at the same time: a file in memory without a name, which is gone with the last that has it open.
+#[derive(Debug, Clone)]
+pub struct Disk(Arc<OwnedFd>);
+
+impl Disk {
+    /// An empty one of so many MiB.
+    ///
+    /// # Errors
+    /// The system has none.
+    pub fn new(mib: u32) -> Result<Disk> {
+        let file = memfd_create("fsd-lab-disk", MemfdFlags::CLOEXEC)
+            .and_then(|file| ftruncate(&file, u64::from(mib) << 20).map(|()| file));
+        let file = file.map_err(std::io::Error::from);
+        Ok(Disk(Arc::new(file.at(|| format!("make a disk of {mib} MiB"))?)))
+    }
 }
 
 /// Where a guest's files are on the host.
@@ -40,6 +65,8 @@ pub struct Places {
     pub job: PathBuf,
     /// The folder it has as /target, read only.
     pub target: PathBuf,
+    /// The disk it shares with others.
+    pub disk: Option<Disk>,
 }
 
 /// A running emulator and our ends of its sockets.
@@ -84,13 +111,19 @@ impl Qemu {
             "stream,id=card,server=off,addr.type=fd,addr.str={}",
             card_end.as_raw_fd()
         ));
-        command.args(devices());
+        let mut inherited = vec![agent_end, monitor_end, card_end];
+        if let Some(Disk(disk)) = &places.disk {
+            let disk = disk.try_clone().at(|| "share a disk".into())?;
+            command.args(drive(disk.as_raw_fd()));
+            inherited.push(disk);
+        }
+        command.args(devices(places.disk.is_some()));
         if let Some(path) = snapshot {
             command
                 .arg("-incoming")
                 .arg(format!("exec:cat {}", shell_word(path)));
         }
-        let process = Process::start(command, name, vec![agent_end, monitor_end, card_end], log)?;
+        let process = Process::start(command, name, inherited, log)?;
         Ok(Qemu {
             process,
             agent,
@@ -147,8 +180,18 @@ fn arguments(image: &Image, machine: Machine, places: &Places) -> Vec<String> {
     arguments
 }
 
+/// A disk that others have, too. Nobody keeps anything of it but the file itself, so what one guest's write has returned the others
+/// read; and as the file is in memory, nothing waits for anything to become durable.
+fn drive(file: RawFd) -> [String; 2] {
+    [
+        "-drive".to_owned(),
+        format!("file=/proc/self/fd/{file},format=raw,if=none,id={DISK},cache=writethrough,file.locking=off"),
+    ]
+}
+
 /// The guest's devices; a snapshot fits the same ones in the same order only.
-pub fn devices() -> Vec<String> {
+pub fn devices(disk: bool) -> Vec<String> {
+    let disk = disk.then(|| format!("virtio-blk-pci,drive={DISK},share-rw=on,serial={DISK}"));
     let list = [
         "virtio-net-pci,netdev=card,mac=02:00:00:00:00:ff,romfile=".to_owned(),
         // Guests restored from one snapshot must not draw the same random numbers.
@@ -160,6 +203,7 @@ pub fn devices() -> Vec<String> {
         "virtio-9p-pci,fsdev=target,mount_tag=target".to_owned(),
     ];
     list.into_iter()
+        .chain(disk)
         .flat_map(|device| ["-device".to_owned(), device])
         .collect()
 }

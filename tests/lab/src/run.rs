@@ -10,6 +10,7 @@ use crate::options::{Options, Tier};
 use crate::report::Outcome;
 use crate::scenario::file::Script;
 use crate::scenario::{self, Scenario};
+use crate::tools;
 
 /// What can be run.
 pub enum Subject {
@@ -89,6 +90,14 @@ impl Subject {
             Subject::File { name, script } => {
                 let mut options = machine.options(tier, kernel, script.nodes, script.mtu)?;
                 options.extra.modules.extend(script.modules.iter().cloned());
+                for name in &script.programs {
+                    options.extra.files.push(tools::find(name)?);
+                }
+                options.memory = options.memory.or(script.memory);
+                if let Some(size) = script.disk {
+                    options.disk = Some(size);
+                    options.extra.modules.push("virtio_blk".into());
+                }
                 in_cluster(name, options, machine, kernel, |cluster| script.run(cluster))
             }
         }

@@ -35,7 +35,7 @@ pub fn path(cache: &Path, image: &Image, machine: Machine) -> Result<PathBuf> {
         "{}\0{}\0{machine:?}\0{:?}",
         image.key,
         version,
-        qemu::devices()
+        qemu::devices(machine.disk.is_some())
     ));
     let key: String = hash
         .finalize()

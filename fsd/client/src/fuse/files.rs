@@ -10,7 +10,7 @@ use fuser::{
 };
 
 use super::convert::{attr_of, caller_of};
-use super::serve::{NAME_TTL, done, serve, serve_kernel, unnamed, unopened};
+use super::serve::{done, serve, serve_kernel, unnamed, unopened};
 use crate::client::Client;
 use crate::namespace::dirs::ATTEMPTS;
 use crate::namespace::names::New;
@@ -69,9 +69,9 @@ pub(super) fn create(
                 return unopened(c, fh);
             };
             let generation = Generation(u64::from(ino::generation(attr.ino)));
-            // One time to live serves both here: names must not be kept, so neither are attributes.
+            let ttl = c.kernel.caches.created_ttl();
             let open = open_flags(c.kernel.caches.mode, cached);
-            reply.created(&NAME_TTL, &attr_of(attr), generation, FileHandle(fh), open);
+            reply.created(&ttl, &attr_of(attr), generation, FileHandle(fh), open);
         };
         for _ in 0..ATTEMPTS {
             let made = c.namespace.names.create(ctx, &dir, &name, &new, |inode, attr| {

@@ -28,6 +28,13 @@ pub struct Script {
     /// Kernel modules to have at hand for modprobe, besides the usual ones.
     #[serde(default)]
     pub modules: Vec<String>,
+    /// Programs of the host for the guests, besides the usual ones.
+    #[serde(default)]
+    pub programs: Vec<String>,
+    /// Memory of a guest in MiB, unless the command line says otherwise.
+    pub memory: Option<u32>,
+    /// A disk that all guests share, in MiB.
+    pub disk: Option<u32>,
     /// Whether guests load the kernel extension first.
     #[serde(default)]
     pub kmod: bool,
@@ -326,6 +333,8 @@ mod tests {
                 .nodes,
             Some(3)
         );
+        let peers = Script::parse(include_str!("../../scenarios/peers.toml")).unwrap();
+        assert_eq!((peers.disk, peers.memory), (Some(1024), None));
         assert!(matches!(&script.steps[0], Action::Run(command) if command.on.is_empty()));
         assert!(script.steps.contains(&Action::Cut(2)));
     }
