@@ -2,6 +2,7 @@
 //!
 //! Everything that is measured is measured here and now, floors included; nothing is quoted.
 
+mod beside;
 mod counts;
 mod deaths;
 mod demo;
@@ -23,6 +24,7 @@ mod stats;
 mod stores;
 mod table;
 mod transport;
+mod trees;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -61,6 +63,8 @@ enum Command {
     Others(others::Args),
     /// Names as mdtest has them, by several mounts, beside a null FUSE server, tmpfs and this machine's disk.
     Names(names::Args),
+    /// A tree of small files: copied, read on another mount, cloned, unpacked, listed, removed.
+    Trees(trees::Args),
     /// File systems that are mounted already, beside each other and beside their network.
     Mounts(mounts::Args),
     /// The same file systems on two hosts: what goes to and fro between them.
@@ -105,6 +109,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Paper(args) => paper::run(args, &cli.out),
         Command::Others(args) => others::run(args, &cli.out),
         Command::Names(args) => names::run(args, &cli.out),
+        Command::Trees(args) => trees::run(args, &cli.out),
         Command::Mounts(args) => mounts::run(args, &cli.out),
         Command::Pair(args) => pair::run(args, &cli.out),
         Command::Deaths(args) => deaths::run(args, &cli.out),

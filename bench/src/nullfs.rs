@@ -3,8 +3,9 @@
 //! It has no leases, no network, no metadata server; what it costs is what FUSE itself costs on this
 //! machine. Every file-system figure is given beside it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -12,7 +13,8 @@ use std::time::{Duration, SystemTime};
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
     INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, SessionACL, TimeOrNow, WriteFlags,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, SessionACL, TimeOrNow,
+    WriteFlags,
 };
 use parking_lot::RwLock;
 
@@ -48,7 +50,7 @@ impl File {
 
 struct Tree {
     /// By directory and name.
-    names: HashMap<(u64, OsString), u64>,
+    names: BTreeMap<(u64, OsString), u64>,
     files: HashMap<u64, std::sync::Arc<File>>,
 }
 
@@ -76,13 +78,28 @@ impl Tree {
         self.count(dir, false);
         Some(ino)
     }
+
+    fn list(&self, dir: u64) -> Listing {
+        let names = self
+            .names
+            .range((dir, OsString::new())..(dir + 1, OsString::new()));
+        names
+            .filter_map(|((_, name), ino)| Some((*ino, self.files.get(ino)?.kind, name.clone())))
+            .collect()
+    }
 }
 
-/// Directories and files held in memory, without listings and links.
+/// What is in a directory: numbers, kinds, names.
+type Listing = Vec<(u64, FileType, OsString)>;
+
+/// Directories, files and symbolic links held in memory.
 pub struct NullFs {
     mode: NullMode,
     tree: RwLock<Tree>,
+    /// Numbers of inodes, and of open directories.
     next: AtomicU64,
+    /// Of open directories, as they were when they were opened.
+    listings: RwLock<HashMap<u64, std::sync::Arc<Listing>>>,
 }
 
 impl NullFs {
@@ -92,10 +109,11 @@ impl NullFs {
         Self {
             mode,
             tree: RwLock::new(Tree {
-                names: HashMap::new(),
+                names: BTreeMap::new(),
                 files: HashMap::from([(1, File::new(FileType::Directory))]),
             }),
             next: AtomicU64::new(2),
+            listings: RwLock::default(),
         }
     }
 
@@ -255,6 +273,53 @@ impl Filesystem for NullFs {
         let ino = self.make(parent, name, FileType::Directory);
         let attr = Self::attr(ino, 0, FileType::Directory);
         reply.entry(&TTL, &attr, Generation(0));
+    }
+
+    fn symlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let ino = self.make(parent, name, FileType::Symlink);
+        let bytes = target.as_os_str().as_bytes();
+        if let Some(file) = self.file(ino) {
+            *file.data.write() = bytes.to_vec();
+        }
+        let attr = Self::attr(ino, bytes.len() as u64, FileType::Symlink);
+        reply.entry(&TTL, &attr, Generation(0));
+    }
+
+    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        match self.file(ino.0) {
+            Some(file) => reply.data(&file.data.read()),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let handle = self.next.fetch_add(1, Ordering::Relaxed);
+        let listing = std::sync::Arc::new(self.tree.read().list(ino.0));
+        self.listings.write().insert(handle, listing);
+        reply.opened(FileHandle(handle), FopenFlags::empty());
+    }
+
+    fn readdir(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let listing = self.listings.read().get(&fh.0).cloned().unwrap_or_default();
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (at, (ino, kind, name)) in listing.iter().enumerate().skip(from) {
+            if reply.add(INodeNo(*ino), at as u64 + 1, *kind, name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn releasedir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.listings.write().remove(&fh.0);
+        reply.ok();
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
