@@ -3,11 +3,15 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
+use crate::cache::follow::{Deed, Follow};
+use fsd_proto::layout::FIRST_COOKIE;
 use fsd_proto::wire::Kind;
 
 /// After so many names that the server was asked for one by one, so many pages of the directory's names are read: if that is all of
 /// them, nothing has to be asked any more, and if not, what was read in vain has cost no more than what was asked.
 const WORTH: [(u32, usize); 3] = [(8, 1), (64, 4), (512, 32)];
+/// A directory that has had no more entries for each name that was asked for before is read at once.
+const SMALL: u64 = 32;
 
 /// A listing by cookie: name, inode, type.
 pub type Listing = Arc<BTreeMap<u64, (Vec<u8>, u64, Kind)>>;
@@ -22,9 +26,11 @@ pub struct DirCache {
     /// `entries` is everything there is.
     pub complete: bool,
     /// The complete listing by cookie, built on demand.
-    pub listing: Option<Listing>,
+    listing: Option<Listing>,
     /// How many names the server was asked for one by one.
     asked: u32,
+    /// How far a program has come that goes through the names.
+    follow: Follow,
 }
 
 impl DirCache {
@@ -38,15 +44,40 @@ impl DirCache {
         }
     }
 
-    /// Another name is to be asked for: how many pages of names had better be read before.
-    pub fn worth_reading(&mut self) -> Option<usize> {
+    /// Another name is to be asked for, of a directory whose next entry gets this cookie: how many pages of names had better be read before.
+    pub fn worth_reading(&mut self, next_cookie: u64) -> Option<usize> {
+        let had = next_cookie.saturating_sub(FIRST_COOKIE);
+        let small = had <= SMALL * u64::from(self.asked);
         self.asked = self.asked.saturating_add(1);
+        let (early, pages) = WORTH[0];
+        if small && self.asked < early {
+            return Some(pages);
+        }
         WORTH.iter().find(|(asked, _)| *asked == self.asked).map(|w| w.1)
     }
 
     /// What was read cannot be taken in, for names have changed meanwhile: it is worth another try soon.
     pub fn read_in_vain(&mut self) {
         self.asked = 0;
+    }
+
+    /// The listing of a directory that is known completely.
+    pub fn list(&mut self) -> Listing {
+        if let Some(listing) = &self.listing {
+            return Arc::clone(listing);
+        }
+        let names = self.entries.iter();
+        let by_cookie = names.map(|(name, &(ino, kind, cookie))| (cookie, (name.clone(), ino, kind)));
+        let listing = Arc::new(by_cookie.collect());
+        self.follow.listed(&listing);
+        self.listing = Some(Arc::clone(&listing));
+        listing
+    }
+
+    /// A name was looked up, or is being removed: inodes of which the same is likely to be wanted next.
+    pub fn follow(&mut self, deed: Deed, name: &[u8]) -> Vec<u64> {
+        let cookie = self.entries.get(name).map(|&(_, _, cookie)| cookie);
+        cookie.map_or_else(Vec::new, |cookie| self.follow.done(deed, cookie))
     }
 
     /// A name now exists.
@@ -77,10 +108,18 @@ mod tests {
     #[test]
     fn a_directory_is_read_when_many_of_its_names_were_asked_for() {
         let mut dir = DirCache::default();
-        let read: Vec<usize> = (0..2000).filter_map(|_| dir.worth_reading()).collect();
+        let mut large = || dir.worth_reading(1 << 20);
+        let read: Vec<usize> = (0..2000).filter_map(|_| large()).collect();
         assert_eq!(read, [1, 4, 32]);
         dir.read_in_vain();
-        assert_eq!((0..8).filter_map(|_| dir.worth_reading()).count(), 1);
+        assert_eq!((0..8).filter_map(|_| dir.worth_reading(1 << 20)).count(), 1);
+        // How many are asked for one by one before.
+        let before = |entries: u64| {
+            let mut dir = DirCache::default();
+            let alone = (0..10).take_while(|_| dir.worth_reading(FIRST_COOKIE + entries).is_none());
+            alone.count()
+        };
+        assert_eq!([1, 32, 33, 64, 192, 193, 5000].map(before), [1, 1, 2, 2, 6, 7, 7]);
     }
 
     #[test]

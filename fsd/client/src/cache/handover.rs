@@ -4,7 +4,7 @@ use lockmgr::Relinquish;
 
 use crate::cache::inode::Inode;
 use crate::cache::state::State;
-use fsd_proto::wire::AttrUpdate;
+use fsd_proto::wire::{AttrUpdate, Places};
 
 impl Inode {
     /// How to give up the exclusive lease, whose data is stored. Attributes that the metadata server does not have are left
@@ -55,7 +55,8 @@ impl Inode {
         let payload = match state.attr.as_mut() {
             Some(attr) if !state.lasting.gone => {
                 attr.version = next;
-                attr.encode()
+                let attr = *attr;
+                Places::encode_behind(&attr, state.places().as_ref())
             }
             _ => Vec::new(),
         };
@@ -75,7 +76,7 @@ mod tests {
     use super::super::inode_table::InodeTable;
     use super::*;
     use crate::session::ctx::Ctx;
-    use fsd_proto::wire::Attr;
+    use fsd_proto::wire::{Attr, Frame};
 
     fn attr(version: u64, size: u64) -> Attr {
         Attr::of_file(5, version, size)
@@ -110,6 +111,7 @@ mod tests {
         let inode = known();
         *inode.transit.granted.lock() = Some(Box::new(Granted {
             attr: attr(8, 32),
+            places: None,
             source: Source::Handed,
         }));
         let how = inode.hand_over(&mut inode.lock_raw(), Some(8));
@@ -120,6 +122,46 @@ mod tests {
             inode.transit.push.lock().waiting.as_ref().map(|u| u.size),
             Some(32)
         );
+    }
+
+    #[test]
+    fn where_the_blocks_are_goes_along() {
+        let frame = Frame {
+            offset: 8192,
+            size: 4096,
+        };
+        let inode = known();
+        let mut state = inode.lock_raw();
+        state.check_layout();
+        state.take_frame(0, frame);
+        // Of no storage node is all known.
+        let how = inode.hand_over(&mut state, Some(6));
+        assert_eq!(Places::decode_behind(&how.payload), None);
+        state.frames.loaded.insert(1);
+        let how = inode.hand_over(&mut state, Some(7));
+        let places = Places::decode_behind(&how.payload).unwrap();
+        assert_eq!(
+            (&places.nodes[..], &places.frames[..]),
+            (&[1][..], &[(0, frame)][..])
+        );
+
+        let there = InodeTable::default().get(5);
+        *there.transit.granted.lock() = Attr::decode(&how.payload).map(|attr| {
+            Box::new(Granted {
+                attr,
+                places: Some(places),
+                source: Source::Owner,
+            })
+        });
+        {
+            let state = there.lock(&Ctx::on_worker(), 7).unwrap();
+            let loaded = state.frames.loaded.contains(&1);
+            assert_eq!((state.frames.known().get(&0), loaded), (Some(&frame), true));
+        }
+        // Blocks that cannot be read are for the storage node to tell of.
+        state.frames.lost.insert(0);
+        let how = inode.hand_over(&mut state, Some(7));
+        assert_eq!(Places::decode_behind(&how.payload), None);
     }
 
     #[test]

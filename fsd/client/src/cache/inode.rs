@@ -13,7 +13,7 @@ use crate::cache::refills::Refills;
 use crate::cache::state::State;
 use crate::session::ctx::{Ctx, Res};
 use fsd_proto::ino;
-use fsd_proto::wire::{Attr, AttrUpdate};
+use fsd_proto::wire::{Attr, AttrUpdate, Places};
 
 /// What the kernel may have cached of an inode.
 #[derive(Debug, Default)]
@@ -52,10 +52,12 @@ pub enum Source {
 }
 
 /// Attributes that came with a grant or with something else.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Granted {
     /// The attributes, with their version.
     pub attr: Attr,
+    /// Where the blocks are under the layout number among them, if that came, too.
+    pub places: Option<Places>,
     /// Where they came from.
     pub source: Source,
 }
@@ -271,6 +273,9 @@ impl Inode {
             state.from_owner = granted.source == Source::Owner && state.attr.is_none();
             state.attr = Some(granted.attr);
             state.attr_dirty = granted.source == Source::Handed;
+            if let Some(places) = granted.places {
+                state.learn_places(places);
+            }
         }
     }
 }
@@ -399,6 +404,7 @@ mod tests {
         let offer = |size| {
             *inode.transit.granted.lock() = Some(Box::new(Granted {
                 attr: Attr::of_file(5, 3, size),
+                places: None,
                 source: Source::Server,
             }));
         };

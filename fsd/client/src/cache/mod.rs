@@ -6,6 +6,7 @@ pub mod dir_cache;
 pub mod durable;
 pub mod edges;
 pub mod errseq;
+pub mod follow;
 pub mod frames;
 pub mod handover;
 pub mod heap;
@@ -28,7 +29,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use lockmgr::{Guard, LeaseError, Mode};
+use lockmgr::{Guard, LeaseError, Mode, RecordId};
 use rt::channel::Sender;
 use rt::sync::Mutex;
 use rt::time::Instant;
@@ -39,6 +40,7 @@ use crate::cache::state::State;
 use crate::session::ctx::{Ctx, Res, Stop, fail};
 use crate::session::{Guards, Session, lease_errno};
 use fsd_proto::ask;
+use fsd_proto::ino;
 use fsd_proto::rpc::{Errno, RpcError};
 use fsd_proto::wire::Attr;
 
@@ -159,6 +161,7 @@ impl Cache {
         if slot.is_none() {
             *slot = Some(Box::new(Granted {
                 attr,
+                places: None,
                 source: Source::Server,
             }));
         }
@@ -204,6 +207,22 @@ impl Cache {
                 failed.store(self.session.now().max(1), Ordering::Relaxed);
             }
             return Err(Stop::Errno(lease_errno(&error)));
+        }
+    }
+
+    /// Gets leases of inodes that are likely to be asked for next, and waits for none of them.
+    pub fn lease_ahead(&self, inodes: &[u64], mode: Mode) {
+        let (leases, storage) = (&self.session.leases, &self.session.net.storage);
+        let lacks = |record: RecordId| {
+            let held = leases.held(record);
+            held.is_none_or(|(held, _)| held == Mode::Shared && mode == Mode::Exclusive)
+        };
+        let records = inodes.iter().map(|&number| ino::record(number));
+        let mut wanted = records
+            .filter(|&record| storage.knows_record(record) && lacks(record))
+            .peekable();
+        if wanted.peek().is_some() {
+            leases.acquire_ahead(wanted, mode, Instant::now() + self.session.lease_wait);
         }
     }
 

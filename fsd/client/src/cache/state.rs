@@ -10,7 +10,7 @@ use crate::cache::lazy::Lazy;
 use crate::cache::pages::Pages;
 use crate::cache::suid::kill_suid_for;
 use crate::session::caller::Caller;
-use fsd_proto::wire::{Attr, Frame, Time};
+use fsd_proto::wire::{Attr, Frame, Places, Time};
 
 /// What is cached, valid for one version of the lease record.
 #[derive(Debug, Default)]
@@ -197,6 +197,32 @@ impl State {
         if self.frames.layout != layout || layout.is_none() {
             self.frames.forget_places(layout);
         }
+    }
+
+    /// Where the blocks are, if they are few, for whoever gets the lease next: the number of the layout, which goes with the attributes,
+    /// says as long as it stays the same that this is so.
+    #[must_use]
+    pub fn places(&self) -> Option<Places> {
+        let frames = &self.frames;
+        let known = self.attr.is_some_and(|attr| frames.layout == Some(attr.layout));
+        let few = frames.known().len() <= Places::MOST && frames.loaded.len() <= Places::MOST;
+        (known && few && !frames.loaded.is_empty() && frames.lost.is_empty()).then(|| Places {
+            nodes: frames.loaded.iter().copied().collect(),
+            frames: frames
+                .known()
+                .iter()
+                .map(|(&block, &frame)| (block, frame))
+                .collect(),
+        })
+    }
+
+    /// Where the blocks are, as whoever had the lease has told with the attributes that are now here.
+    pub(super) fn learn_places(&mut self, places: Places) {
+        self.check_layout();
+        for (block, frame) in places.frames {
+            self.frames.learn(block, frame);
+        }
+        self.frames.loaded.extend(places.nodes);
     }
 
     /// Is everything here that reading any part of the file needs, of `nodes` storage nodes?

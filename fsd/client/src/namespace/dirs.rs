@@ -1,6 +1,5 @@
 //! Looking names up and listing directories.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,6 +9,7 @@ use rt::time::Instant;
 
 use crate::cache::Cache;
 use crate::cache::dir_cache::Listing;
+use crate::cache::follow::Deed;
 use crate::cache::inode::{Inode, Locked};
 use crate::kernel::caches::KernelCaches;
 use crate::kernel::front::Front;
@@ -74,7 +74,8 @@ impl Directories {
             return Ok(known.map(|(ino, kind, _)| (ino, kind)));
         }
         ctx.may_wait()?;
-        if let Some(pages) = state.dir.worth_reading()
+        let next_cookie = state.attr.map_or(u64::MAX, |attr| attr.layout);
+        if let Some(pages) = state.dir.worth_reading(next_cookie)
             && let Ok(Read::All) = self.read_in(dir, state, pages)
             && let Some(known) = state.dir.lookup(name)
         {
@@ -119,15 +120,39 @@ impl Directories {
     /// # Errors
     /// As [`Directories::entry_held`].
     pub fn entry(&self, ctx: &Ctx<'_>, dir: &Inode, name: &[u8]) -> Res<Option<(u64, Kind)>> {
+        self.entry_for(ctx, dir, name, None)
+    }
+
+    /// What a name is, for something that is done to it. A program that does the same to one name after the other, in the order of the
+    /// listing, has the leases of those that follow asked for meanwhile.
+    ///
+    /// # Errors
+    /// As [`Directories::entry_held`].
+    pub fn entry_for(
+        &self,
+        ctx: &Ctx<'_>,
+        dir: &Inode,
+        name: &[u8],
+        deed: Option<Deed>,
+    ) -> Res<Option<(u64, Kind)>> {
         let guard = self.cache.lease(ctx, dir, Mode::Shared)?;
         let mut state = dir.lock(ctx, guard.version())?;
         let found = self.entry_held(ctx, dir, &mut state, name)?;
+        let next = deed.map_or_else(Vec::new, |deed| state.dir.follow(deed, name));
         // Where that would take a request, some other time.
         if self.front.wants_names(dir)
             && let Ok(attr) = self.cache.load_attr(ctx, dir, &mut state)
         {
             self.front
                 .delegate_ahead(dir, Mode::Shared, guard.version(), &attr, &state);
+        }
+        drop(state);
+        if !next.is_empty() {
+            let mode = match deed {
+                Some(Deed::Removed) => Mode::Exclusive,
+                _ => Mode::Shared,
+            };
+            self.cache.lease_ahead(&next, mode);
         }
         Ok(found)
     }
@@ -147,7 +172,7 @@ impl Directories {
         let began = Instant::now();
         let mut attempts = 0;
         while attempts < ATTEMPTS {
-            let Some((number, _)) = self.entry(ctx, dir, name)? else {
+            let Some((number, _)) = self.entry_for(ctx, dir, name, Some(Deed::Looked))? else {
                 return fail(libc::ENOENT);
             };
             let inode = self.cache.inode(number);
@@ -243,9 +268,6 @@ impl Directories {
     pub fn listing(&self, ctx: &Ctx<'_>, dir: &Inode) -> Res<Listing> {
         let guard = self.cache.lease(ctx, dir, Mode::Shared)?;
         let mut state = dir.lock(ctx, guard.version())?;
-        if let Some(listing) = &state.dir.listing {
-            return Ok(Arc::clone(listing));
-        }
         if state.lasting.gone {
             return Ok(Listing::default());
         }
@@ -259,15 +281,7 @@ impl Directories {
                 ));
             }
         }
-        let listing: BTreeMap<_, _> = state
-            .dir
-            .entries
-            .iter()
-            .map(|(name, &(ino, kind, cookie))| (cookie, (name.clone(), ino, kind)))
-            .collect();
-        let listing = Arc::new(listing);
-        state.dir.listing = Some(Arc::clone(&listing));
-        Ok(listing)
+        Ok(state.dir.list())
     }
 
     /// Takes in the names of a directory, up to so many pages of them, if nobody changes any while they are read.
@@ -286,6 +300,7 @@ impl Directories {
         }
         state.dir.complete = true;
         state.dir.absent.clear();
+        state.dir.list();
         Ok(Read::All)
     }
 

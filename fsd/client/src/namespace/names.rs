@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::cache::Cache;
 use crate::cache::claims::{Purpose, Span};
+use crate::cache::follow::Deed;
 use crate::cache::inode::{Inode, Locked};
 use crate::cache::lazy::Lazy;
 use crate::data::reservations::Reservations;
@@ -223,7 +224,8 @@ impl Names {
     pub fn remove(&self, ctx: &Ctx<'_>, dir: &Inode, name: &[u8], directory: bool, thread: u32) -> Res<()> {
         ctx.may_wait()?;
         for _ in 0..ATTEMPTS {
-            let Some((number, kind)) = self.directories.entry(ctx, dir, name)? else {
+            let found = self.directories.entry_for(ctx, dir, name, Some(Deed::Removed))?;
+            let Some((number, kind)) = found else {
                 return fail(libc::ENOENT);
             };
             match (directory, kind == Kind::Directory) {

@@ -8,7 +8,7 @@ use lockmgr::{LeaseUser, Mode, RecordId};
 use crate::cache::inode::{Granted, Source};
 use crate::revoke::revocation::{Revocation, Revocations};
 use fsd_proto::ino;
-use fsd_proto::wire::Attr;
+use fsd_proto::wire::{Attr, Places};
 
 /// The lease manager's user: hands revocations to threads that never serve requests.
 #[derive(Default)]
@@ -63,6 +63,7 @@ impl LeaseUser for Revoker {
             };
             *inode.transit.granted.lock() = Some(Box::new(Granted {
                 attr: Attr { version, ..attr },
+                places: payload.and_then(Places::decode_behind),
                 source,
             }));
         }

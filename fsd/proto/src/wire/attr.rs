@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::storage::Frame;
 pub use crate::time::Time;
 
 /// Type of an inode.
@@ -89,6 +90,38 @@ impl Attr {
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         postcard::from_bytes(bytes).ok()
+    }
+}
+
+/// Where the blocks of a small file are: all that some storage nodes have of it, under the layout number of the attributes beside it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Places {
+    /// Storage nodes that have nothing else of the file.
+    pub nodes: Vec<u16>,
+    /// Blocks by number, and where each is.
+    pub frames: Vec<(u64, Frame)>,
+}
+
+impl Places {
+    /// Most blocks, and most storage nodes, that go along with a lease: a grant is short.
+    pub const MOST: usize = 8;
+
+    /// The payload of a lease grant with attributes and, behind them, perhaps this.
+    #[must_use]
+    pub fn encode_behind(attr: &Attr, places: Option<&Self>) -> Vec<u8> {
+        let mut payload = attr.encode();
+        if let Some(places) = places {
+            payload.extend(postcard::to_stdvec(places).unwrap_or_default());
+        }
+        payload
+    }
+
+    /// What is behind the attributes in the payload of a lease grant.
+    #[must_use]
+    pub fn decode_behind(payload: &[u8]) -> Option<Self> {
+        let (_, rest) = postcard::take_from_bytes::<Attr>(payload).ok()?;
+        let places: Self = postcard::from_bytes(rest).ok()?;
+        (places.nodes.len() <= Self::MOST && places.frames.len() <= Self::MOST).then_some(places)
     }
 }
 
@@ -181,6 +214,37 @@ impl Attr {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_grant_has_the_longest_places() {
+        let frame = |n| Frame {
+            offset: u64::MAX - n,
+            size: u32::MAX,
+        };
+        let places = Places {
+            nodes: (0..Places::MOST as u16).map(|n| u16::MAX - n).collect(),
+            frames: (0..Places::MOST as u64)
+                .map(|n| (u64::MAX - n, frame(n)))
+                .collect(),
+        };
+        let attr = Attr::of_file(u64::MAX, u64::MAX, u64::MAX);
+        let payload = Places::encode_behind(&attr, Some(&places));
+        assert!(
+            payload.len() <= lockmgr::msg::MAX_PAYLOAD,
+            "{} bytes",
+            payload.len()
+        );
+        assert_eq!(
+            (Attr::decode(&payload), Places::decode_behind(&payload)),
+            (Some(attr), Some(places))
+        );
+        let alone = Places::encode_behind(&attr, None);
+        assert_eq!(
+            (Attr::decode(&alone), Places::decode_behind(&alone)),
+            (Some(attr), None)
+        );
+        assert_eq!(Places::decode_behind(&payload[..payload.len() - 1]), None);
+    }
 
     proptest::proptest! {
         #[test]

@@ -14,7 +14,7 @@ mod mount;
 mod names;
 mod storage;
 
-pub use attr::{Attr, AttrUpdate, Kind, Time};
+pub use attr::{Attr, AttrUpdate, Kind, Places, Time};
 pub use locks::{LockKind, LockOwner, LockRange, LockSpec};
 pub use membership::{DeadMount, Records, Terms, View};
 pub use meta::{

@@ -1,0 +1,151 @@
+//! A program that goes through a directory, and what it is likely to want next. Pure.
+
+use std::ops::Bound::{Excluded, Included};
+use std::sync::Arc;
+
+use crate::cache::dir_cache::Listing;
+
+/// Longest listing that is kept for this.
+const LONGEST: usize = 1 << 16;
+/// So many names in order make it likely that the next ones follow.
+const CONVINCING: u32 = 2;
+/// Names between two in order that a program may leave out.
+const LEFT_OUT: usize = 2;
+/// Fewest and most inodes that are told at once.
+const WIDTH: (usize, usize) = (8, 32);
+
+/// What is done to one name after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Deed {
+    /// It is looked up.
+    Looked,
+    /// It is removed.
+    Removed,
+}
+
+/// One program's way through the names.
+#[derive(Debug, Default)]
+struct Run {
+    /// Cookie of the last name.
+    last: u64,
+    /// Names in order so far.
+    length: u32,
+    /// Cookie up to which inodes were told.
+    told: u64,
+    /// How many are told next.
+    width: usize,
+}
+
+/// Ways through the names of a directory, in the order of the last listing. That may be old: what follows from it are guesses.
+#[derive(Debug, Default)]
+pub struct Follow {
+    order: Option<Listing>,
+    looked: Run,
+    removed: Run,
+}
+
+impl Follow {
+    /// The directory was listed.
+    pub fn listed(&mut self, listing: &Listing) {
+        *self = Self {
+            order: (listing.len() <= LONGEST).then(|| Arc::clone(listing)),
+            ..Self::default()
+        };
+    }
+
+    /// Something was done to the name of a cookie: inodes that it is likely to be done to next, and that were not told yet.
+    pub fn done(&mut self, deed: Deed, cookie: u64) -> Vec<u64> {
+        let run = match deed {
+            Deed::Looked => &mut self.looked,
+            Deed::Removed => &mut self.removed,
+        };
+        match &self.order {
+            Some(order) => run.done(order, cookie),
+            None => Vec::new(),
+        }
+    }
+}
+
+impl Run {
+    fn done(&mut self, order: &Listing, cookie: u64) -> Vec<u64> {
+        if cookie == self.last {
+            // Once more, or the same operation on another thread.
+            return Vec::new();
+        }
+        let follows =
+            cookie > self.last && order.range(self.last + 1..cookie).take(LEFT_OUT + 1).count() <= LEFT_OUT;
+        self.last = cookie;
+        if !follows {
+            (self.length, self.width) = (0, 0);
+            self.told = cookie;
+            return Vec::new();
+        }
+        self.length += 1;
+        self.told = self.told.max(cookie);
+        let left = order.range((Excluded(cookie), Included(self.told)));
+        let left = left.take(WIDTH.1).count();
+        if self.length < CONVINCING || left > self.width / 2 {
+            return Vec::new();
+        }
+        self.width = (self.width * 2).clamp(WIDTH.0, WIDTH.1);
+        let next: Vec<(u64, u64)> = order
+            .range(self.told + 1..)
+            .take(self.width - left)
+            .map(|(&cookie, &(_, ino, _))| (cookie, ino))
+            .collect();
+        if let Some(&(last, _)) = next.last() {
+            self.told = last;
+        }
+        next.into_iter().map(|(_, ino)| ino).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fsd_proto::wire::Kind;
+
+    /// Names 1 to `last`; the inode of each is a hundred times its cookie.
+    fn listed(last: u64) -> Follow {
+        let names = (1..=last).map(|n| (n, (n.to_string().into_bytes(), n * 100, Kind::File)));
+        let mut follow = Follow::default();
+        follow.listed(&Arc::new(names.collect()));
+        follow
+    }
+
+    #[test]
+    fn who_goes_through_all_is_told_of_each_once_and_in_time() {
+        let mut follow = listed(300);
+        let mut told = Vec::new();
+        for n in 1..=300 {
+            assert!(n <= 2 || told.contains(&(n * 100)), "{n}");
+            let next = follow.done(Deed::Looked, n);
+            assert!(next.len() <= WIDTH.1 && next.iter().all(|ino| *ino > n * 100));
+            assert!(follow.done(Deed::Looked, n).is_empty(), "the same again");
+            told.extend(next);
+        }
+        assert_eq!(told, (3..=300).map(|n| n * 100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn who_picks_names_or_goes_backwards_is_told_of_none() {
+        let mut follow = listed(300);
+        for n in (1..300).step_by(4).chain((1..=300).rev()) {
+            assert_eq!(follow.done(Deed::Looked, n), Vec::<u64>::new(), "{n}");
+        }
+        // One and another, as by a shell that completes names.
+        assert_eq!(follow.done(Deed::Looked, 40), Vec::<u64>::new());
+        assert_eq!(follow.done(Deed::Removed, 41), Vec::<u64>::new());
+    }
+
+    #[test]
+    fn a_few_may_be_left_out() {
+        let mut follow = listed(60);
+        let told: Vec<u64> = (1..=60)
+            .step_by(3)
+            .flat_map(|n| follow.done(Deed::Removed, n))
+            .collect();
+        assert!(told.contains(&1000) && told.contains(&6000));
+        assert!(Follow::default().done(Deed::Removed, 7).is_empty());
+    }
+}
