@@ -54,3 +54,4 @@ mod storage;
 mod storm;
 mod suspend;
 mod tools;
+mod trees;

@@ -10,6 +10,7 @@ pub mod follow;
 pub mod frames;
 pub mod handover;
 pub mod heap;
+pub mod hurry;
 pub mod inode;
 pub mod inode_table;
 pub mod lazy;
@@ -65,6 +66,8 @@ pub struct Cache {
     pub wake_writeback: Sender<()>,
     /// The writeback thread sleeps until it is woken; else it looks by itself, every now and then.
     pub writeback_sleeps: AtomicBool,
+    /// Whether dirty files are written back before it is their time.
+    pub hurry: hurry::Hurry,
     /// Pages in the buffer caches.
     pub cached_pages: AtomicUsize,
     /// Most pages in the buffer caches.
@@ -87,6 +90,15 @@ impl Cache {
     /// There is something to be done in a while.
     pub fn wake_writer(&self) {
         if self.writeback_sleeps.swap(false, Ordering::SeqCst) {
+            let _ = self.wake_writeback.try_send(());
+        }
+    }
+
+    /// Another mount is given a file with data that is here only: if it is one of many, what else is dirty is written back now.
+    pub fn taken_dirty(&self) {
+        if self.hurry.asked() {
+            // Whether it sleeps for good or for a while.
+            self.writeback_sleeps.store(false, Ordering::SeqCst);
             let _ = self.wake_writeback.try_send(());
         }
     }
@@ -217,10 +229,13 @@ impl Cache {
             let held = leases.held(record);
             held.is_none_or(|(held, _)| held == Mode::Shared && mode == Mode::Exclusive)
         };
-        let records = inodes.iter().map(|&number| ino::record(number));
-        let mut wanted = records
-            .filter(|&record| storage.knows_record(record) && lacks(record))
-            .peekable();
+        // Each is known then, and is forgotten with its lease like any other. The record of one that is gone serves another inode.
+        let known = |number: &u64| !self.inode(*number).hints.superseded.load(Ordering::SeqCst);
+        let wanted = inodes.iter().filter(|number| {
+            let record = ino::record(**number);
+            storage.knows_record(record) && lacks(record) && known(number)
+        });
+        let mut wanted = wanted.map(|&number| ino::record(number)).peekable();
         if wanted.peek().is_some() {
             leases.acquire_ahead(wanted, mode, Instant::now() + self.session.lease_wait);
         }

@@ -139,6 +139,7 @@ pub(super) fn join(
         dirty: Default::default(),
         wake_writeback,
         writeback_sleeps: AtomicBool::new(false),
+        hurry: crate::cache::hurry::Hurry::default(),
         cached_pages: AtomicUsize::new(0),
         max_pages: (config.mount.buffer_cache.0 / PAGE) as usize,
         session: Arc::clone(&session),

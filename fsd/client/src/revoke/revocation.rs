@@ -370,6 +370,9 @@ impl Revocations {
             let state = inode.try_claim_raw();
             state.filter(|s| self.flushes_at_once(inode, s, job.from))?
         };
+        if may_wait && job.from == Mode::Exclusive && state.pages.dirty() > 0 {
+            self.cache.taken_dirty();
+        }
         // What is gone answers ENOENT or ESTALE, and is not kept for anybody.
         let pins = job.to.is_none() && !state.lasting.gone;
         if !may_wait && pins && !self.pinning.pin_at_once(inode) {

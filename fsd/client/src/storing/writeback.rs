@@ -96,14 +96,18 @@ impl Writeback {
 
     fn write_old(&self) {
         let full = self.cache.cached_pages.load(Ordering::Relaxed) > self.cache.max_pages / 2;
-        let old: Vec<u64> = self
+        let all = full || self.cache.hurry.take();
+        let mut old: Vec<(Instant, u64)> = self
             .cache
             .dirty
             .lock()
             .iter()
-            .filter(|(_, since)| full || since.elapsed() >= self.writeback_after)
-            .map(|(&ino, _)| ino)
+            .filter(|(_, since)| all || since.elapsed() >= self.writeback_after)
+            .map(|(&ino, &since)| (since, ino))
             .collect();
+        // Files that were made one after the other are likely to be read so.
+        old.sort_unstable();
+        let old: Vec<u64> = old.into_iter().map(|(_, ino)| ino).collect();
         for part in old.chunks(GROUP) {
             self.write_group(part);
         }

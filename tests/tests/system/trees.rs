@@ -1,0 +1,138 @@
+//! What a mount asks for that goes through what another has made: counted, never timed.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use system_tests::cluster::{Cluster, Fabric, Options};
+use system_tests::guard;
+
+const LIMIT: Duration = Duration::from_secs(20);
+/// More than are asked for ahead at once.
+const FILES: usize = 60;
+
+fn options(fabric: Fabric) -> Options {
+    Options {
+        fabric,
+        storage: 2,
+        ..Options::default()
+    }
+}
+
+fn name(n: usize) -> String {
+    format!("file{n:02}")
+}
+
+/// A directory of small files that mount 0 has made and stored.
+fn make(cluster: &Cluster) -> anyhow::Result<()> {
+    let dir = cluster.mount(0).join("d");
+    fs::create_dir(&dir)?;
+    for n in 0..FILES {
+        let path = dir.join(name(n));
+        fs::write(&path, vec![n as u8; 3000 + n])?;
+        File::open(&path)?.sync_all()?;
+    }
+    Ok(File::open(&dir)?.sync_all()?)
+}
+
+/// Requests that the metadata server has answered, and the storage nodes.
+fn requests(cluster: &Cluster) -> anyhow::Result<(u64, u64)> {
+    let status = cluster.status()?;
+    let meta = status["meta"]["Ok"]["requests"].as_u64();
+    let nodes = status["storage"].as_array().context("storage nodes")?;
+    let storage = nodes.iter().map(|node| node[1]["Ok"]["requests"].as_u64());
+    let storage: Option<u64> = storage.sum();
+    Ok((
+        meta.context("requests of the metadata server")?,
+        storage.context("requests of storage nodes")?,
+    ))
+}
+
+/// Leases that a mount holds.
+fn held(cluster: &Cluster, mount: usize, mode: &str) -> anyhow::Result<u64> {
+    let status = cluster.status()?;
+    status["mounts"][mount][1]["Ok"][mode]
+        .as_u64()
+        .with_context(|| format!("{mode} leases of mount {mount}"))
+}
+
+fn check(dir: &Path, n: usize) -> anyhow::Result<()> {
+    let found = fs::read(dir.join(name(n)))?;
+    ensure!(found == vec![n as u8; 3000 + n], "{} has other contents", name(n));
+    Ok(())
+}
+
+#[test]
+fn names_and_places_do_not_cost_a_request_each() -> anyhow::Result<()> {
+    for fabric in [Fabric::Shm, Fabric::Tcp] {
+        guard::with_cluster(options(fabric), |cluster| {
+            make(cluster)?;
+            let dir = cluster.mount(1).join("d");
+            let before = requests(cluster)?;
+            // By path, backwards: nothing is listed, and nothing foreseen.
+            (0..FILES).rev().try_for_each(|n| check(&dir, n))?;
+            let after = requests(cluster)?;
+            let asked = (after.0 - before.0, after.1 - before.1);
+            let few = FILES as u64 / 2;
+            ensure!(
+                asked.0 < few,
+                "{} requests for the names of {FILES} files",
+                asked.0
+            );
+            ensure!(
+                asked.1 < few,
+                "{} requests for the places of {FILES} files",
+                asked.1
+            );
+            // What is not there is known, too.
+            let before = requests(cluster)?.0;
+            (0..FILES).for_each(|n| assert!(!dir.join(format!("other{n}")).exists()));
+            let asked = requests(cluster)?.0 - before;
+            ensure!(
+                asked < few,
+                "{asked} requests for {FILES} names that are not there"
+            );
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn leases_come_ahead_of_who_goes_through_a_directory() -> anyhow::Result<()> {
+    for fabric in [Fabric::Shm, Fabric::Tcp] {
+        guard::with_cluster(options(fabric), |cluster| {
+            make(cluster)?;
+            let dir = cluster.mount(1).join("d");
+            let names = || -> anyhow::Result<Vec<_>> {
+                Ok(fs::read_dir(&dir)?
+                    .map(|e| e.map(|e| e.path()))
+                    .collect::<Result<_, _>>()?)
+            };
+            let listed = names()?;
+            ensure!(listed.len() == FILES);
+            let base = held(cluster, 1, "shared")?;
+            for path in &listed[..4] {
+                fs::metadata(path)?;
+            }
+            guard::until("leases of names that were not looked up", LIMIT, || {
+                Ok(held(cluster, 1, "shared")? >= base + 10)
+            })?;
+            let base = held(cluster, 1, "exclusive")?;
+            for path in &listed[..4] {
+                fs::remove_file(path)?;
+            }
+            guard::until("leases of names that were not removed", LIMIT, || {
+                Ok(held(cluster, 1, "exclusive")? >= base + 8)
+            })?;
+            // They are what they were, wherever their leases are.
+            ensure!(names()?.len() == FILES - 4);
+            (4..FILES).try_for_each(|n| check(&cluster.mount(0).join("d"), n))?;
+            listed[4..].iter().try_for_each(fs::remove_file)?;
+            ensure!(fs::read_dir(cluster.mount(0).join("d"))?.count() == 0);
+            Ok(fs::remove_dir(cluster.mount(0).join("d"))?)
+        })?;
+    }
+    Ok(())
+}
