@@ -1,9 +1,9 @@
 //! What is known of the names in a directory. Pure.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use crate::cache::follow::{Deed, Follow};
+use crate::cache::follow::{Deed, Follow, Listing};
 use fsd_proto::layout::FIRST_COOKIE;
 use fsd_proto::wire::Kind;
 
@@ -12,9 +12,6 @@ use fsd_proto::wire::Kind;
 const WORTH: [(u32, usize); 3] = [(8, 1), (64, 4), (512, 32)];
 /// A directory that has had no more entries for each name that was asked for before is read at once.
 const SMALL: u64 = 32;
-
-/// A listing by cookie: name, inode, type.
-pub type Listing = Arc<BTreeMap<u64, (Vec<u8>, u64, Kind)>>;
 
 /// Cached contents of a directory.
 #[derive(Debug, Default)]

@@ -1,9 +1,13 @@
 //! A program that goes through a directory, and what it is likely to want next. Pure.
 
+use std::collections::BTreeMap;
 use std::ops::Bound::{Excluded, Included};
 use std::sync::Arc;
 
-use crate::cache::dir_cache::Listing;
+use fsd_proto::wire::Kind;
+
+/// A listing by cookie: name, inode, type.
+pub type Listing = Arc<BTreeMap<u64, (Vec<u8>, u64, Kind)>>;
 
 /// Longest listing that is kept for this.
 const LONGEST: usize = 1 << 16;
@@ -103,7 +107,6 @@ impl Run {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fsd_proto::wire::Kind;
 
     /// Names 1 to `last`; the inode of each is a hundred times its cookie.
     fn listed(last: u64) -> Follow {

@@ -8,8 +8,7 @@ use lockmgr::Mode;
 use rt::time::Instant;
 
 use crate::cache::Cache;
-use crate::cache::dir_cache::Listing;
-use crate::cache::follow::Deed;
+use crate::cache::follow::{Deed, Listing};
 use crate::cache::inode::{Inode, Locked};
 use crate::kernel::caches::KernelCaches;
 use crate::kernel::front::Front;

@@ -34,7 +34,7 @@ pub struct Handle {
     /// Delayed errors it has been told of.
     pub seen: AtomicU64,
     /// Listing of a directory, taken when reading began.
-    pub listing: Mutex<Option<crate::cache::dir_cache::Listing>>,
+    pub listing: Mutex<Option<crate::cache::follow::Listing>>,
     pub(super) is_file: bool,
 }
 
