@@ -17,8 +17,6 @@ const CHUNK: usize = 64 << 10;
 /// Chunks between two tasks' places.
 const SPREAD: usize = 16;
 const DIRECTORY: &str = "many";
-/// Names beside each that is looked up: a mount that asked for as many of few would read the directory instead.
-const BESIDE: usize = 33;
 
 /// A cluster behind proxies, with two mounts.
 #[must_use]
@@ -51,9 +49,6 @@ pub fn prepare(cluster: &Cluster, rounds: usize) -> anyhow::Result<()> {
     }
     file.sync_all()?;
     std::fs::create_dir(root.join(DIRECTORY))?;
-    for n in 0..=TASKS * rounds * BESIDE {
-        File::create(root.join(DIRECTORY).join(format!("beside{n}")))?;
-    }
     (0..=TASKS * rounds).try_for_each(|n| File::create(name(&root, n))?.sync_all().map_err(Into::into))
 }
 

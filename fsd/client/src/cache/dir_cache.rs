@@ -4,14 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::cache::follow::{Deed, Follow, Listing};
-use fsd_proto::layout::FIRST_COOKIE;
 use fsd_proto::wire::Kind;
 
 /// After so many names that the server was asked for one by one, so many pages of the directory's names are read: if that is all of
 /// them, nothing has to be asked any more, and if not, what was read in vain has cost no more than what was asked.
 const WORTH: [(u32, usize); 3] = [(8, 1), (64, 4), (512, 32)];
-/// A directory that has had no more entries for each name that was asked for before is read at once.
-const SMALL: u64 = 32;
 
 /// Cached contents of a directory.
 #[derive(Debug, Default)]
@@ -41,15 +38,10 @@ impl DirCache {
         }
     }
 
-    /// Another name is to be asked for, of a directory whose next entry gets this cookie: how many pages of names had better be read before.
-    pub fn worth_reading(&mut self, next_cookie: u64) -> Option<usize> {
-        let had = next_cookie.saturating_sub(FIRST_COOKIE);
-        let small = had <= SMALL * u64::from(self.asked);
+    /// Another name is to be asked for: how many pages of names had better be read before. Not for the first few: who reads
+    /// a directory waits until all that others have changed in it is durable.
+    pub fn worth_reading(&mut self) -> Option<usize> {
         self.asked = self.asked.saturating_add(1);
-        let (early, pages) = WORTH[0];
-        if small && self.asked < early {
-            return Some(pages);
-        }
         WORTH.iter().find(|(asked, _)| *asked == self.asked).map(|w| w.1)
     }
 
@@ -105,18 +97,10 @@ mod tests {
     #[test]
     fn a_directory_is_read_when_many_of_its_names_were_asked_for() {
         let mut dir = DirCache::default();
-        let mut large = || dir.worth_reading(1 << 20);
-        let read: Vec<usize> = (0..2000).filter_map(|_| large()).collect();
+        let read: Vec<usize> = (0..2000).filter_map(|_| dir.worth_reading()).collect();
         assert_eq!(read, [1, 4, 32]);
         dir.read_in_vain();
-        assert_eq!((0..8).filter_map(|_| dir.worth_reading(1 << 20)).count(), 1);
-        // How many are asked for one by one before.
-        let before = |entries: u64| {
-            let mut dir = DirCache::default();
-            let alone = (0..10).take_while(|_| dir.worth_reading(FIRST_COOKIE + entries).is_none());
-            alone.count()
-        };
-        assert_eq!([1, 32, 33, 64, 192, 193, 5000].map(before), [1, 1, 2, 2, 6, 7, 7]);
+        assert_eq!((0..8).filter_map(|_| dir.worth_reading()).count(), 1);
     }
 
     #[test]

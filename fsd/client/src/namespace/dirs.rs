@@ -73,8 +73,7 @@ impl Directories {
             return Ok(known.map(|(ino, kind, _)| (ino, kind)));
         }
         ctx.may_wait()?;
-        let next_cookie = state.attr.map_or(u64::MAX, |attr| attr.layout);
-        if let Some(pages) = state.dir.worth_reading(next_cookie)
+        if let Some(pages) = state.dir.worth_reading()
             && let Ok(Read::All) = self.read_in(dir, state, pages)
             && let Some(known) = state.dir.lookup(name)
         {
