@@ -95,8 +95,8 @@ impl Cache {
     }
 
     /// Another mount is given a file with data that is here only: if it is one of many, what else is dirty is written back now.
-    pub fn taken_dirty(&self) {
-        if self.hurry.asked() {
+    pub fn taken_dirty(&self, ino: u64) {
+        if self.hurry.asked(ino) {
             // Whether it sleeps for good or for a while.
             self.writeback_sleeps.store(false, Ordering::SeqCst);
             let _ = self.wake_writeback.try_send(());

@@ -371,7 +371,7 @@ impl Revocations {
             state.filter(|s| self.flushes_at_once(inode, s, job.from))?
         };
         if may_wait && job.from == Mode::Exclusive && state.pages.dirty() > 0 {
-            self.cache.taken_dirty();
+            self.cache.taken_dirty(inode.ino);
         }
         // What is gone answers ENOENT or ESTALE, and is not kept for anybody.
         let pins = job.to.is_none() && !state.lasting.gone;
