@@ -86,9 +86,9 @@ impl Extension {
         let options = Options {
             entries,
             buffers: CALLS,
-            // What stat shows is the kernel's own under a lease. Names it has looked up are good while the directory is delegated to it;
-            // they lead past the look-up that brings a file's permissions, too.
-            stat: false,
+            // What changes attributes here tells the entry before it is answered, so stat needs to ask nobody. Names that the kernel has
+            // looked up are good while the directory is delegated to it; they lead past the look-up that brings a file's permissions, too.
+            stat: true,
             names: true,
             access: true,
             spin,
