@@ -21,7 +21,7 @@ use fsd_node::store::Store;
 use fsd_proto::ino;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
-use fsd_proto::wire::{Kind, Logged, MetaReply, MetaRequest};
+use fsd_proto::wire::{BEHIND_ALL, Kind, Logged, MetaReply, MetaRequest};
 use world::{Cuts, Disks, NODES, STORES, Server, block_of, join, node_of};
 
 impl World {
@@ -366,6 +366,66 @@ fn without_a_rule_a_crash_loses_something() {
     }
 }
 
+/// The power of the metadata server's host goes, and with it all that was not synced. Returns the memory of the next life.
+fn lose_power(world: &mut World, flaw: Option<Flaw>) -> tempfile::TempDir {
+    let mut cuts = Cuts::new(world.disks.journal.events());
+    while cuts.step().is_some() {}
+    let left = cuts.left(0, Luck::None, &mut world.rng);
+    world.disks = Disks::with([left, Table::new(), Table::new()]);
+    let memory = scratch();
+    world.server = Server::start(&world.disks, memory.path(), flaw);
+    memory
+}
+
+/// A mount finds the server that was started again.
+fn back(world: &mut World, mount: usize) -> Arc<FakeConn> {
+    let mount = &world.mounts[mount];
+    let again = join(Some((mount.node, mount.incarnation)), mount.life);
+    world.server.ask(&mount.conn, &again).unwrap();
+    Arc::clone(&mount.conn)
+}
+
+/// A power cut in the middle of what is told does not leave a server that takes itself to have a transaction which it has not: what
+/// mounts tell besides, before and after that, takes no place.
+#[test]
+fn what_is_told_besides_takes_no_place() {
+    let mut world = World::new(0, None);
+    world.reserve(1);
+    let file = new_inode(ino::ROOT, world.mounts[1].numbers[0], Kind::File, "f");
+    world.namespace(1, file).unwrap();
+    let (_, place, request) = world.mounts[1].log.pop().unwrap();
+    let _memory = lose_power(&mut world, None);
+    let besides = |request| Logged {
+        order: BEHIND_ALL,
+        request,
+    };
+    let attributes = || besides(MetaRequest::Update { updates: Vec::new() });
+    let transaction = Logged {
+        order: place,
+        request,
+    };
+    for (mount, entries) in [(0, vec![attributes()]), (1, vec![attributes(), transaction])] {
+        let conn = back(&mut world, mount);
+        world
+            .server
+            .send(&conn, &MetaRequest::Replay { entries, last: true });
+    }
+    world.server.bury();
+    let mut cuts = Cuts::new(world.disks.journal.events());
+    let mut last = 0;
+    while cuts.step().is_some() {
+        let table = cuts.left(0, Luck::All, &mut world.rng);
+        last = table
+            .get(&key::executed())
+            .map_or(0, |v| decode::<u64>(v).unwrap());
+        assert!(
+            last < place || table.contains_key(&key::dirent(ino::ROOT, b"f")),
+            "place {last}"
+        );
+    }
+    assert_eq!(last, place);
+}
+
 /// One mount makes a directory, another a file in it; the power goes, and only the second comes back. Returns the place of
 /// the file, which cannot be made again, and that of what the mount does next.
 fn next_place(flaw: Option<Flaw>) -> (u64, u64) {
@@ -377,16 +437,8 @@ fn next_place(flaw: Option<Flaw>) -> (u64, u64) {
     world.namespace(0, directory).unwrap();
     world.namespace(1, new_inode(dir, file, Kind::File, "f")).unwrap();
     let (_, failed, request) = world.mounts[1].log.pop().unwrap();
-    let mut cuts = Cuts::new(world.disks.journal.events());
-    while cuts.step().is_some() {}
-    let left = cuts.left(0, Luck::None, &mut world.rng);
-    world.disks = Disks::with([left, Table::new(), Table::new()]);
-    let memory = scratch();
-    world.server = Server::start(&world.disks, memory.path(), flaw);
-    let mount = &world.mounts[1];
-    let conn = Arc::clone(&mount.conn);
-    let again = join(Some((mount.node, mount.incarnation)), mount.life);
-    world.server.ask(&conn, &again).unwrap();
+    let _memory = lose_power(&mut world, flaw);
+    let conn = back(&mut world, 1);
     let logged = Logged {
         order: failed,
         request,

@@ -11,7 +11,7 @@ use crate::journal::order::Order;
 use crate::namespace::transactions::Transactions;
 use crate::rules::{Flaw, Rules};
 use fsd_proto::rpc::{Errno, Responder};
-use fsd_proto::wire::{Logged, MetaReply, MetaRequest};
+use fsd_proto::wire::{BEHIND_ALL, Logged, MetaReply, MetaRequest};
 
 /// Transactions that were lost. What is carried out here is so while no request is: its caller sees to that.
 pub struct Recovery {
@@ -124,7 +124,8 @@ impl Recovery {
             entries.sort_by_key(|entry| entry.node);
         }
         let again = entries.len();
-        let last = entries.iter().map(|entry| entry.logged.order).max().unwrap_or(0);
+        let places = entries.iter().map(|entry| entry.logged.order);
+        let last = places.filter(|place| *place != BEHIND_ALL).max().unwrap_or(0);
         let failed = self.carry_out_again(entries);
         let last = if self.rules.lack(Flaw::PlacesAgain) {
             0
@@ -164,7 +165,12 @@ impl Recovery {
     fn carry_out_again(&self, entries: Vec<Entry>) -> Vec<(u16, u64, Errno)> {
         let mut failed = Vec::new();
         for Entry { node, logged } in entries {
-            let place = logged.order;
+            // What takes no place leaves the last one as it is.
+            let place = if logged.order == BEHIND_ALL {
+                0
+            } else {
+                logged.order
+            };
             if let Err(refusal) = self
                 .transactions
                 .carry_out(Some(node), logged.request, Some(place))
@@ -173,7 +179,7 @@ impl Recovery {
                 tracing::error!(
                     "transaction {place} of mount {node} was lost and cannot be carried out again: {error}"
                 );
-                failed.push((node, place, error));
+                failed.push((node, logged.order, error));
             }
         }
         failed

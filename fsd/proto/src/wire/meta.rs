@@ -10,10 +10,13 @@ use super::locks::{LockOwner, LockSpec};
 use super::membership::Terms;
 use super::names::{Carried, Created, NamespaceOp, Touched, Written};
 
+/// Stands for the place of what is told in a recovery window beside transactions: it comes behind all of them and takes no place.
+pub const BEHIND_ALL: u64 = u64::MAX;
+
 /// A transaction that a mount keeps until a crash of the metadata server's host can no longer undo it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Logged {
-    /// Its place in the order in which the server carried everything out.
+    /// Its place in the order in which the server carried everything out, or [`BEHIND_ALL`].
     pub order: u64,
     /// What was asked: no `Replay`.
     #[serde(deserialize_with = "super::flat::flat")]

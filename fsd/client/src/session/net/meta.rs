@@ -16,7 +16,7 @@ use super::ways::{RETRY, Ways};
 use fsd_proto::ask;
 use fsd_proto::clock::{Skew, Verdict};
 use fsd_proto::rpc::{Errno, Pending, RpcError};
-use fsd_proto::wire::{JoinReply, Logged, MetaReply, MetaRequest, Time};
+use fsd_proto::wire::{BEHIND_ALL, JoinReply, Logged, MetaReply, MetaRequest, Time};
 
 /// Most exchanges of a newcomer to find out about the clocks, where the first ones took too long to tell.
 pub(super) const EXCHANGES: usize = 5;
@@ -454,13 +454,13 @@ impl MetaLink {
     pub(super) fn tell_again(&self, conn: &Arc<dyn Connection>, joined: &JoinReply) -> Result<(), RpcError> {
         let mut parts = self.log.parts_after(joined.executed);
         if joined.awaited {
-            // Behind all that this mount has done: it may have made some of these inodes.
-            let place = self.log.last().max(joined.executed + 1);
+            // These are no transactions, and must not take the place of one: a server that dies before it has carried that out would not
+            // ask for it again.
             let known = self.ways.owner().map(|owner| owner.shared_attrs());
             parts.extend(known.unwrap_or_default().chunks(ATTRS).map(|updates| {
                 let updates = updates.to_vec();
                 vec![Logged {
-                    order: place,
+                    order: BEHIND_ALL,
                     request: MetaRequest::Update { updates },
                 }]
             }));
