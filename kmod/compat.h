@@ -99,15 +99,16 @@ static inline struct folio *df_cached_folio(struct address_space *mapping, pgoff
 }
 
 /*
- * The page cache's own way to write, with the inode locked and checked. 6.5: it moves the position
- * itself.
+ * The page cache's own way to write, with the inode locked and checked. 6.5, and later versions of
+ * 6.1: it moves the position itself.
  */
 static inline ssize_t df_perform_write(struct kiocb *iocb, struct iov_iter *from)
 {
+	loff_t pos = iocb->ki_pos;
 	ssize_t ret = generic_perform_write(iocb, from);
 
-	if (!DF_KERNEL(6, 5) && ret > 0)
-		iocb->ki_pos += ret;
+	if (ret > 0)
+		iocb->ki_pos = pos + ret;
 	return ret;
 }
 
