@@ -379,6 +379,9 @@ fn adopt_cached(client: &Client, ino: u64, end: Instant) -> io::Result<()> {
 
 /// What was taken in, or some of it, is the predecessor's after all.
 fn disown(client: &Arc<Client>, pass: &Pass) {
+    // The kernel is the other mount's still: who waits to give a lease up here goes on. Else other mounts would wait for that, and for them
+    // the requests that are under way at the other mount, which it waits for before it passes the kernel.
+    client.kernel.caches.passing.set(Whose::Theirs);
     for handle in &pass.handles {
         if let Err(stop) = client.opens.open_files.release(&Ctx::on_worker(), handle.number) {
             tracing::warn!("{:#x} cannot be closed: {}", handle.ino, stop.errno());
