@@ -163,7 +163,7 @@ impl Attrs {
         };
         self.cache.note_dirty(inode.ino);
         self.kernel.invalidate_attrs(inode);
-        let done = answer(&attr, self.kernel.late_attr_ttl(inode, attr.kind));
+        let done = answer(&attr, self.kernel.late_attr_ttl(attr.kind));
         drop(guard);
         Ok(done)
     }

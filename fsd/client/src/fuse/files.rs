@@ -69,7 +69,9 @@ pub(super) fn create(
                 return unopened(c, fh);
             };
             let generation = Generation(u64::from(ino::generation(attr.ino)));
-            let ttl = c.kernel.caches.created_ttl();
+            // One time serves name and attributes. A stock kernel must not keep names; the kernel extension has them looked up whenever the
+            // directory's lease is not held, however long they live.
+            let ttl = c.kernel.caches.late_attr_ttl(Kind::File);
             let open = open_flags(c.kernel.caches.mode, cached);
             reply.created(&ttl, &attr_of(attr), generation, FileHandle(fh), open);
         };

@@ -54,8 +54,8 @@ fn make(client: &Arc<Client>, req: &Request, parent: INodeNo, name: &OsStr, mut 
     serve(client, req, reply, ReplyEntry::error, move |c, ctx, reply| {
         c.namespace
             .names
-            .create(ctx, &c.cache.inode(parent), &name, &new, |inode, attr| {
-                send_entry(c, reply, attr, c.kernel.caches.late_attr_ttl(inode, attr.kind));
+            .create(ctx, &c.cache.inode(parent), &name, &new, |_, attr| {
+                send_entry(c, reply, attr, c.kernel.caches.late_attr_ttl(attr.kind));
                 Ok(())
             })
     });

@@ -129,22 +129,13 @@ impl KernelCaches {
         LEASED_TTL
     }
 
-    /// As [`KernelCaches::attr_ttl`], for a file that has just been made, and its name: one time serves both. A stock kernel must not keep
-    /// names, so it is to keep neither. The kernel extension has names looked up whenever the directory's lease is not held, however long
-    /// they live; without attributes the first write would ask for them.
-    pub fn created_ttl(&self) -> Duration {
-        if self.mode == CacheMode::Writeback {
-            return LEASED_TTL;
-        }
-        Duration::ZERO
-    }
-
     /// As [`KernelCaches::attr_ttl`], for answers that the kernel takes in whatever it was told meanwhile (SETATTR, LINK, MKDIR, MKNOD,
     /// SYMLINK, CREATE; with those to GETATTR and LOOKUP it looks whether an invalidation has overtaken them): not at all, for the lease may
-    /// be gone by then. Who walks to what was made asks once more, for names are not kept.
-    pub fn late_attr_ttl(&self, inode: &Inode, kind: Kind) -> Duration {
+    /// be gone by then. Who walks to what was made asks once more, for names are not kept. Files are the kernel extension's, where it is: without
+    /// attributes the first write would ask for them.
+    pub fn late_attr_ttl(&self, kind: Kind) -> Duration {
         if self.mode == CacheMode::Writeback && kind == Kind::File {
-            return self.attr_ttl(inode, kind);
+            return LEASED_TTL;
         }
         Duration::ZERO
     }

@@ -193,7 +193,7 @@ impl Names {
             .dir
             .add(name, inode.ino, attr.kind, created.cookie);
         inode.kernel.lookups.fetch_add(1, Ordering::SeqCst);
-        let ttl = self.kernel.late_attr_ttl(inode, attr.kind);
+        let ttl = self.kernel.late_attr_ttl(attr.kind);
         let done = answer(inode, &attr, ttl);
         drop(guards);
         Ok(done)
