@@ -47,10 +47,12 @@ struct Program {
 }
 
 impl Program {
+    /// The shell goes into the directory by itself: were it done before it is executed (`current_dir`), this thread would wait along
+    /// with it for the server that is away, which only this thread starts again.
     fn start(dir: &Path, what: &'static str, tag: &str) -> anyhow::Result<Self> {
-        let mut command = Command::new("sh");
-        command.args(["-c", what, "sh", tag]).current_dir(dir);
-        let child = command
+        let child = Command::new("sh")
+            .args(["-c", &format!("cd \"$DIR\" || exit; {what}"), "sh", tag])
+            .env("DIR", dir)
             .process_group(0)
             .stdin(Stdio::null())
             .stderr(Stdio::null())
