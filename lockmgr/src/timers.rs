@@ -12,8 +12,8 @@ use crate::lease::LeaseHandle;
 pub(crate) enum Timer {
     /// The parked operation with this ticket gives up.
     Deadline,
-    /// The tenure with this number has lasted long enough.
-    Held(u64),
+    /// The tenure with this number, which began then, may have lasted long enough.
+    Held(u64, Instant),
     /// A word that was kept may have been kept long enough.
     Kept,
 }

@@ -84,7 +84,7 @@ pub mod meta {
     use crate::clock::Skew;
     use crate::errno::Errno;
     use crate::wire::{
-        Attr, AttrUpdate, Carried, Created, DirEntry, InoRange, JoinReply, LockOwner, LockSpec, Logged,
+        Attr, AttrUpdate, Carried, Created, DirEntry, InoRange, JoinReply, LockOwner, LockSpec, Logged, Mark,
         MetaReply, MetaRequest, MetaStatus, NamespaceOp, PeerState, StatFs as Figures, StorageInfo, Time,
         Touched, Written,
     };
@@ -99,14 +99,15 @@ pub mod meta {
         Peer { node: u16 } -> (String, PeerState), MetaReply::Peer { listen, state } => (listen, state);
         ReserveInodes { count: u32 } -> InoRange, MetaReply::Inodes(range) => range;
         Lookup { parent: u64, name: Vec<u8> } -> Option<(u64, Attr)>, MetaReply::Found(found) => found;
+        ChangedNames { dir: u64, since: Mark } -> Option<Vec<Vec<u8>>>, MetaReply::ChangedNames(names) => names;
         GetAttr { ino: u64 } -> Attr, MetaReply::Attr(attr) => attr;
         ReadDir { ino: u64, after: Vec<u8> } -> (Vec<(DirEntry, Attr)>, bool), MetaReply::Entries(some, all) => (some, all);
         ReadLink { ino: u64 } -> Vec<u8>, MetaReply::Target(target) => target;
         GetXattrs { ino: u64 } -> Vec<(Vec<u8>, Vec<u8>)>, MetaReply::Xattrs(pairs) => pairs;
         Namespace { seq: u64, acknowledged: u64, now: Time, touched: Vec<Touched>, op: NamespaceOp } -> Created,
             MetaReply::Changed(created) => created;
-        WriteBack { first: u64, changes: Vec<Carried> } -> (u64, Vec<Result<Written, Errno>>, Option<Errno>),
-            MetaReply::WrittenBack { durable, written, stopped } => (durable, written, stopped);
+        WriteBack { first: u64, changes: Vec<Carried> } -> (u64, Vec<Result<Written, Errno>>, Option<Errno>, Mark),
+            MetaReply::WrittenBack { durable, written, stopped, mark } => (durable, written, stopped, mark);
         Update { updates: Vec<AttrUpdate> } -> (), MetaReply::Done => ();
         Sync {} -> (), MetaReply::Done => ();
         Replay { entries: Vec<Logged>, last: bool } -> Vec<(u64, Errno)>, MetaReply::Replayed(failed) => failed;

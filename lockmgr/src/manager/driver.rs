@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use rt::sync::Mutex;
 use rt::time::Instant;
@@ -234,6 +235,27 @@ impl Driver {
         }
     }
 
+    /// A lease is not asked back for so long; `tenure`: its number, and when it began.
+    fn keep_lease(&self, lease: &Arc<LeaseHandle>, tenure: (u64, Instant), keep: Duration) {
+        let ticket = self.alarms.ticket();
+        self.alarms.tenures.insert(
+            Instant::now() + keep,
+            ticket,
+            Arc::clone(lease),
+            Timer::Held(tenure.0, tenure.1),
+        );
+    }
+
+    /// A lease was kept as long as it was to be: longer, or others get it.
+    pub(super) fn kept_so_far(&self, lease: &Arc<LeaseHandle>, mode: Mode, tenure: (u64, Instant)) {
+        let keep = self.user.keep(lease.id(), mode, tenure.1.elapsed());
+        if keep.is_zero() {
+            self.drive(lease, Some(Event::Used));
+        } else {
+            self.keep_lease(lease, tenure, keep);
+        }
+    }
+
     /// What local operations need, once everything that has happened is applied.
     fn decide(&self, record: &mut Record) -> Option<Event> {
         if record.broken.is_some() {
@@ -285,22 +307,20 @@ impl Driver {
                 self.user.granted(lease.id(), mode, version, payload.as_deref());
                 lease.version.store(version, Ordering::Relaxed);
                 lease.gate.grant(rank(Some(mode)));
+                let keep = self.user.keep(lease.id(), mode, Duration::ZERO);
+                let keep = keep.max(self.cfg.min_hold);
                 self.admit(lease);
                 let tenure = {
                     let mut record = lease.record.lock();
                     record.counts.tenure += 1;
-                    if self.cfg.min_hold.is_zero() {
+                    if keep.is_zero() {
                         // Those who waited are inside by now, or nobody waits any more.
                         record.inbox.push_back(Event::Used);
                         return;
                     }
                     record.counts.tenure
                 };
-                let ticket = self.alarms.ticket();
-                let at = Instant::now() + self.cfg.min_hold;
-                self.alarms
-                    .tenures
-                    .insert(at, ticket, Arc::clone(lease), Timer::Held(tenure));
+                self.keep_lease(lease, (tenure, Instant::now()), keep);
             }
         }
     }

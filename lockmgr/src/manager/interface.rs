@@ -38,6 +38,12 @@ pub trait LeaseUser: Send + Sync {
     /// relinquished with; none where the lease was taken from a free record.
     fn granted(&self, id: RecordId, mode: Mode, version: u64, payload: Option<&[u8]>);
 
+    /// The lease was granted so long ago: how much longer is it kept before it is asked back for others; zero: no longer. Asked
+    /// when it is granted, and whenever that time is over.
+    fn keep(&self, _id: RecordId, _mode: Mode, _since: Duration) -> Duration {
+        Duration::ZERO
+    }
+
     /// A record whose lease was relinquished with `needs_confirm` is about to become free: tell the authority
     /// of the attributes of this version, unless it knows them, and call [`super::LeaseManager::confirmed`].
     fn confirm(&self, id: RecordId, version: u64);

@@ -94,12 +94,12 @@ impl LeaseManager {
                     (parked.f)(Err(error));
                     self.0.drive(&lease, None);
                 }
-                Timer::Held(tenure) => {
+                Timer::Held(tenure, began) => {
                     let current = record.counts.tenure == tenure && !record.evicted;
+                    let held = record.fsm.held().filter(|_| current && !record.fsm.is_used());
                     drop(record);
-                    if current {
-                        self.0.drive(&lease, Some(Event::Used));
-                    }
+                    let Some(mode) = held else { continue };
+                    self.0.kept_so_far(&lease, mode, (tenure, began));
                 }
                 Timer::Kept => {
                     let until = record.kept_since.map(|since| since + self.0.cfg.keep_word);

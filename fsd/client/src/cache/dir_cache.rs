@@ -4,11 +4,13 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::cache::follow::{Deed, Follow, Listing};
-use fsd_proto::wire::Kind;
+use fsd_proto::wire::{Kind, Mark};
 
 /// After so many names that the server was asked for one by one, so many pages of the directory's names are read: if that is all of
 /// them, nothing has to be asked any more, and if not, what was read in vain has cost no more than what was asked.
 const WORTH: [(u32, usize); 3] = [(8, 1), (64, 4), (512, 32)];
+/// Where others have changed more names than that, which ones do not exist is not remembered any longer.
+const MOST_CHANGED: usize = 4096;
 
 /// Cached contents of a directory.
 #[derive(Debug, Default)]
@@ -17,8 +19,12 @@ pub struct DirCache {
     pub entries: HashMap<Vec<u8>, (u64, Kind, u64)>,
     /// Names known not to exist (only where `complete` is false).
     pub absent: HashSet<Vec<u8>>,
-    /// `entries` is everything there is.
-    pub complete: bool,
+    /// `entries` is everything there is, but for `changed`.
+    complete: bool,
+    /// Names that other mounts have changed, of which nothing is known.
+    changed: HashSet<Vec<u8>>,
+    /// What others have changed since is not known; set when the lease was given up.
+    pub heard: Option<Mark>,
     /// The complete listing by cookie, built on demand.
     listing: Option<Listing>,
     /// How many names the server was asked for one by one.
@@ -33,8 +39,47 @@ impl DirCache {
     pub fn lookup(&self, name: &[u8]) -> Option<Option<(u64, Kind, u64)>> {
         match self.entries.get(name) {
             Some(&entry) => Some(Some(entry)),
+            None if self.changed.contains(name) => None,
             None if self.complete || self.absent.contains(name) => Some(None),
             None => None,
+        }
+    }
+
+    /// Is every name known?
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.complete && self.changed.is_empty()
+    }
+
+    /// The names that are known now are all there are.
+    pub fn completed(&mut self) {
+        self.complete = true;
+        self.changed.clear();
+        self.absent.clear();
+    }
+
+    /// What was known under an earlier lease is known again, but for the names that others have changed meanwhile. What has been asked
+    /// for since stays.
+    pub fn come_back(&mut self, mut former: Self, changed: Vec<Vec<u8>>) {
+        for name in changed {
+            former.entries.remove(&name);
+            former.absent.remove(&name);
+            former.listing = None;
+            if former.complete {
+                former.changed.insert(name);
+            }
+        }
+        if former.changed.len() > MOST_CHANGED {
+            former.complete = false;
+            former.changed.clear();
+        }
+        former.asked = 0;
+        let asked = std::mem::replace(self, former);
+        for (name, (ino, kind, cookie)) in asked.entries {
+            self.add(&name, ino, kind, cookie);
+        }
+        for name in asked.absent {
+            self.remove(&name);
         }
     }
 
@@ -72,6 +117,7 @@ impl DirCache {
     /// A name now exists.
     pub fn add(&mut self, name: &[u8], ino: u64, kind: Kind, cookie: u64) {
         self.absent.remove(name);
+        self.changed.remove(name);
         self.entries.insert(name.to_vec(), (ino, kind, cookie));
         self.listing = None;
     }
@@ -79,6 +125,7 @@ impl DirCache {
     /// A name does not exist (any more).
     pub fn remove(&mut self, name: &[u8]) {
         self.entries.remove(name);
+        self.changed.remove(name);
         self.listing = None;
         if !self.complete {
             // Bounded: somebody who probes for random names must not fill the memory.
@@ -109,7 +156,46 @@ mod tests {
         assert_eq!(dir.lookup(b"x"), None);
         dir.remove(b"x");
         assert_eq!(dir.lookup(b"x"), Some(None));
-        dir.complete = true;
+        dir.completed();
         assert_eq!(dir.lookup(b"y"), Some(None));
+    }
+
+    #[test]
+    fn what_others_have_not_changed_is_still_known() {
+        let mut former = DirCache::default();
+        for (name, ino) in [(b"a", 1), (b"b", 2)] {
+            former.add(name, ino, Kind::File, ino);
+        }
+        former.completed();
+        let mut dir = DirCache::default();
+        // Asked for under the new lease.
+        dir.add(b"d", 4, Kind::File, 4);
+        dir.remove(b"e");
+        let changed = [b"b", b"c", b"d", b"e"].map(|name| name.to_vec()).to_vec();
+        dir.come_back(former, changed);
+        let known = |dir: &DirCache, name: &[u8]| dir.lookup(name).map(|found| found.map(|(ino, _, _)| ino));
+        assert_eq!(known(&dir, b"a"), Some(Some(1)));
+        assert_eq!(known(&dir, b"b"), None);
+        assert_eq!(known(&dir, b"c"), None);
+        assert_eq!(known(&dir, b"d"), Some(Some(4)));
+        assert_eq!(known(&dir, b"e"), Some(None));
+        assert_eq!(known(&dir, b"elsewhere"), Some(None));
+        assert!(!dir.is_complete());
+        dir.remove(b"b");
+        dir.add(b"c", 3, Kind::File, 5);
+        assert!(dir.is_complete());
+        assert_eq!(dir.list().len(), 3);
+    }
+
+    #[test]
+    fn of_a_directory_that_was_not_known_completely_only_the_names_come_back() {
+        let mut former = DirCache::default();
+        former.add(b"a", 1, Kind::File, 1);
+        former.remove(b"b");
+        former.remove(b"c");
+        let mut dir = DirCache::default();
+        dir.come_back(former, vec![b"c".to_vec()]);
+        assert_eq!((dir.lookup(b"a").is_some(), dir.lookup(b"b")), (true, Some(None)));
+        assert_eq!((dir.lookup(b"c"), dir.lookup(b"d")), (None, None));
     }
 }

@@ -11,6 +11,7 @@ use crate::cache::lazy::Lazy;
 use crate::cache::opens::Opens;
 use crate::cache::refills::Refills;
 use crate::cache::state::State;
+use crate::cache::turns::Turns;
 use crate::session::ctx::{Ctx, Res};
 use fsd_proto::ino;
 use fsd_proto::wire::{Attr, AttrUpdate, Places};
@@ -97,6 +98,8 @@ pub struct LeaseHints {
     pub superseded: AtomicBool,
     /// When its lease was last waited for in vain, nanoseconds since the mount began; 0: it was had since.
     pub failed: AtomicU64,
+    /// Of a directory in which names were changed here.
+    pub turns: Lazy<Mutex<Turns>>,
 }
 
 /// Pages whose writes wait for the exclusive lease.
@@ -255,6 +258,7 @@ impl Inode {
             {
                 // It may have freed frames, and the layout's number that says so went with it.
                 state.forget_frames();
+                state.forget_names();
             }
             state.forget();
             state.version = Some(version);

@@ -19,6 +19,12 @@ impl<T> Lazy<T> {
     pub fn get(&self) -> Option<&T> {
         self.0.get().map(|made| &**made)
     }
+
+    /// What there is.
+    #[must_use]
+    pub fn into_made(self) -> Option<Box<T>> {
+        self.0.into_inner()
+    }
 }
 
 impl<T: Default> Deref for Lazy<T> {

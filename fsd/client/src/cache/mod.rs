@@ -23,6 +23,7 @@ pub mod range;
 pub mod refills;
 pub mod state;
 pub mod suid;
+pub mod turns;
 pub mod write;
 
 use std::collections::HashMap;

@@ -52,6 +52,9 @@ pub struct Lasting {
     pub place: Option<Box<(u64, Vec<u8>)>>,
     /// What of it is durable; none: nothing is known.
     pub durable: Option<Box<Durable>>,
+    /// Names that were known when the lease of a directory was given up to others: known again once the server has said which of them
+    /// were changed since.
+    pub former: Option<Box<DirCache>>,
     /// Moves when something that a server had answered is no longer so: what was asked for before is not kept.
     changes: u64,
 }
@@ -60,6 +63,14 @@ impl State {
     /// A transaction has changed names or attributes at the metadata server, or what is cached has been thrown away.
     pub fn changed(&mut self) {
         self.lasting.changes += 1;
+        // It has not got this change.
+        self.lasting.former = None;
+    }
+
+    /// Nothing is known any more of the names in a directory.
+    pub fn forget_names(&mut self) {
+        self.dir = Lazy::default();
+        self.lasting.former = None;
     }
 
     /// How often that was so: an answer may be kept if the number is what it was when the question was asked.
@@ -78,6 +89,8 @@ impl State {
         let last = self.attr.map(|attr| Box::new(self.shown(&attr)));
         let mut lasting = std::mem::take(&mut self.lasting);
         lasting.last = last.or(lasting.last);
+        let names = std::mem::take(&mut self.dir).into_made();
+        lasting.former = names.filter(|dir| dir.heard.is_some()).or(lasting.former);
         lasting.changes += 1;
         if let Some(durable) = lasting.durable.as_mut() {
             durable.forget();

@@ -9,7 +9,6 @@ use lockmgr::{Directory, LeaseError, Mode, NodeId, RecordId};
 use rdma_transport::{Connection, RemoteAddr};
 
 use crate::cache::inode::Inode;
-use crate::cache::lazy::Lazy;
 use crate::client::Client;
 use crate::session::net::{Net, Owner};
 use fsd_proto::rpc::{Errno, Responder, Service};
@@ -157,7 +156,7 @@ impl Owner for Client {
             );
             inode.errors.set(Errno(libc::EIO));
             // What is known of its names came of that change, too.
-            inode.lock_raw().dir = Lazy::default();
+            inode.lock_raw().forget_names();
         }
     }
     fn carried_out(&self, change: &Carried, place: u64) {

@@ -73,6 +73,10 @@ impl Directories {
             return Ok(known.map(|(ino, kind, _)| (ino, kind)));
         }
         ctx.may_wait()?;
+        self.come_back(dir, state);
+        if let Some(known) = state.dir.lookup(name) {
+            return Ok(known.map(|(ino, kind, _)| (ino, kind)));
+        }
         if let Some(pages) = state.dir.worth_reading()
             && let Ok(Read::All) = self.read_in(dir, state, pages)
             && let Some(known) = state.dir.lookup(name)
@@ -133,7 +137,7 @@ impl Directories {
         name: &[u8],
         deed: Option<Deed>,
     ) -> Res<Option<(u64, Kind)>> {
-        let guard = self.cache.lease(ctx, dir, Mode::Shared)?;
+        let guard = self.cache.lease(ctx, dir, Self::mode_of_look(dir, deed))?;
         let mut state = dir.lock(ctx, guard.version())?;
         let found = self.entry_held(ctx, dir, &mut state, name)?;
         let next = deed.map_or_else(Vec::new, |deed| state.dir.follow(deed, name));
@@ -153,6 +157,17 @@ impl Directories {
             self.cache.lease_ahead(&next, mode);
         }
         Ok(found)
+    }
+
+    /// Whoever looks at a name that it is going to change, or is likely to, needs the exclusive lease a moment later.
+    fn mode_of_look(dir: &Inode, deed: Option<Deed>) -> Mode {
+        let turns = dir.hints.turns.get();
+        let changes = turns.is_some_and(|turns| turns.lock().is_contended(Instant::now()));
+        if changes || deed == Some(Deed::Removed) {
+            Mode::Exclusive
+        } else {
+            Mode::Shared
+        }
     }
 
     /// Looks a name up for a thread; `answer` runs while the lease on what it names is held.
@@ -269,7 +284,7 @@ impl Directories {
         if state.lasting.gone {
             return Ok(Listing::default());
         }
-        if !state.dir.complete {
+        if !state.dir.is_complete() {
             ctx.may_wait()?;
             if let Read::Overtaken(entries) = self.read_in(dir, &mut state, usize::MAX)? {
                 // Names that come and go while a directory is read may be listed or not.
@@ -280,6 +295,19 @@ impl Directories {
             }
         }
         Ok(state.dir.list())
+    }
+
+    /// What was known when this directory's lease went to others is known again, but for the names that they have changed.
+    fn come_back(&self, dir: &Inode, state: &mut Locked<'_>) {
+        let Some(since) = state.lasting.former.as_ref().and_then(|former| former.heard) else {
+            return;
+        };
+        let request = ask::meta::ChangedNames { dir: dir.ino, since };
+        let answer = state.unlocked(|| self.session.net.meta.ask(request));
+        // Unless this mount has changed names meanwhile: then it is no more.
+        if let (Some(former), Ok(Some(changed))) = (state.lasting.former.take(), answer) {
+            state.dir.come_back(*former, changed);
+        }
     }
 
     /// Takes in the names of a directory, up to so many pages of them, if nobody changes any while they are read.
@@ -296,8 +324,7 @@ impl Directories {
         if !all {
             return Ok(Read::Some);
         }
-        state.dir.complete = true;
-        state.dir.absent.clear();
+        state.dir.completed();
         state.dir.list();
         Ok(Read::All)
     }

@@ -30,7 +30,7 @@ impl Known {
             NamespaceOp::Create { name, .. } => names.is_some_and(|dir| dir.lookup(name) == Some(None)),
             _ => false,
         };
-        let empty = names.is_some_and(|dir| dir.complete && dir.entries.is_empty());
+        let empty = names.is_some_and(|dir| dir.is_complete() && dir.entries.is_empty());
         Self {
             attr,
             absent,
@@ -258,7 +258,7 @@ mod tests {
             foresee(&op, NOW, &known).map(|c| c.attrs.len())
         };
         assert_eq!(of(&names), None);
-        names.complete = true;
+        names.completed();
         assert_eq!(of(&names), Some(1));
         names.add(b"x", 5, Kind::File, 3);
         assert_eq!(of(&names), None);

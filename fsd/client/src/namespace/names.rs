@@ -8,7 +8,6 @@ use crate::cache::Cache;
 use crate::cache::claims::{Purpose, Span};
 use crate::cache::follow::Deed;
 use crate::cache::inode::{Inode, Locked};
-use crate::cache::lazy::Lazy;
 use crate::data::reservations::Reservations;
 use crate::kernel::caches::KernelCaches;
 use crate::kernel::front::Front;
@@ -139,7 +138,7 @@ impl Names {
             state.check_layout();
             state.frames.loaded.extend(0..self.session.net.storage.count());
             if new.kind == Kind::Directory {
-                state.dir.complete = true;
+                state.dir.completed();
             }
             state.xattrs = Some(std::collections::BTreeMap::new());
             state.lasting.target = (new.kind == Kind::Symlink).then(|| new.target.clone().into());
@@ -332,7 +331,7 @@ impl Names {
                 "names cached of directory {:#x} were not those of the server",
                 dir.ino
             );
-            dir.lock(ctx, guards.version_of(dir.ino))?.dir = Lazy::default();
+            dir.lock(ctx, guards.version_of(dir.ino))?.forget_names();
         }
         Ok(true)
     }

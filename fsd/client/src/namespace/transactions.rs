@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use rt::sync::Mutex;
+use rt::time::Instant;
 
 use crate::cache::Cache;
 use crate::cache::inode::Inode;
-use crate::cache::lazy::Lazy;
 use crate::kernel::caches::KernelCaches;
 use crate::kernel::front::Front;
 use crate::namespace::foresee::{Known, foresee};
@@ -87,7 +87,7 @@ impl Transactions {
                 // It may have been done all the same.
                 for inode in held {
                     let mut state = inode.lock(ctx, guards.version_of(inode.ino))?;
-                    state.dir = Lazy::default();
+                    state.forget_names();
                     state.changed();
                     // An inode whose attributes were never known here has no delegation: there is nothing to recall.
                     if state
@@ -171,6 +171,9 @@ impl Transactions {
             match created.attrs.iter().find(|a| a.ino == inode.ino) {
                 Some(new) => {
                     merge(&mut state.attr, new);
+                    if new.kind == Kind::Directory {
+                        inode.hints.turns.lock().change(Instant::now());
+                    }
                     if let Some(attr) = &state.attr {
                         self.front.attributes_changed(inode, attr);
                     }

@@ -154,6 +154,9 @@ impl Revocations {
         };
         self.session.counters.revocations.fetch_add(1, Ordering::Relaxed);
         job.cached_again(inode);
+        if let (Mode::Exclusive, Some(turns)) = (job.from, inode.hints.turns.get()) {
+            turns.lock().lose(Instant::now());
+        }
         self.relinquish(job.id, how);
         if job.to.is_none() {
             // Another mount may take the record over; else the metadata server is told of attributes when the record becomes free, for
@@ -385,6 +388,9 @@ impl Revocations {
                 && state.unlocked(|| self.tell_names(inode, may_wait) && self.commit_names(inode, may_wait)))
         {
             return None;
+        }
+        if job.to.is_none() && state.dir.get().is_some() {
+            state.dir.heard = self.session.net.meta.mark();
         }
         let how = self.relinquish_flushed(inode, &mut state, job.from);
         drop(state);

@@ -2,8 +2,10 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
 
 use lockmgr::{LeaseUser, Mode, RecordId};
+use rt::time::Instant;
 
 use crate::cache::inode::{Granted, Source};
 use crate::revoke::revocation::{Revocation, Revocations};
@@ -66,6 +68,14 @@ impl LeaseUser for Revoker {
                 places: payload.and_then(Places::decode_behind),
                 source,
             }));
+        }
+    }
+
+    fn keep(&self, id: RecordId, mode: Mode, since: Duration) -> Duration {
+        let inode = self.inodes.get().and_then(|inodes| inodes.by_record(id));
+        match inode.as_ref().and_then(|inode| inode.hints.turns.get()) {
+            Some(turns) if mode == Mode::Exclusive => turns.lock().keep(Instant::now(), since),
+            _ => Duration::ZERO,
         }
     }
 

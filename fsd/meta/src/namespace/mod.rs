@@ -6,6 +6,7 @@ pub mod lookups;
 pub mod names;
 pub mod numbers;
 pub mod operations;
+pub mod recent;
 pub mod rename;
 pub mod sharing;
 pub mod transactions;

@@ -36,7 +36,7 @@ type Changes = Vec<(u16, u64)>;
 pub struct Sharing(Mutex<HashMap<Key, Changes>>);
 
 /// The names that an operation changes.
-fn names(op: &NamespaceOp) -> Vec<(u64, &[u8])> {
+pub(super) fn names(op: &NamespaceOp) -> Vec<(u64, &[u8])> {
     match op {
         NamespaceOp::Create { parent, name, .. }
         | NamespaceOp::Link { parent, name, .. }

@@ -8,7 +8,8 @@ use rt::sync::Mutex;
 use super::change::{Change, Effects};
 use super::freeing::Freeing;
 use super::operations;
-use super::sharing::Sharing;
+use super::recent::Recent;
+use super::sharing::{self, Sharing};
 use crate::error::{MetaError, Refusal, no};
 use crate::journal::Journal;
 use crate::journal::records::{Txn, decode, encode, key};
@@ -80,6 +81,8 @@ pub struct Transactions {
     freeing: Arc<Freeing>,
     /// What other mounts are not told yet.
     pub sharing: Sharing,
+    /// Names that were changed lately.
+    pub recent: Recent,
     state: Mutex<State>,
 }
 
@@ -113,6 +116,7 @@ impl Transactions {
             journal: journal.clone(),
             freeing: Arc::clone(freeing),
             sharing: Sharing::default(),
+            recent: Recent::default(),
             state: Mutex::new(State {
                 answers,
                 carried,
@@ -166,6 +170,7 @@ impl Transactions {
                     durable,
                     written,
                     stopped,
+                    mark: self.recent.mark(),
                 };
                 Ok((reply, 0))
             }
@@ -234,6 +239,9 @@ impl Transactions {
     ) -> Result<u64, Refusal> {
         let place = self.commit(txn, again)?;
         self.sharing.note(node, op, place, self.journal.order.durable());
+        for (dir, name) in sharing::names(op) {
+            self.recent.note(dir, name);
+        }
         self.settle(state, &effects);
         Ok(place)
     }

@@ -182,6 +182,10 @@ impl Service {
             }
             MetaRequest::Peer { node } => members.peer(node),
             MetaRequest::Lookup { parent, name } => lookups.lookup(parent, &name),
+            MetaRequest::ChangedNames { dir, since } => {
+                let changed = self.namespace.transactions.recent.since(dir, since);
+                Ok(MetaReply::ChangedNames(changed))
+            }
             MetaRequest::GetAttr { ino } => lookups.attr(ino),
             MetaRequest::ReadDir { ino, after } => lookups.entries(ino, &after),
             MetaRequest::ReadLink { ino } => lookups.target(ino),

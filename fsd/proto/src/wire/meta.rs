@@ -13,6 +13,15 @@ use super::names::{Carried, Created, NamespaceOp, Touched, Written};
 /// Stands for the place of what is told in a recovery window beside transactions: it comes behind all of them and takes no place.
 pub const BEHIND_ALL: u64 = u64::MAX;
 
+/// Stands for all changes of names up to a moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// The metadata server's process: marks of another one say nothing.
+    pub life: u64,
+    /// Changes that it has carried out.
+    pub number: u64,
+}
+
 /// A transaction that a mount keeps until a crash of the metadata server's host can no longer undo it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Logged {
@@ -72,6 +81,13 @@ pub enum MetaRequest {
         parent: u64,
         /// Name.
         name: Vec<u8>,
+    },
+    /// Which names in a directory have been changed since a mark.
+    ChangedNames {
+        /// Directory.
+        dir: u64,
+        /// As heard of this server.
+        since: Mark,
     },
     /// Attributes.
     GetAttr {
@@ -376,7 +392,11 @@ pub enum MetaReply {
         written: Vec<Result<Written, Errno>>,
         /// Why the others were not tried: the store takes nothing just now. They are to be told again.
         stopped: Option<Errno>,
+        /// Behind all these changes.
+        mark: Mark,
     },
+    /// To `ChangedNames`: none if that is not known any more, or they are too many.
+    ChangedNames(Option<Vec<Vec<u8>>>),
     /// To `GetLock`: the lock in the way, if any.
     Lock(Option<LockSpec>),
     /// To `StatFs`.

@@ -18,7 +18,7 @@ pub use attr::{Attr, AttrUpdate, Kind, Places, Time};
 pub use locks::{LockKind, LockOwner, LockRange, LockSpec};
 pub use membership::{DeadMount, Records, Terms, View};
 pub use meta::{
-    BEHIND_ALL, DirEntry, InoRange, JoinReply, Logged, MetaReply, MetaRequest, MetaStatus, NodeInfo,
+    BEHIND_ALL, DirEntry, InoRange, JoinReply, Logged, Mark, MetaReply, MetaRequest, MetaStatus, NodeInfo,
     PeerState, StatFs, StorageInfo,
 };
 pub use mount::{Act, MountRequest, MountStatus, Visited};
@@ -31,7 +31,7 @@ pub use storage::{
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages; nodes of different versions refuse each other.
-pub const PROTOCOL: u32 = 13;
+pub const PROTOCOL: u32 = 14;
 
 /// What a node says it is when it connects (authenticated by the transport's handshake).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,7 +9,7 @@ use super::meta::MetaLink;
 use super::outbox::{Concern, InVain};
 use fsd_proto::ask;
 use fsd_proto::rpc::{Errno, RpcError};
-use fsd_proto::wire::{Carried, MetaRequest, Written};
+use fsd_proto::wire::{Carried, Mark, MetaRequest, Written};
 
 /// Pause before changes are told again that the server could not store.
 const FULL: Duration = Duration::from_millis(200);
@@ -54,6 +54,12 @@ impl MetaLink {
         settled.map_err(|InVain(error)| RpcError::Errno(error))
     }
 
+    /// Behind all changes that the server has said to be carried out; names that others change later are told by it.
+    #[must_use]
+    pub fn mark(&self) -> Option<Mark> {
+        self.log.mark()
+    }
+
     fn waits_in_vain(&self, began: Instant) -> bool {
         self.ways.patience.is_over(began) || self.ways.stopping.load(Ordering::Acquire)
     }
@@ -68,7 +74,8 @@ impl MetaLink {
             };
             let (mut count, mut why) = (changes.len(), None);
             match answer.and_then(ask::answer_to::<ask::meta::WriteBack>) {
-                Ok((durable, written, stopped)) => {
+                Ok((durable, written, stopped, mark)) => {
+                    self.log.heard_mark(mark);
                     count = written.len().min(count);
                     why = stopped;
                     for ((number, change), written) in (first..).zip(changes).zip(written) {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rt::sync::Mutex;
 
-use fsd_proto::wire::{Logged, MetaRequest};
+use fsd_proto::wire::{Logged, Mark, MetaRequest};
 
 /// Bytes of transactions told in one message.
 const PART: usize = 48 << 10;
@@ -17,6 +17,8 @@ pub struct Log {
     pub(super) entries: Mutex<BTreeMap<u64, MetaRequest>>,
     /// Up to here the server has said that its order is durable.
     pub(super) durable: AtomicU64,
+    /// The last one heard.
+    mark: Mutex<Option<Mark>>,
 }
 
 impl Log {
@@ -43,6 +45,20 @@ impl Log {
     /// Up to here the server has said that its order is durable.
     pub(super) fn durable(&self) -> u64 {
         self.durable.load(Ordering::Acquire)
+    }
+
+    /// The server has carried out everything up to a mark.
+    pub(super) fn heard_mark(&self, mark: Mark) {
+        let mut known = self.mark.lock();
+        let newer = |known: Mark| known.life != mark.life || known.number < mark.number;
+        if known.is_none_or(newer) {
+            *known = Some(mark);
+        }
+    }
+
+    /// The last mark that was heard.
+    pub(super) fn mark(&self) -> Option<Mark> {
+        *self.mark.lock()
     }
 
     /// Place of the last one that is kept.

@@ -1,0 +1,84 @@
+//! Mounts that change names in one directory take turns: each keeps the exclusive lease for a while as long as it goes on changing names,
+//! instead of passing it on after each. Pure.
+//!
+//! Moving the lease costs some five messages and what is written back; a change under it costs none. How long a turn lasts is a matter of
+//! what others wait for: `LONGEST`. A mount that has changed but one name in the first `LOOK` would have others wait for nothing, and gives
+//! the lease up at once then, and the next time, too: twice as often from time to time.
+
+use rt::time::Instant;
+use std::time::Duration;
+
+/// The lease was lost to others so short a time ago, or names were changed here: mounts take turns.
+const CONTENDED: Duration = Duration::from_millis(200);
+/// How often is looked whether names are still being changed.
+const LOOK: Duration = Duration::from_micros(500);
+/// Longest turn.
+const LONGEST: Duration = Duration::from_millis(4);
+/// Most turns that are left out before another one is tried.
+const MOST_LEFT_OUT: u32 = 64;
+
+/// What is known of the turns in one directory.
+#[derive(Debug, Default)]
+pub struct Turns {
+    /// When others last got the exclusive lease, or had it lowered.
+    lost: Option<Instant>,
+    /// When a name was last changed here.
+    changed: Option<Instant>,
+    /// Changes here.
+    changes: u64,
+    /// How many there were when it was last looked.
+    seen: u64,
+    /// Turns that are left out next time one is in vain.
+    penalty: u32,
+    /// Turns still to be left out.
+    left_out: u32,
+}
+
+impl Turns {
+    /// A name is being changed here.
+    pub fn change(&mut self, now: Instant) {
+        self.changed = Some(now);
+        self.changes += 1;
+    }
+
+    /// Others have asked for the exclusive lease, and get it.
+    pub fn lose(&mut self, now: Instant) {
+        self.lost = Some(now);
+    }
+
+    /// Do mounts take turns here, of which this one is likely to change more?
+    #[must_use]
+    pub fn is_contended(&self, now: Instant) -> bool {
+        let lately = |at: Option<Instant>| at.is_some_and(|at| now.saturating_duration_since(at) < CONTENDED);
+        lately(self.lost) && lately(self.changed)
+    }
+
+    /// The exclusive lease is here, since so long: how much longer it is kept whoever asks for it.
+    pub fn keep(&mut self, now: Instant, since: Duration) -> Duration {
+        let changes = self.changes - std::mem::replace(&mut self.seen, self.changes);
+        if since.is_zero() {
+            return self.begin(now);
+        }
+        if since <= LOOK * 2 && changes < 2 {
+            self.penalty = (self.penalty * 2).clamp(1, MOST_LEFT_OUT);
+            self.left_out = self.penalty;
+            return Duration::ZERO;
+        }
+        self.penalty = 0;
+        if changes == 0 || since + LOOK > LONGEST {
+            return Duration::ZERO;
+        }
+        LOOK
+    }
+
+    fn begin(&mut self, now: Instant) -> Duration {
+        if !self.is_contended(now) {
+            return Duration::ZERO;
+        }
+        if self.left_out > 0 {
+            self.left_out -= 1;
+            return Duration::ZERO;
+        }
+        LOOK
+    }
+}
