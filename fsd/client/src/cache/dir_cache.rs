@@ -73,7 +73,10 @@ impl DirCache {
             former.complete = false;
             former.changed.clear();
         }
-        former.asked = 0;
+        if former.complete {
+            // Only those that others change are asked for: it is worth reading again when they are many.
+            former.asked = 0;
+        }
         let asked = std::mem::replace(self, former);
         for (name, (ino, kind, cookie)) in asked.entries {
             self.add(&name, ino, kind, cookie);

@@ -10,12 +10,14 @@ use std::time::Duration;
 
 /// The lease was lost to others so short a time ago, or names were changed here: mounts take turns.
 const CONTENDED: Duration = Duration::from_millis(200);
-/// How often is looked whether names are still being changed.
+/// When it is first looked whether names are being changed: whoever gets the lease may have to ask the server first what others have changed.
+const FIRST_LOOK: Duration = Duration::from_millis(1);
+/// How often after that.
 const LOOK: Duration = Duration::from_micros(500);
 /// Longest turn.
 const LONGEST: Duration = Duration::from_millis(4);
 /// Most turns that are left out before another one is tried.
-const MOST_LEFT_OUT: u32 = 64;
+const MOST_LEFT_OUT: u32 = 16;
 
 /// What is known of the turns in one directory.
 #[derive(Debug, Default)]
@@ -59,7 +61,7 @@ impl Turns {
         if since.is_zero() {
             return self.begin(now);
         }
-        if since <= LOOK * 2 && changes < 2 {
+        if since < FIRST_LOOK + LOOK && changes < 2 {
             self.penalty = (self.penalty * 2).clamp(1, MOST_LEFT_OUT);
             self.left_out = self.penalty;
             return Duration::ZERO;
@@ -79,6 +81,82 @@ impl Turns {
             self.left_out -= 1;
             return Duration::ZERO;
         }
-        LOOK
+        FIRST_LOOK
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A mount that has just changed a name, and lost the lease to another one.
+    fn contended(now: Instant) -> Turns {
+        let mut turns = Turns::default();
+        turns.change(now);
+        turns.lose(now);
+        turns
+    }
+
+    #[test]
+    fn who_changes_names_keeps_the_lease_for_a_while() {
+        let mut now = Instant::now();
+        let mut turns = contended(now);
+        assert!(turns.is_contended(now));
+        let mut since = Duration::ZERO;
+        loop {
+            let keep = turns.keep(now, since);
+            if keep.is_zero() {
+                break;
+            }
+            now += keep;
+            since += keep;
+            (0..3).for_each(|_| turns.change(now));
+        }
+        assert_eq!(since, LONGEST);
+    }
+
+    #[test]
+    fn who_has_done_gives_it_up() {
+        let now = Instant::now();
+        let mut turns = contended(now);
+        assert_eq!(turns.keep(now, Duration::ZERO), FIRST_LOOK);
+        (0..3).for_each(|_| turns.change(now));
+        assert_eq!(turns.keep(now, FIRST_LOOK), LOOK);
+        turns.change(now);
+        assert_eq!(turns.keep(now, FIRST_LOOK + LOOK), LOOK);
+        assert!(turns.keep(now, FIRST_LOOK + LOOK * 2).is_zero());
+        assert_eq!(
+            turns.keep(now, Duration::ZERO),
+            FIRST_LOOK,
+            "and may have another turn"
+        );
+    }
+
+    #[test]
+    fn where_nobody_else_changes_names_nothing_is_kept() {
+        let now = Instant::now();
+        let mut turns = Turns::default();
+        turns.change(now);
+        assert!(turns.keep(now, Duration::ZERO).is_zero());
+        turns.lose(now);
+        let later = now + CONTENDED;
+        assert!(!turns.is_contended(later) && turns.keep(later, Duration::ZERO).is_zero());
+    }
+
+    /// Of two that wait for each other's names each changes one, and then waits.
+    #[test]
+    fn who_changes_one_name_a_turn_mostly_gives_it_up_at_once() {
+        let now = Instant::now();
+        let mut turns = contended(now);
+        let mut kept = 0;
+        for _ in 0..100 {
+            if !turns.keep(now, Duration::ZERO).is_zero() {
+                kept += 1;
+                turns.change(now);
+                assert!(turns.keep(now, FIRST_LOOK).is_zero());
+            }
+            turns.change(now);
+        }
+        assert!((5..12).contains(&kept), "{kept} turns of 100");
     }
 }

@@ -298,7 +298,7 @@ impl Directories {
     }
 
     /// What was known when this directory's lease went to others is known again, but for the names that they have changed.
-    fn come_back(&self, dir: &Inode, state: &mut Locked<'_>) {
+    pub fn come_back(&self, dir: &Inode, state: &mut Locked<'_>) {
         let Some(since) = state.lasting.former.as_ref().and_then(|former| former.heard) else {
             return;
         };

@@ -99,6 +99,9 @@ impl Names {
             if state.lasting.gone {
                 self.kernel.tell_gone(dir, &mut state);
             }
+            if state.dir.lookup(name).is_none() {
+                self.directories.come_back(dir, &mut state);
+            }
             if self.entry_held_cached(&mut state, name)?.is_some() {
                 return fail(libc::EEXIST);
             }

@@ -183,7 +183,10 @@ impl Service {
             MetaRequest::Peer { node } => members.peer(node),
             MetaRequest::Lookup { parent, name } => lookups.lookup(parent, &name),
             MetaRequest::ChangedNames { dir, since } => {
-                let changed = self.namespace.transactions.recent.since(dir, since);
+                let mut changed = self.namespace.transactions.recent.since(dir, since);
+                if self.rules.lack(Flaw::ChangesUntold) {
+                    changed = Some(Vec::new());
+                }
                 Ok(MetaReply::ChangedNames(changed))
             }
             MetaRequest::GetAttr { ino } => lookups.attr(ino),
