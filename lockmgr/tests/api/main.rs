@@ -246,6 +246,27 @@ fn minimum_hold_time() {
     assert_eq!(p.sides[0].log.lock().revokes.len(), 1);
 }
 
+/// Its owner says how long, and says it again when that is over.
+#[test]
+fn a_lease_is_kept_as_long_as_its_owner_likes() {
+    let p = pair(Duration::ZERO);
+    let keep = Duration::from_secs(5);
+    p.sides[0].keeps.lock().extend([keep, keep]);
+    drop(p.managers[0].enter(ID, Mode::Exclusive, SOON).unwrap());
+    let _wants = p.park(1, Mode::Exclusive);
+    p.deliver();
+    let mut until = None;
+    for _ in 0..2 {
+        let next = p.managers[0].next_deadline();
+        assert!(next > until, "asked again later");
+        until = next;
+        assert!(p.sides[0].log.lock().revokes.is_empty());
+        p.managers[0].expire(until.unwrap());
+    }
+    assert_eq!(p.sides[0].log.lock().revokes.len(), 1);
+    assert_eq!(p.sides[0].keeps.lock().len(), 0);
+}
+
 #[test]
 fn waiting_ends_with_the_reason() {
     let p = pair(Duration::ZERO);

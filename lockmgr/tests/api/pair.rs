@@ -46,6 +46,8 @@ pub struct Side {
     pub link: Arc<Conn<Link>>,
     pub wire: Wire,
     pub log: Mutex<Log>,
+    /// How long leases are kept, each time that is asked.
+    pub keeps: Mutex<VecDeque<Duration>>,
 }
 
 impl Directory for Side {
@@ -70,6 +72,9 @@ impl LeaseUser for Side {
             .lock()
             .grants
             .push((mode, version, payload.map(<[u8]>::to_vec)));
+    }
+    fn keep(&self, _: RecordId, _: Mode, _: Duration) -> Duration {
+        self.keeps.lock().pop_front().unwrap_or_default()
     }
     fn confirm(&self, _: RecordId, version: u64) {
         self.log.lock().confirms.push(version);
@@ -108,6 +113,7 @@ pub fn pair_with(records: u64, change: impl Fn(&mut ManagerConfig)) -> Pair {
             link: Arc::new(Conn(link)),
             wire: Arc::clone(&wire),
             log: Mutex::default(),
+            keeps: Mutex::default(),
         })
     });
     let managers = [0, 1].map(|i| {

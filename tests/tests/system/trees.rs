@@ -102,6 +102,49 @@ fn names_and_places_do_not_cost_a_request_each() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Two mounts make files in one directory by turns: what the other one has made is told by a single answer.
+#[test]
+fn names_that_the_other_mount_has_not_changed_are_still_known() -> anyhow::Result<()> {
+    for fabric in [Fabric::Shm, Fabric::Tcp] {
+        guard::with_cluster(options(fabric), |cluster| {
+            fs::create_dir(cluster.mount(0).join("d"))?;
+            let turn = |mount: usize, turn: usize| -> anyhow::Result<u64> {
+                let dir = cluster.mount(mount).join("d");
+                let before = requests(cluster)?.0;
+                for n in 0..FILES {
+                    File::create_new(dir.join(format!("{mount}-{turn}-{n}")))?;
+                }
+                Ok(requests(cluster)?.0 - before)
+            };
+            // The directory becomes known to both.
+            for (mount, first) in [(0, 0), (1, 0), (0, 1), (1, 1)] {
+                turn(mount, first)?;
+            }
+            for again in 2..6 {
+                for mount in [0, 1] {
+                    let asked = turn(mount, again)?;
+                    ensure!(
+                        asked < FILES as u64 / 2,
+                        "{asked} requests for {FILES} files that mount {mount} has made in turn {again}"
+                    );
+                }
+            }
+            // Each knows what the other one has made, and removed.
+            fs::remove_file(cluster.mount(0).join("d/1-2-7"))?;
+            fs::rename(cluster.mount(0).join("d/1-2-8"), cluster.mount(0).join("d/other"))?;
+            let other = cluster.mount(1).join("d");
+            ensure!(!other.join("1-2-7").exists() && !other.join("1-2-8").exists());
+            ensure!(other.join("other").exists() && other.join("0-2-9").exists());
+            for mount in [0, 1] {
+                let listed = fs::read_dir(cluster.mount(mount).join("d"))?.count();
+                ensure!(listed == FILES * 12 - 1, "{listed} names");
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 #[test]
 fn what_is_not_stored_is_stored_together_when_it_is_asked_for() -> anyhow::Result<()> {
     guard::with_cluster(options(Fabric::Shm), |cluster| {
