@@ -99,7 +99,8 @@ pub mod meta {
         Peer { node: u16 } -> (String, PeerState), MetaReply::Peer { listen, state } => (listen, state);
         ReserveInodes { count: u32 } -> InoRange, MetaReply::Inodes(range) => range;
         Lookup { parent: u64, name: Vec<u8> } -> Option<(u64, Attr)>, MetaReply::Found(found) => found;
-        ChangedNames { dir: u64, since: Mark } -> Option<Vec<Vec<u8>>>, MetaReply::ChangedNames(names) => names;
+        LookupAgain { parent: u64, name: Vec<u8>, since: Mark } -> (Option<(u64, Attr)>, Option<Vec<Vec<u8>>>),
+            MetaReply::FoundAgain { found, changed } => (found, changed);
         GetAttr { ino: u64 } -> Attr, MetaReply::Attr(attr) => attr;
         ReadDir { ino: u64, after: Vec<u8> } -> (Vec<(DirEntry, Attr)>, bool), MetaReply::Entries(some, all) => (some, all);
         ReadLink { ino: u64 } -> Vec<u8>, MetaReply::Target(target) => target;

@@ -73,22 +73,15 @@ impl Directories {
             return Ok(known.map(|(ino, kind, _)| (ino, kind)));
         }
         ctx.may_wait()?;
-        self.come_back(dir, state);
-        if let Some(known) = state.dir.lookup(name) {
-            return Ok(known.map(|(ino, kind, _)| (ino, kind)));
-        }
-        if let Some(pages) = state.dir.worth_reading()
+        if state.lasting.former.is_none()
+            && let Some(pages) = state.dir.worth_reading()
             && let Ok(Read::All) = self.read_in(dir, state, pages)
             && let Some(known) = state.dir.lookup(name)
         {
             return Ok(known.map(|(ino, kind, _)| (ino, kind)));
         }
-        let request = ask::meta::Lookup {
-            parent: dir.ino,
-            name: name.to_vec(),
-        };
         let asked = state.changes();
-        let answer = state.unlocked(|| self.session.net.meta.ask(request));
+        let answer = self.ask_for(dir, state, name);
         // What other tasks have changed since is not known to it: it is no more than what was so for a moment.
         let lasting = state.changes() == asked;
         let found = match answer {
@@ -297,17 +290,25 @@ impl Directories {
         Ok(state.dir.list())
     }
 
-    /// What was known when this directory's lease went to others is known again, but for the names that they have changed.
-    pub fn come_back(&self, dir: &Inode, state: &mut Locked<'_>) {
+    /// Asks the server for a name. What was known when this directory's lease went to others is known again with the answer, but for the
+    /// names that they have changed.
+    fn ask_for(
+        &self,
+        dir: &Inode,
+        state: &mut Locked<'_>,
+        name: &[u8],
+    ) -> Result<Option<(u64, Attr)>, RpcError> {
+        let (parent, name) = (dir.ino, name.to_vec());
         let Some(since) = state.lasting.former.as_ref().and_then(|former| former.heard) else {
-            return;
+            return state.unlocked(|| self.session.net.meta.ask(ask::meta::Lookup { parent, name }));
         };
-        let request = ask::meta::ChangedNames { dir: dir.ino, since };
-        let answer = state.unlocked(|| self.session.net.meta.ask(request));
+        let request = ask::meta::LookupAgain { parent, name, since };
+        let (found, changed) = state.unlocked(|| self.session.net.meta.ask(request))?;
         // Unless this mount has changed names meanwhile: then it is no more.
-        if let (Some(former), Ok(Some(changed))) = (state.lasting.former.take(), answer) {
+        if let (Some(former), Some(changed)) = (state.lasting.former.take(), changed) {
             state.dir.come_back(*former, changed);
         }
+        Ok(found)
     }
 
     /// Takes in the names of a directory, up to so many pages of them, if nobody changes any while they are read.

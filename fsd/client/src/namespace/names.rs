@@ -99,10 +99,12 @@ impl Names {
             if state.lasting.gone {
                 self.kernel.tell_gone(dir, &mut state);
             }
-            if state.dir.lookup(name).is_none() {
-                self.directories.come_back(dir, &mut state);
-            }
-            if self.entry_held_cached(&mut state, name)?.is_some() {
+            // The kernel may have looked it up under an earlier lease.
+            let found = match &state.lasting.former {
+                Some(_) => self.directories.entry_held(ctx, dir, &mut state, name)?.map(drop),
+                None => self.entry_held_cached(&mut state, name)?.map(drop),
+            };
+            if found.is_some() {
                 return fail(libc::EEXIST);
             }
             self.cache.load_attr(ctx, dir, &mut state)?

@@ -15,16 +15,13 @@ pub struct Lookups(pub Journal);
 
 impl Lookups {
     /// A name in a directory.
-    pub fn lookup(&self, parent: u64, name: &[u8]) -> Result<MetaReply, Refusal> {
+    pub fn find(&self, parent: u64, name: &[u8]) -> Result<Option<(u64, Attr)>, Refusal> {
         let txn = self.0.txn();
         let Some(entry) = txn.dirent(parent, name)? else {
             txn.directory(parent)?;
-            return Ok(MetaReply::Found(None));
+            return Ok(None);
         };
-        Ok(MetaReply::Found(Some((
-            entry.cookie,
-            self.attr_in(&txn, entry.ino)?,
-        ))))
+        Ok(Some((entry.cookie, self.attr_in(&txn, entry.ino)?)))
     }
 
     /// Attributes.

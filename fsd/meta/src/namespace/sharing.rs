@@ -74,7 +74,9 @@ fn links(op: &NamespaceOp) -> Vec<Key> {
 /// What the answer to a request shows, whatever it is: whether a change succeeds or not, it says whether a name was there.
 fn asked(request: &MetaRequest) -> Vec<Key> {
     match request {
-        MetaRequest::Lookup { parent, name } => vec![Key::Name(*parent, name.clone())],
+        MetaRequest::Lookup { parent, name } | MetaRequest::LookupAgain { parent, name, .. } => {
+            vec![Key::Name(*parent, name.clone())]
+        }
         MetaRequest::ReadDir { ino, .. } => vec![Key::Directory(*ino)],
         MetaRequest::GetAttr { ino } => vec![Key::Links(*ino)],
         MetaRequest::GetXattrs { ino } => vec![Key::Xattrs(*ino)],
@@ -89,7 +91,11 @@ fn asked(request: &MetaRequest) -> Vec<Key> {
 /// What an answer shows besides.
 fn found(answer: &MetaReply) -> Vec<Key> {
     match answer {
-        MetaReply::Found(Some((_, attr))) => vec![Key::Links(attr.ino)],
+        MetaReply::Found(Some((_, attr)))
+        | MetaReply::FoundAgain {
+            found: Some((_, attr)),
+            ..
+        } => vec![Key::Links(attr.ino)],
         MetaReply::Entries(entries, _) => entries.iter().map(|(_, attr)| Key::Links(attr.ino)).collect(),
         _ => Vec::new(),
     }

@@ -181,13 +181,14 @@ impl Service {
                 Ok(MetaReply::Done)
             }
             MetaRequest::Peer { node } => members.peer(node),
-            MetaRequest::Lookup { parent, name } => lookups.lookup(parent, &name),
-            MetaRequest::ChangedNames { dir, since } => {
-                let mut changed = self.namespace.transactions.recent.since(dir, since);
+            MetaRequest::Lookup { parent, name } => Ok(MetaReply::Found(lookups.find(parent, &name)?)),
+            MetaRequest::LookupAgain { parent, name, since } => {
+                let found = lookups.find(parent, &name)?;
+                let mut changed = self.namespace.transactions.recent.since(parent, since);
                 if self.rules.lack(Flaw::ChangesUntold) {
                     changed = Some(Vec::new());
                 }
-                Ok(MetaReply::ChangedNames(changed))
+                Ok(MetaReply::FoundAgain { found, changed })
             }
             MetaRequest::GetAttr { ino } => lookups.attr(ino),
             MetaRequest::ReadDir { ino, after } => lookups.entries(ino, &after),

@@ -82,10 +82,12 @@ pub enum MetaRequest {
         /// Name.
         name: Vec<u8>,
     },
-    /// Which names in a directory have been changed since a mark.
-    ChangedNames {
+    /// What a name in a directory is, and which names in it have been changed since a mark.
+    LookupAgain {
         /// Directory.
-        dir: u64,
+        parent: u64,
+        /// Name.
+        name: Vec<u8>,
         /// As heard of this server.
         since: Mark,
     },
@@ -395,8 +397,13 @@ pub enum MetaReply {
         /// Behind all these changes.
         mark: Mark,
     },
-    /// To `ChangedNames`: none if that is not known any more, or they are too many.
-    ChangedNames(Option<Vec<Vec<u8>>>),
+    /// To `LookupAgain`.
+    FoundAgain {
+        /// As in `Found`.
+        found: Option<(u64, Attr)>,
+        /// The names that have been changed; none if that is not known any more, or they are too many.
+        changed: Option<Vec<Vec<u8>>>,
+    },
     /// To `GetLock`: the lock in the way, if any.
     Lock(Option<LockSpec>),
     /// To `StatFs`.

@@ -57,8 +57,7 @@ pub(super) fn concern(request: &MetaRequest) -> Concern {
         | R::Cluster => Concern::Nothing,
         // Whoever gets the locks goes on with everything else, too.
         R::Leave | R::Sync | R::Settle | R::GiveLocks { .. } => Concern::Everything,
-        R::Lookup { parent, .. } => Concern::Inodes(vec![*parent]),
-        R::ChangedNames { dir, .. } => Concern::Inodes(vec![*dir]),
+        R::Lookup { parent, .. } | R::LookupAgain { parent, .. } => Concern::Inodes(vec![*parent]),
         R::GetAttr { ino }
         | R::ReadDir { ino, .. }
         | R::ReadLink { ino }
