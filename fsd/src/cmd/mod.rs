@@ -1,5 +1,6 @@
 //! The command line.
 
+pub mod alarm;
 pub mod check;
 pub mod children;
 pub mod clean;
