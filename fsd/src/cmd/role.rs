@@ -22,12 +22,17 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// How long a server outlives a parent that died, for the mounts to write back.
 const LINGER: Duration = Duration::from_secs(3);
 
-/// How often it is looked whether something is over that should have rung.
+/// How often it is looked whether a mount is over, whose end should have rung.
 const LOOK: Duration = Duration::from_secs(10);
 
-/// Waits for the signal to end; that `over`, which is looked at when somebody has rung, or the end of the parent may end it, too. Whether
-/// a signal did.
-fn wait(alarm: &mut Alarm, parent: &Followed, mut over: impl FnMut() -> bool) -> anyhow::Result<bool> {
+/// Waits for the signal to end; it may be `over`, too, which is looked at when somebody has rung, and every so often. Whether a signal ended
+/// it.
+fn wait(
+    alarm: &mut Alarm,
+    parent: &Followed,
+    look: Option<Duration>,
+    mut over: impl FnMut() -> bool,
+) -> anyhow::Result<bool> {
     let mut linger: Option<Instant> = None;
     loop {
         for signal in alarm.signals() {
@@ -39,8 +44,8 @@ fn wait(alarm: &mut Alarm, parent: &Followed, mut over: impl FnMut() -> bool) ->
         if over() || parent.has_ended() || linger.is_some_and(|t| t.elapsed() > LINGER) {
             return Ok(false);
         }
-        let limit = linger.map_or(LOOK, |t| LINGER.saturating_sub(t.elapsed()) + Duration::from_millis(1));
-        alarm.wait(parent.process().as_slice(), Some(limit))?;
+        let rest = linger.map(|t| LINGER.saturating_sub(t.elapsed()) + Duration::from_millis(1));
+        alarm.wait(parent.process().as_slice(), rest.or(look))?;
     }
 }
 
@@ -59,7 +64,9 @@ pub fn meta(config: &Config, key: Vec<u8>, accept_older: bool) -> anyhow::Result
     let bell = alarm.bell();
     server.once_older(Box::new(move || bell.ring()));
     ready(&format!("metadata server on {}", server.addr()));
-    wait(&mut alarm, &Followed::default(), || server.is_older().is_some())?;
+    wait(&mut alarm, &Followed::default(), None, || {
+        server.is_older().is_some()
+    })?;
     let older = server.is_older();
     server.stop()?;
     anyhow::ensure!(older.is_none(), older.unwrap_or_default());
@@ -81,7 +88,7 @@ pub fn storage(
     follow_parent(Signal::USR1)?;
     let node = StorageNode::start(config, id, key, accept_older)?;
     ready(&format!("storage node {id} on {}", node.addr()));
-    wait(&mut alarm, &Followed::default(), || false)?;
+    wait(&mut alarm, &Followed::default(), None, || false)?;
     node.stop(forget)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -99,12 +106,7 @@ fn begin_anew(former: &Mounted) -> anyhow::Result<ExitCode> {
 }
 
 /// Mounts. A life that follows another one waits for the servers as long as it takes.
-fn start(
-    config: &Config,
-    key: &[u8],
-    options: &MountOptions,
-    alarm: &mut Alarm,
-) -> anyhow::Result<Mount> {
+fn start(config: &Config, key: &[u8], options: &MountOptions, alarm: &mut Alarm) -> anyhow::Result<Mount> {
     loop {
         match Mount::start(config, key.to_vec(), options) {
             Err(error @ MountError::Join(_)) if options.former.is_some() => {
@@ -148,7 +150,7 @@ pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Res
     ));
     let bell = alarm.bell();
     mount.once_ending(Box::new(move || bell.ring()));
-    let told = wait(&mut alarm, &parent, || {
+    let told = wait(&mut alarm, &parent, Some(LOOK), || {
         mount.is_gone() || mount.replaced_by().is_some()
     })?;
     mount.replaced_by().into_iter().for_each(succeeded_by);

@@ -325,7 +325,8 @@ impl Mount {
     /// Has somebody else unmounted it?
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        let served = |s: &fuser::BackgroundSession| !s.guard.is_finished() && !self.standing.loops.have_ended();
+        let served =
+            |s: &fuser::BackgroundSession| !s.guard.is_finished() && !self.standing.loops.have_ended();
         !self.session.as_ref().is_some_and(served) || self.is_doomed()
     }
 
