@@ -40,7 +40,7 @@ impl Alarm {
             let (read, write) = UnixStream::pair()?;
             write.set_nonblocking(true)?;
             let bell = Bell(Arc::new(write.try_clone()?));
-            let signals = SignalDelivery::with_pipe(read, write, SignalOnly::default(), signals)?;
+            let signals = SignalDelivery::with_pipe(read, write, SignalOnly, signals)?;
             std::io::Result::Ok(Self { signals, bell })
         };
         new().context("signal handlers")
