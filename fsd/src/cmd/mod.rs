@@ -14,6 +14,7 @@ pub mod launch;
 pub mod leftovers;
 pub mod life;
 pub mod logging;
+pub mod mask;
 pub mod replace;
 pub mod role;
 pub mod status;

@@ -11,7 +11,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
 use super::alarm::Alarm;
 use super::life::{FORMER_ENV, Followed, SUCCESSOR_ENV, follow_parent, predecessor, ready};
-use super::{keeper, replace};
+use super::{keeper, mask, replace};
 use fsd_client::{Mount, MountError, MountOptions, Mounted};
 use fsd_meta::MetaServer;
 use fsd_node::config::Config;
@@ -49,8 +49,10 @@ fn wait(
     }
 }
 
+const SIGNALS: [i32; 4] = [SIGTERM, SIGINT, SIGHUP, SIGUSR1];
+
 fn alarm() -> anyhow::Result<Alarm> {
-    Alarm::new(&[SIGTERM, SIGINT, SIGHUP, SIGUSR1])
+    Alarm::new(&SIGNALS)
 }
 
 /// Runs the metadata server.
@@ -111,9 +113,11 @@ fn start(config: &Config, key: &[u8], options: &MountOptions, alarm: &mut Alarm)
         match Mount::start(config, key.to_vec(), options) {
             Err(error @ MountError::Join(_)) if options.former.is_some() => {
                 tracing::warn!("{error}; tried again");
+                mask::let_come(&SIGNALS).context("signals")?;
                 if alarm.signals().any(|signal| signal != SIGUSR1) {
                     return Err(error.into());
                 }
+                mask::hold(&SIGNALS).context("signals")?;
                 std::thread::sleep(AGAIN);
             }
             started => return Ok(started?),
@@ -136,6 +140,9 @@ fn succeeded_by(successor: Pid) {
 /// It cannot join or mount.
 pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Result<ExitCode> {
     let mut alarm = alarm()?;
+    // Signals come to this thread only, when it lets them; those that it holds outlive the program, where it begins anew. Other threads, which
+    // are started meanwhile, never take one.
+    mask::hold(&SIGNALS).context("signals")?;
     let parent = follow_parent(Signal::TERM)?;
     let mut mount = match predecessor() {
         Some(stream) => Mount::succeed(config, key, options, stream)?,
@@ -150,6 +157,7 @@ pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Res
     ));
     let bell = alarm.bell();
     mount.once_ending(Box::new(move || bell.ring()));
+    mask::let_come(&SIGNALS).context("signals")?;
     let told = wait(&mut alarm, &parent, Some(LOOK), || {
         mount.is_gone() || mount.replaced_by().is_some()
     })?;
@@ -162,6 +170,10 @@ pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Res
             rustix::process::kill_process(successor, Signal::TERM).context("the successor")?;
         }
         return Ok(ExitCode::SUCCESS);
+    }
+    if former.is_some() {
+        // What comes from here on is for the next life, which would end by it before it listens.
+        mask::hold(&SIGNALS).context("signals")?;
     }
     match former {
         // Who was told to end does, before or after it was declared dead.
