@@ -13,6 +13,8 @@ use fsd_proto::wire::MetaReply;
 
 /// How often freed inodes are looked after while there is something to do.
 const TICK: Duration = Duration::from_secs(1);
+/// … and while there is nothing that nobody has told of.
+const QUIET: Duration = Duration::from_secs(10);
 
 /// Keeps house.
 pub struct House {
@@ -39,13 +41,21 @@ impl House {
     pub fn run(mut self, told: &Receiver<Told>, stop: &Receiver<()>) {
         loop {
             let mut news: Vec<Told> = Vec::new();
-            match recv_either(stop, told, TICK) {
+            match recv_either(stop, told, self.patience()) {
                 Either::First(_) => return,
                 Either::Second(first) => news.extend(first),
                 Either::Neither => {}
             }
             news.extend(told.try_iter());
             self.look_after(news);
+        }
+    }
+
+    fn patience(&self) -> Duration {
+        if self.backlog.is_empty() && !self.service.membership.recovery.is_open() {
+            QUIET
+        } else {
+            TICK
         }
     }
 

@@ -138,6 +138,11 @@ impl MetaServer {
         self.service.membership.copies.is_older()
     }
 
+    /// Calls this when that is found out. It may have been before.
+    pub fn once_older(&self, tell: Box<dyn Fn() + Send + Sync>) {
+        self.service.membership.copies.tell_once_older(tell);
+    }
+
     /// Makes everything durable and stops.
     ///
     /// # Errors

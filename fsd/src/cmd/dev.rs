@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::children::{Children, code_of, signal, wait_for};
@@ -116,7 +116,7 @@ fn settings(args: &DevArgs, state: &Path) -> anyhow::Result<Config> {
 /// # Errors
 /// A member cannot start, or died.
 pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGCHLD]).context("signal handlers")?;
     // The children report their own readiness; this process has nothing to say to systemd.
     let temporary = Temporary::new("dev")?;
     let base = args.dir.clone().unwrap_or_else(|| temporary.path().join("mnt"));
@@ -201,14 +201,21 @@ pub fn run(args: &DevArgs) -> anyhow::Result<ExitCode> {
 
 fn until_signal(cluster: &mut Children, signals: &mut Signals) -> anyhow::Result<ExitCode> {
     loop {
-        if signals.pending().next().is_some() {
+        if is_told_to_end(signals.pending()) {
             return Ok(ExitCode::SUCCESS);
         }
         if let Some(dead) = cluster.dead() {
             bail!("{dead}");
         }
-        std::thread::sleep(Duration::from_millis(100));
+        // The end of a child is a signal, too.
+        if is_told_to_end(signals.wait()) {
+            return Ok(ExitCode::SUCCESS);
+        }
     }
+}
+
+fn is_told_to_end(mut signals: impl Iterator<Item = i32>) -> bool {
+    signals.any(|signal| signal != SIGCHLD)
 }
 
 fn run_command(
@@ -233,11 +240,10 @@ fn run_command(
         if let Some(status) = child.try_wait()? {
             return Ok(ExitCode::from(code_of(status)));
         }
-        if signals.pending().next().is_some() {
+        if is_told_to_end(signals.wait()) {
             signal(&child, rustix::process::Signal::TERM);
             wait_for(&mut child, Duration::from_secs(5));
             return Ok(ExitCode::from(130));
         }
-        std::thread::sleep(Duration::from_millis(20));
     }
 }

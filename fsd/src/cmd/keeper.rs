@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -14,7 +14,6 @@ use std::process::{Command, ExitCode, ExitStatus};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::FdFlags;
 use rustix::pipe::PipeFlags;
 use rustix::process::{
@@ -22,6 +21,7 @@ use rustix::process::{
 };
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
+use super::alarm::wait_for;
 use super::children::code_of;
 use super::life::{FORMER_ENV, PARENT_ENV, follow_parent, ready};
 use fsd_client::Mounted;
@@ -165,16 +165,6 @@ fn come(signals: &[Passed]) -> impl Iterator<Item = Signal> + '_ {
         let count = pipe.read(&mut [0; 64]).unwrap_or(0);
         (count > 0).then_some(*signal)
     })
-}
-
-/// Waits until something can be read somewhere, at most for so long.
-fn wait_for(fds: &[BorrowedFd<'_>], limit: Option<Duration>) -> anyhow::Result<()> {
-    let mut polled: Vec<PollFd<'_>> = fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
-    let limit = limit.map(Timespec::try_from).transpose().context("a pause")?;
-    match poll(&mut polled, limit.as_ref()) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-        Err(error) => Err(error).context("poll"),
-    }
 }
 
 /// The keeper.

@@ -1,6 +1,6 @@
 //! What a role and who has started it tell each other.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use anyhow::Context;
@@ -21,6 +21,12 @@ pub const SUCCESSOR_ENV: &str = "FSD_SUCCESSOR";
 pub struct Followed(Option<OwnedFd>);
 
 impl Followed {
+    /// What can be read from when it has ended.
+    #[must_use]
+    pub fn process(&self) -> Option<BorrowedFd<'_>> {
+        self.0.as_ref().map(AsFd::as_fd)
+    }
+
     /// Has it ended?
     #[must_use]
     pub fn has_ended(&self) -> bool {

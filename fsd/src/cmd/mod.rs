@@ -1,5 +1,6 @@
 //! The command line.
 
+pub mod alarm;
 pub mod check;
 pub mod children;
 pub mod clean;
@@ -13,6 +14,7 @@ pub mod launch;
 pub mod leftovers;
 pub mod life;
 pub mod logging;
+pub mod mask;
 pub mod replace;
 pub mod role;
 pub mod status;

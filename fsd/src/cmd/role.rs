@@ -8,10 +8,10 @@ use anyhow::Context;
 use rustix::process::{Pid, Signal};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
-use signal_hook::iterator::Signals;
 
-use super::life::{FORMER_ENV, SUCCESSOR_ENV, follow_parent, predecessor, ready};
-use super::{keeper, replace};
+use super::alarm::Alarm;
+use super::life::{FORMER_ENV, Followed, SUCCESSOR_ENV, follow_parent, predecessor, ready};
+use super::{keeper, mask, replace};
 use fsd_client::{Mount, MountError, MountOptions, Mounted};
 use fsd_meta::MetaServer;
 use fsd_node::config::Config;
@@ -22,25 +22,37 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// How long a server outlives a parent that died, for the mounts to write back.
 const LINGER: Duration = Duration::from_secs(3);
 
-/// Waits for the signal to end; `poll` may end it, too. Whether a signal did.
-fn wait(signals: &mut Signals, mut poll: impl FnMut() -> bool) -> bool {
+/// How often it is looked whether a mount is over, whose end should have rung.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// Waits for the signal to end; it may be `over`, too, which is looked at when somebody has rung, and every so often. Whether a signal ended
+/// it.
+fn wait(
+    alarm: &mut Alarm,
+    parent: &Followed,
+    look: Option<Duration>,
+    mut over: impl FnMut() -> bool,
+) -> anyhow::Result<bool> {
     let mut linger: Option<Instant> = None;
     loop {
-        for signal in signals.pending() {
+        for signal in alarm.signals() {
             if signal != SIGUSR1 {
-                return true;
+                return Ok(true);
             }
             linger = Some(Instant::now());
         }
-        if poll() || linger.is_some_and(|t| t.elapsed() > LINGER) {
-            return false;
+        if over() || parent.has_ended() || linger.is_some_and(|t| t.elapsed() > LINGER) {
+            return Ok(false);
         }
-        std::thread::sleep(Duration::from_millis(100));
+        let rest = linger.map(|t| LINGER.saturating_sub(t.elapsed()) + Duration::from_millis(1));
+        alarm.wait(parent.process().as_slice(), rest.or(look))?;
     }
 }
 
-fn signals() -> anyhow::Result<Signals> {
-    Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("signal handlers")
+const SIGNALS: [i32; 4] = [SIGTERM, SIGINT, SIGHUP, SIGUSR1];
+
+fn alarm() -> anyhow::Result<Alarm> {
+    Alarm::new(&SIGNALS)
 }
 
 /// Runs the metadata server.
@@ -48,11 +60,15 @@ fn signals() -> anyhow::Result<Signals> {
 /// # Errors
 /// It cannot start, or its store fails at the end.
 pub fn meta(config: &Config, key: Vec<u8>, accept_older: bool) -> anyhow::Result<ExitCode> {
-    let mut signals = signals()?;
+    let mut alarm = alarm()?;
     follow_parent(Signal::USR1)?;
     let server = MetaServer::start(config, key, accept_older)?;
+    let bell = alarm.bell();
+    server.once_older(Box::new(move || bell.ring()));
     ready(&format!("metadata server on {}", server.addr()));
-    wait(&mut signals, || server.is_older().is_some());
+    wait(&mut alarm, &Followed::default(), None, || {
+        server.is_older().is_some()
+    })?;
     let older = server.is_older();
     server.stop()?;
     anyhow::ensure!(older.is_none(), older.unwrap_or_default());
@@ -70,11 +86,11 @@ pub fn storage(
     forget: bool,
     accept_older: bool,
 ) -> anyhow::Result<ExitCode> {
-    let mut signals = signals()?;
+    let mut alarm = alarm()?;
     follow_parent(Signal::USR1)?;
     let node = StorageNode::start(config, id, key, accept_older)?;
     ready(&format!("storage node {id} on {}", node.addr()));
-    wait(&mut signals, || false);
+    wait(&mut alarm, &Followed::default(), None, || false)?;
     node.stop(forget)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -92,19 +108,16 @@ fn begin_anew(former: &Mounted) -> anyhow::Result<ExitCode> {
 }
 
 /// Mounts. A life that follows another one waits for the servers as long as it takes.
-fn start(
-    config: &Config,
-    key: &[u8],
-    options: &MountOptions,
-    signals: &mut Signals,
-) -> anyhow::Result<Mount> {
+fn start(config: &Config, key: &[u8], options: &MountOptions, alarm: &mut Alarm) -> anyhow::Result<Mount> {
     loop {
         match Mount::start(config, key.to_vec(), options) {
             Err(error @ MountError::Join(_)) if options.former.is_some() => {
                 tracing::warn!("{error}; tried again");
-                if signals.pending().any(|signal| signal != SIGUSR1) {
+                mask::let_come(&SIGNALS).context("signals")?;
+                if alarm.signals().any(|signal| signal != SIGUSR1) {
                     return Err(error.into());
                 }
+                mask::hold(&SIGNALS).context("signals")?;
                 std::thread::sleep(AGAIN);
             }
             started => return Ok(started?),
@@ -126,11 +139,14 @@ fn succeeded_by(successor: Pid) {
 /// # Errors
 /// It cannot join or mount.
 pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Result<ExitCode> {
-    let mut signals = signals()?;
+    let mut alarm = alarm()?;
+    // Signals come to this thread only, when it lets them; those that it holds outlive the program, where it begins anew. Other threads, which
+    // are started meanwhile, never take one.
+    mask::hold(&SIGNALS).context("signals")?;
     let parent = follow_parent(Signal::TERM)?;
     let mut mount = match predecessor() {
         Some(stream) => Mount::succeed(config, key, options, stream)?,
-        None => start(config, key, options, &mut signals)?,
+        None => start(config, key, options, &mut alarm)?,
     };
     mount.may_be_replaced(Box::new(replace::start))?;
     mount.mounted().into_iter().for_each(keeper::tell);
@@ -139,22 +155,29 @@ pub fn mount(config: &Config, key: &[u8], options: &MountOptions) -> anyhow::Res
         mount.point().display(),
         mount.mode()
     ));
-    let told = wait(&mut signals, || {
-        mount.is_gone() || mount.replaced_by().is_some() || parent.has_ended()
-    });
+    let bell = alarm.bell();
+    mount.once_ending(Box::new(move || bell.ring()));
+    mask::let_come(&SIGNALS).context("signals")?;
+    let told = wait(&mut alarm, &parent, Some(LOOK), || {
+        mount.is_gone() || mount.replaced_by().is_some()
+    })?;
     mount.replaced_by().into_iter().for_each(succeeded_by);
     let former = mount.mounted().filter(|_| mount.is_doomed()).cloned();
     let doomed = mount.is_doomed();
     if let Some(successor) = mount.stop() {
         // Who was told to end meanwhile was meant as the one who serves the mount.
-        if told || signals.pending().any(|signal| signal != SIGUSR1) {
+        if told || alarm.signals().any(|signal| signal != SIGUSR1) {
             rustix::process::kill_process(successor, Signal::TERM).context("the successor")?;
         }
         return Ok(ExitCode::SUCCESS);
     }
+    if former.is_some() {
+        // What comes from here on is for the next life, which would end by it before it listens.
+        mask::hold(&SIGNALS).context("signals")?;
+    }
     match former {
         // Who was told to end does, before or after it was declared dead.
-        Some(former) if told || signals.pending().any(|signal| signal != SIGUSR1) => {
+        Some(former) if told || alarm.signals().any(|signal| signal != SIGUSR1) => {
             former.abandon();
             Ok(ExitCode::SUCCESS)
         }

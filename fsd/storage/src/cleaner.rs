@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use rt::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use rt::channel::{Either, Receiver, Sender, recv_either, unbounded};
 use rt::time::Instant;
 
 use super::alloc::Allocator;
@@ -20,6 +20,12 @@ const CLEANER: Duration = Duration::from_millis(200);
 const STOCK: usize = if cfg!(test) { 2 } else { 64 };
 /// … and of the backing file, so that what is stored goes to blocks that the disk has already.
 const DISK_STOCK: usize = if cfg!(test) { 0 } else { 128 };
+/// How long nothing must be freed before the stock is filled up.
+const PAUSE: Duration = Duration::from_millis(100);
+/// How long it is waited before that is tried again, where there is no memory.
+const AGAIN: Duration = Duration::from_secs(1);
+/// How long the cleaner sleeps if nobody wakes it.
+const QUIET: Duration = Duration::from_secs(60);
 /// Slabs given back at once.
 const SURPLUS: usize = 1024;
 
@@ -27,6 +33,11 @@ const SURPLUS: usize = 1024;
 pub struct Cleaner {
     media: Arc<Media>,
     queue: (Sender<Frame>, Receiver<Frame>),
+    /// Wakes it where the stock is low, or when the node stops.
+    wake: (Sender<()>, Receiver<()>),
+    /// It knows that the stock is low.
+    low: AtomicBool,
+    stopping: AtomicBool,
     /// Frames handed to it and not free yet, and their bytes.
     frames: AtomicU64,
     bytes: AtomicU64,
@@ -38,6 +49,9 @@ impl Cleaner {
         Self {
             media: Arc::clone(media),
             queue: unbounded(),
+            wake: unbounded(),
+            low: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
             frames: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         }
@@ -67,17 +81,39 @@ impl Cleaner {
     }
 
     /// Cleans what is freed, and keeps a stock of memory, until the node stops.
-    pub fn run(&self, stopping: &AtomicBool) {
-        while !stopping.load(Ordering::Acquire) {
-            match self.queue.1.recv_timeout(Duration::from_millis(100)) {
-                Ok(frame) => self.clean(frame),
-                Err(RecvTimeoutError::Timeout) => {
-                    if let Err(error) = self.stock_up(STOCK) {
-                        tracing::debug!("{error}");
-                    }
+    pub fn run(&self) {
+        // Whatever the start could not have.
+        let mut patience = PAUSE;
+        while !self.stopping.load(Ordering::Acquire) {
+            match recv_either(&self.wake.1, &self.queue.1, patience) {
+                Either::First(Ok(())) => patience = patience.min(PAUSE),
+                Either::Second(Ok(frame)) => self.clean(frame),
+                Either::Neither => {
+                    // Whoever takes from the stock after this wakes the cleaner again.
+                    self.low.store(false, Ordering::SeqCst);
+                    patience = match self.stock_up(STOCK) {
+                        Ok(()) => QUIET,
+                        Err(error) => {
+                            tracing::debug!("{error}");
+                            AGAIN
+                        }
+                    };
                 }
-                Err(RecvTimeoutError::Disconnected) => return,
+                Either::First(Err(_)) | Either::Second(Err(_)) => return,
             }
+        }
+    }
+
+    /// Ends [`Cleaner::run`].
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        let _ = self.wake.0.send(());
+    }
+
+    /// Something was taken from the stock, or free memory has come that is none of it: the cleaner sees to it.
+    pub fn note_stock(&self, alloc: &Allocator) {
+        if alloc.warm() < STOCK && alloc.coldest().is_some() && !self.low.swap(true, Ordering::SeqCst) {
+            let _ = self.wake.0.send(());
         }
     }
 
@@ -99,7 +135,9 @@ impl Cleaner {
         {
             tracing::error!("a freed frame cannot be cleaned and is not used again: {error}");
         } else {
-            self.media.space.lock().give_back(frame);
+            let mut space = self.media.space.lock();
+            space.give_back(frame);
+            self.note_stock(&space.alloc);
         }
         self.bytes.fetch_sub(u64::from(frame.size), Ordering::AcqRel);
         self.frames.fetch_sub(1, Ordering::AcqRel);

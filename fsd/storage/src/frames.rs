@@ -163,6 +163,7 @@ impl Frames {
             offset: space.alloc.allocate(class, is_covered)?,
             size,
         };
+        self.cleaner.note_stock(&space.alloc);
         if !space.alloc.is_backed(frame.offset) {
             if let Err(error) = self.media.pool.back(frame.offset) {
                 tracing::warn!("no memory for the pool: {error}");

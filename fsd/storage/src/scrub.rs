@@ -15,6 +15,8 @@ use super::media::Media;
 
 /// Pause between two steps.
 const STEP: Duration = Duration::from_secs(1);
+/// Longest sleep between two passes.
+const SLEEP: Duration = Duration::from_secs(3600);
 
 /// Where the scrub is: what is left of this pass.
 #[derive(Debug, Default)]
@@ -122,10 +124,17 @@ impl Scrubber {
         let mut state = Scrub::default();
         // When the last pass ended that left no block lost.
         let mut ended: Option<Instant> = None;
-        while matches!(stop.recv_timeout(STEP), Err(RecvTimeoutError::Timeout)) {
-            if rate == 0 || (state.left.is_empty() && ended.is_some_and(|at| at.elapsed() < pause)) {
+        let mut patience = if rate == 0 { SLEEP } else { STEP };
+        while matches!(stop.recv_timeout(patience), Err(RecvTimeoutError::Timeout)) {
+            if rate == 0 {
                 continue;
             }
+            let rest = ended.map_or(Duration::ZERO, |at| pause.saturating_sub(at.elapsed()));
+            if state.left.is_empty() && !rest.is_zero() {
+                patience = rest.clamp(STEP, SLEEP);
+                continue;
+            }
+            patience = STEP;
             if let Err(error) = self.scrub(&mut state, rate) {
                 tracing::error!("checking the backing file: {error}");
             }

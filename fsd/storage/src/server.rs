@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rdma_transport::{Access, Fabric};
@@ -37,7 +36,6 @@ const SEATS: &str = "seats";
 pub struct StorageNode {
     blocks: Arc<Blocks>,
     words: Arc<Words>,
-    stopping: Arc<AtomicBool>,
     fabric: Arc<dyn Fabric>,
     threads: Vec<JoinHandle<()>>,
     /// One for each thread that sleeps.
@@ -104,7 +102,7 @@ impl StorageNode {
         let (stop_dead, dead_end) = unbounded();
         let (stop_flush, flush_end) = unbounded();
         let (stop_scrub, scrub_end) = unbounded();
-        let (blocks, stopping) = (Arc::new(blocks), Arc::new(AtomicBool::new(false)));
+        let blocks = Arc::new(blocks);
         let words = Arc::new(Words {
             id,
             table,
@@ -138,14 +136,14 @@ impl StorageNode {
             status,
         };
         let (cleaner, scrubber) = (Arc::clone(&blocks.cleaner), Arc::clone(&blocks));
-        let (cleaning, buried) = (Arc::clone(&stopping), Arc::clone(&words));
+        let buried = Arc::clone(&words);
         let (rate, pause) = (section.scrub.0, Duration::from_secs(section.scrub_pause_s));
         let threads = vec![
             spawn("storage-work", move || worker.run(&work_in, &work_end))?,
             spawn("storage-dead", move || {
                 work::bury(&buried, &funerals_in, &dead_end)
             })?,
-            spawn("storage-clean", move || cleaner.run(&cleaning))?,
+            spawn("storage-clean", move || cleaner.run())?,
             spawn("storage-flush", move || storing.run(&flush_end))?,
             spawn("storage-scrub", move || {
                 scrubber.scrubber.run(rate, pause, &scrub_end);
@@ -154,7 +152,6 @@ impl StorageNode {
         Ok(Self {
             blocks,
             words,
-            stopping,
             fabric,
             threads,
             stop: [stop_work, stop_dead, stop_flush, stop_scrub],
@@ -175,7 +172,7 @@ impl StorageNode {
     /// # Errors
     /// Storing failed; the memory is then kept, so that nothing is lost.
     pub fn stop(mut self, forget: bool) -> Result<(), StorageError> {
-        self.stopping.store(true, Ordering::Release);
+        self.blocks.cleaner.stop();
         for stop in &self.stop {
             let _ = stop.send(());
         }

@@ -88,7 +88,7 @@ fn a_mount_that_was_evicted_is_told_to_end() -> anyhow::Result<()> {
         let config = cluster.config().display().to_string();
         std::thread::scope(|scope| {
             let evicting = scope.spawn(|| cluster.tool(&["evict", "0", "--config", &config]));
-            // As soon as can be: it looks ten times a second for both.
+            // As soon as can be: before it begins anew, while it does, or when it has.
             let start = Instant::now();
             while !fs::read_to_string(cluster.log(Role::Mount(0)))?.contains("was declared dead") {
                 ensure!(start.elapsed() < LIMIT, "it does not learn that it was evicted");

@@ -27,6 +27,7 @@ mod former;
 mod generations;
 mod half_done;
 mod histories;
+mod idle;
 mod keeper;
 mod launch;
 mod leftovers;

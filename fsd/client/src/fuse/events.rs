@@ -1,6 +1,5 @@
 //! What the kernel extension asks for and tells.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -33,7 +32,7 @@ pub fn run(client: &Weak<Client>, ext: &Arc<Extension>) {
             Err(error) => {
                 tracing::error!("the kernel extension: {error}: this mount ends");
                 if let Some(client) = client.upgrade() {
-                    client.session.fate.doomed.store(true, Ordering::SeqCst);
+                    client.session.fate.doom();
                 }
                 break;
             }

@@ -9,7 +9,7 @@
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rt::sync::Mutex;
@@ -31,11 +31,19 @@ pub struct Loops {
     round: AtomicU64,
     /// Loops that have read what was made up for them in this round.
     seen: AtomicUsize,
+    /// All have ended, or are about to: there is nothing left to serve.
+    pub(super) ended: AtomicBool,
     /// What the kernel said first, and was answered.
     pub handshake: std::sync::OnceLock<Handshake>,
 }
 
 impl Loops {
+    /// Have all of them come to their end?
+    #[must_use]
+    pub fn have_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+
     /// Is a FORGET made up? Then it is noted.
     pub(super) fn is_made_up(&self, inode: u64, count: u64) -> bool {
         if inode == NOBODY && count == self.round.load(Ordering::SeqCst) {

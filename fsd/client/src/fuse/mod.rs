@@ -23,6 +23,7 @@ mod xattrs;
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use fuser::{
@@ -88,6 +89,11 @@ impl Filesystem for FsdFs {
         let _ = config.set_max_write(MAX_REQUEST);
         let _ = config.set_max_background(64);
         Ok(())
+    }
+
+    fn destroy(&mut self) {
+        self.loops.ended.store(true, Ordering::SeqCst);
+        self.client.session.fate.may_end();
     }
 
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {

@@ -325,7 +325,14 @@ impl Mount {
     /// Has somebody else unmounted it?
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        self.session.as_ref().is_none_or(|s| s.guard.is_finished()) || self.is_doomed()
+        let served =
+            |s: &fuser::BackgroundSession| !s.guard.is_finished() && !self.standing.loops.have_ended();
+        !self.session.as_ref().is_some_and(served) || self.is_doomed()
+    }
+
+    /// Calls this when it may be gone, or replaced. It may have been before.
+    pub fn once_ending(&self, tell: Box<dyn Fn() + Send + Sync>) {
+        self.client.session.fate.once_ending(tell);
     }
 
     /// Has it lost its leases?

@@ -173,7 +173,7 @@ impl Owner for Client {
         self.session.leases.storage_reconnected(u32::from(shard));
     }
     fn leases_lost(&self, shard: u16) {
-        if !self.session.fate.doomed.swap(true, Ordering::SeqCst) {
+        if self.session.fate.doom() {
             tracing::error!(
                 "storage node {shard} came back without its leases (its host was restarted): this mount cannot know what others have changed, and begins anew"
             );
@@ -187,7 +187,7 @@ impl Owner for Client {
             tracing::error!(
                 "this mount was declared dead, because it was silent for too long or was evicted: what it had not stored is lost, and it begins anew"
             );
-            self.session.fate.doomed.store(true, Ordering::SeqCst);
+            self.session.fate.doom();
         }
     }
     fn peer_unreachable(&self, node: NodeId) {

@@ -80,7 +80,7 @@ impl Threads {
 }
 
 /// How a mount ends.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Fate {
     /// The mount is leaving.
     pub stopping: AtomicBool,
@@ -90,6 +90,28 @@ pub struct Fate {
     pub left: AtomicBool,
     /// The leases are lost; nothing is served any more.
     pub doomed: AtomicBool,
+    /// Who waits for the end of the mount.
+    once_ending: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+impl Fate {
+    /// The leases are lost; false if that was known.
+    pub fn doom(&self) -> bool {
+        let first = !self.doomed.swap(true, Ordering::SeqCst);
+        self.may_end();
+        first
+    }
+
+    /// Something has happened that may be the end of the mount: whoever waits for that looks.
+    pub fn may_end(&self) {
+        self.once_ending.get().inspect(|tell| tell());
+    }
+
+    /// Calls this when something has happened that may be the end of the mount.
+    pub fn once_ending(&self, tell: Box<dyn Fn() + Send + Sync>) {
+        let first = self.once_ending.set(tell).is_ok();
+        debug_assert!(first);
+    }
 }
 
 /// What a mount has done.

@@ -106,8 +106,11 @@ fn work(shared: &Shared) {
         }
     }
     state.threads -= 1;
-    drop(state);
-    shared.changed.notify_all();
+    // Nobody else waits for the end of a thread, and those that wait for work would be woken for nothing.
+    if state.closed {
+        drop(state);
+        shared.changed.notify_all();
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rt::channel::{Receiver, RecvTimeoutError};
@@ -33,6 +33,8 @@ pub struct Copies {
     foreign_leases: Mutex<BTreeSet<u16>>,
     /// This server's own store is an older copy: why that is believed.
     older: Mutex<Option<String>>,
+    /// Who is told of that.
+    once_older: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Copies {
@@ -45,6 +47,7 @@ impl Copies {
             nodes: nodes.clone(),
             dir: dir.to_owned(),
             older: Mutex::default(),
+            once_older: OnceLock::new(),
         }
     }
 
@@ -65,12 +68,19 @@ impl Copies {
             self.dir.display()
         );
         self.older.lock().get_or_insert(what);
+        self.once_older.get().inspect(|tell| tell());
         Err(Errno(libc::ESTALE).into())
     }
 
     /// Why this server must not go on, if so.
     pub fn is_older(&self) -> Option<String> {
         self.older.lock().clone()
+    }
+
+    /// Calls this when it is found out that this server must not go on.
+    pub fn tell_once_older(&self, tell: Box<dyn Fn() + Send + Sync>) {
+        let first = self.once_older.set(tell).is_ok();
+        debug_assert!(first);
     }
 
     /// Tells a storage node how far this server has got, and learns its store's generation.

@@ -13,8 +13,10 @@ use super::members::Members;
 const SOON: Duration = Duration::from_millis(20);
 /// Longest pause between two looks: each time the mount sees a connection that comes to nothing.
 const AGAIN: Duration = Duration::from_secs(2);
-/// How often it is looked for mounts that are newly lost, if nobody has said so.
+/// How often it is looked for mounts that are newly lost while others are, if nobody has said so …
 const EVERY: Duration = Duration::from_millis(500);
+/// … and while none is.
+const QUIET: Duration = Duration::from_secs(10);
 
 /// When it is looked next for one that was found, and how long to wait then.
 struct Look {
@@ -62,6 +64,6 @@ pub fn watch(
             .values()
             .map(|l| l.next.saturating_duration_since(now))
             .min();
-        patience = next.map_or(EVERY, |next| next.clamp(Duration::from_millis(1), EVERY));
+        patience = next.map_or(QUIET, |next| next.clamp(Duration::from_millis(1), EVERY));
     }
 }

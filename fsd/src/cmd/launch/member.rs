@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use parking_lot::Mutex;
 use rdma_transport::{Connection, TransportError};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 
 use super::talk::{Order, Phase, Plan, Say};
+use crate::cmd::alarm::Alarm;
 use crate::cmd::children::{Children, code_of, follow_us, signal, wait_for};
 use crate::cmd::temporary::Temporary;
 use fsd_node::config::Config;
@@ -21,7 +21,8 @@ use fsd_proto::rpc::{Responder, RpcError, Service};
 use fsd_proto::wire::{Hello, Role};
 use fsd_storage::label::Label;
 
-const POLL: Duration = Duration::from_millis(20);
+/// Pause between two attempts to reach the coordinator.
+const AGAIN: Duration = Duration::from_millis(100);
 /// How long a command gets to end when the job is stopped.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -63,17 +64,21 @@ struct Session {
     endpoint: Endpoint,
     conn: Arc<dyn Connection>,
     watch: Slot,
-    signals: Signals,
+    /// Rung when the coordinator has said something; the end of a child is a signal.
+    alarm: Alarm,
+    /// A signal has come that ends the job.
+    interrupted: bool,
     children: Option<Children>,
 }
 
 impl Session {
     fn ask(&self, say: &Say) -> Slot {
         let slot = Slot::default();
-        let filled = Arc::clone(&slot);
-        self.endpoint
-            .calls
-            .call_async(&self.conn, say, move |order| *filled.lock() = Some(order));
+        let (filled, bell) = (Arc::clone(&slot), self.alarm.bell());
+        self.endpoint.calls.call_async(&self.conn, say, move |order| {
+            *filled.lock() = Some(order);
+            bell.ring();
+        });
         slot
     }
 
@@ -88,13 +93,20 @@ impl Session {
                 };
             }
             self.well(true)?;
-            std::thread::sleep(POLL);
+            self.wait(None)?;
         }
+    }
+
+    /// Waits until something has happened that whoever calls this looks at afterwards.
+    fn wait(&mut self, limit: Option<Duration>) -> anyhow::Result<()> {
+        self.alarm.wait(&[], limit)?;
+        self.interrupted |= self.alarm.signals().any(|signal| signal != SIGCHLD);
+        Ok(())
     }
 
     /// Has nothing happened that ends the job? A signal does, if `interruptible`.
     fn well(&mut self, interruptible: bool) -> anyhow::Result<()> {
-        if interruptible && self.signals.pending().next().is_some() {
+        if interruptible && std::mem::take(&mut self.interrupted) {
             bail!("interrupted");
         }
         if let Some(dead) = self.children.as_mut().and_then(Children::dead) {
@@ -130,7 +142,7 @@ fn connect(member: &Member<'_>, endpoint: &Endpoint) -> anyhow::Result<Arc<dyn C
             Err(TransportError::Unreachable { .. } | TransportError::Timeout { .. })
                 if Instant::now() < deadline =>
             {
-                std::thread::sleep(POLL * 5);
+                std::thread::sleep(AGAIN);
             }
             Err(error) => {
                 return Err(error).with_context(|| {
@@ -157,7 +169,7 @@ fn free_ports() -> anyhow::Result<[u16; 2]> {
 /// # Errors
 /// Something failed, here or elsewhere; everything started here has been taken down.
 pub fn run(member: &Member<'_>) -> anyhow::Result<(u8, u8)> {
-    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
+    let alarm = Alarm::new(&[SIGTERM, SIGINT, SIGHUP, SIGCHLD])?;
     let ip = fsd_client::mount::listen::route_to(&member.rendezvous)
         .with_context(|| format!("no route to the rendezvous {}", member.rendezvous))?;
     let listen = std::net::SocketAddr::new(ip, 0).to_string();
@@ -173,7 +185,8 @@ pub fn run(member: &Member<'_>) -> anyhow::Result<(u8, u8)> {
         endpoint,
         conn,
         watch: Slot::default(),
-        signals,
+        alarm,
+        interrupted: false,
         children: None,
     };
     let result = take_part(member, ip, &mut session);
@@ -183,7 +196,10 @@ pub fn run(member: &Member<'_>) -> anyhow::Result<(u8, u8)> {
         let told = session.ask(&Say::Failed { why });
         let deadline = Instant::now() + LAST_WORDS;
         while told.lock().is_none() && Instant::now() < deadline {
-            std::thread::sleep(POLL);
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if session.wait(Some(rest)).is_err() {
+                break;
+            }
         }
     }
     if let Some(children) = &mut session.children {
@@ -312,9 +328,9 @@ fn command(
     session: &mut Session,
 ) -> anyhow::Result<u8> {
     let Some((program, args)) = command.split_first() else {
-        while !session.finished() && session.signals.pending().next().is_none() {
+        while !session.finished() && !std::mem::take(&mut session.interrupted) {
             session.well(false)?;
-            std::thread::sleep(POLL * 5);
+            session.wait(None)?;
         }
         return Ok(0);
     };
@@ -336,6 +352,6 @@ fn command(
             let _ = child.wait();
             return Err(error);
         }
-        std::thread::sleep(POLL);
+        session.wait(None)?;
     }
 }

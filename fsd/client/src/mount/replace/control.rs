@@ -154,6 +154,8 @@ pub(crate) fn answer(
             let mut stream = stream;
             let _ = writeln!(stream, "{text}");
             if done.is_ok() {
+                // The stage is unlocked by now.
+                standing.client.session.fate.may_end();
                 return;
             }
         }
