@@ -196,6 +196,7 @@ impl Frames {
         Entry {
             frame,
             clean_at: None,
+            kept_at: None,
             ..old
         }
     }

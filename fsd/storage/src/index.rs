@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::error::StorageError;
+use super::kept::{Kept, Page};
 use fsd_node::store::{Batch, Store, StoreError};
 use fsd_proto::wire::{BlockFrame, BlockRange, Frame};
 
@@ -32,6 +33,8 @@ pub struct Entry {
     /// The slab's dirty counter before that was read from memory which `stored` has; if the counter has not moved
     /// since, there is nothing to store.
     pub clean_at: Option<u64>,
+    /// As `clean_at`, of what the last copy and the pages that are kept have together: a FLUSH need not do anything for it.
+    pub kept_at: Option<u64>,
     /// The copy on disk is damaged: to be stored even if it seems to be what is in memory.
     pub rewrite: bool,
 }
@@ -46,6 +49,7 @@ impl Entry {
             lost: false,
             id: 0,
             clean_at: None,
+            kept_at: None,
             rewrite: false,
         }
     }
@@ -128,6 +132,7 @@ pub struct Index {
     store: Arc<dyn Store>,
     files: HashMap<u64, BTreeMap<u64, Entry>>,
     next_id: u64,
+    kept: Kept,
 }
 
 impl Index {
@@ -153,6 +158,7 @@ impl Index {
             }
         }
         Ok(Self {
+            kept: Kept::load(store.as_ref())?,
             store,
             files,
             next_id,
@@ -234,10 +240,25 @@ impl Index {
     /// # Errors
     /// [`StoreError`]; nothing has then changed.
     pub fn set(&mut self, entries: &[(Place, Entry)]) -> Result<(), StoreError> {
-        if entries.is_empty() {
+        self.set_stored(entries, &[])
+    }
+
+    /// As [`Index::set`], of blocks that have new copies: pages that are kept of a place, up to the number beside it, are no more.
+    ///
+    /// # Errors
+    /// As [`Index::set`].
+    pub fn set_stored(
+        &mut self,
+        entries: &[(Place, Entry)],
+        have: &[(Place, u64)],
+    ) -> Result<(), StoreError> {
+        if entries.is_empty() && have.is_empty() {
             return Ok(());
         }
         let mut batch = Batch::default();
+        for &(place, last) in have {
+            self.kept.unkeep(place, last, &mut batch);
+        }
         for ((ino, block), entry) in entries {
             batch.put(key(*ino, *block), encode(entry));
         }
@@ -245,7 +266,24 @@ impl Index {
         for ((ino, block), entry) in entries {
             self.files.entry(*ino).or_default().insert(*block, *entry);
         }
+        for &(place, last) in have {
+            self.kept.unkept(place, last);
+        }
         Ok(())
+    }
+
+    /// Keeps pages in the store, atomically.
+    ///
+    /// # Errors
+    /// [`StoreError`]; nothing has then changed.
+    pub fn keep(&mut self, pages: Vec<Page>) -> Result<(), StoreError> {
+        self.kept.keep(self.store.as_ref(), pages)
+    }
+
+    /// The pages that are kept.
+    #[must_use]
+    pub(super) fn kept(&self) -> &Kept {
+        &self.kept
     }
 
     /// Removes blocks, atomically in the store, and returns what was known of them.
@@ -272,10 +310,12 @@ impl Index {
         let mut batch = Batch::default();
         for (ino, block) in places {
             batch.delete(key(*ino, *block));
+            self.kept.unkeep((*ino, *block), u64::MAX, &mut batch);
         }
         self.store.apply(batch)?;
         let mut gone = Vec::with_capacity(places.len());
         for (ino, block) in places {
+            self.kept.unkept((*ino, *block), u64::MAX);
             if let Some(blocks) = self.files.get_mut(ino) {
                 gone.extend(blocks.remove(block));
                 if blocks.is_empty() {

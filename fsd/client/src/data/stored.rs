@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::cache::claims::{Purpose, Span};
 use crate::cache::durable::Durable;
 use crate::cache::inode::{Inode, Locked};
+use crate::cache::pages::PAGE;
 use crate::cache::state::State;
 use crate::data::space::Space;
 use crate::data::transfer::{PoolOp, Transfer, Transfers};
@@ -13,10 +14,12 @@ use crate::session::Session;
 use crate::session::ctx::{Ctx, Res, fail};
 use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
-use fsd_proto::wire::{BlockFrame, BlockWant, Frame};
+use fsd_proto::wire::{BlockFrame, BlockWant, Frame, Part};
 
 /// Frames asked for in one request.
 const LOOKUP_COUNT: u32 = 4096;
+/// Dirty pages that are told one by one to storage nodes which are to make them durable.
+const FEW: usize = 16;
 /// Frames allocated in one request.
 const ALLOCATED_AT_ONCE: usize = 512;
 
@@ -315,8 +318,40 @@ impl Stored {
         let inos = vec![inode.ino];
         nodes
             .filter(|&node| durable.is_none_or(|d| !d.is_stored(node)))
-            .map(|node| (node, ask::storage::Flush { inos: inos.clone() }))
+            .map(|node| {
+                let (inos, parts) = (inos.clone(), Vec::new());
+                (node, ask::storage::Flush { inos, parts })
+            })
             .collect()
+    }
+
+    /// Of storage nodes that had all durable before the dirty pages of a file are brought to them, no more than those is asked for.
+    pub fn narrow(
+        &self,
+        inode: &Inode,
+        state: &State,
+        durable: &[u16],
+        flushes: &mut [(u16, ask::storage::Flush)],
+    ) {
+        if state.pages.dirty() > FEW {
+            return;
+        }
+        for (node, flush) in flushes.iter_mut().filter(|(node, _)| durable.contains(node)) {
+            let blocks = state
+                .pages
+                .dirty_pages()
+                .map(|(page, _)| (page * PAGE / BLOCK, page * PAGE % BLOCK));
+            let here = blocks.filter(|(block, _)| self.session.storage_of(inode.ino, *block) == *node);
+            flush.inos.clear();
+            flush.parts = here
+                .map(|(block, at)| Part {
+                    ino: inode.ino,
+                    block,
+                    at: at as u32,
+                    len: PAGE as u32,
+                })
+                .collect();
+        }
     }
 
     /// Claims all of a file for a change, under the exclusive lease of `version`.

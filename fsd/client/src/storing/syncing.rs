@@ -9,6 +9,7 @@ use std::sync::Arc;
 use lockmgr::{Guard, Mode};
 
 use crate::cache::Cache;
+use crate::cache::durable::Durable;
 use crate::cache::inode::Inode;
 use crate::cache::state::State;
 use crate::data::stored::Stored;
@@ -107,8 +108,14 @@ impl Syncing {
         if state.lasting.gone {
             return Ok(());
         }
+        let durable = state
+            .lasting
+            .durable
+            .as_deref()
+            .map_or_else(Vec::new, Durable::nodes);
         self.writing.find_frames(ctx, inode, &mut state)?;
-        let flushes = self.flushes(inode, &state);
+        let mut flushes = self.flushes(inode, &state);
+        self.stored.narrow(inode, &state, &durable, &mut flushes);
         let storage = &self.session.net.storage;
         let begun = self
             .writing

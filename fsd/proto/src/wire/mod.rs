@@ -24,14 +24,14 @@ pub use meta::{
 pub use mount::{Act, MountRequest, MountStatus, Visited};
 pub use names::{Carried, Created, NamespaceOp, Touched, Written};
 pub use storage::{
-    Attached, BlockFrame, BlockRange, BlockWant, Frame, MOST_RANGES, PoolSpace, StorageReply, StorageRequest,
-    StorageStatus,
+    Attached, BlockFrame, BlockRange, BlockWant, Frame, MOST_RANGES, Part, PoolSpace, StorageReply,
+    StorageRequest, StorageStatus,
 };
 
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages; nodes of different versions refuse each other.
-pub const PROTOCOL: u32 = 13;
+pub const PROTOCOL: u32 = 14;
 
 /// What a node says it is when it connects (authenticated by the transport's handshake).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
