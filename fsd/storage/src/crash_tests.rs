@@ -259,7 +259,19 @@ impl World {
         };
         let at = self.journal.len();
         let page = self.random(u64::from(frame.size) / 4096) as u32 * 4096;
-        change_page(&self.blocks, place, page, 1 + self.random(255) as u8);
+        let byte = 1 + self.random(255) as u8;
+        let carried = self.random(2) == 0;
+        let part = Part {
+            ino: place.0,
+            block: place.1,
+            at: page,
+            len: 4096,
+        };
+        if carried {
+            self.blocks.flusher.take_in(&[part], &[byte; 4096]).unwrap();
+        } else {
+            change_page(&self.blocks, place, page, byte);
+        }
         let now = contents(&self.blocks, frame);
         self.known
             .lock()
@@ -267,13 +279,6 @@ impl World {
             .entry(place)
             .or_default()
             .push((at, Some(now)));
-        let (ino, block) = place;
-        let part = Part {
-            ino,
-            block,
-            at: page,
-            len: 4096,
-        };
         let parts = vec![part];
         self.blocks
             .flusher

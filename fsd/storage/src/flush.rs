@@ -182,7 +182,7 @@ impl Flusher {
                 let entry = space.index.get(target.place.0, target.place.1);
                 let entry = entry.filter(|e| e.id == target.id && self.media.is_dirty(e));
                 let kept = space.index.kept().last();
-                entry.map(|e| (e, self.media.pool.dirty_count(e.frame.offset), kept))
+                entry.map(|e| (e, self.media.count(&e), kept))
             };
             // Freed, or stored by somebody else meanwhile.
             let Some((entry, count, kept)) = known else {

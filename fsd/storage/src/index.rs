@@ -9,6 +9,8 @@ use super::kept::{Kept, Page};
 use fsd_node::store::{Batch, Store, StoreError};
 use fsd_proto::wire::{BlockFrame, BlockRange, Frame};
 
+pub use super::kept::Place;
+
 /// Where the backing file has a block's contents, and what they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stored {
@@ -30,11 +32,14 @@ pub struct Entry {
     pub lost: bool,
     /// Distinguishes this block from one that had its number before and was freed.
     pub id: u64,
-    /// The slab's dirty counter before that was read from memory which `stored` has; if the counter has not moved
-    /// since, there is nothing to store.
+    /// What `Media::count` was before that was read from memory which `stored` has; if it has not moved since, there is
+    /// nothing to store.
     pub clean_at: Option<u64>,
     /// As `clean_at`, of what the last copy and the pages that are kept have together: a FLUSH need not do anything for it.
     pub kept_at: Option<u64>,
+    /// How often this node itself has written to its memory: the counter of the slab is a device's to change, whose atomics are none
+    /// beside the processor's.
+    pub taken: u64,
     /// The copy on disk is damaged: to be stored even if it seems to be what is in memory.
     pub rewrite: bool,
 }
@@ -50,6 +55,7 @@ impl Entry {
             id: 0,
             clean_at: None,
             kept_at: None,
+            taken: 0,
             rewrite: false,
         }
     }
@@ -123,9 +129,6 @@ fn decode(key: &[u8], value: &[u8]) -> Option<(u64, u64, Entry)> {
     };
     Some((ino, block, entry))
 }
-
-/// A block: inode and number in the file.
-pub type Place = (u64, u64);
 
 /// The index of one storage node.
 pub struct Index {

@@ -1,11 +1,12 @@
 //! FLUSH: what is small is kept in the index's store, and durable with one sync; the rest is stored.
 
-use super::error::StorageError;
+use super::error::{StorageError, errno};
 use super::flush::{Flusher, Target};
 use super::index::{Entry, Place};
 use super::kept::{PAGE, Page};
 use super::media::Media;
 use super::space::Space;
+use fsd_proto::rpc::Errno;
 use fsd_proto::wire::Part;
 
 /// Blocks with frames up to this are kept as a whole where it is not known what of them has been written.
@@ -26,7 +27,7 @@ pub struct Wanted {
 #[derive(Default)]
 struct Plan {
     pages: Vec<Page>,
-    /// Blocks all of which is kept, and the slab's counter before it was read.
+    /// Blocks all of which is kept, and what `Media::count` was before they were read.
     whole: Vec<(Place, u64)>,
     /// To be stored.
     rest: Vec<Target>,
@@ -62,6 +63,37 @@ impl Plan {
 }
 
 impl Flusher {
+    /// Writes to parts of blocks, as a mount does that writes one-sided.
+    ///
+    /// # Errors
+    /// `EIO`: one is not there, or not as large; `EINVAL`: it is not as much as they are.
+    pub fn take_in(&self, parts: &[Part], mut data: &[u8]) -> Result<(), Errno> {
+        let pool = &self.media.pool;
+        // Under it no frame becomes another block's.
+        let mut space = self.media.space.lock();
+        // Whatever the counters of the slabs say.
+        self.is_needed();
+        for part in parts {
+            let Some((bytes, rest)) = data.split_at_checked(part.len as usize) else {
+                return Err(Errno(libc::EINVAL));
+            };
+            data = rest;
+            let end = u64::from(part.at) + u64::from(part.len);
+            let entry = space.index.get(part.ino, part.block);
+            let Some(entry) = entry.filter(|e| !e.lost && end <= u64::from(e.frame.size)) else {
+                return Err(Errno(libc::EIO));
+            };
+            let at = entry.frame.offset as usize + part.at as usize;
+            pool.mem.write_at(at, bytes).map_err(|e| errno(&e.into()))?;
+            space.index.note((part.ino, part.block), |e| e.taken += 1);
+        }
+        if data.is_empty() {
+            Ok(())
+        } else {
+            Err(Errno(libc::EINVAL))
+        }
+    }
+
     /// Makes what was written durable.
     pub fn flush(&self, wanted: &Wanted) -> Result<(), StorageError> {
         let rest = self.keep(wanted)?;
@@ -73,7 +105,8 @@ impl Flusher {
         let media = self.media.as_ref();
         let mut space = media.space.lock();
         let mut plan = Plan::default();
-        for part in wanted.parts.iter().filter(|part| part.len > 0) {
+        let parts = wanted.parts.iter().filter(|part| part.len > 0);
+        for part in parts.filter(|part| !wanted.inos.contains(&part.ino)) {
             let place = (part.ino, part.block);
             // Freed since: then nothing of it is to be there.
             let Some(entry) = space.index.get(place.0, place.1).filter(|e| !e.lost) else {
@@ -94,7 +127,7 @@ impl Flusher {
                 .collect();
             for (place, entry) in found {
                 // As of before memory is read.
-                let count = media.pool.dirty_count(entry.frame.offset);
+                let count = media.count(&entry);
                 let size = entry.frame.size;
                 let pages: Vec<u32> = (0..size / PAGE).collect();
                 if size > SMALL {
@@ -226,6 +259,32 @@ mod tests {
         node.blocks.flusher.flush_all().unwrap();
         assert!(node.lasting().1.keys().all(|k| k[0] != b'l'));
         assert_eq!(of(&reopened(node.lasting()).0, 10).unwrap(), expected);
+    }
+
+    #[test]
+    fn what_comes_with_a_flush_is_written_first() {
+        let node = Node::new();
+        put(&node.blocks, (10, 0), &[1; 8192]).unwrap();
+        node.costs(&all(10));
+        let (wanted, flusher) = (part(10, 0, 4096), &node.blocks.flusher);
+        flusher.take_in(&wanted.parts, &[9; 4096]).unwrap();
+        assert_eq!(node.costs(&wanted).1, 1);
+        let expected = [[1; 4096], [9; 4096]].concat();
+        assert_eq!(of(&node.blocks, 10).unwrap(), expected);
+        assert_eq!(of(&reopened(node.lasting()).0, 10).unwrap(), expected);
+        // Nobody has moved the counter but the one who wrote: it is stored in the background.
+        node.blocks.flusher.flush_all().unwrap();
+        assert_eq!(of(&reopened(node.lasting()).0, 10).unwrap(), expected);
+        // What is not there, is not as large, or is not as much.
+        for (at, block, bytes, error) in [
+            (0, 1, 4096, libc::EIO),
+            (16384, 0, 4096, libc::EIO),
+            (0, 0, 4095, libc::EINVAL),
+            (0, 0, 4097, libc::EINVAL),
+        ] {
+            let parts = part(10, block, at).parts;
+            assert_eq!(flusher.take_in(&parts, &vec![5; bytes]), Err(Errno(error)));
+        }
     }
 
     #[test]

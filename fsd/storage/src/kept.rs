@@ -10,7 +10,6 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::error::StorageError;
-use super::index::Place;
 use fsd_node::store::{Batch, Store, StoreError};
 use fsd_proto::layout::BLOCK;
 
@@ -24,6 +23,9 @@ const PREFIX: u8 = b'l';
 const AFTER: u8 = PREFIX + 1;
 /// Pages read at once.
 const AT_ONCE: usize = 256;
+
+/// A block: inode and number in the file.
+pub type Place = (u64, u64);
 
 /// A page of a block: by its offset there.
 pub type Page = (Place, u32, Vec<u8>);
@@ -143,6 +145,9 @@ impl Kept {
     }
 }
 
+/// What is done with each page.
+type Take<'a> = &'a mut dyn FnMut(Place, u32, &[u8]) -> Result<(), StorageError>;
+
 /// Goes through all pages that are kept.
 pub fn each(
     store: &dyn Store,
@@ -161,12 +166,7 @@ pub fn each_of(
     scan(store, key(place, 0), &end, &mut |_, at, bytes| take(at, bytes))
 }
 
-fn scan(
-    store: &dyn Store,
-    mut from: Vec<u8>,
-    to: &[u8],
-    take: &mut dyn FnMut(Place, u32, &[u8]) -> Result<(), StorageError>,
-) -> Result<(), StorageError> {
+fn scan(store: &dyn Store, mut from: Vec<u8>, to: &[u8], take: Take<'_>) -> Result<(), StorageError> {
     loop {
         let pairs = store.scan(&from, to, AT_ONCE)?;
         for (key, value) in &pairs {

@@ -86,17 +86,22 @@ impl Media {
         space.alloc.cold_bytes().saturating_sub(free)
     }
 
+    /// Moves when something is written to a block.
+    pub fn count(&self, entry: &Entry) -> u64 {
+        let counter = self.pool.dirty_count(entry.frame.offset);
+        counter.wrapping_add(entry.taken)
+    }
+
     /// Is something of a block not on disk?
     pub fn is_dirty(&self, entry: &Entry) -> bool {
-        let clean =
-            entry.stored.is_some() && entry.clean_at == Some(self.pool.dirty_count(entry.frame.offset));
+        let clean = entry.stored.is_some() && entry.clean_at == Some(self.count(entry));
         // What could not be read must not be written over with nothing.
         (entry.rewrite || !clean) && !entry.lost
     }
 
     /// Is something of a block neither on disk nor among the pages that are kept?
     pub fn is_unsafe(&self, entry: &Entry) -> bool {
-        let kept = entry.kept_at == Some(self.pool.dirty_count(entry.frame.offset));
+        let kept = entry.kept_at == Some(self.count(entry));
         self.is_dirty(entry) && !kept
     }
 

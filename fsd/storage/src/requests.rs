@@ -44,7 +44,13 @@ impl Requests {
         };
         match request {
             // These wait for the disk or go through the whole table: not on the progress thread.
-            StorageRequest::Flush { inos, parts } => {
+            StorageRequest::Flush { inos, parts, data } => {
+                // Here, while the mount is known to be served: it is in memory before it is fenced, or never.
+                if !data.is_empty()
+                    && let Err(error) = self.blocks.flusher.take_in(&parts, &data)
+                {
+                    return responder.reply::<StorageReply>(&Err(error));
+                }
                 self.hand_off(Work::Flush(Wanted { inos, parts }, responder));
             }
             StorageRequest::Status => self.hand_off(Work::Status(responder)),

@@ -18,8 +18,8 @@ use fsd_proto::wire::{BlockFrame, BlockWant, Frame, Part};
 
 /// Frames asked for in one request.
 const LOOKUP_COUNT: u32 = 4096;
-/// Dirty pages that are told one by one to storage nodes which are to make them durable.
-const FEW: usize = 16;
+/// So many dirty pages go along with the request to make them durable.
+const CARRIED: usize = 16;
 /// Frames allocated in one request.
 const ALLOCATED_AT_ONCE: usize = 512;
 
@@ -56,6 +56,9 @@ pub fn segments(offset: u64, len: usize) -> impl Iterator<Item = Segment> {
         Some(segment)
     })
 }
+
+/// The storage nodes to be asked to make something durable, and what.
+pub type Flushes = Vec<(u16, ask::storage::Flush)>;
 
 /// What the storage nodes have of files.
 pub struct Stored {
@@ -283,7 +286,7 @@ impl Stored {
 
     /// What to ask those storage nodes that may have something of a file which is not durable. Where its size is not known: all.
     #[must_use]
-    pub fn flushes(&self, inode: &Inode, state: &State) -> Vec<(u16, ask::storage::Flush)> {
+    pub fn flushes(&self, inode: &Inode, state: &State) -> Flushes {
         let freed = state.lasting.durable.as_deref().map_or(0, Durable::freed_before);
         let blocks = state
             .attr
@@ -294,7 +297,7 @@ impl Stored {
     /// As [`Stored::flushes`], of the storage nodes alone that had blocks which this mount has freed, and that the file does not reach
     /// any more.
     #[must_use]
-    pub fn flushes_of_freed(&self, inode: &Inode, state: &State) -> Vec<(u16, ask::storage::Flush)> {
+    pub fn flushes_of_freed(&self, inode: &Inode, state: &State) -> Flushes {
         let freed = state.lasting.durable.as_deref().map_or(0, Durable::freed_before);
         let reach = state.attr.map_or(0, |attr| attr.size.div_ceil(BLOCK));
         let reached = self.flushes_of(inode, &State::default(), 0, reach);
@@ -304,13 +307,7 @@ impl Stored {
     }
 
     /// Of the nodes that blocks from `first` on and before `end` are on.
-    fn flushes_of(
-        &self,
-        inode: &Inode,
-        state: &State,
-        first: u64,
-        end: u64,
-    ) -> Vec<(u16, ask::storage::Flush)> {
+    fn flushes_of(&self, inode: &Inode, state: &State, first: u64, end: u64) -> Flushes {
         let durable = state.lasting.durable.as_deref();
         let count = u64::from(self.session.net.storage.count());
         let blocks = first..end.min(first.saturating_add(count));
@@ -319,39 +316,36 @@ impl Stored {
         nodes
             .filter(|&node| durable.is_none_or(|d| !d.is_stored(node)))
             .map(|node| {
-                let (inos, parts) = (inos.clone(), Vec::new());
-                (node, ask::storage::Flush { inos, parts })
+                let (inos, parts, data) = (inos.clone(), Vec::new(), Vec::new());
+                (node, ask::storage::Flush { inos, parts, data })
             })
             .collect()
     }
 
-    /// Of storage nodes that had all durable before the dirty pages of a file are brought to them, no more than those is asked for.
-    pub fn narrow(
-        &self,
-        inode: &Inode,
-        state: &State,
-        durable: &[u16],
-        flushes: &mut [(u16, ask::storage::Flush)],
-    ) {
-        if state.pages.dirty() > FEW {
-            return;
+    /// Has requests to make durable bring the dirty pages of a file along, all of which is claimed and whose frames are there. Of storage
+    /// nodes that had all else `durable` nothing else is asked. False: they are too many for that, and are to be written before.
+    #[must_use]
+    pub fn carry(&self, inode: &Inode, state: &State, durable: &[u16], flushes: &mut Flushes) -> bool {
+        if !(1..=CARRIED).contains(&state.pages.dirty()) {
+            return false;
         }
-        for (node, flush) in flushes.iter_mut().filter(|(node, _)| durable.contains(node)) {
-            let blocks = state
-                .pages
-                .dirty_pages()
-                .map(|(page, _)| (page * PAGE / BLOCK, page * PAGE % BLOCK));
-            let here = blocks.filter(|(block, _)| self.session.storage_of(inode.ino, *block) == *node);
-            flush.inos.clear();
-            flush.parts = here
-                .map(|(block, at)| Part {
-                    ino: inode.ino,
-                    block,
-                    at: at as u32,
-                    len: PAGE as u32,
-                })
-                .collect();
+        let ino = inode.ino;
+        let mut carrying = flushes.clone();
+        for (page, contents) in state.pages.dirty_pages() {
+            let (block, at) = (page * PAGE / BLOCK, (page * PAGE % BLOCK) as u32);
+            let node = self.session.storage_of(ino, block);
+            let Some((_, flush)) = carrying.iter_mut().find(|(id, _)| *id == node) else {
+                return false;
+            };
+            if durable.contains(&node) {
+                flush.inos.clear();
+            }
+            let len = contents.data.len() as u32;
+            flush.parts.push(Part { ino, block, at, len });
+            flush.data.extend_from_slice(&contents.data);
         }
+        *flushes = carrying;
+        true
     }
 
     /// Claims all of a file for a change, under the exclusive lease of `version`.

@@ -89,6 +89,7 @@ impl Freeing {
                         ask::storage::Flush {
                             inos: Vec::new(),
                             parts: Vec::new(),
+                            data: Vec::new(),
                         },
                     )?;
                 }
@@ -146,7 +147,8 @@ mod tests {
                 theirs.pop(),
                 Some(StorageRequest::Flush {
                     inos: Vec::new(),
-                    parts: Vec::new()
+                    parts: Vec::new(),
+                    data: Vec::new()
                 })
             );
             assert_eq!(theirs.len(), 3);

@@ -128,6 +128,8 @@ pub enum StorageRequest {
         inos: Vec<u64>,
         /// Parts of others, of which all else is durable.
         parts: Vec<Part>,
+        /// What is to be written to the parts first, one after the other; empty: it is there.
+        data: Vec<u8>,
     },
     /// Clears the whole lease table (no mount is alive). From the metadata server only.
     ResetLeases,
