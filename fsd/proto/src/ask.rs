@@ -131,8 +131,8 @@ pub mod meta {
 /// Of a storage node.
 pub mod storage {
     use crate::wire::{
-        Attached, BlockFrame, BlockRange, BlockWant, DeadMount, Frame, PoolSpace, Records, StorageReply,
-        StorageRequest, StorageStatus,
+        Attached, BlockFrame, BlockRange, BlockWant, DeadMount, Frame, Part, PoolSpace, Records,
+        StorageReply, StorageRequest, StorageStatus,
     };
 
     requests! { StorageRequest, StorageReply;
@@ -143,7 +143,7 @@ pub mod storage {
         Allocate { wants: Vec<BlockWant>, reserved: u64 } -> Vec<Frame>, StorageReply::Allocated(frames) => frames;
         Lookup { ino: u64, first: u64, count: u32 } -> Vec<BlockFrame>, StorageReply::Blocks(blocks) => blocks;
         Free { ranges: Vec<BlockRange> } -> u64, StorageReply::Freed(bytes) => bytes;
-        Flush { inos: Vec<u64> } -> (), StorageReply::Done => ();
+        Flush { inos: Vec<u64>, parts: Vec<Part>, data: Vec<u8> } -> (), StorageReply::Done => ();
         ResetLeases {} -> (), StorageReply::Done => ();
         Fence { dead: DeadMount } -> (), StorageReply::Done => ();
         Owned { dead: Vec<DeadMount>, from: u64 } -> Records, StorageReply::Records(records) => records;

@@ -51,6 +51,8 @@ fn examine_index(index: &Index, disk: &dyn Disk) -> Findings {
     for (place, entry) in index.all() {
         match entry.stored {
             Some(stored) => blocks.push((place, entry, stored)),
+            // Those of its pages that are not zeros are.
+            None if index.kept().has(place) => findings.stored += 1,
             None => findings.unstored += 1,
         }
     }

@@ -3,6 +3,7 @@
 use super::blocks::Blocks;
 use super::error::StorageError;
 use super::index::Entry;
+use super::keeping::Wanted;
 use fsd_proto::layout::BLOCK;
 use fsd_proto::wire::BlockRange;
 
@@ -39,12 +40,15 @@ pub fn cut(blocks: &Blocks, ends: &[End]) -> Result<u64, StorageError> {
                     .space
                     .lock()
                     .index
-                    .note((ino, block), |e| e.clean_at = None);
+                    .note((ino, block), |e| (e.clean_at, e.kept_at) = (None, None));
                 zeroed.push(ino);
             }
         }
     }
-    blocks.flusher.flush(&zeroed)?;
+    blocks.flusher.flush(&Wanted {
+        inos: zeroed,
+        parts: Vec::new(),
+    })?;
     Ok(freed)
 }
 

@@ -7,7 +7,6 @@
 //! changed to name them, that is synced. The extents named before are free then. A power cut at any moment leaves the
 //! index naming whole copies, old ones or new ones.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -18,6 +17,7 @@ use super::error::StorageError;
 use super::disk::checksum;
 use super::index::{Entry, Place, Stored};
 use super::media::{Flaw, Media};
+use super::space::Space;
 use fsd_proto::wire::Frame;
 
 /// Bytes stored between two syncs: bounds how long a flush waits for one that has begun, and how much of the backing
@@ -46,13 +46,15 @@ struct Copied {
     target: Target,
     frame: Frame,
     count: u64,
+    /// The last page that was kept before memory was read.
+    kept: u64,
     /// None: the last copy is as good.
     new: Option<Stored>,
 }
 
 /// Stores blocks.
 pub struct Flusher {
-    media: Arc<Media>,
+    pub(super) media: Arc<Media>,
     /// One flush at a time: a later one has read what is at least as new, and is entered later.
     flushing: Mutex<()>,
     /// Something is to be stored although no dirty counter has moved.
@@ -75,27 +77,14 @@ impl Flusher {
     }
 
     fn targets(&self, entries: impl Iterator<Item = (Place, Entry)>) -> Vec<Target> {
-        let mut targets: Vec<Target> = entries
+        entries
             .filter(|(_, e)| self.media.is_dirty(e))
             .map(|(place, e)| Target {
                 place,
                 id: e.id,
                 bytes: e.frame.size,
             })
-            .collect();
-        // What belongs together comes to lie together.
-        targets.sort_unstable_by_key(|t| t.place);
-        targets
-    }
-
-    /// Makes everything written to these inodes durable.
-    pub fn flush(&self, inos: &[u64]) -> Result<(), StorageError> {
-        let inos: HashSet<u64> = inos.iter().copied().collect();
-        let targets = {
-            let space = self.media.space.lock();
-            self.targets(inos.into_iter().flat_map(|ino| space.index.entries(ino)))
-        };
-        self.store_durably(targets)
+            .collect()
     }
 
     /// Everything that is not stored.
@@ -120,7 +109,10 @@ impl Flusher {
     }
 
     /// Stores blocks, and makes all durable that the index was before.
-    fn store_durably(&self, targets: Vec<Target>) -> Result<(), StorageError> {
+    pub(super) fn store_durably(&self, mut targets: Vec<Target>) -> Result<(), StorageError> {
+        // What belongs together comes to lie together.
+        targets.sort_unstable_by_key(|t| t.place);
+        targets.dedup();
         if self.store_all(targets)? == Index::Synced {
             return Ok(());
         }
@@ -162,9 +154,7 @@ impl Flusher {
             let mut copied = Vec::new();
             let written = self.write_copies(chunk, &mut copied);
             let handled = written.as_ref().map_or_else(|(n, _)| *n, |()| chunk.len());
-            let any = copied.iter().any(|c| c.new.is_some());
-            self.enter_copies(copied, moved)?;
-            if any {
+            if self.enter_copies(copied, moved)? {
                 // Now rather than at the end: what the copies replace can take the next ones.
                 self.media.sync_index()?;
                 index = Index::Synced;
@@ -191,10 +181,13 @@ impl Flusher {
                 let space = self.media.space.lock();
                 let entry = space.index.get(target.place.0, target.place.1);
                 let entry = entry.filter(|e| e.id == target.id && self.media.is_dirty(e));
-                entry.map(|e| (e, self.media.pool.dirty_count(e.frame.offset)))
+                let kept = space.index.kept().last();
+                entry.map(|e| (e, self.media.count(&e), kept))
             };
             // Freed, or stored by somebody else meanwhile.
-            let Some((entry, count)) = known else { continue };
+            let Some((entry, count, kept)) = known else {
+                continue;
+            };
             let frame = entry.frame;
             bytes.resize(frame.size as usize, 0);
             let read = self.media.pool.mem.read_at(frame.offset as usize, &mut bytes);
@@ -215,6 +208,7 @@ impl Flusher {
                 target,
                 frame,
                 count,
+                kept,
                 new,
             });
         }
@@ -231,8 +225,8 @@ impl Flusher {
         extent.ok_or_else(|| StorageError::Damaged("a block has a frame of an unknown size".into()))
     }
 
-    /// Makes copies durable and has the index name them.
-    fn enter_copies(&self, copied: Vec<Copied>, moved: &mut Vec<Target>) -> Result<(), StorageError> {
+    /// Makes copies durable and has the index name them. True: it has changed.
+    fn enter_copies(&self, copied: Vec<Copied>, moved: &mut Vec<Target>) -> Result<bool, StorageError> {
         if copied.iter().any(|c| c.new.is_some())
             && !self.media.flawed(Flaw::IndexFirst)
             && let Err(error) = self.media.disk.sync()
@@ -248,9 +242,13 @@ impl Flusher {
         let mut changed: Vec<(Place, Entry)> = Vec::new();
         let mut replaced: Vec<Frame> = Vec::new();
         let mut useless: Vec<Frame> = Vec::new();
+        let mut have: Vec<(Place, u64)> = Vec::new();
         for copy in &copied {
             let Target { place, id, .. } = copy.target;
             let entry = space.index.get(place.0, place.1).filter(|e| e.id == id);
+            if entry.is_some_and(|e| e.frame == copy.frame) {
+                have.extend(self.kept_by(&space, copy));
+            }
             match (entry, copy.new) {
                 (Some(e), Some(new)) if e.frame == copy.frame => {
                     replaced.extend(e.stored.map(|s| s.extent).filter(|old| *old != new.extent));
@@ -277,7 +275,8 @@ impl Flusher {
                 }
             }
         }
-        let entered = space.index.set(&changed);
+        let any = !changed.is_empty() || !have.is_empty() || !useless.is_empty();
+        let entered = space.index.set_stored(&changed, &have);
         if entered.is_err() {
             // Whether the store has it after all shows when it is opened again: neither copy is used for anything else.
             replaced.clear();
@@ -296,7 +295,20 @@ impl Flusher {
                 .sync()
                 .map_err(|e| self.media.io("cannot sync", e))?;
         }
-        Ok(entered?)
+        entered?;
+        Ok(any)
+    }
+
+    /// The pages kept of a block that a copy has, if there are any: with its place, the number up to which it has them.
+    fn kept_by(&self, space: &Space, copy: &Copied) -> Option<(Place, u64)> {
+        let place = copy.target.place;
+        let last = if self.media.flawed(Flaw::KeptForgotten) {
+            u64::MAX
+        } else {
+            copy.kept
+        };
+        let has = space.index.kept().has_until(place, last) && !self.media.flawed(Flaw::KeptForEver);
+        has.then_some((place, last))
     }
 }
 
@@ -311,6 +323,7 @@ mod tests {
 
     use super::super::crash_disk::{FakeDisk, Journal, recording_store};
     use super::super::crash_tests::{open, put, scratch};
+    use super::super::keeping::Wanted;
 
     #[test]
     fn a_flush_makes_the_index_durable_once() {
@@ -323,8 +336,16 @@ mod tests {
             blocks.media.generation.durable() - before
         };
         put(&blocks, (10, 0), b"some").unwrap();
-        assert_eq!(syncs(&|| blocks.flusher.flush(&[10]).unwrap()), 1, "with a block");
-        assert_eq!(syncs(&|| blocks.flusher.flush(&[10]).unwrap()), 1, "with none");
+        let some = || Wanted {
+            inos: vec![10],
+            parts: Vec::new(),
+        };
+        assert_eq!(
+            syncs(&|| blocks.flusher.flush(&some()).unwrap()),
+            1,
+            "with a block"
+        );
+        assert_eq!(syncs(&|| blocks.flusher.flush(&some()).unwrap()), 1, "with none");
         put(&blocks, (10, 0), b"more").unwrap();
         put(&blocks, (11, 0), b"of another").unwrap();
         assert_eq!(syncs(&|| blocks.flusher.flush_all().unwrap()), 1, "with all");

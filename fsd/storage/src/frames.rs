@@ -190,13 +190,14 @@ impl Frames {
             let clean = others.all(|(_, e)| !self.media.is_dirty(&e));
             return Entry {
                 frame,
-                clean_at: clean.then(|| self.media.pool.dirty_count(frame.offset)),
+                clean_at: clean.then(|| self.media.count(&Entry { frame, ..old })),
                 ..old
             };
         }
         Entry {
             frame,
             clean_at: None,
+            kept_at: None,
             ..old
         }
     }

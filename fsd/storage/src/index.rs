@@ -5,8 +5,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::error::StorageError;
+use super::kept::{Kept, Page};
 use fsd_node::store::{Batch, Store, StoreError};
 use fsd_proto::wire::{BlockFrame, BlockRange, Frame};
+
+pub use super::kept::Place;
 
 /// Where the backing file has a block's contents, and what they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,9 +32,14 @@ pub struct Entry {
     pub lost: bool,
     /// Distinguishes this block from one that had its number before and was freed.
     pub id: u64,
-    /// The slab's dirty counter before that was read from memory which `stored` has; if the counter has not moved
-    /// since, there is nothing to store.
+    /// What `Media::count` was before that was read from memory which `stored` has; if it has not moved since, there is
+    /// nothing to store.
     pub clean_at: Option<u64>,
+    /// As `clean_at`, of what the last copy and the pages that are kept have together: a FLUSH need not do anything for it.
+    pub kept_at: Option<u64>,
+    /// How often this node itself has written to its memory: the counter of the slab is a device's to change, whose atomics are none
+    /// beside the processor's.
+    pub taken: u64,
     /// The copy on disk is damaged: to be stored even if it seems to be what is in memory.
     pub rewrite: bool,
 }
@@ -46,6 +54,8 @@ impl Entry {
             lost: false,
             id: 0,
             clean_at: None,
+            kept_at: None,
+            taken: 0,
             rewrite: false,
         }
     }
@@ -120,14 +130,12 @@ fn decode(key: &[u8], value: &[u8]) -> Option<(u64, u64, Entry)> {
     Some((ino, block, entry))
 }
 
-/// A block: inode and number in the file.
-pub type Place = (u64, u64);
-
 /// The index of one storage node.
 pub struct Index {
     store: Arc<dyn Store>,
     files: HashMap<u64, BTreeMap<u64, Entry>>,
     next_id: u64,
+    kept: Kept,
 }
 
 impl Index {
@@ -153,6 +161,7 @@ impl Index {
             }
         }
         Ok(Self {
+            kept: Kept::load(store.as_ref())?,
             store,
             files,
             next_id,
@@ -234,10 +243,25 @@ impl Index {
     /// # Errors
     /// [`StoreError`]; nothing has then changed.
     pub fn set(&mut self, entries: &[(Place, Entry)]) -> Result<(), StoreError> {
-        if entries.is_empty() {
+        self.set_stored(entries, &[])
+    }
+
+    /// As [`Index::set`], of blocks that have new copies: pages that are kept of a place, up to the number beside it, are no more.
+    ///
+    /// # Errors
+    /// As [`Index::set`].
+    pub fn set_stored(
+        &mut self,
+        entries: &[(Place, Entry)],
+        have: &[(Place, u64)],
+    ) -> Result<(), StoreError> {
+        if entries.is_empty() && have.is_empty() {
             return Ok(());
         }
         let mut batch = Batch::default();
+        for &(place, last) in have {
+            self.kept.unkeep(place, last, &mut batch);
+        }
         for ((ino, block), entry) in entries {
             batch.put(key(*ino, *block), encode(entry));
         }
@@ -245,7 +269,24 @@ impl Index {
         for ((ino, block), entry) in entries {
             self.files.entry(*ino).or_default().insert(*block, *entry);
         }
+        for &(place, last) in have {
+            self.kept.unkept(place, last);
+        }
         Ok(())
+    }
+
+    /// Keeps pages in the store, atomically.
+    ///
+    /// # Errors
+    /// [`StoreError`]; nothing has then changed.
+    pub fn keep(&mut self, pages: Vec<Page>) -> Result<(), StoreError> {
+        self.kept.keep(self.store.as_ref(), pages)
+    }
+
+    /// The pages that are kept.
+    #[must_use]
+    pub(super) fn kept(&self) -> &Kept {
+        &self.kept
     }
 
     /// Removes blocks, atomically in the store, and returns what was known of them.
@@ -272,10 +313,12 @@ impl Index {
         let mut batch = Batch::default();
         for (ino, block) in places {
             batch.delete(key(*ino, *block));
+            self.kept.unkeep((*ino, *block), u64::MAX, &mut batch);
         }
         self.store.apply(batch)?;
         let mut gone = Vec::with_capacity(places.len());
         for (ino, block) in places {
+            self.kept.unkept((*ino, *block), u64::MAX);
             if let Some(blocks) = self.files.get_mut(ino) {
                 gone.extend(blocks.remove(block));
                 if blocks.is_empty() {

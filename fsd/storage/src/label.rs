@@ -21,7 +21,9 @@ pub const BACKING: &str = "pool.data";
 /// Name of the directory of the index.
 pub const INDEX: &str = "index";
 /// Version of what is in the directory: label, index, backing file.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
+/// The version before, whose index has no pages beside its entries: it is taken as it is, and becomes the present one.
+const BEFORE: u32 = 2;
 
 /// What a storage directory says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,7 +96,7 @@ impl Label {
             Err(_) if text.lines().count() == 3 && !text.contains(['=', '\0']) => 1,
             Err(_) => return Err(damaged()),
         };
-        if format != FORMAT {
+        if format != FORMAT && format != BEFORE {
             return Err(wrong(
                 dir,
                 format!(
@@ -146,6 +148,18 @@ impl Label {
             ));
         }
         Ok(label)
+    }
+
+    /// Makes it one of the present format, before anything is written that an older release would not find.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn renew(&mut self, dir: &Path) -> Result<(), StorageError> {
+        if self.format == FORMAT {
+            return Ok(());
+        }
+        self.format = FORMAT;
+        self.write(dir)
     }
 
     /// Writes the label so that a power cut leaves the old one or the new one.
@@ -404,5 +418,16 @@ mod tests {
         refused("c\n3\n0123\n", "storage format 1");
         refused("format = 99\nwhatever = true\n", "storage format 99");
         refused(&format!("format = {FORMAT}\n"), "damaged label");
+    }
+
+    #[test]
+    fn the_format_before_becomes_this_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut old = label();
+        old.format = BEFORE;
+        old.write(dir.path()).unwrap();
+        let mut read = Label::read(dir.path()).unwrap();
+        read.renew(dir.path()).unwrap();
+        assert_eq!(Label::read(dir.path()).unwrap(), label());
     }
 }

@@ -15,6 +15,8 @@ mod flush;
 mod frames;
 pub mod generation;
 pub mod index;
+mod keeping;
+mod kept;
 pub mod label;
 pub mod leases;
 pub mod load;

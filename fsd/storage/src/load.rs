@@ -11,7 +11,7 @@ use super::error::StorageError;
 use super::disk::{Disk, checksum};
 use super::generation::{self, Generation};
 use super::index::{Entry, Index, Place, Stored};
-use super::media::{Flaw, Media};
+use super::media::{Flaw, Media, put_kept};
 use super::pool::Pool;
 use super::space::Space;
 use fsd_node::store::Store;
@@ -126,7 +126,7 @@ pub fn open(parts: Parts) -> Result<Media, StorageError> {
         // What was never stored is gone with the memory.
         let gone: Vec<Place> = index
             .all()
-            .filter(|(_, e)| e.stored.is_none())
+            .filter(|(place, e)| e.stored.is_none() && !index.kept().has(*place))
             .map(|(place, _)| place)
             .collect();
         for part in gone.chunks(BATCH) {
@@ -202,6 +202,12 @@ fn load(parts: &Parts, pool: &Pool, index: &mut Index) -> Result<(), StorageErro
         .filter_map(|(place, e)| Some((place, e, e.stored?)))
         .collect();
     wanted.sort_unstable_by_key(|(_, _, stored)| stored.extent.offset);
+    if !pool.inherited {
+        // Of these there is no copy yet: the rest of them is zeros.
+        for (place, entry) in index.all().filter(|(_, e)| e.stored.is_none()) {
+            put_kept(parts.store.as_ref(), pool, place, entry.frame)?;
+        }
+    }
     let mut bytes = Vec::new();
     let mut changed: Vec<(Place, Entry)> = Vec::new();
     let mut lost = 0;
@@ -219,7 +225,12 @@ fn load(parts: &Parts, pool: &Pool, index: &mut Index) -> Result<(), StorageErro
             changed.push((place, Entry { lost, ..entry }));
         }
         match read {
-            Ok(()) => pool.mem.write_at(entry.frame.offset as usize, &bytes)?,
+            Ok(()) => {
+                pool.mem.write_at(entry.frame.offset as usize, &bytes)?;
+                if index.kept().has(place) {
+                    put_kept(parts.store.as_ref(), pool, place, entry.frame)?;
+                }
+            }
             Err(why) => {
                 lost += 1;
                 if lost <= LINES {

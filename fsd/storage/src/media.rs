@@ -8,7 +8,8 @@ use rt::sync::Mutex;
 use super::disk::Disk;
 use super::error::StorageError;
 use super::generation::Generation;
-use super::index::Entry;
+use super::index::{Entry, Place};
+use super::kept;
 use super::pool::Pool;
 use super::space::Space;
 use fsd_node::store::Store;
@@ -34,6 +35,20 @@ pub enum Flaw {
     MarkedEarly,
     /// Checksums are not looked at.
     NoChecksums,
+    /// Pages that were kept after a block's memory was read go with those that its copy has.
+    KeptForgotten,
+    /// Pages stay over a copy that is newer.
+    KeptForEver,
+}
+
+/// Puts the pages that are kept of a block over its copy, which memory has.
+pub fn put_kept(store: &dyn Store, pool: &Pool, place: Place, frame: Frame) -> Result<(), StorageError> {
+    kept::each_of(store, place, |at, bytes| {
+        if at + bytes.len() as u32 <= frame.size {
+            pool.mem.write_at(frame.offset as usize + at as usize, bytes)?;
+        }
+        Ok(())
+    })
 }
 
 /// Memory, disk and index of a storage node.
@@ -71,12 +86,28 @@ impl Media {
         space.alloc.cold_bytes().saturating_sub(free)
     }
 
+    /// Moves when something is written to a block.
+    pub fn count(&self, entry: &Entry) -> u64 {
+        let counter = self.pool.dirty_count(entry.frame.offset);
+        counter.wrapping_add(entry.taken)
+    }
+
     /// Is something of a block not on disk?
     pub fn is_dirty(&self, entry: &Entry) -> bool {
-        let clean =
-            entry.stored.is_some() && entry.clean_at == Some(self.pool.dirty_count(entry.frame.offset));
+        let clean = entry.stored.is_some() && entry.clean_at == Some(self.count(entry));
         // What could not be read must not be written over with nothing.
         (entry.rewrite || !clean) && !entry.lost
+    }
+
+    /// Is something of a block neither on disk nor among the pages that are kept?
+    pub fn is_unsafe(&self, entry: &Entry) -> bool {
+        let kept = entry.kept_at == Some(self.count(entry));
+        self.is_dirty(entry) && !kept
+    }
+
+    /// Puts the pages that are kept of a block over its copy, which memory has.
+    pub fn put_kept(&self, place: Place, frame: Frame) -> Result<(), StorageError> {
+        put_kept(self.store.as_ref(), &self.pool, place, frame)
     }
 
     /// An entry that named this extent has been changed in the index.

@@ -8,6 +8,7 @@ use rt::channel::Sender;
 
 use super::blocks::Blocks;
 use super::error::errno;
+use super::keeping::Wanted;
 use super::leases::SEGMENT_RECORDS;
 use super::status::Counts;
 use super::words::Words;
@@ -43,7 +44,15 @@ impl Requests {
         };
         match request {
             // These wait for the disk or go through the whole table: not on the progress thread.
-            StorageRequest::Flush { inos } => self.hand_off(Work::Flush(inos, responder)),
+            StorageRequest::Flush { inos, parts, data } => {
+                // Here, while the mount is known to be served: it is in memory before it is fenced, or never.
+                if !data.is_empty()
+                    && let Err(error) = self.blocks.flusher.take_in(&parts, &data)
+                {
+                    return responder.reply::<StorageReply>(&Err(error));
+                }
+                self.hand_off(Work::Flush(Wanted { inos, parts }, responder));
+            }
             StorageRequest::Status => self.hand_off(Work::Status(responder)),
             StorageRequest::ResetLeases if hello.role == Role::Meta => self.hand_off(Work::Reset(responder)),
             StorageRequest::Cut { ends } if hello.role == Role::Meta => {

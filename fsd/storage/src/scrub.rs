@@ -96,6 +96,7 @@ impl Scrubber {
                     .pool
                     .mem
                     .write_at(entry.frame.offset as usize, buffer)?;
+                self.media.put_kept(place, entry.frame)?;
                 let lost = false;
                 space.index.set(&[(place, Entry { lost, ..entry })])?;
                 tracing::info!("block {} of inode {:#x} can be read again", place.1, place.0);

@@ -249,6 +249,7 @@ impl<'a> Base<'a> {
             path: disk_path.clone(),
             error,
         })?;
+        label.renew(dir)?;
         if label.pool < bytes {
             // Before anything is in the part that is new.
             tracing::info!(

@@ -8,6 +8,7 @@ use rt::sync::Mutex;
 
 use super::blocks::Blocks;
 use super::error::StorageError;
+use super::keeping::Wanted;
 
 /// How often the background flusher looks for unstored data.
 const FLUSH_EVERY: Duration = Duration::from_secs(2);
@@ -40,9 +41,9 @@ impl Storing {
         }
     }
 
-    /// Makes everything written to these inodes durable.
-    pub fn flush(&self, inos: &[u64]) -> Result<(), StorageError> {
-        self.noted(self.blocks.flusher.flush(inos))
+    /// Makes what was written durable.
+    pub fn flush(&self, wanted: &Wanted) -> Result<(), StorageError> {
+        self.noted(self.blocks.flusher.flush(wanted))
     }
 
     /// Remembers why something could not be stored, until something can be again.

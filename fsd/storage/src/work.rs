@@ -7,6 +7,7 @@ use rt::channel::{Either, Receiver, recv_either};
 
 use super::cut::{End, cut};
 use super::error::errno;
+use super::keeping::Wanted;
 use super::status::Status;
 use super::storing::Storing;
 use super::words::Words;
@@ -18,7 +19,7 @@ const WAIT: Duration = Duration::from_secs(60);
 
 /// A request that is handed to the worker.
 pub enum Work {
-    Flush(Vec<u64>, Responder),
+    Flush(Wanted, Responder),
     Reset(Responder),
     Status(Responder),
     Cut(Vec<End>, Responder),
@@ -76,11 +77,12 @@ impl Worker {
                 Either::First(_) | Either::Second(Err(_)) => return,
             };
             // One pass and one sync for all flushes that have come meanwhile (group commit).
-            let (mut inos, mut flushes) = (Vec::new(), Vec::new());
+            let (mut wanted, mut flushes) = (Wanted::default(), Vec::new());
             for work in std::iter::once(first).chain(work.try_iter()) {
                 match work {
                     Work::Flush(more, responder) => {
-                        inos.extend(more);
+                        wanted.inos.extend(more.inos);
+                        wanted.parts.extend(more.parts);
                         flushes.push(responder);
                     }
                     Work::Reset(responder) => {
@@ -99,7 +101,7 @@ impl Worker {
             if !flushes.is_empty() {
                 let result = self
                     .storing
-                    .flush(&inos)
+                    .flush(&wanted)
                     .map(|()| StorageReply::Done)
                     .map_err(|e| errno(&e));
                 for responder in flushes {

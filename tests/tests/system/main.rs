@@ -54,5 +54,6 @@ mod stopping;
 mod storage;
 mod storm;
 mod suspend;
+mod synced;
 mod tools;
 mod trees;

@@ -60,11 +60,17 @@ fn lose_memory(cluster: &Cluster) -> anyhow::Result<()> {
 /// Flips a bit in the copy of a file's contents on disk.
 fn flip(cluster: &Cluster, i: usize) -> anyhow::Result<()> {
     let path = cluster.path("storage0/pool.data");
-    let data = fs::read(&path)?;
-    let at = data
-        .windows(100)
-        .position(|w| w == &content(i)[..100])
-        .context("the file is not on disk")?;
+    let there = |data: &[u8]| data.windows(100).position(|w| w == &content(i)[..100]);
+    // What was fsynced is in the index's store for a while first.
+    let end = Instant::now() + Duration::from_secs(20);
+    let (data, at) = loop {
+        let data = fs::read(&path)?;
+        match there(&data) {
+            Some(at) => break (data, at),
+            None => ensure!(Instant::now() < end, "the file is not on disk"),
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    };
     let file = OpenOptions::new().write(true).open(path)?;
     file.write_all_at(&[data[at + 50] ^ 1], at as u64 + 50)?;
     Ok(file.sync_all()?)

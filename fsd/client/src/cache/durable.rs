@@ -47,6 +47,12 @@ impl Durable {
         self.nodes.contains(&node)
     }
 
+    /// Storage nodes that have made all durable that they have of it.
+    #[must_use]
+    pub fn nodes(&self) -> Vec<u16> {
+        self.nodes.iter().copied().collect()
+    }
+
     /// Is everything durable at the metadata server that reading a file of this size needs?
     #[must_use]
     pub fn is_told(&self, size: u64) -> bool {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::cache::claims::{Purpose, Span};
 use crate::cache::durable::Durable;
 use crate::cache::inode::{Inode, Locked};
+use crate::cache::pages::PAGE;
 use crate::cache::state::State;
 use crate::data::space::Space;
 use crate::data::transfer::{PoolOp, Transfer, Transfers};
@@ -13,10 +14,12 @@ use crate::session::Session;
 use crate::session::ctx::{Ctx, Res, fail};
 use fsd_proto::ask;
 use fsd_proto::layout::BLOCK;
-use fsd_proto::wire::{BlockFrame, BlockWant, Frame};
+use fsd_proto::wire::{BlockFrame, BlockWant, Frame, Part};
 
 /// Frames asked for in one request.
 const LOOKUP_COUNT: u32 = 4096;
+/// So many dirty pages go along with the request to make them durable.
+const CARRIED: usize = 16;
 /// Frames allocated in one request.
 const ALLOCATED_AT_ONCE: usize = 512;
 
@@ -53,6 +56,9 @@ pub fn segments(offset: u64, len: usize) -> impl Iterator<Item = Segment> {
         Some(segment)
     })
 }
+
+/// The storage nodes to be asked to make something durable, and what.
+pub type Flushes = Vec<(u16, ask::storage::Flush)>;
 
 /// What the storage nodes have of files.
 pub struct Stored {
@@ -280,7 +286,7 @@ impl Stored {
 
     /// What to ask those storage nodes that may have something of a file which is not durable. Where its size is not known: all.
     #[must_use]
-    pub fn flushes(&self, inode: &Inode, state: &State) -> Vec<(u16, ask::storage::Flush)> {
+    pub fn flushes(&self, inode: &Inode, state: &State) -> Flushes {
         let freed = state.lasting.durable.as_deref().map_or(0, Durable::freed_before);
         let blocks = state
             .attr
@@ -291,7 +297,7 @@ impl Stored {
     /// As [`Stored::flushes`], of the storage nodes alone that had blocks which this mount has freed, and that the file does not reach
     /// any more.
     #[must_use]
-    pub fn flushes_of_freed(&self, inode: &Inode, state: &State) -> Vec<(u16, ask::storage::Flush)> {
+    pub fn flushes_of_freed(&self, inode: &Inode, state: &State) -> Flushes {
         let freed = state.lasting.durable.as_deref().map_or(0, Durable::freed_before);
         let reach = state.attr.map_or(0, |attr| attr.size.div_ceil(BLOCK));
         let reached = self.flushes_of(inode, &State::default(), 0, reach);
@@ -301,13 +307,7 @@ impl Stored {
     }
 
     /// Of the nodes that blocks from `first` on and before `end` are on.
-    fn flushes_of(
-        &self,
-        inode: &Inode,
-        state: &State,
-        first: u64,
-        end: u64,
-    ) -> Vec<(u16, ask::storage::Flush)> {
+    fn flushes_of(&self, inode: &Inode, state: &State, first: u64, end: u64) -> Flushes {
         let durable = state.lasting.durable.as_deref();
         let count = u64::from(self.session.net.storage.count());
         let blocks = first..end.min(first.saturating_add(count));
@@ -315,8 +315,37 @@ impl Stored {
         let inos = vec![inode.ino];
         nodes
             .filter(|&node| durable.is_none_or(|d| !d.is_stored(node)))
-            .map(|node| (node, ask::storage::Flush { inos: inos.clone() }))
+            .map(|node| {
+                let (inos, parts, data) = (inos.clone(), Vec::new(), Vec::new());
+                (node, ask::storage::Flush { inos, parts, data })
+            })
             .collect()
+    }
+
+    /// Has requests to make durable bring the dirty pages of a file along, all of which is claimed and whose frames are there. Of storage
+    /// nodes that had all else `durable` nothing else is asked. False: they are too many for that, and are to be written before.
+    #[must_use]
+    pub fn carry(&self, inode: &Inode, state: &State, durable: &[u16], flushes: &mut Flushes) -> bool {
+        if !(1..=CARRIED).contains(&state.pages.dirty()) {
+            return false;
+        }
+        let ino = inode.ino;
+        let mut carrying = flushes.clone();
+        for (page, contents) in state.pages.dirty_pages() {
+            let (block, at) = (page * PAGE / BLOCK, (page * PAGE % BLOCK) as u32);
+            let node = self.session.storage_of(ino, block);
+            let Some((_, flush)) = carrying.iter_mut().find(|(id, _)| *id == node) else {
+                return false;
+            };
+            if durable.contains(&node) {
+                flush.inos.clear();
+            }
+            let len = contents.data.len() as u32;
+            flush.parts.push(Part { ino, block, at, len });
+            flush.data.extend_from_slice(&contents.data);
+        }
+        *flushes = carrying;
+        true
     }
 
     /// Claims all of a file for a change, under the exclusive lease of `version`.

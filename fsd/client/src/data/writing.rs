@@ -368,7 +368,7 @@ impl Writing {
     }
 
     /// All dirty pages of a file, all of which is claimed, have come to the storage nodes.
-    pub(super) fn are_stored(&self, state: &mut State) {
+    pub(crate) fn are_stored(&self, state: &mut State) {
         state.pages.mark_clean();
         if !self.session.cache_reads {
             // The storage node's memory is as near as our own: keeping a copy gains nothing.

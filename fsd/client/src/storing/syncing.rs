@@ -1,17 +1,19 @@
 //! `fsync`: data, the storage nodes' making them durable, attributes and names are on their way at the same time.
 //!
-//! What is written to a storage node is followed by the request to make it durable, on the same connection, so one trip does both. The
-//! metadata server is told a new size when the data is there, for whoever finds it after a crash must find data; both servers then
-//! write to their disks at the same time.
+//! A few pages go along with the request to make them durable, which is answered when they are; more are written one-sided, followed by
+//! that request on the same connection: one trip either way. The metadata server is told a new size meanwhile. It may be durable before
+//! the data is, for what a file has beyond its end is zero in every frame: after a crash zeros are found, which nobody was told to be more.
+//! What is written one-sided has come before the metadata server is told.
 
 use std::sync::Arc;
 
 use lockmgr::{Guard, Mode};
 
 use crate::cache::Cache;
+use crate::cache::durable::Durable;
 use crate::cache::inode::Inode;
 use crate::cache::state::State;
-use crate::data::stored::Stored;
+use crate::data::stored::{Flushes, Stored};
 use crate::data::writing::Writing;
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res};
@@ -45,9 +47,6 @@ pub struct Syncing {
     pub(crate) writing: Arc<Writing>,
     pub(crate) push: Arc<Push>,
 }
-
-/// The storage nodes to be asked, and for what.
-type Flushes = Vec<(u16, ask::storage::Flush)>;
 
 /// What is durable when all have answered.
 struct Goal {
@@ -107,12 +106,21 @@ impl Syncing {
         if state.lasting.gone {
             return Ok(());
         }
+        let durable = state
+            .lasting
+            .durable
+            .as_deref()
+            .map_or_else(Vec::new, Durable::nodes);
         self.writing.find_frames(ctx, inode, &mut state)?;
-        let flushes = self.flushes(inode, &state);
+        let mut flushes = self.flushes(inode, &state);
+        let carried = self.stored.carry(inode, &state, &durable, &mut flushes);
         let storage = &self.session.net.storage;
-        let begun = self
-            .writing
-            .store_pages(ctx, inode, &mut state, || storage.begin_each(&flushes))?;
+        let mut begun = if carried {
+            Some(state.unlocked(|| storage.begin_each(&flushes)))
+        } else {
+            let begin = || storage.begin_each(&flushes);
+            self.writing.store_pages(ctx, inode, &mut state, begin)?
+        };
         let known = state.lasting.durable.get_or_insert_default();
         let changes = known.changes();
         let needless = scope == Scope::Data && state.attr.is_some_and(|a| state.is_told(a.size));
@@ -132,6 +140,11 @@ impl Syncing {
             size: state.attr.filter(|_| !needless).map(|attr| attr.size),
             changes,
         };
+        if let Some(begun) = begun.take_if(|_| carried) {
+            // Whoever is given the lease, or changes the file next, has to find there what was on its way.
+            state.unlocked(|| all_of(begun.answers()))?;
+            self.writing.are_stored(&mut state);
+        }
         drop(state);
         if let Some(attr) = dirty {
             told.next::<ask::meta::Update>()?;
@@ -146,7 +159,9 @@ impl Syncing {
         }
         drop(order);
         drop(guard);
-        all_of(begun.map_or_else(|| storage.ask_each(&flushes), |begun| begun.answers()))?;
+        if !carried {
+            all_of(begun.map_or_else(|| storage.ask_each(&flushes), |begun| begun.answers()))?;
+        }
         if !needless {
             told.next::<ask::meta::Sync>()?;
         }

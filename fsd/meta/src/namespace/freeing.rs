@@ -84,7 +84,14 @@ impl Freeing {
                 // A crash of the storage node that undid this would leave it blocks that nobody frees any more: the record
                 // of what is to be freed stays until it cannot.
                 if !self.rules.lack(Flaw::FreedForgotten) {
-                    self.nodes.ask(node, ask::storage::Flush { inos: Vec::new() })?;
+                    self.nodes.ask(
+                        node,
+                        ask::storage::Flush {
+                            inos: Vec::new(),
+                            parts: Vec::new(),
+                            data: Vec::new(),
+                        },
+                    )?;
                 }
             }
             let mut txn = self.journal.txn();
@@ -136,7 +143,14 @@ mod tests {
                 .filter(|(n, _)| *n == node)
                 .map(|(_, r)| r.clone())
                 .collect();
-            assert_eq!(theirs.pop(), Some(StorageRequest::Flush { inos: Vec::new() }));
+            assert_eq!(
+                theirs.pop(),
+                Some(StorageRequest::Flush {
+                    inos: Vec::new(),
+                    parts: Vec::new(),
+                    data: Vec::new()
+                })
+            );
             assert_eq!(theirs.len(), 3);
             let mut freed = Vec::new();
             for request in theirs {

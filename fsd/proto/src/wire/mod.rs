@@ -24,8 +24,8 @@ pub use meta::{
 pub use mount::{Act, MountRequest, MountStatus, Visited};
 pub use names::{Carried, Created, NamespaceOp, Touched, Written};
 pub use storage::{
-    Attached, BlockFrame, BlockRange, BlockWant, Frame, MOST_RANGES, PoolSpace, StorageReply, StorageRequest,
-    StorageStatus,
+    Attached, BlockFrame, BlockRange, BlockWant, Frame, MOST_RANGES, Part, PoolSpace, StorageReply,
+    StorageRequest, StorageStatus,
 };
 
 use serde::{Deserialize, Serialize};

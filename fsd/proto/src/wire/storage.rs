@@ -65,6 +65,19 @@ impl BlockRange {
     }
 }
 
+/// A part of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Inode.
+    pub ino: u64,
+    /// Block number in the file.
+    pub block: u64,
+    /// Offset in the block, bytes.
+    pub at: u32,
+    /// Length, bytes.
+    pub len: u32,
+}
+
 /// Everything a storage node is asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StorageRequest {
@@ -109,10 +122,14 @@ pub enum StorageRequest {
         /// Which, at most [`MOST_RANGES`].
         ranges: Vec<BlockRange>,
     },
-    /// Makes what has been written to an inode's blocks durable.
+    /// Makes what has been written to blocks durable.
     Flush {
-        /// Inodes.
+        /// Inodes of which all is meant.
         inos: Vec<u64>,
+        /// Parts of others, of which all else is durable.
+        parts: Vec<Part>,
+        /// What is to be written to the parts first, one after the other; empty: it is there.
+        data: Vec<u8>,
     },
     /// Clears the whole lease table (no mount is alive). From the metadata server only.
     ResetLeases,
