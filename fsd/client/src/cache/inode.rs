@@ -2,8 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use lockmgr::{OwnerWord, RecordId};
+use lockmgr::{Mode, OwnerWord, RecordId};
 use rt::sync::{Condvar, Mutex, MutexGuard};
+use rt::time::Instant;
 
 use crate::cache::claims::{Purpose, Span};
 use crate::cache::errseq::ErrorSequence;
@@ -175,6 +176,14 @@ impl Inode {
     /// Another mount was heard of in the matter of its lease.
     pub fn heard_of(&self, node: u16) {
         self.hints.peer.store(u32::from(node) + 1, Ordering::Relaxed);
+    }
+
+    /// The lease to look at it under: of a directory in which mounts take turns that which a change of a name is going to need.
+    #[must_use]
+    pub fn mode_of_look(&self) -> Mode {
+        let turns = self.hints.turns.get();
+        let changes = turns.is_some_and(|turns| turns.lock().is_contended(Instant::now()));
+        if changes { Mode::Exclusive } else { Mode::Shared }
     }
 
     /// Locks the state while holding a lease of `version`; what is cached for another version is dropped. For what neither reads

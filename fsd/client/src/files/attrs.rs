@@ -98,7 +98,7 @@ impl Attrs {
         inode: &Inode,
         answer: impl FnOnce(&Attr, Duration) -> T,
     ) -> Res<T> {
-        let guard = self.cache.lease(ctx, inode, Mode::Shared)?;
+        let guard = self.cache.lease(ctx, inode, inode.mode_of_look())?;
         let (attr, ttl) = {
             let mut state = inode.lock(ctx, guard.version())?;
             let attr = self.cache.load_last_attr(ctx, inode, &mut state)?;

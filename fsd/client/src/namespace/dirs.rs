@@ -130,7 +130,12 @@ impl Directories {
         name: &[u8],
         deed: Option<Deed>,
     ) -> Res<Option<(u64, Kind)>> {
-        let guard = self.cache.lease(ctx, dir, Self::mode_of_look(dir, deed))?;
+        let mode = match deed {
+            // A moment later the exclusive one is needed.
+            Some(Deed::Removed) => Mode::Exclusive,
+            _ => dir.mode_of_look(),
+        };
+        let guard = self.cache.lease(ctx, dir, mode)?;
         let mut state = dir.lock(ctx, guard.version())?;
         let found = self.entry_held(ctx, dir, &mut state, name)?;
         let next = deed.map_or_else(Vec::new, |deed| state.dir.follow(deed, name));
@@ -152,17 +157,6 @@ impl Directories {
         Ok(found)
     }
 
-    /// Whoever looks at a name that it is going to change, or is likely to, needs the exclusive lease a moment later.
-    fn mode_of_look(dir: &Inode, deed: Option<Deed>) -> Mode {
-        let turns = dir.hints.turns.get();
-        let changes = turns.is_some_and(|turns| turns.lock().is_contended(Instant::now()));
-        if changes || deed == Some(Deed::Removed) {
-            Mode::Exclusive
-        } else {
-            Mode::Shared
-        }
-    }
-
     /// Looks a name up for a thread; `answer` runs while the lease on what it names is held.
     ///
     /// # Errors
@@ -182,7 +176,7 @@ impl Directories {
                 return fail(libc::ENOENT);
             };
             let inode = self.cache.inode(number);
-            let guard = self.cache.lease(ctx, &inode, Mode::Shared)?;
+            let guard = self.cache.lease(ctx, &inode, inode.mode_of_look())?;
             let attr = {
                 let mut state = inode.lock(ctx, guard.version())?;
                 let attr = self.cache.load_attr(ctx, &inode, &mut state);
