@@ -73,8 +73,9 @@ impl DirCache {
             former.complete = false;
             former.changed.clear();
         }
-        if former.complete {
-            // Only those that others change are asked for: it is worth reading again when they are many.
+        // Of a directory that is known only those are asked for that others change: it is worth reading again when they are many. And who
+        // has asked for a few under each lease has no use for all, and would wait until all are durable.
+        if former.complete || former.asked < WORTH[0].0 {
             former.asked = 0;
         }
         let asked = std::mem::replace(self, former);

@@ -22,7 +22,7 @@ const MOST_LEFT_OUT: u32 = 16;
 /// What is known of the turns in one directory.
 #[derive(Debug, Default)]
 pub struct Turns {
-    /// When others last got the exclusive lease, or had it lowered.
+    /// When the lease was last given up to somebody who wanted it exclusively: not to one who only looks.
     lost: Option<Instant>,
     /// When a name was last changed here.
     changed: Option<Instant>,
@@ -43,7 +43,7 @@ impl Turns {
         self.changes += 1;
     }
 
-    /// Others have asked for the exclusive lease, and get it.
+    /// Somebody else has asked for the exclusive lease, and gets it.
     pub fn lose(&mut self, now: Instant) {
         self.lost = Some(now);
     }

@@ -154,7 +154,7 @@ impl Revocations {
         };
         self.session.counters.revocations.fetch_add(1, Ordering::Relaxed);
         job.cached_again(inode);
-        if let (Mode::Exclusive, Some(turns)) = (job.from, inode.hints.turns.get()) {
+        if let (None, Some(turns)) = (job.to, inode.hints.turns.get()) {
             turns.lock().lose(Instant::now());
         }
         self.relinquish(job.id, how);
