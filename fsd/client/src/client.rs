@@ -123,9 +123,9 @@ impl Client {
     }
 
     /// What `fsd status` shows.
-    #[must_use]
     ///
     /// Asks the servers whether they are there: not for a thread that brings their answers.
+    #[must_use]
     pub fn status(&self) -> MountStatus {
         let leases = self.session.leases.snapshot();
         let count = |mode| leases.iter().filter(|l| l.mode == Some(mode)).count() as u64;
@@ -133,6 +133,9 @@ impl Client {
         if self.opens.open_files.cache_shared {
             cache += " with shared files";
         }
+        // What follows waits for servers, and a lock taken in the middle of an expression is held to its end: all that the mount does, its
+        // signs of life among it, would wait along.
+        let dirty_files = self.cache.dirty.lock().len() as u64;
         MountStatus {
             node: self.session.node.0,
             cache,
@@ -141,7 +144,7 @@ impl Client {
             waiting: leases.iter().map(|l| l.waiting as u64).sum(),
             inodes: self.cache.inodes.len() as u64,
             cached_bytes: self.cache.cached_pages.load(Ordering::Relaxed) as u64 * crate::cache::pages::PAGE,
-            dirty_files: self.cache.dirty.lock().len() as u64,
+            dirty_files,
             requests: self.session.counters.requests.load(Ordering::Relaxed),
             parked: self.session.counters.parked.load(Ordering::Relaxed),
             messages: self.session.net.ways.messages(),

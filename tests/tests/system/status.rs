@@ -1,9 +1,10 @@
 //! What `fsd status` says where something is wrong.
 
 use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use system_tests::cluster::{Cluster, Fabric, Options, Role};
 use system_tests::guard;
@@ -40,6 +41,51 @@ const ANSWER: Duration = Duration::from_secs(3);
 fn stopped(cluster: &Cluster, role: Role, signal: Signal) -> anyhow::Result<()> {
     let pid = cluster.pid(role).and_then(|pid| Pid::from_raw(pid as i32));
     Ok(pid.map_or(Ok(()), |pid| kill_process(pid, signal))?)
+}
+
+fn has_thread(pid: u32, name: &str) -> anyhow::Result<bool> {
+    let named = |task: std::io::Result<fs::DirEntry>| {
+        let comm = fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
+        (comm.trim() == name).then_some(())
+    };
+    Ok(fs::read_dir(format!("/proc/{pid}/task"))?
+        .find_map(named)
+        .is_some())
+}
+
+/// A mount that is asked looks whether the servers are there, which takes long where one is silent. It goes on meanwhile.
+#[test]
+fn who_is_asked_goes_on() -> anyhow::Result<()> {
+    let options = Options {
+        fabric: Fabric::Tcp,
+        mounts: 1,
+        storage: 2,
+        timeout: ANSWER,
+        ..Options::default()
+    };
+    guard::with_cluster(options, |cluster| {
+        // One whose record and data the other storage node has.
+        let near = (0..).find_map(|n| {
+            let file = File::create_new(cluster.mount(0).join(format!("file{n}"))).ok()?;
+            (file.metadata().ok()?.ino() >> 36 & 0xff == 0).then_some(file)
+        });
+        let file = near.context("a file")?;
+        file.write_all_at(&[1; 4096], 0)?;
+        let mount = cluster.pid(Role::Mount(0)).context("a mount")?;
+        stopped(cluster, Role::Storage(1), Signal::STOP)?;
+        std::thread::scope(|scope| {
+            let status = scope.spawn(|| cluster.status());
+            let asks = || has_thread(mount, "probe");
+            guard::until("the mount to look for the servers", ANSWER * 10, asks)?;
+            for _ in 0..3 {
+                file.write_all_at(&[2; 4096], 0)?;
+                ensure!(has_thread(mount, "fsd-status")?, "a write has waited for it");
+            }
+            stopped(cluster, Role::Storage(1), Signal::CONT)?;
+            let told = status.join().map_err(|_| anyhow::anyhow!("it panicked"))?;
+            told.map(drop)
+        })
+    })
 }
 
 #[test]
