@@ -187,15 +187,7 @@ impl World {
             if done.is_err() {
                 return;
             }
-            let frame = self
-                .blocks
-                .media
-                .space
-                .lock()
-                .index
-                .get(place.0, place.1)
-                .unwrap()
-                .frame;
+            let frame = self.frame(place).unwrap();
             Some(contents(&self.blocks, frame))
         };
         let mut known = self.known.lock();
@@ -204,6 +196,11 @@ impl World {
             .entry(place)
             .or_insert_with(|| vec![(0, None)])
             .push((at, new));
+    }
+
+    fn frame(&self, (ino, block): Place) -> Option<Frame> {
+        let space = self.blocks.media.space.lock();
+        space.index.get(ino, block).map(|e| e.frame)
     }
 
     fn flush(&self) {
@@ -246,14 +243,7 @@ impl World {
                 .max();
             durable.filter(|v| *v == last)
         };
-        let frame = self
-            .blocks
-            .media
-            .space
-            .lock()
-            .index
-            .get(place.0, place.1)
-            .map(|e| e.frame);
+        let frame = self.frame(place);
         let (Some(last), Some(frame)) = (last, frame) else {
             return;
         };

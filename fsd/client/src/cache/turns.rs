@@ -2,13 +2,13 @@
 //! instead of passing it on after each. Pure.
 //!
 //! Moving the lease costs some five messages and what is written back; a change under it costs none. How long a turn lasts is a matter of
-//! what others wait for: `LONGEST`. A mount that has changed but one name in the first `LOOK` would have others wait for nothing, and gives
-//! the lease up at once then, and the next time, too: twice as often from time to time.
+//! what others wait for: `LONGEST`. A mount that has changed fewer than two names by `FIRST_LOOK` would have others wait for nothing: it
+//! gives the lease up then, and keeps it no longer than it must for the next turns, twice as many each time that a turn was in vain.
 
 use rt::time::Instant;
 use std::time::Duration;
 
-/// The lease was lost to others so short a time ago, or names were changed here: mounts take turns.
+/// The lease was lost to others, and names were changed here, so short a time ago: mounts take turns.
 const CONTENDED: Duration = Duration::from_millis(200);
 /// When it is first looked whether names are being changed: whoever gets the lease may have to ask the server first what others have changed.
 const FIRST_LOOK: Duration = Duration::from_millis(1);
