@@ -27,6 +27,8 @@ pub enum Flaw {
     NotFenced,
     /// Mounts are told of what others have changed before it is durable.
     SharedEarly,
+    /// A mount that reads a directory ahead is told of what others have changed before it is durable.
+    ReadEarly,
     /// A mount that comes back to a directory is told that others have changed nothing in it.
     ChangesUntold,
     /// A mount leases in a new table while others still trust the one that it replaces.

@@ -84,9 +84,9 @@ pub mod meta {
     use crate::clock::Skew;
     use crate::errno::Errno;
     use crate::wire::{
-        Attr, AttrUpdate, Carried, Created, DirEntry, InoRange, JoinReply, LockOwner, LockSpec, Logged, Mark,
-        MetaReply, MetaRequest, MetaStatus, NamespaceOp, PeerState, StatFs as Figures, StorageInfo, Time,
-        Touched, Written,
+        Attr, AttrUpdate, Carried, Created, InoRange, JoinReply, LockOwner, LockSpec, Logged, Mark,
+        MetaReply, MetaRequest, MetaStatus, NamespaceOp, Page, PeerState, StatFs as Figures, StorageInfo,
+        Time, Touched, Written,
     };
 
     requests! { MetaRequest, MetaReply;
@@ -102,7 +102,7 @@ pub mod meta {
         LookupAgain { parent: u64, name: Vec<u8>, since: Mark } -> (Option<(u64, Attr)>, Option<Vec<Vec<u8>>>),
             MetaReply::FoundAgain { found, changed } => (found, changed);
         GetAttr { ino: u64 } -> Attr, MetaReply::Attr(attr) => attr;
-        ReadDir { ino: u64, after: Vec<u8> } -> (Vec<(DirEntry, Attr)>, bool), MetaReply::Entries(some, all) => (some, all);
+        ReadDir { ino: u64, after: Vec<u8>, most: u32, ahead: bool } -> Page, MetaReply::Entries(page) => page;
         ReadLink { ino: u64 } -> Vec<u8>, MetaReply::Target(target) => target;
         GetXattrs { ino: u64 } -> Vec<(Vec<u8>, Vec<u8>)>, MetaReply::Xattrs(pairs) => pairs;
         Namespace { seq: u64, acknowledged: u64, now: Time, touched: Vec<Touched>, op: NamespaceOp } -> Created,

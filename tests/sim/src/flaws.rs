@@ -49,6 +49,7 @@ const META: &[MetaFlaw] = &[
     MetaFlaw::DeclaredEarly,
     MetaFlaw::NotFenced,
     MetaFlaw::SharedEarly,
+    MetaFlaw::ReadEarly,
     MetaFlaw::ChangesUntold,
     MetaFlaw::TablesMixed,
     MetaFlaw::EraNotCleared,

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use crate::cache::follow::{Deed, Follow, Listing};
 use fsd_proto::wire::{Kind, Mark};
 
-/// After so many names that the server was asked for one by one, so many pages of the directory's names are read: if that is all of
+/// Instead of asking for the so-manieth name by itself, so many of the directory's names are read: if that is all of
 /// them, nothing has to be asked any more, and if not, what was read in vain has cost no more than what was asked.
-const WORTH: [(u32, usize); 3] = [(8, 1), (64, 4), (512, 32)];
+const WORTH: [(u32, usize); 4] = [(2, 64), (8, 512), (64, 2048), (512, 16384)];
+/// Who asks for fewer names than that under each lease has no use for all of many.
+const FEW: u32 = 8;
 /// Where others have changed more names than that, which ones do not exist is not remembered any longer.
 const MOST_CHANGED: usize = 4096;
 
@@ -51,11 +53,16 @@ impl DirCache {
         self.complete && self.changed.is_empty()
     }
 
-    /// The names that are known now are all there are.
-    pub fn completed(&mut self) {
-        self.complete = true;
-        self.changed.clear();
-        self.absent.clear();
+    /// The names that are known now are all there are, but perhaps for these.
+    pub fn completed(&mut self, left_out: Vec<Vec<u8>>) {
+        let absent = std::mem::take(&mut self.absent);
+        let unknown = |name: &Vec<u8>| !self.entries.contains_key(name) && !absent.contains(name);
+        self.changed = left_out.into_iter().filter(unknown).collect();
+        self.complete = self.changed.len() <= MOST_CHANGED;
+        if !self.complete {
+            self.changed.clear();
+            self.absent = absent;
+        }
     }
 
     /// What was known under an earlier lease is known again, but for the names that others have changed meanwhile. What has been asked
@@ -73,10 +80,12 @@ impl DirCache {
             former.complete = false;
             former.changed.clear();
         }
-        // Of a directory that is known only those are asked for that others change: it is worth reading again when they are many. And who
-        // has asked for a few under each lease has no use for all, and would wait until all are durable.
-        if former.complete || former.asked < WORTH[0].0 {
+        // Of a directory that is known only those are asked for that others change: it is worth reading again when they are many. And
+        // whoever asks for a few under each lease has no use for all.
+        if former.complete {
             former.asked = 0;
+        } else if former.asked < FEW {
+            former.asked = former.asked.min(WORTH[0].0);
         }
         let asked = std::mem::replace(self, former);
         for (name, (ino, kind, cookie)) in asked.entries {
@@ -87,16 +96,22 @@ impl DirCache {
         }
     }
 
-    /// Another name is to be asked for: how many pages of names had better be read before. Not for the first few: who reads
-    /// a directory waits until all that others have changed in it is durable.
-    pub fn worth_reading(&mut self) -> Option<usize> {
+    /// Another name is to be asked for: how many names had better be read before. Not for the first, for many a directory is only passed,
+    /// unless a program goes through one directory after the other (`foreseen`).
+    pub fn worth_reading(&mut self, foreseen: bool) -> Option<usize> {
+        if foreseen && self.asked == 0 {
+            self.asked = WORTH[0].0 - 1;
+            self.follow.foreseen();
+        }
         self.asked = self.asked.saturating_add(1);
-        WORTH.iter().find(|(asked, _)| *asked == self.asked).map(|w| w.1)
+        let most = WORTH.iter().find(|(asked, _)| *asked == self.asked)?.1;
+        // Of a directory that is known but for some names a part says little.
+        (!self.complete || self.entries.len() < most).then_some(most)
     }
 
-    /// What was read cannot be taken in, for names have changed meanwhile: it is worth another try soon.
+    /// What was read cannot be taken in, for names have changed meanwhile: it is worth another try, but not at once.
     pub fn read_in_vain(&mut self) {
-        self.asked = 0;
+        self.asked = WORTH[0].0;
     }
 
     /// The listing of a directory that is known completely.
@@ -148,10 +163,36 @@ mod tests {
     #[test]
     fn a_directory_is_read_when_many_of_its_names_were_asked_for() {
         let mut dir = DirCache::default();
-        let read: Vec<usize> = (0..2000).filter_map(|_| dir.worth_reading()).collect();
-        assert_eq!(read, [1, 4, 32]);
+        let read: Vec<usize> = (0..2000).filter_map(|_| dir.worth_reading(false)).collect();
+        assert_eq!(read, [64, 512, 2048, 16384]);
+        assert_eq!(DirCache::default().worth_reading(true), Some(64));
         dir.read_in_vain();
-        assert_eq!((0..8).filter_map(|_| dir.worth_reading()).count(), 1);
+        assert_eq!((0..6).filter_map(|_| dir.worth_reading(false)).count(), 1);
+    }
+
+    #[test]
+    fn of_what_was_left_out_only_what_was_asked_for_is_known() {
+        let mut dir = DirCache::default();
+        dir.add(b"asked", 1, Kind::File, 1);
+        dir.remove(b"gone");
+        dir.add(b"read", 2, Kind::File, 2);
+        dir.completed(vec![b"asked".to_vec(), b"gone\0".to_vec(), b"other".to_vec()]);
+        assert_eq!(dir.lookup(b"gone\0"), None);
+        assert_eq!(
+            (dir.lookup(b"other"), dir.lookup(b"elsewhere")),
+            (None, Some(None))
+        );
+        assert_eq!(
+            (dir.lookup(b"asked").is_some(), dir.lookup(b"gone")),
+            (true, Some(None))
+        );
+        assert!(!dir.is_complete());
+        let many = (0..=MOST_CHANGED).map(|n| n.to_string().into_bytes());
+        dir.completed(many.collect());
+        assert_eq!(
+            (dir.lookup(b"elsewhere"), dir.lookup(b"asked").is_some()),
+            (None, true)
+        );
     }
 
     #[test]
@@ -160,7 +201,7 @@ mod tests {
         assert_eq!(dir.lookup(b"x"), None);
         dir.remove(b"x");
         assert_eq!(dir.lookup(b"x"), Some(None));
-        dir.completed();
+        dir.completed(Vec::new());
         assert_eq!(dir.lookup(b"y"), Some(None));
     }
 
@@ -170,7 +211,7 @@ mod tests {
         for (name, ino) in [(b"a", 1), (b"b", 2)] {
             former.add(name, ino, Kind::File, ino);
         }
-        former.completed();
+        former.completed(Vec::new());
         let mut dir = DirCache::default();
         // Asked for under the new lease.
         dir.add(b"d", 4, Kind::File, 4);

@@ -46,15 +46,35 @@ pub struct Follow {
     order: Option<Listing>,
     looked: Run,
     removed: Run,
+    /// The program goes through one directory after the other: it needs no more than one name to convince.
+    foreseen: bool,
 }
 
 impl Follow {
-    /// The directory was listed.
+    /// A program that goes through one directory after the other has come to this one.
+    pub fn foreseen(&mut self) {
+        self.foreseen = true;
+    }
+
+    /// The directory was listed, perhaps in the middle of somebody's way.
     pub fn listed(&mut self, listing: &Listing) {
-        *self = Self {
-            order: (listing.len() <= LONGEST).then(|| Arc::clone(listing)),
-            ..Self::default()
-        };
+        let length = u32::from(self.foreseen);
+        let first = self.order.is_none();
+        self.order = (listing.len() <= LONGEST).then(|| Arc::clone(listing));
+        for run in [&mut self.looked, &mut self.removed] {
+            let last = std::mem::replace(
+                run,
+                Run {
+                    length,
+                    ..Run::default()
+                },
+            )
+            .last;
+            if let Some(order) = self.order.as_ref().filter(|_| first && last > 0) {
+                // Where it is convincing it will be after the next one as well.
+                run.step(order, last);
+            }
+        }
     }
 
     /// Something was done to the name of a cookie: inodes that it is likely to be done to next, and that were not told yet.
@@ -65,27 +85,35 @@ impl Follow {
         };
         match &self.order {
             Some(order) => run.done(order, cookie),
-            None => Vec::new(),
+            None => {
+                run.last = cookie;
+                Vec::new()
+            }
         }
     }
 }
 
 impl Run {
-    fn done(&mut self, order: &Listing, cookie: u64) -> Vec<u64> {
-        if cookie == self.last {
-            // Once more, or the same operation on another thread.
-            return Vec::new();
-        }
+    /// A name has come; does it follow the last one?
+    fn step(&mut self, order: &Listing, cookie: u64) -> bool {
         let follows =
             cookie > self.last && order.range(self.last + 1..cookie).take(LEFT_OUT + 1).count() <= LEFT_OUT;
         self.last = cookie;
-        if !follows {
+        if follows {
+            self.length += 1;
+            self.told = self.told.max(cookie);
+        } else {
             (self.length, self.width) = (0, 0);
             self.told = cookie;
+        }
+        follows
+    }
+
+    fn done(&mut self, order: &Listing, cookie: u64) -> Vec<u64> {
+        // Once more, or the same operation on another thread.
+        if cookie == self.last || !self.step(order, cookie) {
             return Vec::new();
         }
-        self.length += 1;
-        self.told = self.told.max(cookie);
         let left = order.range((Excluded(cookie), Included(self.told)));
         let left = left.take(WIDTH.1).count();
         if self.length < CONVINCING || left > self.width / 2 {
@@ -128,6 +156,24 @@ mod tests {
             told.extend(next);
         }
         assert_eq!(told, (3..=300).map(|n| n * 100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_directory_may_be_listed_on_the_way() {
+        let listing = listed(40).order.unwrap();
+        let mut follow = Follow::default();
+        assert!(follow.done(Deed::Looked, 1).is_empty());
+        follow.listed(&listing);
+        assert_eq!(follow.done(Deed::Looked, 2).len(), WIDTH.0);
+        // Of one that is come to on the way through others the first name is enough.
+        let mut follow = Follow::default();
+        follow.foreseen();
+        follow.listed(&listing);
+        assert_eq!(follow.done(Deed::Looked, 1).len(), WIDTH.0);
+        let mut follow = Follow::default();
+        follow.foreseen();
+        follow.listed(&listing);
+        assert!(follow.done(Deed::Looked, 20).is_empty());
     }
 
     #[test]

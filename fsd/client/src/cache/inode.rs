@@ -97,6 +97,8 @@ pub struct LeaseHints {
     pub regained: AtomicBool,
     /// Its record serves a later generation: it is gone, whatever was cached of it.
     pub superseded: AtomicBool,
+    /// Its lease was asked for because a program seems to go through the directory above: not taken notice of yet.
+    pub foreseen: AtomicBool,
     /// When its lease was last waited for in vain, nanoseconds since the mount began; 0: it was had since.
     pub failed: AtomicU64,
     /// Of a directory in which names were changed here.

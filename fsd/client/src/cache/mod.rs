@@ -231,7 +231,11 @@ impl Cache {
             held.is_none_or(|(held, _)| held == Mode::Shared && mode == Mode::Exclusive)
         };
         // Each is known then, and is forgotten with its lease like any other. The record of one that is gone serves another inode.
-        let known = |number: &u64| !self.inode(*number).hints.superseded.load(Ordering::SeqCst);
+        let known = |number: &u64| {
+            let inode = self.inode(*number);
+            inode.hints.foreseen.store(true, Ordering::Relaxed);
+            !inode.hints.superseded.load(Ordering::SeqCst)
+        };
         let wanted = inodes.iter().filter(|number| {
             let record = ino::record(**number);
             storage.knows_record(record) && lacks(record) && known(number)

@@ -41,6 +41,16 @@ enum Read {
     Overtaken(Vec<DirEntry>),
 }
 
+/// Names of a directory, as they were read.
+#[derive(Default)]
+struct Names {
+    entries: Vec<DirEntry>,
+    /// Those that nothing was said of.
+    left_out: Vec<Vec<u8>>,
+    /// There are no others.
+    all: bool,
+}
+
 /// Looking names up, and listing them.
 pub struct Directories {
     pub(crate) session: Arc<Session>,
@@ -73,9 +83,10 @@ impl Directories {
             return Ok(known.map(|(ino, kind, _)| (ino, kind)));
         }
         ctx.may_wait()?;
+        let foreseen = dir.hints.foreseen.swap(false, Ordering::Relaxed);
         if state.lasting.former.is_none()
-            && let Some(pages) = state.dir.worth_reading()
-            && let Ok(Read::All) = self.read_in(dir, state, pages)
+            && let Some(most) = state.dir.worth_reading(foreseen)
+            && let Ok(Read::All | Read::Some) = self.read_in(dir, state, Some(most))
             && let Some(known) = state.dir.lookup(name)
         {
             return Ok(known.map(|(ino, kind, _)| (ino, kind)));
@@ -273,7 +284,7 @@ impl Directories {
         }
         if !state.dir.is_complete() {
             ctx.may_wait()?;
-            if let Read::Overtaken(entries) = self.read_in(dir, &mut state, usize::MAX)? {
+            if let Read::Overtaken(entries) = self.read_in(dir, &mut state, None)? {
                 // Names that come and go while a directory is read may be listed or not.
                 let listed = entries.into_iter();
                 return Ok(Arc::new(
@@ -305,41 +316,52 @@ impl Directories {
         Ok(found)
     }
 
-    /// Takes in the names of a directory, up to so many pages of them, if nobody changes any while they are read.
-    fn read_in(&self, dir: &Inode, state: &mut Locked<'_>, pages: usize) -> Res<Read> {
+    /// Takes in the names of a directory, if nobody changes any while they are read: all of them, or, ahead of who will want them, about
+    /// so many.
+    fn read_in(&self, dir: &Inode, state: &mut Locked<'_>, ahead: Option<usize>) -> Res<Read> {
         let asked = state.changes();
-        let (entries, all) = state.unlocked(|| self.read_names(dir.ino, pages))?;
+        let names = state.unlocked(|| self.read_names(dir.ino, ahead))?;
         if state.changes() != asked {
             state.dir.read_in_vain();
-            return Ok(Read::Overtaken(entries));
+            return Ok(Read::Overtaken(names.entries));
         }
-        for entry in entries {
+        for entry in names.entries {
             state.dir.add(&entry.name, entry.ino, entry.kind, entry.cookie);
         }
-        if !all {
+        if !names.all {
             return Ok(Read::Some);
         }
-        state.dir.completed();
+        state.dir.completed(names.left_out);
         state.dir.list();
         Ok(Read::All)
     }
 
-    /// Names of a directory, from the metadata server, up to so many pages; and whether that is all.
-    fn read_names(&self, ino: u64, pages: usize) -> Res<(Vec<DirEntry>, bool)> {
-        let mut names = Vec::new();
-        let mut after = Vec::new();
-        for _ in 0..pages {
-            let (entries, all) = self.session.net.meta.ask(ask::meta::ReadDir { ino, after })?;
-            after = entries.last().map(|(e, _)| e.name.clone()).unwrap_or_default();
-            for (entry, attr) in entries {
-                names.push(entry);
+    /// Names of a directory, from the metadata server.
+    fn read_names(&self, ino: u64, ahead: Option<usize>) -> Res<Names> {
+        let (mut names, mut after) = (Names::default(), Vec::new());
+        let most = ahead.unwrap_or(usize::MAX);
+        while names.entries.len() < most {
+            let request = ask::meta::ReadDir {
+                ino,
+                after,
+                most: u32::try_from(most - names.entries.len()).unwrap_or(u32::MAX),
+                ahead: ahead.is_some(),
+            };
+            let page = self.session.net.meta.ask(request)?;
+            for (entry, attr) in page.entries {
+                names.entries.push(entry);
                 self.cache.offer(attr);
             }
-            if all {
-                return Ok((names, true));
+            names.left_out.extend(page.left_out);
+            match page.next {
+                Some(next) => after = next,
+                None => {
+                    names.all = true;
+                    break;
+                }
             }
         }
-        Ok((names, false))
+        Ok(names)
     }
 
     /// Target of a symbolic link.

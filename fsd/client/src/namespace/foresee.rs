@@ -258,7 +258,7 @@ mod tests {
             foresee(&op, NOW, &known).map(|c| c.attrs.len())
         };
         assert_eq!(of(&names), None);
-        names.completed();
+        names.completed(Vec::new());
         assert_eq!(of(&names), Some(1));
         names.add(b"x", 5, Kind::File, 3);
         assert_eq!(of(&names), None);

@@ -143,7 +143,7 @@ impl Names {
             state.check_layout();
             state.frames.loaded.extend(0..self.session.net.storage.count());
             if new.kind == Kind::Directory {
-                state.dir.completed();
+                state.dir.completed(Vec::new());
             }
             state.xattrs = Some(std::collections::BTreeMap::new());
             state.lasting.target = (new.kind == Kind::Symlink).then(|| new.target.clone().into());

@@ -4,10 +4,12 @@ use crate::error::Refusal;
 use crate::journal::Journal;
 use crate::journal::records::{Dirent, Txn, decode, key};
 use fsd_node::store::prefix_end;
-use fsd_proto::wire::{Attr, DirEntry, MetaReply};
+use fsd_proto::wire::{Attr, DirEntry, MetaReply, Page};
 
 /// Bytes of directory entries in one answer.
 const READDIR_BYTES: usize = 64 << 10;
+/// Most directory entries in one answer.
+const READDIR_ENTRIES: usize = 512;
 
 /// Looks at what is stored.
 #[derive(Clone)]
@@ -41,8 +43,8 @@ impl Lookups {
         Ok(MetaReply::Xattrs(pairs.collect()))
     }
 
-    /// The entries of a directory behind a name, as many as go into one answer.
-    pub fn entries(&self, ino: u64, after: &[u8]) -> Result<MetaReply, Refusal> {
+    /// The entries of a directory behind a name, as many as go into one answer, and at most so many.
+    pub fn entries(&self, ino: u64, after: &[u8], most: u32) -> Result<Page, Refusal> {
         let txn = self.0.txn();
         txn.directory(ino)?;
         let mut from = key::dirent(ino, after);
@@ -50,9 +52,10 @@ impl Lookups {
             from.push(0);
         }
         let end = prefix_end(&key::dirent(ino, &[]));
-        let pairs = self.0.store.scan(&from, &end, 512)?;
-        let full = pairs.len() == 512;
-        let (mut entries, mut bytes) = (Vec::new(), 0);
+        let most = (most as usize).clamp(1, READDIR_ENTRIES);
+        let pairs = self.0.store.scan(&from, &end, most)?;
+        let full = pairs.len() == most;
+        let (mut page, mut bytes) = (Page::default(), 0);
         for (k, v) in pairs {
             let Dirent { ino, kind, cookie } = decode(&v)?;
             let name = key::rest(&k).to_vec();
@@ -64,12 +67,12 @@ impl Lookups {
                 kind,
                 cookie,
             };
-            entries.push((entry, attr));
+            page.entries.push((entry, attr));
             if bytes > READDIR_BYTES {
-                return Ok(MetaReply::Entries(entries, false));
+                return Ok(page.to_be_continued());
             }
         }
-        Ok(MetaReply::Entries(entries, !full))
+        Ok(if full { page.to_be_continued() } else { page })
     }
 
     fn attr_in(&self, txn: &Txn<'_>, ino: u64) -> Result<Attr, Refusal> {

@@ -6,11 +6,11 @@
 //! change is durable. Mounts learn of names by asking this server. How many names a file has they are shown with its lease, too, and the
 //! mount that gives that up sees to it (`client/src/revoke/revocation.rs`).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use rt::sync::Mutex;
 
-use fsd_proto::wire::{MetaReply, MetaRequest, NamespaceOp};
+use fsd_proto::wire::{Attr, MetaReply, MetaRequest, NamespaceOp, Page};
 
 /// So many changes are remembered before those that are durable are looked for.
 const TIDY: usize = 4096;
@@ -77,7 +77,10 @@ fn asked(request: &MetaRequest) -> Vec<Key> {
         MetaRequest::Lookup { parent, name } | MetaRequest::LookupAgain { parent, name, .. } => {
             vec![Key::Name(*parent, name.clone())]
         }
-        MetaRequest::ReadDir { ino, .. } => vec![Key::Directory(*ino)],
+        // What is read ahead shows nothing of that kind (`Sharing::leave_out`).
+        MetaRequest::ReadDir {
+            ino, ahead: false, ..
+        } => vec![Key::Directory(*ino)],
         MetaRequest::GetAttr { ino } => vec![Key::Links(*ino)],
         MetaRequest::GetXattrs { ino } => vec![Key::Xattrs(*ino)],
         MetaRequest::Namespace { op, .. } => {
@@ -96,7 +99,10 @@ fn found(answer: &MetaReply) -> Vec<Key> {
             found: Some((_, attr)),
             ..
         } => vec![Key::Links(attr.ino)],
-        MetaReply::Entries(entries, _) => entries.iter().map(|(_, attr)| Key::Links(attr.ino)).collect(),
+        MetaReply::Entries(page) => {
+            let entries = page.entries.iter();
+            entries.map(|(_, attr)| Key::Links(attr.ino)).collect()
+        }
         _ => Vec::new(),
     }
 }
@@ -157,6 +163,46 @@ impl Sharing {
         }
     }
 
+    /// Leaves out of a part of a directory what another mount has changed behind `durable`.
+    pub fn leave_out(&self, node: impl FnOnce() -> Option<u16>, (dir, page): (u64, &mut Page), durable: u64) {
+        let changes = self.0.lock();
+        let is_recent = |of: &Changes| of.iter().any(|(_, at)| *at > durable);
+        let links = |attr: &Attr| changes.get(&Key::Links(attr.ino));
+        let names = changes.get(&Key::Directory(dir)).is_some_and(is_recent);
+        if !names
+            && !page
+                .entries
+                .iter()
+                .filter_map(|(_, attr)| links(attr))
+                .any(is_recent)
+        {
+            return;
+        }
+        let node = node();
+        let hides = |of: &Changes| of.iter().any(|(by, at)| *at > durable && Some(*by) != node);
+        let changed = changes.iter().filter(|(_, of)| hides(of));
+        let names: HashSet<Vec<u8>> = changed
+            .filter_map(|(key, _)| match key {
+                Key::Name(parent, name) if *parent == dir => Some(name.clone()),
+                _ => None,
+            })
+            .collect();
+        page.left_out.extend(names.iter().cloned());
+        let Page {
+            entries, left_out, ..
+        } = page;
+        entries.retain(|(entry, attr)| {
+            if names.contains(&entry.name) {
+                return false;
+            }
+            let hidden = links(attr).is_some_and(hides);
+            if hidden {
+                left_out.push(entry.name.clone());
+            }
+            !hidden
+        });
+    }
+
     /// How much is remembered.
     #[cfg(test)]
     fn len(&self) -> usize {
@@ -168,7 +214,7 @@ impl Sharing {
 mod tests {
     use super::*;
     use fsd_proto::ino::ROOT;
-    use fsd_proto::wire::Attr;
+    use fsd_proto::wire::{DirEntry, Kind};
 
     fn unlink(name: &str) -> NamespaceOp {
         NamespaceOp::Unlink {
@@ -198,8 +244,12 @@ mod tests {
     }
 
     fn list(ino: u64) -> MetaRequest {
-        let after = Vec::new();
-        MetaRequest::ReadDir { ino, after }
+        MetaRequest::ReadDir {
+            ino,
+            after: Vec::new(),
+            most: 100,
+            ahead: false,
+        }
     }
 
     #[test]
@@ -270,6 +320,56 @@ mod tests {
             let found = MetaReply::Found(Some((3, attr)));
             assert_eq!(shows(&lookup(9, "elsewhere"), &found), shown);
         }
+    }
+
+    #[test]
+    fn what_is_read_ahead_shows_nothing_that_a_crash_undoes() {
+        let sharing = Sharing::default();
+        let all = |names: &[(&str, u64)]| {
+            let entries = names.iter().map(|&(name, ino)| {
+                let entry = DirEntry {
+                    name: name.into(),
+                    ino,
+                    kind: Kind::File,
+                    cookie: ino,
+                };
+                (entry, Attr::of_file(ino, 1, 0))
+            });
+            Page {
+                entries: entries.collect(),
+                ..Page::default()
+            }
+        };
+        let told = |node: u16, durable: u64| {
+            let mut page = all(&[("a", 1), ("b", 2), ("c", 7)]);
+            sharing.leave_out(|| Some(node), (ROOT, &mut page), durable);
+            let names: Vec<Vec<u8>> = page.entries.into_iter().map(|(entry, _)| entry.name).collect();
+            page.left_out.sort();
+            (names.concat(), page.left_out.concat())
+        };
+        let pair = |told: &str, left_out: &str| (told.as_bytes().to_vec(), left_out.as_bytes().to_vec());
+        assert_eq!(told(2, 4), pair("abc", ""));
+        // One name is new, one has gone, and one's inode has lost another name elsewhere.
+        sharing.note(1, &rename("gone", ROOT, "b"), 5, 4);
+        let elsewhere = NamespaceOp::Unlink {
+            parent: 9,
+            name: b"other".to_vec(),
+            ino: 7,
+            keep: false,
+        };
+        sharing.note(1, &elsewhere, 6, 4);
+        assert_eq!(told(2, 4), pair("a", "bcgone"));
+        assert_eq!(told(1, 4), pair("abc", ""), "its own");
+        assert_eq!(told(2, 5), pair("ab", "c"));
+        assert_eq!(told(2, 6), pair("abc", ""), "durable");
+        let ahead = MetaRequest::ReadDir {
+            ino: ROOT,
+            after: Vec::new(),
+            most: 100,
+            ahead: true,
+        };
+        assert!(!sharing.holds_back(|| Some(2), &sharing.asked(&ahead), 4));
+        assert!(sharing.holds_back(|| Some(2), &sharing.asked(&list(ROOT)), 4));
     }
 
     #[test]

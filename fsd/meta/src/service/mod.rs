@@ -191,7 +191,20 @@ impl Service {
                 Ok(MetaReply::FoundAgain { found, changed })
             }
             MetaRequest::GetAttr { ino } => lookups.attr(ino),
-            MetaRequest::ReadDir { ino, after } => lookups.entries(ino, &after),
+            MetaRequest::ReadDir {
+                ino,
+                after,
+                most,
+                ahead,
+            } => {
+                let mut page = lookups.entries(ino, &after, most)?;
+                if ahead && !self.rules.lack(Flaw::ReadEarly) {
+                    let durable = self.journal.order.durable();
+                    let sharing = &self.namespace.transactions.sharing;
+                    sharing.leave_out(|| members.of(conn).ok(), (ino, &mut page), durable);
+                }
+                Ok(MetaReply::Entries(page))
+            }
             MetaRequest::ReadLink { ino } => lookups.target(ino),
             MetaRequest::GetXattrs { ino } => lookups.xattrs(ino),
             request @ MetaRequest::WriteBack { .. } => {

@@ -96,12 +96,16 @@ pub enum MetaRequest {
         /// Inode.
         ino: u64,
     },
-    /// Entries of a directory with cookies greater than `after`, in order.
+    /// Entries of a directory, in the order of their names.
     ReadDir {
         /// Directory.
         ino: u64,
         /// Name after which to go on (empty: from the start).
         after: Vec<u8>,
+        /// Most entries.
+        most: u32,
+        /// Nobody waits for all of them: those that other mounts have changed and a crash could undo are left out, instead of being waited for.
+        ahead: bool,
     },
     /// Target of a symbolic link.
     ReadLink {
@@ -265,6 +269,26 @@ pub struct DirEntry {
     pub cookie: u64,
 }
 
+/// A part of a directory.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Page {
+    /// Entries with their attributes.
+    pub entries: Vec<(DirEntry, Attr)>,
+    /// The name after which to go on; none if that was all.
+    pub next: Option<Vec<u8>>,
+    /// Names in the directory of which nothing is said, wherever they would be.
+    pub left_out: Vec<Vec<u8>>,
+}
+
+impl Page {
+    /// This one, where there is more behind its last entry.
+    #[must_use]
+    pub fn to_be_continued(mut self) -> Self {
+        self.next = self.entries.last().map(|(entry, _)| entry.name.clone());
+        self
+    }
+}
+
 /// `statfs` figures of the metadata server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatFs {
@@ -378,8 +402,8 @@ pub enum MetaReply {
     Found(Option<(u64, Attr)>),
     /// To `GetAttr`.
     Attr(Attr),
-    /// To `ReadDir`: entries with their attributes, and whether that was all.
-    Entries(Vec<(DirEntry, Attr)>, bool),
+    /// To `ReadDir`.
+    Entries(Page),
     /// To `ReadLink`.
     Target(Vec<u8>),
     /// To `GetXattrs`.

@@ -19,7 +19,7 @@ pub use locks::{LockKind, LockOwner, LockRange, LockSpec};
 pub use membership::{DeadMount, Records, Terms, View};
 pub use meta::{
     BEHIND_ALL, DirEntry, InoRange, JoinReply, Logged, Mark, MetaReply, MetaRequest, MetaStatus, NodeInfo,
-    PeerState, StatFs, StorageInfo,
+    Page, PeerState, StatFs, StorageInfo,
 };
 pub use mount::{Act, MountRequest, MountStatus, Visited};
 pub use names::{Carried, Created, NamespaceOp, Touched, Written};
@@ -31,7 +31,7 @@ pub use storage::{
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages; nodes of different versions refuse each other.
-pub const PROTOCOL: u32 = 14;
+pub const PROTOCOL: u32 = 15;
 
 /// What a node says it is when it connects (authenticated by the transport's handshake).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -109,25 +109,29 @@ fn is_trusted(stream: &UnixStream) -> bool {
 }
 
 /// The socket of a mount. A daemon that is ending may still have it: what was mounted before had the same device number. That one is
-/// waited for, until this mount ends as well.
+/// waited for as long as this mount serves its kernel; `None` when it no longer does, for then nobody has to reach it.
 ///
 /// # Errors
 /// There cannot be one.
-fn listen(standing: &Standing) -> io::Result<UnixListener> {
-    let mounted = standing.mounted.as_ref().ok_or(io::ErrorKind::NotFound)?;
+fn listen(address: &SocketAddr, serves: impl Fn() -> bool) -> io::Result<Option<UnixListener>> {
     let mut pause = LOOK;
     loop {
-        match UnixListener::bind_addr(&address(mounted)?) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                if *standing.stage.lock() != Stage::Serving {
-                    return Err(error);
-                }
-            }
-            result => return result,
+        match UnixListener::bind_addr(address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            result => return result.map(Some),
+        }
+        if !serves() {
+            return Ok(None);
         }
         rt::thread::sleep(pause);
         pause = PAUSE.min(pause * 2);
     }
+}
+
+/// [`listen`] for what is mounted here.
+fn listen_for(standing: &Standing) -> io::Result<Option<UnixListener>> {
+    let mounted = standing.mounted.as_ref().ok_or(io::ErrorKind::NotFound)?;
+    listen(&address(mounted)?, || *standing.stage.lock() == Stage::Serving)
 }
 
 /// Answers at the mount's socket, a predecessor's if there is one, until the mount has been replaced.
@@ -140,8 +144,9 @@ pub(crate) fn answer(
     start: Start,
 ) -> Result<(), MountError> {
     thread("fsd-control", move || {
-        let listener = match predecessors.map_or_else(|| listen(&standing), Ok) {
-            Ok(listener) => listener,
+        let listener = match predecessors.map_or_else(|| listen_for(&standing), |them| Ok(Some(them))) {
+            Ok(Some(listener)) => listener,
+            Ok(None) => return,
             Err(error) => return tracing::warn!("this mount cannot be asked to be replaced: {error}"),
         };
         for stream in listener.incoming() {
@@ -279,4 +284,38 @@ fn end(child: &mut Child) -> io::Result<std::process::ExitStatus> {
     }
     child.kill()?;
     child.wait()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    fn address(name: &str) -> io::Result<SocketAddr> {
+        SocketAddr::from_abstract_name(format!("distfuse-test-{name}-{}", std::process::id()))
+    }
+
+    #[test]
+    fn a_mount_that_ends_while_another_has_its_socket_has_nothing_to_say() -> io::Result<()> {
+        let address = address("ends")?;
+        let _other = UnixListener::bind_addr(&address)?;
+        let looks = Cell::new(0);
+        let serves = || looks.replace(looks.get() + 1) < 2;
+        assert!(listen(&address, serves)?.is_none());
+        assert_eq!(looks.get(), 3);
+        Ok(())
+    }
+
+    #[test]
+    fn a_socket_is_had_when_the_other_daemon_has_ended() -> io::Result<()> {
+        let address = address("had")?;
+        let other = Cell::new(Some(UnixListener::bind_addr(&address)?));
+        let serves = || {
+            other.take();
+            true
+        };
+        assert!(listen(&address, serves)?.is_some());
+        Ok(())
+    }
 }
