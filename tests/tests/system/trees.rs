@@ -102,6 +102,35 @@ fn names_and_places_do_not_cost_a_request_each() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// By path, and without listing anything, as a compiler does: each small directory is a single question.
+#[test]
+fn small_directories_are_read_as_a_program_comes_to_them() -> anyhow::Result<()> {
+    const DIRECTORIES: usize = 12;
+    const EACH: usize = 10;
+    guard::with_cluster(options(Fabric::Tcp), |cluster| {
+        let path = |mount: usize, dir: usize| cluster.mount(mount).join(format!("d{dir:02}"));
+        for dir in 0..DIRECTORIES {
+            fs::create_dir(path(0, dir))?;
+            (0..EACH).try_for_each(|n| fs::write(path(0, dir).join(name(n)), b"x"))?;
+        }
+        let before = requests(cluster)?.0;
+        for dir in 0..DIRECTORIES {
+            for n in 0..EACH {
+                ensure!(fs::metadata(path(1, dir).join(name(n)))?.len() == 1);
+            }
+            ensure!(!path(1, dir).join("other").exists());
+        }
+        let asked = requests(cluster)?.0 - before;
+        // What is not durable yet is asked for by itself; one answer makes all durable that came before.
+        let few = (2 * DIRECTORIES + 10) as u64;
+        ensure!(
+            asked < few,
+            "{asked} requests for {DIRECTORIES} directories of {EACH} files"
+        );
+        Ok(())
+    })
+}
+
 /// Two mounts make files in one directory by turns: what the other one has made is told by a single answer.
 #[test]
 fn names_that_the_other_mount_has_not_changed_are_still_known() -> anyhow::Result<()> {

@@ -149,7 +149,7 @@ impl Directories {
         let guard = self.cache.lease(ctx, dir, mode)?;
         let mut state = dir.lock(ctx, guard.version())?;
         let found = self.entry_held(ctx, dir, &mut state, name)?;
-        let next = deed.map_or_else(Vec::new, |deed| state.dir.follow(deed, name));
+        let mut next = deed.map_or_else(Vec::new, |deed| state.dir.follow(deed, name));
         // Where that would take a request, some other time.
         if self.front.wants_names(dir)
             && let Ok(attr) = self.cache.load_attr(ctx, dir, &mut state)
@@ -158,7 +158,9 @@ impl Directories {
                 .delegate_ahead(dir, Mode::Shared, guard.version(), &attr, &state);
         }
         drop(state);
-        if !next.is_empty() {
+        if let Some((number, _)) = found.filter(|_| !next.is_empty()) {
+            // Its lease is waited for: it is asked for before the others.
+            next.insert(0, number);
             let mode = match deed {
                 Some(Deed::Removed) => Mode::Exclusive,
                 _ => Mode::Shared,
