@@ -427,3 +427,48 @@ fn mounts_that_are_cut_off_from_the_metadata_server() -> anyhow::Result<()> {
         field.without_meta(mount, ways, true).context("evicted")
     })
 }
+
+/// A mount waits for a storage node that it is cut off from, which is to hear that files without a name are closed; then another mount dies. It
+/// looks whether that one had such files open last, and lives on.
+#[test]
+fn a_mount_that_waits_for_a_storage_node_outlives_another() -> anyhow::Result<()> {
+    const HELD: usize = 4;
+    let options = Options {
+        timeout: Duration::from_secs(10),
+        ..options(Cache::Direct)
+    };
+    guard::with_cluster_within(LIMIT, options, |cluster| {
+        let mut field = Field::new(cluster)?;
+        let root = |at: usize| cluster.mount(at);
+        for n in 0..HELD {
+            let name = field.fresh(0, 1)?;
+            fs::rename(root(0).join(name), root(0).join(format!("held{n}")))?;
+            // So that its lease record says who has it open.
+            fs::read(root(1).join(format!("held{n}")))?;
+        }
+        let script = "exec 3<\"$0\"/held0 4<\"$0\"/held1 5<\"$0\"/held2 6<\"$0\"/held3; echo held; read go";
+        let mut holder = Asking::shell(script, &root(0))?;
+        ensure!(holder.says()? == "held", "the files cannot be opened");
+        (0..HELD).try_for_each(|n| fs::remove_file(root(0).join(format!("held{n}"))))?;
+        let before = number(cluster, 0)?;
+        let cut = Cut::new(cluster, (Role::Mount(0), Role::Storage(1)), Ways::Both)?;
+        holder.tell("go")?;
+        holder.answer(SOON)?;
+        // The kernel tells of the last close when the program is gone.
+        std::thread::sleep(SOON / 4);
+        cluster.kill(Role::Mount(2));
+        let watch = Stopwatch::start();
+        while watch.all() < TERM * 3 {
+            field.exchange(0, &[1], 0, SOON)?;
+            field.exchange(1, &[0], 0, SOON)?;
+        }
+        let now = number(cluster, 0)?;
+        ensure!(
+            now == before,
+            "mount {before} was declared dead, and is {now} now"
+        );
+        cut.mend()?;
+        cluster.start_role(Role::Mount(2))?;
+        field.all_well()
+    })
+}

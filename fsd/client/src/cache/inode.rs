@@ -206,6 +206,19 @@ impl Inode {
         Ok(locked)
     }
 
+    /// Locks who has the file open. Whoever opens or closes it has it locked while the lease record is changed, which waits for its storage
+    /// node.
+    ///
+    /// # Errors
+    /// Park, where another thread has it and waiting is not allowed here.
+    pub fn lock_opens(&self, ctx: &Ctx<'_>) -> Res<MutexGuard<'_, Opens>> {
+        if let Some(opens) = self.opens.try_lock() {
+            return Ok(opens);
+        }
+        ctx.may_wait()?;
+        Ok(self.opens.lock())
+    }
+
     /// As [`Inode::lock`], with a range claimed until the guard is dropped: it stays claimed while the guard lets the mutex go.
     ///
     /// # Errors

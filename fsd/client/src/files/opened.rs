@@ -252,7 +252,7 @@ impl Files {
         if truncate {
             self.xattrs.drop_capability(ctx, inode, &guard)?;
         }
-        if !self.session.local_memory() && inode.opens.lock().count == 0 {
+        if inode.lock_opens(ctx)?.count == 0 && !self.session.local_memory() {
             ctx.may_wait()?;
         }
         let kind = {

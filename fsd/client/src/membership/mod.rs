@@ -5,6 +5,7 @@
 //! has and that the dead may have been handed, no message that its receiver has not heard.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use lockmgr::{Mode, NodeId, NodeSet};
@@ -82,7 +83,12 @@ impl Membership {
         if view.dead.is_empty() {
             tracing::debug!("epoch {}: everything of the dead has been taken back", view.epoch);
             self.session.leases.resume(view.epoch);
-            self.reap_orphans();
+            // Not on this thread: whoever opens or closes a file just now has its `opens` locked, and may be waiting for an answer of a storage
+            // node, which this thread would bring, as it does those that say this mount lives.
+            if !self.session.fate.leaving.load(Ordering::SeqCst) {
+                let me = Arc::clone(self);
+                self.session.threads.workers.run(move || me.reap_orphans());
+            }
             if let Some(responder) = responder {
                 responder.reply(&Ok(()));
             }
@@ -134,7 +140,8 @@ impl Membership {
             .once_heard(Box::new(move || me.reached(epoch)));
     }
 
-    /// Removes files without a name that this mount owns and that one of the dead had open last: nobody else would.
+    /// Removes files without a name that this mount owns and that one of the dead had open last: nobody else would. On a thread that may
+    /// wait.
     fn reap_orphans(&self) {
         for inode in self.cache.inodes.all() {
             let nameless = inode

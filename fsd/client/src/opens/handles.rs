@@ -243,7 +243,7 @@ impl OpenFiles {
         }
         let inode = &handle.inode;
         let recorded = {
-            let opens = inode.opens.lock();
+            let opens = inode.lock_opens(ctx)?;
             opens.count == 1 && !opens.private
         };
         if recorded {

@@ -83,13 +83,7 @@ impl Pinning {
     /// # Errors
     /// Park: somebody opens or closes the file just now, which may wait for the fabric.
     pub fn note_look_up(&self, ctx: &Ctx<'_>, inode: &Inode, thread: u32) -> Res<bool> {
-        let opens = match inode.opens.try_lock() {
-            Some(opens) => opens,
-            None => {
-                ctx.may_wait()?;
-                inode.opens.lock()
-            }
-        };
+        let opens = inode.lock_opens(ctx)?;
         if !opens.removed {
             inode.looked_up.note(thread);
         }
@@ -132,7 +126,7 @@ impl Pinning {
     /// # Errors
     /// The storage node cannot be reached.
     pub fn publish(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<()> {
-        if !inode.opens.lock().private {
+        if !inode.lock_opens(ctx)?.private {
             return Ok(());
         }
         self.records.patiently(ctx, inode, || {
@@ -278,7 +272,7 @@ impl Pinning {
     /// # Errors
     /// The storage node cannot be reached.
     pub fn mark_unlinked(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
-        if self.is_unused_here(inode, thread) {
+        if self.is_unused_here(ctx, inode, thread)? {
             return Ok(false);
         }
         ctx.may_wait()?;
@@ -297,12 +291,12 @@ impl Pinning {
 
     /// Is a file private and not in use? Then nobody can open it any more, and its record need not say so: it is what it is while no file
     /// is in use.
-    fn is_unused_here(&self, inode: &Inode, thread: u32) -> bool {
-        let mut opens = inode.opens.lock();
+    fn is_unused_here(&self, ctx: &Ctx<'_>, inode: &Inode, thread: u32) -> Res<bool> {
+        let mut opens = inode.lock_opens(ctx)?;
         let used = opens.usage() != Usage::Unused || inode.looked_up.is_fresh(Some(thread));
         let unused = opens.private && opens.is_published() && !used;
         opens.removed |= unused;
-        unused
+        Ok(unused)
     }
 
     fn is_used(&self, inode: &Arc<Inode>, thread: u32) -> Res<bool> {
