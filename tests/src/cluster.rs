@@ -403,6 +403,29 @@ impl Cluster {
         Ok(mounts.iter().map(|m| of(&m[1]["Ok"])).sum())
     }
 
+    /// Does something so many times; fails where that costs the mounts more messages and batches of one-sided operations, each. What goes on
+    /// besides is a few in all.
+    ///
+    /// # Errors
+    /// A call fails, or it costs more.
+    pub fn messages_below(
+        &self,
+        most: f64,
+        what: &str,
+        calls: u64,
+        act: impl FnMut(u64) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let before = self.total("messages")?;
+        (0..calls).try_for_each(act)?;
+        let each = (self.total("messages")? - before) as f64 / calls as f64;
+        println!("{what}: {each:.3} messages and batches of operations each");
+        anyhow::ensure!(
+            each < most,
+            "{what}: {each} messages and batches of operations each"
+        );
+        Ok(())
+    }
+
     /// Kills everything at once, and starts it anew once the mounts of before are known to be dead.
     ///
     /// # Errors

@@ -1,7 +1,6 @@
 //! Files that one mount alone has open: nothing of that is said to anybody until another mount could ask, and then it is known.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Duration;
 
@@ -115,26 +114,17 @@ fn making_and_opening_files_asks_nobody() -> anyhow::Result<()> {
     guard::with_cluster_within(LIMIT, options(Fabric::Tcp, 1), |cluster| {
         let dir = cluster.mount(0).join("dir");
         fs::create_dir(&dir)?;
-        let messages = |what: &str, most: f64, act: &dyn Fn(u64) -> io::Result<()>| {
-            let before = cluster.total("messages")?;
-            (0..FILES).try_for_each(act)?;
-            let each = (cluster.total("messages")? - before) as f64 / FILES as f64;
-            println!("{what}: {each:.3} messages and batches of operations each");
-            ensure!(
-                each < most,
-                "{what}: {each} messages and batches of operations each"
-            );
-            Ok(())
-        };
         // Leases of new inodes are asked for many together, and what changed is told many together.
-        messages("created", 0.5, &|n| {
-            File::create(dir.join(n.to_string())).map(drop)
+        let old = |n: u64| dir.join(n.to_string());
+        let new = |n: u64| dir.join(format!("{n}a"));
+        cluster.messages_below(0.5, "created", FILES, |n| {
+            File::create(old(n)).map(drop).map_err(Into::into)
         })?;
-        messages("opened", 0.1, &|n| File::open(dir.join(n.to_string())).map(drop))?;
-        messages("renamed", 0.3, &|n| {
-            fs::rename(dir.join(n.to_string()), dir.join(format!("{n}a")))
+        cluster.messages_below(0.1, "opened", FILES, |n| {
+            File::open(old(n)).map(drop).map_err(Into::into)
         })?;
-        messages("removed", 0.5, &|n| fs::remove_file(dir.join(format!("{n}a"))))
+        cluster.messages_below(0.3, "renamed", FILES, |n| Ok(fs::rename(old(n), new(n))?))?;
+        cluster.messages_below(0.5, "removed", FILES, |n| Ok(fs::remove_file(new(n))?))
     })
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::ensure;
-use system_tests::cluster::{Cache, Cluster, Fabric, Options};
+use system_tests::cluster::{Cache, Fabric, Options};
 use system_tests::guard;
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -38,24 +38,6 @@ fn page(n: u64) -> Vec<u8> {
     (n + 1).to_le_bytes().repeat(PAGE as usize / 8)
 }
 
-/// Messages and batches of one-sided operations for each call. What goes on besides is a few in all.
-fn costs(
-    cluster: &Cluster,
-    what: &str,
-    most: f64,
-    act: &dyn Fn(u64) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
-    let before = cluster.total("messages")?;
-    (0..CALLS).try_for_each(act)?;
-    let each = (cluster.total("messages")? - before) as f64 / CALLS as f64;
-    println!("{what}: {each:.3} messages and batches of operations each");
-    ensure!(
-        each < most,
-        "{what}: {each} messages and batches of operations each"
-    );
-    Ok(())
-}
-
 /// Where a call writes: no two at the same place, and not in order.
 fn place(n: u64) -> u64 {
     n * 389 % PAGES
@@ -67,12 +49,12 @@ fn costs_and_lasts(fabric: Fabric) -> anyhow::Result<()> {
         let over = open(&path("over"))?;
         over.write_all_at(&vec![0xee; (PAGES * PAGE) as usize], 0)?;
         over.sync_all()?;
-        costs(cluster, "written over", 1.3, &|n| {
+        cluster.messages_below(1.3, "written over", CALLS, |n| {
             over.write_all_at(&page(n), place(n) * PAGE)?;
             Ok(over.sync_data()?)
         })?;
         let longer = open(&path("longer"))?;
-        costs(cluster, "made longer", 3.5, &|n| {
+        cluster.messages_below(3.5, "made longer", CALLS, |n| {
             longer.write_all_at(&page(n), n * PAGE)?;
             Ok(longer.sync_data()?)
         })?;
