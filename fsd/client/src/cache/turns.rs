@@ -2,28 +2,55 @@
 //! instead of passing it on after each. Pure.
 //!
 //! Moving the lease costs some five messages and what is written back; a change under it costs none. How long a turn lasts is a matter of
-//! what others wait for: `LONGEST`. A mount that has changed fewer than two names by `FIRST_LOOK` would have others wait for nothing: it
-//! gives the lease up then, and keeps it no longer than it must for the next turns, twice as many each time that a turn was in vain.
+//! what others wait for, and of how long moving the lease takes: [`Pace`]. A mount that has changed fewer than two names by the first look would
+//! have others wait for nothing: it gives the lease up then, and keeps it no longer than it must for the next turns, twice as many each time
+//! that a turn was in vain.
 
 use rt::time::Instant;
 use std::time::Duration;
 
 /// The lease was lost to others, and names were changed here, so short a time ago: mounts take turns.
 const CONTENDED: Duration = Duration::from_millis(200);
-/// When it is first looked whether names are being changed: whoever gets the lease may have to ask the server first what others have changed.
-const FIRST_LOOK: Duration = Duration::from_millis(1);
-/// How often after that.
-const LOOK: Duration = Duration::from_micros(500);
-/// Longest turn.
-const LONGEST: Duration = Duration::from_millis(4);
+/// When it is first looked whether names are being changed, at the least and at the most: whoever gets the lease may have to ask the server
+/// first what others have changed.
+const FIRST_LOOK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(8));
 /// Most turns that are left out before another one is tried.
 const MOST_LEFT_OUT: u32 = 16;
+
+/// How long turns last. Where messages take long, one change takes long, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Pace {
+    /// When it is first looked whether names are being changed.
+    first: Duration,
+}
+
+impl Pace {
+    /// Where the lease was back after this time, when it came back the soonest.
+    fn of(soonest: Option<Duration>) -> Self {
+        let (least, most) = FIRST_LOOK;
+        Self {
+            first: soonest.unwrap_or(least).clamp(least, most),
+        }
+    }
+
+    /// How often it is looked after the first time.
+    fn look(self) -> Duration {
+        self.first / 2
+    }
+
+    /// Longest turn.
+    fn longest(self) -> Duration {
+        self.first * 4
+    }
+}
 
 /// What is known of the turns in one directory.
 #[derive(Debug, Default)]
 pub struct Turns {
     /// When the lease was last given up to somebody who wanted it exclusively: not to one who only looks.
     lost: Option<Instant>,
+    /// The shortest time between that and when the lease was here again, since mounts take turns.
+    soonest: Option<Duration>,
     /// When a name was last changed here.
     changed: Option<Instant>,
     /// Changes here.
@@ -61,33 +88,42 @@ impl Turns {
         if since.is_zero() {
             return self.begin(now);
         }
-        if since < FIRST_LOOK + LOOK && changes < 2 {
+        let pace = Pace::of(self.soonest);
+        if since < pace.first + pace.look() && changes < 2 {
             self.penalty = (self.penalty * 2).clamp(1, MOST_LEFT_OUT);
             self.left_out = self.penalty;
             return Duration::ZERO;
         }
         self.penalty = 0;
-        if changes == 0 || since + LOOK > LONGEST {
+        if changes == 0 || since + pace.look() > pace.longest() {
             return Duration::ZERO;
         }
-        LOOK
+        pace.look()
     }
 
     fn begin(&mut self, now: Instant) -> Duration {
         if !self.is_contended(now) {
+            self.soonest = None;
             return Duration::ZERO;
+        }
+        if let Some(lost) = self.lost {
+            let away = now.saturating_duration_since(lost);
+            self.soonest = Some(self.soonest.map_or(away, |soonest| soonest.min(away)));
         }
         if self.left_out > 0 {
             self.left_out -= 1;
             return Duration::ZERO;
         }
-        FIRST_LOOK
+        Pace::of(self.soonest).first
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The shortest turns there are.
+    const SHORT: Pace = Pace { first: FIRST_LOOK.0 };
 
     /// A mount that has just changed a name, and lost the lease to another one.
     fn contended(now: Instant) -> Turns {
@@ -112,22 +148,22 @@ mod tests {
             since += keep;
             (0..3).for_each(|_| turns.change(now));
         }
-        assert_eq!(since, LONGEST);
+        assert_eq!(since, SHORT.longest());
     }
 
     #[test]
     fn who_has_done_gives_it_up() {
         let now = Instant::now();
         let mut turns = contended(now);
-        assert_eq!(turns.keep(now, Duration::ZERO), FIRST_LOOK);
+        assert_eq!(turns.keep(now, Duration::ZERO), SHORT.first);
         (0..3).for_each(|_| turns.change(now));
-        assert_eq!(turns.keep(now, FIRST_LOOK), LOOK);
+        assert_eq!(turns.keep(now, SHORT.first), SHORT.look());
         turns.change(now);
-        assert_eq!(turns.keep(now, FIRST_LOOK + LOOK), LOOK);
-        assert!(turns.keep(now, FIRST_LOOK + LOOK * 2).is_zero());
+        assert_eq!(turns.keep(now, SHORT.first + SHORT.look()), SHORT.look());
+        assert!(turns.keep(now, SHORT.first + SHORT.look() * 2).is_zero());
         assert_eq!(
             turns.keep(now, Duration::ZERO),
-            FIRST_LOOK,
+            SHORT.first,
             "and may have another turn"
         );
     }
@@ -153,10 +189,29 @@ mod tests {
             if !turns.keep(now, Duration::ZERO).is_zero() {
                 kept += 1;
                 turns.change(now);
-                assert!(turns.keep(now, FIRST_LOOK).is_zero());
+                assert!(turns.keep(now, SHORT.first).is_zero());
             }
             turns.change(now);
         }
         assert!((5..12).contains(&kept), "{kept} turns of 100");
+    }
+
+    #[test]
+    fn where_moving_the_lease_takes_long_turns_do_as_well() {
+        let began = Instant::now();
+        let mut turns = contended(began);
+        let away =
+            |turns: &mut Turns, millis| turns.keep(began + Duration::from_millis(millis), Duration::ZERO);
+        assert_eq!(away(&mut turns, 6), Duration::from_millis(6));
+        let pace = Pace::of(Some(Duration::from_millis(6)));
+        assert_eq!((pace.look().as_millis(), pace.longest().as_millis()), (3, 24));
+        // What others do meanwhile makes it no longer: the soonest counts, as long as mounts take turns.
+        assert_eq!(away(&mut turns, 40), Duration::from_millis(6));
+        assert_eq!(away(&mut turns, 3), Duration::from_millis(3));
+        turns.lose(began + CONTENDED * 2);
+        turns.change(began + CONTENDED * 3);
+        assert_eq!(away(&mut turns, 620), Duration::ZERO, "not contended");
+        turns.lose(began + Duration::from_millis(620));
+        assert_eq!(away(&mut turns, 720), FIRST_LOOK.1, "at the most");
     }
 }
