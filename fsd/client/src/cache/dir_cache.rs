@@ -10,7 +10,7 @@ use fsd_proto::wire::{Kind, Mark};
 /// them, nothing has to be asked any more, and if not, what was read in vain has cost no more than what was asked.
 const WORTH: [(u32, usize); 4] = [(2, 64), (8, 512), (64, 2048), (512, 16384)];
 /// Who asks for fewer names than that under each lease has no use for all of many.
-const FEW: u32 = 8;
+const FEW: u32 = WORTH[1].0;
 /// Where others have changed more names than that, which ones do not exist is not remembered any longer.
 const MOST_CHANGED: usize = 4096;
 

@@ -62,14 +62,11 @@ impl Follow {
         let first = self.order.is_none();
         self.order = (listing.len() <= LONGEST).then(|| Arc::clone(listing));
         for run in [&mut self.looked, &mut self.removed] {
-            let last = std::mem::replace(
-                run,
-                Run {
-                    length,
-                    ..Run::default()
-                },
-            )
-            .last;
+            let last = run.last;
+            *run = Run {
+                length,
+                ..Run::default()
+            };
             if let Some(order) = self.order.as_ref().filter(|_| first && last > 0) {
                 // Where it is convincing it will be after the next one as well.
                 run.step(order, last);

@@ -194,14 +194,7 @@ impl Inode {
     /// # Errors
     /// Park, where another thread has it and waiting is not allowed here.
     pub fn lock(&self, ctx: &Ctx<'_>, version: u64) -> Res<Locked<'_>> {
-        let state = match self.state.try_lock() {
-            Some(state) => state,
-            None => {
-                ctx.may_wait()?;
-                self.state.lock()
-            }
-        };
-        let mut locked = self.locked(state);
+        let mut locked = self.locked(ctx.lock(&self.state)?);
         self.sync(&mut locked, version);
         Ok(locked)
     }
@@ -212,11 +205,7 @@ impl Inode {
     /// # Errors
     /// Park, where another thread has it and waiting is not allowed here.
     pub fn lock_opens(&self, ctx: &Ctx<'_>) -> Res<MutexGuard<'_, Opens>> {
-        if let Some(opens) = self.opens.try_lock() {
-            return Ok(opens);
-        }
-        ctx.may_wait()?;
-        Ok(self.opens.lock())
+        ctx.lock(&self.opens)
     }
 
     /// As [`Inode::lock`], with a range claimed until the guard is dropped: it stays claimed while the guard lets the mutex go.

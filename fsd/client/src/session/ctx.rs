@@ -8,6 +8,8 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use rt::sync::{Mutex, MutexGuard};
+
 use fsd_proto::rpc::{Errno, RpcError};
 
 /// Why a request did not come to its end.
@@ -108,6 +110,18 @@ impl<'a> Ctx<'a> {
             holds: std::cell::Cell::new(false),
             on_wait: std::cell::Cell::new(None),
         }
+    }
+
+    /// Locks what another thread may have locked for as long as it waits for a server.
+    ///
+    /// # Errors
+    /// Park, where another thread has it and waiting is not allowed here.
+    pub fn lock<'m, T>(&self, mutex: &'m Mutex<T>) -> Res<MutexGuard<'m, T>> {
+        if let Some(locked) = mutex.try_lock() {
+            return Ok(locked);
+        }
+        self.may_wait()?;
+        Ok(mutex.lock())
     }
 
     /// To be called before waiting.

@@ -10,22 +10,22 @@ use rand::{Rng, SeedableRng};
 use rdma_transport::ConnId;
 use rt::sync::Mutex;
 
-mod reading;
-
-use crate::blocks::{Blocks, Flaw};
-use crate::crash_disk::{Cuts, Event, FakeDisk, Journal, recording_store};
-use crate::index::Place;
-use crate::keeping::Wanted;
-use crate::load::Parts;
+use super::blocks::{Blocks, Flaw};
+use super::crash_disk::{Cuts, Event, FakeDisk, Journal, recording_store};
+use super::index::Place;
+use super::keeping::Wanted;
+use super::load::Parts;
 use fsd_node::fake_disk::{Change, FakeStore, Image, Luck, Table};
 use fsd_proto::layout::BLOCK;
 use fsd_proto::rpc::Errno;
 use fsd_proto::wire::{BlockRange, BlockWant, Frame, Part};
 
-const POOL: u64 = 6 * BLOCK;
-pub(crate) const CONN: ConnId = ConnId(1);
+mod reading;
 
-pub(crate) fn open(dir: &Path, disk: Arc<FakeDisk>, store: Arc<FakeStore>, flaw: Option<Flaw>) -> Blocks {
+const POOL: u64 = 6 * BLOCK;
+pub(super) const CONN: ConnId = ConnId(1);
+
+pub(super) fn open(dir: &Path, disk: Arc<FakeDisk>, store: Arc<FakeStore>, flaw: Option<Flaw>) -> Blocks {
     Blocks::open(Parts {
         memory: dir.join("x.pool"),
         uuid: "store".into(),
@@ -40,11 +40,11 @@ pub(crate) fn open(dir: &Path, disk: Arc<FakeDisk>, store: Arc<FakeStore>, flaw:
     .unwrap()
 }
 
-pub(crate) fn scratch() -> tempfile::TempDir {
+pub(super) fn scratch() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap()
 }
 
-pub(crate) fn contents(blocks: &Blocks, frame: Frame) -> Vec<u8> {
+pub(super) fn contents(blocks: &Blocks, frame: Frame) -> Vec<u8> {
     let mut bytes = vec![0; frame.size as usize];
     blocks
         .media
@@ -62,7 +62,7 @@ fn trimmed(mut bytes: Vec<u8>) -> Vec<u8> {
 }
 
 /// What a mount does: a frame, a one-sided write, the slab's counter.
-pub(crate) fn put(blocks: &Blocks, (ino, block): Place, bytes: &[u8]) -> Result<(), Errno> {
+pub(super) fn put(blocks: &Blocks, (ino, block): Place, bytes: &[u8]) -> Result<(), Errno> {
     let size = bytes.len() as u32;
     let frame = blocks
         .frames
@@ -80,7 +80,7 @@ pub(crate) fn put(blocks: &Blocks, (ino, block): Place, bytes: &[u8]) -> Result<
 }
 
 /// What a mount does to a page of a block that has a frame: a one-sided write, the slab's counter.
-pub(crate) fn change_page(blocks: &Blocks, (ino, block): Place, at: u32, byte: u8) {
+pub(super) fn change_page(blocks: &Blocks, (ino, block): Place, at: u32, byte: u8) {
     let frame = blocks.media.space.lock().index.get(ino, block).unwrap().frame;
     let mem = &blocks.media.pool.mem;
     mem.write_at(frame.offset as usize + at as usize, &[byte; 4096])
