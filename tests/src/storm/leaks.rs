@@ -15,8 +15,7 @@ const MORE: Held = Held {
     threads: 4,
     pooled: 160,
     files: 16,
-    // Threads of pools take about 0.7 MB each, and the C library keeps of those that have ended 40 MB of stacks, and what they freed.
-    kib: 128 << 10,
+    kib: 64 << 10,
 };
 /// Pools, whose threads wait for something to do for ten seconds; the one that has waited longest gets it, so with little to do all of
 /// them stay.
