@@ -8,6 +8,7 @@ pub mod fake_conn;
 #[cfg(feature = "testing")]
 pub mod fake_disk;
 pub mod files;
+pub mod heap;
 pub mod memory;
 pub mod ports;
 pub mod probe;

@@ -139,6 +139,7 @@ pub struct RoleArgs {
 /// Runs a command.
 #[must_use]
 pub fn run(cli: Cli) -> ExitCode {
+    fsd_node::heap::bound();
     logging::start();
     let result = match cli.command {
         Command::Dev(args) => dev::run(&args),

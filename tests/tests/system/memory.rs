@@ -1,11 +1,15 @@
 //! What a mount keeps in memory.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use system_tests::cluster::{Cache, Cluster, Options};
-use system_tests::guard;
+use anyhow::{Context, anyhow, ensure};
+use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role};
+use system_tests::storm::leaks::Held;
+use system_tests::{guard, sys};
 
 fn inodes(cluster: &Cluster) -> anyhow::Result<Vec<u64>> {
     let status = cluster.status()?;
@@ -69,5 +73,62 @@ fn inodes_the_kernel_has_forgotten_are_forgotten() -> anyhow::Result<()> {
         ensure!(fs::read_to_string(a.join("f7"))? == content(7) + "changed");
         fs::write(b.join("f7"), content(7))?;
         all_there(&b)
+    })
+}
+
+const MIB: usize = 1 << 20;
+
+/// Has the kernel ask for a MiB at once when it reads ahead.
+fn read_far_ahead(mount: &Path) -> anyhow::Result<()> {
+    let dev = mount.metadata()?.dev();
+    let (major, minor) = (libc::major(dev), libc::minor(dev));
+    let setting = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    fs::write(setting, "1024").context("setting how far the kernel reads ahead needs root")
+}
+
+/// Reads each MiB of a file, all at the same time. The pages are the kernel's: the mount keeps none of them.
+fn read_all_at_once(path: &Path, readers: usize) -> anyhow::Result<()> {
+    thread::scope(|scope| {
+        let read = |i: usize| {
+            let file = sys::open(path, libc::O_RDONLY)?;
+            let bytes = sys::read_at(&file, (i * MIB) as u64, MIB)?;
+            ensure!(bytes == vec![i as u8; MIB], "contents of MiB {i}");
+            Ok(())
+        };
+        let all: Vec<_> = (0..readers).map(|i| scope.spawn(move || read(i))).collect();
+        let mut ended = all.into_iter().map(|reader| reader.join());
+        ended.try_for_each(|end| end.map_err(|_| anyhow!("a reader panicked"))?)
+    })
+}
+
+/// Each of them waits for the storage node in a thread of its own.
+#[test]
+fn threads_that_have_read_keep_no_buffers() -> anyhow::Result<()> {
+    const READERS: usize = 60;
+    let options = Options {
+        fabric: Fabric::Tcp,
+        cache: Cache::Writethrough,
+        mounts: 1,
+        pool_mib: 256,
+        ..Options::default()
+    };
+    guard::with_cluster(options, |cluster| {
+        let path = cluster.mount(0).join("f");
+        let text: Vec<u8> = (0..READERS).flat_map(|i| vec![i as u8; MIB]).collect();
+        fs::write(&path, text)?;
+        sys::open(&path, libc::O_RDWR)?.sync_all()?;
+        read_far_ahead(&cluster.mount(0))?;
+        let pid = cluster.pid(Role::Mount(0)).context("the mount does not run")?;
+        let before = Held::of(pid)?.kib;
+        for _ in 0..8 {
+            fs::write("/proc/sys/vm/drop_caches", "1").context("dropping the kernel's pages needs root")?;
+            read_all_at_once(&path, READERS)?;
+        }
+        let after = Held::of(pid)?.kib;
+        ensure!(
+            after < before + (16 << 10),
+            "{before} KiB before {READERS} read at once, {after} after"
+        );
+        Ok(())
     })
 }

@@ -9,7 +9,6 @@ pub mod errseq;
 pub mod follow;
 pub mod frames;
 pub mod handover;
-pub mod heap;
 pub mod hurry;
 pub mod inode;
 pub mod inode_table;

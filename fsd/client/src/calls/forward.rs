@@ -311,13 +311,12 @@ impl Forward {
         }
         let done = match act {
             Act::Read(len) => {
-                let mut data = vec![0; (*len as usize).min(distfuse_abi::layout::BUFFER_SIZE)];
+                let len = (*len as usize).min(distfuse_abi::layout::BUFFER_SIZE);
                 let mut state = self
                     .reads
-                    .claim_to_read(ctx, &inode, guard.version(), offset, data.len())?;
-                self.reads
-                    .read_held(ctx, &inode, &mut state, offset, &mut data, true)?;
-                Visited::Read(data)
+                    .claim_to_read(ctx, &inode, guard.version(), offset, len)?;
+                let data = self.reads.read_held(ctx, &inode, &mut state, offset, len, true)?;
+                Visited::Read(data.to_vec())
             }
             Act::Write { data, kill_priv } => {
                 let mut state = self.stored.claim_to_change(ctx, &inode, guard.version())?;

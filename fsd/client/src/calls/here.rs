@@ -105,9 +105,9 @@ impl Here {
                 Act::Read => {
                     let len = call.len as usize;
                     let mut state = self.reads.claim_to_read(ctx, &inode, version, call.offset, len)?;
-                    let mut data = vec![0; len];
-                    self.reads
-                        .read_held(ctx, &inode, &mut state, call.offset, &mut data, true)?;
+                    let data = self
+                        .reads
+                        .read_held(ctx, &inode, &mut state, call.offset, len, true)?;
                     ext.attachment.fill_buffer(call.number, &data);
                     data.len() as u32
                 }

@@ -1,6 +1,7 @@
 //! Reading and writing file data under leases that are held: frames, space, the buffer cache.
 
 pub mod allocation;
+pub mod buffers;
 pub mod discard;
 pub mod reading;
 pub mod reservations;
@@ -13,6 +14,7 @@ pub mod writing;
 use std::sync::Arc;
 
 use allocation::Allocator;
+use buffers::Buffers;
 use discard::Discards;
 use reading::Reads;
 use reservations::Reservations;
@@ -70,6 +72,7 @@ impl Data {
             session: Arc::clone(session),
             cache: Arc::clone(cache),
             stored: Arc::clone(&stored),
+            buffers: Buffers::default(),
         });
         let writing = Arc::new(Writing {
             session: Arc::clone(session),

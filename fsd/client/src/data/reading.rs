@@ -7,6 +7,7 @@ use crate::cache::claims::{Purpose, Span};
 use crate::cache::inode::{Inode, Locked};
 use crate::cache::pages::{PAGE, page_from, page_of};
 use crate::cache::state::State;
+use crate::data::buffers::{Buffers, Lent};
 use crate::data::stored::Stored;
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res};
@@ -16,10 +17,11 @@ pub struct Reads {
     pub(crate) session: Arc<Session>,
     pub(crate) cache: Arc<Cache>,
     pub(crate) stored: Arc<Stored>,
+    pub(crate) buffers: Buffers,
 }
 
 impl Reads {
-    /// Reads what a system call would, under a lease that is held, of a range that is claimed: `out` is cut at the end of the file.
+    /// Reads what a system call would, under a lease that is held, of a range that is claimed: `len` bytes, fewer at the end of the file.
     /// `keep`: it is worth keeping here what came from the storage nodes.
     ///
     /// # Errors
@@ -30,27 +32,28 @@ impl Reads {
         inode: &Inode,
         state: &mut Locked<'_>,
         offset: u64,
-        out: &mut Vec<u8>,
+        len: usize,
         keep: bool,
-    ) -> Res<()> {
+    ) -> Res<Lent<'_>> {
         let attr = self.cache.load_attr(ctx, inode, state)?;
-        let len = attr.size.saturating_sub(offset).min(out.len() as u64) as usize;
-        out.truncate(len);
+        let len = attr.size.saturating_sub(offset).min(len as u64) as usize;
+        // Not before the lease, the claim and the attributes: those who wait for them would each hold one.
+        let mut out = self.buffers.lend(len);
         if len == 0 {
-            return Ok(());
+            return Ok(out);
         }
         let (first, last) = (page_of(offset), page_of(offset + len as u64 - 1));
         if !state.pages.covers(first, last) {
-            self.stored.read_stored(ctx, inode, state, offset, out)?;
+            self.stored.read_stored(ctx, inode, state, offset, &mut out)?;
             if keep && self.session.cache_reads {
-                self.keep(state, offset, out, attr.size);
+                self.keep(state, offset, &out, attr.size);
             }
         }
-        state.pages.overlay(offset, out);
+        state.pages.overlay(offset, &mut out);
         if let Some(mapped) = inode.waiting.mapped.get() {
-            mapped.overlay(offset, out);
+            mapped.overlay(offset, &mut out);
         }
-        Ok(())
+        Ok(out)
     }
 
     /// Locks an inode to read a range of the file under a lease of `version`.

@@ -163,15 +163,13 @@ impl Files {
             .cache
             .lease_all(ctx, &[(from, Mode::Shared), (to, Mode::Exclusive)])?;
         self.xattrs.drop_capability(ctx, to, &guards)?;
-        let mut data = vec![0; len.min(MOST) as usize];
-        {
+        let len = len.min(MOST) as usize;
+        let data = {
             let version = guards.version_of(from.ino);
-            let mut state = self
-                .reads
-                .claim_to_read(ctx, from, version, from_offset, data.len())?;
+            let mut state = self.reads.claim_to_read(ctx, from, version, from_offset, len)?;
             self.reads
-                .read_held(ctx, from, &mut state, from_offset, &mut data, true)?;
-        }
+                .read_held(ctx, from, &mut state, from_offset, len, true)?
+        };
         {
             let write = Write {
                 offset: to_offset,
@@ -201,15 +199,15 @@ impl Files {
         ctx: &Ctx<'_>,
         inode: &Inode,
         offset: u64,
-        buffer: &mut Vec<u8>,
+        len: usize,
         fills: bool,
         answer: impl FnOnce(&[u8]) -> T,
     ) -> Res<T> {
         let guard = self.cache.lease(ctx, inode, Mode::Shared)?;
-        {
+        let data = {
             let mut state = self
                 .reads
-                .claim_to_read(ctx, inode, guard.version(), offset, buffer.len())?;
+                .claim_to_read(ctx, inode, guard.version(), offset, len)?;
             if fills && self.kernel.mode != CacheMode::Writeback {
                 // With the range claimed: a write that comes behind this read knows of it, and has dropped what it is answered.
                 inode
@@ -217,14 +215,13 @@ impl Files {
                     .pages
                     .store(true, std::sync::atomic::Ordering::SeqCst);
                 if let Some(refills) = inode.kernel.refills.get() {
-                    refills.filled(offset, buffer.len() as u64);
+                    refills.filled(offset, len as u64);
                 }
             }
             // Not what the kernel is about to keep: it would be here twice, and copied once more.
             let keep = !fills || self.kernel.mode == CacheMode::Direct;
-            self.reads
-                .read_held(ctx, inode, &mut state, offset, buffer, keep)?;
-        }
+            self.reads.read_held(ctx, inode, &mut state, offset, len, keep)?
+        };
         if fills && self.kernel.mode != CacheMode::Writeback {
             inode
                 .kernel
@@ -235,7 +232,7 @@ impl Files {
                 .fills
                 .fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         }
-        let done = answer(buffer);
+        let done = answer(&data);
         drop(guard);
         Ok(done)
     }

@@ -11,7 +11,6 @@ use crate::cache::MAX_FILE_SIZE;
 use crate::cache::inode::Inode;
 use crate::cache::write::{Queued, Write};
 use crate::client::Client;
-use crate::fuse::buffers;
 use crate::opens::handles::Handle;
 use crate::session::ctx::{Ctx, Permits, Res, Stop};
 use crate::storing::syncing::Scope;
@@ -28,17 +27,12 @@ pub(super) fn read(
     reply: ReplyData,
 ) {
     serve(client, req, reply, ReplyData::error, move |c, ctx, reply| {
-        let mut buffer = buffers::take(size as usize);
-        let result = c
-            .files
-            .opened
-            .read(ctx, &c.cache.inode(ino.0), offset, &mut buffer, fills, |data| {
-                if let Some(reply) = reply.take() {
-                    reply.data(data);
-                }
-            });
-        buffers::give(buffer);
-        result
+        let (inode, len) = (c.cache.inode(ino.0), size as usize);
+        c.files.opened.read(ctx, &inode, offset, len, fills, |data| {
+            if let Some(reply) = reply.take() {
+                reply.data(data);
+            }
+        })
     });
 }
 

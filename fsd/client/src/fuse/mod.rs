@@ -4,7 +4,6 @@
 //! a worker (see `ctx`). Answers are sent while the lease they depend on is still held.
 
 mod attrs;
-mod buffers;
 mod convert;
 mod data;
 mod descriptors;

@@ -142,7 +142,7 @@ impl Forgetting {
     fn give_memory_back(&self) {
         if self.trim.forgotten.load(Ordering::Relaxed) >= GIVE_BACK {
             self.trim.forgotten.store(0, Ordering::Relaxed);
-            crate::cache::heap::give_back();
+            fsd_node::heap::give_back();
         }
     }
 }
