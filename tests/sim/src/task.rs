@@ -247,10 +247,9 @@ impl Task {
     /// As pread(2).
     pub fn read(&self, file: &File, offset: u64, len: usize) -> Sys<Vec<u8>> {
         self.serve(|c, ctx| {
-            let mut buffer = vec![0; len];
             c.files
                 .opened
-                .read(ctx, &file.inode, offset, &mut buffer, false, <[u8]>::to_vec)
+                .read(ctx, &file.inode, offset, len, false, <[u8]>::to_vec)
         })
     }
 

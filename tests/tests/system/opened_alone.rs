@@ -128,6 +128,71 @@ fn making_and_opening_files_asks_nobody() -> anyhow::Result<()> {
     })
 }
 
+/// Files that this mount has made, and those two have read.
+fn read_by_two(cluster: &Cluster, files: u64) -> anyhow::Result<()> {
+    for n in 0..files {
+        let file = File::create(cluster.mount(0).join(n.to_string()))?;
+        file.write_all_at(&n.to_le_bytes(), 0)?;
+    }
+    File::open(cluster.mount(0))?.sync_all()?;
+    for mount in [1, 0] {
+        for n in 0..files {
+            let content = fs::read(cluster.mount(mount).join(n.to_string()))?;
+            ensure!(
+                content == n.to_le_bytes(),
+                "file {n} on mount {mount}: {content:?}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn reading_what_others_read_asks_nobody() -> anyhow::Result<()> {
+    const FILES: u64 = 100;
+    guard::with_cluster_within(LIMIT, options(Fabric::Tcp, 2), |cluster| {
+        read_by_two(cluster, FILES)?;
+        let path = |n: u64| cluster.mount(n as usize % 2).join((n / 2 % FILES).to_string());
+        cluster.messages_below(0.1, "opened, read and closed", FILES * 20, |n| {
+            let content = fs::read(path(n))?;
+            ensure!(content == (n / 2 % FILES).to_le_bytes(), "{content:?}");
+            Ok(())
+        })
+    })
+}
+
+#[test]
+fn who_only_reads_is_known_to_who_removes_or_writes() -> anyhow::Result<()> {
+    for fabric in [Fabric::Shm, Fabric::Tcp] {
+        guard::with_cluster_within(LIMIT, options(fabric, 3), move |cluster| {
+            read_by_two(cluster, 4)?;
+            let open = |mount: usize, n: u64| File::open(cluster.mount(mount).join(n.to_string()));
+            // Open on one that has made it, on one that has only read it, on both; and on one that had another before.
+            let held = [open(0, 0)?, open(1, 1)?, open(0, 2)?, open(1, 2)?, open(1, 3)?];
+            drop(open(1, 3)?);
+            for n in 0..4 {
+                fs::remove_file(cluster.mount(2).join(n.to_string()))?;
+            }
+            std::thread::sleep(KEPT);
+            for (file, n) in held.iter().zip([0u64, 1, 2, 2, 3]) {
+                let mut content = [0; 8];
+                file.read_exact_at(&mut content, 0)?;
+                ensure!(content == n.to_le_bytes(), "file {n}: {content:?}");
+                ensure!(file.metadata()?.nlink() == 0, "file {n} has a name");
+            }
+            ensure!(orphans(cluster)? == 4, "{} orphans", orphans(cluster)?);
+            drop(held);
+            guard::until(
+                "the files to be removed",
+                LIMIT / 4,
+                || Ok(orphans(cluster)? == 0),
+            )
+            .map(drop)
+        })?;
+    }
+    Ok(())
+}
+
 #[test]
 fn small_files_are_stored_together() -> anyhow::Result<()> {
     const FILES: u64 = 600;

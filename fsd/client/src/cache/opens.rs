@@ -1,5 +1,7 @@
 //! Who has an inode open on this mount, and what the mount's bits in the lease record say of that.
 
+use std::time::Duration;
+
 use rt::time::Instant;
 
 /// What a mount does with a file, as the lease record says it: the mount's open bit and its use bit.
@@ -59,6 +61,20 @@ impl Usage {
     }
 }
 
+/// What the lease record has to say of a mount's opens, while it has the lease.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Telling {
+    /// All.
+    #[default]
+    All,
+    /// Not that it only reads the file. A lease is held, under which no other mount was seen to have the file open for writing, or to remove
+    /// it: who wants to do either needs the exclusive lease first. Before the lease is given up the record says it after all.
+    Writing,
+    /// Nothing: the exclusive lease is held, nobody else has the file open or pins it, and nobody can before this mount gives up or lowers
+    /// the lease.
+    Nothing,
+}
+
 /// Removals on this mount of what may be an inode's last name.
 #[derive(Debug, Default)]
 pub struct Unlinking {
@@ -91,9 +107,8 @@ pub struct Opens {
     pub recorded: Usage,
     /// A change of the record failed in the middle: it may say something else than `recorded`.
     pub in_doubt: bool,
-    /// Nobody else has the file open or pins it, and nobody can before this mount gives up or lowers the exclusive lease that it holds. So
-    /// nobody asks the record, and it need not say what this mount does until then.
-    pub private: bool,
+    /// What the record has to say.
+    pub telling: Telling,
     /// When others were seen to have it open for good.
     pub looked_again: Option<Instant>,
     /// It is being removed: nobody may open it any more.
@@ -116,10 +131,47 @@ impl Opens {
         }
     }
 
-    /// Does the lease record say what it should?
+    /// Does the lease record say what it has to?
     #[must_use]
     pub fn is_recorded(&self) -> bool {
-        self.private || self.is_published()
+        match self.telling {
+            Telling::All => self.is_published(),
+            Telling::Writing => self.is_published() || self.only_reads_unsaid(),
+            Telling::Nothing => true,
+        }
+    }
+
+    /// Does this mount only read the file, if it has it open at all, and has the record never said anything else?
+    #[must_use]
+    pub fn only_reads_unsaid(&self) -> bool {
+        let reads = matches!(self.usage(), Usage::Unused | Usage::Reading);
+        reads && !self.in_doubt && self.recorded == Usage::Unused
+    }
+
+    /// Does nobody have to ask or change the record when this mount opens the file once more, or closes it?
+    #[must_use]
+    pub fn asks_nobody(&self, writer: bool) -> bool {
+        match self.telling {
+            Telling::All => false,
+            Telling::Writing => !writer && self.only_reads_unsaid(),
+            Telling::Nothing => true,
+        }
+    }
+
+    /// Were others seen a moment ago to have it open for good?
+    #[must_use]
+    pub fn met_others(&self) -> bool {
+        const NOT_BEFORE: Duration = Duration::from_secs(1);
+        self.looked_again.is_some_and(|at| at.elapsed() < NOT_BEFORE)
+    }
+
+    /// The exclusive lease is lowered, or kept for now: what the record has to say under a shared one; false: that has to be said first.
+    pub fn lower(&mut self) -> bool {
+        let unsaid = self.telling != Telling::All && self.only_reads_unsaid();
+        if unsaid {
+            self.telling = Telling::Writing;
+        }
+        unsaid
     }
 
     /// Does the lease record say what this mount does?

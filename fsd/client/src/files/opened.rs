@@ -243,13 +243,15 @@ impl Files {
     /// # Errors
     /// Park; `ENOENT`, errors of a truncation.
     pub fn open(&self, ctx: &Ctx<'_>, inode: &Arc<Inode>, flags: i32, caller: Caller) -> Res<(u64, bool)> {
-        let truncate = flags & libc::O_TRUNC != 0 && flags & libc::O_ACCMODE != libc::O_RDONLY;
-        let mode = if truncate { Mode::Exclusive } else { Mode::Shared };
+        let writer = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        let truncate = flags & libc::O_TRUNC != 0 && writer;
+        // Others that hold the shared lease need not have said that they read the file, and take it for one that nobody writes (`Telling`).
+        let mode = if writer { Mode::Exclusive } else { Mode::Shared };
         let guard = self.cache.lease(ctx, inode, mode)?;
         if truncate {
             self.xattrs.drop_capability(ctx, inode, &guard)?;
         }
-        if inode.lock_opens(ctx)?.count == 0 && !self.session.local_memory() {
+        if !inode.lock_opens(ctx)?.asks_nobody(writer) && !self.session.local_memory() {
             ctx.may_wait()?;
         }
         let kind = {

@@ -149,10 +149,9 @@ impl OpenFiles {
     fn look_again(&self, inode: &Inode, enough: &impl Fn(bool, bool) -> bool) -> (bool, bool) {
         const LOOKS: usize = 5;
         const PAUSE: Duration = Duration::from_micros(200);
-        const NOT_BEFORE: Duration = Duration::from_secs(1);
         let mut seen = (true, true);
         let mut opens = inode.opens.lock();
-        if opens.looked_again.is_some_and(|at| at.elapsed() < NOT_BEFORE) {
+        if opens.met_others() {
             return seen;
         }
         for _ in 0..LOOKS {
@@ -244,7 +243,7 @@ impl OpenFiles {
         let inode = &handle.inode;
         let recorded = {
             let opens = inode.lock_opens(ctx)?;
-            opens.count == 1 && !opens.private
+            opens.count == 1 && !opens.asks_nobody(handle.writer)
         };
         if recorded {
             if !self.session.local_memory() {

@@ -19,7 +19,7 @@ use rt::time::Instant;
 use crate::cache::Cache;
 use crate::cache::claims::{Purpose, Span};
 use crate::cache::inode::Inode;
-use crate::cache::opens::{Opens, Usage};
+use crate::cache::opens::{Opens, Telling, Usage};
 use crate::data::reservations::Reservations;
 use crate::opens::record::OpenRecords;
 use crate::session::Session;
@@ -118,31 +118,33 @@ impl Pinning {
 
     /// A file has just been made under this number, whose lease is held exclusively: nobody else has it open.
     pub fn made(&self, inode: &Inode) {
-        inode.opens.lock().private = true;
+        inode.opens.lock().telling = Telling::Nothing;
     }
 
-    /// The exclusive lease is about to be given up or lowered: a file that was private is so no more.
+    /// The lease is about to be given up, or to be lowered to another: has the lease record say what this mount does with the file, as far as
+    /// it then has to.
     ///
     /// # Errors
     /// The storage node cannot be reached.
-    pub fn publish(&self, ctx: &Ctx<'_>, inode: &Inode) -> Res<()> {
-        if !inode.lock_opens(ctx)?.private {
+    pub fn publish(&self, ctx: &Ctx<'_>, inode: &Inode, to: Option<Mode>) -> Res<()> {
+        if inode.lock_opens(ctx)?.telling == Telling::All {
             return Ok(());
         }
         self.records.patiently(ctx, inode, || {
-            self.records.publish(inode, &mut inode.opens.lock())
+            self.records.publish(inode, &mut inode.opens.lock(), to)
         })
     }
 
     /// As [`Pinning::publish`], on a thread that must not wait for the fabric, nor for who does. False: another one has to.
-    pub fn publish_at_once(&self, inode: &Inode) -> bool {
+    pub fn publish_at_once(&self, inode: &Inode, to: Option<Mode>) -> bool {
         let Some(mut opens) = inode.opens.try_lock() else {
             return false;
         };
-        if !opens.private || (!opens.is_published() && !self.session.local_memory()) {
-            return !opens.private;
+        if opens.telling == Telling::All || (to.is_some() && opens.lower()) {
+            return true;
         }
-        self.records.publish(inode, &mut opens).is_ok()
+        let at_once = opens.is_published() || self.session.local_memory();
+        at_once && self.records.publish(inode, &mut opens, to).is_ok()
     }
 
     /// The record could not be changed: that is tried again after a while, if need be. A bit left behind would keep the inode for good after
@@ -277,7 +279,7 @@ impl Pinning {
         }
         ctx.may_wait()?;
         // Others look at the record once the inode has no name.
-        self.publish(ctx, inode)?;
+        self.publish(ctx, inode, None)?;
         self.records.patiently(ctx, inode, || {
             self.records.set_unlinked(inode, true)?;
             let used = self.is_used(inode, thread);
@@ -289,12 +291,12 @@ impl Pinning {
         })
     }
 
-    /// Is a file private and not in use? Then nobody can open it any more, and its record need not say so: it is what it is while no file
+    /// Has nobody the file open, as the exclusive lease says that is held? Then nobody can open it any more, and its record need not say so: it is what it is while no file
     /// is in use.
     fn is_unused_here(&self, ctx: &Ctx<'_>, inode: &Inode, thread: u32) -> Res<bool> {
         let mut opens = inode.lock_opens(ctx)?;
         let used = opens.usage() != Usage::Unused || inode.looked_up.is_fresh(Some(thread));
-        let unused = opens.private && opens.is_published() && !used;
+        let unused = opens.telling == Telling::Nothing && opens.is_published() && !used;
         opens.removed |= unused;
         Ok(unused)
     }

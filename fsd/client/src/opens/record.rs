@@ -9,7 +9,7 @@ use rdma_transport::{Connection, Op, RemoteAddr};
 use rt::time::Instant;
 
 use crate::cache::inode::Inode;
-use crate::cache::opens::{Opens, Usage, UsageBit};
+use crate::cache::opens::{Opens, Telling, Usage, UsageBit};
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res, Stop};
 use fsd_proto::ino;
@@ -249,8 +249,8 @@ impl OpenRecords {
         })
     }
 
-    /// What the lease record would say of a file that is private ([`Opens::private`]).
-    fn private(&self, opens: &Opens) -> RecordUse {
+    /// What the lease record would say if it had to say what this mount does, and nobody else did anything.
+    fn alone(&self, opens: &Opens) -> RecordUse {
         let has = |bit| {
             let mut set = NodeSet::new();
             if opens.usage().has(bit) {
@@ -268,37 +268,62 @@ impl OpenRecords {
     }
 
     /// Has the lease record say what this mount does with the file ([`Opens::usage`]), and returns what it then says of all. Nothing is
-    /// asked or changed while the file is private.
+    /// asked or changed while it has to say nothing ([`Telling::Nothing`]).
     ///
     /// # Errors
     /// The storage node cannot be reached. What the record says is in doubt then, until the next call that succeeds.
     pub fn record(&self, inode: &Inode, opens: &mut Opens) -> Res<RecordUse> {
-        if opens.private {
-            return Ok(self.private(opens));
+        if opens.telling == Telling::Nothing {
+            return Ok(self.alone(opens));
         }
         self.place(inode)?.record(opens)
     }
 
-    /// As [`OpenRecords::record`], of a file whose lease is held: if that is the exclusive one, and nobody else uses the file, it is private
-    /// from then on.
+    /// As [`OpenRecords::record`], of a file whose lease is held, which has just been opened here: from then on the record may have to say
+    /// less ([`Telling`]). Who opens for writing holds the exclusive lease.
     ///
     /// # Errors
     /// As [`OpenRecords::record`].
     pub(super) fn record_held(&self, inode: &Inode, opens: &mut Opens) -> Res<RecordUse> {
+        if opens.telling == Telling::Writing && opens.only_reads_unsaid() {
+            return Ok(self.alone(opens));
+        }
+        if opens.telling != Telling::Nothing && opens.only_reads_unsaid() && !opens.met_others() {
+            let seen = self.place(inode)?.change(std::iter::empty())?;
+            if !seen.unlinked && !seen.written_by_others() {
+                opens.telling = self.least(inode, &seen);
+                return Ok(seen);
+            }
+        }
         let seen = self.record(inode, opens)?;
-        if !opens.private && seen.is_private() {
-            let held = self.session.leases.held(inode.record());
-            opens.private = held.is_some_and(|(mode, _)| mode == Mode::Exclusive);
+        if opens.telling != Telling::Nothing {
+            opens.telling = match self.least(inode, &seen) {
+                // It says more already.
+                Telling::Writing => Telling::All,
+                least => least,
+            };
         }
         Ok(seen)
     }
 
-    /// The file is private no more: has the lease record say what this mount does with it.
+    /// The least that the record has to say of this mount from now on, as long as its lease is held and it only reads.
+    fn least(&self, inode: &Inode, seen: &RecordUse) -> Telling {
+        match self.session.leases.held(inode.record()) {
+            Some((Mode::Exclusive, _)) if seen.is_private() => Telling::Nothing,
+            Some(_) => Telling::Writing,
+            None => Telling::All,
+        }
+    }
+
+    /// Has the lease record say all that this mount does with a file; under a shared lease, if it is to be kept, what it then has to.
     ///
     /// # Errors
     /// As [`OpenRecords::record`].
-    pub(super) fn publish(&self, inode: &Inode, opens: &mut Opens) -> Res<()> {
-        opens.private = false;
+    pub(super) fn publish(&self, inode: &Inode, opens: &mut Opens, to: Option<Mode>) -> Res<()> {
+        if to.is_some() && opens.lower() {
+            return Ok(());
+        }
+        opens.telling = Telling::All;
         if !opens.is_published() {
             self.record(inode, opens)?;
         }
@@ -310,10 +335,14 @@ impl OpenRecords {
     /// # Errors
     /// The storage node cannot be reached.
     pub fn look(&self, inode: &Inode, opens: &Opens) -> Res<RecordUse> {
-        if opens.private {
-            return Ok(self.private(opens));
+        if opens.telling == Telling::Nothing {
+            return Ok(self.alone(opens));
         }
-        self.place(inode)?.change(std::iter::empty())
+        let mut seen = self.place(inode)?.change(std::iter::empty())?;
+        if opens.telling == Telling::Writing && opens.usage().has(UsageBit::Open) {
+            seen.opens.insert(self.session.node);
+        }
+        Ok(seen)
     }
 
     /// Sets or clears the unlinked flag. That of an earlier inode of the record says nothing of this one.

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
+use lockmgr::Mode;
+
 use super::revocation::{RETRY, Revocations};
 use crate::cache::inode::{Inode, Locked};
 use crate::cache::state::State;
@@ -22,12 +24,12 @@ impl Revocations {
     }
 
     /// Has the lease record say who uses the file here: whoever gets the lease asks it. False: it would have to wait.
-    pub(super) fn publish(&self, inode: &Inode, may_wait: bool) -> bool {
+    pub(super) fn publish(&self, inode: &Inode, to: Option<Mode>, may_wait: bool) -> bool {
         if !may_wait {
-            return self.pinning.publish_at_once(inode);
+            return self.pinning.publish_at_once(inode, to);
         }
         let publish = || {
-            let published = self.pinning.publish(&Ctx::on_worker(), inode);
+            let published = self.pinning.publish(&Ctx::on_worker(), inode, to);
             published.map_err(|stop| RpcError::Errno(stop.errno()))
         };
         self.insist(

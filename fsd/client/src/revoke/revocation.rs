@@ -381,9 +381,11 @@ impl Revocations {
         if !may_wait && pins && !self.pinning.pin_at_once(inode) {
             return None;
         }
+        if !state.unlocked(|| self.publish(inode, job.to, may_wait)) {
+            return None;
+        }
         if job.from == Mode::Exclusive
-            && !(state.unlocked(|| self.publish(inode, may_wait))
-                && self.flush(inode, &mut state, may_wait)
+            && !(self.flush(inode, &mut state, may_wait)
                 && self.commit_freed(inode, &mut state, may_wait)
                 && state.unlocked(|| self.tell_names(inode, may_wait) && self.commit_names(inode, may_wait)))
         {
