@@ -139,7 +139,7 @@ impl Owner {
                 wait(pace.pause());
             }
             let done = if once_in(6) {
-                all[below(all.len() as u64) as usize].look(&task)
+                all[below(all.len() as u64) as usize].look(&task, pace)
             } else {
                 self.act(&task, below(NAMES as u64) as usize)
             };
@@ -151,18 +151,32 @@ impl Owner {
     }
 
     /// Somebody reads one of its files: nothing but its own may be there.
-    fn look(&self, task: &Task) -> Sys<()> {
+    fn look(&self, task: &Task, pace: Pace) -> Sys<()> {
         let name = self.name(below(NAMES as u64) as usize);
         let file = match task.open(&name, libc::O_RDONLY) {
             Err(libc::ENOENT) => return Ok(()),
             other => other?,
         };
-        let bytes = task.read(&file, 0, ALL * CELL as usize)?;
+        self.belongs(&name, task.read(&file, 0, ALL * CELL as usize)?);
+        if once_in(3) {
+            // It may lose its name meanwhile, and lives while it is open.
+            wait(pace.pause() * 3);
+            match task.read(&file, 0, ALL * CELL as usize) {
+                Err(error @ (libc::ESTALE | libc::ENOENT)) => {
+                    rt::sim::fail(format!("{name} is open, and gone: error {error}"));
+                }
+                bytes => self.belongs(&name, bytes?),
+            }
+        }
+        task.close(file)
+    }
+
+    /// It is what one of its names has named.
+    fn belongs(&self, name: &str, bytes: Vec<u8>) {
         match Content::parse(&bytes) {
             Ok(content) if content.runs().iter().all(|run| self.owns(run.stamp)) => {}
             other => rt::sim::fail(format!("{name} has what is not its owner's: {other:x?}")),
         }
-        task.close(file)
     }
 
     fn act(&self, task: &Task, n: usize) -> Sys<()> {
