@@ -14,6 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::hosts::Hosts;
 use crate::process::{Process, fsd_binary, tail};
@@ -42,6 +43,16 @@ impl Role {
             Self::Storage(i) => format!("storage{i}"),
             Self::Mount(i) => format!("mount{i}"),
         }
+    }
+}
+
+/// A process that is stopped, until this is dropped.
+pub struct Stopped<'a>(&'a Cluster, Role);
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.signal(self.1, Signal::CONT);
     }
 }
 
@@ -303,11 +314,29 @@ impl Cluster {
         self.running().get(&role).map(Process::pid)
     }
 
+    /// Sends a signal to a running role.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn signal(&self, role: Role, signal: Signal) -> anyhow::Result<()> {
+        let pid = self.pid(role).and_then(|pid| Pid::from_raw(pid as i32));
+        Ok(kill_process(pid.context("it does not run")?, signal)?)
+    }
+
+    /// SIGSTOP, and SIGCONT when that is dropped.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn stopped(&self, role: Role) -> anyhow::Result<Stopped<'_>> {
+        self.signal(role, Signal::STOP)?;
+        Ok(Stopped(self, role))
+    }
+
     /// SIGKILL; a mount's mount point is detached.
     pub fn kill(&self, role: Role) {
         let process = self.running().remove(&role);
         if let (Some(process), Role::Mount(i)) = (&process, role) {
-            process.signal(rustix::process::Signal::KILL);
+            process.signal(Signal::KILL);
             // A thread that invalidates a page which a read has locked does not end before that has got an answer.
             disk::disconnect(&self.mount(i));
         }

@@ -9,7 +9,7 @@ use anyhow::{Context, bail, ensure};
 use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 
 use super::board::{Board, Phase};
 use super::draw::{Chances, Fault, Kind, Ways, draw};
@@ -237,9 +237,9 @@ impl<'a> Storm<'a> {
                 }
             }
             (Kind::Stop(time), role) => {
-                self.signal(role, Signal::STOP)?;
+                self.cluster.signal(role, Signal::STOP)?;
                 std::thread::sleep(time);
-                self.signal(role, Signal::CONT)?;
+                self.cluster.signal(role, Signal::CONT)?;
             }
             (Kind::Kill(pause) | Kind::Evict(pause), role) => {
                 self.cluster.kill(role);
@@ -255,12 +255,6 @@ impl<'a> Storm<'a> {
             self.board.outages().fetch_sub(1, SeqCst);
         }
         Ok(())
-    }
-
-    fn signal(&self, role: Role, signal: Signal) -> anyhow::Result<()> {
-        let pid = self.cluster.pid(role).context("it does not run")?;
-        let pid = Pid::from_raw(pid as i32).context("a process id")?;
-        Ok(kill_process(pid, signal)?)
     }
 
     /// The metadata server may be away at the moment.

@@ -5,21 +5,13 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role};
 use system_tests::{guard, sys};
 
 const TERM: Duration = Duration::from_secs(2);
 /// Longest wait for what has to come.
 const LIMIT: Duration = Duration::from_secs(15);
-
-fn signal(cluster: &Cluster, role: Role, signal: Signal) -> anyhow::Result<()> {
-    let pid = cluster.pid(role).context("it does not run")?;
-    Ok(kill_process(
-        Pid::from_raw(pid as i32).context("a process id")?,
-        signal,
-    )?)
-}
 
 fn until(what: &str, holds: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
     guard::until(what, LIMIT, holds).map(drop)
@@ -61,15 +53,15 @@ fn a_mount_that_invalidates_what_is_being_read() -> anyhow::Result<()> {
         drop(writer);
         let pid = cluster.pid(Role::Mount(0)).context("it does not run")?;
         let config = cluster.config().display().to_string();
-        signal(cluster, Role::Mount(1), Signal::STOP)?;
+        cluster.signal(Role::Mount(1), Signal::STOP)?;
         let reading = std::thread::spawn(move || sys::read_at(&reader, 32 << 10, 4096));
-        signal(cluster, Role::Meta, Signal::STOP)?;
+        cluster.signal(Role::Meta, Signal::STOP)?;
         let waits = until("an invalidation that waits for a page", || waits_for_a_page(pid));
-        signal(cluster, Role::Meta, Signal::CONT)?;
+        cluster.signal(Role::Meta, Signal::CONT)?;
         waits?;
         cluster.tool(&["evict", "0", "--config", &config])?;
         until("the next life", || Ok(lives(cluster)? > 1))?;
-        signal(cluster, Role::Mount(1), Signal::CONT)?;
+        cluster.signal(Role::Mount(1), Signal::CONT)?;
         let read = reading.join().map_err(|_| anyhow::anyhow!("panic"))?;
         ensure!(read.is_err(), "a mount that was evicted has answered");
         Ok(())
@@ -94,7 +86,7 @@ fn a_mount_that_was_evicted_is_told_to_end() -> anyhow::Result<()> {
                 ensure!(start.elapsed() < LIMIT, "it does not learn that it was evicted");
                 std::thread::yield_now();
             }
-            signal(cluster, Role::Mount(0), Signal::TERM)?;
+            cluster.signal(Role::Mount(0), Signal::TERM)?;
             evicting.join().map_err(|_| anyhow::anyhow!("panic"))?.map(drop)
         })?;
         cluster.wait(Role::Mount(0), LIMIT)?;

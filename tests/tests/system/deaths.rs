@@ -10,7 +10,8 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role};
+use rustix::process::Signal;
+use system_tests::cluster::{Cache, Fabric, Options, Role};
 use system_tests::{guard, sys};
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -24,12 +25,6 @@ fn options(fabric: Fabric, cache: Cache) -> Options {
         term: TERM,
         ..Options::default()
     }
-}
-
-fn signal(cluster: &Cluster, role: Role, signal: rustix::process::Signal) -> anyhow::Result<()> {
-    let pid = cluster.pid(role).context("it does not run")?;
-    let pid = rustix::process::Pid::from_raw(pid as i32).context("a process id")?;
-    Ok(rustix::process::kill_process(pid, signal)?)
 }
 
 fn until(what: &str, mut holds: impl FnMut() -> bool) -> anyhow::Result<Duration> {
@@ -131,7 +126,7 @@ fn a_death_that_hundreds_of_requests_wait_for() -> anyhow::Result<()> {
         }
         // The directory's lease is not in the way.
         fs::read_dir(cluster.mount(1))?.for_each(drop);
-        signal(cluster, Role::Mount(0), rustix::process::Signal::STOP)?;
+        cluster.signal(Role::Mount(0), Signal::STOP)?;
         let readers: Vec<_> = (0..FILES)
             .map(|n| {
                 let file = cluster.mount(1).join(n.to_string());
@@ -155,12 +150,12 @@ fn a_death_that_hundreds_of_requests_wait_for() -> anyhow::Result<()> {
 fn stopped(fabric: Fabric, cache: Cache) -> anyhow::Result<()> {
     guard::with_cluster_within(LIMIT, options(fabric, cache), move |cluster| {
         let held = hold(&cluster.mount(0))?;
-        signal(cluster, Role::Mount(0), rustix::process::Signal::STOP)?;
+        cluster.signal(Role::Mount(0), Signal::STOP)?;
         let start = Instant::now();
         take_over(&cluster.mount(1))?;
         println!("{fabric:?} {cache:?}: usable after {:?}", start.elapsed());
         let node = cluster.mount(1).join("durable");
-        signal(cluster, Role::Mount(0), rustix::process::Signal::CONT)?;
+        cluster.signal(Role::Mount(0), Signal::CONT)?;
         // What the former life still has open fails; it neither hangs nor lands.
         let late = held.0.write_all_at(&[9; LEN], 0).and_then(|()| held.0.sync_all());
         ensure!(
@@ -244,13 +239,13 @@ fn an_evicted_mount_gives_everything_up() -> anyhow::Result<()> {
     guard::with_cluster_within(LIMIT, options, |cluster| {
         drop(hold(&cluster.mount(0))?);
         let mut writer = Writer::start(&cluster.mount(0).join("durable"))?;
-        signal(cluster, Role::Mount(0), rustix::process::Signal::STOP)?;
+        cluster.signal(Role::Mount(0), Signal::STOP)?;
         let config = cluster.config().display().to_string();
         let start = Instant::now();
         let said = cluster.tool(&["evict", "0", "--config", &config])?;
         println!("after {:?}: {said}", start.elapsed());
         take_over(&cluster.mount(1))?;
-        signal(cluster, Role::Mount(0), rustix::process::Signal::CONT)?;
+        cluster.signal(Role::Mount(0), Signal::CONT)?;
         ensure!(
             writer.write()? == "failed",
             "a write of a mount that was declared dead was acknowledged"
@@ -312,7 +307,7 @@ fn evicted_while_mapped(fabric: Fabric, stop: bool) -> anyhow::Result<()> {
             done = mapper.next()?.context("the program has ended by itself")?;
         }
         if stop {
-            signal(cluster, Role::Mount(0), rustix::process::Signal::STOP)?;
+            cluster.signal(Role::Mount(0), Signal::STOP)?;
         }
         let config = cluster.config().display().to_string();
         cluster.tool(&["evict", "0", "--config", &config])?;
@@ -323,7 +318,7 @@ fn evicted_while_mapped(fabric: Fabric, stop: bool) -> anyhow::Result<()> {
         fs::write(&seen, &theirs)?;
         File::open(&seen)?.sync_all()?;
         if stop {
-            signal(cluster, Role::Mount(0), rustix::process::Signal::CONT)?;
+            cluster.signal(Role::Mount(0), Signal::CONT)?;
         }
         // It ends: the file that it has mapped is no longer there.
         while let Some(number) = mapper.next()? {

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use system_tests::cluster::{Cluster, Fabric, Options, Role};
 use system_tests::pressure::Setting;
 use system_tests::stale::{KINDS, Readers, Seen, Writer};
@@ -19,11 +19,6 @@ const ANEW: Duration = Duration::from_secs(60);
 const STOPPED: Duration = Duration::from_secs(6);
 /// Looks of each reader.
 const LOOKS: u64 = 30;
-
-fn signal(cluster: &Cluster, role: Role, signal: Signal) -> anyhow::Result<()> {
-    let pid = cluster.pid(role).and_then(|pid| Pid::from_raw(pid as i32));
-    Ok(kill_process(pid.context("it does not run")?, signal)?)
-}
 
 fn cluster() -> anyhow::Result<Cluster> {
     Cluster::start(Options {
@@ -60,10 +55,10 @@ fn extension_stopped_past_its_term() -> anyhow::Result<()> {
         readers.wait_for_looks(LOOKS, OTHERS)?;
         none_is_stale(&readers.seen()?, "before")?;
 
-        signal(cluster, Role::Mount(1), Signal::STOP)?;
+        cluster.signal(Role::Mount(1), Signal::STOP)?;
         let stopped = Instant::now();
         let others = stopped_for_long(cluster, &mut writer, &mut readers, stopped);
-        signal(cluster, Role::Mount(1), Signal::CONT)?;
+        cluster.signal(Role::Mount(1), Signal::CONT)?;
         others?;
         readers.wait_for_looks(LOOKS, ANEW)?;
         none_is_stale(&readers.seen()?, "when it goes on")?;
@@ -118,12 +113,12 @@ fn extension_frozen_while_nobody_answers() -> anyhow::Result<()> {
         dirty.write_all_at(&[b'd'; 8192], 0)?;
         let mut readers = Readers::start(&cluster.mount(1).join("f"), &board)?;
         readers.wait_for_looks(LOOKS, OTHERS)?;
-        signal(cluster, Role::Meta, Signal::STOP)?;
+        cluster.signal(Role::Meta, Signal::STOP)?;
         std::thread::sleep(STOPPED / 2);
         let frozen = readers.seen();
         std::thread::sleep(STOPPED / 6);
         let still = readers.seen();
-        signal(cluster, Role::Meta, Signal::CONT)?;
+        cluster.signal(Role::Meta, Signal::CONT)?;
         let (frozen, still) = (frozen?, still?);
         none_is_stale(&still, "while nobody answers")?;
         ensure!(

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use rustix::process::Signal;
 use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role, nodes};
 use system_tests::guard;
@@ -54,12 +54,6 @@ impl Drop for Writer {
     }
 }
 
-fn signal(cluster: &Cluster, role: Role, signal: Signal) -> anyhow::Result<()> {
-    let pid = cluster.pid(role).context("it does not run")?;
-    let pid = rustix::process::Pid::from_raw(pid as i32).context("a process id")?;
-    Ok(rustix::process::kill_process(pid, signal)?)
-}
-
 /// The mounts there are.
 fn mounts(cluster: &Cluster) -> anyhow::Result<usize> {
     Ok(nodes(&cluster.status()?)?.len())
@@ -77,7 +71,7 @@ fn round(cluster: &Cluster, round: usize) -> anyhow::Result<()> {
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     std::thread::sleep(Duration::from_millis(300));
-    signal(cluster, Role::Mount(0), Signal::STOP)?;
+    cluster.signal(Role::Mount(0), Signal::STOP)?;
     cluster.kill_and_restart(Role::Storage(0))?;
     writers.iter().for_each(Writer::kill);
     // Waits until the other mount is dead, and what it had is free.
@@ -90,7 +84,7 @@ fn round(cluster: &Cluster, round: usize) -> anyhow::Result<()> {
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     // It is no more, or cannot do anything.
-    let _ = signal(cluster, Role::Mount(0), Signal::CONT);
+    let _ = cluster.signal(Role::Mount(0), Signal::CONT);
     let end = Instant::now() + Duration::from_secs(1);
     let mut bytes = vec![0; LEN];
     while Instant::now() < end {

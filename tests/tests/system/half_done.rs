@@ -7,7 +7,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use rustix::process::{Pid, Signal, kill_process};
 use system_tests::cluster::{Cluster, Fabric, Options, Role};
 use system_tests::guard;
 
@@ -28,24 +27,6 @@ fn options() -> Options {
         timeout: Duration::from_millis(300),
         hard: Some(Duration::from_millis(300)),
         ..Options::default()
-    }
-}
-
-/// A storage node that is stopped, until this is dropped.
-struct Stopped(Pid);
-
-impl Stopped {
-    fn new(cluster: &Cluster, role: Role) -> anyhow::Result<Self> {
-        let pid = cluster.pid(role).and_then(|pid| Pid::from_raw(pid as i32));
-        let pid = pid.context("it does not run")?;
-        kill_process(pid, Signal::STOP)?;
-        Ok(Self(pid))
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        let _ = kill_process(self.0, Signal::CONT);
     }
 }
 
@@ -135,7 +116,7 @@ fn a_truncation_that_fails_half_way_keeps_no_freed_block() -> anyhow::Result<()>
 fn a_truncation_that_is_carried_out_late_keeps_no_freed_block() -> anyhow::Result<()> {
     guard::with_cluster(options(), |cluster| {
         let long = long_file(cluster)?;
-        let stopped = Stopped::new(cluster, Role::Storage(1))?;
+        let stopped = cluster.stopped(Role::Storage(1))?;
         cannot_be_cut(&long)?;
         drop(stopped);
         blocks_are_not_shared(cluster)
@@ -156,7 +137,7 @@ fn blocks_that_are_moved_late_are_not_written_where_they_were() -> anyhow::Resul
         let files: Vec<File> = small.iter().map(open).collect::<Result<_, _>>()?;
         // The storage node of an inode has its first block, too.
         let home = files[0].metadata()?.ino() >> 36 & 0xff;
-        let stopped = Stopped::new(cluster, Role::Storage(home as usize))?;
+        let stopped = cluster.stopped(Role::Storage(home as usize))?;
         let longer = files
             .iter()
             .map(|file| file.write_all_at(&vec![b'l'; 128 << 10], 4096));

@@ -213,18 +213,13 @@ fn who_waits_for_a_directory_in_vain_waits_beside_the_others() -> anyhow::Result
     guard::with_cluster(options, |cluster| {
         fs::create_dir(cluster.mount(0).join("d"))?;
         fs::write(cluster.mount(1).join("d/f"), b"")?;
-        let pid = cluster.pid(Role::Mount(1)).context("no mount")? as i32;
-        let signal = |signal| {
-            let pid = rustix::process::Pid::from_raw(pid).context("pid")?;
-            Ok::<_, anyhow::Error>(rustix::process::kill_process(pid, signal)?)
-        };
-        signal(rustix::process::Signal::STOP)?;
+        let stopped = cluster.stopped(Role::Mount(1))?;
         let began = Instant::now();
         let ended = guard::together(5, |n| {
             let made = fs::create_dir(cluster.mount(0).join(format!("d/{n}")));
             Ok((errno(&made), began.elapsed()))
         });
-        signal(rustix::process::Signal::CONT)?;
+        drop(stopped);
         let ended = ended?;
         ensure!(
             ended

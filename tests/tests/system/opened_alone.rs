@@ -162,6 +162,38 @@ fn reading_what_others_read_asks_nobody() -> anyhow::Result<()> {
 }
 
 #[test]
+fn the_contents_of_a_small_file_come_when_it_is_opened() -> anyhow::Result<()> {
+    const SIZE: usize = 5000;
+    let options = Options {
+        storage: 1,
+        // The file is not to be taken for one of a mount that is cut off.
+        term: Duration::from_secs(20),
+        ..options(Fabric::Tcp, 2)
+    };
+    guard::with_cluster_within(LIMIT, options, |cluster| {
+        let (near, far) = (cluster.mount(0).join("small"), cluster.mount(1).join("small"));
+        fs::write(&near, [7; SIZE])?;
+        File::open(&near)?.sync_all()?;
+        // What it has not seen of a file comes with its name.
+        ensure!(far.metadata()?.len() == SIZE as u64);
+        let file = File::open(&far)?;
+        let stopped = cluster.stopped(Role::Storage(0))?;
+        let (read, done) = std::sync::mpsc::channel();
+        let reader = std::thread::spawn(move || {
+            let mut content = [0; SIZE];
+            let _ = read.send(file.read_exact_at(&mut content, 0).map(|()| content));
+        });
+        let content = done.recv_timeout(Duration::from_secs(8));
+        drop(stopped);
+        ensure!(
+            reader.join().is_ok() && content.context("it waits for the storage node")?? == [7; SIZE],
+            "other contents"
+        );
+        Ok(())
+    })
+}
+
+#[test]
 fn who_only_reads_is_known_to_who_removes_or_writes() -> anyhow::Result<()> {
     for fabric in [Fabric::Shm, Fabric::Tcp] {
         guard::with_cluster_within(LIMIT, options(fabric, 3), move |cluster| {

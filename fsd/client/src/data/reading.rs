@@ -1,6 +1,7 @@
 //! Reading under a lease that is held.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::cache::Cache;
 use crate::cache::claims::{Purpose, Span};
@@ -9,8 +10,12 @@ use crate::cache::pages::{PAGE, page_from, page_of};
 use crate::cache::state::State;
 use crate::data::buffers::{Buffers, Lent};
 use crate::data::stored::Stored;
+use crate::data::transfer::Transfers;
 use crate::session::Session;
 use crate::session::ctx::{Ctx, Res};
+
+/// The contents of files up to this size come when they are opened, bytes.
+const SMALL: usize = 64 << 10;
 
 /// Reads.
 pub struct Reads {
@@ -73,6 +78,42 @@ impl Reads {
             to: offset.saturating_add(len as u64),
         };
         inode.claim(ctx, version, span, Purpose::Read)
+    }
+
+    /// Does something that asks the storage node of a file's record, under a lease of `version`, and has the contents of a small file of
+    /// which nothing is here come at the same time: whoever opens such a file is about to read it.
+    pub fn with_contents<T>(&self, ctx: &Ctx<'_>, inode: &Inode, version: u64, act: impl Fn() -> T) -> T {
+        let mut done = None;
+        self.fetch_small(ctx, inode, version, || done = Some(act()));
+        done.unwrap_or_else(act)
+    }
+
+    /// Runs `beside` while the contents come, if they do, and keeps them.
+    fn fetch_small(&self, ctx: &Ctx<'_>, inode: &Inode, version: u64, beside: impl FnOnce()) {
+        // What the kernel has it does not ask for.
+        if !self.session.cache_reads || inode.kernel.pages.load(Ordering::SeqCst) {
+            return;
+        }
+        let Ok(mut state) = self.claim_to_read(ctx, inode, version, 0, SMALL) else {
+            return;
+        };
+        let size = state.attr.map_or(0, |attr| attr.size);
+        let nodes = self.session.net.storage.count();
+        let last = page_of(size.saturating_sub(1));
+        if size == 0
+            || size > SMALL as u64
+            || !state.is_mapped(nodes)
+            || state.frames.any_lost(0, 0)
+            || state.pages.covers(0, last)
+        {
+            return;
+        }
+        let mut out = self.buffers.lend(size as usize);
+        let mut reads = Transfers::default();
+        self.stored.add_reads(inode, &state, 0, &mut out, &mut reads);
+        if state.unlocked(|| self.stored.transfer.once_with(reads, beside)) {
+            self.keep(&mut state, 0, &out, size);
+        }
     }
 
     /// Keeps whole pages of what has been read.

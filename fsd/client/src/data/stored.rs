@@ -217,6 +217,19 @@ impl Stored {
             return fail(libc::EIO);
         }
         let mut reads = Transfers::default();
+        self.add_reads(inode, state, offset, out, &mut reads);
+        state.unlocked(|| self.transfer.all(ctx, reads))
+    }
+
+    /// Adds what is to be read of a range that is claimed, and whose frames are known, into `out`; holes are zeros at once.
+    pub(crate) fn add_reads<'a>(
+        &self,
+        inode: &Inode,
+        state: &State,
+        offset: u64,
+        out: &'a mut [u8],
+        reads: &mut Transfers<'a>,
+    ) {
         let mut rest = out;
         for s in segments(offset, rest.len()).collect::<Vec<_>>() {
             let (part, tail) = rest.split_at_mut(s.len);
@@ -233,7 +246,6 @@ impl Stored {
                 reads.add(node, PoolOp::Read { offset, into: data });
             }
         }
-        state.unlocked(|| self.transfer.all(ctx, reads))
     }
 
     /// Writes into frames of claimed blocks, which are there: (block, offset in it, data).

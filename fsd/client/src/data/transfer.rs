@@ -87,14 +87,19 @@ impl Transfer {
     #[must_use]
     pub fn once(&self, mut transfers: Transfers<'_>) -> bool {
         if !self.session.local_memory() {
-            self.at_once(&mut transfers, || ());
-            return transfers.0.is_empty();
+            return self.once_with(transfers, || ());
         }
         transfers.0.iter_mut().all(|(&node, ops)| {
             let session = self.session.net.storage.session_now(node);
             let mut parts = ops.chunks_mut(BATCH);
             session.is_some_and(|session| parts.all(|part| execute(&session, part).is_ok()))
         })
+    }
+
+    /// As [`Transfer::once`], between hosts; `beside` runs while the operations are on their way.
+    pub fn once_with(&self, mut transfers: Transfers<'_>, beside: impl FnOnce()) -> bool {
+        self.at_once(&mut transfers, beside);
+        transfers.0.is_empty()
     }
 
     /// As [`Transfer::all`]. `then` runs when all operations are on their way: a message that it sends to one of the nodes arrives when

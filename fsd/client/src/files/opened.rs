@@ -251,7 +251,8 @@ impl Files {
         if truncate {
             self.xattrs.drop_capability(ctx, inode, &guard)?;
         }
-        if !inode.lock_opens(ctx)?.asks_nobody(writer) && !self.session.local_memory() {
+        let asks = !inode.lock_opens(ctx)?.asks_nobody(writer) && !self.session.local_memory();
+        if asks {
             ctx.may_wait()?;
         }
         let kind = {
@@ -274,6 +275,10 @@ impl Files {
             self.cache.note_dirty(inode.ino);
             self.kernel.invalidate_attrs(inode);
         }
-        self.open_files.make_handle(ctx, inode, kind, flags)
+        let make = || self.open_files.make_handle(ctx, inode, kind, flags);
+        if asks && !writer && kind == Kind::File {
+            return self.reads.with_contents(ctx, inode, guard.version(), make);
+        }
+        make()
     }
 }
