@@ -228,3 +228,38 @@ fn leases_come_ahead_of_who_goes_through_a_directory() -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+/// Neither mount has listed them.
+#[test]
+fn leases_come_ahead_of_who_renames_or_removes_what_others_have_read() -> anyhow::Result<()> {
+    const FEW: usize = 4;
+    for fabric in [Fabric::Shm, Fabric::Tcp] {
+        guard::with_cluster(options(fabric), |cluster| {
+            make(cluster)?;
+            store(cluster)?;
+            let all_read = || (0..FILES).try_for_each(|n| check(&cluster.mount(1).join("d"), n));
+            let dir = cluster.mount(0).join("d");
+            let path = |n: usize| dir.join(name(n));
+            all_read()?;
+            let base = held(cluster, 0, "exclusive")?;
+            for n in 0..FEW {
+                fs::rename(path(n), dir.join(format!("{}-", name(n))))?;
+            }
+            guard::until("leases of names that were not changed", LIMIT, || {
+                Ok(held(cluster, 0, "exclusive")? >= base + 8)
+            })?;
+            for n in 0..FEW {
+                fs::rename(dir.join(format!("{}-", name(n))), path(n))?;
+            }
+            all_read()?;
+            let base = held(cluster, 0, "exclusive")?;
+            (0..FEW).try_for_each(|n| fs::remove_file(path(n)))?;
+            guard::until("leases of names that were not removed", LIMIT, || {
+                Ok(held(cluster, 0, "exclusive")? >= base + 4)
+            })?;
+            ensure!(fs::read_dir(cluster.mount(1).join("d"))?.count() == FILES - FEW);
+            (FEW..FILES).try_for_each(|n| check(&cluster.mount(1).join("d"), n))
+        })?;
+    }
+    Ok(())
+}

@@ -13,6 +13,8 @@ const WORTH: [(u32, usize); 4] = [(2, 64), (8, 512), (64, 2048), (512, 16384)];
 const FEW: u32 = WORTH[1].0;
 /// Where others have changed more names than that, which ones do not exist is not remembered any longer.
 const MOST_CHANGED: usize = 4096;
+/// The order of more names than that is not made out for a program that has not listed them.
+const MOST_ORDERED: usize = 4096;
 
 /// Cached contents of a directory.
 #[derive(Debug, Default)]
@@ -129,8 +131,13 @@ impl DirCache {
 
     /// A name was looked up, or is being removed: inodes of which the same is likely to be wanted next.
     pub fn follow(&mut self, deed: Deed, name: &[u8]) -> Vec<u64> {
-        let cookie = self.entries.get(name).map(|&(_, _, cookie)| cookie);
-        cookie.map_or_else(Vec::new, |cookie| self.follow.done(deed, cookie))
+        let Some(&(_, _, cookie)) = self.entries.get(name) else {
+            return Vec::new();
+        };
+        if self.complete && self.entries.len() <= MOST_ORDERED && self.follow.lacks_order(deed, cookie) {
+            self.list();
+        }
+        self.follow.done(deed, cookie)
     }
 
     /// A name now exists.

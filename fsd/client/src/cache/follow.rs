@@ -23,7 +23,7 @@ const WIDTH: (usize, usize) = (8, 32);
 pub enum Deed {
     /// It is looked up.
     Looked,
-    /// It is removed.
+    /// It is removed, or the file gets another.
     Removed,
 }
 
@@ -71,6 +71,20 @@ impl Follow {
                 // Where it is convincing it will be after the next one as well.
                 run.step(order, last);
             }
+        }
+    }
+
+    /// Before something is done to the name of a cookie: would it be worth knowing the order of the names? Two in order have come then.
+    #[must_use]
+    pub fn lacks_order(&self, deed: Deed, cookie: u64) -> bool {
+        let last = self.run(deed).last;
+        self.order.is_none() && last > 0 && cookie > last
+    }
+
+    const fn run(&self, deed: Deed) -> &Run {
+        match deed {
+            Deed::Looked => &self.looked,
+            Deed::Removed => &self.removed,
         }
     }
 

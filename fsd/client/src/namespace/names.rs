@@ -359,7 +359,8 @@ impl Names {
         }
         let exchange = flags & libc::RENAME_EXCHANGE != 0;
         for _ in 0..ATTEMPTS {
-            let Some((number, kind)) = self.directories.entry(ctx, dir, name)? else {
+            let found = self.directories.entry_for(ctx, dir, name, Some(Deed::Removed))?;
+            let Some((number, kind)) = found else {
                 return fail(libc::ENOENT);
             };
             let target = self.directories.entry(ctx, to, to_name)?;
