@@ -28,6 +28,7 @@ mod generations;
 mod half_done;
 mod histories;
 mod idle;
+mod just_made;
 mod keeper;
 mod launch;
 mod leftovers;

@@ -40,6 +40,8 @@ pub struct KernelCache {
     pub answered: AtomicU64,
     /// Lookups the kernel has not forgotten.
     pub lookups: AtomicU64,
+    /// It got attributes to keep with the answer to CREATE, of this open file, and nothing has shown yet that it has taken that in.
+    pub created: AtomicU64,
 }
 
 /// Where attributes came from that nobody asked for.

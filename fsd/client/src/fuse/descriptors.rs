@@ -45,6 +45,17 @@ pub(super) fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
     Ok(rustix::io::fcntl_dupfd_cloexec(borrowed, 3)?)
 }
 
+/// Answers a request over a descriptor of the device.
+///
+/// # Errors
+/// Those of write(2); ENOENT: the request was not read from that one, or has been given up.
+pub(super) fn answer(number: RawFd, message: &[u8]) -> rustix::io::Result<()> {
+    // SAFETY: the number was found as one of the library's, which it keeps as long as its loops run, and a loop is what calls this. Should it
+    // be another file's after all, that gets bytes, as it would from write(2) with any number.
+    let device = unsafe { BorrowedFd::borrow_raw(number) };
+    rustix::io::write(device, message).map(drop)
+}
+
 /// Has a number of the library's stand for another open file. A read(2) that is under way goes on with the one of before.
 ///
 /// # Errors

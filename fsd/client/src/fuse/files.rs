@@ -10,7 +10,9 @@ use fuser::{
 };
 
 use super::convert::{attr_of, caller_of};
+use super::created::Created;
 use super::serve::{done, serve, serve_kernel, unnamed, unopened};
+use crate::cache::inode::Inode;
 use crate::client::Client;
 use crate::namespace::dirs::ATTEMPTS;
 use crate::namespace::names::New;
@@ -52,7 +54,7 @@ pub(super) fn create(
     reply: ReplyCreate,
 ) {
     let (name, parent) = (name.as_bytes().to_vec(), parent.0);
-    let caller = caller_of(req);
+    let (caller, unique) = (caller_of(req), req.unique().0);
     let new = New {
         kind: Kind::File,
         mode,
@@ -63,21 +65,39 @@ pub(super) fn create(
     };
     serve(client, req, reply, ReplyCreate::error, move |c, ctx, reply| {
         let dir = c.cache.inode(parent);
-        let send = |attr: &Attr, (fh, cached): (u64, bool)| {
+        let send = |made: Option<&Inode>, attr: &Attr, (fh, cached): (u64, bool)| {
             let Some(reply) = reply.take() else {
                 unnamed(c, attr.ino);
                 return unopened(c, fh);
             };
             let generation = Generation(u64::from(ino::generation(attr.ino)));
+            let (kernel, attr) = (&c.kernel.caches, attr_of(attr));
+            let open = open_flags(kernel.mode, cached);
+            // Where it is answered later than at once, nobody has waited for an answer fewer.
+            if let Some(inode) = made.filter(|_| ctx.is_on_loop() && kernel.mode != CacheMode::Writeback) {
+                let created = Created {
+                    unique,
+                    attr: &attr,
+                    ttl: kernel.created_ttl(inode, fh),
+                    generation: generation.0,
+                    handle: fh,
+                    flags: open.bits(),
+                };
+                if created.send() {
+                    // Nothing is left to be answered, and the library would say an error where nothing has been. It counts who may still answer over the
+                    // descriptor, and keeps that open until the process ends.
+                    return std::mem::forget(reply);
+                }
+            }
             // One time serves name and attributes. A stock kernel must not keep names; the kernel extension has them looked up whenever the
             // directory's lease is not held, however long they live.
-            let ttl = c.kernel.caches.late_attr_ttl(Kind::File);
-            let open = open_flags(c.kernel.caches.mode, cached);
-            reply.created(&ttl, &attr_of(attr), generation, FileHandle(fh), open);
+            let ttl = kernel.late_attr_ttl(Kind::File);
+            reply.created(&ttl, &attr, generation, FileHandle(fh), open);
         };
         for _ in 0..ATTEMPTS {
             let made = c.namespace.names.create(ctx, &dir, &name, &new, |inode, attr| {
                 send(
+                    Some(inode),
                     attr,
                     c.opens.open_files.make_handle(ctx, inode, Kind::File, flags)?,
                 );
@@ -101,7 +121,7 @@ pub(super) fn create(
             if let Some((inode, attr)) = found {
                 match c.files.opened.open(ctx, &inode, flags, caller) {
                     Err(Stop::Errno(Errno(libc::ESTALE))) => continue,
-                    opened => send(&attr, opened?),
+                    opened => send(None, &attr, opened?),
                 }
                 return Ok(());
             }
@@ -120,6 +140,7 @@ pub(super) fn flush(
     let handle = client.opens.open_files.handles.get(fh.0);
     serve(client, req, reply, ReplyEmpty::error, move |c, ctx, reply| {
         if let Some(handle) = &handle {
+            c.kernel.caches.knows_handle(&handle.inode, fh.0);
             c.files.locks.release_locks(
                 ctx,
                 handle.inode.ino,
@@ -146,6 +167,9 @@ pub(super) fn release(
                 .release_locks(ctx, ino.0, c.files.locks.lock_owner(owner.0, true))?;
         }
         c.files.locks.release_locks_through(ctx, ino.0, fh.0)?;
+        if let Some(handle) = c.opens.open_files.handles.get(fh.0) {
+            c.kernel.caches.knows_handle(&handle.inode, fh.0);
+        }
         c.opens.open_files.release(ctx, fh.0)?;
         done(reply);
         Ok(())

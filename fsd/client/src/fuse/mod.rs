@@ -5,6 +5,7 @@
 
 mod attrs;
 mod convert;
+mod created;
 mod data;
 mod descriptors;
 mod dirs;
@@ -247,6 +248,9 @@ impl Filesystem for FsdFs {
         let mapped = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let handle = self.client.opens.open_files.handles.get(fh.0);
         let cached = mapped || handle.as_ref().is_some_and(|h| h.cached);
+        if let Some(handle) = &handle {
+            self.client.kernel.caches.knows_handle(&handle.inode, fh.0);
+        }
         let kind = crate::cache::write::WriteFlags {
             append: flags.0 & libc::O_APPEND != 0 && !mapped,
             kill_suid: write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID),

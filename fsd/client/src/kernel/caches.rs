@@ -19,6 +19,12 @@ use fsd_proto::wire::Kind;
 /// Time to live of attributes that a lease protects: until told otherwise.
 pub const LEASED_TTL: Duration = Duration::from_secs(24 * 3600);
 
+/// Time to live of the attributes of a file that the kernel has just made: until it has looked whether that may be opened, and the program at
+/// what it has opened.
+const CREATED_TTL: Duration = Duration::from_millis(8);
+/// As long as that lasts at most: the kernel counts in ticks, of up to 10 ms, rounds up, and takes the last one for still valid.
+pub(crate) const CREATED_GONE: Duration = Duration::from_millis(30);
+
 /// Whose a kernel is: who has it drop what it caches.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Whose {
@@ -138,6 +144,46 @@ impl KernelCaches {
             return LEASED_TTL;
         }
         Duration::ZERO
+    }
+
+    /// As [`KernelCaches::late_attr_ttl`], for a file that was just made and opened, as `number`, under its exclusive lease.
+    ///
+    /// The kernel takes that answer in whatever it is told meanwhile. But it does not know the inode before, so who has it dropped waits until it
+    /// does ([`KernelCaches::notify`]); what lives for a moment may be put there a little later still, and is gone [`CREATED_GONE`] after
+    /// that (`KernelCache::created`). Nobody else on this host comes to the inode before, for the kernel has its directory locked until it has taken
+    /// the answer in.
+    pub fn created_ttl(&self, inode: &Inode, number: u64) -> Duration {
+        let kernel = &inode.kernel;
+        if self.mode == CacheMode::Writeback
+            || kernel.revoking.load(Ordering::SeqCst)
+            || self.passing.begun.load(Ordering::SeqCst)
+        {
+            return self.late_attr_ttl(Kind::File);
+        }
+        kernel.created.store(number, Ordering::SeqCst);
+        kernel.attrs.store(true, Ordering::SeqCst);
+        CREATED_TTL
+    }
+
+    /// The kernel has sent something about an open file.
+    pub fn knows_handle(&self, inode: &Inode, number: u64) {
+        let created = &inode.kernel.created;
+        if created.load(Ordering::Relaxed) == number {
+            let _ = created.compare_exchange(number, 0, Ordering::SeqCst, Ordering::Relaxed);
+        }
+    }
+
+    /// Attributes that came with the answer to CREATE may be in the kernel though it has been told to drop them: waits until they are old.
+    /// False: it would have to wait.
+    pub fn outlive_created(&self, inode: &Inode, may_wait: bool) -> bool {
+        if inode.kernel.created.load(Ordering::SeqCst) == 0 {
+            return true;
+        }
+        if may_wait {
+            rt::thread::sleep(CREATED_GONE);
+            inode.kernel.created.store(0, Ordering::SeqCst);
+        }
+        may_wait
     }
 
     /// Drops the attributes the kernel has of an inode; also after a change under the exclusive lease, before

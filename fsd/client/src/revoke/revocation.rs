@@ -250,13 +250,13 @@ impl Revocations {
         if !inode.kernel.pages.load(Ordering::SeqCst) {
             // Takes no lock in the kernel.
             self.kernel.invalidate_attrs(inode);
-            return true;
+            return self.kernel.outlive_created(inode, may_wait);
         }
         if !may_wait && !self.pages_are_free(inode, job.from) {
             return false;
         }
         self.drop_pages(inode, may_wait);
-        true
+        self.kernel.outlive_created(inode, may_wait)
     }
 
     /// Drops the pages and attributes that the kernel has cached, under a lease that is held; waits for reads that are under way.

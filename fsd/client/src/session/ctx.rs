@@ -95,6 +95,12 @@ impl<'a> Ctx<'a> {
         }
     }
 
+    /// Is the request served on the event loop that has read it?
+    #[must_use]
+    pub const fn is_on_loop(&self) -> bool {
+        self.permits.is_some()
+    }
+
     /// Has `on_wait` told when it waits for the first time.
     #[must_use]
     pub fn telling(self, on_wait: &'a dyn Fn()) -> Self {

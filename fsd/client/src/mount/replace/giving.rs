@@ -161,6 +161,7 @@ impl Giving<'_> {
             if unused && inode.kernel.pages.load(Ordering::SeqCst) {
                 client.revoke.revocations.empty_kernel(&inode);
             }
+            client.kernel.caches.outlive_created(&inode, true);
         }
         client.storing.writeback.write_dirty();
         // Or the successor waits for that when it looks at what was made here.
