@@ -19,6 +19,24 @@ pub fn errno<T>(result: &io::Result<T>) -> i32 {
         .map_or(0, |e| e.raw_os_error().unwrap_or(-1))
 }
 
+/// The calling thread runs on this processor only.
+///
+/// # Errors
+/// There is no such processor.
+pub fn stay_on(cpu: usize) -> io::Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    Ok(rustix::thread::sched_setaffinity(None, &set)?)
+}
+
+/// The calling thread gets what others leave of the processor, and little else.
+///
+/// # Errors
+/// Those of setpriority(2).
+pub fn be_last() -> io::Result<()> {
+    Ok(rustix::process::nice(19).map(drop)?)
+}
+
 /// Opens with any flags, mode 0666.
 ///
 /// # Errors

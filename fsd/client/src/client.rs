@@ -114,7 +114,7 @@ impl Client {
         for inode in self.cache.inodes.all() {
             let kernel = Arc::clone(&self.kernel.caches);
             self.session.threads.workers.run(move || {
-                kernel.invalidate_attrs(&inode);
+                kernel.take_attrs(&inode, true);
                 if inode.kernel.cached.load(Ordering::SeqCst) > 0 {
                     kernel.invalidate_pages(&inode);
                 }

@@ -30,6 +30,7 @@ mod histories;
 mod idle;
 mod just_made;
 mod keeper;
+mod late_answers;
 mod launch;
 mod leftovers;
 mod links;

@@ -25,6 +25,9 @@ const CREATED_TTL: Duration = Duration::from_millis(8);
 /// As long as that lasts at most: the kernel counts in ticks, of up to 10 ms, rounds up, and takes the last one for still valid.
 pub(crate) const CREATED_GONE: Duration = Duration::from_millis(30);
 
+/// Whoever waits for an answer has taken it in after that time, however busy the host is.
+const ON_ITS_WAY: Duration = Duration::from_secs(5);
+
 /// Whose a kernel is: who has it drop what it caches.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Whose {
@@ -160,6 +163,7 @@ impl KernelCaches {
         {
             return self.late_attr_ttl(Kind::File);
         }
+        kernel.answered.store(self.session.now(), Ordering::SeqCst);
         kernel.created.store(number, Ordering::SeqCst);
         kernel.attrs.store(true, Ordering::SeqCst);
         CREATED_TTL
@@ -175,7 +179,7 @@ impl KernelCaches {
 
     /// Attributes that came with the answer to CREATE may be in the kernel though it has been told to drop them: waits until they are old.
     /// False: it would have to wait.
-    pub fn outlive_created(&self, inode: &Inode, may_wait: bool) -> bool {
+    fn outlive_created(&self, inode: &Inode, may_wait: bool) -> bool {
         if inode.kernel.created.load(Ordering::SeqCst) == 0 {
             return true;
         }
@@ -186,39 +190,65 @@ impl KernelCaches {
         may_wait
     }
 
-    /// Drops the attributes the kernel has of an inode; also after a change under the exclusive lease, before
+    /// Drops the attributes the kernel has of an inode after a change under the exclusive lease, before
     /// the lease can be given down: until the kernel has taken in the answer it would show the old ones.
     pub fn invalidate_attrs(&self, inode: &Inode) {
         if inode.kernel.attrs.swap(false, Ordering::SeqCst) {
-            self.notify(inode, -1, 0);
+            self.tell(inode, -1, 0);
         }
     }
 
-    /// Tells the kernel to drop attributes and, for `offset >= 0`, pages. An inode that the kernel is just
-    /// about to learn of from an answer already sent is waited for.
-    pub fn notify(&self, inode: &Inode, offset: i64, len: i64) {
+    /// Drops the attributes the kernel has of an inode, because its lease goes or the mount's term ends. False: that would have to wait,
+    /// and nothing was done.
+    pub fn take_attrs(&self, inode: &Inode, may_wait: bool) -> bool {
+        if !inode.kernel.attrs.swap(false, Ordering::SeqCst) {
+            return self.outlive_created(inode, may_wait);
+        }
+        if may_wait {
+            self.notify(inode, -1, 0);
+        } else if !self.notify_at_once(inode, -1, 0) {
+            inode.kernel.attrs.store(true, Ordering::SeqCst);
+            return false;
+        }
+        self.outlive_created(inode, may_wait)
+    }
+
+    /// Tells the kernel to drop attributes and, for `offset >= 0`, pages. False: it does not know the inode.
+    fn tell(&self, inode: &Inode, offset: i64, len: i64) -> bool {
         let Some(notifier) = self.notifier.get() else {
-            return;
+            return true;
         };
         let Some(_entered) = self.passing.enter(inode.ino) else {
-            return;
+            return true;
         };
-        loop {
-            match notifier.inval_inode(inode.ino, offset, len) {
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
-                    if inode.kernel.lookups.load(Ordering::SeqCst) == 0 {
-                        return;
-                    }
-                    rt::thread::sleep(Duration::from_micros(20));
-                }
-                Err(error) => {
-                    // The kernel is unmounting: there is no cache any more.
-                    tracing::debug!("invalidating {:#x}: {error}", inode.ino);
-                    return;
-                }
-                Ok(()) => return,
-            }
+        notifier
+            .inval_inode(inode.ino, offset, len)
+            .unwrap_or_else(|error| {
+                // The kernel is unmounting: there is no cache any more.
+                tracing::debug!("invalidating {:#x}: {error}", inode.ino);
+                true
+            })
+    }
+
+    /// May the kernel be about to learn of an inode, from an answer that somebody waits for who has not had a processor since? It would
+    /// keep what that says. Else it has forgotten the inode, and this mount has just not read that yet.
+    fn is_on_its_way(&self, inode: &Inode) -> bool {
+        let since = |at: u64| Duration::from_nanos(self.session.now().saturating_sub(at));
+        inode.kernel.lookups.load(Ordering::SeqCst) > 0
+            && since(inode.kernel.answered.load(Ordering::SeqCst)) < ON_ITS_WAY
+    }
+
+    /// Has the kernel drop attributes and, for `offset >= 0`, pages. An inode that it is just about to learn of from an answer already sent is
+    /// waited for. Not on a thread that brings answers from the fabric.
+    pub fn notify(&self, inode: &Inode, offset: i64, len: i64) {
+        while !self.tell(inode, offset, len) && self.is_on_its_way(inode) {
+            rt::thread::sleep(Duration::from_micros(20));
         }
+    }
+
+    /// As [`KernelCaches::notify`]. False: it would have to wait.
+    pub fn notify_at_once(&self, inode: &Inode, offset: i64, len: i64) -> bool {
+        self.tell(inode, offset, len) || !self.is_on_its_way(inode)
     }
 
     pub(crate) fn invalidate_range(&self, inode: &Inode, offset: u64, len: u64) {

@@ -22,20 +22,20 @@ impl Notifier {
         Self(Arc::new(device))
     }
 
-    /// Drops the attributes of an inode and, for `offset >= 0`, pages.
+    /// Drops the attributes of an inode and, for `offset >= 0`, pages. False: the kernel does not know the inode, and has nothing to drop.
     ///
     /// # Errors
-    /// The connection to the kernel has ended. An inode that the kernel does not know has nothing to be dropped.
-    pub fn inval_inode(&self, ino: u64, offset: i64, len: i64) -> io::Result<()> {
+    /// The connection to the kernel has ended.
+    pub fn inval_inode(&self, ino: u64, offset: i64, len: i64) -> io::Result<bool> {
         let words = [ino.to_ne_bytes(), offset.to_ne_bytes(), len.to_ne_bytes()];
         self.send(INVAL_INODE, &[words.as_flattened()])
     }
 
-    /// A name of a directory that is no more.
+    /// A name of a directory that is no more. False: the kernel does not know it.
     ///
     /// # Errors
     /// As [`Notifier::inval_inode`].
-    pub fn delete(&self, above: u64, gone: u64, name: &[u8]) -> io::Result<()> {
+    pub fn delete(&self, above: u64, gone: u64, name: &[u8]) -> io::Result<bool> {
         let words = [
             above.to_ne_bytes(),
             gone.to_ne_bytes(),
@@ -45,14 +45,15 @@ impl Notifier {
         self.send(DELETE, &[words.as_flattened(), name, &[0]])
     }
 
-    fn send(&self, code: i32, parts: &[&[u8]]) -> io::Result<()> {
+    fn send(&self, code: i32, parts: &[&[u8]]) -> io::Result<bool> {
         let body = parts.concat();
         let mut message = Vec::with_capacity(HEADER as usize + body.len());
         message.extend(length(HEADER + body.len() as u32, code));
         message.extend([0; 8]);
         message.extend(body);
         match rustix::io::write(&*self.0, &message) {
-            Ok(_) | Err(rustix::io::Errno::NOENT) => Ok(()),
+            Ok(_) => Ok(true),
+            Err(rustix::io::Errno::NOENT) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
@@ -84,13 +85,13 @@ mod tests {
             (Notifier::new(a.into()), b)
         };
         let mut bytes = [0; 44];
-        kept.inval_inode(7, -1, 3).unwrap();
+        assert!(kept.inval_inode(7, -1, 3).unwrap());
         heard.read_exact(&mut bytes[..40]).unwrap();
         assert_eq!(bytes[..4], 40u32.to_ne_bytes());
         assert_eq!(bytes[4..8], INVAL_INODE.to_ne_bytes());
         assert_eq!(bytes[16..24], 7u64.to_ne_bytes());
         assert_eq!(bytes[24..32], (-1i64).to_ne_bytes());
-        kept.delete(7, 8, b"abc").unwrap();
+        assert!(kept.delete(7, 8, b"abc").unwrap());
         heard.read_exact(&mut bytes).unwrap();
         assert_eq!(bytes[..4], 44u32.to_ne_bytes());
         assert_eq!(bytes[32..36], 3u32.to_ne_bytes());

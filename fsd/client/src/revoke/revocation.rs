@@ -249,14 +249,13 @@ impl Revocations {
         }
         if !inode.kernel.pages.load(Ordering::SeqCst) {
             // Takes no lock in the kernel.
-            self.kernel.invalidate_attrs(inode);
-            return self.kernel.outlive_created(inode, may_wait);
+            return self.kernel.take_attrs(inode, may_wait);
         }
         if !may_wait && !self.pages_are_free(inode, job.from) {
             return false;
         }
-        self.drop_pages(inode, may_wait);
-        self.kernel.outlive_created(inode, may_wait)
+        // After that there are none, but for those that are taken in meanwhile.
+        self.drop_pages(inode, may_wait) && self.kernel.take_attrs(inode, may_wait)
     }
 
     /// Drops the pages and attributes that the kernel has cached, under a lease that is held; waits for reads that are under way.
@@ -264,23 +263,33 @@ impl Revocations {
         self.drop_pages(inode, true);
     }
 
-    fn drop_pages(&self, inode: &Arc<Inode>, may_wait: bool) {
+    /// False: that would have to wait, and nothing was done.
+    fn drop_pages(&self, inode: &Arc<Inode>, may_wait: bool) -> bool {
         let through = self.kernel.mode == CacheMode::Writethrough;
         let before = through.then(|| inode.kernel.refills.emptying(self.session.now()));
         inode.kernel.drops.fetch_add(1, Ordering::SeqCst);
         inode.kernel.pages.store(false, Ordering::SeqCst);
         inode.kernel.attrs.store(false, Ordering::SeqCst);
-        if may_wait {
+        let done = if may_wait {
             self.kernel.invalidate_pages(inode);
+            true
         } else {
-            self.kernel.notify(inode, 0, 0);
+            self.kernel.notify_at_once(inode, 0, 0)
+        };
+        if !done {
+            inode.kernel.pages.store(true, Ordering::SeqCst);
+            inode.kernel.attrs.store(true, Ordering::SeqCst);
         }
         inode.kernel.drops.fetch_sub(1, Ordering::SeqCst);
+        if !done {
+            return false;
+        }
         // Pages that a write may keep locked are dropped aside, and perhaps later: what a read has brought of them may still be there.
         let all = inode.waiting.edges.get().is_none_or(|edges| edges.is_empty());
         if let (Some(number), true) = (before, all) {
             inode.kernel.refills.dropped(number, 0, u64::MAX);
         }
+        true
     }
 
     /// How long the kernel is still to be left alone. An invalidation that overtakes an answer makes it

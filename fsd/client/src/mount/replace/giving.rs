@@ -156,12 +156,11 @@ impl Giving<'_> {
     fn prepare(&mut self) -> Result<(), NotGiven> {
         let client = &self.place.client;
         for inode in client.cache.inodes.all() {
-            client.kernel.caches.invalidate_attrs(&inode);
+            client.kernel.caches.take_attrs(&inode, true);
             let unused = inode.opens.try_lock().is_some_and(|opens| opens.count == 0);
             if unused && inode.kernel.pages.load(Ordering::SeqCst) {
                 client.revoke.revocations.empty_kernel(&inode);
             }
-            client.kernel.caches.outlive_created(&inode, true);
         }
         client.storing.writeback.write_dirty();
         // Or the successor waits for that when it looks at what was made here.
