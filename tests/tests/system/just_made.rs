@@ -57,7 +57,7 @@ fn changed_elsewhere(cluster: &Cluster, n: u32, written: bool) -> anyhow::Result
     if written {
         made.write_all_at(b"near", 0)?;
     }
-    if n % 3 == 0 {
+    if n.is_multiple_of(3) {
         ensure!(made.metadata()?.len() == if written { 4 } else { 0 });
     }
     let mode = 0o600 | (n & 0o77);

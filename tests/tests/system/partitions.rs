@@ -217,11 +217,12 @@ impl<'a> Field<'a> {
         let (other, third) = ((mount + 1) % MOUNTS, (mount + 2) % MOUNTS);
         // Of which the mount has no lease: what it has leased there waits with it.
         let fresh = [self.fresh(other, shard)?, self.fresh(third, shard)?];
+        let mine = self.cluster.mount(mount).join(self.fresh(mount, shard)?);
         // Acknowledged, and not stored yet: it would be after two seconds.
         let text = self.text();
         fs::write(self.path(mount, mount, shard), &text)?;
         let cut = Cut::new(self.cluster, (Role::Mount(mount), Role::Storage(shard)), ways)?;
-        let mut own = Asking::shell("cat \"$0\"", &self.path(mount, other, shard))?;
+        let mut own = Asking::shell("echo more >\"$0\" && sync \"$0\" && cat \"$0\"", &mine)?;
         let mut others = Asking::shell("cat \"$0\"", &self.path(other, mount, shard))?;
         let watch = Stopwatch::start();
         while watch.all() < TERM * 2 {
@@ -238,7 +239,10 @@ impl<'a> Field<'a> {
         let known = nodes(&self.cluster.status()?)?;
         ensure!(known.len() == MOUNTS, "a mount was declared dead: {known:?}");
         cut.mend()?;
-        ensure!(own.answer(BACK)?.is_some(), "what waited on the mount has failed");
+        ensure!(
+            own.answer(BACK)?.as_deref() == Some("more"),
+            "what waited on the mount has failed"
+        );
         let seen = others.answer(BACK)?;
         ensure!(
             seen.as_ref() == Some(&text),
