@@ -165,7 +165,7 @@ impl Opens {
         self.looked_again.is_some_and(|at| at.elapsed() < NOT_BEFORE)
     }
 
-    /// The exclusive lease is lowered, or kept for now: what the record has to say under a shared one; false: that has to be said first.
+    /// The exclusive lease is lowered to a shared one. False: the record has to say something first.
     pub fn lower(&mut self) -> bool {
         let unsaid = self.telling != Telling::All && self.only_reads_unsaid();
         if unsaid {

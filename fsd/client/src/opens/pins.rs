@@ -291,8 +291,8 @@ impl Pinning {
         })
     }
 
-    /// Has nobody the file open, as the exclusive lease says that is held? Then nobody can open it any more, and its record need not say so: it is what it is while no file
-    /// is in use.
+    /// Is the file this mount's alone, and not in use? Then nobody can open it any more, and its record need not say so: it is what it is while
+    /// no file is in use.
     fn is_unused_here(&self, ctx: &Ctx<'_>, inode: &Inode, thread: u32) -> Res<bool> {
         let mut opens = inode.lock_opens(ctx)?;
         let used = opens.usage() != Usage::Unused || inode.looked_up.is_fresh(Some(thread));
