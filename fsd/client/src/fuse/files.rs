@@ -73,7 +73,7 @@ pub(super) fn create(
             let generation = Generation(u64::from(ino::generation(attr.ino)));
             let (kernel, attr) = (&c.kernel.caches, attr_of(attr));
             let open = open_flags(kernel.mode, cached);
-            // Where it is answered later than at once, nobody has waited for an answer fewer.
+            // Only on the loop that has read the request, which knows its descriptor: what is answered later goes the library's way.
             if let Some(inode) = made.filter(|_| ctx.is_on_loop() && kernel.mode != CacheMode::Writeback) {
                 let created = Created {
                     unique,
@@ -84,8 +84,8 @@ pub(super) fn create(
                     flags: open.bits(),
                 };
                 if created.send() {
-                    // Nothing is left to be answered, and the library would say an error where nothing has been. It counts who may still answer over the
-                    // descriptor, and keeps that open until the process ends.
+                    // It has been answered, and the library would answer EIO when its reply is dropped. Given up like this, the reply still counts
+                    // among those that keep the descriptor open, so that stays open until the process ends.
                     return std::mem::forget(reply);
                 }
             }
