@@ -231,8 +231,12 @@ impl KernelCaches {
     }
 
     /// May the kernel be about to learn of an inode, from an answer that somebody waits for who has not had a processor since? It would
-    /// keep what that says. Else it has forgotten the inode, and this mount has just not read that yet.
+    /// keep what that says. Else it has forgotten the inode, and this mount has just not read that yet, or never will: of what is unmounted the
+    /// kernel says nothing any more.
     fn is_on_its_way(&self, inode: &Inode) -> bool {
+        if self.session.fate.leaving.load(Ordering::SeqCst) {
+            return false;
+        }
         let since = |at: u64| Duration::from_nanos(self.session.now().saturating_sub(at));
         inode.kernel.lookups.load(Ordering::SeqCst) > 0
             && since(inode.kernel.answered.load(Ordering::SeqCst)) < ON_ITS_WAY
