@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use system_tests::cluster::{Cache, Cluster, Fabric, Options};
 use system_tests::guard;
 
@@ -19,27 +19,20 @@ fn options(fabric: Fabric) -> Options {
     }
 }
 
-fn requests(cluster: &Cluster) -> anyhow::Result<u64> {
-    let status = cluster.status()?;
-    status["mounts"][0][1]["Ok"]["requests"]
-        .as_u64()
-        .context("requests of a mount")
-}
-
 #[test]
 fn making_a_file_does_not_ask_for_its_attributes() -> anyhow::Result<()> {
     const FILES: u64 = 200;
     guard::with_cluster_within(LIMIT, options(Fabric::Shm), |cluster| {
         let dir = cluster.mount(0).join("d");
         fs::create_dir(&dir)?;
-        let before = requests(cluster)?;
+        let before = cluster.total("requests")?;
         for n in 0..FILES {
             let mut file = File::create(dir.join(n.to_string()))?;
             ensure!(file.metadata()?.len() == 0);
             file.write_all(b"something")?;
         }
         // LOOKUP of both names, CREATE, WRITE, FLUSH, RELEASE; a busy machine may take longer than the kernel keeps what it has.
-        let each = (requests(cluster)? - before) as f64 / FILES as f64;
+        let each = (cluster.total("requests")? - before) as f64 / FILES as f64;
         ensure!(each < 6.7, "{each} requests each");
         Ok(())
     })

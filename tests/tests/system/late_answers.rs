@@ -56,8 +56,9 @@ fn raced(cluster: &Cluster) -> anyhow::Result<()> {
                 let _ = tell.send(seen);
             }
         });
-        let number = named.recv()?;
+        let number = named.recv();
         let changed = (0..FILES).try_for_each(|n| {
+            let number = number?;
             go.send(n)?;
             // It waits for an answer, and then for the processor.
             for waits in [true, false, true, false].iter().take(2 + n % 2 * 2) {

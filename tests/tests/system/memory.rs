@@ -3,10 +3,9 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, ensure};
 use system_tests::cluster::{Cache, Cluster, Fabric, Options, Role};
 use system_tests::storm::leaks::Held;
 use system_tests::{guard, sys};
@@ -88,17 +87,13 @@ fn read_far_ahead(mount: &Path) -> anyhow::Result<()> {
 
 /// Reads each MiB of a file, all at the same time. The pages are the kernel's: the mount keeps none of them.
 fn read_all_at_once(path: &Path, readers: usize) -> anyhow::Result<()> {
-    thread::scope(|scope| {
-        let read = |i: usize| {
-            let file = sys::open(path, libc::O_RDONLY)?;
-            let bytes = sys::read_at(&file, (i * MIB) as u64, MIB)?;
-            ensure!(bytes == vec![i as u8; MIB], "contents of MiB {i}");
-            Ok(())
-        };
-        let all: Vec<_> = (0..readers).map(|i| scope.spawn(move || read(i))).collect();
-        let mut ended = all.into_iter().map(|reader| reader.join());
-        ended.try_for_each(|end| end.map_err(|_| anyhow!("a reader panicked"))?)
-    })
+    let read = |i: usize| {
+        let file = sys::open(path, libc::O_RDONLY)?;
+        let bytes = sys::read_at(&file, (i * MIB) as u64, MIB)?;
+        ensure!(bytes == vec![i as u8; MIB], "contents of MiB {i}");
+        Ok(())
+    };
+    guard::together(readers, read).map(drop)
 }
 
 /// Each of them waits for the storage node in a thread of its own.

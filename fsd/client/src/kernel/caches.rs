@@ -23,7 +23,7 @@ pub const LEASED_TTL: Duration = Duration::from_secs(24 * 3600);
 /// what it has opened.
 const CREATED_TTL: Duration = Duration::from_millis(8);
 /// As long as that lasts at most: the kernel counts in ticks, of up to 10 ms, rounds up, and takes the last one for still valid.
-pub(crate) const CREATED_GONE: Duration = Duration::from_millis(30);
+const CREATED_GONE: Duration = Duration::from_millis(30);
 
 /// Whoever waits for an answer has taken it in after that time, however busy the host is.
 const ON_ITS_WAY: Duration = Duration::from_secs(5);
@@ -199,16 +199,15 @@ impl KernelCaches {
     }
 
     /// Drops the attributes the kernel has of an inode, because its lease goes or the mount's term ends. False: that would have to wait,
-    /// and nothing was done.
+    /// and is to be done again.
     pub fn take_attrs(&self, inode: &Inode, may_wait: bool) -> bool {
-        if !inode.kernel.attrs.swap(false, Ordering::SeqCst) {
-            return self.outlive_created(inode, may_wait);
-        }
-        if may_wait {
-            self.notify(inode, -1, 0);
-        } else if !self.notify_at_once(inode, -1, 0) {
-            inode.kernel.attrs.store(true, Ordering::SeqCst);
-            return false;
+        if inode.kernel.attrs.swap(false, Ordering::SeqCst) {
+            if may_wait {
+                self.notify(inode, -1, 0);
+            } else if !self.notify_at_once(inode, -1, 0) {
+                inode.kernel.attrs.store(true, Ordering::SeqCst);
+                return false;
+            }
         }
         self.outlive_created(inode, may_wait)
     }
